@@ -9,7 +9,7 @@ usage() {
 usage: scripts/setup.sh [--cuda] [--test-extras] [--use-python-torch]
 
   (nothing)           C++ compiler, CPU libtorch 2.11.0, training text
-  --cuda              also the CUDA 13.0 libraries (3 GB to download, 8 GB unpacked)
+  --cuda              also the CUDA 13.0 libraries (2.4 GB to download, 3.6 GB unpacked)
   --test-extras       also what some tests talk to: OpenMPI, iproute2, nftables
   --use-python-torch  link the torch 2.11.0 installed for $PHALANX_PYTHON (default python3)
 
@@ -253,7 +253,7 @@ libtorch() {
     say "using the libtorch of LIBTORCH"
     link "$(readlink -f "$LIBTORCH")" libtorch
   else
-    libtorch_tree cpu 2600
+    libtorch_tree cpu 1800
     link "$cache/libtorch-$torch_version-cpu" libtorch
   fi
 }
@@ -299,7 +299,7 @@ system_packages
 enter_cache
 libtorch
 if [[ $cuda == yes ]]; then
-  libtorch_tree cuda 14000
+  libtorch_tree cuda 9000
   link "$cache/libtorch-$torch_version-cuda" libtorch-cuda
 fi
 training_text
