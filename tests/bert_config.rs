@@ -133,13 +133,22 @@ fn batches_add_up_whatever_is_given() {
 }
 
 #[test]
-fn batches_that_do_not_add_up_say_what_would() {
-    let error = cut(4, [10, 0, 0], [0, 8, 0]).unwrap_err();
-    assert!(error.contains("global batch 10") && error.contains("4 ranks"), "{error}");
+fn a_global_batch_that_does_not_divide_is_cut_as_evenly_as_can_be() {
+    assert_eq!(cut(3, [32, 0, 0], [0, 8, 0]), Ok([32, 6, 2]));
+    assert_eq!(cut(3, [32, 4, 0], [0, 8, 0]), Ok([32, 4, 3]));
+    assert_eq!(cut(3, [0, 0, 0], [16, 4, 0]), Ok([16, 4, 2]));
+}
+
+#[test]
+fn batches_that_do_not_add_up_say_why() {
     let error = cut(4, [32, 4, 4], [0, 8, 0]).unwrap_err();
     assert!(error.contains("= 64") && error.contains("global batch 32"), "{error}");
-    let error = cut(3, [0, 0, 0], [16, 4, 0]).unwrap_err();
-    assert!(error.contains("configuration") && error.contains("take 12"), "{error}");
+    let error = cut(4, [3, 0, 0], [0, 8, 0]).unwrap_err();
+    assert!(error.contains("command line: global batch 3 is too small for 4 ranks"), "{error}");
+    let error = cut(4, [8, 0, 4], [0, 8, 0]).unwrap_err();
+    assert!(error.contains("4 ranks × 4 micro-batches") && error.contains("16"), "{error}");
+    let error = cut(4, [0, 0, 0], [2, 0, 0]).unwrap_err();
+    assert!(error.contains("configuration: "), "{error}");
 }
 
 fn estimate(name: &str, world_size: usize) -> Estimate {

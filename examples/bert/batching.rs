@@ -1,8 +1,9 @@
 //! How a global batch is cut: over the ranks, and over micro-batches inside a rank.
 //!
-//! `global_batch = world_size × micro_batch × accumulate`, always exactly. What the command line
-//! and the configuration leave open is derived; what contradicts itself is an error that says which
-//! number to change.
+//! What the command line and the configuration leave open is derived from `global_batch =
+//! world_size × micro_batch × accumulate`. A global batch that does not divide is cut as evenly as
+//! can be: the loss is weighted by tokens, so unequal shares are exact too. Numbers that contradict
+//! each other are errors.
 
 use super::config::{ConfigError, Train};
 
@@ -14,15 +15,26 @@ pub(crate) struct Wanted {
     pub(crate) accumulate: Option<usize>,
 }
 
+/// How a rank's share becomes micro-batches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cut {
+    /// So many samples each; the last may hold fewer.
+    Samples,
+    /// So many parts, as even as can be.
+    Parts,
+}
+
 /// A cut that adds up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Batching {
     /// Samples a step over all ranks.
     pub(crate) global_batch: usize,
-    /// Samples that a rank computes at once.
+    /// Most samples that a rank computes at once.
     pub(crate) micro_batch: usize,
-    /// Micro-batches a step on each rank.
+    /// Most micro-batches a step on a rank.
     pub(crate) accumulate: usize,
+    /// Which of the two leads where the global batch does not divide.
+    pub(crate) cut: Cut,
 }
 
 /// Samples a rank computes at once when nobody says how many.
@@ -40,7 +52,8 @@ impl From<&Train> for Wanted {
 
 impl Batching {
     /// Flags come before the file: a number in the file counts only where the flags leave it open,
-    /// and the file's `micro_batch` is then what fits a rank's memory, not more.
+    /// and beside a global batch from the flags the file's `micro_batch` is what fits a rank, not
+    /// more.
     pub(crate) fn resolve(
         world_size: usize,
         flags: Wanted,
@@ -61,11 +74,9 @@ impl Wanted {
     fn completed_by(self, file: Wanted, world_size: usize) -> Wanted {
         match self {
             Wanted { global_batch: Some(global), micro_batch: None, accumulate: None } => {
-                let limit = file.micro_batch.unwrap_or(usize::MAX);
-                let share = global / world_size;
-                let micro_batch =
-                    (1..=share.min(limit)).rev().find(|micro| share.is_multiple_of(*micro));
-                Wanted { micro_batch, ..self }
+                let share = global.div_ceil(world_size);
+                let limit = file.micro_batch.unwrap_or(share).max(1);
+                Wanted { accumulate: Some(share.div_ceil(limit).max(1)), ..self }
             }
             Wanted { global_batch: None, micro_batch: Some(_), accumulate: None } => {
                 Wanted { accumulate: file.accumulate, ..self }
@@ -79,37 +90,48 @@ impl Wanted {
     }
 
     fn solve(self, world_size: usize) -> Result<Batching, String> {
-        let divide = |global: usize, by: usize, what: &str| {
-            let nearest = (global / by).max(1) * by;
-            if global.is_multiple_of(by) && global > 0 {
-                return Ok(global / by);
-            }
-            Err(format!(
-                "global batch {global} is not a multiple of {by} ({world_size} ranks{what}); \
-                 take {nearest}, or change the others"
-            ))
-        };
         let Wanted { global_batch, micro_batch, accumulate } = self;
-        let (micro_batch, accumulate) = match (global_batch, micro_batch, accumulate) {
-            (_, Some(micro), Some(accumulate)) => (micro, accumulate),
-            (Some(global), Some(micro), None) => {
-                let what = format!(" × micro-batch {micro}");
-                (micro, divide(global, world_size * micro, &what)?)
-            }
-            (Some(global), None, accumulate) => {
-                let accumulate = accumulate.unwrap_or(1);
-                let what = format!(" × {accumulate} micro-batches");
-                (divide(global, world_size * accumulate, &what)?, accumulate)
-            }
-            (None, micro, accumulate) => (micro.unwrap_or(MICRO_BATCH), accumulate.unwrap_or(1)),
+        let Some(global_batch) = global_batch else {
+            let micro_batch = micro_batch.unwrap_or(MICRO_BATCH);
+            let accumulate = accumulate.unwrap_or(1);
+            let global_batch = world_size * micro_batch * accumulate;
+            return Ok(Batching { global_batch, micro_batch, accumulate, cut: Cut::Parts });
         };
-        let product = world_size * micro_batch * accumulate;
-        match global_batch {
-            Some(global) if global != product => Err(format!(
-                "global batch {global} is not {world_size} ranks × micro-batch {micro_batch} × \
-                 {accumulate} micro-batches = {product}; give two of the three, or numbers that fit"
-            )),
-            _ => Ok(Batching { global_batch: product, micro_batch, accumulate }),
-        }
+        let share = global_batch.div_ceil(world_size);
+        let parts = match (micro_batch, accumulate) {
+            (Some(micro), Some(parts)) if world_size * micro * parts != global_batch => {
+                let product = world_size * micro * parts;
+                return Err(format!(
+                    "global batch {global_batch} is not {world_size} ranks × micro-batch {micro} × \
+                     {parts} micro-batches = {product}; give two of the three, or numbers that fit"
+                ));
+            }
+            (_, Some(parts)) => parts,
+            (Some(micro_batch), None) => {
+                let accumulate = share.div_ceil(micro_batch);
+                let micro_batch = micro_batch.min(share);
+                let least = Batching { global_batch, micro_batch, accumulate, cut: Cut::Samples };
+                return enough(least, world_size);
+            }
+            (None, None) => 1,
+        };
+        let micro_batch = share.div_ceil(parts);
+        let cut = Cut::Parts;
+        enough(Batching { global_batch, micro_batch, accumulate: parts, cut }, world_size)
     }
+}
+
+/// Every rank has a sample for every micro-batch.
+fn enough(batching: Batching, world_size: usize) -> Result<Batching, String> {
+    let Batching { global_batch, accumulate, cut, .. } = batching;
+    let parts = if cut == Cut::Parts { accumulate } else { 1 };
+    let least = world_size * parts;
+    if global_batch >= least {
+        return Ok(batching);
+    }
+    let each = if parts > 1 { format!(" × {parts} micro-batches") } else { String::new() };
+    Err(format!(
+        "global batch {global_batch} is too small for {world_size} ranks{each}: it must be at least \
+         {least}"
+    ))
 }
