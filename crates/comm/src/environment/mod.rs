@@ -17,6 +17,8 @@
 mod job_token;
 mod launchers;
 mod slurm;
+#[cfg(test)]
+mod tests;
 
 use sha2::{Digest, Sha256};
 

@@ -79,7 +79,7 @@ pub enum StoreError {
 #[non_exhaustive]
 pub enum RendezvousError {
     /// The port that the store should listen on belongs to somebody else.
-    #[error("port {port} on {host} is in use{}: end that program, or choose another port (--master-port, MASTER_PORT); --master-port 0 takes a free one", owner_text(.owner.as_ref()))]
+    #[error("port {port} on {host} is in use{}: end that program, or choose another port (--master-port, MASTER_PORT); --master-port 0 takes a free one{hint}", owner_text(.owner.as_ref()))]
     PortInUse {
         /// The address that was to be bound.
         host: String,
@@ -87,6 +87,8 @@ pub enum RendezvousError {
         port: u16,
         /// Process id and program name of the listener, where `/proc` shows them.
         owner: Option<(u32, String)>,
+        /// What this launcher's arrangement adds, or nothing.
+        hint: String,
     },
     /// The store could not listen for another reason.
     #[error("the store cannot listen on {address}: {source}; the address must be one of this machine (MASTER_ADDR, --master-addr)")]
@@ -95,6 +97,14 @@ pub enum RendezvousError {
         address: String,
         /// What the system said.
         source: io::Error,
+    },
+    /// The master's name means loopback on the master itself: other machines would be sent elsewhere.
+    #[error("the master's name {host:?} is {address} on this machine, where other machines cannot reach it (an entry of /etc/hosts): set MASTER_ADDR or --master-addr to this machine's IP address on the network")]
+    LoopbackMaster {
+        /// The name.
+        host: String,
+        /// What it resolves to here.
+        address: String,
     },
     /// The master's name has no address.
     #[error("the master's name {host:?} could not be resolved within {waited:?} ({source}): check MASTER_ADDR or --master-addr, or give an IP address")]

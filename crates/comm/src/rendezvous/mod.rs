@@ -16,14 +16,25 @@
 //!
 //! The operations are those of PyTorch's `TCPStore` (`torch/csrc/distributed/c10d/TCPStore.hpp`), minus the queues.
 
+mod client;
+mod dial;
 mod error;
+mod frame;
+mod handshake;
+mod join;
 mod memory;
+mod owner;
+mod server;
 mod table;
 
 use std::time::Instant;
 
+pub use client::StoreClient;
 pub use error::{RendezvousError, StoreError};
+pub use handshake::Credentials;
+pub use join::{connect, join, listen_address};
 pub use memory::MemoryStore;
+pub use server::StoreServer;
 pub use table::{KEY_BYTES_MAX, STORE_BYTES_MAX, VALUE_BYTES_MAX};
 
 /// A key-value store that all ranks of a job share.
