@@ -1,1 +1,4 @@
 //! Part of phalanx.
+
+pub mod environment;
+pub mod rendezvous;

@@ -1,0 +1,185 @@
+//! Everybody here? Joins with a deadline that name the absent ranks, and the way from a [`World`] to a store.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::dial::resolve;
+use super::error::list_text;
+use super::{RendezvousError, Store, StoreClient, StoreError, StoreServer};
+use crate::environment::{Launcher, StoreHost, World};
+
+/// A waiting join says who is missing this often.
+const PROGRESS_EVERY: Duration = Duration::from_secs(10);
+
+/// Connects this rank to the job's store, and hosts it first when `world.store_host` says so.
+///
+/// The server lives as long as the returned store (in the rank that hosts it).
+///
+/// # Errors
+///
+/// A [`RendezvousError`] for each cause, at `deadline` at the latest.
+pub fn connect(world: &World, deadline: Instant) -> Result<Arc<dyn Store>, RendezvousError> {
+    let mut client_world = world.store_address();
+    let server = match world.store_host {
+        StoreHost::Elsewhere => None,
+        StoreHost::ThisRank => {
+            let (host, port) = world.store_address();
+            let address = listen_address(host, port, deadline)?;
+            let server = StoreServer::start(address, world.credentials())
+                .map_err(|error| with_hint(error, hint(world)))?;
+            client_world.1 = server.address().port();
+            Some(server)
+        }
+    };
+    let (host, port) = client_world;
+    let hint = hint(world);
+    let client = StoreClient::connect_with_hint(host, port, world.credentials(), &hint, deadline)?;
+    Ok(match server {
+        None => Arc::new(client),
+        Some(server) => Arc::new(HostedStore { client, _server: server }),
+    })
+}
+
+/// The address to listen on: that of the master's name, never all interfaces.
+///
+/// # Errors
+///
+/// [`RendezvousError::NameNotResolved`], or [`RendezvousError::LoopbackMaster`] when the name leads other machines
+/// elsewhere than this one.
+pub fn listen_address(
+    host: &str,
+    port: u16,
+    deadline: Instant,
+) -> Result<SocketAddr, RendezvousError> {
+    let start = Instant::now();
+    let addresses = resolve(host, port, deadline).map_err(|source| {
+        let waited = start.elapsed();
+        RendezvousError::NameNotResolved { host: host.to_owned(), waited, source }
+    })?;
+    let is_literal = host.parse::<IpAddr>().is_ok() || host == "localhost";
+    let usable = addresses.iter().find(|address| is_literal || !address.ip().is_loopback());
+    match (usable, addresses.first()) {
+        (Some(&address), _) => Ok(address),
+        (None, first) => Err(RendezvousError::LoopbackMaster {
+            host: host.to_owned(),
+            address: first.map(|address| address.ip().to_string()).unwrap_or_default(),
+        }),
+    }
+}
+
+fn hint(world: &World) -> String {
+    match world.launcher {
+        Launcher::Torchrun => format!(
+            "; under torchrun the store of phalanx is hosted by rank 0 on the port after torchrun's own, here {}: that \
+             port must be free and open between the nodes",
+            world.master_port
+        ),
+        _ => String::new(),
+    }
+}
+
+/// Says of a port in use why it was that port.
+fn with_hint(error: RendezvousError, hint: String) -> RendezvousError {
+    match error {
+        RendezvousError::PortInUse { host, port, owner, .. } => {
+            RendezvousError::PortInUse { host, port, owner, hint }
+        }
+        other => other,
+    }
+}
+
+/// A store that this process hosts: the server lives exactly as long.
+#[derive(Debug)]
+struct HostedStore {
+    // Fields drop in order: the client's connections close before the server does.
+    client: StoreClient,
+    _server: StoreServer,
+}
+
+impl Store for HostedStore {
+    fn set(&self, key: &str, value: &[u8]) -> Result<(), StoreError> {
+        self.client.set(key, value)
+    }
+    fn get(&self, key: &str, deadline: Instant) -> Result<Vec<u8>, StoreError> {
+        self.client.get(key, deadline)
+    }
+    fn add(&self, key: &str, delta: i64) -> Result<i64, StoreError> {
+        self.client.add(key, delta)
+    }
+    fn compare_set(
+        &self,
+        key: &str,
+        expected: Option<&[u8]>,
+        desired: &[u8],
+    ) -> Result<Option<Vec<u8>>, StoreError> {
+        self.client.compare_set(key, expected, desired)
+    }
+    fn delete(&self, key: &str) -> Result<bool, StoreError> {
+        self.client.delete(key)
+    }
+    fn check(&self, keys: &[&str]) -> Result<bool, StoreError> {
+        self.client.check(keys)
+    }
+    fn list(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        self.client.list(prefix)
+    }
+    fn cancel(&self) {
+        self.client.cancel();
+    }
+}
+
+/// Puts `value` down for `rank` under `name` and waits for those of all ranks, which it returns in rank order.
+///
+/// Costs one `set` and `world_size` reads per rank. `name` must be used once in a store's life.
+///
+/// While it waits, a line in the log says every ten seconds who is missing: `waiting for ranks 1,3 (joined 2/4)`.
+///
+/// # Errors
+///
+/// [`RendezvousError::MissingRanks`] naming the absent at `deadline`; a store error as it comes.
+pub fn join(
+    store: &dyn Store,
+    name: &str,
+    rank: usize,
+    world_size: usize,
+    value: &[u8],
+    deadline: Instant,
+) -> Result<Vec<Vec<u8>>, RendezvousError> {
+    let start = Instant::now();
+    let key = |of: usize| format!("{name}/{of:08}");
+    store.set(&key(rank), value)?;
+    let mut values = Vec::with_capacity(world_size);
+    for peer in 0..world_size {
+        loop {
+            match store.get(&key(peer), deadline.min(Instant::now() + PROGRESS_EVERY)) {
+                Ok(theirs) => {
+                    values.push(theirs);
+                    break;
+                }
+                Err(StoreError::Timeout { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+            let present = store.list(&format!("{name}/"))?;
+            let missing: Vec<usize> =
+                (0..world_size).filter(|&other| !present.contains(&key(other))).collect();
+            let joined = world_size - missing.len();
+            if Instant::now() >= deadline && !missing.is_empty() {
+                return Err(RendezvousError::MissingRanks {
+                    what: name.to_owned(),
+                    missing,
+                    joined,
+                    expected: world_size,
+                    waited: start.elapsed(),
+                });
+            }
+            if !missing.is_empty() {
+                let missing = list_text(&missing);
+                tracing::info!(
+                    "{name}: waiting for ranks {missing} (joined {joined}/{world_size})"
+                );
+            }
+        }
+    }
+    Ok(values)
+}

@@ -1,0 +1,433 @@
+//! The store over real sockets: what honest clients get, and what strangers do not.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use phalanx_comm::environment::{JobToken, StoreHost, World};
+use phalanx_comm::rendezvous::{
+    connect, join, Credentials, MemoryStore, RendezvousError, Store, StoreClient, StoreError,
+    StoreServer,
+};
+
+const LOOPBACK: &str = "127.0.0.1";
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(10)
+}
+
+fn credentials(run_id: &str, restart_count: u32, secret: &str) -> Credentials {
+    let job_token = JobToken::derive(&[secret]);
+    Credentials { run_id: run_id.to_owned(), restart_count, job_token }
+}
+
+fn ours() -> Credentials {
+    credentials("run", 0, "secret")
+}
+
+fn serve(credentials: Credentials) -> StoreServer {
+    StoreServer::start(([127, 0, 0, 1], 0).into(), credentials).expect("a free port on loopback")
+}
+
+fn dial(
+    server: &StoreServer,
+    credentials: Credentials,
+    limit: Duration,
+) -> Result<StoreClient, RendezvousError> {
+    StoreClient::connect(LOOPBACK, server.address().port(), credentials, Instant::now() + limit)
+}
+
+fn client(server: &StoreServer) -> StoreClient {
+    dial(server, ours(), Duration::from_secs(10)).expect("the server is there")
+}
+
+/// A stranger that has read the greeting.
+fn stranger(address: SocketAddr) -> TcpStream {
+    let mut stream = TcpStream::connect(address).expect("the server is there");
+    stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a time-out");
+    let mut greeting = [0; 56];
+    stream.read_exact(&mut greeting).expect("a greeting");
+    stream
+}
+
+/// How long until the server closes `stream`; panics when it does not.
+fn time_to_close(stream: &mut TcpStream) -> Duration {
+    let start = Instant::now();
+    let mut rest = Vec::new();
+    match stream.read_to_end(&mut rest) {
+        Ok(_) => start.elapsed(),
+        Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => start.elapsed(),
+        Err(error) => panic!("the server did not close the connection: {error}"),
+    }
+}
+
+/// The same facts for every store.
+fn conformance(store: &dyn Store) {
+    store.set("k", b"v").expect("set");
+    assert_eq!(store.get("k", soon()).expect("get"), b"v");
+    store.set("k", b"").expect("an empty value");
+    assert_eq!(store.get("k", soon()).expect("get"), b"");
+    assert_eq!(store.add("n", 5).expect("add"), 5);
+    assert_eq!(store.add("n", -6).expect("add"), -1);
+    assert_eq!(store.get("n", soon()).expect("get"), b"-1");
+    assert!(matches!(store.add("k", 1), Err(StoreError::NotACounter { .. })));
+    assert_eq!(store.compare_set("c", Some(b"x"), b"a").expect("compare_set"), None);
+    assert_eq!(store.compare_set("c", None, b"a").expect("compare_set"), Some(b"a".to_vec()));
+    assert_eq!(store.compare_set("c", None, b"b").expect("compare_set"), Some(b"a".to_vec()));
+    assert!(store.check(&["k", "n", "c"]).expect("check"));
+    assert!(!store.check(&["k", "absent"]).expect("check"));
+    assert!(store.check(&[]).expect("check"));
+    assert!(store.delete("c").expect("delete"));
+    assert!(!store.delete("c").expect("delete"));
+    assert_eq!(store.list("").expect("list"), ["k", "n"]);
+    assert_eq!(store.list("n").expect("list"), ["n"]);
+    let large: Vec<u8> = (0..8_u32 << 20).map(|at| at.to_le_bytes()[0]).collect();
+    store.set("large", &large).expect("the longest value");
+    assert!(store.get("large", soon()).expect("get") == large);
+    let too_large = vec![0; large.len() + 1];
+    assert!(matches!(store.set("large", &too_large), Err(StoreError::ValueTooLong { .. })));
+    let key = "k".repeat(8 << 10);
+    store.set(&key, b"v").expect("the longest key");
+    assert!(store.check(&vec![key.as_str(); 3000]).expect("more keys than one frame holds"));
+    assert!(matches!(store.set(&format!("{key}k"), b""), Err(StoreError::KeyTooLong { .. })));
+    let start = Instant::now();
+    let error = store.get("absent", start + Duration::from_millis(100)).expect_err("no such key");
+    assert!(matches!(error, StoreError::Timeout { .. }), "{error}");
+    assert!(start.elapsed() >= Duration::from_millis(100));
+    assert!(start.elapsed() < Duration::from_secs(2));
+    store.cancel();
+    assert!(matches!(store.get("absent", soon()), Err(StoreError::Cancelled { .. })));
+}
+
+#[test]
+fn memory_and_tcp_stores_do_the_same() {
+    conformance(&MemoryStore::new());
+    conformance(&client(&serve(ours())));
+}
+
+#[test]
+fn waiting_reads_of_many_clients_are_answered_by_one_set_and_hold_up_nobody() {
+    let server = serve(ours());
+    let store = Arc::new(client(&server));
+    let waiters: Vec<_> = (0..8)
+        .map(|_| {
+            let store = Arc::clone(&store);
+            thread::spawn(move || store.get("go", soon()))
+        })
+        .collect();
+    for _ in 0..100 {
+        store.add("busy", 1).unwrap();
+    }
+    store.set("go", b"now").unwrap();
+    for waiter in waiters {
+        assert_eq!(waiter.join().unwrap().unwrap(), b"now");
+    }
+    assert_eq!(store.add("busy", 0).unwrap(), 100);
+}
+
+#[test]
+fn cancel_ends_a_wait_at_once() {
+    let server = serve(ours());
+    let store = Arc::new(client(&server));
+    let waiter = Arc::clone(&store);
+    let (started, start) = (Instant::now(), Arc::new(std::sync::Barrier::new(2)));
+    let at_start = Arc::clone(&start);
+    let thread = thread::spawn(move || {
+        at_start.wait();
+        waiter.get("never", soon())
+    });
+    start.wait();
+    store.cancel();
+    assert!(matches!(thread.join().unwrap(), Err(StoreError::Cancelled { .. })));
+    assert!(started.elapsed() < Duration::from_secs(2));
+    client(&server).set("k", b"others are unaffected").unwrap();
+}
+
+#[test]
+fn a_server_that_ends_ends_the_waits() {
+    let server = serve(ours());
+    let store = client(&server);
+    let thread = thread::spawn(move || store.get("never", soon()));
+    drop(server);
+    let error = thread.join().unwrap().unwrap_err();
+    assert!(matches!(error, StoreError::Disconnected { .. }), "{error}");
+}
+
+#[test]
+fn each_wrong_credential_has_its_own_message() {
+    let server = serve(credentials("run", 3, "secret"));
+    let limit = Duration::from_secs(1);
+    let message = |wrong| dial(&server, wrong, limit).map(drop).unwrap_err().to_string();
+    let token = message(credentials("run", 3, "other"));
+    assert!(token.contains("PHALANX_JOB_TOKEN"), "{token}");
+    let run = message(credentials("new run", 3, "secret"));
+    assert!(run.contains("another run") && run.contains("\"new run\""), "{run}");
+    let stale = message(credentials("run", 2, "secret"));
+    assert!(stale.contains("generation 3") && stale.contains("of generation 2"), "{stale}");
+    let newer = message(credentials("run", 4, "secret"));
+    assert!(newer.contains("generation 3") && newer.contains("of generation 4"), "{newer}");
+}
+
+#[test]
+fn a_client_outlasts_an_older_generation_on_the_same_port() {
+    let old = serve(credentials("run", 0, "secret"));
+    let address = old.address();
+    let thread = thread::spawn(move || {
+        StoreClient::connect(LOOPBACK, address.port(), credentials("run", 1, "secret"), soon())
+    });
+    drop(old);
+    let _new = StoreServer::start(address, credentials("run", 1, "secret")).unwrap();
+    thread.join().unwrap().unwrap().set("k", b"v").unwrap();
+}
+
+#[test]
+fn nobody_listening_no_name_and_no_store_are_different_messages_at_the_deadline() {
+    let limit = Duration::from_millis(600);
+    let port = TcpListener::bind((LOOPBACK, 0)).unwrap().local_addr().unwrap().port();
+    let attempt = |host: &str, to_port| {
+        let start = Instant::now();
+        let error =
+            StoreClient::connect(host, to_port, ours(), start + limit).map(drop).unwrap_err();
+        assert!(start.elapsed() < limit + Duration::from_millis(400), "{:?}", start.elapsed());
+        error
+    };
+    let refused = attempt(LOOPBACK, port);
+    assert!(matches!(refused, RendezvousError::NobodyListens { .. }), "{refused}");
+    let nameless = attempt("no-such-host.invalid", port);
+    assert!(matches!(nameless, RendezvousError::NameNotResolved { .. }), "{nameless}");
+    // Accepts (the kernel does, into the backlog) and says nothing, as an HTTP server would.
+    let silent = TcpListener::bind((LOOPBACK, 0)).unwrap();
+    let mute = attempt(LOOPBACK, silent.local_addr().unwrap().port());
+    assert!(mute.to_string().contains("does not greet"), "{mute}");
+}
+
+#[test]
+fn a_program_that_talks_first_is_not_a_store() {
+    let listener = TcpListener::bind((LOOPBACK, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let limit = Duration::from_millis(300);
+    let dialer = thread::spawn(move || {
+        StoreClient::connect(LOOPBACK, port, ours(), Instant::now() + limit).map(drop)
+    });
+    let (mut stream, _) = listener.accept().unwrap();
+    stream.write_all(&b"SSH-2.0-OpenSSH_9.2p1 and more ".repeat(4)).unwrap();
+    let error = dialer.join().unwrap().unwrap_err();
+    assert!(matches!(error, RendezvousError::NotAStore { .. }), "{error}");
+}
+
+#[test]
+fn a_port_in_use_names_its_owner_at_once() {
+    let server = serve(ours());
+    let start = Instant::now();
+    let error = StoreServer::start(server.address(), ours()).map(drop).unwrap_err().to_string();
+    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+    assert!(error.contains(&format!("by pid {}", std::process::id())), "{error}");
+}
+
+#[test]
+fn garbage_and_http_are_closed_at_once_and_change_nothing() {
+    let server = serve(ours());
+    let store = client(&server);
+    store.set("k", b"v").unwrap();
+    for garbage in
+        [&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], &[0; 64], &[0xff; 4096], b"P", b"PHXPxx"]
+    {
+        let mut stream = stranger(server.address());
+        stream.write_all(garbage).unwrap();
+        assert!(time_to_close(&mut stream) < Duration::from_millis(2500), "{garbage:?}");
+    }
+    assert_eq!(store.list("").unwrap(), ["k"]);
+    assert_eq!(store.get("k", soon()).unwrap(), b"v");
+}
+
+#[test]
+fn a_replayed_handshake_is_refused() {
+    let server = serve(ours());
+    // Listen in on an honest client through a proxy that records what it sends.
+    let proxy = TcpListener::bind((LOOPBACK, 0)).unwrap();
+    let proxy_port = proxy.local_addr().unwrap().port();
+    let honest = thread::spawn(move || {
+        let store = StoreClient::connect(LOOPBACK, proxy_port, ours(), soon()).unwrap();
+        store.set("honest", b"1").unwrap();
+    });
+    let (mut near, _) = proxy.accept().unwrap();
+    let mut far = TcpStream::connect(server.address()).unwrap();
+    let (mut greeting, mut proof, mut verdict) = ([0; 56], [0; 64], [0; 40]);
+    far.read_exact(&mut greeting).unwrap();
+    near.write_all(&greeting).unwrap();
+    near.read_exact(&mut proof).unwrap();
+    far.write_all(&proof).unwrap();
+    far.read_exact(&mut verdict).unwrap();
+    near.write_all(&verdict).unwrap();
+    let mut request = vec![0; 32 + 6 + 1];
+    near.read_exact(&mut request).unwrap();
+    far.write_all(&request).unwrap();
+    let mut reply = [0; 24];
+    far.read_exact(&mut reply).unwrap();
+    near.write_all(&reply).unwrap();
+    honest.join().unwrap();
+
+    let store = client(&server);
+    assert!(store.delete("honest").unwrap());
+    let mut replay = stranger(server.address());
+    replay.write_all(&proof).unwrap();
+    let sent = replay.write_all(&request);
+    assert!(time_to_close(&mut replay) < Duration::from_secs(2), "{sent:?}");
+    assert_eq!(store.list("").unwrap(), Vec::<String>::new());
+}
+
+#[test]
+fn a_slow_loris_is_closed_at_two_seconds_however_it_trickles() {
+    let server = serve(ours());
+    let start = Instant::now();
+    let mut stream = stranger(server.address());
+    let mut trickle = stream.try_clone().unwrap();
+    let thread = thread::spawn(move || {
+        for byte in b"PHXP\x01\x00\x01\x00".iter().cycle().take(60) {
+            if trickle.write_all(&[*byte]).is_err() {
+                return;
+            }
+            thread::park_timeout(Duration::from_millis(100));
+        }
+    });
+    time_to_close(&mut stream);
+    let elapsed = start.elapsed();
+    assert!((1.9..3.0).contains(&elapsed.as_secs_f64()), "{elapsed:?}");
+    thread.join().unwrap();
+}
+
+#[test]
+fn more_idle_strangers_than_places_do_not_keep_honest_clients_out() {
+    let server = serve(ours());
+    let mut idle = Vec::new();
+    for _ in 0..400 {
+        idle.push(TcpStream::connect(server.address()).unwrap());
+    }
+    let start = Instant::now();
+    for _ in 0..20 {
+        client(&server).add("n", 1).unwrap();
+    }
+    assert!(start.elapsed() < Duration::from_millis(1500), "{:?}", start.elapsed());
+    assert_eq!(client(&server).add("n", 0).unwrap(), 20);
+}
+
+/// Does the handshake by hand and returns the authenticated stream: a client of ours, gone mad.
+fn insider(server: &StoreServer) -> TcpStream {
+    let proxy = TcpListener::bind((LOOPBACK, 0)).expect("a free port");
+    let port = proxy.local_addr().expect("an address").port();
+    let honest = thread::spawn(move || StoreClient::connect(LOOPBACK, port, ours(), soon()));
+    let (mut near, _) = proxy.accept().expect("the honest client");
+    let mut far = stranger_raw(server.address());
+    let (mut greeting, mut proof, mut verdict) = ([0; 56], [0; 64], [0; 40]);
+    far.read_exact(&mut greeting).expect("greeting");
+    near.write_all(&greeting).expect("greeting");
+    near.read_exact(&mut proof).expect("proof");
+    far.write_all(&proof).expect("proof");
+    far.read_exact(&mut verdict).expect("verdict");
+    near.write_all(&verdict).expect("verdict");
+    drop(honest.join().expect("no panic").expect("handshake"));
+    far
+}
+
+fn stranger_raw(address: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect(address).expect("the server is there");
+    stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a time-out");
+    stream
+}
+
+fn resident_kib() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").expect("/proc");
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("VmRSS");
+    line.split_whitespace().nth(1).expect("a number").parse().expect("a number")
+}
+
+#[test]
+fn giant_lengths_are_closed_without_allocating_even_from_an_insider() {
+    let server = serve(ours());
+    let store = client(&server);
+    let header = |key: u32, value: u32, expected: u32| {
+        let mut bytes = b"PHXq\x01\x00\x00\x00".to_vec();
+        for length in [key, value, expected] {
+            bytes.extend(length.to_le_bytes());
+        }
+        bytes.extend([0; 12]);
+        bytes
+    };
+    let before = resident_kib();
+    for lengths in [(u32::MAX, 0, 0), (0, 1 << 31, 0), (0, u32::MAX, u32::MAX), (8193, 0, 0)] {
+        let mut stream = insider(&server);
+        stream.write_all(&header(lengths.0, lengths.1, lengths.2)).unwrap();
+        assert!(time_to_close(&mut stream) < Duration::from_secs(1), "{lengths:?}");
+    }
+    // Announces the most that is allowed, and sends nothing of it.
+    let stalled: Vec<TcpStream> = (0..8)
+        .map(|_| {
+            let mut stream = insider(&server);
+            stream.write_all(&header(8192, 8 << 20, 0)).unwrap();
+            stream
+        })
+        .collect();
+    store.set("k", b"v").unwrap();
+    let grown = resident_kib().saturating_sub(before);
+    // Other tests of this process run meanwhile: the bound is loose, but far below 8 × 8 MiB.
+    assert!(grown < 48 << 10, "{grown} KiB");
+    drop(stalled);
+}
+
+#[test]
+fn stale_ranks_never_join_a_newer_generation() {
+    for race in 0..100 {
+        let server = serve(credentials("run", 1, "secret"));
+        thread::scope(|scope| {
+            let stale = scope.spawn(|| {
+                dial(&server, credentials("run", 0, "secret"), Duration::from_millis(500))
+            });
+            let fresh = scope
+                .spawn(|| dial(&server, credentials("run", 1, "secret"), Duration::from_secs(10)));
+            let error = stale.join().unwrap().map(drop).unwrap_err();
+            assert!(matches!(error, RendezvousError::WrongGeneration { .. }), "{race}: {error}");
+            fresh.join().unwrap().unwrap().set("k", b"v").unwrap();
+        });
+    }
+}
+
+#[test]
+fn a_join_returns_what_every_rank_put_down_in_rank_order() {
+    let store = MemoryStore::new();
+    thread::scope(|scope| {
+        let ranks: Vec<_> = (0..4_u8)
+            .map(|rank| {
+                let store = store.clone();
+                scope.spawn(move || join(&store, "start", rank.into(), 4, &[rank], soon()))
+            })
+            .collect();
+        for rank in ranks {
+            assert_eq!(rank.join().unwrap().unwrap(), [[0], [1], [2], [3]]);
+        }
+    });
+}
+
+#[test]
+fn a_join_names_the_ranks_that_did_not_come() {
+    let server = serve(ours());
+    let store = client(&server);
+    let (start, limit) = (Instant::now(), Duration::from_millis(300));
+    for rank in [0, 2] {
+        store.set(&format!("start/{rank:08}"), b"").unwrap();
+    }
+    let error = join(&store, "start", 0, 4, b"", start + limit).unwrap_err().to_string();
+    assert!(error.contains("ranks 1,3") && error.contains("joined 2/4"), "{error}");
+    assert!(start.elapsed() < limit + Duration::from_millis(500), "{:?}", start.elapsed());
+}
+
+#[test]
+fn rank_0_hosts_the_store_when_no_launcher_does() {
+    let mut world = World::threads(0, 1);
+    world.master_port = 0;
+    assert_eq!(world.store_host, StoreHost::ThisRank);
+    let store = connect(&world, soon()).unwrap();
+    store.set("k", b"v").unwrap();
+    assert_eq!(store.get("k", soon()).unwrap(), b"v");
+}
