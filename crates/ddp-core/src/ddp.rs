@@ -204,6 +204,16 @@ impl Ddp {
         }
     }
 
+    /// Turns the exchange of gradients off and on, to measure a step with and without it side by side.
+    /// While it is off the ranks' models drift apart. On all ranks alike.
+    ///
+    /// # Errors
+    /// [`Error::Poisoned`].
+    pub fn set_exchange(&self, on: bool) -> Result<()> {
+        reducer::lock(&self.shared)?.exchange = on;
+        Ok(())
+    }
+
     /// Where the time of the last exchanged backward went.
     ///
     /// # Errors

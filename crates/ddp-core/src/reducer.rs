@@ -67,7 +67,7 @@ pub(crate) struct Reducer {
     /// Off inside `no_sync`: gradients accumulate in their views, nothing is sent.
     pub(crate) synchronising: bool,
     /// Off: buckets are marked but not sent (to measure a step without exchange).
-    exchange: bool,
+    pub(crate) exchange: bool,
     broadcast_buffers: bool,
     works: Vec<Work<'static>>,
     first_start: Option<Instant>,
