@@ -1,1 +1,60 @@
-//! Part of phalanx.
+//! Starts the ranks of a job on this machine, shows what they say, and leaves none behind.
+//!
+//! Without [`LaunchOptions::node_rank`] all nodes are emulated on this machine: `nnodes × nproc_per_node` processes that
+//! meet on loopback. With it this machine is one of several, and node 0's launcher hosts the store where all meet.
+//!
+//! The launcher is a program's own output device: unlike other library crates it writes to standard output and error.
+//!
+//! * Each rank is a process group of its own with a parent-death signal; a guard kills what ranks have started when the
+//!   launcher itself is killed.
+//! * The first failure is the root cause; the others are asked to end, and killed after a grace.
+//! * Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 reach the ranks; a second Ctrl-C kills at once.
+//! * The report is one line, the exit code says what kind of failure it was: see [`Report::code`].
+//!
+//! # Example
+//!
+//! A program that starts its own ranks (feature `clap`): `./train --nnodes 4`.
+//!
+//! ```no_run
+//! # #[cfg(feature = "clap")] {
+//! use clap::Parser;
+//! use phalanx_launch::{launch_or_join, Joined, LaunchArgs};
+//!
+//! #[derive(Parser)]
+//! struct Args {
+//!     #[command(flatten)]
+//!     launch: LaunchArgs,
+//! }
+//!
+//! fn main() -> std::process::ExitCode {
+//!     match launch_or_join(&Args::parse().launch) {
+//!         Ok(Joined::Finished(report)) => report.exit_code(),
+//!         Ok(Joined::Worker) => std::process::ExitCode::SUCCESS, // this is a rank: train
+//!         Err(error) => std::process::ExitCode::from(error.exit_code()),
+//!     }
+//! }
+//! # }
+//! ```
+
+#[cfg(feature = "clap")]
+mod args;
+mod error;
+mod guard;
+mod lines;
+mod nodes;
+mod options;
+mod plan;
+mod process;
+mod report;
+mod run;
+mod screen;
+mod signals;
+mod supervise;
+
+#[cfg(feature = "clap")]
+pub use args::{launch_or_join, Joined, LaunchArgs};
+pub use error::LaunchError;
+pub use options::{LaunchOptions, Prefix};
+pub use process::Exit;
+pub use report::{Failure, RankFailure, Report};
+pub use run::{is_worker, run};

@@ -5,7 +5,8 @@
 
 use super::slurm::{expand_nodes, expand_tasks};
 use super::{
-    derived_port, EnvironmentError, HostLink, JobToken, Launcher, StoreHost, World, LOOPBACK,
+    derived_port, EnvironmentError, HostLink, JobToken, Launcher, LauncherEnvironment, StoreHost,
+    World, LOOPBACK,
 };
 
 type Result<T> = std::result::Result<T, EnvironmentError>;
@@ -73,11 +74,15 @@ impl<'l> Variables<'l> {
 
     /// The token of `PHALANX_JOB_TOKEN`, else one derived from what everybody in the job (and, alas, beyond) knows.
     fn job_token(&self, facts: &[&str]) -> Result<JobToken> {
+        Ok(self.given_token()?.unwrap_or_else(|| JobToken::derive(facts)))
+    }
+
+    fn given_token(&self) -> Result<Option<JobToken>> {
         const VARIABLE: &str = "PHALANX_JOB_TOKEN";
         match self.text(VARIABLE) {
-            None => Ok(JobToken::derive(facts)),
+            None => Ok(None),
             // The value stays out of the message: it is, or nearly is, a secret.
-            Some(text) => JobToken::from_hex(&text).ok_or_else(|| {
+            Some(text) => JobToken::from_hex(&text).map(Some).ok_or_else(|| {
                 let shown = format!("({} characters)", text.chars().count());
                 invalid(
                     VARIABLE,
@@ -112,6 +117,15 @@ fn invalid(variable: &'static str, value: String, expected: &str) -> Environment
 
 fn missing(variable: &'static str, because: &str) -> EnvironmentError {
     EnvironmentError::Missing { variable, because: because.to_owned() }
+}
+
+/// What a launcher wants to know.
+pub(super) fn launcher_environment(variables: &Variables<'_>) -> Result<LauncherEnvironment> {
+    Ok(LauncherEnvironment {
+        job_token: variables.given_token()?,
+        run_id: variables.text("PHALANX_RUN_ID"),
+        omp_num_threads: variables.text("OMP_NUM_THREADS"),
+    })
 }
 
 /// Picks the launcher and reads its variables.

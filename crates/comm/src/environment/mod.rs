@@ -142,9 +142,7 @@ impl World {
     ///
     /// [`EnvironmentError`] naming the variable, its value and what was expected.
     pub fn from_env() -> Result<Self, EnvironmentError> {
-        Self::from_lookup(&|name| {
-            std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
-        })
+        Self::from_lookup(&process_variable)
     }
 
     /// As [`World::from_env`] over any environment: `lookup` gives the value of a variable. Empty counts as unset.
@@ -205,8 +203,34 @@ impl World {
     }
 }
 
+/// What a launcher reads from its own environment, which it does not share with its ranks as it stands.
+#[derive(Clone, Debug, Default)]
+pub struct LauncherEnvironment {
+    /// `PHALANX_JOB_TOKEN`.
+    pub job_token: Option<JobToken>,
+    /// `PHALANX_RUN_ID`.
+    pub run_id: Option<String>,
+    /// `OMP_NUM_THREADS` as it stands: the user's choice, which the launcher leaves alone.
+    pub omp_num_threads: Option<String>,
+}
+
+impl LauncherEnvironment {
+    /// Reads the process's environment.
+    ///
+    /// # Errors
+    ///
+    /// [`EnvironmentError::Invalid`] for an ill-formed token.
+    pub fn from_env() -> Result<Self, EnvironmentError> {
+        launchers::launcher_environment(&launchers::Variables::new(&process_variable))
+    }
+}
+
+fn process_variable(name: &str) -> Option<String> {
+    std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
+}
+
 /// The address of jobs on one machine.
-const LOOPBACK: &str = "127.0.0.1";
+pub(crate) const LOOPBACK: &str = "127.0.0.1";
 
 /// A port that all ranks of a run compute alike: 20000 … 31999, below the range that Linux hands out to clients
 /// (32768 up), where a chance connection could hold it.

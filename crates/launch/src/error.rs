@@ -1,0 +1,135 @@
+//! Why a launcher could not do its work. What happens to the ranks is no error but a [`Report`](crate::Report).
+
+use std::io;
+
+use phalanx_comm::environment::EnvironmentError;
+use phalanx_comm::rendezvous::{RendezvousError, StoreError};
+
+/// The launcher failed before or beside its ranks.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LaunchError {
+    /// An option makes no sense.
+    #[error("{option} {value} is not {expected}")]
+    Option {
+        /// The option, as on the command line.
+        option: &'static str,
+        /// What was given.
+        value: String,
+        /// What would be right.
+        expected: String,
+    },
+    /// An option calls for another one.
+    #[error("{option} is missing: {because}")]
+    MissingOption {
+        /// The absent option.
+        option: &'static str,
+        /// Which other option calls for it.
+        because: &'static str,
+    },
+    /// Several real nodes without a common secret.
+    #[error("PHALANX_JOB_TOKEN is not set, and a job on several machines needs the same secret on each: make one with `openssl rand -hex 32` and set it on every node before launching")]
+    NoJobToken,
+    /// The program could not be started.
+    #[error("cannot start {program}: {source}{}", start_help(.source))]
+    Start {
+        /// The program's path.
+        program: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The folder for logs cannot be written.
+    #[error("cannot write {path}: {source}; choose another --log-dir")]
+    Log {
+        /// The file or folder.
+        path: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The operating system refused something the launcher needs.
+    #[error("{call}: {source}")]
+    System {
+        /// What was asked for.
+        call: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Two nodes were started with options that do not fit together.
+    #[error("node {node} was launched with --nnodes {theirs}, this node with --nnodes {ours}: give the same on every node")]
+    NodeMismatch {
+        /// The other node.
+        node: usize,
+        /// Its count of nodes.
+        theirs: usize,
+        /// Ours.
+        ours: usize,
+    },
+    /// Some nodes did not come.
+    #[error("nodes {missing} did not come within {seconds} s (joined {joined}/{expected}): start the launcher there with the same --nnodes, --master-addr and --master-port and its own --node-rank")]
+    MissingNodes {
+        /// Those who did not come.
+        missing: String,
+        /// How many came.
+        joined: usize,
+        /// How many should have come.
+        expected: usize,
+        /// How long this node waited.
+        seconds: u64,
+    },
+    /// Another node's launcher said something that is no message of ours.
+    #[error(
+        "the launcher of node {node} sent {what}: run the same build of phalanx on every node"
+    )]
+    Garbled {
+        /// The other node.
+        node: usize,
+        /// What it sent.
+        what: String,
+    },
+    /// The environment holds something ill-formed.
+    #[error(transparent)]
+    Environment(#[from] EnvironmentError),
+    /// The nodes could not meet.
+    #[error(transparent)]
+    Rendezvous(#[from] RendezvousError),
+    /// The store failed while the nodes were meeting.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl LaunchError {
+    /// The process exit code that says what kind of failure it was: 64 usage, 69 unavailable, 71 operating system, 74 files.
+    #[must_use]
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::Option { .. }
+            | Self::MissingOption { .. }
+            | Self::NoJobToken
+            | Self::NodeMismatch { .. }
+            | Self::Start { .. }
+            | Self::Environment(_) => 64,
+            Self::MissingNodes { .. }
+            | Self::Garbled { .. }
+            | Self::Rendezvous(_)
+            | Self::Store(_) => 69,
+            Self::Log { .. } => 74,
+            Self::System { .. } => 71,
+        }
+    }
+}
+
+fn start_help(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::NotFound => "; check the path, or build the program first",
+        io::ErrorKind::PermissionDenied => "; it is not executable for this user",
+        io::ErrorKind::WouldBlock => {
+            "; the limit of processes is reached (ulimit -u, or the pids limit of the container)"
+        }
+        _ => "",
+    }
+}
+
+/// Turns a system call's error into one that names the call.
+pub(crate) fn system<E: Into<io::Error>>(call: &'static str) -> impl Fn(E) -> LaunchError {
+    move |error| LaunchError::System { call, source: error.into() }
+}

@@ -1,0 +1,190 @@
+//! Launchers of several real machines: they meet at node 0's store, compare options, and tell each other of failures.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use phalanx_comm::rendezvous::{
+    join, Credentials, RendezvousError, Store, StoreClient, StoreError,
+};
+
+use crate::error::{system, LaunchError};
+use crate::plan::Plan;
+use crate::report::Failure;
+
+const FAILURE_KEY: &str = "launch/failure";
+const DONE_NAME: &str = "launch/done";
+/// A wait for news is renewed this often; a cancelled one ends at once.
+const NEWS_WAIT: Duration = Duration::from_secs(60);
+
+/// The connection between this launcher and the others.
+#[derive(Debug)]
+pub(crate) struct Nodes {
+    store: Arc<StoreClient>,
+    mine: usize,
+    count: usize,
+    news: Arc<Mutex<Option<Failure>>>,
+    /// Readable (closed) when there is news.
+    signal: UnixStream,
+    watcher: Option<JoinHandle<()>>,
+}
+
+impl Nodes {
+    /// Meets the other launchers; returns how many ranks each node starts, too.
+    pub(crate) fn meet(
+        plan: &Plan,
+        mine: usize,
+        credentials: Credentials,
+        deadline: Instant,
+    ) -> Result<(Self, Vec<usize>), LaunchError> {
+        let (start, count) = (Instant::now(), plan.node_count());
+        let store =
+            StoreClient::connect(plan.master_addr(), plan.master_port, credentials, deadline)?;
+        let ours = format!("{count} {}", plan.ranks_per_node);
+        let said = join(&store, "launch/nodes", mine, count, ours.as_bytes(), deadline)
+            .map_err(|error| missing_nodes(error, start))?;
+        let ranks_of_nodes = said
+            .iter()
+            .enumerate()
+            .map(|(node, said)| ranks_of_node(node, said, count))
+            .collect::<Result<Vec<_>, _>>()?;
+        let nodes = Self::watching(Arc::new(store), mine, count)?;
+        Ok((nodes, ranks_of_nodes))
+    }
+
+    fn watching(store: Arc<StoreClient>, mine: usize, count: usize) -> Result<Self, LaunchError> {
+        let (signal, write) = UnixStream::pair().map_err(system("socketpair"))?;
+        let news = Arc::new(Mutex::new(None));
+        let watcher = {
+            let (store, news) = (Arc::clone(&store), Arc::clone(&news));
+            thread::Builder::new()
+                .name("news of other nodes".to_owned())
+                .spawn(move || watch(&*store, mine, &news, write))
+                .map_err(system("start a thread"))?
+        };
+        Ok(Self { store, mine, count, news, signal, watcher: Some(watcher) })
+    }
+
+    /// Becomes readable when another node has failed.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.signal.as_fd()
+    }
+
+    /// The failure of another node, if there is one.
+    pub(crate) fn news(&self) -> Option<Failure> {
+        self.news.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Tells the others that this node failed; the first one to say so counts.
+    pub(crate) fn announce(&self, report: &str, code: u8) {
+        let text = format!("{} {code} {report}", self.mine);
+        if let Err(error) = self.store.compare_set(FAILURE_KEY, None, text.as_bytes()) {
+            tracing::debug!(%error, "the other nodes could not be told of the failure");
+        }
+    }
+
+    /// Says that this node's ranks are done, and waits for the others': node 0 takes the store with it when it goes.
+    pub(crate) fn finish(&self, deadline: Instant) {
+        if let Err(error) = join(&*self.store, DONE_NAME, self.mine, self.count, b"", deadline) {
+            tracing::debug!(%error, "left before the other nodes were done");
+        }
+    }
+}
+
+impl Drop for Nodes {
+    fn drop(&mut self) {
+        self.store.cancel();
+        if let Some(watcher) = self.watcher.take() {
+            if watcher.join().is_err() {
+                tracing::error!("the thread that waits for news of other nodes panicked");
+            }
+        }
+    }
+}
+
+/// Waits for the first failure of any node; closing `signal` wakes the launcher.
+fn watch(store: &dyn Store, mine: usize, news: &Mutex<Option<Failure>>, signal: UnixStream) {
+    let failure = loop {
+        match store.get(FAILURE_KEY, Instant::now() + NEWS_WAIT) {
+            Ok(text) => match parse_failure(&String::from_utf8_lossy(&text)) {
+                Some(Failure::Node { node, .. }) if node == mine => return,
+                Some(other) => break other,
+                None => break gone("it left an unreadable message"),
+            },
+            Err(StoreError::Timeout { .. }) => {}
+            Err(StoreError::Cancelled { .. }) => return,
+            Err(error) => break gone(&error.to_string()),
+        }
+    };
+    *news.lock().unwrap_or_else(PoisonError::into_inner) = Some(failure);
+    // Closing it makes the other end readable.
+    drop(signal);
+}
+
+fn gone(why: &str) -> Failure {
+    let report =
+        format!("error[PHX0703]: the launcher of node 0 is gone: {why} | help: look at its output");
+    Failure::Node { node: 0, report, code: 69 }
+}
+
+fn parse_failure(text: &str) -> Option<Failure> {
+    let (node, rest) = text.split_once(' ')?;
+    let (code, report) = rest.split_once(' ')?;
+    Some(Failure::Node {
+        node: node.parse().ok()?,
+        report: report.to_owned(),
+        code: code.parse().ok()?,
+    })
+}
+
+fn ranks_of_node(node: usize, said: &[u8], ours: usize) -> Result<usize, LaunchError> {
+    let text = String::from_utf8_lossy(said).into_owned();
+    let numbers = text.split_once(' ').and_then(|(theirs, ranks)| {
+        Some((theirs.parse::<usize>().ok()?, ranks.parse::<usize>().ok()?))
+    });
+    match numbers {
+        Some((theirs, _)) if theirs != ours => {
+            Err(LaunchError::NodeMismatch { node, theirs, ours })
+        }
+        Some((_, ranks)) => Ok(ranks),
+        None => Err(LaunchError::Garbled { node, what: format!("{text:?}") }),
+    }
+}
+
+fn missing_nodes(error: RendezvousError, start: Instant) -> LaunchError {
+    match error {
+        RendezvousError::MissingRanks { missing, joined, expected, .. } => {
+            let missing: Vec<String> = missing.iter().map(ToString::to_string).collect();
+            let seconds = start.elapsed().as_secs();
+            LaunchError::MissingNodes { missing: missing.join(","), joined, expected, seconds }
+        }
+        other => other.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nodes_say_is_checked() {
+        assert_eq!(ranks_of_node(1, b"4 2", 4).unwrap(), 2);
+        let message = |said| ranks_of_node(1, said, 4).unwrap_err().to_string();
+        assert!(message(b"3 2").contains("node 1 was launched with --nnodes 3"));
+        for garbage in [&b""[..], b"4", b"x y", b"\xff\xff"] {
+            assert!(message(garbage).contains("same build"), "{garbage:?}");
+        }
+    }
+
+    #[test]
+    fn a_failure_keeps_its_report_whole() {
+        let Some(Failure::Node { node, report, code }) = parse_failure("1 70 error[X]: a b | c")
+        else {
+            panic!("it is well-formed");
+        };
+        assert_eq!((node, report.as_str(), code), (1, "error[X]: a b | c", 70));
+        assert!(parse_failure("nonsense").is_none());
+    }
+}

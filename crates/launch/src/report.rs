@@ -1,0 +1,225 @@
+//! How a job ended: one line for people and grep, one record for programs.
+//!
+//! The line's form is the project's message contract: `error[PHX….]: who … | what is known … | help: …`.
+
+use std::fmt;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use crate::process::Exit;
+use crate::signals;
+
+/// How a job ended.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// What was wrong first, if anything was.
+    pub failure: Option<Failure>,
+    /// The signal that the user ended the job with.
+    pub ended_by: Option<i32>,
+    /// How long the ranks ran.
+    pub elapsed: Duration,
+}
+
+/// The first failure of a job: its root cause as far as the launcher can see.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Failure {
+    /// A rank of this launcher.
+    Rank(RankFailure),
+    /// Another node's launcher said that it failed.
+    Node {
+        /// The other node.
+        node: usize,
+        /// Its report, one line.
+        report: String,
+        /// Its launcher's exit code.
+        code: u8,
+    },
+}
+
+/// A rank that died or ended with an error.
+#[derive(Clone, Debug)]
+pub struct RankFailure {
+    /// The rank.
+    pub rank: usize,
+    /// The machine's name.
+    pub host: String,
+    /// The rank's process id.
+    pub pid: i32,
+    /// How it ended.
+    pub exit: Exit,
+    /// When, counted from the start.
+    pub after: Duration,
+    /// The last lines of its standard error, oldest first.
+    pub last_lines: Vec<String>,
+}
+
+impl Report {
+    /// The exit code that says what happened: 0, the ranks' own code where it is one of the contract's (64, 65, 69, 74,
+    /// 75, 124), 70 for any other failure of a rank, 128 + signal when the user ended the job.
+    #[must_use]
+    pub fn code(&self) -> u8 {
+        match (&self.failure, self.ended_by) {
+            (Some(Failure::Rank(failure)), _) => match failure.exit {
+                Exit::Code(code @ (64 | 65 | 69 | 74 | 75 | 124)) => {
+                    u8::try_from(code).unwrap_or(70)
+                }
+                _ => 70,
+            },
+            (Some(Failure::Node { code, .. }), _) => *code,
+            (None, Some(signal)) => u8::try_from(128 + signal).unwrap_or(70),
+            (None, None) => 0,
+        }
+    }
+
+    /// [`Report::code`] as `main` returns it.
+    #[must_use]
+    pub fn exit_code(&self) -> ExitCode {
+        ExitCode::from(self.code())
+    }
+}
+
+impl RankFailure {
+    fn cause(&self) -> String {
+        match self.exit {
+            Exit::Signal(signal) => format!("died: signal {signal} ({})", signals::name(signal)),
+            Exit::Code(code) => format!("ended with exit code {code}"),
+        }
+    }
+
+    fn help(&self) -> &'static str {
+        match self.exit {
+            Exit::Signal(9) => "killed from outside: look for the out-of-memory killer (dmesg, cgroup memory.events) or who sent it",
+            Exit::Signal(11 | 7) => "a memory fault in native code: a core dump or a debugger on this rank shows where",
+            Exit::Signal(6) => "it aborted: its last lines say why",
+            Exit::Code(101) => "it panicked: its last lines say where; RUST_BACKTRACE=1 shows the way there",
+            _ => "its last lines say why",
+        }
+    }
+
+    /// 0701: died by a signal; 0702: ended with an error.
+    const fn number(&self) -> &'static str {
+        match self.exit {
+            Exit::Signal(_) => "PHX0701",
+            Exit::Code(_) => "PHX0702",
+        }
+    }
+
+    /// The record for `errors.jsonl`: one JSON object.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        let (exit_code, signal) = match self.exit {
+            Exit::Code(code) => (Some(code), None),
+            Exit::Signal(signal) => (None, Some(signal)),
+        };
+        serde_json::json!({
+            "code": self.number(),
+            "rank": self.rank,
+            "host": self.host,
+            "pid": self.pid,
+            "exit_code": exit_code,
+            "signal": signal,
+            "after_s": self.after.as_secs_f64(),
+            "last_lines": self.last_lines,
+            "message": self.to_string(),
+        })
+        .to_string()
+    }
+}
+
+/// Lines of standard error that the report repeats; the rest was shown when it came.
+const SHOWN_LINES: usize = 3;
+
+impl fmt::Display for RankFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rank, host, pid, .. } = self;
+        let (number, cause) = (self.number(), self.cause());
+        let seconds = self.after.as_secs_f64();
+        write!(
+            f,
+            "error[{number}]: rank {rank} on host {host} (pid {pid}) {cause} after {seconds:.1} s"
+        )?;
+        let skipped = self.last_lines.len().saturating_sub(SHOWN_LINES);
+        if !self.last_lines.is_empty() {
+            write!(f, " | last lines: {}", self.last_lines[skipped..].join(" ⏎ "))?;
+        }
+        write!(f, " | help: {}", self.help())
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Rank(failure) => failure.fmt(f),
+            // The other node's line is complete; it is marked as coming from there.
+            Self::Node { node, report, .. } => write!(f, "{report} | reported by node {node}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failure(exit: Exit) -> RankFailure {
+        RankFailure {
+            rank: 2,
+            host: "a".to_owned(),
+            pid: 811,
+            exit,
+            after: Duration::from_millis(3210),
+            last_lines: ["one", "two", "three", "four \"quoted\""].map(str::to_owned).to_vec(),
+        }
+    }
+
+    fn code(failure: Option<Failure>, ended_by: Option<i32>) -> u8 {
+        Report { failure, ended_by, elapsed: Duration::ZERO }.code()
+    }
+
+    #[test]
+    fn the_line_names_rank_host_pid_cause_and_last_lines() {
+        let line = failure(Exit::Signal(9)).to_string();
+        assert!(
+            line.starts_with("error[PHX0701]: rank 2 on host a (pid 811) died: signal 9 (SIGKILL) after 3.2 s | last lines: two ⏎ three ⏎ four"),
+            "{line}"
+        );
+        assert!(!line.contains('\n') && line.contains("| help: "), "{line}");
+        let panicked = failure(Exit::Code(101)).to_string();
+        assert!(panicked.contains("ended with exit code 101"), "{panicked}");
+        assert!(panicked.contains("RUST_BACKTRACE=1"), "{panicked}");
+    }
+
+    #[test]
+    fn the_record_is_json_with_the_same_facts() {
+        let record: serde_json::Value =
+            serde_json::from_str(&failure(Exit::Signal(11)).to_json()).unwrap();
+        assert_eq!(record["rank"], 2);
+        assert_eq!(record["signal"], 11);
+        assert_eq!(record["exit_code"], serde_json::Value::Null);
+        assert_eq!(record["last_lines"][3], "four \"quoted\"");
+    }
+
+    #[test]
+    fn exit_codes_follow_the_contract() {
+        let rank = |exit| Some(Failure::Rank(failure(exit)));
+        assert_eq!(code(None, None), 0);
+        assert_eq!(code(None, Some(2)), 130);
+        assert_eq!(code(None, Some(15)), 143);
+        assert_eq!(code(rank(Exit::Signal(9)), None), 70);
+        for (of_rank, of_job) in [
+            (1, 70),
+            (101, 70),
+            (64, 64),
+            (65, 65),
+            (69, 69),
+            (74, 74),
+            (75, 75),
+            (124, 124),
+            (255, 70),
+        ] {
+            assert_eq!(code(rank(Exit::Code(of_rank)), None), of_job, "{of_rank}");
+        }
+        let node = Failure::Node { node: 1, report: String::new(), code: 74 };
+        assert_eq!(code(Some(node), None), 74);
+    }
+}

@@ -1,0 +1,226 @@
+//! From options to a report: meet, start, supervise.
+
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use phalanx_comm::environment::{JobToken, LauncherEnvironment, World};
+use phalanx_comm::rendezvous::{listen_address, Credentials, StoreServer};
+use sha2::{Digest as _, Sha256};
+
+use crate::error::LaunchError;
+use crate::lines::{Lines, Style, Tail};
+use crate::nodes::Nodes as NodeLink;
+use crate::options::{LaunchOptions, Prefix};
+use crate::plan::{environment, threads, Job, Nodes, Place, Plan};
+use crate::process::{ErrorStream, Process, Start};
+use crate::report::{Failure, Report};
+use crate::screen::{Screen, Stream};
+use crate::signals::Signals;
+use crate::supervise::{Rank, Supervisor};
+
+/// Whether a launcher (ours, torchrun, mpirun, srun) has started this process as a rank.
+#[must_use]
+pub fn is_worker() -> bool {
+    World::is_in_env()
+}
+
+/// Starts `program` with `args` as every rank of this machine, and waits for all of them.
+///
+/// Must be the only launcher of its process at a time: it takes over the signals, and does not put the former handlers
+/// back.
+///
+/// # Errors
+///
+/// [`LaunchError`] when the job could not be started; what happens to the ranks afterwards is in the [`Report`].
+pub fn run(
+    options: &LaunchOptions,
+    program: &Path,
+    args: &[OsString],
+) -> Result<Report, LaunchError> {
+    let plan = Plan::new(options)?;
+    // Before anything else is started: from here on a Ctrl-C finds us prepared.
+    let signals = Signals::register()?;
+    let deadline = Instant::now() + options.connect_timeout;
+    let ours = LauncherEnvironment::from_env()?;
+    let credentials = credentials(&plan, &ours)?;
+    let server = host_store(&plan, &credentials, deadline)?;
+    let (link, ranks_of_nodes) = match plan.nodes {
+        Nodes::Here { count } => (None, vec![plan.ranks_per_node; count]),
+        Nodes::Real { mine, .. } => {
+            let (link, ranks) = NodeLink::meet(&plan, mine, credentials.clone(), deadline)?;
+            (Some(link), ranks)
+        }
+    };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let is_set = ours.omp_num_threads.is_some();
+    let job = Job {
+        world_size: ranks_of_nodes.iter().sum(),
+        node_count: plan.node_count(),
+        master_addr: plan.master_addr().to_owned(),
+        master_port: server.as_ref().map_or(plan.master_port, |server| server.address().port()),
+        run_id: credentials.run_id,
+        job_token: credentials.job_token.to_hex(),
+        restart_count: 0,
+        threads: threads(options.threads, is_set, cores, plan.ranks_here()),
+    };
+    let mut supervisor = Supervisor::new(signals, link, host_name(), options.grace);
+    announce(&mut supervisor.screen, &plan);
+    let logs = Logs::create(options.log_dir.as_deref(), &job.run_id)?;
+    let what = What { program, args, job: &job, logs: &logs };
+    for place in plan.places(&ranks_of_nodes) {
+        // An error here drops the ranks that are there already: see Supervisor's drop.
+        supervisor.add(what.start(place, options.prefix)?);
+    }
+    let report = supervisor.run()?;
+    logs.record(&report);
+    // The store lives until the last rank has ended.
+    drop(server);
+    Ok(report)
+}
+
+/// Says what is not obvious: that machines are played.
+fn announce(screen: &mut Screen, plan: &Plan) {
+    if let Nodes::Here { count } = plan.nodes {
+        if count > 1 {
+            let ranks = plan.ranks_per_node;
+            let plural = if ranks == 1 { "" } else { "s" };
+            screen.notice(&format!(
+                "emulating {count} nodes on this machine, {ranks} rank{plural} each (real ones: --node-rank and --master-addr)"
+            ));
+        }
+    }
+}
+
+/// Run id and secret: fresh ones on one machine, agreed ones on several.
+fn credentials(plan: &Plan, ours: &LauncherEnvironment) -> Result<Credentials, LaunchError> {
+    let (job_token, run_id) = match &plan.nodes {
+        Nodes::Here { .. } => {
+            let fresh = JobToken::generate()?;
+            let run_id = short_hash(&[fresh.as_bytes(), b"run id"]);
+            (ours.job_token.clone().unwrap_or(fresh), run_id)
+        }
+        Nodes::Real { master_addr, .. } => {
+            let token = ours.job_token.clone().ok_or(LaunchError::NoJobToken)?;
+            let port = plan.master_port.to_le_bytes();
+            let run_id = short_hash(&[token.as_bytes(), master_addr.as_bytes(), &port]);
+            (token, run_id)
+        }
+    };
+    let run_id = ours.run_id.clone().unwrap_or(run_id);
+    Ok(Credentials { run_id, restart_count: 0, job_token })
+}
+
+/// Eight hexadecimal digits: a name, not a secret.
+fn short_hash(parts: &[&[u8]]) -> String {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update(part);
+    }
+    hash.finalize().iter().take(4).map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The store, if this launcher is to host it.
+fn host_store(
+    plan: &Plan,
+    credentials: &Credentials,
+    deadline: Instant,
+) -> Result<Option<StoreServer>, LaunchError> {
+    let address = match &plan.nodes {
+        Nodes::Here { .. } => SocketAddr::from(([127, 0, 0, 1], plan.master_port)),
+        Nodes::Real { mine: 0, master_addr, .. } => {
+            listen_address(master_addr, plan.master_port, deadline)?
+        }
+        Nodes::Real { .. } => return Ok(None),
+    };
+    Ok(Some(StoreServer::start(address, credentials.clone())?))
+}
+
+fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// What every rank is started from.
+struct What<'w> {
+    program: &'w Path,
+    args: &'w [OsString],
+    job: &'w Job,
+    logs: &'w Logs,
+}
+
+impl What<'_> {
+    fn start(&self, place: Place, prefix: Prefix) -> Result<Rank, LaunchError> {
+        let prefix = match prefix {
+            Prefix::Auto if self.job.world_size > 1 => {
+                let width = (self.job.world_size - 1).to_string().len();
+                Some(format!("[rank {:>width$}] ", place.rank))
+            }
+            _ => None,
+        };
+        let error_stream = if place.rank == 0 && Screen::is_terminal(Stream::Error) {
+            ErrorStream::Terminal
+        } else {
+            ErrorStream::Pipe
+        };
+        let style = prefix.clone().map_or(Style::Plain, Style::Prefixed);
+        let error_style = match error_stream {
+            ErrorStream::Terminal => Style::Terminal(prefix.unwrap_or_default()),
+            ErrorStream::Pipe => style.clone(),
+        };
+        let process = Process::start(&Start {
+            program: self.program,
+            args: self.args,
+            environment: &environment(self.job, place),
+            error_stream,
+        })?;
+        Ok(Rank {
+            number: place.rank,
+            process,
+            lines: [Lines::new(style), Lines::new(error_style)],
+            tail: Tail::default(),
+            log: self.logs.of_rank(place.rank)?,
+            ended: None,
+        })
+    }
+}
+
+/// The folder of this run, if one was asked for.
+struct Logs {
+    dir: Option<PathBuf>,
+}
+
+impl Logs {
+    fn create(parent: Option<&Path>, run_id: &str) -> Result<Self, LaunchError> {
+        let dir = parent.map(|parent| parent.join(run_id));
+        if let Some(dir) = &dir {
+            fs::create_dir_all(dir).map_err(|source| log_failed(dir, source))?;
+        }
+        Ok(Self { dir })
+    }
+
+    fn of_rank(&self, rank: usize) -> Result<Option<File>, LaunchError> {
+        let Some(dir) = &self.dir else { return Ok(None) };
+        let path = dir.join(format!("rank{rank}.log"));
+        File::create(&path).map(Some).map_err(|source| log_failed(&path, source))
+    }
+
+    /// Appends the failure in one write, so that several launchers may share the file.
+    fn record(&self, report: &Report) {
+        let (Some(dir), Some(Failure::Rank(failure))) = (&self.dir, &report.failure) else {
+            return;
+        };
+        let path = dir.join("errors.jsonl");
+        let line = format!("{}\n", failure.to_json());
+        let file = OpenOptions::new().create(true).append(true).open(&path);
+        if let Err(error) = file.and_then(|mut file| file.write_all(line.as_bytes())) {
+            tracing::warn!(path = %path.display(), %error, "the failure could not be recorded");
+        }
+    }
+}
+
+fn log_failed(path: &Path, source: std::io::Error) -> LaunchError {
+    LaunchError::Log { path: path.display().to_string(), source }
+}

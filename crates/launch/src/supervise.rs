@@ -1,0 +1,406 @@
+//! The launcher's loop: output, exits and signals of all ranks, from one thread and one poll.
+//!
+//! The first rank that fails is the root cause: the others are asked to end (SIGTERM), and killed after a grace. Every
+//! process group is killed before its leader's number is given back, so that nothing stays behind.
+
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use rustix::event::{poll, PollFd, PollFlags};
+use rustix::process::Signal;
+
+use crate::error::{system, LaunchError};
+use crate::guard::Guard;
+use crate::lines::{Lines, Tail};
+use crate::nodes::Nodes;
+use crate::process::{self, Exit, Process};
+use crate::report::{Failure, RankFailure, Report};
+use crate::screen::{Screen, Stream};
+use crate::signals::{Meaning, Signals};
+
+/// After a kill everything should be gone in no time; a process stuck in the kernel is left to it after this.
+const KILL_MAX: Duration = Duration::from_secs(5);
+/// What a rank's escaped children may still write after it has ended.
+const DRAIN_MAX: Duration = Duration::from_millis(200);
+const READ_BYTES: usize = 64 << 10;
+/// Reads of one stream before the others get their turn.
+const READS_PER_TURN: usize = 8;
+
+/// A rank under supervision.
+#[derive(Debug)]
+pub(crate) struct Rank {
+    pub(crate) number: usize,
+    pub(crate) process: Process,
+    pub(crate) lines: [Lines; 2],
+    pub(crate) tail: Tail,
+    pub(crate) log: Option<File>,
+    pub(crate) ended: Option<(Exit, Instant)>,
+}
+
+/// How far the job's end has come.
+#[derive(Clone, Copy, Debug)]
+enum Stage {
+    Running,
+    Ending { kill_at: Instant },
+    Killed { give_up_at: Instant },
+}
+
+/// The ranks and everything around them.
+#[derive(Debug)]
+pub(crate) struct Supervisor {
+    pub(crate) ranks: Vec<Rank>,
+    pub(crate) signals: Signals,
+    pub(crate) guard: Guard,
+    pub(crate) screen: Screen,
+    pub(crate) nodes: Option<Nodes>,
+    pub(crate) host: String,
+    pub(crate) grace: Duration,
+    pub(crate) started: Instant,
+    state: State,
+}
+
+#[derive(Debug)]
+struct State {
+    stage: Stage,
+    failure: Option<Failure>,
+    ended_by: Option<i32>,
+}
+
+const STREAMS: [Stream; 2] = [Stream::Output, Stream::Error];
+
+impl Supervisor {
+    pub(crate) fn new(
+        signals: Signals,
+        nodes: Option<Nodes>,
+        host: String,
+        grace: Duration,
+    ) -> Self {
+        Self {
+            ranks: Vec::new(),
+            signals,
+            guard: Guard::start(),
+            screen: Screen::new(),
+            nodes,
+            host,
+            grace,
+            started: Instant::now(),
+            state: State { stage: Stage::Running, failure: None, ended_by: None },
+        }
+    }
+
+    /// Puts a started rank under supervision.
+    pub(crate) fn add(&mut self, rank: Rank) {
+        self.guard.watch(rank.process.id());
+        self.ranks.push(rank);
+    }
+
+    /// Runs until every rank has ended.
+    pub(crate) fn run(mut self) -> Result<Report, LaunchError> {
+        while self.has_work() {
+            self.wait()?;
+            let now = Instant::now();
+            for (signal, meaning, count) in self.signals.pending() {
+                self.handle_signal(signal, meaning, count, now);
+            }
+            for at in 0..self.ranks.len() {
+                self.read(at);
+            }
+            self.collect(now)?;
+            self.hear_news(now);
+            self.advance(now);
+        }
+        if let (Some(nodes), None) = (&self.nodes, &self.state.failure) {
+            nodes.finish(Instant::now() + self.grace);
+            // A node that failed while we waited for it makes this job a failed one.
+            self.state.failure = nodes.news();
+        }
+        if let Some(failure) = &self.state.failure {
+            self.screen.write(Stream::Error, format!("{failure}\n").as_bytes());
+        }
+        let State { failure, ended_by, .. } = &self.state;
+        Ok(Report {
+            failure: failure.clone(),
+            ended_by: *ended_by,
+            elapsed: self.started.elapsed(),
+        })
+    }
+
+    /// Ranks that live, or streams that may still bring something.
+    fn has_work(&self) -> bool {
+        if let Stage::Killed { give_up_at } = self.state.stage {
+            if Instant::now() >= give_up_at {
+                return false;
+            }
+        }
+        self.ranks
+            .iter()
+            .any(|rank| rank.ended.is_none() || rank.process.streams.iter().any(Option::is_some))
+    }
+
+    fn wait(&self) -> Result<(), LaunchError> {
+        let mut fds: Vec<BorrowedFd<'_>> = self.signals.fds().collect();
+        fds.extend(self.nodes.iter().filter(|_| self.is_running()).map(Nodes::fd));
+        for rank in &self.ranks {
+            if rank.ended.is_none() {
+                fds.push(rank.process.pidfd.as_fd());
+            }
+            fds.extend(rank.process.streams.iter().flatten().map(AsFd::as_fd));
+        }
+        let mut fds: Vec<PollFd<'_>> =
+            fds.into_iter().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+        let timeout = self.next_deadline().map(process::timespec_until);
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(errno) => Err(system("poll")(errno)),
+        }
+    }
+
+    const fn is_running(&self) -> bool {
+        matches!(self.state.stage, Stage::Running)
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let stage = match self.state.stage {
+            Stage::Running => None,
+            Stage::Ending { kill_at } => Some(kill_at),
+            Stage::Killed { give_up_at } => Some(give_up_at),
+        };
+        let drains = self.ranks.iter().filter_map(Rank::drain_until);
+        drains.chain(stage).min()
+    }
+
+    fn handle_signal(&mut self, signal: Signal, meaning: Meaning, count: usize, now: Instant) {
+        match meaning {
+            Meaning::Forward => self.signal_all(signal),
+            Meaning::Resize => self.resize(),
+            Meaning::Suspend => {
+                self.signal_all(Signal::STOP);
+                let me = rustix::process::getpid();
+                if let Err(errno) = rustix::process::kill_process(me, Signal::STOP) {
+                    tracing::debug!(%errno, "could not stop");
+                }
+            }
+            Meaning::End => {
+                let again = self.state.ended_by.is_some() || count > 1;
+                self.state.ended_by.get_or_insert(signal.as_raw());
+                // Schedulers send SIGTERM repeatedly; a person who presses Ctrl-C twice means it.
+                if again && signal == Signal::INT {
+                    self.kill(now);
+                    return;
+                }
+                self.signal_all(signal);
+                if self.is_running() {
+                    let (name, grace) = (crate::signals::name(signal.as_raw()), self.grace);
+                    self.notice(&format!(
+                        "{name}: the ranks have {} s to end; Ctrl-C (again) kills them at once",
+                        grace.as_secs_f64()
+                    ));
+                    self.state.stage = Stage::Ending { kill_at: now + grace };
+                }
+            }
+        }
+    }
+
+    fn resize(&self) {
+        for rank in &self.ranks {
+            if let Some(terminal) = &rank.process.streams[1] {
+                process::resize(terminal);
+                rank.process.signal_group(Signal::WINCH);
+            }
+        }
+    }
+
+    fn signal_all(&self, signal: Signal) {
+        for rank in self.ranks.iter().filter(|rank| rank.ended.is_none()) {
+            rank.process.signal_group(signal);
+        }
+    }
+
+    fn kill(&mut self, now: Instant) {
+        self.signal_all(Signal::KILL);
+        self.state.stage = Stage::Killed { give_up_at: now + KILL_MAX };
+    }
+
+    /// Reads what a rank has written, and shows it.
+    fn read(&mut self, at: usize) {
+        let mut buffer = vec![0; READ_BYTES];
+        for (which, stream) in STREAMS.into_iter().enumerate() {
+            for _ in 0..READS_PER_TURN {
+                let rank = &mut self.ranks[at];
+                let Some(file) = &mut rank.process.streams[which] else { break };
+                let count = match file.read(&mut buffer) {
+                    Ok(count) => count,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                    // A pseudo-terminal whose other end is closed answers EIO: that is its end of file.
+                    Err(_) => 0,
+                };
+                if count == 0 {
+                    self.close(at, which);
+                    break;
+                }
+                rank.keep(stream, &buffer[..count]);
+                let shown = rank.lines[which].push(&buffer[..count]);
+                self.show(stream, &shown, at);
+            }
+        }
+    }
+
+    fn close(&mut self, at: usize, which: usize) {
+        self.ranks[at].process.streams[which] = None;
+        let rest = self.ranks[at].lines[which].finish();
+        self.show(STREAMS[which], &rest, at);
+    }
+
+    /// Writes to the screen; a progress bar of another stream that stands there is cleared first, and redraws itself.
+    fn show(&mut self, stream: Stream, bytes: &[u8], from: usize) {
+        if bytes.is_empty() {
+            return;
+        }
+        for (at, rank) in self.ranks.iter_mut().enumerate() {
+            let is_itself = at == from && stream == Stream::Error;
+            if rank.lines[1].is_inside_line() && !is_itself && Screen::is_terminal(stream) {
+                self.screen.write(Stream::Error, b"\r\x1b[2K");
+                rank.lines[1].line_was_cleared();
+            }
+        }
+        self.screen.write(stream, bytes);
+    }
+
+    fn notice(&mut self, line: &str) {
+        for rank in &mut self.ranks {
+            if rank.lines[1].is_inside_line() {
+                self.screen.write(Stream::Error, b"\n");
+                rank.lines[1].line_was_cleared();
+            }
+        }
+        self.screen.notice(line);
+    }
+
+    /// Collects the ranks that have ended, and finds the root cause among those that failed.
+    fn collect(&mut self, now: Instant) -> Result<(), LaunchError> {
+        let mut failed: Option<(u8, usize)> = None;
+        for at in 0..self.ranks.len() {
+            if self.ranks[at].ended.is_none() {
+                if let Some(exit) = self.ranks[at].process.collect()? {
+                    self.ranks[at].ended = Some((exit, now));
+                    self.read(at);
+                    let suspicion = suspicion(exit);
+                    if suspicion > 0 && failed.is_none_or(|(other, _)| suspicion > other) {
+                        failed = Some((suspicion, at));
+                    }
+                }
+            }
+            if self.ranks[at].drain_until().is_some_and(|until| until <= now) {
+                self.close(at, 0);
+                self.close(at, 1);
+            }
+        }
+        if let Some((_, at)) = failed.filter(|_| self.is_running()) {
+            let failure = self.failure_of(at);
+            let left = self.ranks.iter().filter(|rank| rank.ended.is_none()).count();
+            if left > 0 {
+                self.notice(&format!("rank {} failed; ending the others ({left})", failure.rank));
+            }
+            let line = failure.to_string();
+            let report = Report {
+                failure: Some(Failure::Rank(failure)),
+                ended_by: None,
+                elapsed: self.started.elapsed(),
+            };
+            if let Some(nodes) = &self.nodes {
+                nodes.announce(&line, report.code());
+            }
+            self.fail(report.failure, now);
+        }
+        Ok(())
+    }
+
+    fn failure_of(&mut self, at: usize) -> RankFailure {
+        let rank = &mut self.ranks[at];
+        let (exit, when) = rank.ended.unwrap_or((Exit::Code(-1), self.started));
+        RankFailure {
+            rank: rank.number,
+            host: self.host.clone(),
+            pid: rank.process.id(),
+            exit,
+            after: when.saturating_duration_since(self.started),
+            last_lines: rank.tail.lines(),
+        }
+    }
+
+    fn hear_news(&mut self, now: Instant) {
+        if !self.is_running() {
+            return;
+        }
+        if let Some(news) = self.nodes.as_ref().and_then(Nodes::news) {
+            self.notice("another node failed; ending the ranks of this one");
+            self.fail(Some(news), now);
+        }
+    }
+
+    fn fail(&mut self, failure: Option<Failure>, now: Instant) {
+        self.state.failure = failure;
+        self.signal_all(Signal::TERM);
+        // A stopped process takes SIGTERM only when it continues.
+        self.signal_all(Signal::CONT);
+        self.state.stage = Stage::Ending { kill_at: now + self.grace };
+    }
+
+    fn advance(&mut self, now: Instant) {
+        if let Stage::Ending { kill_at } = self.state.stage {
+            let left = self.ranks.iter().filter(|rank| rank.ended.is_none()).count();
+            if left > 0 && now >= kill_at {
+                let grace = self.grace.as_secs_f64();
+                self.notice(&format!("{left} ranks did not end within {grace} s: killed"));
+                self.kill(now);
+            }
+        }
+    }
+}
+
+impl Drop for Supervisor {
+    /// Whatever went wrong: no rank outlives its launcher.
+    fn drop(&mut self) {
+        let left: Vec<&Rank> = self.ranks.iter().filter(|rank| rank.ended.is_none()).collect();
+        for rank in &left {
+            rank.process.signal_group(Signal::KILL);
+        }
+        let deadline = Instant::now() + KILL_MAX;
+        for rank in left {
+            rank.process.wait_until(deadline);
+        }
+    }
+}
+
+/// Of ranks that failed in the same instant, the likeliest cause: a death by signal or a panic before an ordinary error,
+/// and that before "a peer is gone" (69) or "timed out" (124), which are consequences.
+const fn suspicion(exit: Exit) -> u8 {
+    match exit {
+        Exit::Code(0) => 0,
+        Exit::Code(69 | 124) => 1,
+        Exit::Code(101) => 3,
+        Exit::Code(_) => 2,
+        Exit::Signal(_) => 4,
+    }
+}
+
+impl Rank {
+    fn keep(&mut self, stream: Stream, bytes: &[u8]) {
+        if stream == Stream::Error {
+            self.tail.push(bytes);
+        }
+        if let Some(Err(error)) = self.log.as_mut().map(|log| log.write_all(bytes)) {
+            tracing::warn!(rank = self.number, %error, "the log of this rank ends here");
+            self.log = None;
+        }
+    }
+
+    /// When an ended rank's open streams are given up.
+    fn drain_until(&self) -> Option<Instant> {
+        let (_, when) = self.ended?;
+        self.process.streams.iter().any(Option::is_some).then(|| when + DRAIN_MAX)
+    }
+}
