@@ -177,12 +177,12 @@ fn relative(path: &Path) -> String {
 }
 
 /// The Rust and C++ sources in a folder of ours (or the one file), sorted.
-fn sources_under(path: &Path) -> Vec<PathBuf> {
-    if path.is_file() {
-        return vec![path.to_path_buf()];
+fn sources_under(start: &Path) -> Vec<PathBuf> {
+    if start.is_file() {
+        return vec![start.to_path_buf()];
     }
     let mut files = Vec::new();
-    let mut folders = vec![path.to_path_buf()];
+    let mut folders = vec![start.to_path_buf()];
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
             let path = entry.path();
