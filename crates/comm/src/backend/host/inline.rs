@@ -129,10 +129,6 @@ fn reduce(call: &Call, inputs: &[*const u8], at: usize, bytes: usize, to: *mut u
     // published and none writes its slot again before all have consumed it; `to` has `bytes` bytes
     // of this rank's own memory, which no slot overlaps.
     unsafe {
-        kernel::reduce(
-            call.dtype,
-            reduction.fold,
-            &Pass { partial: None, sources, count, output },
-        );
+        kernel::reduce(call.dtype, reduction.fold, &Pass { partial: None, sources, count, output });
     }
 }
