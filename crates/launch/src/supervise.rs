@@ -24,6 +24,8 @@ use crate::signals::{Meaning, Signals};
 const KILL_MAX: Duration = Duration::from_secs(5);
 /// What a rank's escaped children may still write after it has ended.
 const DRAIN_MAX: Duration = Duration::from_millis(200);
+/// A rank that ended because a peer is gone may be seen before that peer.
+const CAUSE_WAIT: Duration = Duration::from_millis(500);
 const READ_BYTES: usize = 64 << 10;
 /// Reads of one stream before the others get their turn.
 const READS_PER_TURN: usize = 8;
@@ -61,9 +63,18 @@ pub(crate) struct Supervisor {
     state: State,
 }
 
+/// A rank that failed, and until when a likelier cause is waited for.
+#[derive(Clone, Copy, Debug)]
+struct Suspect {
+    suspicion: u8,
+    at: usize,
+    decide_at: Instant,
+}
+
 #[derive(Debug)]
 struct State {
     stage: Stage,
+    suspect: Option<Suspect>,
     failure: Option<Failure>,
     ended_by: Option<i32>,
 }
@@ -86,7 +97,7 @@ impl Supervisor {
             host,
             grace,
             started: Instant::now(),
-            state: State { stage: Stage::Running, failure: None, ended_by: None },
+            state: State { stage: Stage::Running, suspect: None, failure: None, ended_by: None },
         }
     }
 
@@ -168,7 +179,8 @@ impl Supervisor {
             Stage::Killed { give_up_at } => Some(give_up_at),
         };
         let drains = self.ranks.iter().filter_map(Rank::drain_until);
-        drains.chain(stage).min()
+        let suspect = self.state.suspect.filter(|_| self.is_running());
+        drains.chain(stage).chain(suspect.map(|suspect| suspect.decide_at)).min()
     }
 
     fn handle_signal(&mut self, signal: Signal, meaning: Meaning, count: usize, now: Instant) {
@@ -281,16 +293,12 @@ impl Supervisor {
 
     /// Collects the ranks that have ended, and finds the root cause among those that failed.
     fn collect(&mut self, now: Instant) -> Result<(), LaunchError> {
-        let mut failed: Option<(u8, usize)> = None;
         for at in 0..self.ranks.len() {
             if self.ranks[at].ended.is_none() {
                 if let Some(exit) = self.ranks[at].process.collect()? {
                     self.ranks[at].ended = Some((exit, now));
                     self.read(at);
-                    let suspicion = suspicion(exit);
-                    if suspicion > 0 && failed.is_none_or(|(other, _)| suspicion > other) {
-                        failed = Some((suspicion, at));
-                    }
+                    self.suspect(at, exit, now);
                 }
             }
             if self.ranks[at].drain_until().is_some_and(|until| until <= now) {
@@ -298,24 +306,40 @@ impl Supervisor {
                 self.close(at, 1);
             }
         }
-        if let Some((_, at)) = failed.filter(|_| self.is_running()) {
-            let failure = self.failure_of(at);
-            let left = self.ranks.iter().filter(|rank| rank.ended.is_none()).count();
-            if left > 0 {
-                self.notice(&format!("rank {} failed; ending the others ({left})", failure.rank));
-            }
-            let line = failure.to_string();
-            let report = Report {
-                failure: Some(Failure::Rank(failure)),
-                ended_by: None,
-                elapsed: self.started.elapsed(),
-            };
-            if let Some(nodes) = &self.nodes {
-                nodes.announce(&line, report.code());
-            }
-            self.fail(report.failure, now);
+        let all_ended = self.ranks.iter().all(|rank| rank.ended.is_some());
+        let is_due = |suspect: &Suspect| all_ended || suspect.decide_at <= now;
+        if let Some(suspect) = self.state.suspect.filter(is_due).filter(|_| self.is_running()) {
+            self.blame(suspect.at, now);
         }
         Ok(())
+    }
+
+    fn suspect(&mut self, at: usize, exit: Exit, now: Instant) {
+        let suspicion = suspicion(exit);
+        let other = self.state.suspect.map_or(0, |suspect| suspect.suspicion);
+        if suspicion > other {
+            let wait = if suspicion == CONSEQUENCE { CAUSE_WAIT } else { Duration::ZERO };
+            self.state.suspect = Some(Suspect { suspicion, at, decide_at: now + wait });
+        }
+    }
+
+    /// Decides that this rank is the root cause, and ends the others.
+    fn blame(&mut self, at: usize, now: Instant) {
+        let failure = self.failure_of(at);
+        let left = self.ranks.iter().filter(|rank| rank.ended.is_none()).count();
+        if left > 0 {
+            self.notice(&format!("rank {} failed; ending the others ({left})", failure.rank));
+        }
+        let line = failure.to_string();
+        let report = Report {
+            failure: Some(Failure::Rank(failure)),
+            ended_by: None,
+            elapsed: self.started.elapsed(),
+        };
+        if let Some(nodes) = &self.nodes {
+            nodes.announce(&line, report.code());
+        }
+        self.fail(report.failure, now);
     }
 
     fn failure_of(&mut self, at: usize) -> RankFailure {
@@ -375,12 +399,15 @@ impl Drop for Supervisor {
     }
 }
 
+/// The suspicion of what follows from another rank's failure.
+const CONSEQUENCE: u8 = 1;
+
 /// Of ranks that failed in the same instant, the likeliest cause: a death by signal or a panic before an ordinary error,
 /// and that before "a peer is gone" (69) or "timed out" (124), which are consequences.
 const fn suspicion(exit: Exit) -> u8 {
     match exit {
         Exit::Code(0) => 0,
-        Exit::Code(69 | 124) => 1,
+        Exit::Code(69 | 124) => CONSEQUENCE,
         Exit::Code(101) => 3,
         Exit::Code(_) => 2,
         Exit::Signal(_) => 4,
