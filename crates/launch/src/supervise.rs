@@ -6,9 +6,10 @@
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use rustix::event::{poll, PollFd, PollFlags};
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::process::Signal;
 
 use crate::error::{system, LaunchError};
@@ -110,7 +111,7 @@ impl Supervisor {
     /// Runs until every rank has ended.
     pub(crate) fn run(mut self) -> Result<Report, LaunchError> {
         while self.has_work() {
-            self.wait()?;
+            self.poll(None)?;
             let now = Instant::now();
             for (signal, meaning, count) in self.signals.pending() {
                 self.handle_signal(signal, meaning, count, now);
@@ -122,10 +123,8 @@ impl Supervisor {
             self.hear_news(now);
             self.advance(now);
         }
-        if let (Some(nodes), None) = (&self.nodes, &self.state.failure) {
-            nodes.finish(Instant::now() + self.grace);
-            // A node that failed while we waited for it makes this job a failed one.
-            self.state.failure = nodes.news();
+        if self.is_running() {
+            self.wait_for_nodes()?;
         }
         if let Some(failure) = &self.state.failure {
             self.screen.write(Stream::Error, format!("{failure}\n").as_bytes());
@@ -136,6 +135,28 @@ impl Supervisor {
             ended_by: *ended_by,
             elapsed: self.started.elapsed(),
         })
+    }
+
+    /// All ranks of this node have ended well; node 0 stays for the others, whose store it hosts.
+    fn wait_for_nodes(&mut self) -> Result<(), LaunchError> {
+        let Some(done) = self.nodes.as_ref().map(Nodes::finish).transpose()?.flatten() else {
+            return Ok(());
+        };
+        self.screen
+            .notice("the ranks of this node have ended; waiting for those of the other nodes");
+        loop {
+            self.poll(Some(done.as_fd()))?;
+            for (signal, meaning, _) in self.signals.pending() {
+                if meaning == Meaning::End {
+                    self.state.ended_by = Some(signal.as_raw());
+                    return Ok(());
+                }
+            }
+            self.state.failure = self.nodes.as_ref().and_then(Nodes::news);
+            if self.state.failure.is_some() || is_readable(&done)? {
+                return Ok(());
+            }
+        }
     }
 
     /// Ranks that live, or streams that may still bring something.
@@ -150,7 +171,8 @@ impl Supervisor {
             .any(|rank| rank.ended.is_none() || rank.process.streams.iter().any(Option::is_some))
     }
 
-    fn wait(&self) -> Result<(), LaunchError> {
+    /// Waits for a signal, news, output, an exit, `also`, or the next deadline.
+    fn poll(&self, also: Option<BorrowedFd<'_>>) -> Result<(), LaunchError> {
         let mut fds: Vec<BorrowedFd<'_>> = self.signals.fds().collect();
         fds.extend(self.nodes.iter().filter(|_| self.is_running()).map(Nodes::fd));
         for rank in &self.ranks {
@@ -159,6 +181,7 @@ impl Supervisor {
             }
             fds.extend(rank.process.streams.iter().flatten().map(AsFd::as_fd));
         }
+        fds.extend(also);
         let mut fds: Vec<PollFd<'_>> =
             fds.into_iter().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
         let timeout = self.next_deadline().map(process::timespec_until);
@@ -205,6 +228,9 @@ impl Supervisor {
                 self.signal_all(signal);
                 if self.is_running() {
                     let (name, grace) = (crate::signals::name(signal.as_raw()), self.grace);
+                    if let Some(nodes) = &self.nodes {
+                        nodes.announce_end(signal.as_raw());
+                    }
                     self.notice(&format!(
                         "{name}: the ranks have {} s to end; Ctrl-C (again) kills them at once",
                         grace.as_secs_f64()
@@ -383,6 +409,12 @@ impl Supervisor {
             }
         }
     }
+}
+
+fn is_readable(stream: &UnixStream) -> Result<bool, LaunchError> {
+    let mut fds = [PollFd::new(stream, PollFlags::IN)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut fds, Some(&now)).map(|count| count > 0).map_err(system("poll"))
 }
 
 impl Drop for Supervisor {

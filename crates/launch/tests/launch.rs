@@ -367,6 +367,31 @@ fn two_launchers_make_one_job() {
 }
 
 #[test]
+fn node_0_stays_for_nodes_that_take_longer() {
+    let port = free_port();
+    let node = |rank: usize, act: &str| {
+        let mut command = command(&format!(
+            "--nnodes 2 --node-rank {rank} --master-addr 127.0.0.1 --master-port {port} --act {act}"
+        ));
+        command.env("PHALANX_JOB_TOKEN", "5c".repeat(32));
+        Job::of(command)
+    };
+    let (first, second) = (node(0, "talk"), node(1, "polite"));
+    second.numbers("pid", 1);
+    let waiting = loop {
+        let line = first.errors.recv_timeout(LIMIT).unwrap();
+        if !line.contains("err ") {
+            break line;
+        }
+    };
+    assert!(waiting.contains("waiting for those of the other nodes"), "{waiting}");
+    // Its rank ends well, so node 0 does, too: it hears of that by node 1's launcher.
+    second.signal(Signal::USR1);
+    assert_eq!(second.finish().code, Some(0));
+    assert_eq!(first.finish().code, Some(0));
+}
+
+#[test]
 fn a_failure_on_one_node_ends_the_other_with_the_same_report() {
     let port = free_port();
     let node = |rank: usize| {
@@ -403,6 +428,41 @@ fn what_cannot_start_says_why_and_what_to_do() {
     assert!(in_use.contains(&format!("port {port} on 127.0.0.1 is in use by pid")), "{in_use}");
     let no_folder = error("--nnodes 2 --log-dir /proc/none --act wait", 74);
     assert!(no_folder.contains("--log-dir"), "{no_folder}");
+}
+
+#[test]
+fn a_rank_of_another_launcher_starts_no_ranks() {
+    let mut rank = command("--nnodes 2 --act environment");
+    rank.envs([("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "4000")]);
+    let finished = Job::of(rank).finish();
+    assert!(finished.output[0].starts_with("rank 1 of 2"), "{:?}", finished.output);
+    assert!(finished.output[0].ends_with("by Manual store Elsewhere"), "{:?}", finished.output);
+    // A shell inside `srun --pty`: a world of one, while the user asks for two.
+    let mut alone = command("--nnodes 2 --act environment");
+    alone.envs([("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "4000")]);
+    let refused = Job::of(alone).finish();
+    assert_eq!(refused.code, Some(64));
+    assert!(refused.errors[0].contains("the only rank of its job"), "{:?}", refused.errors);
+}
+
+#[test]
+fn ctrl_c_on_one_node_ends_the_other() {
+    let port = free_port();
+    let node = |rank: usize| {
+        let mut command = command(&format!(
+            "--nnodes 2 --node-rank {rank} --master-addr 127.0.0.1 --master-port {port} --act polite"
+        ));
+        command.env("PHALANX_JOB_TOKEN", "5d".repeat(32));
+        Job::of(command)
+    };
+    let (first, second) = (node(0), node(1));
+    first.numbers("pid", 1);
+    second.numbers("pid", 1);
+    first.signal(Signal::INT);
+    assert_eq!(first.finish().code, Some(130));
+    let second = second.finish();
+    assert_eq!(second.code, Some(130));
+    assert!(second.report().contains("ended by SIGINT to the launcher of node 0"));
 }
 
 #[test]

@@ -11,6 +11,7 @@ use phalanx_comm::environment::World;
 use phalanx_comm::rendezvous::{connect, join};
 use phalanx_launch::{launch_or_join, Joined, LaunchArgs};
 use rustix::process::{getpid, kill_process, Signal};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 
 #[derive(Parser)]
 struct Args {
@@ -100,8 +101,8 @@ fn work(args: &Args) -> ExitCode {
             child.wait().expect("our own child");
         }
         Act::Stubborn => {
-            ignore(signal_hook::consts::SIGTERM);
-            ignore(signal_hook::consts::SIGINT);
+            ignore(SIGTERM);
+            ignore(SIGINT);
             wait();
         }
         Act::Polite => return polite(),
@@ -133,7 +134,7 @@ fn ignore(signal: i32) {
 
 fn polite() -> ExitCode {
     let asked = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+    for signal in [SIGTERM, SIGINT, SIGUSR1] {
         let flag = std::sync::Arc::clone(&asked);
         signal_hook::flag::register(signal, flag).expect("a signal that may be handled");
     }
