@@ -1,1 +1,64 @@
-//! Part of phalanx.
+//! Data for data-parallel training: from text files to each rank's masked-LM batches.
+//!
+//! This crate does not talk to other ranks: rank and world size are numbers. All that ranks must agree on is a function of
+//! data, seed and position.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use phalanx_data::{progress, text, Access, Loader, LoaderOptions, MaskedText, Masking};
+//!
+//! # fn main() -> phalanx_data::Result<()> {
+//! # let folder = tempfile::tempdir().unwrap();
+//! # let data_dir = folder.path();
+//! # std::fs::write(data_dir.join("a.txt"), "It was a dark and stormy night. ".repeat(200)).unwrap();
+//! // Once: a vocabulary is trained and the text is tokenised. Later calls, and other processes, find it done.
+//! let options = text::PrepareOptions { vocab_size: 1024, ..Default::default() };
+//! let prepared = text::prepare(data_dir, &options, &progress::Terminal::stderr())?;
+//!
+//! let samples = MaskedText::open(&prepared.folder, 32, Masking::default(), Access::Read)?;
+//! let options = LoaderOptions { seed: 7, global_batch: 8, rank: 1, world_size: 4, ..Default::default() };
+//! let mut loader = Loader::new(Arc::new(samples), options)?;
+//! for _ in 0..3 {
+//!     let step = loader.next_step()?;
+//!     for batch in &step.micro_batches {
+//!         assert_eq!(batch.shape(), [2, 32]); // two of the eight samples are this rank's
+//!         assert_eq!(batch.input_ids().len(), batch.labels().len());
+//!     }
+//! }
+//! assert_eq!(loader.state().next_global_sample, 24); // what a checkpoint keeps
+//! # Ok(())
+//! # }
+//! ```
+
+mod batch;
+mod cast;
+mod error;
+mod fingerprint;
+mod fixed;
+mod format;
+mod loader;
+mod masked_text;
+mod masking;
+pub mod permutation;
+mod plan;
+mod prefetch;
+pub mod progress;
+mod random;
+mod sampler;
+mod samples;
+mod slice;
+mod state;
+pub mod text;
+
+pub use batch::Batch;
+pub use error::{Error, Result};
+pub use fingerprint::Fingerprint;
+pub use fixed::FixedBatches;
+pub use format::{Access, Index, ShardEntry, SpecialTokens, TokenDType, TokenStream};
+pub use loader::{Loader, LoaderOptions, Step};
+pub use masked_text::MaskedText;
+pub use masking::{Masker, Masking, IGNORED};
+pub use sampler::{Cursor, Order, Position, Sample, Sampler, Tail};
+pub use samples::{Row, Samples, Scratch};
+pub use slice::{part, MicroBatch, RankSlice};
+pub use state::LoaderState;

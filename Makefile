@@ -1,0 +1,33 @@
+# The commands worth remembering; plain cargo works too once `make setup` has run.
+
+.PHONY: demo test setup fmt lint doc ci
+
+# BERT-large, data-parallel on four emulated nodes.
+demo:
+	scripts/setup.sh
+	cargo run --release --example bert_large -- --nnodes 4
+
+# Every test that needs no special hardware.
+test:
+	scripts/setup.sh --test-extras
+	@if cargo nextest --version >/dev/null 2>&1; \
+	then set -x; cargo nextest run --workspace --no-fail-fast; \
+	else set -x; cargo test --workspace --no-fail-fast --lib --bins --tests --examples; fi
+	cargo test --workspace --doc
+
+setup:
+	scripts/setup.sh
+
+fmt:
+	cargo fmt --all
+
+lint:
+	cargo fmt --all -- --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	shellcheck scripts/*.sh .ci/run .ci/consumer
+
+doc:
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+
+ci:
+	.ci/run

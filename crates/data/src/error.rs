@@ -1,0 +1,255 @@
+//! Everything that can go wrong between a folder of text and a batch.
+//!
+//! Each variant says what is wrong and what to do about it; nothing here is logged or printed by the crate itself.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// `Result` of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What went wrong.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The operating system refused to open, read, write, rename or sync a file.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried, as a verb.
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The data path does not exist.
+    #[error("{} does not exist: give a folder with .txt files, one text file, or a prepared folder", path.display())]
+    DataMissing {
+        /// The path that was given.
+        path: PathBuf,
+    },
+    /// The folder holds no text.
+    #[error("no .txt file under {}: put UTF-8 text files there, or give the path of one text file", path.display())]
+    NoText {
+        /// The folder that was given.
+        path: PathBuf,
+    },
+    /// The text is empty, or nothing but white space.
+    #[error("the text under {} has no words: give files that hold some text", path.display())]
+    EmptyText {
+        /// The folder or file that was given.
+        path: PathBuf,
+    },
+    /// A text file is not UTF-8.
+    #[error("{} is not UTF-8 at byte {offset}: convert it (for example: iconv -f latin1 -t utf-8) or take it away", path.display())]
+    InvalidUtf8 {
+        /// The file.
+        path: PathBuf,
+        /// The first byte that is not UTF-8.
+        offset: u64,
+    },
+    /// A text file changed while it was being prepared.
+    #[error("{} changed while it was being prepared: start again when nobody writes to it", path.display())]
+    TextChanged {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Prepared data cannot be written where it should lie.
+    #[error("cannot write prepared data under {}: {source}; make it writable or choose another folder for prepared data", path.display())]
+    CacheNotWritable {
+        /// The folder for prepared data.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Another process prepares the same data and did not finish in time.
+    #[error("waited {waited:?} for {} which process {holder} holds while it prepares the same data: wait longer, or end that process", path.display())]
+    LockTimeout {
+        /// The lock file.
+        path: PathBuf,
+        /// The process that holds it, as it wrote itself into the file.
+        holder: String,
+        /// How long we waited.
+        waited: Duration,
+    },
+    /// The tokenizers library failed.
+    #[error("cannot {action}: {message}")]
+    Tokenizer {
+        /// What was tried.
+        action: &'static str,
+        /// The library's own words.
+        message: String,
+    },
+    /// An option has a value that cannot work.
+    #[error("{option} is {value}: {reason}")]
+    InvalidOption {
+        /// The option's name.
+        option: &'static str,
+        /// The value that was given.
+        value: String,
+        /// Why it cannot work, and what would.
+        reason: String,
+    },
+    /// An `index.json` cannot be used.
+    #[error("{}: {reason}; prepare the data again", path.display())]
+    BadIndex {
+        /// The index file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A safetensors header cannot be used.
+    #[error("{} is not a usable safetensors file: {reason}", path.display())]
+    BadHeader {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A safetensors file lacks a tensor.
+    #[error("{} has no tensor `{name}`; it has: {}", path.display(), present.join(", "))]
+    MissingTensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor that is needed.
+        name: String,
+        /// The tensors that are there.
+        present: Vec<String>,
+    },
+    /// A tensor has another element type than is needed.
+    #[error("{}: `{name}` has dtype {actual}, expected {expected}", path.display())]
+    WrongDType {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// What is needed.
+        expected: &'static str,
+        /// What is there.
+        actual: String,
+    },
+    /// A tensor has another shape than is needed.
+    #[error("{}: `{name}` has shape {actual:?}, expected {expected}", path.display())]
+    WrongShape {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// What is needed, in words.
+        expected: String,
+        /// What is there.
+        actual: Vec<usize>,
+    },
+    /// A file is shorter or longer than its index or header says.
+    #[error("{} has {actual} bytes, expected {expected}: it was cut off or written to; prepare or copy it again", path.display())]
+    WrongSize {
+        /// The file.
+        path: PathBuf,
+        /// The size that was recorded.
+        expected: u64,
+        /// The size that was found.
+        actual: u64,
+    },
+    /// A block of a shard does not have the checksum that was recorded when it was written.
+    #[error(
+        "shard {} is damaged at offset {offset} (block {block}): checksum {actual:08x}, expected {expected:08x}; found while reading {reading}; prepare or copy it again",
+        path.display()
+    )]
+    Damaged {
+        /// The shard.
+        path: PathBuf,
+        /// Number of the block.
+        block: u64,
+        /// Where the block starts in the file.
+        offset: u64,
+        /// The checksum in the index.
+        expected: u32,
+        /// The checksum of what was read.
+        actual: u32,
+        /// What was being read.
+        reading: String,
+    },
+    /// A value in the data is not an entry of the vocabulary.
+    #[error("{}: sample {sample} holds value {value} at position {position}: {reason}", path.display())]
+    BadValue {
+        /// The file.
+        path: PathBuf,
+        /// The sample.
+        sample: u64,
+        /// Position in the sample.
+        position: usize,
+        /// The value.
+        value: i64,
+        /// Why it cannot be.
+        reason: String,
+    },
+    /// The data has too few samples for even one global batch.
+    #[error("the data has {samples} samples, fewer than the global batch of {global_batch}: take a smaller global batch, shorter sequences or more text")]
+    TooFewSamples {
+        /// How many samples there are.
+        samples: u64,
+        /// How many are needed.
+        global_batch: u64,
+    },
+    /// A sample that does not exist was asked for.
+    #[error("sample {sample} does not exist: the data has {samples}")]
+    NoSuchSample {
+        /// The sample that was asked for.
+        sample: u64,
+        /// How many there are.
+        samples: u64,
+    },
+    /// A loader state belongs to other data or another order.
+    #[error("the saved position does not fit: its {what} is {saved}, this run has {current}; resume with the same data and options, or start without the saved position")]
+    StateMismatch {
+        /// What differs.
+        what: &'static str,
+        /// The value in the state.
+        saved: String,
+        /// The value of this run.
+        current: String,
+    },
+    /// A prefetch thread panicked.
+    #[error("a loader thread panicked at epoch {epoch}, global sample {position}: {message}")]
+    WorkerPanicked {
+        /// The epoch of the batch it worked on.
+        epoch: u64,
+        /// Position of the batch in the epoch's order.
+        position: u64,
+        /// The panic's message.
+        message: String,
+    },
+    /// No batch arrived in time.
+    #[error("no batch within {timeout:?} (epoch {epoch}, global sample {position}): the storage is slow or gone; check it, or raise the loader's timeout")]
+    Timeout {
+        /// How long the consumer waited.
+        timeout: Duration,
+        /// The epoch of the batch.
+        epoch: u64,
+        /// Position of the batch in the epoch's order.
+        position: u64,
+    },
+    /// The loader failed before; this is what it said then.
+    #[error("the loader stopped after an error: {first}")]
+    Stopped {
+        /// The first error.
+        first: String,
+    },
+}
+
+impl Error {
+    /// Closure for `map_err`: an I/O error with what was tried on which path.
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+        let path = path.to_path_buf();
+        move |source| Error::Io { action, path, source }
+    }
+
+    pub(crate) fn option(
+        option: &'static str,
+        value: impl std::fmt::Display,
+        reason: impl Into<String>,
+    ) -> Error {
+        Error::InvalidOption { option, value: value.to_string(), reason: reason.into() }
+    }
+}

@@ -1,0 +1,190 @@
+//! Fixed batches from a safetensors file: samples that were made elsewhere, for parity and evaluation.
+//!
+//! The file holds `input_ids` and `labels`, I64 [N, L], [`IGNORED`](crate::IGNORED) (−100) where the loss does not look, and may
+//! hold `attention_mask`, I64 [N, L], 1 for tokens and 0 for padding. Sample i is row i. Nothing is masked or changed.
+
+use std::path::Path;
+
+use safetensors::tensor::Dtype;
+
+use crate::cast::{to_u64, to_usize};
+use crate::error::{Error, Result};
+use crate::fingerprint::{Fingerprint, Fingerprinter};
+use crate::format::bytes::Bytes;
+use crate::format::header::{Header, Span};
+use crate::format::Access;
+use crate::masking::IGNORED;
+use crate::sampler::Sample;
+use crate::samples::{Row, Samples, Scratch};
+
+/// Read at once when the whole file is checked.
+const READ_BYTES: usize = 1 << 20;
+
+/// Rows of a safetensors file.
+#[derive(Debug)]
+pub struct FixedBatches {
+    bytes: Bytes,
+    rows: usize,
+    sequence_len: usize,
+    input_ids: u64,
+    labels: u64,
+    attention_mask: Option<u64>,
+    id_max: i64,
+    fingerprint: Fingerprint,
+}
+
+impl FixedBatches {
+    /// Opens a file and reads it once: values are checked and a fingerprint is taken.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::BadHeader`], [`Error::MissingTensor`], [`Error::WrongDType`], [`Error::WrongShape`], and
+    /// [`Error::BadValue`] for negative ids, for labels below 0 that are not −100, and for masks other than 0 and 1.
+    pub fn open(path: &Path) -> Result<Self> {
+        let bytes = Bytes::open(path, Access::Read, None)?;
+        let header = Header::read(&bytes)?;
+        let input_ids = matrix(path, &header, "input_ids")?;
+        let (rows, sequence_len) = (input_ids.shape[0], input_ids.shape[1]);
+        if rows == 0 || sequence_len == 0 {
+            let (path, name) = (path.to_path_buf(), "input_ids".to_owned());
+            let expected = "at least one row of at least one token".to_owned();
+            return Err(Error::WrongShape { path, name, expected, actual: input_ids.shape });
+        }
+        let alike = |name: &str| -> Result<u64> {
+            let span = matrix(path, &header, name)?;
+            if span.shape != input_ids.shape {
+                let (path, name) = (path.to_path_buf(), name.to_owned());
+                let expected = format!("{:?}, as `input_ids`", input_ids.shape);
+                return Err(Error::WrongShape { path, name, expected, actual: span.shape });
+            }
+            Ok(span.start)
+        };
+        let labels = alike("labels")?;
+        let mask = header.has("attention_mask").then(|| alike("attention_mask")).transpose()?;
+        let mut file = FixedBatches {
+            bytes,
+            rows,
+            sequence_len,
+            input_ids: input_ids.start,
+            labels,
+            attention_mask: mask,
+            id_max: 0,
+            fingerprint: Fingerprint(0),
+        };
+        file.check_values()?;
+        file.fingerprint = file.content_fingerprint(&header)?;
+        Ok(file)
+    }
+
+    /// The largest id among inputs and labels: a model's vocabulary must be larger.
+    pub fn id_max(&self) -> i64 {
+        self.id_max
+    }
+
+    fn check_values(&mut self) -> Result<()> {
+        let mut values = vec![0; self.sequence_len];
+        let mut scratch = Scratch::default();
+        let columns = [
+            (Some(self.input_ids), "input_ids are at least 0"),
+            (Some(self.labels), "labels are at least 0, or -100 where the loss does not look"),
+            (self.attention_mask, "attention_mask holds 0 and 1"),
+        ];
+        for (column, (start, reason)) in columns.into_iter().enumerate() {
+            let Some(start) = start else { continue };
+            let good = |value: i64| match column {
+                0 => value >= 0,
+                1 => value >= 0 || value == IGNORED,
+                _ => value == 0 || value == 1,
+            };
+            for row in 0..self.rows {
+                self.read_row(start, row, &mut values, &mut scratch)?;
+                if let Some(position) = values.iter().position(|&value| !good(value)) {
+                    return Err(Error::BadValue {
+                        path: self.bytes.path().to_path_buf(),
+                        sample: to_u64(row),
+                        position,
+                        value: values[position],
+                        reason: reason.to_owned(),
+                    });
+                }
+                let largest = values.iter().copied().max().unwrap_or(0);
+                self.id_max = self.id_max.max(largest);
+            }
+        }
+        Ok(())
+    }
+
+    fn content_fingerprint(&self, header: &Header) -> Result<Fingerprint> {
+        let mut scratch = Vec::new();
+        let (mut crc, mut at) = (0, 0);
+        while at < self.bytes.len() {
+            let len = to_usize((self.bytes.len() - at).min(to_u64(READ_BYTES)));
+            crc = crc32c::crc32c_append(crc, self.bytes.read(at, len, &mut scratch)?);
+            at += to_u64(len);
+        }
+        let sum = Fingerprinter::new("fixed-batches 1").bytes(header.bytes());
+        Ok(sum.number(self.bytes.len()).number(u64::from(crc)).finish())
+    }
+
+    fn read_row(
+        &self,
+        start: u64,
+        row: usize,
+        out: &mut [i64],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let row_bytes = self.sequence_len * size_of::<i64>();
+        let offset = start + to_u64(row) * to_u64(row_bytes);
+        let bytes = self.bytes.read(offset, row_bytes, &mut scratch.bytes)?;
+        for (value, le) in out.iter_mut().zip(bytes.as_chunks::<8>().0) {
+            *value = i64::from_le_bytes(*le);
+        }
+        Ok(())
+    }
+}
+
+impl Samples for FixedBatches {
+    fn sample_count(&self) -> u64 {
+        to_u64(self.rows)
+    }
+
+    fn sequence_len(&self) -> usize {
+        self.sequence_len
+    }
+
+    fn has_attention_mask(&self) -> bool {
+        self.attention_mask.is_some()
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
+    }
+
+    fn fill(&self, sample: Sample, _seed: u64, row: Row<'_>, scratch: &mut Scratch) -> Result<()> {
+        if sample.id >= self.sample_count() {
+            let samples = self.sample_count();
+            return Err(Error::NoSuchSample { sample: sample.id, samples });
+        }
+        let number = to_usize(sample.id);
+        self.read_row(self.input_ids, number, row.input_ids, scratch)?;
+        self.read_row(self.labels, number, row.labels, scratch)?;
+        if let (Some(start), Some(mask)) = (self.attention_mask, row.attention_mask) {
+            self.read_row(start, number, mask, scratch)?;
+        }
+        Ok(())
+    }
+}
+
+/// The place of an I64 matrix.
+fn matrix(path: &Path, header: &Header, name: &str) -> Result<Span> {
+    let span = header.tensor(name)?;
+    let (path, name) = (path.to_path_buf(), name.to_owned());
+    if span.dtype != Dtype::I64 {
+        let actual = format!("{:?}", span.dtype);
+        return Err(Error::WrongDType { path, name, expected: "I64", actual });
+    }
+    if span.shape.len() != 2 {
+        let expected = "[samples, sequence_len]".to_owned();
+        return Err(Error::WrongShape { path, name, expected, actual: span.shape });
+    }
+    Ok(span)
+}

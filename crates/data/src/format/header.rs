@@ -1,0 +1,127 @@
+//! safetensors headers: read with every number checked before it is used, and written so that data start on a page.
+//!
+//! A file is: u64 length of the header, the header (JSON: name → dtype, shape, `data_offsets`), the data. The `safetensors` crate
+//! checks that the tensors fill the data without holes and that shapes agree with sizes; here we check that the file does.
+//! Source: <https://github.com/huggingface/safetensors#format>.
+
+use std::path::PathBuf;
+
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+
+use super::bytes::Bytes;
+use crate::cast::{to_u64, to_usize};
+use crate::error::{Error, Result};
+
+/// Where the data of files we write start: a page, so that maps and direct reads are aligned.
+pub(crate) const DATA_START: usize = 4096;
+
+/// The length field before the header.
+const LENGTH_BYTES: usize = 8;
+
+/// The limit of the safetensors crate.
+const HEADER_BYTES_MAX: u64 = 100_000_000;
+
+/// The header of an open file.
+#[derive(Debug)]
+pub(crate) struct Header {
+    path: PathBuf,
+    data_start: u64,
+    metadata: Metadata,
+    bytes: Vec<u8>,
+}
+
+/// Where a tensor lies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    /// From the file's beginning.
+    pub(crate) start: u64,
+}
+
+impl Header {
+    pub(crate) fn read(bytes: &Bytes) -> Result<Self> {
+        let path = bytes.path().to_path_buf();
+        let bad = |reason: String| Error::BadHeader { path: path.clone(), reason };
+        let mut scratch = Vec::new();
+        if bytes.len() < to_u64(LENGTH_BYTES) {
+            return Err(bad(format!("it has {} bytes, too few for a header", bytes.len())));
+        }
+        let mut length = [0; LENGTH_BYTES];
+        length.copy_from_slice(bytes.read(0, LENGTH_BYTES, &mut scratch)?);
+        let length = u64::from_le_bytes(length);
+        let available = bytes.len() - to_u64(LENGTH_BYTES);
+        if length > available.min(HEADER_BYTES_MAX) {
+            return Err(bad(format!("its header claims {length} bytes of {available}")));
+        }
+        let header = bytes.read(to_u64(LENGTH_BYTES), to_usize(length), &mut scratch)?;
+        let metadata: Metadata =
+            serde_json::from_slice(header).map_err(|error| bad(format!("its header: {error}")))?;
+        let header = header.to_vec();
+        let data_bytes = data_bytes(&metadata);
+        if data_bytes != available - length {
+            let found = available - length;
+            return Err(bad(format!(
+                "its header describes {data_bytes} bytes of data, the file holds {found}"
+            )));
+        }
+        Ok(Header { path, data_start: to_u64(LENGTH_BYTES) + length, metadata, bytes: header })
+    }
+
+    /// The tensor `name`, or an error that lists what is there.
+    pub(crate) fn tensor(&self, name: &str) -> Result<Span> {
+        let info = self.metadata.info(name).ok_or_else(|| Error::MissingTensor {
+            path: self.path.clone(),
+            name: name.to_owned(),
+            present: self.names(),
+        })?;
+        Ok(Span {
+            dtype: info.dtype,
+            shape: info.shape.clone(),
+            start: self.data_start + to_u64(info.data_offsets.0),
+        })
+    }
+
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.metadata.info(name).is_some()
+    }
+
+    /// The header as it stands in the file.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.metadata.offset_keys()
+    }
+}
+
+/// How many bytes of data the tensors fill; the crate has checked that there are no holes.
+fn data_bytes(metadata: &Metadata) -> u64 {
+    let end = |info: &TensorInfo| to_u64(info.data_offsets.1);
+    metadata.tensors().values().map(|info| end(info)).max().unwrap_or(0)
+}
+
+/// A header for tensors in the order of their data, padded with spaces so that data start at [`DATA_START`].
+pub(crate) fn encode(
+    tensors: &[(&str, &str, usize, usize)],
+    metadata: &[(&str, String)],
+) -> Vec<u8> {
+    let mut fields = serde_json::Map::new();
+    let about: serde_json::Map<String, serde_json::Value> =
+        metadata.iter().map(|(key, value)| ((*key).to_owned(), value.as_str().into())).collect();
+    fields.insert("__metadata__".to_owned(), about.into());
+    let mut at = 0;
+    for (name, dtype, len, element_bytes) in tensors {
+        let end = at + len * element_bytes;
+        let info = serde_json::json!({ "dtype": dtype, "shape": [len], "data_offsets": [at, end] });
+        fields.insert((*name).to_owned(), info);
+        at = end;
+    }
+    let mut json = serde_json::Value::Object(fields).to_string().into_bytes();
+    let padded = (LENGTH_BYTES + json.len()).next_multiple_of(DATA_START) - LENGTH_BYTES;
+    json.resize(padded, b' ');
+    let mut header = to_u64(json.len()).to_le_bytes().to_vec();
+    header.append(&mut json);
+    header
+}

@@ -1,0 +1,253 @@
+//! `index.json`: what a prepared folder holds.
+
+use std::fs;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::cast::to_u64;
+use crate::error::{Error, Result};
+use crate::fingerprint::{Fingerprint, Fingerprinter};
+
+/// The index of a prepared folder.
+pub(crate) const INDEX_FILE: &str = "index.json";
+
+/// The tokenizer of a prepared folder.
+pub(crate) const TOKENIZER_FILE: &str = "tokenizer.json";
+
+const FORMAT: &str = "phalanx-tokens";
+const VERSION: u32 = 1;
+
+/// Bytes of a block with a checksum of its own: small enough to verify on first touch, large enough that the index stays small
+/// (4 bytes per MiB).
+pub(crate) const BLOCK_BYTES: usize = 1 << 20;
+
+/// An index of so many bytes describes some 10^13 tokens; more is not an index.
+const INDEX_BYTES_MAX: u64 = 256 << 20;
+
+/// Element type of tokens on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TokenDType {
+    /// 16 bits: vocabularies of at most 65 536 entries.
+    U16,
+    /// 32 bits.
+    U32,
+}
+
+impl TokenDType {
+    /// The smallest type that holds every entry.
+    pub fn for_vocabulary(vocab_size: u32) -> Self {
+        if vocab_size <= 1 << 16 {
+            TokenDType::U16
+        } else {
+            TokenDType::U32
+        }
+    }
+
+    /// Bytes of one token.
+    pub fn bytes(self) -> usize {
+        match self {
+            TokenDType::U16 => 2,
+            TokenDType::U32 => 4,
+        }
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            TokenDType::U16 => "U16",
+            TokenDType::U32 => "U32",
+        }
+    }
+}
+
+/// Ids of the special tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpecialTokens {
+    /// `[PAD]`
+    pub pad: u32,
+    /// `[UNK]`
+    pub unk: u32,
+    /// `[CLS]`
+    pub cls: u32,
+    /// `[SEP]`
+    pub sep: u32,
+    /// `[MASK]`
+    pub mask: u32,
+}
+
+impl SpecialTokens {
+    /// All of them.
+    pub fn all(&self) -> [u32; 5] {
+        [self.pad, self.unk, self.cls, self.sep, self.mask]
+    }
+
+    /// Whether `id` is one of them.
+    pub fn contains(&self, id: i64) -> bool {
+        self.all().iter().any(|&special| i64::from(special) == id)
+    }
+}
+
+/// One shard.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardEntry {
+    /// File name in the folder.
+    pub file: String,
+    /// Size of the file.
+    pub file_bytes: u64,
+    /// Tokens in it.
+    pub token_count: u64,
+    /// Documents in it.
+    pub document_count: u64,
+    /// CRC-32C of each block of the file; the last one may be shorter.
+    pub crc32c: Vec<u32>,
+}
+
+/// What a prepared folder holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Index {
+    /// Always `phalanx-tokens`.
+    pub format: String,
+    /// Version of the format.
+    pub version: u32,
+    /// Program and version that wrote it.
+    pub creator: String,
+    /// Element type of the tokens.
+    pub dtype: TokenDType,
+    /// Entries of the vocabulary.
+    pub vocab_size: u32,
+    /// Ids of the special tokens.
+    pub special: SpecialTokens,
+    /// Fingerprint of `tokenizer.json`.
+    pub tokenizer: Fingerprint,
+    /// Tokens in all shards.
+    pub token_count: u64,
+    /// Documents in all shards.
+    pub document_count: u64,
+    /// Bytes of text that they were made from.
+    pub source_bytes: u64,
+    /// Bytes of a block with a checksum of its own.
+    pub block_bytes: u64,
+    /// The shards, in order.
+    pub shards: Vec<ShardEntry>,
+    /// Fingerprint of the content: equal on machines that prepared the same text alike.
+    pub fingerprint: Fingerprint,
+}
+
+impl Index {
+    /// An index of `shards`; counts and fingerprint are taken from them.
+    pub(crate) fn new(
+        vocab_size: u32,
+        special: SpecialTokens,
+        tokenizer: Fingerprint,
+        source_bytes: u64,
+        shards: Vec<ShardEntry>,
+    ) -> Self {
+        let mut index = Index {
+            format: FORMAT.to_owned(),
+            version: VERSION,
+            creator: concat!("phalanx-data ", env!("CARGO_PKG_VERSION")).to_owned(),
+            dtype: TokenDType::for_vocabulary(vocab_size),
+            vocab_size,
+            special,
+            tokenizer,
+            token_count: shards.iter().map(|shard| shard.token_count).sum(),
+            document_count: shards.iter().map(|shard| shard.document_count).sum(),
+            source_bytes,
+            block_bytes: to_u64(BLOCK_BYTES),
+            shards,
+            fingerprint: Fingerprint(0),
+        };
+        index.fingerprint = index.content_fingerprint();
+        index
+    }
+
+    /// Whether `folder` looks like a prepared folder.
+    pub fn is_in(folder: &Path) -> bool {
+        folder.join(INDEX_FILE).is_file()
+    }
+
+    /// Reads and checks the index of a prepared folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be read, [`Error::BadIndex`] if it contradicts itself or has another version.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join(INDEX_FILE);
+        let bad = |reason: String| Error::BadIndex { path: path.clone(), reason };
+        let metadata = fs::metadata(&path).map_err(Error::io("open", &path))?;
+        if metadata.len() > INDEX_BYTES_MAX {
+            return Err(bad(format!("{} bytes are too many for an index", metadata.len())));
+        }
+        let text = fs::read(&path).map_err(Error::io("read", &path))?;
+        let index: Index =
+            serde_json::from_slice(&text).map_err(|error| bad(format!("not an index: {error}")))?;
+        index.check().map_err(bad)?;
+        Ok(index)
+    }
+
+    pub(crate) fn to_json(&self) -> Vec<u8> {
+        let mut json = serde_json::to_vec_pretty(self).unwrap_or_default();
+        json.push(b'\n');
+        json
+    }
+
+    fn check(&self) -> std::result::Result<(), String> {
+        if self.format != FORMAT || self.version != VERSION {
+            return Err(format!(
+                "format {} version {}, this program reads {FORMAT} version {VERSION}",
+                self.format, self.version
+            ));
+        }
+        if self.block_bytes != to_u64(BLOCK_BYTES) {
+            return Err(format!("blocks of {} bytes, expected {BLOCK_BYTES}", self.block_bytes));
+        }
+        if self.dtype != TokenDType::for_vocabulary(self.vocab_size) {
+            let (dtype, size) = (self.dtype.name(), self.vocab_size);
+            return Err(format!("dtype {dtype} does not fit a vocabulary of {size}"));
+        }
+        if self.special.all().iter().any(|&id| id >= self.vocab_size) {
+            return Err("a special token lies outside the vocabulary".to_owned());
+        }
+        let mut tokens = 0_u64;
+        for shard in &self.shards {
+            let plain = Path::new(&shard.file).file_name().is_some_and(|name| name == &*shard.file);
+            if !plain {
+                return Err(format!("shard `{}` is not a plain file name", shard.file));
+            }
+            let blocks = shard.file_bytes.div_ceil(self.block_bytes);
+            if to_u64(shard.crc32c.len()) != blocks {
+                let found = shard.crc32c.len();
+                return Err(format!(
+                    "shard `{}` has {found} checksums, expected {blocks}",
+                    shard.file
+                ));
+            }
+            let sum = tokens.checked_add(shard.token_count);
+            tokens = sum.ok_or_else(|| "the token counts overflow".to_owned())?;
+        }
+        if tokens != self.token_count {
+            return Err(format!("{} tokens, its shards have {tokens}", self.token_count));
+        }
+        let fingerprint = self.content_fingerprint();
+        if fingerprint != self.fingerprint {
+            return Err(format!("fingerprint {}, expected {fingerprint}", self.fingerprint));
+        }
+        Ok(())
+    }
+
+    fn content_fingerprint(&self) -> Fingerprint {
+        let mut sum = Fingerprinter::new("phalanx-tokens 1")
+            .number(u64::from(self.vocab_size))
+            .number(self.tokenizer.0);
+        for id in self.special.all() {
+            sum = sum.number(u64::from(id));
+        }
+        for shard in &self.shards {
+            sum =
+                sum.number(shard.file_bytes).number(shard.token_count).number(shard.document_count);
+            for &crc in &shard.crc32c {
+                sum = sum.number(u64::from(crc));
+            }
+        }
+        sum.finish()
+    }
+}

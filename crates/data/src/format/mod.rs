@@ -1,0 +1,25 @@
+//! Data on disk: safetensors shards of tokens, and the index that describes them.
+//!
+//! A prepared folder holds
+//!
+//! ```text
+//! index.json                  what is here: counts, sizes, checksums, vocabulary, fingerprint
+//! tokenizer.json              the tokenizer, as the `tokenizers` libraries read it
+//! tokens-00000.safetensors    `tokens` U16 or U32 [n], `doc_offsets` U64 [documents + 1]; data start at byte 4096
+//! tokens-00001.safetensors    …
+//! ```
+//!
+//! `tokens` is the text, document after document, each closed by `[SEP]`. `doc_offsets[i]..doc_offsets[i + 1]` is document i of
+//! the shard. Samples are cut out of the stream when it is read, so one folder serves every sequence length.
+
+pub(crate) mod bytes;
+pub(crate) mod header;
+mod index;
+mod shard;
+mod tokens;
+mod writer;
+
+pub use bytes::Access;
+pub use index::{Index, ShardEntry, SpecialTokens, TokenDType};
+pub use tokens::TokenStream;
+pub(crate) use writer::{sync_folder, FolderWriter, ShardInfo};

@@ -1,0 +1,116 @@
+//! All shards of a prepared folder as one stream of tokens.
+
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+
+use super::bytes::Access;
+use super::index::Index;
+use super::shard::Shard;
+use crate::cast::{to_u64, to_usize};
+use crate::error::{Error, Result};
+use crate::samples::Scratch;
+
+/// The tokens of a prepared folder, readable in any order from many threads.
+#[derive(Debug)]
+pub struct TokenStream {
+    folder: PathBuf,
+    index: Index,
+    shards: Vec<Shard>,
+    /// Where each shard starts in the stream, and where the last one ends.
+    starts: Vec<u64>,
+}
+
+impl TokenStream {
+    /// Opens a prepared folder: index, sizes and headers are checked; tokens are verified when they are first touched.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::BadIndex`], or what is wrong with a shard: its size, header, dtype or shape.
+    pub fn open(folder: &Path, access: Access) -> Result<Self> {
+        let index = Index::read(folder)?;
+        let shards: Vec<Shard> = index
+            .shards
+            .iter()
+            .map(|entry| Shard::open(folder, entry, index.dtype, access))
+            .collect::<Result<_>>()?;
+        let mut starts = vec![0];
+        let mut end = 0;
+        for shard in &shards {
+            end += shard.token_count();
+            starts.push(end);
+        }
+        Ok(TokenStream { folder: folder.to_path_buf(), index, shards, starts })
+    }
+
+    /// What the folder says it holds.
+    pub fn index(&self) -> &Index {
+        &self.index
+    }
+
+    /// The folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// How many tokens there are.
+    pub fn token_count(&self) -> u64 {
+        self.index.token_count
+    }
+
+    /// Reads tokens from `start` on, as many as `out` holds, across shards where need be. `reading` names them in errors.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchSample`] beyond the end, [`Error::Damaged`], [`Error::WrongSize`], [`Error::Io`], and
+    /// [`Error::BadValue`] for tokens that are no entry of the vocabulary.
+    pub fn read(
+        &self,
+        start: u64,
+        out: &mut [i64],
+        scratch: &mut Scratch,
+        reading: &dyn Display,
+    ) -> Result<()> {
+        let end = start.checked_add(to_u64(out.len())).filter(|&end| end <= self.token_count());
+        if end.is_none() {
+            return Err(Error::NoSuchSample { sample: start, samples: self.token_count() });
+        }
+        let mut shard = self.starts.partition_point(|&begin| begin <= start).saturating_sub(1);
+        let (mut at, mut rest) = (start, out);
+        while !rest.is_empty() {
+            let available = to_usize((self.starts[shard + 1] - at).min(to_u64(rest.len())));
+            let (now, later) = rest.split_at_mut(available);
+            self.shards[shard].read(at - self.starts[shard], now, scratch, reading)?;
+            self.check_values(shard, at, now)?;
+            at += to_u64(available);
+            rest = later;
+            shard += 1;
+        }
+        Ok(())
+    }
+
+    fn check_values(&self, shard: usize, start: u64, tokens: &[i64]) -> Result<()> {
+        let vocab_size = i64::from(self.index.vocab_size);
+        let largest = tokens.iter().copied().max().unwrap_or(0);
+        if largest < vocab_size {
+            return Ok(());
+        }
+        let position = tokens.iter().position(|&token| token >= vocab_size).unwrap_or(0);
+        Err(Error::BadValue {
+            path: self.shards[shard].path().to_path_buf(),
+            sample: start,
+            position,
+            value: tokens[position],
+            reason: format!("the vocabulary has {vocab_size} entries; prepare the data again"),
+        })
+    }
+
+    /// Reads everything once and compares all checksums.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] for the first block that differs, [`Error::WrongSize`], [`Error::Io`].
+    pub fn verify(&self) -> Result<()> {
+        let mut scratch = Scratch::default();
+        for shard in &self.shards {
+            shard.verify(0..shard.file_bytes(), &mut scratch, &"everything")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,131 @@
+//! Prepared text as samples for masked-LM training.
+//!
+//! Sample i is `[CLS]`, tokens `i·(L − 2)..(i + 1)·(L − 2)` of the stream, `[SEP]`. Documents are packed: each is closed by
+//! `[SEP]` in the stream, so a sample may hold the end of one and the beginning of the next, and ends in two `[SEP]` where a
+//! document ends with it. The tokens after the last whole sample are left out. There is no padding.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::cast::{to_u64, to_usize};
+use crate::error::{Error, Result};
+use crate::fingerprint::{Fingerprint, Fingerprinter};
+use crate::format::{Access, TokenStream};
+use crate::masking::{Masker, Masking};
+use crate::sampler::Sample;
+use crate::samples::{Row, Samples, Scratch};
+
+/// `[CLS]` before the tokens and `[SEP]` after them.
+const FRAME: usize = 2;
+
+/// Masked-LM samples of one length, cut out of prepared text.
+#[derive(Clone, Debug)]
+pub struct MaskedText {
+    stream: Arc<TokenStream>,
+    masker: Masker,
+    sequence_len: usize,
+    fingerprint: Fingerprint,
+}
+
+impl MaskedText {
+    /// Opens a prepared folder (see [`prepare`](crate::text::prepare)).
+    ///
+    /// # Errors
+    /// As [`TokenStream::open`], and [`Error::InvalidOption`] for a sequence length below 3 or a masking that cannot be.
+    pub fn open(
+        folder: &Path,
+        sequence_len: usize,
+        masking: Masking,
+        access: Access,
+    ) -> Result<Self> {
+        Self::new(Arc::new(TokenStream::open(folder, access)?), sequence_len, masking)
+    }
+
+    /// Samples of an open stream; several may share it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidOption`] for a sequence length below 3 or a masking that cannot be.
+    pub fn new(stream: Arc<TokenStream>, sequence_len: usize, masking: Masking) -> Result<Self> {
+        if sequence_len <= FRAME {
+            let reason = "[CLS] and [SEP] take two positions: it must be at least 3";
+            return Err(Error::option("sequence_len", sequence_len, reason));
+        }
+        let index = stream.index();
+        let masker = Masker::new(masking, index.vocab_size, index.special)?;
+        let fingerprint = Fingerprinter::new("masked-text 1")
+            .number(index.fingerprint.0)
+            .number(to_u64(sequence_len))
+            .number(masking.probability.to_bits())
+            .number(masking.mask_share.to_bits())
+            .number(masking.random_share.to_bits())
+            .finish();
+        Ok(MaskedText { stream, masker, sequence_len, fingerprint })
+    }
+
+    /// The stream of tokens behind the samples.
+    pub fn stream(&self) -> &TokenStream {
+        &self.stream
+    }
+
+    /// Reads sample `id` without masks. `out` has the sequence length.
+    ///
+    /// # Errors
+    /// As [`TokenStream::read`], and [`Error::InvalidOption`] if `out` has another length.
+    pub fn read_unmasked(&self, id: u64, out: &mut [i64], scratch: &mut Scratch) -> Result<()> {
+        if out.len() != self.sequence_len {
+            let reason = format!("a sample has {} tokens", self.sequence_len);
+            return Err(Error::option("out.len()", out.len(), reason));
+        }
+        let samples = self.sample_count();
+        if id >= samples {
+            return Err(Error::NoSuchSample { sample: id, samples });
+        }
+        let window = self.sequence_len - FRAME;
+        let special = self.stream.index().special;
+        let start = id * to_u64(window);
+        let reading = SampleName(id);
+        self.stream.read(start, &mut out[1..=window], scratch, &reading).map_err(|error| {
+            match error {
+                // The stream counts tokens; who reads the message counts samples.
+                Error::BadValue { path, sample: at, position, value, reason } => {
+                    let position = to_usize(at - start) + position + 1;
+                    Error::BadValue { path, sample: id, position, value, reason }
+                }
+                other => other,
+            }
+        })?;
+        out[0] = i64::from(special.cls);
+        out[window + 1] = i64::from(special.sep);
+        Ok(())
+    }
+}
+
+impl Samples for MaskedText {
+    fn sample_count(&self) -> u64 {
+        self.stream.token_count() / to_u64(self.sequence_len - FRAME)
+    }
+
+    fn sequence_len(&self) -> usize {
+        self.sequence_len
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
+    }
+
+    fn fill(&self, sample: Sample, seed: u64, row: Row<'_>, scratch: &mut Scratch) -> Result<()> {
+        self.read_unmasked(sample.id, row.input_ids, scratch)?;
+        self.masker.apply(seed, sample, row.input_ids, row.labels);
+        Ok(())
+    }
+}
+
+/// A sample in an error; made into text only when there is one.
+#[derive(Debug)]
+struct SampleName(u64);
+
+impl std::fmt::Display for SampleName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "sample {}", self.0)
+    }
+}

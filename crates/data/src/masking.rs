@@ -1,0 +1,162 @@
+//! Masked-LM masking, keyed by seed, epoch and sample: the same mask on every rank, thread and resumed run.
+//!
+//! Each maskable position is chosen with `probability` (15 %); of the chosen ones 80 % become `[MASK]`, 10 % a random entry of
+//! the vocabulary that is not special, 10 % stay. Labels hold the original token where chosen, [`IGNORED`] elsewhere.
+//! Special tokens (`[UNK]` among them) are never chosen. If chance chose no position, one is taken at random, so that each
+//! sample counts in the loss; only a sample without any maskable token has none.
+//!
+//! Probabilities are held in 1/65 536: 15 % is 9 830/65 536. One random word serves four positions.
+//! Source: Devlin et al., "BERT" (2018), section 3.1.
+
+use serde::{Deserialize, Serialize};
+
+use crate::cast::{to_u64, to_usize};
+use crate::error::{Error, Result};
+use crate::format::SpecialTokens;
+use crate::random::{below, high_half, Stream};
+use crate::sampler::Sample;
+
+/// The label of positions that do not count in the loss (PyTorch's `ignore_index`).
+pub const IGNORED: i64 = -100;
+
+const PURPOSE_CHOICE: u64 = 0x6D61_736B_0000_0001; // "mask", version 1
+const PURPOSE_REPLACEMENT: u64 = 0x7265_706C_0000_0001; // "repl", version 1
+const PURPOSE_FALLBACK: u64 = 0x6F6E_6500_0000_0001; // "one", version 1
+
+/// Random draws of a replacement token before `[MASK]` is taken; only a vocabulary of almost nothing but special tokens needs more.
+const DRAWS_MAX: usize = 64;
+
+/// How masks are made.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Masking {
+    /// Probability that a position is chosen.
+    pub probability: f64,
+    /// Share of the chosen positions that become `[MASK]`.
+    pub mask_share: f64,
+    /// Share of the chosen positions that become a random token.
+    pub random_share: f64,
+}
+
+impl Default for Masking {
+    /// BERT's: 15 %, of these 80 % masked, 10 % random, 10 % kept.
+    fn default() -> Self {
+        Masking { probability: 0.15, mask_share: 0.8, random_share: 0.1 }
+    }
+}
+
+/// [`Masking`] for one vocabulary, checked and ready to run.
+#[derive(Clone, Debug)]
+pub struct Masker {
+    chosen_below: u32,
+    mask_below: u32,
+    random_below: u32,
+    vocab_size: u32,
+    special: SpecialTokens,
+}
+
+impl Masker {
+    /// Checks the options against a vocabulary.
+    ///
+    /// # Errors
+    /// [`Error::InvalidOption`] for probabilities outside 0..=1, a probability of 0, or shares that exceed 1 together.
+    pub fn new(masking: Masking, vocab_size: u32, special: SpecialTokens) -> Result<Self> {
+        let Masking { probability, mask_share, random_share } = masking;
+        if !(probability > 0.0 && probability <= 1.0) {
+            let reason = "it must be above 0 and at most 1 (BERT: 0.15)";
+            return Err(Error::option("masking.probability", probability, reason));
+        }
+        for (option, share) in
+            [("masking.mask_share", mask_share), ("masking.random_share", random_share)]
+        {
+            if !(0.0..=1.0).contains(&share) || mask_share + random_share > 1.0 + 1e-9 {
+                let reason = "shares must be at least 0 and at most 1 together (BERT: 0.8 and 0.1)";
+                return Err(Error::option(option, share, reason));
+            }
+        }
+        Ok(Masker {
+            chosen_below: in_65536ths(probability).max(1),
+            mask_below: in_65536ths(mask_share),
+            random_below: in_65536ths(mask_share + random_share),
+            vocab_size,
+            special,
+        })
+    }
+
+    /// Masks `input_ids` in place and writes `labels`. Both have the sample's length.
+    ///
+    /// # Determinism
+    /// A pure function of the arguments.
+    pub fn apply(&self, seed: u64, sample: Sample, input_ids: &mut [i64], labels: &mut [i64]) {
+        debug_assert_eq!(input_ids.len(), labels.len());
+        let key = [seed, sample.epoch, sample.id];
+        let mut choice = Stream::keyed(PURPOSE_CHOICE, &key);
+        let mut replacement = Stream::keyed(PURPOSE_REPLACEMENT, &key);
+        labels.fill(IGNORED);
+        let mut chosen_count = 0;
+        for (ids, marks) in input_ids.chunks_mut(4).zip(labels.chunks_mut(4)) {
+            let word = choice.next();
+            for (lane, (id, label)) in ids.iter_mut().zip(marks).enumerate() {
+                let draw = (word >> (16 * lane)) & 0xFFFF;
+                if draw < u64::from(self.chosen_below) && !self.special.contains(*id) {
+                    *label = *id;
+                    *id = self.replace(*id, &mut replacement);
+                    chosen_count += 1;
+                }
+            }
+        }
+        if chosen_count == 0 {
+            self.choose_one(&key, input_ids, labels, &mut replacement);
+        }
+    }
+
+    /// Chooses one of the maskable positions, each with the same probability.
+    fn choose_one(
+        &self,
+        key: &[u64; 3],
+        input_ids: &mut [i64],
+        labels: &mut [i64],
+        replacement: &mut Stream,
+    ) {
+        let maskable = input_ids.iter().filter(|&&id| !self.special.contains(id)).count();
+        if maskable == 0 {
+            return;
+        }
+        let random = Stream::keyed(PURPOSE_FALLBACK, key).next();
+        let nth = to_usize(random % to_u64(maskable));
+        let mut positions =
+            (0..input_ids.len()).filter(|&at| !self.special.contains(input_ids[at]));
+        if let Some(at) = positions.nth(nth) {
+            labels[at] = input_ids[at];
+            input_ids[at] = self.replace(input_ids[at], replacement);
+        }
+    }
+
+    fn replace(&self, original: i64, stream: &mut Stream) -> i64 {
+        let word = stream.next();
+        let draw = u32::from((word & 0xFFFF) as u16);
+        if draw < self.mask_below {
+            return i64::from(self.special.mask);
+        }
+        if draw >= self.random_below {
+            return original;
+        }
+        let mut candidate = i64::from(below(high_half(word), self.vocab_size));
+        for _ in 0..DRAWS_MAX {
+            if !self.special.contains(candidate) {
+                return candidate;
+            }
+            candidate = i64::from(below(high_half(stream.next()), self.vocab_size));
+        }
+        i64::from(self.special.mask)
+    }
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the argument is between 0 and 1, up to rounding"
+)]
+fn in_65536ths(probability: f64) -> u32 {
+    (probability * 65_536.0).round() as u32
+}

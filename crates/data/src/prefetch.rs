@@ -1,0 +1,211 @@
+//! Threads that build batches ahead of their consumer.
+//!
+//! Threads claim micro-batches in order and put them into a queue in order, so that whoever finishes first delivers nothing
+//! early. The queue is bounded in batches and bytes, counted when a batch is claimed. The batch that the consumer waits for is
+//! always claimed before all others, so a full queue cannot block it.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::batch::Batch;
+use crate::error::{Error, Result};
+use crate::plan::{Job, Plan};
+use crate::samples::Scratch;
+
+/// Threads look whether the loader is gone at least so often, should a wake-up be lost.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// A thread in the middle of a read is given so long to finish when the loader is dropped; then it is left to itself.
+const CLOSING_MAX: Duration = Duration::from_secs(5);
+
+/// Bounds of the queue.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bounds {
+    pub(crate) batches: usize,
+    pub(crate) bytes: usize,
+}
+
+struct Shared {
+    plan: Plan,
+    bounds: Bounds,
+    queue: Mutex<Queue>,
+    /// A batch was finished, or a thread ended.
+    filled: Condvar,
+    /// A batch was taken, or the loader is gone.
+    taken: Condvar,
+}
+
+struct Queue {
+    /// What is claimed next.
+    next: Job,
+    /// Batches claimed and not yet taken, in order.
+    slots: VecDeque<Slot>,
+    /// How many batches were taken: the ticket of the front slot.
+    taken: u64,
+    bytes: usize,
+    threads: usize,
+    closed: bool,
+}
+
+struct Slot {
+    job: Job,
+    /// `None` while a thread works on it.
+    result: Option<Result<Batch>>,
+}
+
+/// The threads and their queue.
+pub(crate) struct Prefetcher {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Prefetcher {
+    /// Starts `threads` threads that build batches from `first` on.
+    pub(crate) fn start(plan: Plan, first: Job, threads: usize, bounds: Bounds) -> Result<Self> {
+        let queue = Queue {
+            next: first,
+            slots: VecDeque::with_capacity(bounds.batches),
+            taken: 0,
+            bytes: 0,
+            threads: 0,
+            closed: false,
+        };
+        let shared = Arc::new(Shared {
+            plan,
+            bounds,
+            queue: Mutex::new(queue),
+            filled: Condvar::new(),
+            taken: Condvar::new(),
+        });
+        let mut prefetcher = Prefetcher { shared, threads: Vec::with_capacity(threads) };
+        for number in 0..threads {
+            let worker = Arc::clone(&prefetcher.shared);
+            prefetcher.shared.lock().threads += 1;
+            let spawned = std::thread::Builder::new()
+                .name(format!("data-{number}"))
+                .spawn(move || worker.work());
+            match spawned {
+                Ok(thread) => prefetcher.threads.push(thread),
+                Err(error) => {
+                    prefetcher.shared.lock().threads -= 1;
+                    let reason = format!("thread {number} cannot be started: {error}");
+                    return Err(Error::option("threads", threads, reason));
+                }
+            }
+        }
+        Ok(prefetcher)
+    }
+
+    /// The next batch, in order. Waits at most `timeout`.
+    pub(crate) fn next(&self, timeout: Duration) -> Result<Batch> {
+        let waiting =
+            |queue: &mut Queue| queue.slots.front().is_none_or(|slot| slot.result.is_none());
+        let queue = self.shared.lock();
+        let (mut queue, _) = self
+            .shared
+            .filled
+            .wait_timeout_while(queue, timeout, waiting)
+            .unwrap_or_else(PoisonError::into_inner);
+        let done = match queue.slots.front_mut() {
+            Some(slot) => slot.result.take().map(|result| (slot.job, result)),
+            None => None,
+        };
+        let Some((job, result)) = done else {
+            let job = queue.slots.front().map_or(queue.next, |slot| slot.job);
+            let (epoch, position) = (job.start.epoch, job.start.next_global_sample);
+            return Err(Error::Timeout { timeout, epoch, position });
+        };
+        queue.slots.pop_front();
+        queue.taken += 1;
+        queue.bytes -= self.shared.plan.bytes(job);
+        self.shared.taken.notify_one();
+        result
+    }
+}
+
+impl Drop for Prefetcher {
+    fn drop(&mut self) {
+        let mut queue = self.shared.lock();
+        queue.closed = true;
+        self.shared.taken.notify_all();
+        let (queue, _) = self
+            .shared
+            .filled
+            .wait_timeout_while(queue, CLOSING_MAX, |queue| queue.threads > 0)
+            .unwrap_or_else(PoisonError::into_inner);
+        let all_ended = queue.threads == 0;
+        drop(queue);
+        if all_ended {
+            for thread in self.threads.drain(..) {
+                // A thread catches its panics; what it had to say went through the queue.
+                drop(thread.join());
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn work(&self) {
+        let mut scratch = Scratch::default();
+        while let Some((ticket, job)) = self.claim() {
+            let built = catch_unwind(AssertUnwindSafe(|| self.plan.build(job, &mut scratch)));
+            let result = built.unwrap_or_else(|payload| Err(panicked(job, payload.as_ref())));
+            let mut queue = self.lock();
+            let index = ticket - queue.taken;
+            if let Some(slot) = queue.slots.get_mut(crate::cast::to_usize(index)) {
+                slot.result = Some(result);
+            }
+            if index == 0 {
+                self.filled.notify_all();
+            }
+        }
+        self.lock().threads -= 1;
+        self.filled.notify_all();
+    }
+
+    /// The next batch to build, when there is room for it; `None` when the loader is gone.
+    fn claim(&self) -> Option<(u64, Job)> {
+        let mut queue = self.lock();
+        loop {
+            if queue.closed {
+                return None;
+            }
+            let job = queue.next;
+            let bytes = self.plan.bytes(job);
+            let fits = queue.slots.len() < self.bounds.batches
+                && queue.bytes.saturating_add(bytes) <= self.bounds.bytes;
+            if fits || queue.slots.is_empty() {
+                queue.next = self.plan.after(job);
+                queue.bytes += bytes;
+                queue.slots.push_back(Slot { job, result: None });
+                return Some((queue.taken + crate::cast::to_u64(queue.slots.len()) - 1, job));
+            }
+            let waited = self.taken.wait_timeout(queue, LOOK_AGAIN);
+            queue = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+/// A panic as an error.
+pub(crate) fn panicked(job: Job, payload: &(dyn Any + Send)) -> Error {
+    let message = payload
+        .downcast_ref::<&str>()
+        .map(ToString::to_string)
+        .or_else(|| payload.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "a panic without a message".to_owned());
+    let (epoch, position) = (job.start.epoch, job.start.next_global_sample);
+    Error::WorkerPanicked { epoch, position, message }
+}
+
+/// When a deadline of `timeout` from now is over; far in the future if it cannot be counted.
+pub(crate) fn left(started: Instant, timeout: Duration) -> Duration {
+    timeout.saturating_sub(started.elapsed())
+}

@@ -1,0 +1,132 @@
+//! Who computes which samples of a global batch: pure arithmetic on ranges.
+
+use std::num::NonZeroUsize;
+use std::ops::Range;
+
+/// Part `index` of `count` contiguous parts of `0..len`: sizes differ by at most one, the first parts are the larger ones.
+///
+/// # Panics
+/// If `index` is not below `count`.
+pub fn part(len: usize, index: usize, count: usize) -> Range<usize> {
+    assert!(index < count, "part {index} of {count}");
+    let (size, larger) = (len / count, len % count);
+    let start = index * size + index.min(larger);
+    start..start + size + usize::from(index < larger)
+}
+
+/// Which slice of each global batch a rank computes.
+///
+/// Rank r takes the r-th contiguous slice. The world size need not divide the global batch: slices are cut by [`part`], so the
+/// first `global_batch % world_size` ranks hold one sample more. Each rank holds at least one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RankSlice {
+    rank: usize,
+    world_size: usize,
+    global_batch: usize,
+}
+
+impl RankSlice {
+    /// The slice of `rank` among `world_size`, or why there is none.
+    ///
+    /// # Errors
+    /// [`Error::InvalidOption`](crate::Error::InvalidOption) if the rank is not below the world size, or the global batch has
+    /// fewer samples than there are ranks.
+    pub fn new(rank: usize, world_size: usize, global_batch: usize) -> crate::Result<Self> {
+        use crate::Error;
+        if rank >= world_size {
+            let reason = format!("it must be below the world size of {world_size}");
+            return Err(Error::option("rank", rank, reason));
+        }
+        if global_batch < world_size {
+            let reason = format!("{world_size} ranks need at least one sample each");
+            return Err(Error::option("global_batch", global_batch, reason));
+        }
+        Ok(RankSlice { rank, world_size, global_batch })
+    }
+
+    /// The samples of a global batch that this rank computes, counted within the global batch.
+    pub fn range(&self) -> Range<usize> {
+        part(self.global_batch, self.rank, self.world_size)
+    }
+}
+
+/// How a rank's slice is cut into micro-batches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MicroBatch {
+    /// The whole slice at once.
+    #[default]
+    Whole,
+    /// At most so many samples each: all have this size but the last, which holds what is left.
+    Size(NonZeroUsize),
+    /// So many parts, cut as ranks are ([`part`]): world size n with one part is world size 1 with n parts.
+    Count(NonZeroUsize),
+}
+
+impl MicroBatch {
+    /// The micro-batches of a slice of `len` samples, counted within the slice. None is empty.
+    pub fn cut(self, len: usize) -> Vec<Range<usize>> {
+        match self {
+            MicroBatch::Whole if len == 0 => Vec::new(),
+            MicroBatch::Whole => std::iter::once(0..len).collect(),
+            MicroBatch::Size(size) => {
+                (0..len).step_by(size.get()).map(|at| at..(at + size.get()).min(len)).collect()
+            }
+            MicroBatch::Count(count) => (0..count.get())
+                .map(|index| part(len, index, count.get()))
+                .filter(|range| !range.is_empty())
+                .collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_contiguous_complete_and_even() {
+        for len in 0..60 {
+            for count in 1..9 {
+                let parts: Vec<_> = (0..count).map(|i| part(len, i, count)).collect();
+                let joined: Vec<usize> = parts.iter().cloned().flatten().collect();
+                assert_eq!(joined, (0..len).collect::<Vec<_>>());
+                assert!(parts
+                    .windows(2)
+                    .all(|p| p[0].len() == p[1].len() || p[0].len() == p[1].len() + 1));
+                assert!(parts[0].len() - parts[count - 1].len() <= 1);
+            }
+        }
+    }
+
+    #[test]
+    fn micro_batches_cover_the_slice_in_order() {
+        for len in 1..40 {
+            for n in 1..9 {
+                let n = NonZeroUsize::new(n).unwrap();
+                for cut in [MicroBatch::Whole, MicroBatch::Size(n), MicroBatch::Count(n)] {
+                    let ranges = cut.cut(len);
+                    assert!(ranges.iter().all(|range| !range.is_empty()));
+                    let joined: Vec<usize> = ranges.into_iter().flatten().collect();
+                    assert_eq!(joined, (0..len).collect::<Vec<_>>(), "{cut:?} of {len}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn four_ranks_once_are_one_rank_four_times() {
+        let four = NonZeroUsize::new(4).unwrap();
+        for global_batch in 4..40 {
+            let ranks: Vec<_> =
+                (0..4).map(|r| RankSlice::new(r, 4, global_batch).unwrap().range()).collect();
+            let alone = RankSlice::new(0, 1, global_batch).unwrap().range();
+            assert_eq!(MicroBatch::Count(four).cut(alone.len()), ranks);
+        }
+    }
+
+    #[test]
+    fn ranks_without_samples_are_refused() {
+        assert!(RankSlice::new(0, 4, 3).unwrap_err().to_string().contains("at least one sample"));
+        assert!(RankSlice::new(4, 4, 8).unwrap_err().to_string().contains("below the world size"));
+    }
+}

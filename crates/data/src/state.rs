@@ -1,0 +1,51 @@
+//! Where a run stands in its data: small enough for every checkpoint, enough to go on with any number of ranks.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::fingerprint::Fingerprint;
+use crate::sampler::{Order, Position};
+
+/// A loader's place: what [`Loader::resume`](crate::Loader::resume) needs.
+///
+/// It is the same on every rank, and knows nothing of ranks, threads or batch sizes: all of them may differ when a run is
+/// resumed. Some 150 bytes as JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoaderState {
+    /// The epoch, from 0.
+    pub epoch: u64,
+    /// How many samples of the epoch's order are done.
+    pub next_global_sample: u64,
+    /// The seed of order and masks.
+    pub seed: u64,
+    /// The order.
+    pub order: Order,
+    /// Version of the order ([`permutation::VERSION`](crate::permutation::VERSION)).
+    pub version: u32,
+    /// What the data was.
+    pub fingerprint: Fingerprint,
+}
+
+impl LoaderState {
+    /// The place in the order.
+    pub fn position(&self) -> Position {
+        Position { epoch: self.epoch, next_global_sample: self.next_global_sample }
+    }
+
+    /// Checks that a state belongs to the same data and order as this run's beginning.
+    pub(crate) fn check(&self, current: &LoaderState) -> Result<()> {
+        let pairs = [
+            ("data", self.fingerprint.to_string(), current.fingerprint.to_string()),
+            ("seed", self.seed.to_string(), current.seed.to_string()),
+            ("order", format!("{:?}", self.order), format!("{:?}", current.order)),
+            ("order's version", self.version.to_string(), current.version.to_string()),
+        ];
+        for (what, saved, now) in pairs {
+            if saved != now {
+                return Err(Error::StateMismatch { what, saved, current: now });
+            }
+        }
+        Ok(())
+    }
+}

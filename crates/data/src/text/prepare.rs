@@ -1,0 +1,250 @@
+//! [`prepare`]: text files in, prepared folder out, once.
+
+use std::fs;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::encode::{count_words, Encoder};
+use super::lock;
+use super::source::{self, TextFile};
+use super::vocabulary::{self, Vocabulary, SPECIAL_IDS, VOCAB_SIZE_MIN};
+use crate::error::{Error, Result};
+use crate::fingerprint::{Fingerprint, Fingerprinter};
+use crate::format::{sync_folder, FolderWriter, Index, ShardEntry, ShardInfo, SpecialTokens};
+use crate::progress::{Event, Progress, Stage};
+
+/// Folder for prepared data inside the data folder.
+const CACHE_FOLDER: &str = ".phalanx";
+
+/// Part of every key: raised when the same text and options give other tokens.
+const KEY_VERSION: &str = "prepare 1";
+
+/// How text is prepared.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PrepareOptions {
+    /// Entries of the vocabulary, special tokens included. A small text yields fewer.
+    pub vocab_size: u32,
+    /// Pieces that occur less often do not enter the vocabulary.
+    pub min_frequency: u64,
+    /// Whether upper and lower case are the same, and accents dropped.
+    pub lowercase: bool,
+    /// A shard is closed at the first end of a document after so many bytes of tokens.
+    pub shard_bytes: u64,
+    /// Threads; all processors if not given. The result does not depend on it.
+    pub threads: Option<NonZeroUsize>,
+    /// Where prepared data is kept; `.phalanx` beside the text if not given.
+    pub cache_dir: Option<PathBuf>,
+    /// How long to wait for another process that prepares the same data.
+    pub lock_timeout: Duration,
+}
+
+impl Default for PrepareOptions {
+    fn default() -> Self {
+        PrepareOptions {
+            vocab_size: 8192,
+            min_frequency: 2,
+            lowercase: true,
+            shard_bytes: 256 << 20,
+            threads: None,
+            cache_dir: None,
+            lock_timeout: Duration::from_secs(600),
+        }
+    }
+}
+
+/// A prepared folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Prepared {
+    /// Where it is.
+    pub folder: PathBuf,
+    /// Entries of the vocabulary: a model needs at least so many embeddings. May be below what was asked for.
+    pub vocab_size: u32,
+    /// Ids of the special tokens.
+    pub special: SpecialTokens,
+    /// Tokens in it.
+    pub token_count: u64,
+    /// Documents in it.
+    pub document_count: u64,
+    /// Fingerprint of the content: equal on machines that prepared the same text alike.
+    pub fingerprint: Fingerprint,
+    /// Whether it was there already.
+    pub reused: bool,
+}
+
+impl Prepared {
+    fn new(folder: &Path, index: &Index, reused: bool) -> Self {
+        Prepared {
+            folder: folder.to_path_buf(),
+            vocab_size: index.vocab_size,
+            special: index.special,
+            token_count: index.token_count,
+            document_count: index.document_count,
+            fingerprint: index.fingerprint,
+            reused,
+        }
+    }
+}
+
+/// Makes sure that the text at `path` is prepared, and says where.
+///
+/// `path` is a folder with `.txt` files (subfolders included), one text file, or a prepared folder, which is used as it is.
+/// The first call trains a vocabulary, tokenises the text and writes shards to `cache_dir/<key>`; later calls find them there.
+/// The key is made of the files' names, sizes and times, and of the options: changed text gets another folder.
+///
+/// Any number of processes may call this at once: one does the work, the others wait for it and then read. A crash leaves
+/// nothing that is later taken for prepared data.
+///
+/// Cost: some 10 MB of text a second and processor, twice over (words are counted, then encoded).
+///
+/// # Determinism
+/// The same text and options give the same vocabulary, tokens and fingerprint, whatever the number of threads.
+///
+/// # Errors
+/// [`Error::DataMissing`], [`Error::NoText`], [`Error::EmptyText`], [`Error::InvalidUtf8`], [`Error::TextChanged`],
+/// [`Error::CacheNotWritable`], [`Error::LockTimeout`], [`Error::InvalidOption`], [`Error::Io`], [`Error::Tokenizer`], and
+/// [`Error::BadIndex`] for a prepared folder that cannot be used.
+pub fn prepare(path: &Path, options: &PrepareOptions, progress: &dyn Progress) -> Result<Prepared> {
+    if !path.exists() {
+        return Err(Error::DataMissing { path: path.to_path_buf() });
+    }
+    if Index::is_in(path) {
+        return Ok(Prepared::new(path, &Index::read(path)?, true));
+    }
+    if options.vocab_size < VOCAB_SIZE_MIN {
+        let reason = format!("at least {VOCAB_SIZE_MIN} entries are needed for the letters");
+        return Err(Error::option("vocab_size", options.vocab_size, reason));
+    }
+    let files = source::list(path)?;
+    let cache = match &options.cache_dir {
+        Some(folder) => folder.clone(),
+        None if path.is_dir() => path.join(CACHE_FOLDER),
+        None => path.parent().unwrap_or(Path::new("")).join(CACHE_FOLDER),
+    };
+    let key = key(&files, options);
+    let target = cache.join(key.to_string());
+    if Index::is_in(&target) {
+        return Ok(Prepared::new(&target, &Index::read(&target)?, true));
+    }
+    let not_writable = |source| Error::CacheNotWritable { path: cache.clone(), source };
+    fs::create_dir_all(&cache).map_err(not_writable)?;
+    let waiting = || progress.report(Event::Begin { stage: Stage::Waiting, total_bytes: 0 });
+    let lock_file = cache.join(format!(".{key}.lock"));
+    let _lock = lock::acquire(&lock_file, options.lock_timeout, waiting)?;
+    if Index::is_in(&target) {
+        progress.report(Event::End { stage: Stage::Waiting });
+        return Ok(Prepared::new(&target, &Index::read(&target)?, true));
+    }
+    let index = in_pool(options.threads, || write(path, &target, &files, options, progress))??;
+    sync_folder(&cache)?;
+    Ok(Prepared::new(&target, &index, false))
+}
+
+fn key(files: &[TextFile], options: &PrepareOptions) -> Fingerprint {
+    let sum = Fingerprinter::new(KEY_VERSION)
+        .number(u64::from(options.vocab_size))
+        .number(options.min_frequency)
+        .number(u64::from(options.lowercase))
+        .number(options.shard_bytes);
+    files.iter().fold(sum, |sum, file| file.add_to(sum)).finish()
+}
+
+fn in_pool<T: Send>(threads: Option<NonZeroUsize>, work: impl FnOnce() -> T + Send) -> Result<T> {
+    // 0 is rayon's word for all processors.
+    let count = threads.map_or(0, NonZeroUsize::get);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(count).build().map_err(|error| {
+        Error::option("threads", count, format!("the threads cannot be started: {error}"))
+    })?;
+    Ok(pool.install(work))
+}
+
+/// Does the work, under the lock.
+fn write(
+    path: &Path,
+    target: &Path,
+    files: &[TextFile],
+    options: &PrepareOptions,
+    progress: &dyn Progress,
+) -> Result<Index> {
+    let source_bytes = files.iter().map(|file| file.bytes).sum();
+    let vocabulary = train(path, files, options, source_bytes, progress)?;
+    let folder = FolderWriter::create(target)?;
+    let tokenizer = folder.tokenizer(vocabulary.json.as_bytes())?;
+    let info = ShardInfo {
+        vocab_size: vocabulary.size,
+        special: SPECIAL_IDS,
+        tokenizer,
+        shard_bytes: options.shard_bytes,
+    };
+    progress.report(Event::Begin { stage: Stage::Encoding, total_bytes: source_bytes });
+    let shards = encode(&folder, info, files, &vocabulary, options.lowercase, progress)?;
+    progress.report(Event::End { stage: Stage::Encoding });
+    files.iter().try_for_each(TextFile::check_unchanged)?;
+    let index = Index::new(vocabulary.size, SPECIAL_IDS, tokenizer, source_bytes, shards);
+    folder.finish(&index)?;
+    let (tokens, documents) = (index.token_count, index.document_count);
+    let target = target.display();
+    progress.report(Event::Notice(&format!(
+        "{source_bytes} bytes of text in {documents} files are {tokens} tokens of a vocabulary of {} in {target}",
+        vocabulary.size
+    )));
+    Ok(index)
+}
+
+fn train(
+    path: &Path,
+    files: &[TextFile],
+    options: &PrepareOptions,
+    source_bytes: u64,
+    progress: &dyn Progress,
+) -> Result<Vocabulary> {
+    progress.report(Event::Begin { stage: Stage::Counting, total_bytes: source_bytes });
+    let counts = count_words(files, options.lowercase, progress)?;
+    progress.report(Event::End { stage: Stage::Counting });
+    if counts.is_empty() {
+        return Err(Error::EmptyText { path: path.to_path_buf() });
+    }
+    progress.report(Event::Begin { stage: Stage::Training, total_bytes: 0 });
+    let PrepareOptions { vocab_size, min_frequency, lowercase, .. } = *options;
+    let vocabulary = vocabulary::train(&counts, vocab_size, min_frequency, lowercase)?;
+    progress.report(Event::End { stage: Stage::Training });
+    if vocabulary.size < vocab_size {
+        progress.report(Event::Notice(&format!(
+            "the text yields a vocabulary of {} entries, fewer than the {vocab_size} asked for",
+            vocabulary.size
+        )));
+    }
+    Ok(vocabulary)
+}
+
+fn encode(
+    folder: &FolderWriter,
+    info: ShardInfo,
+    files: &[TextFile],
+    vocabulary: &Vocabulary,
+    lowercase: bool,
+    progress: &dyn Progress,
+) -> Result<Vec<ShardEntry>> {
+    let encoder = Encoder::new(&vocabulary.model, lowercase);
+    let separator = info.special.sep;
+    let mut shards = folder.shards(info);
+    for file in files {
+        let mut is_empty = true;
+        encoder.file(file, progress, |tokens| {
+            is_empty &= tokens.is_empty();
+            if tokens.is_empty() {
+                return Ok(());
+            }
+            shards.tokens(tokens)
+        })?;
+        if !is_empty {
+            shards.tokens(&[separator])?;
+            shards.end_document()?;
+        }
+    }
+    shards.finish()
+}

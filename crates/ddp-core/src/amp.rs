@@ -1,0 +1,50 @@
+//! Autocast: matrix products in a narrower type, on CPU and CUDA.
+//!
+//! tch's own `autocast` is the CUDA one with libtorch's default type; this one takes device and type.
+
+use tch::{Device, Kind};
+
+use crate::{shim, Error, Result};
+
+/// Restores the thread's autocast setting when it goes, also when the closure panics.
+struct Restore {
+    device_type: i32,
+    enabled: bool,
+    kind: i32,
+}
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        let left = shim::autocast_nest(-1);
+        let set = shim::autocast_set(self.device_type, self.enabled, self.kind);
+        if let Err(error) = left.and(set) {
+            tracing::error!(%error, "autocast could not be restored");
+        }
+    }
+}
+
+/// Runs `body` with autocast to `kind` on for `device` on this thread.
+///
+/// Run the forward inside and the backward outside: autograd uses each operation's own type again.
+/// Weights are cast once per call and dropped at its end.
+///
+/// # Errors
+/// [`Error::UnsupportedKind`] unless `kind` is bf16 or f16; libtorch's own errors.
+///
+/// # Source
+/// `ATen/autocast_mode.h`.
+pub fn autocast<T>(device: Device, kind: Kind, body: impl FnOnce() -> T) -> Result<T> {
+    let scalar_type = match kind {
+        Kind::BFloat16 => 15,
+        Kind::Half => 5,
+        _ => return Err(Error::UnsupportedKind { name: "autocast".to_owned(), kind }),
+    };
+    let device_type = i32::from(device.is_cuda());
+    let (enabled, before) = shim::autocast_get(device_type)?;
+    shim::autocast_nest(1)?;
+    let restore = Restore { device_type, enabled, kind: before };
+    shim::autocast_set(device_type, true, scalar_type)?;
+    let value = body();
+    drop(restore);
+    Ok(value)
+}

@@ -1,0 +1,187 @@
+//! Flat storage: one stretch of memory per (dtype, device) that parameters and gradients are views of.
+//!
+//! Memory comes from the group where the group's collectives work on it (so that they read the peers' in
+//! place), else from libtorch.
+#![expect(unsafe_code, reason = "gate: gives a registered region's memory to libtorch")]
+
+use std::ffi::c_void;
+use std::ops::Range;
+
+use half::{bf16, f16};
+use phalanx_comm::{Element, Float, Group, Region, ScaledSum, Work};
+use tch::{Device, Kind, Tensor};
+
+use crate::optim::norm;
+use crate::{shim, Error, Result};
+
+/// A registered region of one of the four kinds that a parameter can have.
+#[derive(Debug)]
+enum Memory {
+    F32(Region<f32>),
+    F64(Region<f64>),
+    F16(Region<f16>),
+    BF16(Region<bf16>),
+    /// libtorch's own memory: no collective works on it.
+    Private,
+}
+
+/// Runs `$body` with `$region` bound to the typed region; `Private` memory is our bug.
+macro_rules! with_region {
+    ($memory:expr, $region:ident => $body:expr) => {
+        match $memory {
+            Memory::F32($region) => $body,
+            Memory::F64($region) => $body,
+            Memory::F16($region) => $body,
+            Memory::BF16($region) => $body,
+            Memory::Private => unreachable!("a collective on memory that is not registered"),
+        }
+    };
+}
+
+/// How gradients become their mean.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Scale(pub(crate) f64);
+
+/// A flat tensor, and the region under it.
+#[derive(Debug)]
+pub(crate) struct Flat {
+    tensor: Tensor,
+    memory: Memory,
+}
+
+impl Flat {
+    /// `len` zeroed elements that the group's collectives work on. Collective.
+    pub(crate) fn registered(group: &mut Group, kind: Kind, len: usize) -> Result<Self> {
+        match kind {
+            Kind::Float => Self::over(group.allocate(len)?, kind, Memory::F32),
+            Kind::Double => Self::over(group.allocate(len)?, kind, Memory::F64),
+            Kind::Half => Self::over(group.allocate(len)?, kind, Memory::F16),
+            Kind::BFloat16 => Self::over(group.allocate(len)?, kind, Memory::BF16),
+            _ => Err(Error::UnsupportedKind { name: "flat storage".to_owned(), kind }),
+        }
+    }
+
+    fn over<T: Element>(
+        region: Region<T>,
+        kind: Kind,
+        wrap: impl FnOnce(Region<T>) -> Memory,
+    ) -> Result<Self> {
+        // SAFETY: the region holds `len` elements of the kind, and a clone of it keeps them mapped.
+        let tensor = unsafe {
+            shim::tensor_over_memory(
+                region.as_ptr().cast(),
+                region.len(),
+                kind,
+                Box::new(region.clone()),
+            )
+        }?;
+        Ok(Self { tensor, memory: wrap(region) })
+    }
+
+    /// `len` zeroed elements of libtorch's own memory.
+    pub(crate) fn private(kind: Kind, len: usize) -> Result<Self> {
+        let len = i64::try_from(len).map_err(|_too_long| Error::TooLarge { elements: len })?;
+        let tensor = Tensor::f_zeros([len], (kind, Device::Cpu))?;
+        Ok(Self { tensor, memory: Memory::Private })
+    }
+
+    pub(crate) fn kind(&self) -> Kind {
+        self.tensor.kind()
+    }
+
+    /// Elements `range` as a flat tensor in the same memory.
+    pub(crate) fn range(&self, range: &Range<usize>) -> Result<Tensor> {
+        let (start, len) = as_i64(range)?;
+        Ok(self.tensor.f_narrow(0, start, len)?)
+    }
+
+    /// Elements `range` with a shape and strides.
+    pub(crate) fn view(&self, range: &Range<usize>, shape: &[i64], strides: &[i64]) -> Result<Tensor> {
+        let (start, _) = as_i64(range)?;
+        Ok(self.tensor.f_as_strided(shape, strides, start)?)
+    }
+
+    /// Sum of squares of elements `range`, in an order that depends on nothing but the range.
+    pub(crate) fn sum_of_squares(&self, range: &Range<usize>) -> f64 {
+        let len = usize::try_from(self.tensor.size1().unwrap_or(0)).unwrap_or(0);
+        assert!(range.end <= len, "range {range:?} of {len} elements");
+        let base = self.tensor.data_ptr();
+        match self.tensor.kind() {
+            // SAFETY: `base` is the first of `len` elements of this kind on the CPU, kept by the tensor.
+            Kind::Double => norm::sum_of_squares(unsafe { elements::<f64>(base, range) }, |x| x),
+            // SAFETY: as above.
+            Kind::Half => norm::sum_of_squares(unsafe { elements::<f16>(base, range) }, f16::to_f64),
+            Kind::BFloat16 => {
+                // SAFETY: as above.
+                norm::sum_of_squares(unsafe { elements::<bf16>(base, range) }, bf16::to_f64)
+            }
+            // SAFETY: as above; storage is one of four kinds.
+            _ => norm::sum_of_squares(unsafe { elements::<f32>(base, range) }, f64::from),
+        }
+    }
+
+    pub(crate) fn all_reduce(
+        &self,
+        group: &mut Group,
+        range: Range<usize>,
+        scale: Scale,
+    ) -> Result<Work<'static>> {
+        Ok(with_region!(&self.memory, region => reduce(group, region, range, scale, true)?))
+    }
+
+    pub(crate) fn reduce_scatter(
+        &self,
+        group: &mut Group,
+        range: Range<usize>,
+        scale: Scale,
+    ) -> Result<Work<'static>> {
+        Ok(with_region!(&self.memory, region => reduce(group, region, range, scale, false)?))
+    }
+
+    pub(crate) fn all_gather(&self, group: &mut Group, range: Range<usize>) -> Result<Work<'static>> {
+        Ok(with_region!(&self.memory, region => group.all_gather_in_place(region.range(range))?))
+    }
+}
+
+/// # Safety
+/// `base` must be the start of at least `range.end` elements of type `T`, not written meanwhile.
+unsafe fn elements<'a, T>(base: *mut c_void, range: &Range<usize>) -> &'a [T] {
+    // SAFETY: inside the elements that the caller vouches for.
+    let start = unsafe { base.cast::<T>().cast_const().add(range.start) };
+    // SAFETY: as above.
+    unsafe { std::slice::from_raw_parts(start, range.len()) }
+}
+
+fn reduce<T: Float>(
+    group: &mut Group,
+    region: &Region<T>,
+    range: Range<usize>,
+    scale: Scale,
+    to_all: bool,
+) -> Result<Work<'static>> {
+    let (range, op) = (region.range(range), ScaledSum(scale.0));
+    Ok(if to_all { group.all_reduce(range, op)? } else { group.reduce_scatter_in_place(range, op)? })
+}
+
+fn as_i64(range: &Range<usize>) -> Result<(i64, i64)> {
+    let convert =
+        |value: usize| i64::try_from(value).map_err(|_too_long| Error::TooLarge { elements: value });
+    Ok((convert(range.start)?, convert(range.len())?))
+}
+
+/// Strides that a view of a parameter needs: its own if it is dense, which keeps the layout that its
+/// kernels like (channels last, say).
+pub(crate) fn dense_strides(name: &str, tensor: &Tensor) -> Result<Vec<i64>> {
+    let (shape, strides) = (tensor.size(), tensor.stride());
+    let mut dims: Vec<(i64, i64)> = strides.iter().copied().zip(shape.iter().copied()).collect();
+    dims.retain(|&(_, size)| size != 1);
+    dims.sort_unstable();
+    let mut expected = 1;
+    for (stride, size) in dims {
+        if stride != expected && tensor.numel() > 0 {
+            return Err(Error::NotDense { name: name.to_owned(), shape, strides });
+        }
+        expected *= size;
+    }
+    Ok(strides)
+}

@@ -1,0 +1,151 @@
+//! Norms that come out the same however the flat storage is sharded.
+//!
+//! Every parameter is cut into cells at the multiples of [`BLOCK_LEN`]; a rank's segment is whole blocks, so
+//! a cell lies on one rank. A cell's sum of squares is computed in a fixed order in f64, the ranks gather the
+//! sums of all cells, and everybody adds them in storage order. So the norm has the same bits on every rank,
+//! for every world size and ZeRO stage.
+
+use std::ops::Range;
+
+use phalanx_comm::{Group, Region};
+
+use crate::plan::{Plan, BLOCK_LEN};
+use crate::{Result, Zero};
+
+/// Independent sums per cell: two AVX-512 registers of f64, so that the additions overlap.
+const LANES: usize = 16;
+
+/// Sum of squares in f64: lane by lane, then the lanes in order.
+pub(crate) fn sum_of_squares<T: Copy>(values: &[T], to_f64: impl Fn(T) -> f64) -> f64 {
+    let mut lanes = [0.0_f64; LANES];
+    let chunks = values.chunks_exact(LANES);
+    for (lane, &value) in lanes.iter_mut().zip(chunks.remainder()) {
+        let value = to_f64(value);
+        *lane += value * value;
+    }
+    for chunk in chunks {
+        for (lane, &value) in lanes.iter_mut().zip(chunk) {
+            let value = to_f64(value);
+            *lane += value * value;
+        }
+    }
+    lanes.iter().sum()
+}
+
+/// A part of a parameter inside one block.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Cell {
+    pub(crate) parameter: usize,
+    pub(crate) storage: usize,
+    pub(crate) range: Range<usize>,
+}
+
+/// The cells of parameters inside `owned` (elements of a storage), in storage order. Pure.
+fn cells_of(plan: &Plan, bucket: usize, owned: &Range<usize>) -> Vec<Cell> {
+    let mut cells = Vec::new();
+    for &parameter in &plan.buckets[bucket].parameters {
+        let place = &plan.places[parameter];
+        let mut start = place.range.start.max(owned.start);
+        let end = place.range.end.min(owned.end);
+        while start < end {
+            let cut = (start + 1).next_multiple_of(BLOCK_LEN).min(end);
+            cells.push(Cell { parameter, storage: place.storage, range: start..cut });
+            start = cut;
+        }
+    }
+    cells
+}
+
+/// All cells of the model, and which of them this rank computes.
+#[derive(Debug)]
+pub(crate) struct Cells {
+    /// This rank's, in storage order within each bucket.
+    pub(crate) mine: Vec<Cell>,
+    /// For each cell of the model, by bucket, rank and position: its parameter, and its slot among the
+    /// gathered sums.
+    all: Vec<(usize, usize)>,
+    /// Where sums are gathered; nothing when this rank computes all.
+    gathered: Option<Region<f64>>,
+}
+
+impl Cells {
+    /// Collective under ZeRO: allocates the memory for gathering.
+    pub(crate) fn new(plan: &Plan, zero: Zero, group: &mut Group) -> Result<Self> {
+        let (rank, world_size) = match zero {
+            Zero::Off => (0, 1),
+            Zero::One => (group.rank(), group.world_size()),
+        };
+        let mut per_rank: Vec<Vec<Cell>> = vec![Vec::new(); world_size];
+        let mut all = Vec::new();
+        for (index, bucket) in plan.buckets.iter().enumerate() {
+            for (owner, cells) in per_rank.iter_mut().enumerate() {
+                for cell in cells_of(plan, index, &bucket.segment(owner, world_size)) {
+                    all.push((cell.parameter, owner, cells.len()));
+                    cells.push(cell);
+                }
+            }
+        }
+        let stride = per_rank.iter().map(Vec::len).max().unwrap_or(0);
+        let all = all.into_iter().map(|(p, owner, at)| (p, owner * stride + at)).collect();
+        let gathered = match zero {
+            Zero::Off => None,
+            Zero::One => Some(group.allocate(world_size * stride)?),
+        };
+        Ok(Self { mine: per_rank.swap_remove(rank), all, gathered })
+    }
+
+    /// Takes the sums of this rank's cells to (parameter, sum) of every cell of the model. Collective
+    /// under ZeRO.
+    pub(crate) fn gather(&self, group: &mut Group, sums: &[f64]) -> Result<Vec<(usize, f64)>> {
+        let Some(region) = &self.gathered else {
+            return Ok(self.all.iter().map(|&(parameter, slot)| (parameter, sums[slot])).collect());
+        };
+        let stride = region.len() / group.world_size();
+        region.write(group.rank() * stride, sums);
+        group.tagged("norms").all_gather_in_place(region.full())?.wait()?;
+        let gathered = region.read(0..region.len());
+        Ok(self.all.iter().map(|&(parameter, slot)| (parameter, gathered[slot])).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::{Caps, Extent};
+
+    #[test]
+    fn the_sum_is_right_for_every_remainder() {
+        for len in 0..50_u32 {
+            let values: Vec<f32> = (0..len).map(|i| i as f32).collect();
+            let expected: f64 = values.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+            assert_eq!(sum_of_squares(&values, f64::from), expected);
+        }
+    }
+
+    #[test]
+    fn cells_are_the_same_however_a_bucket_is_cut() {
+        let lens = [5000, 64, 1, 9000, 2048, 77];
+        let extents: Vec<Extent> =
+            lens.iter().map(|&len| Extent { len, element_bytes: 4, storage: 0 }).collect();
+        let order = [5, 4, 3, 2, 1, 0];
+        let relative = |world_size: usize, plan: &Plan| {
+            let mut cells = Vec::new();
+            for (index, bucket) in plan.buckets.iter().enumerate() {
+                for rank in 0..world_size {
+                    for cell in cells_of(plan, index, &bucket.segment(rank, world_size)) {
+                        cells.push((cell.parameter, cell.range.start - bucket.range.start));
+                    }
+                }
+            }
+            // Inside a segment cells come by parameter, and parameters lie in that order.
+            cells
+        };
+        let plan_for = |world_size| {
+            Plan::new(&extents, &order, Caps { bucket_bytes: &[8000, 30000], world_size })
+        };
+        let whole = relative(1, &plan_for(1));
+        for world_size in [2, 3, 4, 7] {
+            assert_eq!(relative(world_size, &plan_for(world_size)), whole, "{world_size} ranks");
+        }
+    }
+}

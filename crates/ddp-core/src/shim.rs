@@ -1,0 +1,275 @@
+//! The safe face of the C++ boundary (`shim/README.md`): every call into the shim stands here.
+#![expect(unsafe_code, reason = "gate: the only caller of the C++ boundary")]
+
+use std::any::Any;
+use std::ffi::{c_char, c_void, CStr};
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::ptr;
+
+use tch::{Kind, Tensor};
+
+use crate::ffi;
+use crate::{Error, Result};
+
+pub(crate) use crate::ffi::AdamWSettings;
+
+/// Where a parameter's gradient lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum GradientPlace {
+    Undefined,
+    InView,
+    Elsewhere,
+}
+
+fn check(call: &'static str, status: &ffi::Status) -> Result<()> {
+    if status.code == 0 {
+        return Ok(());
+    }
+    // SAFETY: the shim NUL-terminates `message` inside the array, which lives as long as `status`.
+    let text = unsafe { CStr::from_ptr(status.message.as_ptr()) };
+    // The text of a libtorch exception goes on with a C++ backtrace, which helps nobody here.
+    let text = text.to_string_lossy();
+    let message = text.split("\nException raised from").next().unwrap_or(&text).to_owned();
+    Err(Error::Libtorch { call, message })
+}
+
+fn raw(tensor: &Tensor) -> *mut c_void {
+    tensor.as_ptr().cast_mut().cast()
+}
+
+/// Identity of the variable behind `tensor`: the same for shallow clones.
+pub(crate) fn identity(tensor: &Tensor) -> Result<u64> {
+    let mut identity = 0;
+    // SAFETY: `raw` is a live at::Tensor* for the call, and `identity` outlives it.
+    let status = unsafe { ffi::ddp_tensor_identity(raw(tensor), &raw mut identity) };
+    check("ddp_tensor_identity", &status)?;
+    Ok(identity)
+}
+
+/// A flat CPU tensor over `memory`; the tensor's storage owns `keep_alive`.
+///
+/// # Safety
+/// `memory` must be valid for reads and writes of `len` elements of `kind` while `keep_alive` lives.
+pub(crate) unsafe fn tensor_over_memory(
+    memory: *mut c_void,
+    len: usize,
+    kind: Kind,
+    keep_alive: Box<dyn Any + Send>,
+) -> Result<Tensor> {
+    let context = Box::into_raw(Box::new(keep_alive));
+    let mut tensor = ptr::null_mut();
+    let len = i64::try_from(len).map_err(|_too_long| Error::TooLarge { elements: len })?;
+    // SAFETY: the caller vouches for the memory; the shim takes `context` over, also on failure.
+    let status = unsafe {
+        ffi::ddp_tensor_over_memory(
+            memory,
+            len,
+            scalar_type(kind),
+            context.cast(),
+            drop_any,
+            &raw mut tensor,
+        )
+    };
+    check("ddp_tensor_over_memory", &status)?;
+    // SAFETY: on success `tensor` is a new at::Tensor* that nobody else owns.
+    Ok(unsafe { Tensor::from_ptr(tensor.cast()) })
+}
+
+/// `c10::ScalarType`'s number of a kind that the flat storage holds.
+fn scalar_type(kind: Kind) -> i32 {
+    match kind {
+        Kind::Half => 5,
+        Kind::Double => 7,
+        Kind::BFloat16 => 15,
+        _ => 6, // f32: `Flat` lets only these four through
+    }
+}
+
+extern "C" fn drop_any(context: *mut c_void) {
+    // SAFETY: `context` is the Box<Box<dyn Any>> leaked above, and the shim calls this once.
+    let owned = unsafe { Box::from_raw(context.cast::<Box<dyn Any + Send>>()) };
+    // A panic must not reach C++; a destructor of ours that panics has nothing left to say.
+    if catch_unwind(AssertUnwindSafe(move || drop(owned))).is_err() {
+        tracing::error!("a destructor panicked while libtorch released memory");
+    }
+}
+
+/// Gives `variable` the storage of `data`; shallow clones see it too.
+pub(crate) fn set_data(variable: &Tensor, data: &Tensor) -> Result<()> {
+    // SAFETY: both are live at::Tensor* for the call.
+    let status = unsafe { ffi::ddp_set_data(raw(variable), raw(data)) };
+    check("ddp_set_data", &status)
+}
+
+/// Says where the gradient of `variable` lies, compared with `view`.
+pub(crate) fn gradient_place(variable: &Tensor, view: &Tensor) -> Result<GradientPlace> {
+    let mut place = 0;
+    // SAFETY: both are live at::Tensor*, and `place` outlives the call.
+    let status = unsafe { ffi::ddp_gradient_place(raw(variable), raw(view), &raw mut place) };
+    check("ddp_gradient_place", &status)?;
+    Ok(match place {
+        0 => GradientPlace::Undefined,
+        1 => GradientPlace::InView,
+        _ => GradientPlace::Elsewhere,
+    })
+}
+
+/// Copies the gradient of `variable` into `view`, which becomes the gradient.
+pub(crate) fn gradient_move(variable: &Tensor, view: &Tensor) -> Result<()> {
+    // SAFETY: both are live at::Tensor* for the call.
+    let status = unsafe { ffi::ddp_gradient_move(raw(variable), raw(view)) };
+    check("ddp_gradient_move", &status)
+}
+
+/// Makes the gradient of `variable` undefined.
+pub(crate) fn gradient_clear(variable: &Tensor) -> Result<()> {
+    // SAFETY: a live at::Tensor* for the call.
+    let status = unsafe { ffi::ddp_gradient_clear(raw(variable)) };
+    check("ddp_gradient_clear", &status)
+}
+
+type Body = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
+
+/// What libtorch calls back: `body` may fail, and `body` is dropped when libtorch lets go of it.
+struct Called {
+    body: Body,
+}
+
+extern "C" fn call(context: *mut c_void, message: *mut c_char, message_bytes: usize) -> i32 {
+    // SAFETY: `context` is the `Called` handed over with this function, alive until `destroy`.
+    let called = unsafe { &*context.cast::<Called>() };
+    let outcome = catch_unwind(AssertUnwindSafe(|| (called.body)()));
+    let text = match outcome {
+        Ok(Ok(())) => return 0,
+        Ok(Err(text)) => text,
+        Err(panic) => format!("panic in a gradient hook: {}", panic_text(&*panic)),
+    };
+    let kept = text.len().min(message_bytes.saturating_sub(1));
+    // SAFETY: `message` has room for `message_bytes` bytes, and `kept` is less than that.
+    unsafe { ptr::copy_nonoverlapping(text.as_ptr(), message.cast::<u8>(), kept) };
+    // SAFETY: `kept` < `message_bytes`.
+    unsafe { *message.add(kept) = 0 };
+    1
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no text")
+}
+
+extern "C" fn destroy(context: *mut c_void) {
+    // SAFETY: `context` is a leaked Box<Called>, and the shim calls this once.
+    let owned = unsafe { Box::from_raw(context.cast::<Called>()) };
+    if catch_unwind(AssertUnwindSafe(move || drop(owned))).is_err() {
+        tracing::error!("a destructor panicked while libtorch released a callback");
+    }
+}
+
+fn leak(body: Body) -> *mut c_void {
+    Box::into_raw(Box::new(Called { body })).cast()
+}
+
+/// A hook on a parameter's gradient accumulation; dropping it removes the hook.
+#[derive(Debug)]
+pub(crate) struct Hook {
+    raw: *mut c_void,
+}
+
+// SAFETY: the handle is a shared_ptr to a graph node and a key; libtorch's nodes may be used and
+// released on any thread, and the handle itself is only ever used by its single owner.
+unsafe impl Send for Hook {}
+
+impl Hook {
+    /// Runs `body` after each accumulation into the gradient of `variable`. An error of `body` stops
+    /// that backward with its text.
+    pub(crate) fn add(variable: &Tensor, body: Body) -> Result<Self> {
+        let mut raw_hook = ptr::null_mut();
+        // SAFETY: a live at::Tensor*; the shim takes the context over, also on failure.
+        let status = unsafe {
+            ffi::ddp_hook_add(raw(variable), call, leak(body), destroy, &raw mut raw_hook)
+        };
+        check("ddp_hook_add", &status)?;
+        Ok(Self { raw: raw_hook })
+    }
+}
+
+impl Drop for Hook {
+    fn drop(&mut self) {
+        // SAFETY: `raw` came from ddp_hook_add and is removed once, here.
+        let status = unsafe { ffi::ddp_hook_remove(self.raw) };
+        if let Err(error) = check("ddp_hook_remove", &status) {
+            tracing::error!(%error, "a gradient hook could not be removed");
+        }
+    }
+}
+
+/// Runs `body` at the end of the backward that is running; only from inside a hook.
+pub(crate) fn end_of_backward(body: Body) -> Result<()> {
+    // SAFETY: the shim takes the context over, also on failure.
+    let status = unsafe { ffi::ddp_end_of_backward(call, leak(body), destroy) };
+    check("ddp_end_of_backward", &status)
+}
+
+/// The lists of one fused AdamW call; all of one length, tensors of one position of one shape.
+#[derive(Debug, Default)]
+pub(crate) struct AdamWLists {
+    pub(crate) parameters: Vec<Tensor>,
+    pub(crate) gradients: Vec<Tensor>,
+    pub(crate) first_moments: Vec<Tensor>,
+    pub(crate) second_moments: Vec<Tensor>,
+}
+
+/// `at::_fused_adamw_`; gradients are divided by `gradient_divisor` first, in place.
+pub(crate) fn fused_adamw(
+    lists: &AdamWLists,
+    step: &Tensor,
+    gradient_divisor: Option<&Tensor>,
+    settings: AdamWSettings,
+) -> Result<()> {
+    let count = lists.parameters.len();
+    let same = [&lists.gradients, &lists.first_moments, &lists.second_moments];
+    assert!(same.iter().all(|list| list.len() == count), "lists of one length");
+    let pointers = |list: &[Tensor]| list.iter().map(raw).collect::<Vec<_>>();
+    let (parameters, gradients) = (pointers(&lists.parameters), pointers(&lists.gradients));
+    let (first, second) = (pointers(&lists.first_moments), pointers(&lists.second_moments));
+    // SAFETY: four arrays of `count` live at::Tensor* each; `step` is live; the divisor live or null.
+    let status = unsafe {
+        ffi::ddp_fused_adamw(
+            parameters.as_ptr(),
+            gradients.as_ptr(),
+            first.as_ptr(),
+            second.as_ptr(),
+            count,
+            raw(step),
+            gradient_divisor.map_or(ptr::null(), |tensor| raw(tensor).cast_const()),
+            settings,
+        )
+    };
+    check("ddp_fused_adamw", &status)
+}
+
+/// Whether autocast is on for a device type on this thread, and to which kind.
+pub(crate) fn autocast_get(device_type: i32) -> Result<(bool, i32)> {
+    let (mut enabled, mut kind) = (0, 0);
+    // SAFETY: both out-parameters outlive the call.
+    let status = unsafe { ffi::ddp_autocast_get(device_type, &raw mut enabled, &raw mut kind) };
+    check("ddp_autocast_get", &status)?;
+    Ok((enabled != 0, kind))
+}
+
+/// Sets autocast of a device type on this thread.
+pub(crate) fn autocast_set(device_type: i32, enabled: bool, kind: i32) -> Result<()> {
+    // SAFETY: plain values.
+    let status = unsafe { ffi::ddp_autocast_set(device_type, i32::from(enabled), kind) };
+    check("ddp_autocast_set", &status)
+}
+
+/// Enters (+1) or leaves (−1) an autocast region.
+pub(crate) fn autocast_nest(change: i32) -> Result<()> {
+    // SAFETY: a plain value.
+    let status = unsafe { ffi::ddp_autocast_nest(change) };
+    check("ddp_autocast_nest", &status)
+}

@@ -1,0 +1,169 @@
+//! What no single field shows: values out of range, and fields that cannot stand together.
+//!
+//! Each message names the field by its path in the file, its value, and what to do.
+
+use super::{Config, ConfigError, Data, Model, Optimizer};
+
+impl Config {
+    /// Checks what no single field shows; `origin` is where the values come from.
+    pub(crate) fn validate(&self, origin: &str) -> Result<(), ConfigError> {
+        let problem = self
+            .model
+            .problem()
+            .or_else(|| self.data.problem(&self.model))
+            .or_else(|| self.optimizer.problem())
+            .or_else(|| self.problem());
+        match problem {
+            Some(message) => Err(ConfigError::Invalid { origin: origin.into(), message }),
+            None => Ok(()),
+        }
+    }
+
+    fn problem(&self) -> Option<String> {
+        let train = &self.train;
+        for (name, value) in [
+            ("global_batch", train.global_batch),
+            ("micro_batch", train.micro_batch),
+            ("accumulate", train.accumulate),
+            ("threads", train.threads),
+        ] {
+            if value == Some(0) {
+                return Some(format!("train.{name} is 0; it must be at least 1"));
+            }
+        }
+        if train.steps == 0 {
+            return Some("train.steps is 0; it must be at least 1".into());
+        }
+        if self.ddp.zero > 1 {
+            return Some(format!(
+                "ddp.zero is {}; stages are 0 (off) and 1 (optimizer state sharded)",
+                self.ddp.zero
+            ));
+        }
+        for (name, value) in
+            [("bucket_mib", self.ddp.bucket_mib), ("first_bucket_mib", self.ddp.first_bucket_mib)]
+        {
+            if !(value > 0.0 && value <= 65_536.0) {
+                return Some(format!(
+                    "ddp.{name} is {value}; it must be above 0 and at most 65536"
+                ));
+            }
+        }
+        (self.ddp.timeout_s == 0).then(|| "ddp.timeout_s is 0; it must be at least 1".into())
+    }
+}
+
+impl Model {
+    fn problem(&self) -> Option<String> {
+        const SIZE_MAX: i64 = 1 << 24;
+        for (name, value) in [
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("num_hidden_layers", self.num_hidden_layers),
+            ("num_attention_heads", self.num_attention_heads),
+            ("intermediate_size", self.intermediate_size),
+            ("max_position_embeddings", self.max_position_embeddings),
+            ("type_vocab_size", self.type_vocab_size),
+        ] {
+            if !(1..=SIZE_MAX).contains(&value) {
+                return Some(format!("model.{name} is {value}; it must be from 1 to {SIZE_MAX}"));
+            }
+        }
+        if self.hidden_size % self.num_attention_heads != 0 {
+            return Some(format!(
+                "model.hidden_size ({}) is not a multiple of model.num_attention_heads ({}); \
+                 change one of them",
+                self.hidden_size, self.num_attention_heads
+            ));
+        }
+        for (name, value) in [
+            ("hidden_dropout_prob", self.hidden_dropout_prob),
+            ("attention_probs_dropout_prob", self.attention_probs_dropout_prob),
+        ] {
+            if !(0.0..1.0).contains(&value) {
+                return Some(format!("model.{name} is {value}; it must be at least 0 and below 1"));
+            }
+        }
+        for (name, value) in
+            [("initializer_range", self.initializer_range), ("layer_norm_eps", self.layer_norm_eps)]
+        {
+            if !(value > 0.0 && value.is_finite()) {
+                return Some(format!("model.{name} is {value}; it must be above 0"));
+            }
+        }
+        for (name, value, only) in [
+            ("hidden_act", &self.hidden_act, "gelu"),
+            ("model_type", &self.model_type, "bert"),
+            ("position_embedding_type", &self.position_embedding_type, "absolute"),
+        ] {
+            if value != only {
+                return Some(format!("model.{name} is \"{value}\"; only \"{only}\" is supported"));
+            }
+        }
+        if !self.tie_word_embeddings {
+            return Some(
+                "model.tie_word_embeddings is false; only a tied decoder is supported".into(),
+            );
+        }
+        match self.pad_token_id {
+            Some(id) if !(0..self.vocab_size).contains(&id) => Some(format!(
+                "model.pad_token_id is {id}; it must be below model.vocab_size ({}), or null",
+                self.vocab_size
+            )),
+            _ => None,
+        }
+    }
+}
+
+impl Data {
+    fn problem(&self, model: &Model) -> Option<String> {
+        let length = i64::try_from(self.sequence_length).unwrap_or(i64::MAX);
+        let vocab = i64::try_from(self.vocab_size).unwrap_or(i64::MAX);
+        if length < 8 || length > model.max_position_embeddings {
+            return Some(format!(
+                "data.sequence_length is {length}; it must be from 8 to \
+                 model.max_position_embeddings ({})",
+                model.max_position_embeddings
+            ));
+        }
+        if self.batches.is_none() && vocab > model.vocab_size {
+            return Some(format!(
+                "data.vocab_size ({vocab}) is above model.vocab_size ({}); \
+                 lower the first or raise the second",
+                model.vocab_size
+            ));
+        }
+        if !(self.mask_probability > 0.0 && self.mask_probability < 1.0) {
+            return Some(format!(
+                "data.mask_probability is {}; it must be above 0 and below 1",
+                self.mask_probability
+            ));
+        }
+        if !(1..=64).contains(&self.prefetch_threads) {
+            return Some(format!(
+                "data.prefetch_threads is {}; it must be from 1 to 64",
+                self.prefetch_threads
+            ));
+        }
+        None
+    }
+}
+
+impl Optimizer {
+    fn problem(&self) -> Option<String> {
+        let positive = [("lr", self.lr), ("eps", self.eps)];
+        if let Some((name, value)) =
+            positive.into_iter().find(|(_, v)| !(*v > 0.0 && v.is_finite()))
+        {
+            return Some(format!("optimizer.{name} is {value}; it must be above 0"));
+        }
+        let betas = [("beta1", self.beta1), ("beta2", self.beta2)];
+        if let Some((name, value)) = betas.into_iter().find(|(_, v)| !(0.0..1.0).contains(v)) {
+            return Some(format!("optimizer.{name} is {value}; it must be at least 0 and below 1"));
+        }
+        let rest = [("weight_decay", self.weight_decay), ("max_grad_norm", self.max_grad_norm)];
+        rest.into_iter()
+            .find(|(_, v)| !(*v >= 0.0 && v.is_finite()))
+            .map(|(name, value)| format!("optimizer.{name} is {value}; it must not be negative"))
+    }
+}

@@ -1,0 +1,115 @@
+//! What is measured: one record a step, a summary at the end, as JSON lines and for the report.
+
+use std::fs::File;
+use std::io::{BufWriter, Write as _};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use serde::{Deserialize, Serialize};
+
+use super::memory::Usage;
+
+/// One optimizer step, as rank 0 saw it. Times are of rank 0, counts and loss of all ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub(crate) struct StepRecord {
+    /// From 1.
+    pub(crate) step: u64,
+    /// Mean over all masked tokens of the global batch.
+    pub(crate) loss: f64,
+    /// Learning rate of this step.
+    pub(crate) lr: f64,
+    /// Global norm before clipping.
+    pub(crate) grad_norm: f64,
+    /// Tokens of the global batch, padding left out.
+    pub(crate) tokens: u64,
+    /// The whole step.
+    pub(crate) step_ms: f64,
+    /// Waiting for the loader.
+    pub(crate) data_wait_ms: f64,
+    /// Forward of all micro-batches.
+    pub(crate) forward_ms: f64,
+    /// Backward of all micro-batches, without the next.
+    pub(crate) backward_ms: f64,
+    /// Waiting for gradients after the last of our own was ready.
+    pub(crate) exposed_comm_ms: f64,
+    /// Clipping, update, and the gathering of weights when they are sharded.
+    pub(crate) optimizer_ms: f64,
+    /// Tokens of the global batch ÷ step time.
+    pub(crate) tokens_per_s: f64,
+}
+
+/// The last line of the file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Summary {
+    pub(crate) steps: u64,
+    pub(crate) parameters: u64,
+    pub(crate) world_size: usize,
+    pub(crate) node_count: usize,
+    pub(crate) backend: String,
+    pub(crate) threads: usize,
+    pub(crate) global_batch: usize,
+    pub(crate) micro_batch: usize,
+    pub(crate) accumulate: usize,
+    pub(crate) precision: super::config::Precision,
+    pub(crate) zero: u8,
+    /// By rank.
+    pub(crate) peak_memory: Vec<Usage>,
+    /// Sum over the ranks, shared pages once.
+    pub(crate) peak_memory_sum_bytes: u64,
+    pub(crate) versions: Versions,
+}
+
+/// Who computed this.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Versions {
+    pub(crate) phalanx: String,
+    pub(crate) tch: String,
+    pub(crate) libtorch: String,
+}
+
+impl Versions {
+    /// Of this program; tch 0.24 is built for exactly this libtorch.
+    pub(crate) fn new() -> Versions {
+        Versions {
+            phalanx: env!("CARGO_PKG_VERSION").into(),
+            tch: "0.24.0".into(),
+            libtorch: "2.11.0".into(),
+        }
+    }
+}
+
+/// Milliseconds with fractions.
+pub(crate) fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// The JSON-lines file.
+#[derive(Debug)]
+pub(crate) struct MetricsFile {
+    path: PathBuf,
+    file: BufWriter<File>,
+}
+
+impl MetricsFile {
+    /// Creates the file and its folder: a wrong path is found before the first step.
+    pub(crate) fn create(path: &Path) -> Result<Self> {
+        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+            std::fs::create_dir_all(folder).with_context(|| {
+                format!("cannot make the folder {} for --metrics", folder.display())
+            })?;
+        }
+        let file = File::create(path)
+            .with_context(|| format!("cannot create the metrics file {}", path.display()))?;
+        Ok(MetricsFile { path: path.into(), file: BufWriter::new(file) })
+    }
+
+    /// One line, on disk when this returns as far as the process is concerned: a run that is killed
+    /// keeps its steps.
+    pub(crate) fn write(&mut self, value: &impl Serialize) -> Result<()> {
+        let line = serde_json::to_string(value)?;
+        writeln!(self.file, "{line}")
+            .and_then(|()| self.file.flush())
+            .with_context(|| format!("cannot write to the metrics file {}", self.path.display()))
+    }
+}

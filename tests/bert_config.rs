@@ -1,0 +1,229 @@
+//! The BERT example's configuration, batch arithmetic and memory check: what bad input is told.
+#![expect(clippy::shadow_unrelated, reason = "one case after the other, of the same names")]
+#![expect(clippy::cast_precision_loss, reason = "millions of parameters are compared coarsely")]
+
+#[path = "../examples/bert/mod.rs"]
+#[expect(dead_code, reason = "the tests use a part of the example")]
+mod bert;
+
+use std::path::Path;
+
+use bert::batching::{Batching, Wanted};
+use bert::config::{Config, SHIPPED};
+use bert::memory::{self, Estimate, Free};
+
+fn parse(text: &str) -> Result<Config, String> {
+    let config = Config::parse(text, Path::new("a.json")).map_err(|e| e.to_string())?;
+    config.validate("a.json").map_err(|e| e.to_string())?;
+    Ok(config)
+}
+
+/// The message for `text` has every part in `parts`.
+fn check(text: &str, parts: &[&str]) {
+    let message = parse(text).expect_err("the configuration is wrong");
+    for part in parts {
+        assert!(message.contains(part), "{message:?} lacks {part:?}");
+    }
+    assert!(!message.contains('\n'), "{message:?} is more than one line");
+}
+
+#[test]
+fn what_is_left_out_takes_its_default() {
+    let config = parse(r#"{ "model": { "hidden_size": 96 } }"#).unwrap();
+    assert_eq!(config.model.hidden_size, 96);
+    assert_eq!(config.model.num_hidden_layers, 12);
+    assert_eq!(config.optimizer, Config::default().optimizer);
+    assert_eq!(parse("{}").unwrap(), Config::default());
+}
+
+#[test]
+fn a_config_json_of_transformers_is_a_model_section() {
+    let text = r#"{ "model": {
+        "architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1,
+        "gradient_checkpointing": false, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
+        "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
+        "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert",
+        "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0,
+        "position_embedding_type": "absolute", "transformers_version": "4.6.0.dev0",
+        "type_vocab_size": 2, "use_cache": true, "vocab_size": 30522 } }"#;
+    assert_eq!(parse(text).unwrap().model, Config::default().model);
+}
+
+#[test]
+fn shipped_configurations_are_valid_and_of_the_sizes_they_say() {
+    let millions = |index: usize| {
+        let (name, text) = SHIPPED[index];
+        let config = parse(text).unwrap_or_else(|error| panic!("{name}: {error}"));
+        config.model.parameter_count() as f64 / 1e6
+    };
+    assert!((335.0..337.0).contains(&millions(3)), "large: {}", millions(3));
+    assert!((109.0..111.0).contains(&millions(2)), "base: {}", millions(2));
+    assert!((11.0..11.5).contains(&millions(1)), "small: {}", millions(1));
+    assert!(millions(0) < 2.0, "tiny: {}", millions(0));
+}
+
+#[test]
+fn errors_name_the_file_the_field_and_the_place() {
+    check(
+        r#"{ "optimizer": { "lr": "fast" } }"#,
+        &["a.json: optimizer.lr: invalid type: string \"fast\"", "line 1 column"],
+    );
+    check(
+        r#"{ "model": { "hiden_size": 4 } }"#,
+        &["a.json: model.hiden_size: unknown field `hiden_size`", "`hidden_size`"],
+    );
+    check(r#"{ "trian": {} }"#, &["unknown field `trian`", "`train`"]);
+    check("{ \"model\": {\n  \"hidden_size\": 4,,\n} }", &["a.json: ", "line 2 column 20"]);
+    check(r#"{ "model": {"#, &["a.json: ", "EOF", "line 1"]);
+    check(r#"{} {}"#, &["a.json: trailing characters", "line 1 column 4"]);
+    check("", &["a.json: EOF"]);
+    check(r#"{ "train": { "precision": "fp8" } }"#, &["train.precision", "`fp32`", "`bf16`"]);
+    check(r#"{ "train": { "steps": -1 } }"#, &["train.steps", "-1"]);
+}
+
+#[test]
+fn values_out_of_range_are_named() {
+    check(r#"{ "model": { "hidden_size": 100 } }"#, &["hidden_size (100)", "heads (12)", "change"]);
+    check(r#"{ "model": { "hidden_act": "relu" } }"#, &["hidden_act", "\"gelu\""]);
+    check(r#"{ "model": { "num_hidden_layers": 0 } }"#, &["num_hidden_layers is 0"]);
+    check(r#"{ "model": { "hidden_dropout_prob": 1.0 } }"#, &["hidden_dropout_prob is 1"]);
+    check(r#"{ "model": { "vocab_size": 100 } }"#, &["data.vocab_size (8192)", "(100)"]);
+    check(r#"{ "data": { "sequence_length": 1000 } }"#, &["sequence_length is 1000", "(512)"]);
+    check(r#"{ "optimizer": { "lr": 0 } }"#, &["optimizer.lr is 0"]);
+    check(r#"{ "optimizer": { "beta2": 1 } }"#, &["optimizer.beta2 is 1"]);
+    check(r#"{ "train": { "steps": 0 } }"#, &["train.steps is 0"]);
+    check(r#"{ "train": { "micro_batch": 0 } }"#, &["train.micro_batch is 0"]);
+    check(r#"{ "ddp": { "zero": 2 } }"#, &["ddp.zero is 2"]);
+}
+
+#[test]
+fn a_missing_file_is_named_with_those_that_there_are() {
+    let error = Config::read(Path::new("/nowhere/x.json")).unwrap_err().to_string();
+    assert!(
+        error.contains("/nowhere/x.json") && error.contains("configs/bert_tiny.json"),
+        "{error}"
+    );
+}
+
+fn wanted(numbers: [usize; 3]) -> Wanted {
+    let [global_batch, micro_batch, accumulate] = numbers.map(|n| (n > 0).then_some(n));
+    Wanted { global_batch, micro_batch, accumulate }
+}
+
+fn cut(world_size: usize, flags: [usize; 3], file: [usize; 3]) -> Result<[usize; 3], String> {
+    Batching::resolve(world_size, wanted(flags), wanted(file))
+        .map(|b| [b.global_batch, b.micro_batch, b.accumulate])
+        .map_err(|error| error.to_string())
+}
+
+#[test]
+fn batches_add_up_whatever_is_given() {
+    for world in [1, 2, 3, 4, 7] {
+        assert_eq!(cut(world, [0, 0, 0], [0, 0, 0]), Ok([8 * world, 8, 1]));
+        assert_eq!(cut(world, [0, 0, 0], [0, 2, 0]), Ok([2 * world, 2, 1]));
+        assert_eq!(cut(world, [0, 3, 2], [0, 8, 0]), Ok([6 * world, 3, 2]));
+        assert_eq!(cut(world, [0, 0, 2], [0, 8, 0]), Ok([16 * world, 8, 2]));
+        assert_eq!(cut(world, [12 * world, 4, 0], [0, 8, 0]), Ok([12 * world, 4, 3]));
+        assert_eq!(cut(world, [12 * world, 0, 3], [0, 8, 0]), Ok([12 * world, 4, 3]));
+        assert_eq!(cut(world, [12 * world, 4, 3], [0, 8, 0]), Ok([12 * world, 4, 3]));
+        // The file's micro-batch is a limit when the flags give the global batch alone.
+        assert_eq!(cut(world, [12 * world, 0, 0], [0, 8, 0]), Ok([12 * world, 6, 2]));
+        assert_eq!(cut(world, [4 * world, 0, 0], [0, 8, 0]), Ok([4 * world, 4, 1]));
+    }
+}
+
+#[test]
+fn a_global_batch_that_does_not_divide_is_cut_as_evenly_as_can_be() {
+    assert_eq!(cut(3, [32, 0, 0], [0, 8, 0]), Ok([32, 6, 2]));
+    assert_eq!(cut(3, [32, 4, 0], [0, 8, 0]), Ok([32, 4, 3]));
+    assert_eq!(cut(3, [0, 0, 0], [16, 4, 0]), Ok([16, 4, 2]));
+}
+
+#[test]
+fn batches_that_do_not_add_up_say_why() {
+    let error = cut(4, [32, 4, 4], [0, 8, 0]).unwrap_err();
+    assert!(error.contains("= 64") && error.contains("global batch 32"), "{error}");
+    let error = cut(4, [3, 0, 0], [0, 8, 0]).unwrap_err();
+    assert!(error.contains("command line: global batch 3 is too small for 4 ranks"), "{error}");
+    let error = cut(4, [8, 0, 4], [0, 8, 0]).unwrap_err();
+    assert!(error.contains("4 ranks × 4 micro-batches") && error.contains("16"), "{error}");
+    let error = cut(4, [0, 0, 0], [2, 0, 0]).unwrap_err();
+    assert!(error.contains("configuration: "), "{error}");
+}
+
+fn estimate(name: &str, world_size: usize) -> Estimate {
+    let (_, text) = SHIPPED.iter().find(|(n, _)| *n == name).expect("a shipped configuration");
+    Estimate::new(&parse(text).expect("valid"), world_size, 2)
+}
+
+#[test]
+fn too_little_memory_names_the_need_what_is_free_and_what_would_fit() {
+    let large = estimate("configs/bert_large.json", 4);
+    let smaller =
+        ["configs/bert_base.json", "configs/bert_small.json"].map(|n| (n, estimate(n, 4)));
+    let enough = Free { bytes: 4 * large.total(), control_group: None };
+    memory::check(large, 4, &enough, &smaller).unwrap();
+    let free = Free { bytes: 4 << 30, control_group: None };
+    let message = memory::check(large, 4, &free, &smaller).unwrap_err().to_string();
+    for part in ["too little memory: 4 ranks", "this machine has 4.00 GiB free", "bert_small.json"]
+    {
+        assert!(message.contains(part), "{message}");
+    }
+    assert!(message.contains("does not fit either") && message.contains(", fits)"), "{message}");
+    let free = Free { bytes: 1 << 30, control_group: Some("/sys/fs/cgroup/job".into()) };
+    let message = memory::check(large, 4, &free, &smaller).unwrap_err().to_string();
+    assert!(message.contains("the control group /sys/fs/cgroup/job leaves 1.00 GiB"), "{message}");
+}
+
+#[test]
+fn sharding_the_optimizer_state_shows_in_the_estimate() {
+    let one = estimate("configs/bert_large.json", 1);
+    let four = estimate("configs/bert_large.json", 4);
+    assert_eq!(one.optimizer, 2 * one.parameters);
+    assert_eq!(four.optimizer, one.optimizer / 4);
+}
+
+/// Writes files of a pretended system under a folder.
+fn system(files: &[(&str, &str)]) -> tempfile::TempDir {
+    let root = tempfile::tempdir().expect("a temporary folder");
+    for (name, text) in files {
+        let path = root.path().join(name);
+        std::fs::create_dir_all(path.parent().expect("a folder")).expect("folders");
+        std::fs::write(path, text).expect("a file");
+    }
+    root
+}
+
+const MEMINFO: (&str, &str) =
+    ("proc/meminfo", "MemTotal:  1000 kB\nMemFree:  100 kB\nMemAvailable:     800 kB\n");
+
+#[test]
+fn free_memory_is_the_least_of_machine_and_control_groups() {
+    let root = system(&[MEMINFO, ("proc/self/cgroup", "0::/a/b\n")]);
+    let free = memory::free(root.path()).unwrap();
+    assert_eq!(free, Free { bytes: 800 * 1024, control_group: None });
+
+    // Version 2: the outer group has the tighter limit; its cached files count as free.
+    let root = system(&[
+        MEMINFO,
+        ("proc/self/cgroup", "0::/a/b\n"),
+        ("sys/fs/cgroup/a/b/memory.max", "max\n"),
+        ("sys/fs/cgroup/a/b/memory.current", "5000\n"),
+        ("sys/fs/cgroup/a/memory.max", "100000\n"),
+        ("sys/fs/cgroup/a/memory.current", "60000\n"),
+        ("sys/fs/cgroup/a/memory.stat", "anon 1\ninactive_file 10000\n"),
+    ]);
+    let free = memory::free(root.path()).unwrap();
+    assert_eq!(free.bytes, 50_000);
+    assert!(free.control_group.unwrap().ends_with("sys/fs/cgroup/a"));
+
+    // Version 1, inside a container: the path is the host's, only the root of the mount is there.
+    let root = system(&[
+        MEMINFO,
+        ("proc/self/cgroup", "9:cpu:/docker/x\n4:memory:/docker/x\n"),
+        ("sys/fs/cgroup/memory/memory.limit_in_bytes", "90000\n"),
+        ("sys/fs/cgroup/memory/memory.usage_in_bytes", "50000\n"),
+        ("sys/fs/cgroup/memory/memory.stat", "total_inactive_file 20000\n"),
+    ]);
+    assert_eq!(memory::free(root.path()).unwrap().bytes, 60_000);
+}

@@ -1,0 +1,118 @@
+//! Runs the `bert_large` example as a user would, under a deadline, and reads what it wrote.
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// More than any run of the tiny model takes on two busy cores.
+const DEADLINE: Duration = Duration::from_secs(240);
+
+/// The example beside the test that runs: `cargo test` and `cargo nextest` build both.
+pub fn example(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("the test's own path");
+    let profile = test.parent().and_then(Path::parent).expect("target/<profile>/deps/<test>");
+    let path = profile.join("examples").join(name);
+    assert!(path.exists(), "{} is not built: run the tests with cargo", path.display());
+    path
+}
+
+/// A process group of our own that is gone when this is dropped.
+pub struct Owned(pub Child);
+
+impl Owned {
+    pub fn start(command: &mut Command) -> Self {
+        command.process_group(0).stdin(Stdio::null());
+        Self(command.spawn().expect("the program starts"))
+    }
+
+    /// Sends a signal to the whole group.
+    pub fn signal(&self, signal: &str) {
+        let group = format!("-{}", self.0.id());
+        // The group may be gone already; that is what the caller wants.
+        drop(Command::new("kill").args([signal, "--", &group]).stderr(Stdio::null()).status());
+    }
+
+    /// Waits for the end, killing at the deadline.
+    pub fn finish(mut self, deadline: Duration) -> Output {
+        let end = Instant::now() + deadline;
+        let mut readers = Vec::new();
+        let (out, err) = (self.0.stdout.take(), self.0.stderr.take());
+        readers.push(std::thread::spawn(move || read_all(out)));
+        readers.push(std::thread::spawn(move || read_all(err)));
+        let status = loop {
+            if let Some(status) = self.0.try_wait().expect("our own child") {
+                break status;
+            }
+            if Instant::now() > end {
+                self.signal("-KILL");
+                let stderr = readers.remove(1).join().expect("reader");
+                panic!("not done after {deadline:?}:\n{}", String::from_utf8_lossy(&stderr));
+            }
+            std::thread::park_timeout(Duration::from_millis(10));
+        };
+        let stderr = readers.remove(1).join().expect("reader");
+        let stdout = readers.remove(0).join().expect("reader");
+        Output { status, stdout, stderr }
+    }
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        self.signal("-KILL");
+        drop(self.0.wait());
+    }
+}
+
+fn read_all(pipe: Option<impl std::io::Read>) -> Vec<u8> {
+    let mut all = Vec::new();
+    if let Some(mut pipe) = pipe {
+        drop(pipe.read_to_end(&mut all));
+    }
+    all
+}
+
+/// What a run of the example left.
+pub struct Run {
+    pub folder: TempDir,
+    pub output: Output,
+    pub steps: Vec<Value>,
+    pub summary: Value,
+}
+
+impl Run {
+    /// The losses, as written.
+    pub fn losses(&self) -> Vec<f64> {
+        self.steps.iter().map(|step| step["loss"].as_f64().expect("a loss")).collect()
+    }
+
+    /// The bytes of the final weights.
+    pub fn weights(&self) -> Vec<u8> {
+        fs::read(self.folder.path().join("out/model.safetensors")).expect("final weights")
+    }
+}
+
+/// The example with `args`, its metrics and output in a temporary folder; it must succeed.
+pub fn bert<S: AsRef<OsStr>>(args: &[S]) -> Run {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let metrics = folder.path().join("metrics.jsonl");
+    let mut command = Command::new(example("bert_large"));
+    command.current_dir(env!("CARGO_MANIFEST_DIR")).args(args);
+    command.arg("--metrics").arg(&metrics).arg("--output").arg(folder.path().join("out"));
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let output = Owned::start(&mut command).finish(DEADLINE);
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{:?}\n{text}", output.status);
+    let written = fs::read_to_string(&metrics).expect("metrics");
+    let parse = |line: &str| serde_json::from_str(line).expect("a JSON object a line");
+    let mut steps: Vec<Value> = written.lines().map(parse).collect();
+    let summary = steps.pop().expect("a last object");
+    assert!(summary.get("summary").is_some(), "the last object is the summary: {summary}");
+    Run { folder, output, steps, summary }
+}
