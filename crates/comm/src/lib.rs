@@ -1,4 +1,45 @@
-//! Part of phalanx.
+//! Process groups and collectives: ranks that march in step.
+//!
+//! A [`Group`] connects the ranks that a launcher started. Its collectives are typed, non-blocking
+//! and reduce in rank order, so every rank, every run and every placement gives the same bits.
+//!
+//! ```
+//! use phalanx_comm::{Group, GroupOptions, Sum};
+//!
+//! # fn main() -> Result<(), phalanx_comm::Error> {
+//! # let mut group = Group::single(GroupOptions::default())?; // doctests have no launcher
+//! # #[cfg(any())]
+//! let mut group = Group::from_environment(GroupOptions::default())?;
+//! let mut values = vec![group.rank() as f32; 4];
+//! group.all_reduce(&mut values[..], Sum)?.wait()?;
+//! assert_eq!(values, [0.0; 4]); // with 4 ranks: 0 + 1 + 2 + 3 = [6.0; 4]
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! When not to use this crate: inside one process threads and channels are simpler; for messages
+//! whose pattern is not known beforehand MPI has more to offer.
 
+mod algorithm;
+mod backend;
+mod dtype;
 pub mod environment;
+mod error;
+mod fingerprint;
+mod group;
+mod kernel;
+mod reduce_op;
+mod region;
 pub mod rendezvous;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+mod work;
+
+pub use dtype::{DType, Element, Float};
+pub use environment::World;
+pub use error::{Absent, Error, Result};
+pub use fingerprint::{CallRecord, Op};
+pub use group::{Group, GroupOptions};
+pub use reduce_op::{Avg, Max, Min, Product, ReduceOp, ScaledSum, Sum};
+pub use region::{Buffer, Region, RegionRange};
+pub use work::Work;

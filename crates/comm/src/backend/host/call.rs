@@ -1,0 +1,161 @@
+//! A started collective, without types: what was called, on which memory, and how it ended.
+//!
+//! Every operation works on one buffer in *in-place form*, `segment` bytes for each part:
+//!
+//! | operation | before | after |
+//! |---|---|---|
+//! | `all_reduce`, `reduce`, `broadcast` | the whole buffer | the same place |
+//! | `reduce_scatter` | `world_size` segments | segment `rank` |
+//! | `all_gather` | segment `rank` of `world_size` | all of them |
+//! | `gather` | the root: segment `rank` of `world_size`; others: one segment | the root: all |
+//! | `scatter` | the root: `world_size` segments; others: one segment | segment 0 (the root: segment `rank`) |
+//! | `all_to_all` | segment r is for rank r | segment r is from rank r |
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::region::RegionMemory;
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::fingerprint::{CallRecord, Op};
+use crate::reduce_op::Reduction;
+
+/// Where the buffer is.
+#[derive(Debug)]
+pub(crate) enum Memory {
+    /// No data at all.
+    Nothing,
+    /// In a region, from this byte on.
+    Region { region: Arc<RegionMemory>, offset: usize },
+    /// Copied from the caller's slice.
+    Private(Vec<u8>),
+}
+
+impl Memory {
+    pub(crate) fn base(&mut self) -> *mut u8 {
+        match self {
+            Self::Nothing => std::ptr::null_mut(),
+            // wrapping_add: the range was checked against the region when its handle was made.
+            Self::Region { region, offset } => region.base().wrapping_add(*offset),
+            Self::Private(bytes) => bytes.as_mut_ptr(),
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) memory: Memory,
+    pub(crate) result: Option<Result<()>>,
+}
+
+/// A started collective.
+#[derive(Debug)]
+pub(crate) struct Call {
+    pub(crate) record: CallRecord,
+    pub(crate) fingerprint: u64,
+    pub(crate) dtype: DType,
+    pub(crate) reduction: Option<Reduction>,
+    pub(crate) root: usize,
+    /// Bytes of a segment (of the whole buffer where there are no segments).
+    pub(crate) segment: usize,
+    /// How many segments the in-place form has on the rank that has them all.
+    pub(crate) segments: usize,
+    /// Small enough to travel in the slots.
+    pub(crate) inline: bool,
+    pub(crate) timeout: Duration,
+    pub(crate) started: Instant,
+    pub(crate) state: Mutex<State>,
+    done: AtomicBool,
+    /// In the queue: only the holder of the executor works on it.
+    queued: AtomicBool,
+}
+
+impl Call {
+    #[expect(clippy::too_many_arguments, reason = "the fields of the struct, named by the caller")]
+    pub(crate) fn new(
+        record: CallRecord,
+        dtype: DType,
+        reduction: Option<Reduction>,
+        segment: usize,
+        segments: usize,
+        inline: bool,
+        timeout: Duration,
+        memory: Memory,
+    ) -> Self {
+        Self {
+            fingerprint: record.fingerprint(reduction.map_or(0, Reduction::code)),
+            root: record.root.unwrap_or(0),
+            dtype,
+            reduction,
+            segment,
+            segments,
+            inline,
+            timeout,
+            started: Instant::now(),
+            state: Mutex::new(State { memory, result: None }),
+            done: AtomicBool::new(false),
+            queued: AtomicBool::new(false),
+            record,
+        }
+    }
+
+    pub(crate) fn seq(&self) -> u64 {
+        self.record.seq
+    }
+
+    pub(crate) fn op(&self) -> Op {
+        self.record.op
+    }
+
+    /// Bytes of the in-place form on `rank`.
+    pub(crate) fn bytes_on(&self, rank: usize) -> usize {
+        match self.op() {
+            Op::Gather | Op::Scatter if rank != self.root => self.segment,
+            _ => self.segment * self.segments,
+        }
+    }
+
+    /// The part of `rank`'s in-place form that others need: offset and length.
+    pub(crate) fn contribution(&self, rank: usize) -> (usize, usize) {
+        match self.op() {
+            Op::AllGather => (rank * self.segment, self.segment),
+            Op::Gather if rank == self.root => (rank * self.segment, self.segment),
+            Op::Broadcast | Op::Scatter if rank != self.root => (0, 0),
+            _ => (0, self.bytes_on(rank)),
+        }
+    }
+
+    /// The longest contribution of any rank.
+    pub(crate) fn contribution_max(op: Op, segment: usize, segments: usize) -> usize {
+        match op {
+            Op::AllGather | Op::Gather => segment,
+            _ => segment * segments,
+        }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        // The state is replaced whole; a panic of another thread leaves it valid.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn finish(&self, result: Result<()>) {
+        let mut state = self.lock();
+        if state.result.is_none() {
+            state.result = Some(result);
+        }
+        self.done.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn set_queued(&self) {
+        self.queued.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_queued(&self) -> bool {
+        self.queued.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn is_done(&self) -> bool {
+        self.done.load(Ordering::Acquire)
+    }
+}

@@ -1,0 +1,487 @@
+//! Starting, waiting for and finishing collectives.
+//!
+//! A start publishes the call's header in this rank's slot, with the data when it is small; nothing
+//! waits. Small collectives of one machine are finished by whoever waits for them: no other thread
+//! is involved. All others go through a queue, in order. One thread at a time, holding the
+//! [`Executor`], works on it: the progress thread, or a caller that waits and finds nobody at work.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicI8, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::board::{Board, Header, SLOTS};
+use super::call::{Call, Memory};
+use super::executor::Executor;
+use super::peers::Peers;
+use crate::algorithm::topology::Topology;
+use crate::error::{Error, Result};
+use crate::fingerprint::CallRecord;
+
+/// The longest sleep between two looks at whether the peers live.
+const SLEEP_MAX: Duration = Duration::from_millis(10);
+/// A caller that waits so soon after starting has nothing else to do.
+const AT_ONCE: Duration = Duration::from_micros(40);
+/// How long the progress thread stays light asleep after work.
+const DOZE: Duration = Duration::from_millis(100);
+
+#[derive(Debug, Default)]
+struct Queue {
+    calls: VecDeque<Arc<Call>>,
+    /// The progress thread runs.
+    running: bool,
+    /// It sleeps for long and has to be woken.
+    asleep: bool,
+}
+
+/// One rank's side of a group.
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub(crate) peers: Arc<Peers>,
+    pub(crate) rank: usize,
+    pub(crate) topology: Topology,
+    /// The ranks of this machine, in order, this one included.
+    pub(crate) locals: Vec<usize>,
+    /// The boards of those, by rank.
+    boards: Vec<Option<Board>>,
+    /// How long to watch a word before sleeping.
+    spin: Duration,
+    executor: Mutex<Executor>,
+    queue: Mutex<Queue>,
+    work_came: Condvar,
+    work_done: Condvar,
+    /// The next collective to publish.
+    to_publish: AtomicU64,
+    closing: AtomicBool,
+    /// By the size's order of magnitude: positive when callers wait at once.
+    habits: [AtomicI8; 64],
+}
+
+impl Core {
+    pub(crate) fn new(
+        peers: Arc<Peers>,
+        topology: Topology,
+        boards: Vec<Option<Board>>,
+        executor: Executor,
+    ) -> Self {
+        let rank = peers.rank;
+        let locals = topology.locals(rank);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let spin = if locals.len() > cores { SPIN_CROWDED } else { SPIN };
+        Self {
+            peers,
+            rank,
+            topology,
+            locals,
+            boards,
+            spin,
+            executor: Mutex::new(executor),
+            queue: Mutex::default(),
+            work_came: Condvar::new(),
+            work_done: Condvar::new(),
+            to_publish: AtomicU64::new(0),
+            closing: AtomicBool::new(false),
+            habits: std::array::from_fn(|class| AtomicI8::new(if class < 18 { 2 } else { -2 })),
+        }
+    }
+
+    pub(crate) fn world_size(&self) -> usize {
+        self.peers.world_size()
+    }
+
+    /// The board of a rank of this machine.
+    #[expect(clippy::expect_used, reason = "only ranks of this machine are asked for")]
+    pub(crate) fn board(&self, rank: usize) -> &Board {
+        self.boards[rank].as_ref().expect("a rank of this machine has a board here")
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        // The queue is valid after every statement.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn next_seq(&self) -> u64 {
+        self.peers.journal().next_seq
+    }
+
+    /// Starts a call. `input` is the caller's buffer in in-place form, where the call has no memory
+    /// of its own; it is read before this returns.
+    pub(crate) fn start(self: &Arc<Self>, call: Call, input: Option<&[u8]>) -> Result<Arc<Call>> {
+        if let Some(error) = self.peers.failure() {
+            return Err(error);
+        }
+        let seq = call.seq();
+        let mut call = call;
+        let published = self.to_publish.load(Ordering::Acquire) == seq && self.slot_is_free(seq);
+        if published {
+            self.publish(&mut call, input);
+        } else if let Some(input) = input {
+            keep_private(&mut call, input);
+        }
+        if !(published && self.finishes_in_place(&call)) {
+            call.set_queued();
+        }
+        let call = Arc::new(call);
+        {
+            let mut journal = self.peers.journal();
+            journal.next_seq = seq + 1;
+            journal.open.push_back(Arc::clone(&call));
+        }
+        if published {
+            self.announce_published(seq);
+        }
+        if call.is_queued() {
+            self.enqueue(&call)?;
+        }
+        Ok(call)
+    }
+
+    /// Whether the caller's wait does all the work.
+    pub(crate) fn finishes_in_place(&self, call: &Call) -> bool {
+        call.inline && self.topology.is_one_machine() && !call.is_queued()
+    }
+
+    fn slot_is_free(&self, seq: u64) -> bool {
+        let Some(needed) = (seq + 1).checked_sub(SLOTS) else { return true };
+        self.locals
+            .iter()
+            .all(|local| self.board(*local).consumed().load(Ordering::Acquire) >= needed)
+    }
+
+    /// Fills this rank's slot; [`Core::announce_published`] shows it.
+    fn publish(&self, call: &mut Call, input: Option<&[u8]>) {
+        let (region, offset) = match &call.lock().memory {
+            Memory::Region { region, offset } => (region.id, *offset as u64),
+            _ => (0, 0),
+        };
+        let (at, bytes) = if call.inline { call.contribution(self.rank) } else { (0, 0) };
+        let board = self.board(self.rank);
+        if bytes > 0 {
+            let from = match input {
+                Some(input) => input[at..at + bytes].as_ptr(),
+                None => call.lock().memory.base().wrapping_add(at).cast_const(),
+            };
+            super::inline::copy(from, board.payload(call.seq()), bytes);
+        }
+        if let (Some(input), false) = (input, self.finishes_in_place(call)) {
+            keep_private(call, input);
+        }
+        let header =
+            Header { fingerprint: call.fingerprint, payload_bytes: bytes as u64, region, offset };
+        board.write_header(call.seq(), &header, &call.record.encode());
+    }
+
+    fn announce_published(&self, seq: u64) {
+        let board = self.board(self.rank);
+        board.announce(board.published(seq), seq + 1);
+        self.to_publish.store(seq + 1, Ordering::Release);
+    }
+
+    /// Publishes a call that had to queue, once its slot is free.
+    pub(crate) fn publish_late(&self, call: &Arc<Call>, deadline: Instant) -> Result<()> {
+        let seq = call.seq();
+        if self.to_publish.load(Ordering::Acquire) > seq {
+            return Ok(());
+        }
+        if let Some(needed) = (seq + 1).checked_sub(SLOTS) {
+            // Our own older calls first: nobody may ever wait for them.
+            loop {
+                let oldest = self.peers.journal().open.front().cloned();
+                match oldest {
+                    Some(oldest) if oldest.seq() < needed => {
+                        self.finish_inline(&oldest, None)?;
+                    }
+                    _ => break,
+                }
+            }
+            for local in &self.locals {
+                let board = self.board(*local);
+                self.wait_word(call, deadline, *local, board.consumed(), needed)?;
+            }
+        }
+        self.publish_shared(call);
+        self.announce_published(seq);
+        Ok(())
+    }
+
+    fn publish_shared(&self, call: &Call) {
+        let (at, bytes) = if call.inline { call.contribution(self.rank) } else { (0, 0) };
+        let board = self.board(self.rank);
+        let mut state = call.lock();
+        let (region, offset) = match &state.memory {
+            Memory::Region { region, offset } => (region.id, *offset as u64),
+            _ => (0, 0),
+        };
+        if bytes > 0 {
+            let from = state.memory.base().wrapping_add(at);
+            super::inline::copy(from, board.payload(call.seq()), bytes);
+        }
+        let header =
+            Header { fingerprint: call.fingerprint, payload_bytes: bytes as u64, region, offset };
+        board.write_header(call.seq(), &header, &call.record.encode());
+    }
+
+    /// Waits until every rank of this machine has published this collective, and compares. Returns
+    /// whether all of them have their buffer at hand in one region.
+    pub(crate) fn meet_locals(&self, call: &Call, deadline: Instant) -> Result<()> {
+        let seq = call.seq();
+        for local in &self.locals {
+            let board = self.board(*local);
+            self.wait_word(call, deadline, *local, board.published(seq), seq + 1)?;
+            let header = board.header(seq);
+            if header.fingerprint != call.fingerprint {
+                let theirs = board.record(seq);
+                return Err(self.out_of_step(call, *local, theirs));
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn out_of_step(
+        &self,
+        call: &Call,
+        peer: usize,
+        theirs: Option<CallRecord>,
+    ) -> Error {
+        Error::OutOfStep {
+            seq: call.seq(),
+            rank: self.rank,
+            ours: Box::new(call.record.clone()),
+            peer,
+            theirs: Box::new(theirs.unwrap_or_else(|| call.record.clone())),
+        }
+    }
+
+    /// Waits until a word of `peer`'s board has reached `at_least`: watches it briefly, then sleeps,
+    /// looking after the peers in between.
+    pub(crate) fn wait_word(
+        &self,
+        call: &Call,
+        deadline: Instant,
+        peer: usize,
+        word: &AtomicU64,
+        at_least: u64,
+    ) -> Result<()> {
+        let reached = || word.load(Ordering::Acquire) >= at_least;
+        if reached() {
+            return Ok(());
+        }
+        let spin_until = Instant::now() + self.spin;
+        loop {
+            for _ in 0..SPINS_BETWEEN_LOOKS {
+                std::hint::spin_loop();
+                if reached() {
+                    return Ok(());
+                }
+            }
+            if Instant::now() >= spin_until {
+                break;
+            }
+        }
+        self.sleep_word(call, deadline, peer, word, at_least)
+    }
+
+    #[cold]
+    fn sleep_word(
+        &self,
+        call: &Call,
+        deadline: Instant,
+        peer: usize,
+        word: &AtomicU64,
+        at_least: u64,
+    ) -> Result<()> {
+        let board = self.board(peer);
+        loop {
+            board.sleep(word, at_least, SLEEP_MAX);
+            if word.load(Ordering::Acquire) >= at_least {
+                return Ok(());
+            }
+            if let Some(error) = self.peers.failure() {
+                return Err(error);
+            }
+            if Instant::now() >= deadline {
+                return Err(self.late(call));
+            }
+            if self.peers.has_departed(peer) {
+                let gone = self.peers.gone_before(peer, call.seq(), &call.record.to_string());
+                // What it announced before its goodbye is visible after it.
+                if let (Some(error), false) = (gone, word.load(Ordering::Acquire) >= at_least) {
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    /// The time-out of a call on this machine: names the ranks that have not come, or, when all
+    /// have, those that have not finished it.
+    fn late(&self, call: &Call) -> Error {
+        let seq = call.seq();
+        let came = |rank: &usize| self.board(*rank).published(seq).load(Ordering::Acquire) > seq;
+        let finished = |rank: &usize| {
+            self.board(*rank).consumed().load(Ordering::Acquire) > seq || *rank == self.rank
+        };
+        let mut absent: Vec<usize> = self.locals.iter().copied().filter(|r| !came(r)).collect();
+        if absent.is_empty() {
+            absent = self.locals.iter().copied().filter(|r| !finished(r)).collect();
+        }
+        let absent: Vec<_> =
+            absent.into_iter().map(|rank| (rank, self.board(rank).last_record())).collect();
+        self.peers.late(call, &absent)
+    }
+
+    /// Marks a call as ended well and lets its slot be used again.
+    pub(crate) fn completed(&self) {
+        let completed = {
+            let mut journal = self.peers.journal();
+            while journal.open.front().is_some_and(|call| call.is_done()) {
+                journal.open.pop_front();
+            }
+            journal.completed()
+        };
+        let board = self.board(self.rank);
+        if board.consumed().load(Ordering::Relaxed) < completed {
+            board.announce(board.consumed(), completed);
+        }
+    }
+
+    fn enqueue(self: &Arc<Self>, call: &Arc<Call>) -> Result<()> {
+        let eager = self.habit(call).load(Ordering::Relaxed) < 0;
+        let mut queue = self.queue();
+        queue.calls.push_back(Arc::clone(call));
+        if !queue.running {
+            queue.running = true;
+            let core = Arc::clone(self);
+            let thread = std::thread::Builder::new().name(format!("phalanx-work-{}", self.rank));
+            // Not joined: it ends when the group is closed and the queue is empty.
+            let started = thread.spawn(move || core.progress());
+            drop(started.map_err(|error| Error::system(self.rank, "start a thread", error))?);
+        } else if eager || queue.asleep {
+            self.work_came.notify_one();
+        }
+        Ok(())
+    }
+
+    /// The habit of callers with calls of this size.
+    fn habit(&self, call: &Call) -> &AtomicI8 {
+        let bytes = call.segment * call.segments;
+        &self.habits[(usize::BITS - bytes.leading_zeros()).min(63) as usize]
+    }
+
+    fn learn(&self, call: &Call) {
+        let habit = self.habit(call);
+        let step = if call.started.elapsed() < AT_ONCE { 1 } else { -1 };
+        let value = habit.load(Ordering::Relaxed).saturating_add(step).clamp(-2, 2);
+        habit.store(value, Ordering::Relaxed);
+    }
+
+    /// The progress thread.
+    fn progress(&self) {
+        let mut last_work = Instant::now();
+        loop {
+            {
+                let mut queue = self.queue();
+                while queue.calls.is_empty() {
+                    if self.closing.load(Ordering::Acquire) {
+                        queue.running = false;
+                        drop(queue);
+                        self.peers.close();
+                        return;
+                    }
+                    let doze = last_work.elapsed() < DOZE;
+                    queue.asleep = !doze;
+                    let limit = if doze { SLEEP_MAX } else { Duration::from_secs(1) };
+                    let (guard, _) = self
+                        .work_came
+                        .wait_timeout(queue, limit)
+                        .unwrap_or_else(PoisonError::into_inner);
+                    queue = guard;
+                }
+                queue.asleep = false;
+            }
+            let mut executor = self.executor.lock().unwrap_or_else(PoisonError::into_inner);
+            while self.run_next(&mut executor) {}
+            last_work = Instant::now();
+        }
+    }
+
+    /// Runs the oldest queued call; false when there is none.
+    fn run_next(&self, executor: &mut Executor) -> bool {
+        let Some(call) = self.queue().calls.pop_front() else { return false };
+        let result = match self.peers.failure() {
+            Some(error) => Err(error),
+            None => self.run_guarded(executor, &call).map_err(|error| self.peers.fail(error)),
+        };
+        let ended_well = result.is_ok();
+        call.finish(result);
+        if ended_well {
+            self.completed();
+        }
+        // The lock orders this after a waiter's last look and before its sleep.
+        drop(self.queue());
+        self.work_done.notify_all();
+        true
+    }
+
+    /// Runs a call; a panic (a bug of ours) ends the group instead of leaving callers waiting.
+    fn run_guarded(&self, executor: &mut Executor, call: &Arc<Call>) -> Result<()> {
+        let run = std::panic::AssertUnwindSafe(|| executor.run(self, call));
+        std::panic::catch_unwind(run).unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("?");
+            let message = format!("{} panicked, which is a bug of phalanx: {text}", call.record);
+            Err(Error::PeerFailed { rank: self.rank, message })
+        })
+    }
+
+    /// Waits until a queued call has ended, working on the queue where nobody else does.
+    pub(crate) fn drive(&self, call: &Arc<Call>) {
+        self.learn(call);
+        while !call.is_done() {
+            let executor = match self.executor.try_lock() {
+                Ok(executor) => Some(executor),
+                Err(std::sync::TryLockError::Poisoned(error)) => Some(error.into_inner()),
+                Err(std::sync::TryLockError::WouldBlock) => None,
+            };
+            if let Some(mut executor) = executor {
+                while !call.is_done() && self.run_next(&mut executor) {}
+                continue;
+            }
+            let queue = self.queue();
+            if !call.is_done() {
+                drop(
+                    self.work_done
+                        .wait_timeout(queue, SLEEP_MAX)
+                        .unwrap_or_else(PoisonError::into_inner),
+                );
+            }
+        }
+    }
+
+    /// Ends the group on this rank: at once when nothing is queued, else after the queue.
+    pub(crate) fn close(&self) {
+        self.closing.store(true, Ordering::Release);
+        let queue = self.queue();
+        let idle = queue.calls.is_empty() && !queue.running;
+        drop(queue);
+        self.work_came.notify_all();
+        if idle || (self.peers.journal().open.is_empty() && self.queue().calls.is_empty()) {
+            self.peers.close();
+        }
+    }
+}
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        self.peers.close();
+    }
+}
+
+/// A little more than a futex wake-up takes, so that a peer that is about to come is met awake.
+const SPIN: Duration = Duration::from_micros(50);
+/// With more ranks than cores, watching keeps the peer that is waited for from running.
+const SPIN_CROWDED: Duration = Duration::ZERO;
+const SPINS_BETWEEN_LOOKS: u32 = 64;
+
+fn keep_private(call: &mut Call, input: &[u8]) {
+    call.lock().memory = Memory::Private(input.to_vec());
+}

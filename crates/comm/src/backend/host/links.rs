@@ -1,0 +1,229 @@
+//! Data sockets between machines: sends that never block, receives that do.
+//!
+//! What the kernel does not take at once is kept and written while something is received, so two
+//! ranks that send to each other never wait for each other. The algorithms bound how much that is.
+
+use std::collections::VecDeque;
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::net::sockopt;
+
+use super::call::Call;
+use super::peers::Peers;
+use crate::error::{Error, Result};
+
+/// How long the network may not acknowledge anything before the connection counts as lost.
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(5);
+
+#[derive(Debug)]
+struct Link {
+    stream: TcpStream,
+    outgoing: VecDeque<Vec<u8>>,
+    /// How much of the first outgoing piece is written.
+    written: usize,
+}
+
+/// This rank's data sockets, by peer.
+#[derive(Debug)]
+pub(crate) struct Links {
+    peers: Arc<Peers>,
+    links: Vec<Option<Link>>,
+    pending: usize,
+}
+
+/// For whom a wait is, and until when.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wait<'a> {
+    pub(crate) call: &'a Call,
+    pub(crate) deadline: Instant,
+}
+
+/// Keep-alive and unacknowledged data both give up after five seconds.
+pub(crate) fn watch_connection(fd: impl AsFd) -> std::io::Result<()> {
+    let fd = fd.as_fd();
+    sockopt::set_socket_keepalive(fd, true)?;
+    sockopt::set_tcp_keepidle(fd, Duration::from_secs(1))?;
+    sockopt::set_tcp_keepintvl(fd, Duration::from_secs(1))?;
+    sockopt::set_tcp_keepcnt(fd, 4)?;
+    let limit = u32::try_from(UNACKNOWLEDGED_MAX.as_millis()).unwrap_or(u32::MAX);
+    sockopt::set_tcp_user_timeout(fd, limit)?;
+    Ok(())
+}
+
+impl Links {
+    pub(crate) fn new(peers: Arc<Peers>, streams: Vec<Option<TcpStream>>) -> std::io::Result<Self> {
+        let mut links = Vec::new();
+        for stream in streams {
+            links.push(match stream {
+                None => None,
+                Some(stream) => {
+                    stream.set_nonblocking(true)?;
+                    stream.set_nodelay(true)?;
+                    watch_connection(&stream)?;
+                    Some(Link { stream, outgoing: VecDeque::new(), written: 0 })
+                }
+            });
+        }
+        Ok(Self { peers, links, pending: 0 })
+    }
+
+    fn link(&mut self, peer: usize) -> Result<&mut Link> {
+        let rank = self.peers.rank;
+        self.links.get_mut(peer).and_then(Option::as_mut).ok_or_else(|| {
+            let what = format!("rank {peer} has no data socket");
+            Error::system(rank, "send", std::io::Error::new(ErrorKind::NotConnected, what))
+        })
+    }
+
+    fn broken(&self, peer: usize, call: &'static str, error: std::io::Error) -> Error {
+        self.peers.verdict().unwrap_or_else(|| self.peers.connection_lost(peer, call, error))
+    }
+
+    /// Sends without waiting: what does not fit into the socket is kept.
+    pub(crate) fn post(&mut self, peer: usize, bytes: &[u8]) -> Result<()> {
+        let link = self.link(peer)?;
+        let mut sent = 0;
+        if link.outgoing.is_empty() {
+            while sent < bytes.len() {
+                match link.stream.write(&bytes[sent..]) {
+                    Ok(count) => sent += count,
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    Err(error) => return Err(self.broken(peer, "send", error)),
+                }
+            }
+        }
+        if sent < bytes.len() {
+            let link = self.link(peer)?;
+            link.outgoing.push_back(bytes[sent..].to_vec());
+            self.pending += 1;
+        }
+        Ok(())
+    }
+
+    /// Receives exactly `into`, sending meanwhile what was kept.
+    pub(crate) fn receive(&mut self, peer: usize, into: &mut [u8], wait: Wait<'_>) -> Result<()> {
+        let mut filled = 0;
+        while filled < into.len() {
+            let link = self.link(peer)?;
+            match link.stream.read(&mut into[filled..]) {
+                Ok(0) => {
+                    self.check_departure(peer, wait)?;
+                    let closed =
+                        std::io::Error::new(ErrorKind::UnexpectedEof, "closed by the peer");
+                    return Err(self.broken(peer, "receive", closed));
+                }
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    self.wait_ready(Some(peer), wait)?;
+                }
+                Err(error) => return Err(self.broken(peer, "receive", error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until everything posted is in the kernel's hands.
+    pub(crate) fn flush(&mut self, wait: Wait<'_>) -> Result<()> {
+        while self.pending > 0 {
+            self.wait_ready(None, wait)?;
+        }
+        Ok(())
+    }
+
+    fn check_departure(&self, peer: usize, wait: Wait<'_>) -> Result<()> {
+        // The goodbye and the closed data socket arrive in any order.
+        let deadline = Instant::now() + Duration::from_millis(200);
+        loop {
+            if let Some(error) = self.peers.failure() {
+                return Err(error);
+            }
+            let during = wait.call.record.to_string();
+            if let Some(error) = self.peers.gone_before(peer, wait.call.seq(), &during) {
+                return Err(error);
+            }
+            if Instant::now() >= deadline {
+                return Ok(());
+            }
+            drop(poll(&mut [], Some(&Timespec { tv_sec: 0, tv_nsec: 1_000_000 })));
+        }
+    }
+
+    /// Sleeps until `peer` can be read or something kept can be written.
+    fn wait_ready(&mut self, peer: Option<usize>, wait: Wait<'_>) -> Result<()> {
+        if let Some(error) = self.peers.failure() {
+            return Err(error);
+        }
+        if let Some(peer) = peer {
+            let during = wait.call.record.to_string();
+            if let Some(error) = self.peers.gone_before(peer, wait.call.seq(), &during) {
+                // Its last bytes may still be under way to us; they are, if it finished this one.
+                return Err(error);
+            }
+        }
+        if Instant::now() >= wait.deadline {
+            let absent: Vec<_> = peer.into_iter().map(|peer| (peer, None)).collect();
+            return Err(self.peers.late(wait.call, &absent));
+        }
+        let mut fds = Vec::new();
+        let mut whose = Vec::new();
+        for (rank, link) in self.links.iter().enumerate() {
+            let Some(link) = link else { continue };
+            let mut flags = PollFlags::empty();
+            if peer == Some(rank) {
+                flags |= PollFlags::IN;
+            }
+            if !link.outgoing.is_empty() {
+                flags |= PollFlags::OUT;
+            }
+            if !flags.is_empty() {
+                fds.push(PollFd::new(&link.stream, flags));
+                whose.push(rank);
+            }
+        }
+        let limit = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+        match poll(&mut fds, Some(&limit)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(Error::system(self.peers.rank, "poll", error)),
+        }
+        let writable: Vec<usize> = whose
+            .into_iter()
+            .zip(&fds)
+            .filter(|(_, fd)| fd.revents().intersects(PollFlags::OUT | PollFlags::ERR))
+            .map(|(rank, _)| rank)
+            .collect();
+        for rank in writable {
+            self.write_kept(rank)?;
+        }
+        Ok(())
+    }
+
+    fn write_kept(&mut self, peer: usize) -> Result<()> {
+        let link = self.link(peer)?;
+        let mut finished = 0;
+        let result = loop {
+            let Some(first) = link.outgoing.front() else { break Ok(()) };
+            match link.stream.write(&first[link.written..]) {
+                Ok(count) => {
+                    link.written += count;
+                    if link.written == first.len() {
+                        link.outgoing.pop_front();
+                        link.written = 0;
+                        finished += 1;
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break Ok(()),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => break Err(error),
+            }
+        };
+        self.pending -= finished;
+        result.map_err(|error| self.broken(peer, "send", error))
+    }
+}

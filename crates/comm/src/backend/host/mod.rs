@@ -1,0 +1,30 @@
+//! The host backend: shared memory between ranks of one machine, TCP between machines.
+//!
+//! | file | what |
+//! |---|---|
+//! | `mesh` | connects the ranks, once |
+//! | `control`, `wire`, `monitor`, `peers` | who lives; failures; memfds on their way |
+//! | `mapping`, `board`, `region` | shared memory |
+//! | `call` | a started collective |
+//! | `core` | starting, waiting, finishing |
+//! | `inline` | small collectives: everything in the slots |
+//! | `executor`, `reduction`, `transfer`, `links` | large ones: the algorithms on memory and sockets |
+//! | `point` | `send` and `receive` |
+
+pub(crate) mod board;
+pub(crate) mod call;
+pub(crate) mod control;
+pub(crate) mod core;
+pub(crate) mod executor;
+pub(crate) mod inline;
+pub(crate) mod links;
+pub(crate) mod mapping;
+pub(crate) mod mesh;
+pub(crate) mod monitor;
+pub(crate) mod peers;
+pub(crate) mod point;
+pub(crate) mod reduction;
+pub(crate) mod region;
+pub(crate) mod setup;
+pub(crate) mod transfer;
+pub(crate) mod wire;

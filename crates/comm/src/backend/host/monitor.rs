@@ -1,0 +1,174 @@
+//! The thread that watches the control sockets: it notices within milliseconds that a peer's
+//! process is gone, and takes in what peers have to say.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+
+use super::control::Received;
+use super::peers::{Identity, Peers};
+use super::wire::{Frame, FRAME_HEAD_BYTES};
+use crate::error::Error;
+
+const READ_BYTES: usize = 1 << 16;
+
+/// What has come from a peer and is not yet a whole frame.
+#[derive(Default)]
+struct Incoming {
+    bytes: Vec<u8>,
+    descriptors: std::collections::VecDeque<OwnedFd>,
+    ended: bool,
+}
+
+/// Starts the thread; it ends when the group is closed.
+pub(crate) fn spawn(peers: Arc<Peers>) -> std::io::Result<()> {
+    let name = format!("phalanx-watch-{}", peers.rank);
+    // The thread is not joined: it ends by itself when the group is closed, and a Drop that waits
+    // for it could wait for a peer.
+    drop(std::thread::Builder::new().name(name).spawn(move || watch(&peers))?);
+    Ok(())
+}
+
+fn watch(peers: &Peers) {
+    let mut incoming: Vec<Incoming> = peers.controls.iter().map(|_| Incoming::default()).collect();
+    let mut scratch = vec![0; READ_BYTES];
+    while !peers.is_closed() {
+        let open = |peer: &usize| !incoming[*peer].ended && peers.controls[*peer].is_some();
+        let watched: Vec<usize> = (0..incoming.len()).filter(open).collect();
+        let mut fds = vec![PollFd::from_borrowed_fd(peers.wake.as_fd(), PollFlags::IN)];
+        for peer in &watched {
+            if let Some(control) = &peers.controls[*peer] {
+                fds.push(PollFd::from_borrowed_fd(control.fd(), PollFlags::IN));
+            }
+        }
+        let limit = Timespec { tv_sec: 1, tv_nsec: 0 };
+        let ready = poll(&mut fds, Some(&limit));
+        if let Err(error) = ready {
+            if error != rustix::io::Errno::INTR {
+                let error = Error::system(peers.rank, "poll", error);
+                drop(peers.fail(error));
+                return;
+            }
+            continue;
+        }
+        let ready: Vec<usize> = watched
+            .iter()
+            .zip(&fds[1..])
+            .filter(|(_, fd)| !fd.revents().is_empty())
+            .map(|(peer, _)| *peer)
+            .collect();
+        if !fds[0].revents().is_empty() {
+            drop(rustix::io::read(&peers.wake, &mut [0_u8; 8][..]));
+        }
+        for peer in ready {
+            take_in(peers, peer, &mut incoming[peer], &mut scratch);
+        }
+    }
+}
+
+fn take_in(peers: &Peers, peer: usize, incoming: &mut Incoming, scratch: &mut [u8]) {
+    let Some(control) = &peers.controls[peer] else { return };
+    loop {
+        match control.receive(scratch) {
+            Ok(Received::Bytes(bytes, descriptors)) => {
+                incoming.bytes.extend_from_slice(&scratch[..bytes]);
+                incoming.descriptors.extend(descriptors);
+                if !take_frames(peers, peer, incoming) {
+                    let what = "it sent bytes that are no message of this version of phalanx";
+                    let source = std::io::Error::new(std::io::ErrorKind::InvalidData, what);
+                    let error = peers.connection_lost(peer, "recvmsg", source);
+                    drop(peers.fail(error));
+                    incoming.ended = true;
+                    return;
+                }
+            }
+            Ok(Received::Later) => return,
+            Ok(Received::End) => return ended(peers, peer, incoming, None),
+            Err(error) => return ended(peers, peer, incoming, Some(error)),
+        }
+    }
+}
+
+/// Handles the whole frames; false when they make no sense.
+fn take_frames(peers: &Peers, peer: usize, incoming: &mut Incoming) -> bool {
+    let mut at = 0;
+    while let Some(head) = incoming.bytes.get(at..at + FRAME_HEAD_BYTES) {
+        let kind = head[0];
+        let Ok(head) = head.try_into() else { return false };
+        let Ok(body_bytes) = Frame::body_bytes(head) else { return false };
+        let start = at + FRAME_HEAD_BYTES;
+        let Some(body) = incoming.bytes.get(start..start + body_bytes) else { break };
+        let Ok(frame) = Frame::decode(kind, body) else { return false };
+        at = start + body_bytes;
+        match frame {
+            Frame::Goodbye { completed, panicking } => peers.depart(peer, completed, panicking),
+            Frame::Failed(error) => failed_elsewhere(peers, peer, error),
+            Frame::Region { id, bytes } => match incoming.descriptors.pop_front() {
+                Some(fd) => peers.deliver(peer, id, bytes, fd),
+                None => return false,
+            },
+            Frame::Ready { index, record } => peers.points.ready(peer, index, record),
+            Frame::Message { index, bytes } => {
+                if !peers.points.arrived(peer, index, &bytes) {
+                    return false;
+                }
+            }
+        }
+    }
+    incoming.bytes.drain(..at);
+    true
+}
+
+fn failed_elsewhere(peers: &Peers, peer: usize, error: Error) {
+    let error = match error {
+        // The sender could not put its number into the encoding of an error we have no form for.
+        Error::PeerFailed { message, .. } => Error::PeerFailed { rank: peer, message },
+        other => other,
+    };
+    peers.fail_quietly(error);
+}
+
+fn ended(peers: &Peers, peer: usize, incoming: &mut Incoming, error: Option<std::io::Error>) {
+    incoming.ended = true;
+    if peers.has_departed(peer) || peers.is_closed() || peers.failure().is_some() {
+        return;
+    }
+    let Identity { host, pid, local } = peers.identities[peer].clone();
+    if let Some(error) = error {
+        use std::io::ErrorKind::{ConnectionAborted, ConnectionReset};
+        if !matches!(error.kind(), ConnectionReset | ConnectionAborted) {
+            drop(peers.fail(peers.connection_lost(peer, "control socket", error)));
+            return;
+        }
+    }
+    let cause = if local { how_it_ended(pid) } else { None };
+    let during = peers.during();
+    drop(peers.fail(Error::PeerGone { peer, host, pid, cause, during }));
+}
+
+/// The end of a process of this machine, while nobody has reaped it.
+fn how_it_ended(pid: u32) -> Option<String> {
+    if pid == std::process::id() {
+        return None;
+    }
+    // Sockets close a moment before the exit status is there.
+    let deadline = Instant::now() + Duration::from_millis(20);
+    while Instant::now() < deadline {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The command's name, in parentheses, may hold anything; the fields come after it.
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        if matches!(fields.first(), Some(&("Z" | "X"))) {
+            let status: i32 = fields.get(49)?.parse().ok()?;
+            let signal = status & 0x7f;
+            return Some(match signal {
+                0 => format!("exit code {}, without leaving the group", status >> 8 & 0xff),
+                signal => format!("signal {signal}"),
+            });
+        }
+        let limit = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+        drop(poll(&mut [], Some(&limit)));
+    }
+    None
+}

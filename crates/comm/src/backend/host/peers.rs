@@ -1,0 +1,312 @@
+//! What a group knows about its ranks: who they are, whether they live, and the first failure.
+
+use std::collections::VecDeque;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::EventfdFlags;
+
+use super::call::Call;
+use super::control::Control;
+use super::point::Points;
+use super::wire::Frame;
+use crate::error::{Error, Result};
+
+/// A rank's process.
+#[derive(Debug, Clone)]
+pub(crate) struct Identity {
+    pub(crate) host: String,
+    pub(crate) pid: u32,
+    /// On this machine.
+    pub(crate) local: bool,
+}
+
+/// Calls that have started and not ended, oldest first.
+#[derive(Debug, Default)]
+pub(crate) struct Journal {
+    pub(crate) next_seq: u64,
+    pub(crate) open: VecDeque<Arc<Call>>,
+}
+
+impl Journal {
+    /// How many collectives have ended, counted without gaps.
+    pub(crate) fn completed(&self) -> u64 {
+        self.open.front().map_or(self.next_seq, |call| call.seq())
+    }
+}
+
+const STAYS: u64 = u64::MAX;
+
+/// A rank's orderly end.
+#[derive(Debug)]
+struct Departure {
+    completed: AtomicU64,
+    panicking: AtomicBool,
+}
+
+/// A memfd that a peer has sent.
+#[derive(Debug)]
+struct Parcel {
+    peer: usize,
+    id: u64,
+    bytes: u64,
+    fd: OwnedFd,
+}
+
+/// The ranks of a group, as this one sees them.
+#[derive(Debug)]
+pub(crate) struct Peers {
+    pub(crate) rank: usize,
+    pub(crate) identities: Vec<Identity>,
+    pub(crate) controls: Vec<Option<Control>>,
+    pub(crate) wake: OwnedFd,
+    pub(crate) points: Points,
+    failed: AtomicBool,
+    failure: OnceLock<Error>,
+    departures: Vec<Departure>,
+    parcels: Mutex<Vec<Parcel>>,
+    parcel_came: Condvar,
+    journal: Mutex<Journal>,
+    closed: AtomicBool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What these mutexes guard is valid after every statement.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Peers {
+    pub(crate) fn new(
+        rank: usize,
+        identities: Vec<Identity>,
+        controls: Vec<Option<Control>>,
+    ) -> Result<Self> {
+        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|error| Error::system(rank, "eventfd", error))?;
+        let departures = identities
+            .iter()
+            .map(|_| Departure {
+                completed: AtomicU64::new(STAYS),
+                panicking: AtomicBool::new(false),
+            })
+            .collect();
+        Ok(Self {
+            rank,
+            points: Points::new(identities.len()),
+            identities,
+            controls,
+            wake,
+            failed: AtomicBool::new(false),
+            failure: OnceLock::new(),
+            departures,
+            parcels: Mutex::default(),
+            parcel_came: Condvar::new(),
+            journal: Mutex::default(),
+            closed: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn world_size(&self) -> usize {
+        self.identities.len()
+    }
+
+    pub(crate) fn journal(&self) -> MutexGuard<'_, Journal> {
+        lock(&self.journal)
+    }
+
+    /// The first failure, if there is one.
+    pub(crate) fn failure(&self) -> Option<Error> {
+        if self.failed.load(Ordering::Acquire) {
+            self.failure.get().cloned()
+        } else {
+            None
+        }
+    }
+
+    /// Records a failure found here and tells everybody. Returns the group's first failure, which
+    /// may be another one.
+    pub(crate) fn fail(&self, error: Error) -> Error {
+        let first = self.fail_quietly(error);
+        if let Some(mine) = first {
+            self.broadcast(&Frame::Failed(mine).encode());
+        }
+        self.failure().unwrap_or(Error::Aborted { rank: self.rank, reason: String::new() })
+    }
+
+    /// Records a failure that the others know of. `Some` when it is the first.
+    pub(crate) fn fail_quietly(&self, error: Error) -> Option<Error> {
+        let first = self.failure.set(error).is_ok();
+        self.failed.store(true, Ordering::Release);
+        self.points.wake();
+        self.parcel_came.notify_all();
+        first.then(|| self.failure.get().cloned()).flatten()
+    }
+
+    pub(crate) fn broadcast(&self, frame: &[u8]) {
+        for control in self.controls.iter().flatten() {
+            // A peer that cannot be told has gone itself, or will notice our closed socket.
+            if let Err(error) = control.send(frame, None) {
+                tracing::debug!(%error, "a peer could not be told");
+            }
+        }
+    }
+
+    pub(crate) fn send(
+        &self,
+        peer: usize,
+        frame: &Frame,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<()> {
+        let Some(control) = self.controls.get(peer).and_then(Option::as_ref) else { return Ok(()) };
+        control.send(&frame.encode(), fd).map_err(|error| {
+            // The monitor's verdict on why the socket failed is the better one, if it comes soon.
+            self.verdict().unwrap_or_else(|| self.connection_lost(peer, "send", error))
+        })
+    }
+
+    /// Waits briefly for the monitor to say why a socket failed.
+    pub(crate) fn verdict(&self) -> Option<Error> {
+        let deadline = Instant::now() + Duration::from_millis(300);
+        let mut parcels = lock(&self.parcels);
+        while self.failure().is_none() && Instant::now() < deadline {
+            let (guard, _) = self
+                .parcel_came
+                .wait_timeout(parcels, Duration::from_millis(5))
+                .unwrap_or_else(PoisonError::into_inner);
+            parcels = guard;
+        }
+        self.failure()
+    }
+
+    pub(crate) fn connection_lost(
+        &self,
+        peer: usize,
+        call: &'static str,
+        source: std::io::Error,
+    ) -> Error {
+        let Identity { host, pid, .. } = self.identities[peer].clone();
+        Error::ConnectionLost { peer, host, pid, call, source: Arc::new(source) }
+    }
+
+    /// What this rank is waiting for, for messages.
+    pub(crate) fn during(&self) -> String {
+        let journal = self.journal();
+        match journal.open.front() {
+            Some(call) => call.record.to_string(),
+            None => format!("no collective (this rank had finished {})", journal.next_seq),
+        }
+    }
+
+    /// A peer said goodbye.
+    pub(crate) fn depart(&self, peer: usize, completed: u64, panicking: bool) {
+        let departure = &self.departures[peer];
+        departure.panicking.store(panicking, Ordering::Relaxed);
+        departure.completed.store(completed, Ordering::Release);
+        self.points.wake();
+    }
+
+    pub(crate) fn has_departed(&self, peer: usize) -> bool {
+        self.departures[peer].completed.load(Ordering::Acquire) != STAYS
+    }
+
+    /// The error for waiting on `peer` in collective `seq`, if it can no longer come.
+    pub(crate) fn gone_before(&self, peer: usize, seq: u64, during: &str) -> Option<Error> {
+        let departure = &self.departures[peer];
+        let completed = departure.completed.load(Ordering::Acquire);
+        if completed == STAYS || completed > seq {
+            return None;
+        }
+        let Identity { host, pid, .. } = self.identities[peer].clone();
+        Some(Error::PeerLeft {
+            peer,
+            host,
+            pid,
+            completed,
+            panicking: departure.panicking.load(Ordering::Relaxed),
+            rank: self.rank,
+            during: during.to_owned(),
+        })
+    }
+
+    pub(crate) fn deliver(&self, peer: usize, id: u64, bytes: u64, fd: OwnedFd) {
+        lock(&self.parcels).push(Parcel { peer, id, bytes, fd });
+        self.parcel_came.notify_all();
+    }
+
+    /// Waits for the memfd that `peer` sends for region `id`.
+    pub(crate) fn take_parcel(
+        &self,
+        peer: usize,
+        id: u64,
+        deadline: Instant,
+    ) -> Result<Option<(OwnedFd, u64)>> {
+        let mut parcels = lock(&self.parcels);
+        loop {
+            if let Some(at) = parcels.iter().position(|p| p.peer == peer && p.id == id) {
+                let parcel = parcels.swap_remove(at);
+                return Ok(Some((parcel.fd, parcel.bytes)));
+            }
+            if let Some(error) = self.failure() {
+                return Err(error);
+            }
+            if self.has_departed(peer) || Instant::now() >= deadline {
+                return Ok(None);
+            }
+            let (guard, _) = self
+                .parcel_came
+                .wait_timeout(parcels, Duration::from_millis(20))
+                .unwrap_or_else(PoisonError::into_inner);
+            parcels = guard;
+        }
+    }
+
+    /// Says goodbye, once. The group's calls are over.
+    pub(crate) fn close(&self) {
+        if self.closed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let completed = self.journal().completed();
+        let panicking = std::thread::panicking();
+        if self.failure().is_none() || panicking {
+            self.broadcast(&Frame::Goodbye { completed, panicking }.encode());
+        }
+        if let Err(error) = rustix::io::write(&self.wake, &1_u64.to_le_bytes()) {
+            tracing::debug!(%error, "the monitor could not be woken");
+        }
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+}
+
+impl Peers {
+    /// The group's failure, where there must be one.
+    pub(crate) fn during_failure(&self) -> Error {
+        let unnamed = || Error::PeerFailed { rank: self.rank, message: "unknown".to_owned() };
+        self.failure().unwrap_or_else(unnamed)
+    }
+
+    /// The error for a call whose time is over; `absent` are the ranks that were waited for.
+    pub(crate) fn late(
+        &self,
+        call: &Call,
+        absent: &[(usize, Option<crate::fingerprint::CallRecord>)],
+    ) -> Error {
+        let absent = absent
+            .iter()
+            .map(|(rank, last)| {
+                let Identity { host, pid, .. } = self.identities[*rank].clone();
+                crate::error::Absent { rank: *rank, host, pid, last: last.clone() }
+            })
+            .collect();
+        Error::Timeout {
+            rank: self.rank,
+            call: Box::new(call.record.clone()),
+            timeout: call.timeout,
+            absent,
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! Messages between two ranks: `send` and `receive`.
+//!
+//! They travel on the control sockets. The receiver says that it is ready and what it expects; only
+//! then does the sender send, in parts, so nothing is buffered that nobody waits for. A thread of
+//! its own sends and the monitor takes in, so two ranks may send each other large messages at once.
+//! Messages of a pair are matched in the order of the calls.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::call::{Call, Memory};
+use super::peers::Peers;
+use super::wire::Frame;
+use crate::error::{Error, Result};
+use crate::fingerprint::CallRecord;
+
+/// A message travels in parts of this size.
+const PART_BYTES: usize = 1 << 18;
+
+/// An open call of one side.
+#[derive(Debug)]
+struct Open {
+    peer: usize,
+    index: u64,
+    call: Arc<Call>,
+    /// Receiving: how much has come.
+    filled: usize,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    sends: Vec<Open>,
+    receives: Vec<Open>,
+    /// Peers that are ready for a message, and what they expect.
+    ready: Vec<(usize, u64, CallRecord)>,
+}
+
+/// The messages of a group that are under way.
+#[derive(Debug)]
+pub(crate) struct Points {
+    table: Mutex<Table>,
+    changed: Condvar,
+    /// Whether the sending thread runs.
+    sending: AtomicBool,
+    sent: Vec<AtomicU64>,
+    received: Vec<AtomicU64>,
+}
+
+impl Points {
+    pub(crate) fn new(world_size: usize) -> Self {
+        Self {
+            table: Mutex::default(),
+            changed: Condvar::new(),
+            sending: AtomicBool::new(false),
+            sent: (0..world_size).map(|_| AtomicU64::new(0)).collect(),
+            received: (0..world_size).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        // The table is valid after every statement.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn wake(&self) {
+        self.changed.notify_all();
+    }
+
+    /// The number of the next message to (or from) `peer`.
+    pub(crate) fn next_index(&self, peer: usize, sending: bool) -> u64 {
+        let counters = if sending { &self.sent } else { &self.received };
+        counters[peer].load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn ready(&self, peer: usize, index: u64, record: CallRecord) {
+        self.table().ready.push((peer, index, record));
+        self.changed.notify_all();
+    }
+
+    /// Takes in a part of a message; false when nobody asked for it.
+    pub(crate) fn arrived(&self, peer: usize, index: u64, bytes: &[u8]) -> bool {
+        let mut table = self.table();
+        let Some(at) = table.receives.iter().position(|o| o.peer == peer && o.index == index)
+        else {
+            return false;
+        };
+        let open = &mut table.receives[at];
+        let mut state = open.call.lock();
+        let Memory::Private(buffer) = &mut state.memory else { return false };
+        let Some(place) = buffer.get_mut(open.filled..open.filled + bytes.len()) else {
+            return false;
+        };
+        place.copy_from_slice(bytes);
+        let complete = open.filled + bytes.len() == buffer.len();
+        drop(state);
+        open.filled += bytes.len();
+        if complete {
+            table.receives.swap_remove(at).call.finish(Ok(()));
+            self.changed.notify_all();
+        }
+        true
+    }
+}
+
+/// Starts sending: the call's private memory is the message.
+pub(crate) fn start_send(peers: &Arc<Peers>, peer: usize, call: Arc<Call>) -> Result<()> {
+    let points = &peers.points;
+    let index = points.sent[peer].fetch_add(1, Ordering::Relaxed);
+    points.table().sends.push(Open { peer, index, call, filled: 0 });
+    points.changed.notify_all();
+    if !points.sending.swap(true, Ordering::AcqRel) {
+        let ours = Arc::clone(peers);
+        let thread = std::thread::Builder::new().name(format!("phalanx-send-{}", peers.rank));
+        // Not joined: it ends when the group is closed.
+        let started = thread.spawn(move || send_all(&ours));
+        drop(started.map_err(|error| Error::system(peers.rank, "start a thread", error))?);
+    }
+    Ok(())
+}
+
+/// Starts receiving into the call's private memory.
+pub(crate) fn start_receive(peers: &Peers, peer: usize, call: Arc<Call>) -> Result<()> {
+    let index = peers.points.received[peer].fetch_add(1, Ordering::Relaxed);
+    let record = call.record.clone();
+    peers.points.table().receives.push(Open { peer, index, call, filled: 0 });
+    peers.send(peer, &Frame::Ready { index, record }, None)
+}
+
+/// Sends the messages whose receivers are ready, until the group is closed.
+fn send_all(peers: &Peers) {
+    let mut table = peers.points.table();
+    while !peers.is_closed() && peers.failure().is_none() {
+        let Some((send, expected)) = table.take_ready() else {
+            let (guard, _) = peers
+                .points
+                .changed
+                .wait_timeout(table, Duration::from_millis(200))
+                .unwrap_or_else(PoisonError::into_inner);
+            table = guard;
+            continue;
+        };
+        drop(table);
+        let result = transmit(peers, &send, &expected);
+        send.call.finish(result.map_err(|error| peers.fail(error)));
+        peers.points.wake();
+        table = peers.points.table();
+    }
+}
+
+impl Table {
+    /// A message whose receiver is ready, and what that one expects.
+    fn take_ready(&mut self) -> Option<(Open, CallRecord)> {
+        let Self { sends, ready, .. } = self;
+        let (at, ready_at) = sends.iter().enumerate().find_map(|(at, send)| {
+            let entry = ready.iter().position(|r| r.0 == send.peer && r.1 == send.index);
+            entry.map(|ready_at| (at, ready_at))
+        })?;
+        Some((sends.swap_remove(at), ready.swap_remove(ready_at).2))
+    }
+}
+
+fn transmit(peers: &Peers, send: &Open, expected: &CallRecord) -> Result<()> {
+    let ours = &send.call.record;
+    if ours.dtype != expected.dtype || ours.len != expected.len || ours.tag != expected.tag {
+        return Err(Error::OutOfStep {
+            seq: send.index,
+            rank: peers.rank,
+            ours: Box::new(ours.clone()),
+            peer: send.peer,
+            theirs: Box::new(expected.clone()),
+        });
+    }
+    let state = send.call.lock();
+    let Memory::Private(buffer) = &state.memory else { return Ok(()) };
+    // An empty message is one empty part.
+    let mut parts = buffer.chunks(PART_BYTES);
+    let mut part = parts.next().unwrap_or_default();
+    loop {
+        let frame = Frame::Message { index: send.index, bytes: part.to_vec() };
+        peers.send(send.peer, &frame, None)?;
+        match parts.next() {
+            Some(next) => part = next,
+            None => return Ok(()),
+        }
+    }
+}
+
+/// Waits for a message call to end.
+pub(crate) fn wait(peers: &Peers, peer: usize, call: &Call) -> Result<()> {
+    let deadline = call.started + call.timeout;
+    let mut table = peers.points.table();
+    loop {
+        if let Some(result) = call.lock().result.clone() {
+            return result;
+        }
+        if let Some(error) = peers.failure() {
+            return Err(error);
+        }
+        if peers.has_departed(peer) {
+            drop(table);
+            let during = call.record.to_string();
+            let gone = peers.gone_before(peer, u64::MAX - 1, &during);
+            return Err(gone.map_or_else(|| peers.during_failure(), |error| peers.fail(error)));
+        }
+        if std::time::Instant::now() >= deadline {
+            drop(table);
+            return Err(peers.fail(peers.late(call, &[(peer, None)])));
+        }
+        let (guard, _) = peers
+            .points
+            .changed
+            .wait_timeout(table, Duration::from_millis(20))
+            .unwrap_or_else(PoisonError::into_inner);
+        table = guard;
+    }
+}

@@ -1,0 +1,228 @@
+//! `all_reduce`, `reduce` and `reduce_scatter` on memory: the chain over the mapped buffers of this
+//! machine's ranks, in place when all ranks' buffers are in a region, else round by round through
+//! the staging areas.
+#![expect(unsafe_code, reason = "reads and writes the peers' memory")]
+
+use std::ops::Range;
+
+use super::board::STAGING_BYTES;
+use super::call::{Call, Memory};
+use super::executor::Run;
+use super::inline::copy;
+use crate::algorithm::chain::{self, Arithmetic, Delivery, Piece};
+use crate::algorithm::segment;
+use crate::error::Result;
+use crate::fingerprint::Op;
+use crate::kernel::{self, Factor, Output, Pass};
+use crate::reduce_op::{Fold, Reduction};
+
+/// What travels between machines at a time: long enough that the system call does not count, short
+/// enough that the stages overlap.
+const WIRE_PIECE_BYTES: usize = 256 << 10;
+/// Shares end at page boundaries, in bytes.
+const SHARE_ALIGN_BYTES: usize = 4096;
+/// Results of at least this size go around the caches: they would not stay in them anyway.
+const STREAMING_BYTES_MIN: usize = 16 << 20;
+
+pub(crate) fn run(run: &mut Run<'_>, memory: &mut Memory) -> Result<()> {
+    match run.direct.clone() {
+        Some(offsets) => in_place(run, memory, &offsets),
+        None => staged(run, memory),
+    }
+}
+
+/// How many elements the buffer has, and how many of them belong to each rank where they differ.
+fn lengths(call: &Call) -> (usize, usize) {
+    let size = call.dtype.size_bytes();
+    (call.segment * call.segments / size, call.segment / size)
+}
+
+fn in_place(run: &mut Run<'_>, memory: &mut Memory, offsets: &[(usize, usize)]) -> Result<()> {
+    let Memory::Region { region, .. } = memory else { return Ok(()) };
+    let stage = stage(run);
+    let base = |rank: &usize| {
+        let offset = offsets.iter().find(|(of, _)| of == rank).map_or(0, |(_, offset)| *offset);
+        region.part(*rank).map_or(std::ptr::null_mut(), |part| part.wrapping_add(offset))
+    };
+    let bases: Vec<*mut u8> = stage.clone().map(|rank| base(&rank)).collect();
+    let (count, segment) = lengths(run.call);
+    sweep(run, bases, count, segment)?;
+    run.barrier(stage)
+}
+
+fn staged(run: &mut Run<'_>, memory: &mut Memory) -> Result<()> {
+    let stage = stage(run);
+    let size = run.call.dtype.size_bytes();
+    let (count, segment) = lengths(run.call);
+    let segments = if run.call.op() == Op::ReduceScatter { run.core.world_size() } else { 1 };
+    let own = memory.base();
+    let staging = run.core.board(run.core.rank).staging();
+    let bases: Vec<*mut u8> = stage.clone().map(|rank| run.core.board(rank).staging()).collect();
+    for round in segment::pieces(0..count / segments, STAGING_BYTES / segments / size) {
+        let bytes = round.len() * size;
+        let place = |index: usize| own.wrapping_add((index * segment + round.start) * size);
+        for index in 0..segments {
+            copy(place(index), staging.wrapping_add(index * bytes), bytes);
+        }
+        run.barrier(stage.clone())?;
+        sweep(run, bases.clone(), round.len() * segments, round.len())?;
+        run.barrier(stage.clone())?;
+        match run.call.op() {
+            Op::Reduce if run.core.rank != run.call.root => {}
+            Op::ReduceScatter => {
+                let index = run.core.rank;
+                copy(staging.wrapping_add(index * bytes), place(index), bytes);
+            }
+            _ => copy(staging, place(0), bytes),
+        }
+    }
+    Ok(())
+}
+
+fn stage(run: &Run<'_>) -> Range<usize> {
+    let topology = &run.core.topology;
+    topology.stage(topology.stage_of(run.core.rank))
+}
+
+/// One chain over `count` elements at `bases`, the memory of the ranks of this stage.
+fn sweep(run: &mut Run<'_>, bases: Vec<*mut u8>, count: usize, segment: usize) -> Result<()> {
+    let core = run.core;
+    let Some(reduction) = run.call.reduction else { return Ok(()) };
+    let mut place = core.topology.place(core.rank);
+    let pieces = pieces(run, count, segment);
+    if place.lane.is_none() {
+        place.stage_count = 0;
+    }
+    let stage = stage(run);
+    let streaming = count * run.call.dtype.size_bytes() >= STREAMING_BYTES_MIN;
+    let mut arithmetic = Mapped {
+        call: run.call,
+        reduction,
+        bases,
+        stage,
+        world_size: core.world_size(),
+        streaming,
+    };
+    if place.lane.is_some() {
+        chain::reduce(&place, &pieces, run, &mut arithmetic)?;
+    }
+    Ok(())
+}
+
+/// What this rank's lane works on, the same on every rank of the lane.
+fn pieces(run: &Run<'_>, count: usize, segment: usize) -> Vec<Piece> {
+    let core = run.core;
+    let place = core.topology.place(core.rank);
+    let Some(lane) = place.lane else { return Vec::new() };
+    let size = run.call.dtype.size_bytes();
+    let align = SHARE_ALIGN_BYTES.min((count / place.lane_count * size).next_power_of_two() / 2);
+    let align = align.max(64) / size;
+    let one_stage = place.stage_count == 1;
+    let longest = if one_stage { usize::MAX } else { WIRE_PIECE_BYTES / size };
+    let mut all = Vec::new();
+    let mut add = |range: Range<usize>, delivery, lowest_stage| {
+        let ranges = segment::pieces(range, longest);
+        all.extend(ranges.map(|range| Piece { range, delivery, lowest_stage }));
+    };
+    let share = |range: Range<usize>| {
+        let share = segment::share(range.len(), place.lane_count, lane, align);
+        range.start + share.start..range.start + share.end
+    };
+    match run.call.op() {
+        Op::AllReduce => add(share(0..count), Delivery::All, 0),
+        Op::Reduce => {
+            let root = run.call.root;
+            add(share(0..count), Delivery::Rank(root), core.topology.stage_of(root));
+        }
+        // On one machine every rank makes its own segment.
+        _ if one_stage => {
+            let rank = core.rank;
+            add(rank * segment..(rank + 1) * segment, Delivery::Rank(rank), 0);
+        }
+        _ => {
+            for rank in 0..core.world_size() {
+                let range = share(rank * segment..(rank + 1) * segment);
+                add(range, Delivery::Rank(rank), core.topology.stage_of(rank));
+            }
+        }
+    }
+    all
+}
+
+/// The buffers of this stage's ranks, mapped here.
+struct Mapped<'a> {
+    call: &'a Call,
+    reduction: Reduction,
+    bases: Vec<*mut u8>,
+    stage: Range<usize>,
+    world_size: usize,
+    streaming: bool,
+}
+
+impl Mapped<'_> {
+    fn at(&self, element: usize) -> Vec<*mut u8> {
+        let offset = element * self.call.dtype.size_bytes();
+        self.bases.iter().map(|base| base.wrapping_add(offset)).collect()
+    }
+
+    fn targets(&self, element: usize, delivery: Delivery) -> Vec<*mut u8> {
+        let all = self.at(element);
+        match delivery {
+            Delivery::All => all,
+            Delivery::Rank(rank) if self.stage.contains(&rank) => {
+                vec![all[rank - self.stage.start]]
+            }
+            Delivery::Rank(_) => Vec::new(),
+        }
+    }
+
+    fn pass(&self, range: &Range<usize>, partial: Option<&[u8]>, output: Output<'_>) {
+        let sources: Vec<*const u8> =
+            self.at(range.start).into_iter().map(<*mut u8>::cast_const).collect();
+        let pass = Pass {
+            partial: partial.map(<[u8]>::as_ptr),
+            sources: &sources,
+            count: range.len(),
+            output,
+        };
+        let fold: Fold = self.reduction.fold;
+        // SAFETY: the bases are mapped buffers (or staging areas) of every rank of the stage, whose
+        // lengths the fingerprint has compared and whose ranks have met; no other rank works on
+        // this range; partial sums have the length that `partial_bytes` says.
+        unsafe { kernel::reduce(self.call.dtype, fold, &pass) };
+    }
+}
+
+impl Arithmetic for Mapped<'_> {
+    fn partial_bytes(&self, elements: usize) -> usize {
+        elements * self.call.dtype.accumulator_bytes()
+    }
+
+    fn result_bytes(&self, elements: usize) -> usize {
+        elements * self.call.dtype.size_bytes()
+    }
+
+    fn fold(&mut self, range: Range<usize>, partial: Option<&[u8]>, onward: &mut [u8]) {
+        self.pass(&range, partial, Output::Partial(onward.as_mut_ptr()));
+    }
+
+    fn finish(
+        &mut self,
+        range: Range<usize>,
+        partial: Option<&[u8]>,
+        delivery: Delivery,
+        back: Option<&mut [u8]>,
+    ) {
+        let mut targets = self.targets(range.start, delivery);
+        targets.extend(back.map(<[u8]>::as_mut_ptr));
+        let factor = Factor::new(self.reduction.finish, self.world_size);
+        let output = Output::Final { targets: &targets, streaming: self.streaming, factor };
+        self.pass(&range, partial, output);
+    }
+
+    fn write(&mut self, range: Range<usize>, result: &[u8], delivery: Delivery) {
+        for target in self.targets(range.start, delivery) {
+            copy(result.as_ptr(), target, result.len());
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! Building a group's side on this rank: listen, exchange cards, connect, share boards; and
+//! registering memory later.
+
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::board::Board;
+use super::control::Control;
+use super::core::Core;
+use super::executor::Executor;
+use super::links::{self, Links};
+use super::mapping::{self, Mapping};
+use super::mesh::{self, Card};
+use super::monitor;
+use super::peers::{Identity, Peers};
+use super::region::RegionMemory;
+use super::wire::Frame;
+use crate::algorithm::topology::Topology;
+use crate::environment::{HostLink, World};
+use crate::error::{Error, Result};
+
+/// Every rank gives its bytes and gets everybody's, by rank.
+pub(crate) type Exchange<'a> = dyn FnMut(&[u8], Instant) -> Result<Vec<Vec<u8>>> + 'a;
+
+/// The parcel number of the board; regions count from 1.
+const BOARD_ID: u64 = 0;
+
+/// Numbers the groups of this process, so that regions know theirs.
+static GROUPS: AtomicU64 = AtomicU64::new(1);
+
+/// A number that no other group of this process has.
+pub(crate) fn group_number() -> u64 {
+    GROUPS.fetch_add(1, Ordering::Relaxed)
+}
+
+/// Connects the ranks of a group.
+pub(crate) fn connect(
+    world: &World,
+    link: HostLink,
+    timeout: Duration,
+    exchange: &mut Exchange<'_>,
+) -> Result<Arc<Core>> {
+    let deadline = Instant::now() + timeout;
+    let rank = world.rank;
+    if world.world_size <= 1 {
+        return alone();
+    }
+    let listening = mesh::listen(world, link)?;
+    let cards = exchange(&listening.card.encode(), deadline)?
+        .iter()
+        .enumerate()
+        .map(|(peer, bytes)| {
+            Card::decode(bytes).ok_or_else(|| Error::World {
+                rank,
+                what: format!("rank {peer} published no valid address: run the same build of the program on every rank"),
+            })
+        })
+        .collect::<Result<Vec<Card>>>()?;
+    let sockets = mesh::connect(listening, rank, &cards, deadline)?;
+    let topology = Topology::new(machines(&cards));
+    let system = |call| move |error: std::io::Error| Error::system(rank, call, error);
+    let mut controls = Vec::new();
+    let mut streams = Vec::new();
+    for sockets in sockets {
+        let (control, data) = match sockets {
+            None => (None, None),
+            Some(sockets) => {
+                if sockets.data.is_some() {
+                    links::watch_connection(&sockets.control).map_err(system("setsockopt"))?;
+                }
+                let control = Control::new(sockets.control).map_err(system("ioctl"))?;
+                (Some(control), sockets.data)
+            }
+        };
+        controls.push(control);
+        streams.push(data);
+    }
+    let identities = cards
+        .iter()
+        .enumerate()
+        .map(|(peer, card)| Identity {
+            host: card.host.clone(),
+            pid: card.pid,
+            local: topology.shares_memory(rank, peer),
+        })
+        .collect();
+    let peers = Arc::new(Peers::new(rank, identities, controls)?);
+    monitor::spawn(Arc::clone(&peers)).map_err(system("start a thread"))?;
+    let boards = share_boards(&peers, &topology, deadline)?;
+    let links = Links::new(Arc::clone(&peers), streams).map_err(system("set up data sockets"))?;
+    Ok(Arc::new(Core::new(peers, topology, boards, Executor::new(links))))
+}
+
+/// A group of one: no sockets, no threads.
+fn alone() -> Result<Arc<Core>> {
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let identity = Identity { host, pid: std::process::id(), local: true };
+    let peers = Arc::new(Peers::new(0, vec![identity], vec![None])?);
+    let (_, board) = Board::create().map_err(|error| Error::system(0, "memfd_create", error))?;
+    let links = Links::new(Arc::clone(&peers), vec![None])
+        .map_err(|error| Error::system(0, "set up data sockets", error))?;
+    let topology = Topology::new(vec![0]);
+    Ok(Arc::new(Core::new(peers, topology, vec![Some(board)], Executor::new(links))))
+}
+
+/// Numbers the machines by the first rank on each.
+fn machines(cards: &[Card]) -> Vec<usize> {
+    let first = |(rank, card): (usize, &Card)| {
+        cards.iter().position(|other| card.shares_memory_with(other)).unwrap_or(rank)
+    };
+    cards.iter().enumerate().map(first).collect()
+}
+
+fn share_boards(
+    peers: &Peers,
+    topology: &Topology,
+    deadline: Instant,
+) -> Result<Vec<Option<Board>>> {
+    let rank = peers.rank;
+    let system = |call| move |error: std::io::Error| Error::system(rank, call, error);
+    let (fd, own) = Board::create().map_err(system("memfd_create"))?;
+    let mut boards: Vec<Option<Board>> = (0..peers.world_size()).map(|_| None).collect();
+    let locals = topology.locals(rank);
+    let others = || locals.iter().copied().filter(|local| *local != rank);
+    for peer in others() {
+        peers.send(peer, &Frame::Region { id: BOARD_ID, bytes: 0 }, Some(fd.as_fd()))?;
+    }
+    for peer in others() {
+        let Some((fd, _)) = peers.take_parcel(peer, BOARD_ID, deadline)? else {
+            return Err(missing_parcel(peers, peer));
+        };
+        boards[peer] = Some(Board::open(fd.as_fd()).map_err(system("mmap"))?);
+    }
+    boards[rank] = Some(own);
+    Ok(boards)
+}
+
+fn missing_parcel(peers: &Peers, peer: usize) -> Error {
+    let Identity { pid, .. } = peers.identities[peer].clone();
+    Error::Connect {
+        rank: peers.rank,
+        peer,
+        address: format!("pid {pid}"),
+        what: "it did not send its shared memory in time; look at that rank's output".to_owned(),
+    }
+}
+
+/// Makes this rank's part of region `id` and maps those of this machine. All ranks have agreed on
+/// `bytes` already.
+pub(crate) fn share_region(
+    core: &Core,
+    group: u64,
+    id: u64,
+    bytes: usize,
+    deadline: Instant,
+) -> Result<RegionMemory> {
+    let rank = core.rank;
+    let peers = &core.peers;
+    let system = |call| move |error: std::io::Error| Error::system(rank, call, error);
+    let (fd, own) = mapping::create("phalanx-region", bytes).map_err(system("memfd_create"))?;
+    let mut parts: Vec<Option<Mapping>> = (0..core.world_size()).map(|_| None).collect();
+    let others = || core.locals.iter().copied().filter(|local| *local != rank);
+    for peer in others() {
+        let frame = Frame::Region { id, bytes: bytes as u64 };
+        peers.send(peer, &frame, Some(fd.as_fd()))?;
+    }
+    for peer in others() {
+        let Some((fd, _)) = peers.take_parcel(peer, id, deadline)? else {
+            return Err(missing_parcel(peers, peer));
+        };
+        parts[peer] = Some(mapping::open(fd.as_fd(), bytes).map_err(system("mmap"))?);
+    }
+    parts[rank] = Some(own);
+    Ok(RegionMemory { id, group, rank, parts })
+}

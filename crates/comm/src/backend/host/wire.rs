@@ -1,0 +1,328 @@
+//! What travels on the control sockets: small frames, decoded with bounds. Pure.
+//!
+//! A frame is `kind: u8, 0, 0, 0, length: u32` and then `length` bytes, all little-endian. Nothing is
+//! deserialised generically and no length is believed before it is compared with a limit.
+
+use std::time::Duration;
+
+use crate::error::{Absent, Error};
+use crate::fingerprint::{CallRecord, RECORD_BYTES};
+
+/// No frame is longer: what `point.rs` sends at a time, and some.
+pub(crate) const FRAME_BYTES_MAX: usize = (1 << 18) + 256;
+pub(crate) const FRAME_HEAD_BYTES: usize = 8;
+const TEXT_BYTES_MAX: usize = 4096;
+
+/// A frame.
+#[derive(Debug, Clone)]
+pub(crate) enum Frame {
+    /// The sender leaves in good order, having finished so many collectives.
+    Goodbye { completed: u64, panicking: bool },
+    /// The sender's group failed; so does yours.
+    Failed(Error),
+    /// A memfd comes with this frame: the sender's part of a region.
+    Region { id: u64, bytes: u64 },
+    /// The sender is ready to receive message `index` of yours.
+    Ready { index: u64, record: CallRecord },
+    /// A part of message `index`.
+    Message { index: u64, bytes: Vec<u8> },
+}
+
+/// Bytes that are no frame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Malformed;
+
+#[derive(Default)]
+struct Writer(Vec<u8>);
+
+impl Writer {
+    fn u8(&mut self, value: u8) -> &mut Self {
+        self.0.push(value);
+        self
+    }
+    fn u64(&mut self, value: u64) -> &mut Self {
+        self.0.extend_from_slice(&value.to_le_bytes());
+        self
+    }
+    fn size(&mut self, value: usize) -> &mut Self {
+        self.u64(value as u64)
+    }
+    fn text(&mut self, text: &str) -> &mut Self {
+        let mut bytes = text.len().min(TEXT_BYTES_MAX);
+        while !text.is_char_boundary(bytes) {
+            bytes -= 1;
+        }
+        self.size(bytes);
+        self.0.extend_from_slice(&text.as_bytes()[..bytes]);
+        self
+    }
+    fn record(&mut self, record: &CallRecord) -> &mut Self {
+        self.0.extend_from_slice(&record.encode());
+        self
+    }
+}
+
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, bytes: usize) -> Result<&'a [u8], Malformed> {
+        let (head, tail) = self.0.split_at_checked(bytes).ok_or(Malformed)?;
+        self.0 = tail;
+        Ok(head)
+    }
+    fn u8(&mut self) -> Result<u8, Malformed> {
+        Ok(self.take(1)?[0])
+    }
+    fn u64(&mut self) -> Result<u64, Malformed> {
+        let mut word = [0; 8];
+        word.copy_from_slice(self.take(8)?);
+        Ok(u64::from_le_bytes(word))
+    }
+    fn size(&mut self) -> Result<usize, Malformed> {
+        usize::try_from(self.u64()?).map_err(|_| Malformed)
+    }
+    fn pid(&mut self) -> Result<u32, Malformed> {
+        u32::try_from(self.u64()?).map_err(|_| Malformed)
+    }
+    fn text(&mut self) -> Result<String, Malformed> {
+        let bytes = self.size()?;
+        if bytes > TEXT_BYTES_MAX {
+            return Err(Malformed);
+        }
+        let text = std::str::from_utf8(self.take(bytes)?).map_err(|_| Malformed)?;
+        Ok(text.to_owned())
+    }
+    fn record(&mut self) -> Result<CallRecord, Malformed> {
+        CallRecord::decode(self.take(RECORD_BYTES)?).ok_or(Malformed)
+    }
+    fn end(&self) -> Result<(), Malformed> {
+        if self.0.is_empty() {
+            Ok(())
+        } else {
+            Err(Malformed)
+        }
+    }
+}
+
+impl Frame {
+    /// The frame's bytes, head included.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut body = Writer::default();
+        let kind = match self {
+            Self::Goodbye { completed, panicking } => {
+                body.u64(*completed).u8(u8::from(*panicking));
+                1
+            }
+            Self::Failed(error) => {
+                encode_error(&mut body, error);
+                2
+            }
+            Self::Region { id, bytes } => {
+                body.u64(*id).u64(*bytes);
+                3
+            }
+            Self::Ready { index, record } => {
+                body.u64(*index).record(record);
+                4
+            }
+            Self::Message { index, bytes } => {
+                body.u64(*index).0.extend_from_slice(bytes);
+                5
+            }
+        };
+        let mut frame = vec![kind, 0, 0, 0];
+        let length = u32::try_from(body.0.len()).unwrap_or(u32::MAX);
+        frame.extend_from_slice(&length.to_le_bytes());
+        frame.append(&mut body.0);
+        frame
+    }
+
+    /// The length of the body that follows this head.
+    pub(crate) fn body_bytes(head: [u8; FRAME_HEAD_BYTES]) -> Result<usize, Malformed> {
+        let length = u32::from_le_bytes([head[4], head[5], head[6], head[7]]) as usize;
+        if head[1..4] != [0; 3] || length > FRAME_BYTES_MAX {
+            return Err(Malformed);
+        }
+        Ok(length)
+    }
+
+    pub(crate) fn decode(kind: u8, body: &[u8]) -> Result<Self, Malformed> {
+        let mut body = Reader(body);
+        let frame = match kind {
+            1 => Self::Goodbye { completed: body.u64()?, panicking: body.u8()? != 0 },
+            2 => Self::Failed(decode_error(&mut body)?),
+            3 => Self::Region { id: body.u64()?, bytes: body.u64()? },
+            4 => Self::Ready { index: body.u64()?, record: body.record()? },
+            5 => {
+                let index = body.u64()?;
+                let rest = body.0.len();
+                Self::Message { index, bytes: body.take(rest)?.to_vec() }
+            }
+            _ => return Err(Malformed),
+        };
+        body.end()?;
+        Ok(frame)
+    }
+}
+
+fn encode_error(body: &mut Writer, error: &Error) {
+    match error {
+        Error::OutOfStep { seq, rank, ours, peer, theirs } => {
+            body.u8(1).u64(*seq).size(*rank).record(ours).size(*peer).record(theirs);
+        }
+        Error::PeerGone { peer, host, pid, cause, during } => {
+            body.u8(2).size(*peer).text(host).u64((*pid).into());
+            body.text(cause.as_deref().unwrap_or("")).text(during);
+        }
+        Error::PeerLeft { peer, host, pid, completed, panicking, rank, during } => {
+            body.u8(3).size(*peer).text(host).u64((*pid).into()).u64(*completed);
+            body.u8(u8::from(*panicking)).size(*rank).text(during);
+        }
+        Error::Timeout { rank, call, timeout, absent } => {
+            let nanos = u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX);
+            // A frame has room for the first few; they are who everybody waits for.
+            let absent = &absent[..absent.len().min(64)];
+            body.u8(4).size(*rank).record(call).u64(nanos).size(absent.len());
+            for absent in absent {
+                body.size(absent.rank).text(&absent.host).u64(absent.pid.into());
+                body.u8(u8::from(absent.last.is_some()));
+                if let Some(last) = &absent.last {
+                    body.record(last);
+                }
+            }
+        }
+        Error::Aborted { rank, reason } => {
+            body.u8(5).size(*rank).text(reason);
+        }
+        Error::PeerFailed { rank, message } => {
+            body.u8(6).size(*rank).text(message);
+        }
+        other => {
+            body.u8(6).u64(u64::MAX).text(&other.to_string());
+        }
+    }
+}
+
+fn decode_error(body: &mut Reader<'_>) -> Result<Error, Malformed> {
+    Ok(match body.u8()? {
+        1 => Error::OutOfStep {
+            seq: body.u64()?,
+            rank: body.size()?,
+            ours: Box::new(body.record()?),
+            peer: body.size()?,
+            theirs: Box::new(body.record()?),
+        },
+        2 => Error::PeerGone {
+            peer: body.size()?,
+            host: body.text()?,
+            pid: body.pid()?,
+            cause: Some(body.text()?).filter(|cause| !cause.is_empty()),
+            during: body.text()?,
+        },
+        3 => Error::PeerLeft {
+            peer: body.size()?,
+            host: body.text()?,
+            pid: body.pid()?,
+            completed: body.u64()?,
+            panicking: body.u8()? != 0,
+            rank: body.size()?,
+            during: body.text()?,
+        },
+        4 => {
+            let (rank, call) = (body.size()?, Box::new(body.record()?));
+            let timeout = Duration::from_nanos(body.u64()?);
+            let count = body.size()?;
+            let mut absent = Vec::new();
+            for _ in 0..count {
+                let (rank, host, pid) = (body.size()?, body.text()?, body.pid()?);
+                let last = if body.u8()? == 0 { None } else { Some(body.record()?) };
+                absent.push(Absent { rank, host, pid, last });
+            }
+            Error::Timeout { rank, call, timeout, absent }
+        }
+        5 => Error::Aborted { rank: body.size()?, reason: body.text()? },
+        6 => Error::PeerFailed { rank: body.size()?, message: body.text()? },
+        _ => return Err(Malformed),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::DType;
+    use crate::fingerprint::Op;
+
+    fn record(seq: u64) -> Box<CallRecord> {
+        Box::new(CallRecord {
+            op: Op::AllReduce,
+            seq,
+            dtype: Some(DType::F32),
+            len: 5,
+            reduction: "sum",
+            root: None,
+            tag: "x".to_owned(),
+        })
+    }
+
+    fn errors() -> Vec<Error> {
+        let absent = vec![
+            Absent { rank: 1, host: "b".into(), pid: 4, last: None },
+            Absent { rank: 2, host: "c".into(), pid: 5, last: Some(*record(3)) },
+        ];
+        let timeout = Duration::from_millis(1500);
+        vec![
+            Error::OutOfStep { seq: 7, rank: 0, ours: record(7), peer: 2, theirs: record(7) },
+            Error::PeerGone {
+                peer: 1,
+                host: "a".into(),
+                pid: 3,
+                cause: Some("signal 9".into()),
+                during: "x".into(),
+            },
+            Error::PeerLeft {
+                peer: 1,
+                host: "a".into(),
+                pid: 3,
+                completed: 9,
+                panicking: true,
+                rank: 0,
+                during: "y".into(),
+            },
+            Error::Timeout { rank: 0, call: record(4), timeout, absent },
+            Error::Aborted { rank: 3, reason: "because".into() },
+            Error::PeerFailed { rank: 3, message: "m".into() },
+        ]
+    }
+
+    #[test]
+    fn errors_travel_with_their_data() {
+        for error in errors() {
+            let bytes = Frame::Failed(error.clone()).encode();
+            let (head, body) = bytes.split_at(FRAME_HEAD_BYTES);
+            assert_eq!(Frame::body_bytes(head.try_into().unwrap()), Ok(body.len()));
+            let Ok(Frame::Failed(back)) = Frame::decode(bytes[0], body) else {
+                panic!("not decoded: {error}")
+            };
+            assert_eq!(format!("{back:?}"), format!("{error:?}"));
+        }
+    }
+
+    #[test]
+    fn every_truncation_and_every_flipped_byte_is_survived() {
+        for error in errors() {
+            let bytes = Frame::Failed(error).encode();
+            let body = &bytes[FRAME_HEAD_BYTES..];
+            for cut in 0..body.len() {
+                assert!(Frame::decode(2, &body[..cut]).is_err());
+            }
+            for at in 0..body.len() {
+                let mut flipped = body.to_vec();
+                flipped[at] ^= 0xff;
+                for kind in 0..8 {
+                    drop(Frame::decode(kind, &flipped));
+                }
+            }
+        }
+        assert_eq!(Frame::body_bytes([1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]), Err(Malformed));
+    }
+}

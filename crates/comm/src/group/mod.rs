@@ -1,0 +1,399 @@
+//! A group of ranks and what belongs to its life: making, dividing, ending.
+
+mod collectives;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::backend::host::call::{Call, Memory};
+use crate::backend::host::core::Core;
+use crate::backend::host::{board, setup};
+use crate::dtype::{DType, Element};
+use crate::environment::{HostLink, World};
+use crate::error::{Error, Result};
+use crate::fingerprint::{CallRecord, Op};
+use crate::reduce_op::Reduction;
+use crate::region::Region;
+use crate::rendezvous::{RendezvousError, Store, StoreError};
+use crate::work::Work;
+
+/// How a group behaves.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct GroupOptions {
+    /// How long a collective may take before it fails; 60 s by default. See also [`Group::within`].
+    pub timeout: Duration,
+    /// How long the ranks may take to meet; 60 s by default.
+    pub connect_timeout: Duration,
+    /// How ranks of one machine talk, instead of what the [`World`] says (`PHALANX_HOST_LINK`).
+    pub host_link: Option<HostLink>,
+}
+
+impl Default for GroupOptions {
+    fn default() -> Self {
+        let minute = Duration::from_secs(60);
+        Self { timeout: minute, connect_timeout: minute, host_link: None }
+    }
+}
+
+impl GroupOptions {
+    /// With another time limit for collectives.
+    #[must_use]
+    pub fn with_timeout(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
+    }
+
+    /// With another time limit for meeting.
+    #[must_use]
+    pub fn with_connect_timeout(self, connect_timeout: Duration) -> Self {
+        Self { connect_timeout, ..self }
+    }
+
+    /// With another way for ranks of one machine to talk.
+    #[must_use]
+    pub fn with_host_link(self, host_link: HostLink) -> Self {
+        Self { host_link: Some(host_link), ..self }
+    }
+}
+
+/// What applies to the next call only.
+#[derive(Debug, Default)]
+struct Next {
+    tag: String,
+    timeout: Option<Duration>,
+}
+
+/// This rank's membership in a group of ranks that run collectives together.
+///
+/// Every rank must start the same collectives in the same order; that is why they take `&mut self`.
+/// After a collective has failed the group is dead: later calls return the first error.
+///
+/// # Determinism
+///
+/// Reductions fold in rank order, `((g0 ∘ g1) ∘ g2) ∘ g3`, on every path: the result has the same
+/// bits on every rank, every run and every placement of the ranks, and equals one process that
+/// adds in that order.
+///
+/// # Example
+///
+/// ```
+/// use phalanx_comm::{Group, GroupOptions, Sum};
+///
+/// let mut group = Group::single(GroupOptions::default())?;
+/// let mut values = vec![1.0_f32, 2.0];
+/// group.all_reduce(&mut values[..], Sum)?.wait()?;
+/// assert_eq!(values, [1.0, 2.0]); // the sum over one rank
+/// # Ok::<(), phalanx_comm::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Group {
+    core: Arc<Core>,
+    world: World,
+    options: GroupOptions,
+    number: u64,
+    regions: u64,
+    next: Next,
+}
+
+impl Group {
+    /// The group of all ranks that the launcher started (see [`World::from_env`]).
+    ///
+    /// # Errors
+    ///
+    /// The environment contradicts itself, or the ranks could not meet.
+    pub fn from_environment(options: GroupOptions) -> Result<Self> {
+        let world = World::from_env()?;
+        if world.world_size == 1 {
+            return Self::over(world, options, &mut |_, _| Ok(Vec::new()));
+        }
+        let deadline = Instant::now() + options.connect_timeout;
+        let store = crate::rendezvous::connect(&world, deadline)?;
+        Self::new(world, store, options)
+    }
+
+    /// The group of all ranks of `world`, which meet in `store`.
+    ///
+    /// # Errors
+    ///
+    /// The ranks could not meet.
+    #[expect(clippy::needless_pass_by_value, reason = "the group may come to keep the store")]
+    pub fn new(world: World, store: Arc<dyn Store>, options: GroupOptions) -> Result<Self> {
+        let (rank, world_size) = (world.rank, world.world_size);
+        let attempt = world.restart_count;
+        let waiting = options.connect_timeout;
+        Self::over(world, options, &mut |mine, deadline| {
+            let key = |rank| format!("phalanx/{attempt}/group/card/{rank}");
+            store.set(&key(rank), mine).map_err(RendezvousError::from)?;
+            let get = |peer| store.get(&key(peer), deadline);
+            let cards = (0..world_size).map(get).collect::<Result<Vec<_>, StoreError>>();
+            cards.map_err(|error| match error {
+                StoreError::Timeout { .. } => {
+                    let absent = |peer: &usize| !store.check(&[&key(*peer)]).unwrap_or(false);
+                    let missing: Vec<usize> = (0..world_size).filter(absent).collect();
+                    Error::from(RendezvousError::MissingRanks {
+                        what: "the group of all ranks".to_owned(),
+                        joined: world_size - missing.len(),
+                        missing,
+                        expected: world_size,
+                        waited: waiting,
+                    })
+                }
+                other => RendezvousError::from(other).into(),
+            })
+        })
+    }
+
+    /// A group of one rank: no environment, no sockets.
+    ///
+    /// # Errors
+    ///
+    /// The system has no memory or file descriptors left.
+    pub fn single(options: GroupOptions) -> Result<Self> {
+        Self::over(World::single(), options, &mut |_, _| Ok(Vec::new()))
+    }
+
+    fn over(
+        world: World,
+        options: GroupOptions,
+        exchange: &mut setup::Exchange<'_>,
+    ) -> Result<Self> {
+        let link = options.host_link.unwrap_or(world.host_link);
+        let core = setup::connect(&world, link, options.connect_timeout, exchange)?;
+        let number = setup::group_number();
+        Ok(Self { core, world, options, number, regions: 0, next: Next::default() })
+    }
+
+    /// This rank's number in the group, from 0.
+    #[must_use]
+    pub fn rank(&self) -> usize {
+        self.world.rank
+    }
+
+    /// How many ranks the group has.
+    #[must_use]
+    pub fn world_size(&self) -> usize {
+        self.world.world_size
+    }
+
+    /// This rank's number among those of its node.
+    #[must_use]
+    pub fn local_rank(&self) -> usize {
+        self.world.local_rank
+    }
+
+    /// How many ranks of the group its node has.
+    #[must_use]
+    pub fn local_world_size(&self) -> usize {
+        self.world.local_world_size
+    }
+
+    /// The number of its node.
+    #[must_use]
+    pub fn node_rank(&self) -> usize {
+        self.world.node_rank
+    }
+
+    /// How many nodes there are.
+    #[must_use]
+    pub fn node_count(&self) -> usize {
+        self.world.node_count
+    }
+
+    /// The name of the backend, for logs.
+    #[must_use]
+    #[expect(clippy::unused_self, reason = "groups of other backends answer differently")]
+    pub fn backend_name(&self) -> &'static str {
+        "host"
+    }
+
+    /// Names the *next* collective; errors show the name, and ranks whose names differ are out of
+    /// step.
+    pub fn tagged(&mut self, tag: &str) -> &mut Self {
+        tag.clone_into(&mut self.next.tag);
+        self
+    }
+
+    /// Gives the *next* collective its own time limit.
+    pub fn within(&mut self, timeout: Duration) -> &mut Self {
+        self.next.timeout = Some(timeout);
+        self
+    }
+
+    /// Registers memory: every rank gets a [`Region`] of `len` elements, all zero. Collective.
+    ///
+    /// # Errors
+    ///
+    /// The lengths or types differ between ranks, the group is dead, or there is no memory left.
+    pub fn allocate<T: Element>(&mut self, len: usize) -> Result<Region<T>> {
+        let deadline = Instant::now() + self.next.timeout.unwrap_or(self.options.timeout);
+        self.agree(Op::Allocate, T::DTYPE, len)?;
+        self.regions += 1;
+        let bytes = len * T::DTYPE.size_bytes();
+        let memory = setup::share_region(&self.core, self.number, self.regions, bytes, deadline)
+            .map_err(|error| self.core.peers.fail(error))?;
+        Ok(Region::new(memory, len))
+    }
+
+    /// Divides the group: ranks of equal `color` form one, ordered by `key` and then by rank; `None`
+    /// joins none. Collective. The new group is independent: the failure of one does not end the
+    /// other, but a rank that dies ends both.
+    ///
+    /// # Errors
+    ///
+    /// The group is dead, or the ranks of the new one could not connect.
+    pub fn split(&mut self, color: Option<u32>, key: i32) -> Result<Option<Self>> {
+        let mut mine = [0; 9];
+        mine[0] = u8::from(color.is_some());
+        mine[1..5].copy_from_slice(&color.unwrap_or(0).to_le_bytes());
+        mine[5..9].copy_from_slice(&key.to_le_bytes());
+        let all = self.all_gather_bytes(&mine)?;
+        let mut members: Vec<(i32, usize)> = all
+            .iter()
+            .enumerate()
+            .filter(|(_, theirs)| color.is_some() && theirs[..5] == mine[..5])
+            .map(|(rank, theirs)| {
+                (i32::from_le_bytes([theirs[5], theirs[6], theirs[7], theirs[8]]), rank)
+            })
+            .collect();
+        members.sort_unstable();
+        let members: Vec<usize> = members.into_iter().map(|(_, rank)| rank).collect();
+        let places = self.places()?;
+        let world = self.part(&members, &places);
+        let options = self.options.clone();
+        // Ranks that join no group still take part in the exchange of cards.
+        let Some(world) = world else {
+            drop(self.all_gather_bytes(&[])?);
+            return Ok(None);
+        };
+        if world.world_size == 1 {
+            drop(self.all_gather_bytes(&[])?);
+            return Self::over(world, options, &mut |_, _| Ok(Vec::new())).map(Some);
+        }
+        let group = Self::over(world, options, &mut |card, _| {
+            let cards = self.all_gather_bytes(card)?;
+            Ok(members.iter().map(|member| cards[*member].clone()).collect())
+        });
+        group.map(Some)
+    }
+
+    /// The node of every rank.
+    fn places(&mut self) -> Result<Vec<u64>> {
+        let mut nodes = vec![0_u64; self.world_size()];
+        let node = self.world.node_rank as u64;
+        for (rank, bytes) in self.all_gather_bytes(&node.to_le_bytes())?.iter().enumerate() {
+            if let Ok(bytes) = bytes[..].try_into() {
+                nodes[rank] = u64::from_le_bytes(bytes);
+            }
+        }
+        Ok(nodes)
+    }
+
+    /// This rank's world in the group of `members`, if it is one of them.
+    fn part(&self, members: &[usize], nodes: &[u64]) -> Option<World> {
+        let rank = members.iter().position(|member| *member == self.rank())?;
+        let node_of = |member: &usize| nodes[*member];
+        let own = nodes[self.rank()];
+        let mut used: Vec<u64> = members.iter().map(node_of).collect();
+        used.sort_unstable();
+        used.dedup();
+        let local = |member: &&usize| node_of(member) == own;
+        Some(World {
+            rank,
+            world_size: members.len(),
+            local_rank: members[..rank].iter().filter(local).count(),
+            local_world_size: members.iter().filter(local).count(),
+            node_rank: used.iter().position(|node| *node == own).unwrap_or(0),
+            // Where addresses are chosen, "several nodes" must stay true for the part too.
+            node_count: used.len(),
+            ..self.world.clone()
+        })
+    }
+
+    /// A group of the same ranks with an order of collectives of its own. Collective.
+    ///
+    /// # Errors
+    ///
+    /// As [`Group::split`].
+    pub fn duplicate(&mut self) -> Result<Self> {
+        let rank = i32::try_from(self.rank()).unwrap_or(i32::MAX);
+        let same = self.split(Some(0), rank)?;
+        same.ok_or_else(|| Error::World {
+            rank: self.world.rank,
+            what: "a duplicate without this rank".to_owned(),
+        })
+    }
+
+    /// Kills the group on every rank: pending and later calls return [`Error::Aborted`] with this
+    /// rank and reason.
+    pub fn abort(&mut self, reason: &str) {
+        let rank = self.rank();
+        drop(self.core.peers.fail(Error::Aborted { rank, reason: reason.to_owned() }));
+    }
+
+    /// Waits until every rank has called with the same arguments.
+    fn agree(&mut self, op: Op, dtype: DType, len: usize) -> Result<()> {
+        let plan = Plan { op, dtype: Some(dtype), len, ..Plan::nothing(op) };
+        self.begin(&plan, Memory::Nothing, None)
+            .map(|call| Work::new(self.core(), call, None))?
+            .wait()
+    }
+
+    fn core(&self) -> Arc<Core> {
+        Arc::clone(&self.core)
+    }
+
+    /// Starts a planned call on memory of its own or on `input`.
+    fn begin(&mut self, plan: &Plan, memory: Memory, input: Option<&[u8]>) -> Result<Arc<Call>> {
+        let next = std::mem::take(&mut self.next);
+        if let Some(error) = self.core.peers.failure() {
+            return Err(error);
+        }
+        let record = CallRecord {
+            op: plan.op,
+            seq: self.core.next_seq(),
+            dtype: plan.dtype,
+            len: plan.len as u64,
+            reduction: plan.reduction.map_or("", Reduction::name),
+            root: plan.root,
+            tag: next.tag,
+        };
+        let longest = Call::contribution_max(plan.op, plan.segment, plan.segments);
+        let call = Call::new(
+            record,
+            plan.dtype.unwrap_or(DType::U8),
+            plan.reduction,
+            plan.segment,
+            plan.segments,
+            longest <= board::INLINE_BYTES_MAX,
+            next.timeout.unwrap_or(self.options.timeout),
+            memory,
+        );
+        self.core.start(call, input)
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.core.close();
+    }
+}
+
+/// The arguments of a collective, before it has a number.
+#[derive(Debug, Clone, Copy)]
+struct Plan {
+    op: Op,
+    dtype: Option<DType>,
+    /// Elements, as the caller counts them.
+    len: usize,
+    reduction: Option<Reduction>,
+    root: Option<usize>,
+    /// Bytes of a segment, and how many there are (see `backend/host/call.rs`).
+    segment: usize,
+    segments: usize,
+}
+
+impl Plan {
+    fn nothing(op: Op) -> Self {
+        Self { op, dtype: None, len: 0, reduction: None, root: None, segment: 0, segments: 1 }
+    }
+}

@@ -1,0 +1,247 @@
+//! Memory that a group's backend has registered, and the buffers that collectives take.
+#![expect(unsafe_code, reason = "typed views of shared memory")]
+
+use std::marker::PhantomData;
+use std::mem::size_of;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::backend::host::region::RegionMemory;
+use crate::dtype::{Element, Sealed};
+
+/// Memory registered with the backend: page-aligned, zero at first, and read in place by the peers
+/// of this machine during collectives. A clone is the same memory; it lives as long as any clone,
+/// range or work.
+///
+/// The other ranks of the machine write into it during reductions, and the threads of this process
+/// may too: that is why plain references to its elements are `unsafe`. [`Region::read`] and
+/// [`Region::write`] copy.
+pub struct Region<T: Element> {
+    memory: Arc<RegionMemory>,
+    len: usize,
+    element: PhantomData<T>,
+}
+
+impl<T: Element> Clone for Region<T> {
+    fn clone(&self) -> Self {
+        Self { memory: Arc::clone(&self.memory), len: self.len, element: PhantomData }
+    }
+}
+
+impl<T: Element> std::fmt::Debug for Region<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Region #{} of {} {}", self.memory.id, self.len, T::DTYPE)
+    }
+}
+
+impl<T: Element> Region<T> {
+    pub(crate) fn new(memory: RegionMemory, len: usize) -> Self {
+        Self { memory: Arc::new(memory), len, element: PhantomData }
+    }
+
+    /// Elements.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has no elements.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The first element; valid for `len` elements while any clone lives.
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut T {
+        self.memory.base().cast()
+    }
+
+    /// A handle to part of it, for collectives.
+    ///
+    /// # Panics
+    ///
+    /// When the range is not inside the region.
+    #[must_use]
+    pub fn range(&self, range: Range<usize>) -> RegionRange<T> {
+        self.check(&range);
+        RegionRange { region: self.clone(), range }
+    }
+
+    /// A handle to all of it, for collectives.
+    #[must_use]
+    pub fn full(&self) -> RegionRange<T> {
+        self.range(0..self.len)
+    }
+
+    fn check(&self, range: &Range<usize>) {
+        assert!(
+            range.start <= range.end && range.end <= self.len,
+            "range {range:?} is not inside a region of {} elements",
+            self.len
+        );
+    }
+
+    /// Copies part of it out. No collective may be under way on that part.
+    ///
+    /// # Panics
+    ///
+    /// When the range is not inside the region.
+    #[must_use]
+    pub fn read(&self, range: Range<usize>) -> Vec<T> {
+        self.check(&range);
+        let mut elements = vec![T::zeroed(); range.len()];
+        let from = self.as_ptr().wrapping_add(range.start);
+        // SAFETY: the range is inside the region, which the Vec does not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(from, elements.as_mut_ptr(), range.len()) };
+        elements
+    }
+
+    /// Copies elements in, from `at` on. No collective may be under way on that part.
+    ///
+    /// # Panics
+    ///
+    /// When they do not fit.
+    pub fn write(&self, at: usize, elements: &[T]) {
+        self.check(&(at..at.saturating_add(elements.len())));
+        let to = self.as_ptr().wrapping_add(at);
+        // SAFETY: the range is inside the region; a copy also works where they overlap.
+        unsafe { std::ptr::copy(elements.as_ptr(), to, elements.len()) };
+    }
+
+    /// Its elements.
+    ///
+    /// # Safety
+    ///
+    /// While the slice lives nobody writes the region: no collective on it is under way on any rank
+    /// of this machine, and no other thread writes it.
+    #[must_use]
+    pub unsafe fn slice(&self) -> &[T] {
+        // SAFETY: base is page-aligned and valid for len elements; the rest is the caller's word.
+        unsafe { std::slice::from_raw_parts(self.as_ptr(), self.len) }
+    }
+
+    /// Its elements, to change.
+    ///
+    /// # Safety
+    ///
+    /// While the slice lives nobody else reads or writes the region, as for [`Region::slice`].
+    #[expect(clippy::mut_from_ref, reason = "shared memory; exclusiveness is the caller's word")]
+    #[must_use]
+    pub unsafe fn slice_mut(&self) -> &mut [T] {
+        // SAFETY: as for slice.
+        unsafe { std::slice::from_raw_parts_mut(self.as_ptr(), self.len) }
+    }
+}
+
+/// Part of a [`Region`], for a collective to work on in place. Owns a share of the region.
+#[derive(Debug)]
+pub struct RegionRange<T: Element> {
+    region: Region<T>,
+    range: Range<usize>,
+}
+
+impl<T: Element> Clone for RegionRange<T> {
+    fn clone(&self) -> Self {
+        Self { region: self.region.clone(), range: self.range.clone() }
+    }
+}
+
+impl<T: Element> RegionRange<T> {
+    /// Elements.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.range.len()
+    }
+
+    /// Whether it has no elements.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.range.is_empty()
+    }
+}
+
+/// A buffer without its element type.
+#[derive(Debug)]
+pub(crate) enum Bytes<'b> {
+    Slice(&'b mut [u8]),
+    Region { memory: Arc<RegionMemory>, offset: usize, bytes: usize },
+}
+
+impl Bytes<'_> {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Slice(slice) => slice.len(),
+            Self::Region { bytes, .. } => *bytes,
+        }
+    }
+
+    /// Copies `from` into it, from byte `at` on.
+    pub(crate) fn write(&mut self, at: usize, from: &[u8]) {
+        match self {
+            Self::Slice(slice) => slice[at..at + from.len()].copy_from_slice(from),
+            Self::Region { memory, offset, bytes } => {
+                assert!(at + from.len() <= *bytes, "the result is longer than the range");
+                let to = memory.base().wrapping_add(*offset + at);
+                // SAFETY: inside the range, which is inside the region; a copy may overlap.
+                unsafe { std::ptr::copy(from.as_ptr(), to, from.len()) };
+            }
+        }
+    }
+
+    /// Copies it out.
+    pub(crate) fn to_vec(&self) -> Vec<u8> {
+        match self {
+            Self::Slice(slice) => slice.to_vec(),
+            Self::Region { memory, offset, bytes } => {
+                let mut copy = vec![0; *bytes];
+                let from = memory.base().wrapping_add(*offset);
+                // SAFETY: inside the range, which is inside the region.
+                unsafe { std::ptr::copy_nonoverlapping(from, copy.as_mut_ptr(), *bytes) };
+                copy
+            }
+        }
+    }
+}
+
+/// What only this crate may ask of a buffer.
+pub trait IntoBytes<'b, T: Element> {
+    #[doc(hidden)]
+    #[expect(private_interfaces, reason = "sealed: nobody outside names it")]
+    fn into_bytes(self) -> Bytes<'b>;
+}
+
+/// What a collective works on: `&mut [T]` (staged: copied when it starts and when it is waited for)
+/// or a [`RegionRange`] (in place).
+pub trait Buffer<'b, T: Element>: Sealed + IntoBytes<'b, T> {}
+
+impl<T: Element> Sealed for &mut [T] {}
+impl<'b, T: Element> IntoBytes<'b, T> for &'b mut [T] {
+    #[expect(private_interfaces, reason = "sealed: nobody outside names it")]
+    fn into_bytes(self) -> Bytes<'b> {
+        Bytes::Slice(bytemuck::cast_slice_mut(self))
+    }
+}
+impl<'b, T: Element> Buffer<'b, T> for &'b mut [T] {}
+
+impl<T: Element> Sealed for &mut Vec<T> {}
+impl<'b, T: Element> IntoBytes<'b, T> for &'b mut Vec<T> {
+    #[expect(private_interfaces, reason = "sealed: nobody outside names it")]
+    fn into_bytes(self) -> Bytes<'b> {
+        Bytes::Slice(bytemuck::cast_slice_mut(self))
+    }
+}
+impl<'b, T: Element> Buffer<'b, T> for &'b mut Vec<T> {}
+
+impl<T: Element> Sealed for RegionRange<T> {}
+impl<'b, T: Element> IntoBytes<'b, T> for RegionRange<T> {
+    #[expect(private_interfaces, reason = "sealed: nobody outside names it")]
+    fn into_bytes(self) -> Bytes<'b> {
+        Bytes::Region {
+            offset: self.range.start * size_of::<T>(),
+            bytes: self.range.len() * size_of::<T>(),
+            memory: self.region.memory,
+        }
+    }
+}
+impl<'b, T: Element> Buffer<'b, T> for RegionRange<T> {}

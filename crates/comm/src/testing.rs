@@ -1,0 +1,74 @@
+//! Ranks as threads of one process, over the full host backend: for tests.
+
+use std::sync::{mpsc, Arc};
+use std::time::{Duration, Instant};
+
+use crate::environment::{HostLink, World};
+use crate::rendezvous::{MemoryStore, Store};
+use crate::{Group, GroupOptions};
+
+/// How long [`run_ranks`] waits for its ranks.
+const DEADLINE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Runs `rank` once on each of `world_size` threads and returns what they return, by rank.
+///
+/// # Panics
+///
+/// When a rank panics or does not end within two minutes.
+pub fn run_ranks<T: Send + 'static>(
+    world_size: usize,
+    rank: impl Fn(Group) -> T + Send + Sync + 'static,
+) -> Vec<T> {
+    run_ranks_with(world_size, HostLink::Auto, GroupOptions::default().with_timeout(TIMEOUT), rank)
+}
+
+/// As [`run_ranks`], over another link or with other options.
+///
+/// # Panics
+///
+/// As [`run_ranks`].
+#[expect(clippy::expect_used, reason = "a test that cannot start its ranks has failed")]
+pub fn run_ranks_with<T: Send + 'static>(
+    world_size: usize,
+    link: HostLink,
+    options: GroupOptions,
+    rank: impl Fn(Group) -> T + Send + Sync + 'static,
+) -> Vec<T> {
+    let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
+    let rank = Arc::new(rank);
+    let (sender, receiver) = mpsc::channel();
+    for number in 0..world_size {
+        let (store, rank, sender) = (Arc::clone(&store), Arc::clone(&rank), sender.clone());
+        let options = options.clone().with_host_link(link);
+        let body = move || {
+            let world = World::threads(number, world_size);
+            let group = Group::new(world, store, options).expect("the ranks meet");
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| rank(group)));
+            // The receiver is gone only when the test has failed already.
+            drop(sender.send((number, result)));
+        };
+        let thread = std::thread::Builder::new().name(format!("rank-{number}"));
+        drop(thread.spawn(body).expect("a thread starts"));
+    }
+    drop(sender);
+    let deadline = Instant::now() + DEADLINE;
+    let mut results: Vec<Option<T>> = (0..world_size).map(|_| None).collect();
+    let mut panicked = None;
+    for _ in 0..world_size {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let (number, result) = receiver.recv_timeout(left).unwrap_or_else(|_| {
+            let missing: Vec<usize> = (0..world_size).filter(|r| results[*r].is_none()).collect();
+            panic!("ranks {missing:?} did not end")
+        });
+        match result {
+            Ok(result) => results[number] = Some(result),
+            // The first panic is the cause; the others fail because of it.
+            Err(panic) => panicked = panicked.or(Some(panic)),
+        }
+    }
+    if let Some(panic) = panicked {
+        std::panic::resume_unwind(panic);
+    }
+    results.into_iter().flatten().collect()
+}

@@ -1,0 +1,115 @@
+//! A started collective.
+
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use crate::backend::host::call::{Call, Memory};
+use crate::backend::host::core::Core;
+use crate::backend::host::point;
+use crate::error::Result;
+use crate::region::Bytes;
+
+/// A started collective. It borrows its buffer until it is waited for:
+///
+/// ```compile_fail,E0499
+/// # use phalanx_comm::{Group, GroupOptions, Sum};
+/// let mut group = Group::single(GroupOptions::default()).unwrap();
+/// let mut values = vec![1.0_f32; 4];
+/// let work = group.all_reduce(&mut values[..], Sum).unwrap();
+/// values[..].fill(2.0); // still borrowed
+/// work.wait().unwrap();
+/// ```
+///
+/// A slice is copied when the collective starts and written by [`Work::wait`] alone, on the caller's
+/// thread: a forgotten work leaves it as it was. A work that is dropped is not cancelled.
+#[derive(Debug)]
+#[must_use = "a collective that is not waited for has no result, and its error is lost"]
+pub struct Work<'b> {
+    core: Arc<Core>,
+    call: Arc<Call>,
+    output: Option<Output<'b>>,
+    /// The other side of a message.
+    peer: Option<usize>,
+    borrow: PhantomData<&'b mut [u8]>,
+}
+
+/// Where the result goes that lies at `skip` in the in-place form.
+#[derive(Debug)]
+pub(crate) struct Output<'b> {
+    pub(crate) bytes: Bytes<'b>,
+    pub(crate) skip: usize,
+}
+
+impl<'b> Work<'b> {
+    pub(crate) fn new(core: Arc<Core>, call: Arc<Call>, output: Option<Output<'b>>) -> Self {
+        Self { core, call, output, peer: None, borrow: PhantomData }
+    }
+
+    pub(crate) fn message(
+        core: Arc<Core>,
+        call: Arc<Call>,
+        output: Option<Output<'b>>,
+        peer: usize,
+    ) -> Self {
+        Self { core, call, output, peer: Some(peer), borrow: PhantomData }
+    }
+
+    /// Waits until the collective has ended and the buffer holds its result.
+    ///
+    /// The time limit (the group's, or that of [`Group::within`](crate::Group::within)) runs from
+    /// when it is this collective's turn: at the earliest from its start.
+    ///
+    /// # Errors
+    ///
+    /// What made it fail: a peer that is gone, late or out of step, or an abort. A borrowed slice is
+    /// unchanged then; a region's content is unspecified, unless the ranks were out of step.
+    pub fn wait(self) -> Result<()> {
+        let Self { core, call, output, peer, .. } = self;
+        if let Some(peer) = peer {
+            point::wait(&core.peers, peer, &call)?;
+        } else if core.finishes_in_place(&call) {
+            if let Some(Output { bytes: Bytes::Slice(slice), skip: 0 }) = output {
+                return wait_inline(&core, &call, slice);
+            }
+            core.finish_inline(&call, None)?;
+        } else {
+            core.drive(&call);
+        }
+        let state = call.lock();
+        if let Some(Err(error)) = &state.result {
+            return Err(error.clone());
+        }
+        if let (Some(mut output), Memory::Private(memory)) = (output, &state.memory) {
+            let bytes = output.bytes.len();
+            output.bytes.write(0, &memory[output.skip..output.skip + bytes]);
+        }
+        Ok(())
+    }
+
+    /// Whether [`Work::wait`] would return without waiting.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.call.is_done()
+            || self.core.peers.failure().is_some()
+            || (self.peer.is_none()
+                && self.core.finishes_in_place(&self.call)
+                && self.core.inline_is_ready(&self.call))
+    }
+}
+
+/// Finishes straight into the caller's slice where it is the whole in-place form.
+fn wait_inline(core: &Core, call: &Call, slice: &mut [u8]) -> Result<()> {
+    if slice.len() == call.bytes_on(core.rank) {
+        if core.finish_inline(call, Some(&mut *slice))? {
+            return Ok(());
+        }
+    } else {
+        core.finish_inline(call, None)?;
+    }
+    // Finished into its own memory: because its slot was needed, or because this is a part of it.
+    if let Memory::Private(memory) = &call.lock().memory {
+        let bytes = slice.len();
+        slice.copy_from_slice(&memory[..bytes]);
+    }
+    Ok(())
+}
