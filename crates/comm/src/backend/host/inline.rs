@@ -96,8 +96,11 @@ pub(crate) fn compute(call: &Call, rank: usize, inputs: &[*const u8], to: *mut u
                 copy(*input, to.wrapping_add(peer * segment), segment);
             }
         }
-        Op::Scatter if rank != call.root => {
-            copy(inputs[call.root].wrapping_add(rank * segment), to, segment);
+        Op::Scatter => {
+            // The root's own segment too: its result may not be where its input was.
+            let at = if rank == call.root { rank * segment } else { 0 };
+            let from = inputs[call.root].wrapping_add(rank * segment);
+            copy(from, to.wrapping_add(at), segment);
         }
         Op::AllToAll => {
             for (peer, input) in inputs.iter().enumerate() {
