@@ -48,7 +48,11 @@ impl Trial {
     }
 
     /// As `start`, with `{folder}` in the arguments standing for `folder`.
-    pub(crate) fn start_in(folder: tempfile::TempDir, arguments: &[&str], deadline: Duration) -> Trial {
+    pub(crate) fn start_in(
+        folder: tempfile::TempDir,
+        arguments: &[&str],
+        deadline: Duration,
+    ) -> Trial {
         let place = folder.path().display().to_string();
         let mut command = Command::new(example("bert_large"));
         command

@@ -431,3 +431,29 @@ fn rank_0_hosts_the_store_when_no_launcher_does() {
     store.set("k", b"v").unwrap();
     assert_eq!(store.get("k", soon()).unwrap(), b"v");
 }
+
+#[test]
+fn a_rank_that_hosts_the_store_does_not_take_it_from_under_the_others() {
+    let port = TcpListener::bind((LOOPBACK, 0)).unwrap().local_addr().unwrap().port();
+    let world = |rank| World { master_port: port, ..World::threads(rank, 4) };
+    thread::scope(|scope| {
+        for rank in 0..4_u8 {
+            scope.spawn(move || {
+                let store = connect(&world(rank.into()), soon()).unwrap();
+                let all = join(&*store, "start", rank.into(), 4, &[rank], soon()).unwrap();
+                assert_eq!(all, [[0], [1], [2], [3]]);
+            });
+        }
+    });
+}
+
+#[test]
+fn a_rank_that_hosts_the_store_leaves_at_once_when_it_is_the_last() {
+    let port = TcpListener::bind((LOOPBACK, 0)).unwrap().local_addr().unwrap().port();
+    let world = World { master_port: port, ..World::threads(0, 1) };
+    let store = connect(&world, soon()).unwrap();
+    store.set("k", b"v").unwrap();
+    let start = Instant::now();
+    drop(store);
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+}

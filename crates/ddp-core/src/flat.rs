@@ -96,7 +96,12 @@ impl Flat {
     }
 
     /// Elements `range` with a shape and strides.
-    pub(crate) fn view(&self, range: &Range<usize>, shape: &[i64], strides: &[i64]) -> Result<Tensor> {
+    pub(crate) fn view(
+        &self,
+        range: &Range<usize>,
+        shape: &[i64],
+        strides: &[i64],
+    ) -> Result<Tensor> {
         let (start, _) = as_i64(range)?;
         Ok(self.tensor.f_as_strided(shape, strides, start)?)
     }
@@ -110,7 +115,9 @@ impl Flat {
             // SAFETY: `base` is the first of `len` elements of this kind on the CPU, kept by the tensor.
             Kind::Double => norm::sum_of_squares(unsafe { elements::<f64>(base, range) }, |x| x),
             // SAFETY: as above.
-            Kind::Half => norm::sum_of_squares(unsafe { elements::<f16>(base, range) }, f16::to_f64),
+            Kind::Half => {
+                norm::sum_of_squares(unsafe { elements::<f16>(base, range) }, f16::to_f64)
+            }
             Kind::BFloat16 => {
                 // SAFETY: as above.
                 norm::sum_of_squares(unsafe { elements::<bf16>(base, range) }, bf16::to_f64)
@@ -138,7 +145,11 @@ impl Flat {
         Ok(with_region!(&self.memory, region => reduce(group, region, range, scale, false)?))
     }
 
-    pub(crate) fn all_gather(&self, group: &mut Group, range: Range<usize>) -> Result<Work<'static>> {
+    pub(crate) fn all_gather(
+        &self,
+        group: &mut Group,
+        range: Range<usize>,
+    ) -> Result<Work<'static>> {
         Ok(with_region!(&self.memory, region => group.all_gather_in_place(region.range(range))?))
     }
 }
@@ -160,12 +171,17 @@ fn reduce<T: Float>(
     to_all: bool,
 ) -> Result<Work<'static>> {
     let (range, op) = (region.range(range), ScaledSum(scale.0));
-    Ok(if to_all { group.all_reduce(range, op)? } else { group.reduce_scatter_in_place(range, op)? })
+    Ok(if to_all {
+        group.all_reduce(range, op)?
+    } else {
+        group.reduce_scatter_in_place(range, op)?
+    })
 }
 
 fn as_i64(range: &Range<usize>) -> Result<(i64, i64)> {
-    let convert =
-        |value: usize| i64::try_from(value).map_err(|_too_long| Error::TooLarge { elements: value });
+    let convert = |value: usize| {
+        i64::try_from(value).map_err(|_too_long| Error::TooLarge { elements: value })
+    };
     Ok((convert(range.start)?, convert(range.len())?))
 }
 

@@ -230,6 +230,9 @@ pub(crate) fn fused_adamw(
     settings: AdamWSettings,
 ) -> Result<()> {
     let count = lists.parameters.len();
+    if count == 0 {
+        return Ok(());
+    }
     let same = [&lists.gradients, &lists.first_moments, &lists.second_moments];
     assert!(same.iter().all(|list| list.len() == count), "lists of one length");
     let pointers = |list: &[Tensor]| list.iter().map(raw).collect::<Vec<_>>();

@@ -24,7 +24,12 @@ fn decays(name: &str) -> bool {
 }
 
 /// Trains 5 steps on batches of 12 samples, cut over the ranks and into micro-batches.
-fn train(mut group: Group, zero: Zero, config: OptimizerConfig, accumulate: i64) -> (Vec<u32>, Vec<f64>) {
+fn train(
+    mut group: Group,
+    zero: Zero,
+    config: OptimizerConfig,
+    accumulate: i64,
+) -> (Vec<u32>, Vec<f64>) {
     let (model, ddp) = wrapped(&mut group, options(zero));
     let mut optimizer = Optimizer::new(&ddp, config, decays).unwrap();
     let (rank, world_size) = (group.rank() as i64, group.world_size() as i64);
@@ -46,7 +51,8 @@ fn train(mut group: Group, zero: Zero, config: OptimizerConfig, accumulate: i64)
 fn plain_tch_training_matches_one_rank_with_the_whole_batch() {
     let plain = |mut group: Group| {
         let (model, ddp) = wrapped(&mut group, options(Zero::Off));
-        let mut optimizer = nn::Sgd { momentum: 0.9, ..Default::default() }.build(&model.vs, 0.05).unwrap();
+        let mut optimizer =
+            nn::Sgd { momentum: 0.9, ..Default::default() }.build(&model.vs, 0.05).unwrap();
         let micro = 12 / group.world_size() as i64;
         for step in 0..6 {
             let start = step * 12 + group.rank() as i64 * micro;
@@ -70,9 +76,13 @@ fn ranks_and_micro_batches_give_the_same_bits() {
         for zero in [Zero::Off, Zero::One] {
             for parts in [2, 3, 4] {
                 let ranks = run_ranks(parts, move |group| train(group, zero, config, 1));
-                let alone = run_ranks(1, move |group| train(group, zero, config, parts as i64)).remove(0);
+                let alone =
+                    run_ranks(1, move |group| train(group, zero, config, parts as i64)).remove(0);
                 for (rank, outcome) in ranks.iter().enumerate() {
-                    assert!(*outcome == alone, "{config:?} {zero:?}: rank {rank} of {parts} differs");
+                    assert!(
+                        *outcome == alone,
+                        "{config:?} {zero:?}: rank {rank} of {parts} differs"
+                    );
                 }
             }
         }

@@ -13,7 +13,7 @@ use super::source::{self, TextFile};
 use super::vocabulary::{self, Vocabulary, SPECIAL_IDS, VOCAB_SIZE_MIN};
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
-use crate::format::{sync_folder, FolderWriter, Index, ShardEntry, ShardInfo, SpecialTokens};
+use crate::format::{Index, SpecialTokens, TokenWriter};
 use crate::progress::{Event, Progress, Stage};
 
 /// Folder for prepared data inside the data folder.
@@ -132,15 +132,20 @@ pub fn prepare(path: &Path, options: &PrepareOptions, progress: &dyn Progress) -
     }
     let not_writable = |source| Error::CacheNotWritable { path: cache.clone(), source };
     fs::create_dir_all(&cache).map_err(not_writable)?;
-    let waiting = || progress.report(Event::Begin { stage: Stage::Waiting, total_bytes: 0 });
+    let mut waited = false;
+    let waiting = || {
+        waited = true;
+        progress.report(Event::Begin { stage: Stage::Waiting, total_bytes: 0 });
+    };
     let lock_file = cache.join(format!(".{key}.lock"));
     let _lock = lock::acquire(&lock_file, options.lock_timeout, waiting)?;
-    if Index::is_in(&target) {
+    if waited {
         progress.report(Event::End { stage: Stage::Waiting });
+    }
+    if Index::is_in(&target) {
         return Ok(Prepared::new(&target, &Index::read(&target)?, true));
     }
     let index = in_pool(options.threads, || write(path, &target, &files, options, progress))??;
-    sync_folder(&cache)?;
     Ok(Prepared::new(&target, &index, false))
 }
 
@@ -172,25 +177,22 @@ fn write(
 ) -> Result<Index> {
     let source_bytes = files.iter().map(|file| file.bytes).sum();
     let vocabulary = train(path, files, options, source_bytes, progress)?;
-    let folder = FolderWriter::create(target)?;
-    let tokenizer = folder.tokenizer(vocabulary.json.as_bytes())?;
-    let info = ShardInfo {
-        vocab_size: vocabulary.size,
-        special: SPECIAL_IDS,
-        tokenizer,
-        shard_bytes: options.shard_bytes,
-    };
+    let mut writer = TokenWriter::create(
+        target,
+        vocabulary.json.as_bytes(),
+        vocabulary.size,
+        SPECIAL_IDS,
+        options.shard_bytes,
+    )?;
     progress.report(Event::Begin { stage: Stage::Encoding, total_bytes: source_bytes });
-    let shards = encode(&folder, info, files, &vocabulary, options.lowercase, progress)?;
+    encode(&mut writer, files, &vocabulary, options.lowercase, progress)?;
     progress.report(Event::End { stage: Stage::Encoding });
     files.iter().try_for_each(TextFile::check_unchanged)?;
-    let index = Index::new(vocabulary.size, SPECIAL_IDS, tokenizer, source_bytes, shards);
-    folder.finish(&index)?;
-    let (tokens, documents) = (index.token_count, index.document_count);
-    let target = target.display();
+    let index = writer.finish(source_bytes)?;
+    let (tokens, documents, size) = (index.token_count, index.document_count, vocabulary.size);
     progress.report(Event::Notice(&format!(
-        "{source_bytes} bytes of text in {documents} files are {tokens} tokens of a vocabulary of {} in {target}",
-        vocabulary.size
+        "{source_bytes} bytes of text in {documents} documents are {tokens} tokens of a vocabulary of {size} in {}",
+        target.display()
     )));
     Ok(index)
 }
@@ -222,29 +224,26 @@ fn train(
 }
 
 fn encode(
-    folder: &FolderWriter,
-    info: ShardInfo,
+    writer: &mut TokenWriter,
     files: &[TextFile],
     vocabulary: &Vocabulary,
     lowercase: bool,
     progress: &dyn Progress,
-) -> Result<Vec<ShardEntry>> {
+) -> Result<()> {
     let encoder = Encoder::new(&vocabulary.model, lowercase);
-    let separator = info.special.sep;
-    let mut shards = folder.shards(info);
     for file in files {
         let mut is_empty = true;
         encoder.file(file, progress, |tokens| {
-            is_empty &= tokens.is_empty();
             if tokens.is_empty() {
                 return Ok(());
             }
-            shards.tokens(tokens)
+            is_empty = false;
+            writer.tokens(tokens)
         })?;
         if !is_empty {
-            shards.tokens(&[separator])?;
-            shards.end_document()?;
+            writer.tokens(&[SPECIAL_IDS.sep])?;
+            writer.end_document()?;
         }
     }
-    shards.finish()
+    Ok(())
 }

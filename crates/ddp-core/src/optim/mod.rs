@@ -110,7 +110,7 @@ struct Moments {
 /// use tch::{nn, nn::Module, Device, Kind, Tensor};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// let mut group = Group::single(GroupOptions::default());
+/// let mut group = Group::single(GroupOptions::default())?;
 /// let vs = nn::VarStore::new(Device::Cpu);
 /// let net = nn::linear(vs.root() / "fc", 4, 1, Default::default());
 /// let ddp = Ddp::new(&vs, &mut group, DdpOptions { zero: Zero::One, ..DdpOptions::default() })?;
@@ -229,7 +229,8 @@ impl Optimizer {
         let mut works = Vec::new();
         for bucket in 0..self.owned.len() {
             for decays in [true, false] {
-                let runs = self.owned[bucket].runs.iter().filter(|run| run.decays == decays).cloned();
+                let runs =
+                    self.owned[bucket].runs.iter().filter(|run| run.decays == decays).cloned();
                 let lists = self.lists(reducer, bucket, runs)?;
                 let weight_decay = if decays { self.rule.settings.weight_decay } else { 0.0 };
                 let settings = AdamWSettings { weight_decay, ..self.rule.settings };

@@ -96,8 +96,11 @@ pub(crate) fn compute(call: &Call, rank: usize, inputs: &[*const u8], to: *mut u
                 copy(*input, to.wrapping_add(peer * segment), segment);
             }
         }
-        Op::Scatter if rank != call.root => {
-            copy(inputs[call.root].wrapping_add(rank * segment), to, segment);
+        Op::Scatter => {
+            // The root's own segment too: its result may not be where its input was.
+            let at = if rank == call.root { rank * segment } else { 0 };
+            let from = inputs[call.root].wrapping_add(rank * segment);
+            copy(from, to.wrapping_add(at), segment);
         }
         Op::AllToAll => {
             for (peer, input) in inputs.iter().enumerate() {
@@ -129,10 +132,6 @@ fn reduce(call: &Call, inputs: &[*const u8], at: usize, bytes: usize, to: *mut u
     // published and none writes its slot again before all have consumed it; `to` has `bytes` bytes
     // of this rank's own memory, which no slot overlaps.
     unsafe {
-        kernel::reduce(
-            call.dtype,
-            reduction.fold,
-            &Pass { partial: None, sources, count, output },
-        );
+        kernel::reduce(call.dtype, reduction.fold, &Pass { partial: None, sources, count, output });
     }
 }

@@ -32,8 +32,7 @@ pub(crate) fn spawn(peers: Arc<Peers>) -> std::io::Result<()> {
 }
 
 fn watch(peers: &Peers) {
-    let mut incoming: Vec<Incoming> =
-        peers.controls.iter().map(|_| Incoming::default()).collect();
+    let mut incoming: Vec<Incoming> = peers.controls.iter().map(|_| Incoming::default()).collect();
     let mut scratch = vec![0; READ_BYTES];
     while !peers.is_closed() {
         let open = |peer: &usize| !incoming[*peer].ended && peers.controls[*peer].is_some();

@@ -8,7 +8,12 @@ use tch::{nn, nn::Module, Device, Kind, Tensor};
 
 /// Small caps: the model below has at least three buckets of uneven sizes.
 pub fn options(zero: Zero) -> DdpOptions {
-    DdpOptions { first_bucket_bytes_max: 256, bucket_bytes_max: 9000, zero, ..DdpOptions::default() }
+    DdpOptions {
+        first_bucket_bytes_max: 256,
+        bucket_bytes_max: 9000,
+        zero,
+        ..DdpOptions::default()
+    }
 }
 
 /// A model of uneven layers; `seed` decides its values, whatever else draws random numbers.
@@ -50,7 +55,8 @@ impl Model {
 
     /// All parameters, as bits.
     pub fn bits(&self) -> Vec<u32> {
-        let flat: Vec<Tensor> = self.sorted().into_iter().map(|(_, v)| v.detach().reshape([-1])).collect();
+        let flat: Vec<Tensor> =
+            self.sorted().into_iter().map(|(_, v)| v.detach().reshape([-1])).collect();
         values(&Tensor::cat(&flat, 0)).into_iter().map(f32::to_bits).collect()
     }
 
