@@ -124,7 +124,9 @@ fn set_threads(config: &Config, world: &World) -> usize {
     // Our launcher has worked the share out; a lone process takes what libtorch takes. Other
     // launchers do not know that ranks compute with threads: torchrun sets 1.
     let share = match world.launcher {
-        Launcher::Phalanx | Launcher::Single => usize::try_from(tch::get_num_threads()).unwrap_or(1),
+        Launcher::Phalanx | Launcher::Single => {
+            usize::try_from(tch::get_num_threads()).unwrap_or(1)
+        }
         _ => std::thread::available_parallelism().map_or(1, usize::from) / world.local_world_size,
     };
     let threads = config.train.threads.unwrap_or(share).max(1);
