@@ -353,42 +353,52 @@ fn limit_kernel(buffers: &[SharedBuffer], from: usize, to: usize, _: bool) {
 #[target_feature(enable = "avx2")]
 unsafe fn avx2_kernel(buffers: &[SharedBuffer], from: usize, to: usize, streaming: bool) {
     use std::arch::x86_64::{
-        _mm256_add_ps, _mm256_load_ps, _mm256_loadu_ps, _mm256_store_ps, _mm256_storeu_ps,
+        _mm256_add_ps, _mm256_load_ps, _mm256_loadu_ps, _mm256_setzero_ps, _mm256_store_ps, _mm256_storeu_ps,
         _mm256_stream_ps, _mm_sfence,
     };
     const LANES: usize = 8;
+    const UNROLLED: usize = 4;
     const BLOCK: usize = 1024;
-    let whole = from + (to - from) / LANES * LANES;
-    let mut at = from;
-    while at < whole {
-        let block = BLOCK.min(whole - at);
-        let mut sums = [0.0_f32; BLOCK];
-        for lane in (at..at + block).step_by(LANES) {
-            // SAFETY: LANES elements from `lane` are inside every buffer, aligned to 32 bytes.
-            let mut sum = unsafe { _mm256_load_ps(buffers[0].0.add(lane)) };
-            for buffer in &buffers[1..] {
+    let whole = from + (to - from) / (LANES * UNROLLED) * (LANES * UNROLLED);
+    let mut sums = [0.0_f32; BLOCK];
+    for at in (from..whole).step_by(LANES * UNROLLED) {
+        let mut sum = [_mm256_setzero_ps(); UNROLLED];
+        for (index, sum) in sum.iter_mut().enumerate() {
+            // SAFETY: UNROLLED vectors from `at` are inside every buffer, aligned to 32 bytes.
+            *sum = unsafe { _mm256_load_ps(buffers[0].0.add(at + index * LANES)) };
+        }
+        for buffer in &buffers[1..] {
+            for (index, sum) in sum.iter_mut().enumerate() {
                 // SAFETY: as above.
-                sum = _mm256_add_ps(sum, unsafe { _mm256_load_ps(buffer.0.add(lane)) });
-            }
-            if streaming {
-                // SAFETY: inside the block.
-                unsafe { _mm256_storeu_ps(sums.as_mut_ptr().add(lane - at), sum) };
-                continue;
-            }
-            for buffer in buffers {
-                // SAFETY: as above.
-                unsafe { _mm256_store_ps(buffer.0.add(lane), sum) };
+                let value = unsafe { _mm256_load_ps(buffer.0.add(at + index * LANES)) };
+                *sum = _mm256_add_ps(*sum, value);
             }
         }
-        for buffer in buffers.iter().filter(|_| streaming) {
-            for lane in (0..block).step_by(LANES) {
-                // SAFETY: inside the block.
-                let sum = unsafe { _mm256_loadu_ps(sums.as_ptr().add(lane)) };
+        if streaming {
+            let place = (at - from) % BLOCK;
+            for (index, sum) in sum.iter().enumerate() {
+                // SAFETY: BLOCK is a multiple of the step.
+                unsafe { _mm256_storeu_ps(sums.as_mut_ptr().add(place + index * LANES), *sum) };
+            }
+            let end = place + LANES * UNROLLED;
+            if end == BLOCK || at + LANES * UNROLLED == whole {
+                for buffer in buffers {
+                    for lane in (0..end).step_by(LANES) {
+                        // SAFETY: the block's first `end` sums are written.
+                        let sum = unsafe { _mm256_loadu_ps(sums.as_ptr().add(lane)) };
+                        // SAFETY: the block began at `at - place`.
+                        unsafe { _mm256_stream_ps(buffer.0.add(at - place + lane), sum) };
+                    }
+                }
+            }
+            continue;
+        }
+        for buffer in buffers {
+            for (index, sum) in sum.iter().enumerate() {
                 // SAFETY: as above.
-                unsafe { _mm256_stream_ps(buffer.0.add(at + lane), sum) };
+                unsafe { _mm256_store_ps(buffer.0.add(at + index * LANES), *sum) };
             }
         }
-        at += block;
     }
     _mm_sfence();
     plain_kernel(buffers, whole, to);
