@@ -339,6 +339,13 @@ impl Group {
         drop(self.core.peers.fail(Error::Aborted { rank, reason: reason.to_owned() }));
     }
 
+    /// The error that ended the group, if one has: also one that a peer reported while this rank
+    /// called nothing.
+    #[must_use]
+    pub fn failure(&self) -> Option<Error> {
+        self.core.peers.failure()
+    }
+
     /// Waits until every rank has called with the same arguments.
     fn agree(&mut self, op: Op, dtype: DType, len: usize) -> Result<()> {
         let plan = Plan { op, dtype: Some(dtype), len, ..Plan::nothing(op) };
