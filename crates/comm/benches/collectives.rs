@@ -353,8 +353,8 @@ fn limit_kernel(buffers: &[SharedBuffer], from: usize, to: usize, _: bool) {
 #[target_feature(enable = "avx2")]
 unsafe fn avx2_kernel(buffers: &[SharedBuffer], from: usize, to: usize, streaming: bool) {
     use std::arch::x86_64::{
-        _mm256_add_ps, _mm256_load_ps, _mm256_loadu_ps, _mm256_setzero_ps, _mm256_store_ps, _mm256_storeu_ps,
-        _mm256_stream_ps, _mm_sfence,
+        _mm256_add_ps, _mm256_load_ps, _mm256_loadu_ps, _mm256_setzero_ps, _mm256_store_ps,
+        _mm256_storeu_ps, _mm256_stream_ps, _mm_sfence,
     };
     const LANES: usize = 8;
     const UNROLLED: usize = 4;
@@ -416,13 +416,28 @@ fn plain_kernel(buffers: &[SharedBuffer], from: usize, to: usize) {
 }
 
 fn print_table(ranks: usize, link: &str, rows: &[Row]) {
-    println!("# {ranks} ranks, all_reduce in place on registered memory, host backend, link {link}");
+    println!(
+        "# {ranks} ranks, all_reduce in place on registered memory, host backend, link {link}"
+    );
     println!(
         "# {:>11} {:>11} {:>6} {:>6} {:>11} {:>8} {:>8} {:>7} | {:>11} {:>8} | {:>11} {:>8}",
-        "size", "count", "type", "redop", "time", "algbw", "busbw", "#wrong", "MPI time", "vs MPI",
-        "limit time", "of limit"
+        "size",
+        "count",
+        "type",
+        "redop",
+        "time",
+        "algbw",
+        "busbw",
+        "#wrong",
+        "MPI time",
+        "vs MPI",
+        "limit time",
+        "of limit"
     );
-    println!("# {:>11} {:>11} {:>6} {:>6} {:>11} {:>8} {:>8}", "(B)", "(elements)", "", "", "(us)", "(GB/s)", "(GB/s)");
+    println!(
+        "# {:>11} {:>11} {:>6} {:>6} {:>11} {:>8} {:>8}",
+        "(B)", "(elements)", "", "", "(us)", "(GB/s)", "(GB/s)"
+    );
     for row in rows {
         let bandwidth = row.bytes as f64 / row.ours / 1e3;
         let bus = bandwidth * 2.0 * (ranks - 1) as f64 / ranks as f64;

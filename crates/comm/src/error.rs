@@ -98,7 +98,9 @@ pub enum Error {
         rank: usize,
     },
     /// Argument: a region that belongs to another group.
-    #[error("{op}: the region was allocated by another group: allocate it with the group that uses it")]
+    #[error(
+        "{op}: the region was allocated by another group: allocate it with the group that uses it"
+    )]
     ForeignRegion {
         /// The collective.
         op: &'static str,
@@ -244,7 +246,11 @@ impl From<RendezvousError> for Error {
 
 impl Error {
     /// Wraps what the operating system said to `call`.
-    pub(crate) fn system(rank: usize, call: &'static str, source: impl Into<std::io::Error>) -> Self {
+    pub(crate) fn system(
+        rank: usize,
+        call: &'static str,
+        source: impl Into<std::io::Error>,
+    ) -> Self {
         Self::System { rank, call, source: Arc::new(source.into()) }
     }
 }

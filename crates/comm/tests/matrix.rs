@@ -79,7 +79,11 @@ fn inputs<T: Model>(rank: usize, len: usize) -> Vec<T> {
 }
 
 /// What one process gets that folds in rank order.
-fn folded<T: Model>(world: usize, len: usize, fold: fn(T::Wide, T::Wide) -> T::Wide) -> Vec<T::Wide> {
+fn folded<T: Model>(
+    world: usize,
+    len: usize,
+    fold: fn(T::Wide, T::Wide) -> T::Wide,
+) -> Vec<T::Wide> {
     let at = |index| {
         let first = T::value(0, index).widen();
         (1..world).fold(first, |sum, rank| fold(sum, T::value(rank, index).widen()))

@@ -9,7 +9,9 @@ use phalanx_comm::{Avg, Error, Group, GroupOptions, Max, Op, Sum, Work};
 const LINKS: [HostLink; 2] = [HostLink::Auto, HostLink::Tcp];
 
 /// Rank 1 calls something else; everybody must see the two calls, soon, with their memory as it was.
-fn differs(call: impl Fn(&mut Group, &mut Vec<f32>, bool) -> Error + Send + Sync + Clone + 'static) {
+fn differs(
+    call: impl Fn(&mut Group, &mut Vec<f32>, bool) -> Error + Send + Sync + Clone + 'static,
+) {
     for link in LINKS {
         for len in [8, 100_000] {
             let call = call.clone();
@@ -21,7 +23,11 @@ fn differs(call: impl Fn(&mut Group, &mut Vec<f32>, bool) -> Error + Send + Sync
                 assert!(start.elapsed() < Duration::from_millis(1500), "{:?}", start.elapsed());
                 assert!(values.iter().all(|value| *value == 1.0), "memory changed");
                 let again = group.barrier().map(drop).unwrap_err();
-                assert_eq!(again.to_string(), error.to_string(), "later calls give the first error");
+                assert_eq!(
+                    again.to_string(),
+                    error.to_string(),
+                    "later calls give the first error"
+                );
                 error
             });
             for error in errors {

@@ -214,7 +214,12 @@ impl Group {
         if input.len() != output.len() {
             let (expected, actual) = (input.len(), output.len());
             let op = Op::AllToAll.name();
-            return Err(self.argument(Error::LengthMismatch { op, what: "output", expected, actual }));
+            return Err(self.argument(Error::LengthMismatch {
+                op,
+                what: "output",
+                expected,
+                actual,
+            }));
         }
         let output = Bytes::Slice(bytemuck::cast_slice_mut(output));
         let plan = self.segmented(plan::<T>(Op::AllToAll, &output, None, None))?;

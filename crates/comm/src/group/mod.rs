@@ -132,9 +132,7 @@ impl Group {
             let cards = (0..world_size).map(get).collect::<Result<Vec<_>, StoreError>>();
             cards.map_err(|error| match error {
                 StoreError::Timeout { .. } => {
-                    let absent = |peer: &usize| {
-                        !store.check(&[&key(*peer)]).unwrap_or(false)
-                    };
+                    let absent = |peer: &usize| !store.check(&[&key(*peer)]).unwrap_or(false);
                     let missing: Vec<usize> = (0..world_size).filter(absent).collect();
                     Error::from(RendezvousError::MissingRanks {
                         what: "the group of all ranks".to_owned(),
@@ -168,7 +166,16 @@ impl Group {
         let link = options.host_link.unwrap_or(world.host_link);
         let core = setup::connect(&world, link, options.connect_timeout, exchange)?;
         let number = setup::group_number();
-        Ok(Self { core, world, options, number, regions: 0, started: 0, next: Next::default(), store: None })
+        Ok(Self {
+            core,
+            world,
+            options,
+            number,
+            regions: 0,
+            started: 0,
+            next: Next::default(),
+            store: None,
+        })
     }
 
     /// This rank's number in the group, from 0.
@@ -237,9 +244,8 @@ impl Group {
         self.agree(Op::Allocate, T::DTYPE, len)?;
         self.regions += 1;
         let bytes = len * T::DTYPE.size_bytes();
-        let memory =
-            setup::share_region(&self.core, self.number, self.regions, bytes, deadline)
-                .map_err(|error| self.core.peers.fail(error))?;
+        let memory = setup::share_region(&self.core, self.number, self.regions, bytes, deadline)
+            .map_err(|error| self.core.peers.fail(error))?;
         Ok(Region::new(memory, len))
     }
 
@@ -349,7 +355,9 @@ impl Group {
     /// Waits until every rank has called with the same arguments.
     fn agree(&mut self, op: Op, dtype: DType, len: usize) -> Result<()> {
         let plan = Plan { op, dtype: Some(dtype), len, ..Plan::nothing(op) };
-        self.begin(&plan, Memory::Nothing, None).map(|call| Work::new(self.core(), call, None))?.wait()
+        self.begin(&plan, Memory::Nothing, None)
+            .map(|call| Work::new(self.core(), call, None))?
+            .wait()
     }
 
     fn core(&self) -> Arc<Core> {

@@ -243,7 +243,12 @@ impl Core {
         Ok(())
     }
 
-    pub(crate) fn out_of_step(&self, call: &Call, peer: usize, theirs: Option<CallRecord>) -> Error {
+    pub(crate) fn out_of_step(
+        &self,
+        call: &Call,
+        peer: usize,
+        theirs: Option<CallRecord>,
+    ) -> Error {
         Error::OutOfStep {
             seq: call.seq(),
             rank: self.rank,
@@ -338,9 +343,7 @@ impl Core {
     /// have, those that have not finished it.
     fn late(&self, call: &Call) -> Error {
         let seq = call.seq();
-        let came = |rank: &usize| {
-            self.board(*rank).published(seq).load(Ordering::Acquire) > seq
-        };
+        let came = |rank: &usize| self.board(*rank).published(seq).load(Ordering::Acquire) > seq;
         let finished = |rank: &usize| {
             self.board(*rank).consumed().load(Ordering::Acquire) > seq || *rank == self.rank
         };
@@ -375,8 +378,7 @@ impl Core {
         if !queue.running {
             queue.running = true;
             let core = Arc::clone(self);
-            let thread =
-                std::thread::Builder::new().name(format!("phalanx-work-{}", self.rank));
+            let thread = std::thread::Builder::new().name(format!("phalanx-work-{}", self.rank));
             // Not joined: it ends when the group is closed and the queue is empty.
             let started = thread.spawn(move || core.progress());
             drop(started.map_err(|error| Error::system(self.rank, "start a thread", error))?);

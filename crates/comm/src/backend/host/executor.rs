@@ -63,8 +63,7 @@ impl Executor {
             inline::compute(call, core.rank, &inputs, state.memory.base());
         } else {
             let direct = payloads.common_region(core);
-            let mut run =
-                Run { core, call, links: &mut self.links, deadline, step: 0, direct };
+            let mut run = Run { core, call, links: &mut self.links, deadline, step: 0, direct };
             match call.op() {
                 Op::AllReduce | Op::Reduce | Op::ReduceScatter => {
                     reduction::run(&mut run, &mut state.memory)?;
@@ -95,7 +94,8 @@ impl Executor {
             }
         }
         core.meet_locals(call, Some(wait.deadline))?;
-        let mut met = Met { headers: vec![mine; world_size], payloads: vec![Vec::new(); world_size] };
+        let mut met =
+            Met { headers: vec![mine; world_size], payloads: vec![Vec::new(); world_size] };
         for local in &core.locals {
             met.headers[*local] = core.board(*local).header(call.seq());
         }

@@ -56,10 +56,7 @@ pub(crate) fn watch_connection(fd: impl AsFd) -> std::io::Result<()> {
 }
 
 impl Links {
-    pub(crate) fn new(
-        peers: Arc<Peers>,
-        streams: Vec<Option<TcpStream>>,
-    ) -> std::io::Result<Self> {
+    pub(crate) fn new(peers: Arc<Peers>, streams: Vec<Option<TcpStream>>) -> std::io::Result<Self> {
         let mut links = Vec::new();
         for stream in streams {
             links.push(match stream {
@@ -117,7 +114,8 @@ impl Links {
             match link.stream.read(&mut into[filled..]) {
                 Ok(0) => {
                     self.check_departure(peer, wait)?;
-                    let closed = std::io::Error::new(ErrorKind::UnexpectedEof, "closed by the peer");
+                    let closed =
+                        std::io::Error::new(ErrorKind::UnexpectedEof, "closed by the peer");
                     return Err(self.broken(peer, "receive", closed));
                 }
                 Ok(count) => filled += count,

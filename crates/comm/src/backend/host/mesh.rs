@@ -146,9 +146,10 @@ fn own_address(world: &World) -> std::io::Result<IpAddr> {
     }
     // Connecting a datagram socket sends nothing; it only looks up the route.
     let (host, port) = world.store_address();
-    let master = std::net::ToSocketAddrs::to_socket_addrs(&(host, port.max(1)))?
-        .next()
-        .ok_or_else(|| std::io::Error::new(ErrorKind::NotFound, format!("{host} has no address")))?;
+    let master =
+        std::net::ToSocketAddrs::to_socket_addrs(&(host, port.max(1)))?.next().ok_or_else(
+            || std::io::Error::new(ErrorKind::NotFound, format!("{host} has no address")),
+        )?;
     let any: SocketAddr = match master {
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
         SocketAddr::V6(_) => (std::net::Ipv6Addr::UNSPECIFIED, 0).into(),
@@ -224,7 +225,9 @@ pub(crate) fn connect(
         builder.keep_tcp(peer, kind, stream);
     }
     let sockets = builder.controls.into_iter().zip(builder.data);
-    Ok(sockets.map(|(control, data)| control.map(|control| PeerSockets { control, data })).collect())
+    Ok(sockets
+        .map(|(control, data)| control.map(|control| PeerSockets { control, data }))
+        .collect())
 }
 
 impl Builder<'_> {
@@ -270,7 +273,8 @@ impl Builder<'_> {
         let address = self.cards[peer].address;
         let mut stream =
             TcpStream::connect_timeout(&address, self.remaining()).map_err(|error| {
-                let what = "is a firewall between the machines? All TCP ports must be open to each other";
+                let what =
+                    "is a firewall between the machines? All TCP ports must be open to each other";
                 self.failure(peer, format_args!("{error}; {what}"))
             })?;
         stream.timeouts(self.remaining()).map_err(|error| self.failure(peer, error))?;
@@ -298,7 +302,10 @@ impl Builder<'_> {
         let mut reply = [0; SECRET_BYTES];
         stream.timeouts(self.remaining()).map_err(|error| self.failure(peer, error))?;
         stream.read_exact(&mut reply).map_err(|error| {
-            self.failure(peer, format_args!("no answer to the greeting ({error}); look at its output"))
+            self.failure(
+                peer,
+                format_args!("no answer to the greeting ({error}); look at its output"),
+            )
         })?;
         if !equal(&reply, &self.secret) {
             return Err(self.failure(peer, "what listens there is not that rank"));

@@ -32,8 +32,7 @@ pub(crate) fn spawn(peers: Arc<Peers>) -> std::io::Result<()> {
 }
 
 fn watch(peers: &Peers) {
-    let mut incoming: Vec<Incoming> =
-        peers.controls.iter().map(|_| Incoming::default()).collect();
+    let mut incoming: Vec<Incoming> = peers.controls.iter().map(|_| Incoming::default()).collect();
     let mut scratch = vec![0; READ_BYTES];
     while !peers.is_closed() {
         let open = |peer: &usize| !incoming[*peer].ended && peers.controls[*peer].is_some();
@@ -124,8 +123,10 @@ fn take_frames(peers: &Peers, peer: usize, incoming: &mut Incoming) -> bool {
 
 fn failed_elsewhere(peers: &Peers, peer: usize, error: Error) {
     let error = match error {
-        // The sender could not put its number into the encoding of an error we have no form for.
-        Error::PeerFailed { message, .. } => Error::PeerFailed { rank: peer, message },
+        // An error that has no encoding of its own comes without the number of its rank.
+        Error::PeerFailed { message, rank: usize::MAX } => {
+            Error::PeerFailed { rank: peer, message }
+        }
         other => other,
     };
     peers.fail_quietly(error);

@@ -153,7 +153,12 @@ impl Peers {
         }
     }
 
-    pub(crate) fn send(&self, peer: usize, frame: &Frame, fd: Option<BorrowedFd<'_>>) -> Result<()> {
+    pub(crate) fn send(
+        &self,
+        peer: usize,
+        frame: &Frame,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<()> {
         let Some(control) = self.controls.get(peer).and_then(Option::as_ref) else { return Ok(()) };
         control.send(&frame.encode(), fd).map_err(|error| {
             // The monitor's verdict on why the socket failed is the better one, if it comes soon.

@@ -95,8 +95,14 @@ fn sweep(run: &mut Run<'_>, bases: Vec<*mut u8>, count: usize, segment: usize) -
     }
     let stage = stage(run);
     let streaming = count * run.call.dtype.size_bytes() >= STREAMING_BYTES_MIN;
-    let mut arithmetic =
-        Mapped { call: run.call, reduction, bases, stage, world_size: core.world_size(), streaming };
+    let mut arithmetic = Mapped {
+        call: run.call,
+        reduction,
+        bases,
+        stage,
+        world_size: core.world_size(),
+        streaming,
+    };
     if place.lane.is_some() {
         chain::reduce(&place, &pieces, run, &mut arithmetic)?;
     }

@@ -98,8 +98,7 @@ fn alone() -> Result<Arc<Core>> {
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let identity = Identity { host, pid: std::process::id(), local: true };
     let peers = Arc::new(Peers::new(0, vec![identity], vec![None])?);
-    let (_, board) =
-        Board::create().map_err(|error| Error::system(0, "memfd_create", error))?;
+    let (_, board) = Board::create().map_err(|error| Error::system(0, "memfd_create", error))?;
     let links = Links::new(Arc::clone(&peers), vec![None])
         .map_err(|error| Error::system(0, "set up data sockets", error))?;
     let topology = Topology::new(vec![0]);
