@@ -24,6 +24,10 @@ pub enum Zero {
 
 /// Settings of [`Ddp`]. The same on every rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "two switches that have nothing to do with each other"
+)]
 pub struct DdpOptions {
     /// Bytes after which a bucket closes. Default 25 MiB.
     pub bucket_bytes_max: usize,

@@ -1,5 +1,12 @@
 //! Training with several ranks is training with one: parity, bits, errors.
 
+#![allow(clippy::cast_possible_wrap, clippy::cast_precision_loss, reason = "small numbers")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::shadow_unrelated,
+    reason = "a failed unwrap is a failed test"
+)]
+
 mod support;
 
 use phalanx_comm::testing::run_ranks;
@@ -138,10 +145,10 @@ fn uneven_weights_give_the_mean_over_all_samples() {
         ddp.backward(&loss, (cuts[rank + 1] - cuts[rank]) as f64, Sync::Reduce).unwrap();
         gradients(&model)
     });
-    let model = Model::new(0);
-    (model.loss_sum(0..12) / 12.0).backward();
+    let alone = Model::new(0);
+    (alone.loss_sum(0..12) / 12.0).backward();
     for of_rank in &gradients {
-        assert_close(of_rank, &self::gradients(&model), 1e-5);
+        assert_close(of_rank, &self::gradients(&alone), 1e-5);
     }
 }
 
@@ -276,7 +283,7 @@ fn settings_out_of_range_are_refused() {
         let bad = OptimizerConfig::AdamW(AdamW { beta2: 1.0, ..AdamW::default() });
         let error = Optimizer::new(&ddp, bad, decays).unwrap_err().to_string();
         assert_eq!(error, "beta2 is 1, expected a number in [0, 1)");
-        let error = ddp.backward(&model.loss_sum(0..1), f64::NAN, Sync::Reduce).unwrap_err();
-        assert!(error.to_string().contains("weight is NaN"), "{error}");
+        let refused = ddp.backward(&model.loss_sum(0..1), f64::NAN, Sync::Reduce).unwrap_err();
+        assert!(refused.to_string().contains("weight is NaN"), "{refused}");
     });
 }

@@ -62,7 +62,7 @@ impl TokenWriter {
         shard_bytes: u64,
     ) -> Result<Self> {
         let partial = partial_path(target);
-        let failed = |source| Error::CacheNotWritable { path: partial.clone(), source };
+        let failed = |cause| Error::CacheNotWritable { path: partial.clone(), cause };
         if partial.exists() {
             fs::remove_dir_all(&partial).map_err(failed)?;
         }
@@ -258,7 +258,7 @@ impl ShardWriter {
             let reason = format!("a header of {} bytes does not fit {DATA_START}", header.len());
             return Err(Error::BadHeader { path: self.path, reason });
         }
-        let failed = |source| Error::Io { action: "write", path: self.path.clone(), source };
+        let failed = |cause| Error::Io { action: "write", path: self.path.clone(), cause };
         let mut file = self.file.into_inner().map_err(|error| failed(error.into_error()))?;
         file.rewind().map_err(failed)?;
         file.write_all(&header).map_err(failed)?;

@@ -11,6 +11,7 @@ use super::encode::{count_words, Encoder};
 use super::lock;
 use super::source::{self, TextFile};
 use super::vocabulary::{self, Vocabulary, SPECIAL_IDS, VOCAB_SIZE_MIN};
+use crate::cast::to_u64;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
 use crate::format::{Index, SpecialTokens, TokenWriter};
@@ -18,6 +19,9 @@ use crate::progress::{Event, Progress, Stage};
 
 /// Folder for prepared data inside the data folder.
 const CACHE_FOLDER: &str = ".phalanx";
+
+/// One `[UNK]` in so many tokens is worth a notice.
+const UNKNOWN_WORTH_A_NOTICE: u64 = 50;
 
 /// Part of every key: raised when the same text and options give other tokens.
 const KEY_VERSION: &str = "prepare 1";
@@ -62,7 +66,8 @@ impl Default for PrepareOptions {
 pub struct Prepared {
     /// Where it is.
     pub folder: PathBuf,
-    /// Entries of the vocabulary: a model needs at least so many embeddings. May be below what was asked for.
+    /// Entries of the vocabulary: a model needs at least so many embeddings. Text may yield fewer than were asked for; a
+    /// folder that was prepared elsewhere has what it has.
     pub vocab_size: u32,
     /// Ids of the special tokens.
     pub special: SpecialTokens,
@@ -130,7 +135,7 @@ pub fn prepare(path: &Path, options: &PrepareOptions, progress: &dyn Progress) -
     if Index::is_in(&target) {
         return Ok(Prepared::new(&target, &Index::read(&target)?, true));
     }
-    let not_writable = |source| Error::CacheNotWritable { path: cache.clone(), source };
+    let not_writable = |cause| Error::CacheNotWritable { path: cache.clone(), cause };
     fs::create_dir_all(&cache).map_err(not_writable)?;
     let mut waited = false;
     let waiting = || {
@@ -185,7 +190,7 @@ fn write(
         options.shard_bytes,
     )?;
     progress.report(Event::Begin { stage: Stage::Encoding, total_bytes: source_bytes });
-    encode(&mut writer, files, &vocabulary, options.lowercase, progress)?;
+    let unknown = encode(&mut writer, files, &vocabulary, options.lowercase, progress)?;
     progress.report(Event::End { stage: Stage::Encoding });
     files.iter().try_for_each(TextFile::check_unchanged)?;
     let index = writer.finish(source_bytes)?;
@@ -194,6 +199,11 @@ fn write(
         "{source_bytes} bytes of text in {documents} documents are {tokens} tokens of a vocabulary of {size} in {}",
         target.display()
     )));
+    if unknown * UNKNOWN_WORTH_A_NOTICE > tokens {
+        progress.report(Event::Notice(&format!(
+            "{unknown} of these tokens are [UNK], which teaches nothing: a larger vocab_size leaves fewer"
+        )));
+    }
     Ok(index)
 }
 
@@ -223,14 +233,16 @@ fn train(
     Ok(vocabulary)
 }
 
+/// Encodes all files; gives the number of words that became `[UNK]`.
 fn encode(
     writer: &mut TokenWriter,
     files: &[TextFile],
     vocabulary: &Vocabulary,
     lowercase: bool,
     progress: &dyn Progress,
-) -> Result<()> {
+) -> Result<u64> {
     let encoder = Encoder::new(&vocabulary.model, lowercase);
+    let mut unknown = 0;
     for file in files {
         let mut is_empty = true;
         encoder.file(file, progress, |tokens| {
@@ -238,6 +250,7 @@ fn encode(
                 return Ok(());
             }
             is_empty = false;
+            unknown += to_u64(tokens.iter().filter(|&&token| token == SPECIAL_IDS.unk).count());
             writer.tokens(tokens)
         })?;
         if !is_empty {
@@ -245,5 +258,5 @@ fn encode(
             writer.end_document()?;
         }
     }
-    Ok(())
+    Ok(unknown)
 }

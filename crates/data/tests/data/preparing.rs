@@ -189,6 +189,22 @@ fn progress_adds_up_and_small_texts_are_mentioned() {
 }
 
 #[test]
+fn a_vocabulary_too_small_for_the_text_is_mentioned() {
+    let folder = tempfile::tempdir().unwrap();
+    write_text(folder.path(), 1, 200);
+    let notices = Mutex::new(Vec::new());
+    let note = |event: Event<'_>| {
+        if let Event::Notice(text) = event {
+            notices.lock().unwrap().push(text.to_owned());
+        }
+    };
+    let options = PrepareOptions { vocab_size: 64, ..options() };
+    prepare(folder.path(), &options, &note).unwrap();
+    let notices = notices.into_inner().unwrap();
+    assert!(notices.iter().any(|text| text.contains("are [UNK]")), "{notices:?}");
+}
+
+#[test]
 fn one_file_is_prepared_beside_itself_and_subfolders_belong_to_a_folder() {
     let folder = tempfile::tempdir().unwrap();
     write_text(folder.path(), 1, 100);
