@@ -1,128 +1,18 @@
-//! Real launchers with real ranks: what is shown, what is reported, and that nothing stays behind.
+//! Real launchers with real ranks on one machine: what is shown, what is reported, and that nothing stays behind.
 
-use std::io::{BufRead as _, BufReader, Read};
+mod support;
+
+use std::io::Read as _;
 use std::net::TcpListener;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{self, Receiver};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{kill_process, Pid, Signal};
-
-const LIMIT: Duration = Duration::from_secs(20);
-
-/// A launcher and what it says.
-struct Job {
-    child: Child,
-    output: Receiver<String>,
-    errors: Receiver<String>,
-}
-
-/// What a finished launcher has said.
-struct Finished {
-    code: Option<i32>,
-    output: Vec<String>,
-    errors: Vec<String>,
-}
-
-fn lines_of(stream: impl Read + Send + 'static) -> Receiver<String> {
-    let (sender, receiver) = mpsc::channel();
-    thread::spawn(move || {
-        for line in BufReader::new(stream).lines().map_while(Result::ok) {
-            if sender.send(line).is_err() {
-                return;
-            }
-        }
-    });
-    receiver
-}
-
-/// The test rank under its own launcher, with a clean environment.
-fn command(args: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_launch-test-rank"));
-    command.args(args.split_whitespace()).stdin(Stdio::null());
-    for name in ["RANK", "WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "PHALANX_JOB_TOKEN"] {
-        command.env_remove(name);
-    }
-    command
-}
-
-impl Job {
-    fn start(args: &str) -> Self {
-        Self::of(command(args))
-    }
-
-    fn of(mut command: Command) -> Self {
-        let mut child = command
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the test rank was built");
-        let output = lines_of(child.stdout.take().expect("a pipe"));
-        let errors = lines_of(child.stderr.take().expect("a pipe"));
-        Self { child, output, errors }
-    }
-
-    /// The next `count` numbers that ranks print after `word`.
-    fn numbers(&self, word: &str, count: usize) -> Vec<i32> {
-        let mut numbers = Vec::new();
-        while numbers.len() < count {
-            let line = self.output.recv_timeout(LIMIT).expect("the ranks say so");
-            if let Some((_, number)) = line.split_once(&format!("{word} ")) {
-                numbers.push(number.trim().parse().expect("a number"));
-            }
-        }
-        numbers
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).expect("the launcher lives");
-    }
-
-    fn status(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + LIMIT;
-        while Instant::now() < deadline {
-            if let Some(status) = self.child.try_wait().expect("our own child") {
-                return status;
-            }
-            thread::park_timeout(Duration::from_millis(2));
-        }
-        panic!("the launcher did not end within {LIMIT:?}");
-    }
-
-    fn finish(mut self) -> Finished {
-        let code = self.status().code();
-        let rest = |lines: &Receiver<String>| {
-            let mut all = Vec::new();
-            while let Ok(line) = lines.recv_timeout(LIMIT) {
-                all.push(line);
-            }
-            all
-        };
-        Finished { code, output: rest(&self.output), errors: rest(&self.errors) }
-    }
-}
-
-impl Drop for Job {
-    fn drop(&mut self) {
-        // A test that failed leaves nothing running; one that passed has nothing left.
-        if let Err(error) = self.child.kill().and_then(|()| self.child.wait()) {
-            panic!("our own child: {error}");
-        }
-    }
-}
+use rustix::process::Signal;
+use support::{command, sorted, Finished, Job, LIMIT};
 
 fn run(args: &str) -> Finished {
     Job::start(args).finish()
-}
-
-impl Finished {
-    fn report(&self) -> &str {
-        let is_report = |line: &&String| line.starts_with("error[PHX");
-        let reports: Vec<_> = self.errors.iter().filter(is_report).collect();
-        assert_eq!(reports.len(), 1, "one line per failure: {:#?}", self.errors);
-        reports[0]
-    }
 }
 
 /// Whether a process is there and more than a corpse that nobody collected.
@@ -138,16 +28,6 @@ fn assert_gone(pids: &[i32], limit: Duration) {
         assert!(Instant::now() < deadline, "still there: {pids:?}");
         thread::park_timeout(Duration::from_millis(5));
     }
-}
-
-fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback");
-    listener.local_addr().expect("an address").port()
-}
-
-fn sorted(mut lines: Vec<String>) -> Vec<String> {
-    lines.sort();
-    lines
 }
 
 #[test]
@@ -347,69 +227,6 @@ fn a_stopped_launcher_can_be_continued() {
 }
 
 #[test]
-fn two_launchers_make_one_job() {
-    let port = free_port();
-    let token = "5a".repeat(32);
-    let node = |rank: usize, ranks: usize| {
-        let mut command = command(&format!(
-            "--nnodes 2 --nproc-per-node {ranks} --node-rank {rank} --master-addr 127.0.0.1 --master-port {port} --act join"
-        ));
-        command.env("PHALANX_JOB_TOKEN", &token);
-        Job::of(command)
-    };
-    // The second node comes first, and waits; the nodes are uneven.
-    let second = node(1, 1);
-    let first = node(0, 2).finish();
-    let second = second.finish();
-    assert_eq!((first.code, second.code), (Some(0), Some(0)), "{:?}", second.errors);
-    assert_eq!(sorted(first.output), ["[rank 0] joined 0,1,2", "[rank 1] joined 0,1,2"]);
-    assert_eq!(second.output, ["[rank 2] joined 0,1,2"]);
-}
-
-#[test]
-fn node_0_stays_for_nodes_that_take_longer() {
-    let port = free_port();
-    let node = |rank: usize, act: &str| {
-        let mut command = command(&format!(
-            "--nnodes 2 --node-rank {rank} --master-addr 127.0.0.1 --master-port {port} --act {act}"
-        ));
-        command.env("PHALANX_JOB_TOKEN", "5c".repeat(32));
-        Job::of(command)
-    };
-    let (first, second) = (node(0, "talk"), node(1, "polite"));
-    second.numbers("pid", 1);
-    let waiting = loop {
-        let line = first.errors.recv_timeout(LIMIT).unwrap();
-        if !line.contains("err ") {
-            break line;
-        }
-    };
-    assert!(waiting.contains("waiting for those of the other nodes"), "{waiting}");
-    // Its rank ends well, so node 0 does, too: it hears of that by node 1's launcher.
-    second.signal(Signal::USR1);
-    assert_eq!(second.finish().code, Some(0));
-    assert_eq!(first.finish().code, Some(0));
-}
-
-#[test]
-fn a_failure_on_one_node_ends_the_other_with_the_same_report() {
-    let port = free_port();
-    let node = |rank: usize| {
-        let mut command = command(&format!(
-            "--nnodes 2 --node-rank {rank} --master-addr 127.0.0.1 --master-port {port} --act exit --rank 1 --code 74"
-        ));
-        command.env("PHALANX_JOB_TOKEN", "5b".repeat(32));
-        Job::of(command)
-    };
-    let (first, second) = (node(0), node(1));
-    let (first, second) = (first.finish(), second.finish());
-    assert_eq!((first.code, second.code), (Some(74), Some(74)));
-    assert!(second.report().contains("rank 1 on host"), "{}", second.report());
-    let expected = format!("{} | reported by node 1", second.report());
-    assert_eq!(first.report(), expected);
-}
-
-#[test]
 fn what_cannot_start_says_why_and_what_to_do() {
     let error = |args: &str, code: i32| {
         let finished = run(args);
@@ -443,26 +260,6 @@ fn a_rank_of_another_launcher_starts_no_ranks() {
     let refused = Job::of(alone).finish();
     assert_eq!(refused.code, Some(64));
     assert!(refused.errors[0].contains("the only rank of its job"), "{:?}", refused.errors);
-}
-
-#[test]
-fn ctrl_c_on_one_node_ends_the_other() {
-    let port = free_port();
-    let node = |rank: usize| {
-        let mut command = command(&format!(
-            "--nnodes 2 --node-rank {rank} --master-addr 127.0.0.1 --master-port {port} --act polite"
-        ));
-        command.env("PHALANX_JOB_TOKEN", "5d".repeat(32));
-        Job::of(command)
-    };
-    let (first, second) = (node(0), node(1));
-    first.numbers("pid", 1);
-    second.numbers("pid", 1);
-    first.signal(Signal::INT);
-    assert_eq!(first.finish().code, Some(130));
-    let second = second.finish();
-    assert_eq!(second.code, Some(130));
-    assert!(second.report().contains("ended by SIGINT to the launcher of node 0"));
 }
 
 #[test]

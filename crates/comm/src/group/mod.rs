@@ -92,7 +92,12 @@ pub struct Group {
     options: GroupOptions,
     number: u64,
     regions: u64,
+    /// Collectives started so far.
+    started: u64,
     next: Next,
+    /// Kept: where this rank hosts the store, it goes on answering (and refusing) late comers.
+    #[expect(dead_code, reason = "held, not used")]
+    store: Option<Arc<dyn Store>>,
 }
 
 impl Group {
@@ -116,12 +121,11 @@ impl Group {
     /// # Errors
     ///
     /// The ranks could not meet.
-    #[expect(clippy::needless_pass_by_value, reason = "the group may come to keep the store")]
     pub fn new(world: World, store: Arc<dyn Store>, options: GroupOptions) -> Result<Self> {
         let (rank, world_size) = (world.rank, world.world_size);
         let attempt = world.restart_count;
         let waiting = options.connect_timeout;
-        Self::over(world, options, &mut |mine, deadline| {
+        let mut group = Self::over(world, options, &mut |mine, deadline| {
             let key = |rank| format!("phalanx/{attempt}/group/card/{rank}");
             store.set(&key(rank), mine).map_err(RendezvousError::from)?;
             let get = |peer| store.get(&key(peer), deadline);
@@ -140,7 +144,9 @@ impl Group {
                 }
                 other => RendezvousError::from(other).into(),
             })
-        })
+        })?;
+        group.store = Some(store);
+        Ok(group)
     }
 
     /// A group of one rank: no environment, no sockets.
@@ -160,7 +166,16 @@ impl Group {
         let link = options.host_link.unwrap_or(world.host_link);
         let core = setup::connect(&world, link, options.connect_timeout, exchange)?;
         let number = setup::group_number();
-        Ok(Self { core, world, options, number, regions: 0, next: Next::default() })
+        Ok(Self {
+            core,
+            world,
+            options,
+            number,
+            regions: 0,
+            started: 0,
+            next: Next::default(),
+            store: None,
+        })
     }
 
     /// This rank's number in the group, from 0.
@@ -269,7 +284,7 @@ impl Group {
             drop(self.all_gather_bytes(&[])?);
             return Self::over(world, options, &mut |_, _| Ok(Vec::new())).map(Some);
         }
-        let group = Self::over(world, options, &mut |card, _| {
+        let mut group = Self::over(world, options, &mut |card, _| {
             let cards = self.all_gather_bytes(card)?;
             Ok(members.iter().map(|member| cards[*member].clone()).collect())
         });
@@ -330,6 +345,13 @@ impl Group {
         drop(self.core.peers.fail(Error::Aborted { rank, reason: reason.to_owned() }));
     }
 
+    /// The error that ended the group, if one has: also one that a peer reported while this rank
+    /// called nothing.
+    #[must_use]
+    pub fn failure(&self) -> Option<Error> {
+        self.core.peers.failure()
+    }
+
     /// Waits until every rank has called with the same arguments.
     fn agree(&mut self, op: Op, dtype: DType, len: usize) -> Result<()> {
         let plan = Plan { op, dtype: Some(dtype), len, ..Plan::nothing(op) };
@@ -350,7 +372,7 @@ impl Group {
         }
         let record = CallRecord {
             op: plan.op,
-            seq: self.core.next_seq(),
+            seq: self.started,
             dtype: plan.dtype,
             len: plan.len as u64,
             reduction: plan.reduction.map_or("", Reduction::name),
@@ -368,7 +390,9 @@ impl Group {
             next.timeout.unwrap_or(self.options.timeout),
             memory,
         );
-        self.core.start(call, input)
+        let call = self.core.start(call, input)?;
+        self.started += 1;
+        Ok(call)
     }
 }
 

@@ -6,7 +6,7 @@
 //! targets may be the same memory, because a block is read whole before it is written.
 #![expect(unsafe_code, reason = "raw memory of several processes, and vector instructions")]
 
-use std::mem::size_of;
+use std::mem::{size_of, MaybeUninit};
 
 use super::scalar::{Accumulator, Factor, FoldOp, Scalar};
 use super::{Output, Pass};
@@ -15,7 +15,14 @@ use super::{Output, Pass};
 const BLOCK: usize = 1024;
 
 #[repr(align(64))]
-struct Block<A>([A; BLOCK]);
+struct Block<A>([MaybeUninit<A>; BLOCK]);
+
+impl<A> Block<A> {
+    #[inline(always)]
+    fn new() -> Self {
+        Self([const { MaybeUninit::uninit() }; BLOCK])
+    }
+}
 
 /// Runs a pass. `VECTOR`: AVX2 and F16C may be used.
 ///
@@ -25,10 +32,15 @@ struct Block<A>([A; BLOCK]);
 /// one else writes them meanwhile, and with `VECTOR` the processor has AVX2 and F16C.
 #[inline(always)]
 pub(super) unsafe fn run<T: Scalar, O: FoldOp, const VECTOR: bool>(pass: &Pass<'_>) {
-    let mut accumulators = Block([T::Acc::default(); BLOCK]);
-    let mut at = 0;
+    // SAFETY: the caller's word.
+    let mut at = unsafe { run_pairs::<T, O>(pass) };
+    let mut accumulators = Block::<T::Acc>::new();
     while at < pass.count {
-        let block = &mut accumulators.0[..BLOCK.min(pass.count - at)];
+        let count = BLOCK.min(pass.count - at);
+        // SAFETY: uninitialised numbers that the load (or the copy) below writes before any are read.
+        let block = unsafe {
+            std::slice::from_raw_parts_mut(accumulators.0.as_mut_ptr().cast::<T::Acc>(), count)
+        };
         let mut sources = pass.sources.iter().map(|source| {
             // SAFETY: `at` is below count, for which the caller vouches.
             unsafe { source.cast::<T>().add(at) }
@@ -56,6 +68,46 @@ pub(super) unsafe fn run<T: Scalar, O: FoldOp, const VECTOR: bool>(pass: &Pass<'
         // SAFETY: SSE is part of x86-64.
         unsafe { std::arch::x86_64::_mm_sfence() };
     }
+}
+
+/// Elements that fit into a few vector registers.
+const CHUNK: usize = 32;
+
+/// The commonest case without the detour through a block: two ranks whose element is its own
+/// accumulator, the result in both. Returns how many elements it has done.
+///
+/// # Safety
+///
+/// As [`run`].
+#[inline(always)]
+unsafe fn run_pairs<T: Scalar, O: FoldOp>(pass: &Pass<'_>) -> usize {
+    let (None, [left, right]) = (pass.partial, pass.sources) else { return 0 };
+    let Output::Final { targets: [first, second], streaming: false, factor } = pass.output else {
+        return 0;
+    };
+    if !T::SAME {
+        return 0;
+    }
+    let (left, right) = (left.cast::<T>(), right.cast::<T>());
+    let (first, second) = (first.cast::<T>(), second.cast::<T>());
+    let mut at = 0;
+    while at + CHUNK <= pass.count {
+        let mut chunk = [T::default(); CHUNK];
+        for (index, element) in chunk.iter_mut().enumerate() {
+            // SAFETY: at + CHUNK is at most count.
+            let left = unsafe { left.add(at + index).read_unaligned() }.widen();
+            // SAFETY: as above.
+            let right = unsafe { right.add(at + index).read_unaligned() }.widen();
+            *element = T::narrow(O::fold(left, right).finish(&factor));
+        }
+        // The whole chunk is read before any of it is written: targets are the sources.
+        // SAFETY: at + CHUNK is at most count.
+        unsafe { first.add(at).cast::<[T; CHUNK]>().write_unaligned(chunk) };
+        // SAFETY: as above.
+        unsafe { second.add(at).cast::<[T; CHUNK]>().write_unaligned(chunk) };
+        at += CHUNK;
+    }
+    at
 }
 
 /// # Safety
@@ -88,10 +140,13 @@ unsafe fn fold_block<T: Scalar, O: FoldOp, const VECTOR: bool>(
 ) {
     #[cfg(target_arch = "x86_64")]
     if VECTOR && is_f16::<T>() {
-        let mut wide = Block([T::Acc::default(); BLOCK]);
-        // SAFETY: as in load_block; wide has at least block.len() elements.
-        unsafe { load_block::<T, VECTOR>(source, &mut wide.0[..block.len()]) };
-        for (accumulator, element) in block.iter_mut().zip(&wide.0) {
+        let mut wide = Block::<T::Acc>::new();
+        let wide = wide.0.as_mut_ptr().cast::<T::Acc>();
+        // SAFETY: uninitialised numbers that load_block writes before any are read.
+        let wide = unsafe { std::slice::from_raw_parts_mut(wide, block.len()) };
+        // SAFETY: as in load_block; wide has block.len() elements.
+        unsafe { load_block::<T, VECTOR>(source, wide) };
+        for (accumulator, element) in block.iter_mut().zip(wide) {
             *accumulator = O::fold(*accumulator, *element);
         }
         return;
@@ -125,7 +180,7 @@ unsafe fn store_block<T: Scalar, const VECTOR: bool>(
                     *accumulator = accumulator.finish(factor);
                 }
             }
-            let mut narrow = Block([T::default(); BLOCK]);
+            let mut narrow = Block::<T>::new();
             let bytes = block.len() * size_of::<T>();
             let from = if T::SAME {
                 block.as_ptr().cast::<u8>()
@@ -159,7 +214,7 @@ fn narrow_block<T: Scalar, const VECTOR: bool>(block: &[T::Acc], narrow: &mut Bl
         return;
     }
     for (element, accumulator) in narrow.0.iter_mut().zip(block) {
-        *element = T::narrow(*accumulator);
+        element.write(T::narrow(*accumulator));
     }
 }
 

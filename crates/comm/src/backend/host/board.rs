@@ -161,6 +161,14 @@ impl Board {
         }
     }
 
+    /// As [`Board::announce`] without the fence: who goes to sleep at this moment is not woken.
+    pub(crate) fn announce_lazily(&self, word: &AtomicU64, value: u64) {
+        word.store(value, Ordering::Release);
+        if self.half_word(WAITERS_AT).load(Ordering::Relaxed) != 0 {
+            self.wake();
+        }
+    }
+
     /// Wakes everybody who sleeps on this board.
     pub(crate) fn wake(&self) {
         let events = self.half_word(EVENTS_AT);

@@ -20,6 +20,8 @@ use crate::fingerprint::CallRecord;
 
 /// The longest sleep between two looks at whether the peers live.
 const SLEEP_MAX: Duration = Duration::from_millis(10);
+/// The same where the announcement may be missed.
+const SLEEP_LAZY: Duration = Duration::from_micros(500);
 /// A caller that waits so soon after starting has nothing else to do.
 const AT_ONCE: Duration = Duration::from_micros(40);
 /// How long the progress thread stays light asleep after work.
@@ -52,6 +54,9 @@ pub(crate) struct Core {
     work_done: Condvar,
     /// The next collective to publish.
     to_publish: AtomicU64,
+    /// Collectives that every rank of this machine is known to have consumed: a lower bound, so
+    /// that a start looks at the others' boards once in [`SLOTS`] times.
+    consumed_by_all: AtomicU64,
     closing: AtomicBool,
     /// By the size's order of magnitude: positive when callers wait at once.
     habits: [AtomicI8; 64],
@@ -80,6 +85,7 @@ impl Core {
             work_came: Condvar::new(),
             work_done: Condvar::new(),
             to_publish: AtomicU64::new(0),
+            consumed_by_all: AtomicU64::new(0),
             closing: AtomicBool::new(false),
             habits: std::array::from_fn(|class| AtomicI8::new(if class < 18 { 2 } else { -2 })),
         }
@@ -98,10 +104,6 @@ impl Core {
     fn queue(&self) -> MutexGuard<'_, Queue> {
         // The queue is valid after every statement.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn next_seq(&self) -> u64 {
-        self.peers.journal().next_seq
     }
 
     /// Starts a call. `input` is the caller's buffer in in-place form, where the call has no memory
@@ -143,9 +145,13 @@ impl Core {
 
     fn slot_is_free(&self, seq: u64) -> bool {
         let Some(needed) = (seq + 1).checked_sub(SLOTS) else { return true };
-        self.locals
-            .iter()
-            .all(|local| self.board(*local).consumed().load(Ordering::Acquire) >= needed)
+        if self.consumed_by_all.load(Ordering::Relaxed) >= needed {
+            return true;
+        }
+        let consumed = |local: &usize| self.board(*local).consumed().load(Ordering::Acquire);
+        let by_all = self.locals.iter().map(consumed).min().unwrap_or(0);
+        self.consumed_by_all.store(by_all, Ordering::Relaxed);
+        by_all >= needed
     }
 
     /// Fills this rank's slot; [`Core::announce_published`] shows it.
@@ -196,7 +202,7 @@ impl Core {
             }
             for local in &self.locals {
                 let board = self.board(*local);
-                self.wait_word(call, deadline, *local, board.consumed(), needed)?;
+                self.wait_word(call, Some(deadline), *local, board.consumed(), needed)?;
             }
         }
         self.publish_shared(call);
@@ -221,9 +227,9 @@ impl Core {
         board.write_header(call.seq(), &header, &call.record.encode());
     }
 
-    /// Waits until every rank of this machine has published this collective, and compares. Returns
-    /// whether all of them have their buffer at hand in one region.
-    pub(crate) fn meet_locals(&self, call: &Call, deadline: Instant) -> Result<()> {
+    /// Waits until every rank of this machine has published this collective, and compares. Without
+    /// a deadline the call's time-out runs from here.
+    pub(crate) fn meet_locals(&self, call: &Call, deadline: Option<Instant>) -> Result<()> {
         let seq = call.seq();
         for local in &self.locals {
             let board = self.board(*local);
@@ -257,27 +263,46 @@ impl Core {
     pub(crate) fn wait_word(
         &self,
         call: &Call,
-        deadline: Instant,
+        deadline: Option<Instant>,
         peer: usize,
         word: &AtomicU64,
         at_least: u64,
     ) -> Result<()> {
         let reached = || word.load(Ordering::Acquire) >= at_least;
-        if reached() {
-            return Ok(());
-        }
-        let spin_until = Instant::now() + self.spin;
+        let mut spins = if self.spin.is_zero() { 0 } else { SPINS_BETWEEN_LOOKS };
         loop {
+            if reached() {
+                return Ok(());
+            }
+            if spins == 0 {
+                break;
+            }
+            spins -= 1;
+            std::hint::spin_loop();
+        }
+        self.wait_long(call, deadline, peer, word, at_least)
+    }
+
+    #[cold]
+    fn wait_long(
+        &self,
+        call: &Call,
+        deadline: Option<Instant>,
+        peer: usize,
+        word: &AtomicU64,
+        at_least: u64,
+    ) -> Result<()> {
+        let reached = || word.load(Ordering::Acquire) >= at_least;
+        let start = Instant::now();
+        while start.elapsed() < self.spin {
             for _ in 0..SPINS_BETWEEN_LOOKS {
                 std::hint::spin_loop();
                 if reached() {
                     return Ok(());
                 }
             }
-            if Instant::now() >= spin_until {
-                break;
-            }
         }
+        let deadline = deadline.unwrap_or(start + call.timeout);
         self.sleep_word(call, deadline, peer, word, at_least)
     }
 
@@ -292,7 +317,9 @@ impl Core {
     ) -> Result<()> {
         let board = self.board(peer);
         loop {
-            board.sleep(word, at_least, SLEEP_MAX);
+            // Room in the ring is announced lazily: such a wake-up may be missed.
+            let lazily = std::ptr::eq(word, board.consumed());
+            board.sleep(word, at_least, if lazily { SLEEP_LAZY } else { SLEEP_MAX });
             if word.load(Ordering::Acquire) >= at_least {
                 return Ok(());
             }
@@ -340,7 +367,7 @@ impl Core {
         };
         let board = self.board(self.rank);
         if board.consumed().load(Ordering::Relaxed) < completed {
-            board.announce(board.consumed(), completed);
+            board.announce_lazily(board.consumed(), completed);
         }
     }
 

@@ -93,7 +93,7 @@ impl Executor {
                 self.links.post(*peer, &frame)?;
             }
         }
-        core.meet_locals(call, wait.deadline)?;
+        core.meet_locals(call, Some(wait.deadline))?;
         let mut met =
             Met { headers: vec![mine; world_size], payloads: vec![Vec::new(); world_size] };
         for local in &core.locals {
@@ -177,7 +177,7 @@ impl Run<'_> {
         mine.announce(mine.phase(), phase);
         for rank in ranks {
             let board = self.core.board(rank);
-            self.core.wait_word(self.call, self.deadline, rank, board.phase(), phase)?;
+            self.core.wait_word(self.call, Some(self.deadline), rank, board.phase(), phase)?;
         }
         Ok(())
     }

@@ -3,7 +3,6 @@
 #![expect(unsafe_code, reason = "reads the slots of the peers")]
 
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use super::call::{Call, Memory};
 use super::core::Core;
@@ -35,8 +34,7 @@ impl Core {
             return result.map(|()| false);
         }
         let written = direct.is_some();
-        let deadline = Instant::now() + call.timeout;
-        if let Err(error) = self.meet_locals(call, deadline) {
+        if let Err(error) = self.meet_locals(call, None) {
             drop(state);
             let error = self.peers.fail(error);
             call.finish(Err(error.clone()));
@@ -51,9 +49,10 @@ impl Core {
                 state.memory.base()
             }
         };
-        let inputs: Vec<*const u8> =
-            self.locals.iter().map(|l| self.board(*l).payload(call.seq()).cast_const()).collect();
-        compute(call, self.rank, &inputs, to);
+        with_pointers(
+            self.locals.iter().map(|local| self.board(*local).payload(call.seq()).cast_const()),
+            |inputs| compute(call, self.rank, inputs, to),
+        );
         state.result = Some(Ok(()));
         drop(state);
         call.finish(Ok(()));
@@ -114,24 +113,36 @@ pub(crate) fn compute(call: &Call, rank: usize, inputs: &[*const u8], to: *mut u
 
 fn reduce(call: &Call, inputs: &[*const u8], at: usize, bytes: usize, to: *mut u8) {
     let Some(reduction) = call.reduction else { return };
-    let mut few = [std::ptr::null(); 16];
-    let many: Vec<*const u8>;
-    let sources = if inputs.len() <= few.len() {
-        for (source, input) in few.iter_mut().zip(inputs) {
-            *source = input.wrapping_add(at);
-        }
-        &few[..inputs.len()]
-    } else {
-        many = inputs.iter().map(|input| input.wrapping_add(at)).collect();
-        &many
-    };
+    let count = bytes / call.dtype.size_bytes();
     let factor = Factor::new(reduction.finish, inputs.len());
     let output = Output::Final { targets: &[to], streaming: false, factor };
-    let count = bytes / call.dtype.size_bytes();
-    // SAFETY: every input holds the whole contribution, which covers `at + bytes`; all ranks have
-    // published and none writes its slot again before all have consumed it; `to` has `bytes` bytes
-    // of this rank's own memory, which no slot overlaps.
-    unsafe {
-        kernel::reduce(call.dtype, reduction.fold, &Pass { partial: None, sources, count, output });
+    with_pointers(inputs.iter().map(|input| input.wrapping_add(at)), |sources| {
+        // SAFETY: every input holds the whole contribution, which covers `at + bytes`; all ranks have
+        // published and none writes its slot again before all have consumed it; `to` has `bytes`
+        // bytes of this rank's own memory, which no slot overlaps.
+        unsafe {
+            kernel::reduce(
+                call.dtype,
+                reduction.fold,
+                &Pass { partial: None, sources, count, output },
+            );
+        }
+    });
+}
+
+/// Collects pointers without allocating where they are few.
+fn with_pointers(
+    pointers: impl ExactSizeIterator<Item = *const u8>,
+    run: impl FnOnce(&[*const u8]),
+) {
+    let mut few = [std::ptr::null(); 16];
+    let count = pointers.len();
+    if count <= few.len() {
+        for (place, pointer) in few.iter_mut().zip(pointers) {
+            *place = pointer;
+        }
+        run(&few[..count]);
+    } else {
+        run(&pointers.collect::<Vec<_>>());
     }
 }

@@ -123,8 +123,10 @@ fn take_frames(peers: &Peers, peer: usize, incoming: &mut Incoming) -> bool {
 
 fn failed_elsewhere(peers: &Peers, peer: usize, error: Error) {
     let error = match error {
-        // The sender could not put its number into the encoding of an error we have no form for.
-        Error::PeerFailed { message, .. } => Error::PeerFailed { rank: peer, message },
+        // An error that has no encoding of its own comes without the number of its rank.
+        Error::PeerFailed { message, rank: usize::MAX } => {
+            Error::PeerFailed { rank: peer, message }
+        }
         other => other,
     };
     peers.fail_quietly(error);

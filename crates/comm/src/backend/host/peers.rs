@@ -269,8 +269,10 @@ impl Peers {
         }
         let completed = self.journal().completed();
         let panicking = std::thread::panicking();
-        if self.failure().is_none() || panicking {
-            self.broadcast(&Frame::Goodbye { completed, panicking }.encode());
+        match self.failure() {
+            // Who has heard of it from nobody yet must not take our closed socket for the cause.
+            Some(error) => self.broadcast(&Frame::Failed(error).encode()),
+            None => self.broadcast(&Frame::Goodbye { completed, panicking }.encode()),
         }
         if let Err(error) = rustix::io::write(&self.wake, &1_u64.to_le_bytes()) {
             tracing::debug!(%error, "the monitor could not be woken");

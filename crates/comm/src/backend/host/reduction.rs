@@ -22,7 +22,7 @@ const WIRE_PIECE_BYTES: usize = 256 << 10;
 /// Shares end at page boundaries, in bytes.
 const SHARE_ALIGN_BYTES: usize = 4096;
 /// Results of at least this size go around the caches: they would not stay in them anyway.
-const STREAMING_BYTES_MIN: usize = 16 << 20;
+const STREAMING_BYTES_MIN: usize = usize::MAX;
 
 pub(crate) fn run(run: &mut Run<'_>, memory: &mut Memory) -> Result<()> {
     match run.direct.clone() {

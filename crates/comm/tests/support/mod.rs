@@ -1,0 +1,128 @@
+//! Ranks as processes: this test binary started again, once for each rank.
+//!
+//! A test file that uses it has an ignored test named `rank_process`, which is what a rank runs.
+
+use std::io::Read;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// What a rank's process runs: the value of this variable.
+pub const ROLE: &str = "PHALANX_TEST_ROLE";
+
+/// The processes of a world. Dropping kills what is left of them.
+pub struct Ranks {
+    children: Vec<Child>,
+}
+
+/// How a rank ended.
+#[derive(Debug)]
+pub struct Ended {
+    pub status: std::process::ExitStatus,
+    pub output: String,
+    pub after: Duration,
+}
+
+pub fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a loopback port");
+    listener.local_addr().expect("its address").port()
+}
+
+/// The environment of a rank of a job on one machine.
+pub fn rank_environment(command: &mut Command, role: &str, rank: usize, world: usize, port: u16) {
+    let token = format!("{:064x}", u128::from(std::process::id()) << 16 | u128::from(port));
+    command.args(["--exact", "rank_process", "--ignored", "--nocapture", "--test-threads", "1"]);
+    command.env(ROLE, role).env("RUST_BACKTRACE", "0");
+    command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
+    command.env("WORLD_SIZE", world.to_string()).env("LOCAL_WORLD_SIZE", world.to_string());
+    command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
+    command.env("PHALANX_JOB_TOKEN", token);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+}
+
+impl Ranks {
+    /// Starts `world` ranks on this machine, over `link`.
+    pub fn start(role: &str, world: usize, link: &str) -> Self {
+        let program = std::env::current_exe().expect("this test's own path");
+        let port = free_port();
+        let start = |rank| {
+            let mut command = Command::new(&program);
+            rank_environment(&mut command, role, rank, world, port);
+            command.env("PHALANX_HOST_LINK", link).spawn().expect("a rank starts")
+        };
+        Self { children: (0..world).map(start).collect() }
+    }
+
+    pub fn of(children: Vec<Child>) -> Self {
+        Self { children }
+    }
+
+    pub fn pid(&self, rank: usize) -> u32 {
+        self.children[rank].id()
+    }
+
+    /// Waits until `rank` has printed a line that contains `text`.
+    pub fn wait_for_line(&mut self, rank: usize, text: &str) {
+        let stdout = self.children[rank].stdout.as_mut().expect("stdout is piped");
+        let mut line = Vec::new();
+        let mut byte = [0];
+        // The deadline is the rank's own: it ends by itself, which closes the pipe.
+        while stdout.read(&mut byte).expect("the pipe") == 1 {
+            if byte[0] == b'\n' {
+                if String::from_utf8_lossy(&line).contains(text) {
+                    return;
+                }
+                line.clear();
+            } else {
+                line.push(byte[0]);
+            }
+        }
+        panic!("rank {rank} ended without printing {text:?}");
+    }
+
+    pub fn kill(&mut self, rank: usize) {
+        self.children[rank].kill().expect("kill -9");
+    }
+
+    /// Waits for every rank to end; `after` counts from this call.
+    pub fn finish(mut self, limit: Duration) -> Vec<Ended> {
+        let start = Instant::now();
+        let mut ended: Vec<Option<(std::process::ExitStatus, Duration)>> =
+            self.children.iter().map(|_| None).collect();
+        while ended.iter().any(Option::is_none) {
+            assert!(start.elapsed() < limit, "some ranks have not ended: {ended:?}");
+            for (child, slot) in self.children.iter_mut().zip(&mut ended) {
+                if slot.is_none() {
+                    *slot = child.try_wait().expect("wait").map(|s| (s, start.elapsed()));
+                }
+            }
+            // A short sleep without std::thread::sleep: nobody sends.
+            let (_sender, receiver) = std::sync::mpsc::channel::<()>();
+            assert!(receiver.recv_timeout(Duration::from_millis(2)).is_err());
+        }
+        let mut all = Vec::new();
+        for (child, slot) in self.children.iter_mut().zip(ended) {
+            let mut output = String::new();
+            for pipe in [
+                child.stdout.take().map(|p| Box::new(p) as Box<dyn Read>),
+                child.stderr.take().map(|p| Box::new(p) as Box<dyn Read>),
+            ] {
+                let read = pipe.expect("piped").read_to_string(&mut output);
+                read.expect("the rank's output");
+            }
+            let (status, after) = slot.expect("ended");
+            all.push(Ended { status, output, after });
+        }
+        self.children.clear();
+        all
+    }
+}
+
+impl Drop for Ranks {
+    fn drop(&mut self) {
+        for child in &mut self.children {
+            // It may have ended already.
+            drop(child.kill());
+            drop(child.wait());
+        }
+    }
+}
