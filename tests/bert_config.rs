@@ -9,8 +9,11 @@ mod bert;
 use std::path::Path;
 
 use bert::batching::{Batching, Wanted};
-use bert::config::{Config, SHIPPED};
+use bert::config::{Config, Precision, Rule, SHIPPED};
+use bert::flags::Flags;
 use bert::memory::{self, Estimate, Free};
+use bert::{failure, plot};
+use clap::Parser as _;
 
 fn parse(text: &str) -> Result<Config, String> {
     let config = Config::parse(text, Path::new("a.json")).map_err(|e| e.to_string())?;
@@ -226,4 +229,71 @@ fn free_memory_is_the_least_of_machine_and_control_groups() {
         ("sys/fs/cgroup/memory/memory.stat", "total_inactive_file 20000\n"),
     ]);
     assert_eq!(memory::free(root.path()).unwrap().bytes, 60_000);
+}
+
+fn flags(args: &[&str]) -> Result<Flags, clap::Error> {
+    Flags::try_parse_from(std::iter::once("bert_large").chain(args.iter().copied()))
+}
+
+#[test]
+fn flags_come_before_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("mine.json");
+    std::fs::write(&path, r#"{ "train": { "steps": 7, "seed": 5, "micro_batch": 2 } }"#).unwrap();
+    let path = path.to_str().unwrap();
+    let settings = flags(&["--config", path]).unwrap().settings().unwrap();
+    assert_eq!((settings.config.train.steps, settings.config.train.seed), (7, 5));
+    assert_eq!(settings.name, "mine");
+    assert_eq!(settings.batching(4).unwrap().global_batch, 8);
+    let args = [
+        "--config",
+        path,
+        "--steps",
+        "9",
+        "--dropout",
+        "0",
+        "--zero",
+        "1",
+        "--lr",
+        "0.5",
+        "--no-shuffle",
+        "--precision",
+        "bf16",
+        "--optimizer",
+        "lamb",
+        "--global-batch",
+        "16",
+    ];
+    let settings = flags(&args).unwrap().settings().unwrap();
+    let Config { model, data, optimizer, train, ddp } = &settings.config;
+    assert_eq!((train.steps, train.seed, ddp.zero, data.shuffle), (9, 5, 1, false));
+    assert!(model.hidden_dropout_prob + model.attention_probs_dropout_prob < f64::MIN_POSITIVE);
+    assert_eq!((optimizer.rule, train.precision), (Rule::Lamb, Precision::Bf16));
+    assert_eq!(settings.batching(4).unwrap().accumulate, 2);
+}
+
+#[test]
+fn a_wrong_flag_is_told_from_a_wrong_file() {
+    let error = |args: &[&str]| flags(args).unwrap().settings().unwrap_err();
+    let wrong = error(&["--zero", "3"]);
+    assert_eq!(
+        failure::message(&wrong),
+        "command line: ddp.zero is 3; stages are 0 (off) and 1 (optimizer state sharded)"
+    );
+    assert_eq!(failure::exit_code(&wrong), failure::USAGE);
+    assert_eq!(failure::exit_code(&error(&["--config", "/nowhere.json"])), failure::IO);
+    assert!(flags(&["--precision", "fp8"]).is_err());
+    assert!(flags(&["--data", "a", "--batches", "b"]).is_err());
+}
+
+#[test]
+fn the_plot_shows_every_point_and_is_closed() {
+    let points: Vec<_> = (1..=30).map(|i| (f64::from(i), 10.0 / f64::from(i))).collect();
+    let svg = plot::loss_curve("a <b> & c", &points);
+    assert!(svg.starts_with("<svg") && svg.ends_with("</svg>\n"));
+    assert_eq!(svg.matches("<circle").count(), 30);
+    assert!(svg.contains("a &lt;b&gt; &amp; c"));
+    for empty in [&[][..], &[(1.0, f64::NAN)], &[(1.0, 2.0)]] {
+        assert!(!plot::loss_curve("", empty).contains("NaN"));
+    }
 }

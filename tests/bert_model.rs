@@ -7,8 +7,14 @@ mod bert;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use bert::config::Model;
+use bert::batching::{Batching, Cut};
+use bert::config::{Config, Model, Precision, Schedule};
+use bert::metrics::StepRecord;
 use bert::model::{build, BertForMaskedLm, Inputs, LossSum, Pass};
+use bert::train::Trainer;
+use bert::{data, output, weights};
+use phalanx_comm::{Group, GroupOptions};
+use phalanx_data::progress::Silent;
 use tch::{nn, Device, Kind, Tensor};
 
 fn fixture(name: &str) -> PathBuf {
@@ -41,6 +47,35 @@ impl Fixture {
         (vs, network)
     }
 
+    /// The configuration that PyTorch's run amounts to.
+    fn config(&self, precision: Precision) -> Config {
+        let mut config = Config::default();
+        let section = |name: &str| self.document[name].clone();
+        config.model = serde_json::from_value(section("model")).expect("a model section");
+        config.optimizer = serde_json::from_value(section("optimizer")).expect("an optimizer");
+        config.optimizer.schedule = Schedule::Constant;
+        config.data.batches = Some(fixture("bert_tiny_batches.safetensors"));
+        config.data.shuffle = false;
+        config.train.steps = 10;
+        config.train.precision = precision;
+        config
+    }
+
+    /// Ten steps of the trainer itself, in a world of one.
+    fn train(&self, precision: Precision) -> Vec<StepRecord> {
+        let config = self.config(precision);
+        config.validate("the fixture").expect("a valid configuration");
+        let (vs, network) = self.network();
+        let mut group = Group::single(GroupOptions::default()).expect("a group");
+        let batching = Batching { global_batch: 8, micro_batch: 4, accumulate: 2, cut: Cut::Parts };
+        let source = data::open(&config, &Silent).expect("the batches");
+        let loader = data::loader(&source, &config, batching, (0, 1)).expect("a loader");
+        let settings = (&config, batching, true);
+        let mut trainer =
+            Trainer::new(network, &vs, &mut group, loader, settings).expect("a trainer");
+        (1..=10).map(|step| trainer.step(step, &mut group).expect("a step")).collect()
+    }
+
     fn numbers(&self, precision: &str, what: &str) -> Vec<f64> {
         serde_json::from_value(self.document[precision][what].clone()).expect("numbers")
     }
@@ -56,8 +91,111 @@ impl Fixture {
 
 /// `actual` is `expected` up to rounding.
 fn check_close(actual: f64, expected: f64) {
+    check_within(actual, expected, 1e-5);
+}
+
+fn check_within(actual: f64, expected: f64, tolerance: f64) {
     let error = (actual - expected).abs() / expected.abs();
-    assert!(error < 1e-5, "{actual} is not {expected}: off by {error:.1e}");
+    assert!(error < tolerance, "{actual} is not {expected}: off by {error:.1e}");
+}
+
+/// Ten steps give PyTorch's losses within one relative tolerance, its gradient norms within
+/// another.
+fn check_training(precision: Precision, name: &str, of_loss: f64, of_norm: f64) {
+    let fixture = Fixture::read();
+    let records = fixture.train(precision);
+    let (losses, norms) = (fixture.numbers(name, "losses"), fixture.numbers(name, "grad_norms"));
+    assert_eq!(records.len(), losses.len());
+    let error = |actual: f64, expected: f64| (actual - expected).abs() / expected;
+    let worst = records.iter().zip(&losses).map(|(r, l)| error(r.loss, *l)).fold(0.0, f64::max);
+    let worst_norm =
+        records.iter().zip(&norms).map(|(r, n)| error(r.grad_norm, *n)).fold(0.0, f64::max);
+    println!("{name}: losses within {worst:.1e}, gradient norms within {worst_norm:.1e}");
+    for (record, (loss, norm)) in records.iter().zip(losses.into_iter().zip(norms)) {
+        check_within(record.loss, loss, of_loss);
+        check_within(record.grad_norm, norm, of_norm);
+    }
+}
+
+#[test]
+fn ten_steps_in_fp32_are_pytorchs() {
+    check_training(Precision::Fp32, "fp32", 1e-4, 1e-3);
+}
+
+#[test]
+fn ten_steps_in_bf16_are_pytorchs_up_to_rounding() {
+    // bf16 has 8 bits: a product is off by up to 2^-9 = 2e-3; losses average that out.
+    check_training(Precision::Bf16, "bf16", 1e-3, 2e-2);
+}
+
+/// A network of the fixture's shape with values of its own.
+fn other_network(config: &Model) -> nn::VarStore {
+    let vs = nn::VarStore::new(Device::Cpu);
+    build(&vs, config, 77, 0).expect("a network");
+    vs
+}
+
+/// Whether two stores hold the same values under the same names.
+fn same(left: &nn::VarStore, right: &nn::VarStore) -> bool {
+    let (left, right) = (left.variables(), right.variables());
+    left.len() == right.len() && left.iter().all(|(name, tensor)| right[name].equal(tensor))
+}
+
+#[test]
+fn what_was_written_loads_again() {
+    let fixture = Fixture::read();
+    let (vs, _network) = fixture.network();
+    let config = fixture.config(Precision::Fp32);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("out");
+    let output = output::Output::create(Some(&path), "unused").unwrap();
+    let written = output.write(&vs, &config.model, &[]).unwrap();
+    assert_eq!(written.len(), 3, "{written:?}");
+    let other = other_network(&config.model);
+    assert!(!same(&vs, &other));
+    let left = weights::load(&path.join("model.safetensors"), &other).unwrap();
+    assert!(left.is_empty(), "{left:?}");
+    assert!(same(&vs, &other));
+    let model = std::fs::read_to_string(path.join("config.json")).unwrap();
+    assert_eq!(serde_json::from_str::<Model>(&model).unwrap(), config.model);
+}
+
+#[test]
+fn old_names_of_layer_norms_load_and_foreign_tensors_are_named() {
+    let fixture = Fixture::read();
+    let (vs, _network) = fixture.network();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("old.safetensors");
+    let rename = |name: String| {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma")
+            .replace("LayerNorm.bias", "LayerNorm.beta")
+    };
+    let mut tensors: Vec<_> =
+        vs.variables().into_iter().map(|(name, tensor)| (rename(name), tensor)).collect();
+    tensors.push(("bert.pooler.dense.bias".into(), Tensor::from_slice(&[1f32])));
+    Tensor::write_safetensors(&tensors, &path).unwrap();
+    let other = other_network(&fixture.config(Precision::Fp32).model);
+    assert_eq!(weights::load(&path, &other).unwrap(), ["bert.pooler.dense.bias"]);
+    assert!(same(&vs, &other));
+}
+
+#[test]
+fn weights_of_other_shapes_are_all_named() {
+    let fixture = Fixture::read();
+    let mut config = fixture.config(Precision::Fp32).model;
+    config.vocab_size = 100;
+    config.num_hidden_layers = 3;
+    let vs = other_network(&config);
+    let error = weights::load(&fixture_path(), &vs).unwrap_err().to_string();
+    for part in
+        ["word_embeddings.weight", "[512, 64]", "[100, 64]", "layer.2.output.dense.bias", "missing"]
+    {
+        assert!(error.contains(part), "{error}");
+    }
+}
+
+fn fixture_path() -> PathBuf {
+    fixture("bert_tiny_weights.safetensors")
 }
 
 #[test]

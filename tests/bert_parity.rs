@@ -43,8 +43,22 @@ fn four_ranks_and_four_micro_batches_give_the_same_weights() {
 #[test]
 fn dropout_and_bf16_repeat_bit_for_bit() {
     let args = [
-        "--config", "configs/bert_tiny.json", "--precision", "bf16", "--dropout", "0.1", "--nnodes", "2",
-        "--global-batch", "8", "--steps", "5", "--threads", "1", "--seed", "3",
+        "--config",
+        "configs/bert_tiny.json",
+        "--precision",
+        "bf16",
+        "--dropout",
+        "0.1",
+        "--nnodes",
+        "2",
+        "--global-batch",
+        "8",
+        "--steps",
+        "5",
+        "--threads",
+        "1",
+        "--seed",
+        "3",
     ];
     let (first, second) = (bert(&args), bert(&args));
     assert_eq!(first.losses(), second.losses());
@@ -55,8 +69,18 @@ fn dropout_and_bf16_repeat_bit_for_bit() {
 fn each_step_says_where_its_time_went() {
     let run = run(&["--nnodes", "2"]);
     let keys = [
-        "step", "loss", "lr", "grad_norm", "tokens", "step_ms", "data_wait_ms", "forward_ms",
-        "backward_ms", "exposed_comm_ms", "optimizer_ms", "tokens_per_s",
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "step_ms",
+        "data_wait_ms",
+        "forward_ms",
+        "backward_ms",
+        "exposed_comm_ms",
+        "optimizer_ms",
+        "tokens_per_s",
     ];
     for step in &run.steps {
         for key in keys {

@@ -102,8 +102,8 @@ impl Wanted {
             (Some(micro), Some(parts)) if world_size * micro * parts != global_batch => {
                 let product = world_size * micro * parts;
                 return Err(format!(
-                    "global batch {global_batch} is not {world_size} ranks × micro-batch {micro} × \
-                     {parts} micro-batches = {product}; give two of the three, or numbers that fit"
+                    "global batch {global_batch} is not {world_size} ranks × micro-batch {micro} \
+                     × {parts} micro-batches = {product}; give two of the three, or numbers that fit"
                 ));
             }
             (_, Some(parts)) => parts,
@@ -131,7 +131,7 @@ fn enough(batching: Batching, world_size: usize) -> Result<Batching, String> {
     }
     let each = if parts > 1 { format!(" × {parts} micro-batches") } else { String::new() };
     Err(format!(
-        "global batch {global_batch} is too small for {world_size} ranks{each}: it must be at least \
-         {least}"
+        "global batch {global_batch} is too small for {world_size} ranks{each}: it must be at \
+         least {least}"
     ))
 }

@@ -216,6 +216,15 @@ pub(crate) fn gib(bytes: u64) -> String {
     format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30))
 }
 
+/// Whether the processor multiplies bf16 by itself; without, libtorch converts and is slower than
+/// in fp32. Unknown counts as yes.
+pub(crate) fn has_bf16_products() -> bool {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let features = text.lines().find(|l| l.starts_with("flags") || l.starts_with("Features"));
+    let able = ["avx512_bf16", "amx_bf16", "bf16"];
+    features.is_none_or(|line| line.split_whitespace().any(|word| able.contains(&word)))
+}
+
 /// What a process took, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Usage {

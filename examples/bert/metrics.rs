@@ -104,6 +104,11 @@ impl MetricsFile {
         Ok(MetricsFile { path: path.into(), file: BufWriter::new(file) })
     }
 
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// One line, on disk when this returns as far as the process is concerned: a run that is killed
     /// keeps its steps.
     pub(crate) fn write(&mut self, value: &impl Serialize) -> Result<()> {

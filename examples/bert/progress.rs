@@ -24,16 +24,11 @@ pub(crate) enum Progress {
         /// When the last line was printed.
         last: Instant,
     },
-    /// Every rank but one.
-    Silent,
 }
 
 impl Progress {
-    /// For `steps` steps; only rank 0 shows anything.
-    pub(crate) fn new(steps: u64, rank: usize) -> Progress {
-        if rank != 0 {
-            return Progress::Silent;
-        }
+    /// For `steps` steps.
+    pub(crate) fn new(steps: u64) -> Progress {
         if std::io::stderr().is_terminal() {
             let bar = ProgressBar::new(steps);
             let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} ETA {eta}");
@@ -67,7 +62,6 @@ impl Progress {
                     );
                 }
             }
-            Progress::Silent => {}
         }
     }
 

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 const DEADLINE: Duration = Duration::from_secs(240);
 
 /// The example beside the test that runs: `cargo test` and `cargo nextest` build both.
-pub fn example(name: &str) -> PathBuf {
+pub(crate) fn example(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("the test's own path");
     let profile = test.parent().and_then(Path::parent).expect("target/<profile>/deps/<test>");
     let path = profile.join("examples").join(name);
@@ -24,23 +24,23 @@ pub fn example(name: &str) -> PathBuf {
 }
 
 /// A process group of our own that is gone when this is dropped.
-pub struct Owned(pub Child);
+pub(crate) struct Owned(pub(crate) Child);
 
 impl Owned {
-    pub fn start(command: &mut Command) -> Self {
+    pub(crate) fn start(command: &mut Command) -> Self {
         command.process_group(0).stdin(Stdio::null());
         Self(command.spawn().expect("the program starts"))
     }
 
     /// Sends a signal to the whole group.
-    pub fn signal(&self, signal: &str) {
+    pub(crate) fn signal(&self, signal: &str) {
         let group = format!("-{}", self.0.id());
         // The group may be gone already; that is what the caller wants.
         drop(Command::new("kill").args([signal, "--", &group]).stderr(Stdio::null()).status());
     }
 
     /// Waits for the end, killing at the deadline.
-    pub fn finish(mut self, deadline: Duration) -> Output {
+    pub(crate) fn finish(mut self, deadline: Duration) -> Output {
         let end = Instant::now() + deadline;
         let mut readers = Vec::new();
         let (out, err) = (self.0.stdout.take(), self.0.stderr.take());
@@ -79,27 +79,27 @@ fn read_all(pipe: Option<impl std::io::Read>) -> Vec<u8> {
 }
 
 /// What a run of the example left.
-pub struct Run {
-    pub folder: TempDir,
-    pub output: Output,
-    pub steps: Vec<Value>,
-    pub summary: Value,
+pub(crate) struct Run {
+    pub(crate) folder: TempDir,
+    pub(crate) output: Output,
+    pub(crate) steps: Vec<Value>,
+    pub(crate) summary: Value,
 }
 
 impl Run {
     /// The losses, as written.
-    pub fn losses(&self) -> Vec<f64> {
+    pub(crate) fn losses(&self) -> Vec<f64> {
         self.steps.iter().map(|step| step["loss"].as_f64().expect("a loss")).collect()
     }
 
     /// The bytes of the final weights.
-    pub fn weights(&self) -> Vec<u8> {
+    pub(crate) fn weights(&self) -> Vec<u8> {
         fs::read(self.folder.path().join("out/model.safetensors")).expect("final weights")
     }
 }
 
 /// The example with `args`, its metrics and output in a temporary folder; it must succeed.
-pub fn bert<S: AsRef<OsStr>>(args: &[S]) -> Run {
+pub(crate) fn bert<S: AsRef<OsStr>>(args: &[S]) -> Run {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let metrics = folder.path().join("metrics.jsonl");
     let mut command = Command::new(example("bert_large"));

@@ -231,12 +231,17 @@ fn garbage_and_http_are_closed_at_once_and_change_nothing() {
     let server = serve(ours());
     let store = client(&server);
     store.set("k", b"v").unwrap();
-    for garbage in
-        [&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], &[0; 64], &[0xff; 4096], b"P", b"PHXPxx"]
-    {
+    let garbage =
+        [&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], &[0; 64], &[0xff; 4096], b"P", b"PHXPxx"];
+    let mut streams = garbage.map(|bytes| {
         let mut stream = stranger(server.address());
-        stream.write_all(garbage).unwrap();
-        assert!(time_to_close(&mut stream) < Duration::from_millis(2500), "{garbage:?}");
+        stream.write_all(bytes).unwrap();
+        (stream, bytes)
+    });
+    for (stream, bytes) in &mut streams {
+        // What may yet become a handshake has two seconds; the rest is closed at the first wrong byte.
+        let limit = if bytes.starts_with(b"P") { 2500 } else { 500 };
+        assert!(time_to_close(stream) < Duration::from_millis(limit), "{bytes:?}");
     }
     assert_eq!(store.list("").unwrap(), ["k"]);
     assert_eq!(store.get("k", soon()).unwrap(), b"v");
@@ -362,7 +367,7 @@ fn giant_lengths_are_closed_without_allocating_even_from_an_insider() {
         assert!(time_to_close(&mut stream) < Duration::from_secs(1), "{lengths:?}");
     }
     // Announces the most that is allowed, and sends nothing of it.
-    let stalled: Vec<TcpStream> = (0..8)
+    let stalled: Vec<TcpStream> = (0..40)
         .map(|_| {
             let mut stream = insider(&server);
             stream.write_all(&header(8192, 8 << 20, 0)).unwrap();
@@ -371,8 +376,8 @@ fn giant_lengths_are_closed_without_allocating_even_from_an_insider() {
         .collect();
     store.set("k", b"v").unwrap();
     let grown = resident_kib().saturating_sub(before);
-    // Other tests of this process run meanwhile: the bound is loose, but far below 8 × 8 MiB.
-    assert!(grown < 48 << 10, "{grown} KiB");
+    // Other tests of this process run meanwhile: the bound is loose, but far below 40 × 8 MiB.
+    assert!(grown < 160 << 10, "{grown} KiB");
     drop(stalled);
 }
 
@@ -430,4 +435,30 @@ fn rank_0_hosts_the_store_when_no_launcher_does() {
     let store = connect(&world, soon()).unwrap();
     store.set("k", b"v").unwrap();
     assert_eq!(store.get("k", soon()).unwrap(), b"v");
+}
+
+#[test]
+fn a_rank_that_hosts_the_store_does_not_take_it_from_under_the_others() {
+    let port = TcpListener::bind((LOOPBACK, 0)).unwrap().local_addr().unwrap().port();
+    let world = |rank| World { master_port: port, ..World::threads(rank, 4) };
+    thread::scope(|scope| {
+        for rank in 0..4_u8 {
+            scope.spawn(move || {
+                let store = connect(&world(rank.into()), soon()).unwrap();
+                let all = join(&*store, "start", rank.into(), 4, &[rank], soon()).unwrap();
+                assert_eq!(all, [[0], [1], [2], [3]]);
+            });
+        }
+    });
+}
+
+#[test]
+fn a_rank_that_hosts_the_store_leaves_at_once_when_it_is_the_last() {
+    let port = TcpListener::bind((LOOPBACK, 0)).unwrap().local_addr().unwrap().port();
+    let world = World { master_port: port, ..World::threads(0, 1) };
+    let store = connect(&world, soon()).unwrap();
+    store.set("k", b"v").unwrap();
+    let start = Instant::now();
+    drop(store);
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
 }

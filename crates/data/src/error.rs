@@ -14,14 +14,14 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[non_exhaustive]
 pub enum Error {
     /// The operating system refused to open, read, write, rename or sync a file.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {cause}", path.display())]
     Io {
         /// What was tried, as a verb.
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
-        source: io::Error,
+        /// What the system said. It stands in the message, so it is not also the error's `source`.
+        cause: io::Error,
     },
     /// The data path does not exist.
     #[error("{} does not exist: give a folder with .txt files, one text file, or a prepared folder", path.display())]
@@ -56,12 +56,12 @@ pub enum Error {
         path: PathBuf,
     },
     /// Prepared data cannot be written where it should lie.
-    #[error("cannot write prepared data under {}: {source}; make it writable or choose another folder for prepared data", path.display())]
+    #[error("cannot write prepared data under {}: {cause}; make it writable or choose another folder for prepared data", path.display())]
     CacheNotWritable {
         /// The folder for prepared data.
         path: PathBuf,
-        /// What the system said.
-        source: io::Error,
+        /// What the system said. It stands in the message, so it is not also the error's `source`.
+        cause: io::Error,
     },
     /// Another process prepares the same data and did not finish in time.
     #[error("waited {waited:?} for {} which process {holder} holds while it prepares the same data: wait longer, or end that process", path.display())]
@@ -242,7 +242,7 @@ impl Error {
     /// Closure for `map_err`: an I/O error with what was tried on which path.
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
         let path = path.to_path_buf();
-        move |source| Error::Io { action, path, source }
+        move |cause| Error::Io { action, path, cause }
     }
 
     pub(crate) fn option(

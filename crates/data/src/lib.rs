@@ -54,7 +54,7 @@ pub use batch::Batch;
 pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;
 pub use fixed::FixedBatches;
-pub use format::{Access, Index, ShardEntry, SpecialTokens, TokenDType, TokenStream};
+pub use format::{Access, Index, ShardEntry, SpecialTokens, TokenDType, TokenStream, TokenWriter};
 pub use loader::{Loader, LoaderOptions, Step};
 pub use masked_text::MaskedText;
 pub use masking::{Masker, Masking, IGNORED};

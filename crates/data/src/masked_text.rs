@@ -7,7 +7,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::cast::{to_u64, to_usize};
+use crate::cast::to_u64;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
 use crate::format::{Access, TokenStream};
@@ -87,9 +87,8 @@ impl MaskedText {
         self.stream.read(start, &mut out[1..=window], scratch, &reading).map_err(|error| {
             match error {
                 // The stream counts tokens; who reads the message counts samples.
-                Error::BadValue { path, sample: at, position, value, reason } => {
-                    let position = to_usize(at - start) + position + 1;
-                    Error::BadValue { path, sample: id, position, value, reason }
+                Error::BadValue { path, position, value, reason, .. } => {
+                    Error::BadValue { path, sample: id, position: position + 1, value, reason }
                 }
                 other => other,
             }

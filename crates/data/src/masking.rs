@@ -5,7 +5,7 @@
 //! Special tokens (`[UNK]` among them) are never chosen. If chance chose no position, one is taken at random, so that each
 //! sample counts in the loss; only a sample without any maskable token has none.
 //!
-//! Probabilities are held in 1/65 536: 15 % is 9 830/65 536. One random word serves four positions.
+//! Probabilities are held in 1/65 536: 15 % is 9 830/65 536. Positions are chosen 64 at a time, without a branch for each.
 //! Source: Devlin et al., "BERT" (2018), section 3.1.
 
 use serde::{Deserialize, Serialize};
@@ -22,6 +22,9 @@ pub const IGNORED: i64 = -100;
 const PURPOSE_CHOICE: u64 = 0x6D61_736B_0000_0001; // "mask", version 1
 const PURPOSE_REPLACEMENT: u64 = 0x7265_706C_0000_0001; // "repl", version 1
 const PURPOSE_FALLBACK: u64 = 0x6F6E_6500_0000_0001; // "one", version 1
+
+/// The unit of probabilities.
+const ONE: u32 = 1 << 16;
 
 /// Random draws of a replacement token before `[MASK]` is taken; only a vocabulary of almost nothing but special tokens needs more.
 const DRAWS_MAX: usize = 64;
@@ -94,13 +97,18 @@ impl Masker {
         let mut replacement = Stream::keyed(PURPOSE_REPLACEMENT, &key);
         labels.fill(IGNORED);
         let mut chosen_count = 0;
-        for (ids, marks) in input_ids.chunks_mut(4).zip(labels.chunks_mut(4)) {
-            let word = choice.next();
-            for (lane, (id, label)) in ids.iter_mut().zip(marks).enumerate() {
-                let draw = (word >> (16 * lane)) & 0xFFFF;
-                if draw < u64::from(self.chosen_below) && !self.special.contains(*id) {
-                    *label = *id;
-                    *id = self.replace(*id, &mut replacement);
+        for (ids, marks) in input_ids.chunks_mut(64).zip(labels.chunks_mut(64)) {
+            let mut chosen = self.choose_64(&mut choice);
+            while chosen != 0 {
+                let at = chosen.trailing_zeros() as usize;
+                chosen &= chosen - 1;
+                if at >= ids.len() {
+                    break;
+                }
+                let id = ids[at];
+                if !self.special.contains(id) {
+                    marks[at] = id;
+                    ids[at] = self.replace(id, &mut replacement);
                     chosen_count += 1;
                 }
             }
@@ -108,6 +116,25 @@ impl Masker {
         if chosen_count == 0 {
             self.choose_one(&key, input_ids, labels, &mut replacement);
         }
+    }
+
+    /// 64 bits, each set with the probability that a position is chosen.
+    ///
+    /// Bit by bit of the probability in binary, from its last place to its first: a random word halves what was so far (`&`),
+    /// and adds one half where the place holds a 1 (`|`).
+    fn choose_64(&self, stream: &mut Stream) -> u64 {
+        if self.chosen_below >= ONE {
+            return u64::MAX;
+        }
+        let first_place = self.chosen_below.trailing_zeros();
+        (first_place..ONE.trailing_zeros()).fold(0, |bits, place| {
+            let word = stream.next();
+            if self.chosen_below >> place & 1 == 1 {
+                bits | word
+            } else {
+                bits & word
+            }
+        })
     }
 
     /// Chooses one of the maskable positions, each with the same probability.
@@ -158,5 +185,5 @@ impl Masker {
     reason = "the argument is between 0 and 1, up to rounding"
 )]
 fn in_65536ths(probability: f64) -> u32 {
-    (probability * 65_536.0).round() as u32
+    (probability * f64::from(ONE)).round() as u32
 }

@@ -2,7 +2,7 @@
 
 use std::io::{IsTerminal, Write};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -78,67 +78,99 @@ impl Progress for Silent {
     fn report(&self, _event: Event<'_>) {}
 }
 
+/// Without a terminal, a stage that takes long says how far it is at this interval.
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
+
 /// A bar on standard error if that is a terminal, and plain lines otherwise.
 #[derive(Debug)]
 pub struct Terminal {
-    bar: Mutex<Option<ProgressBar>>,
-    is_terminal: bool,
+    shown: Mutex<Shown>,
+}
+
+/// What stands on the screen.
+#[derive(Debug)]
+enum Shown {
+    Bar(Option<ProgressBar>),
+    Lines { done_bytes: u64, total_bytes: u64, last: Instant },
 }
 
 impl Terminal {
     /// Reports to standard error.
     pub fn stderr() -> Self {
-        Terminal { bar: Mutex::new(None), is_terminal: std::io::stderr().is_terminal() }
-    }
-
-    fn begin(stage: Stage, total_bytes: u64) -> ProgressBar {
-        let target = ProgressDrawTarget::stderr();
-        if total_bytes == 0 {
-            let bar = ProgressBar::with_draw_target(None, target);
-            bar.enable_steady_tick(Duration::from_millis(100));
-            return bar.with_message(stage.describe());
-        }
-        let template = "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} eta {eta}";
-        let style = ProgressStyle::with_template(template);
-        let bar = ProgressBar::with_draw_target(Some(total_bytes), target);
-        let bar = bar.with_message(stage.describe());
-        match style {
-            Ok(style) => bar.with_style(style.progress_chars("=> ")),
-            Err(_bad_template) => bar,
-        }
-    }
-
-    fn line(text: &str) {
-        // A closed standard error is no reason to stop preparing data.
-        drop(writeln!(std::io::stderr().lock(), "data: {text}"));
+        let shown = if std::io::stderr().is_terminal() {
+            Shown::Bar(None)
+        } else {
+            Shown::Lines { done_bytes: 0, total_bytes: 0, last: Instant::now() }
+        };
+        Terminal { shown: Mutex::new(shown) }
     }
 }
 
 impl Progress for Terminal {
     fn report(&self, event: Event<'_>) {
-        let mut bar = self.bar.lock().unwrap_or_else(PoisonError::into_inner);
-        match event {
-            Event::Begin { stage, total_bytes } if self.is_terminal => {
-                *bar = Some(Self::begin(stage, total_bytes));
+        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *shown {
+            Shown::Bar(current) => show(event, current),
+            Shown::Lines { done_bytes, total_bytes, last } => {
+                write_lines(event, done_bytes, total_bytes, last);
             }
-            Event::Begin { stage, total_bytes: 0 } => Self::line(stage.describe()),
-            Event::Begin { stage, total_bytes } => {
-                Self::line(&format!("{} ({total_bytes} bytes)", stage.describe()));
-            }
-            Event::Advance { bytes, .. } => {
-                if let Some(bar) = &*bar {
-                    bar.inc(bytes);
-                }
-            }
-            Event::End { .. } => {
-                if let Some(bar) = bar.take() {
-                    bar.finish_and_clear();
-                }
-            }
-            Event::Notice(text) => match &*bar {
-                Some(bar) => bar.println(format!("data: {text}")),
-                None => Self::line(text),
-            },
         }
     }
+}
+
+fn show(event: Event<'_>, current: &mut Option<ProgressBar>) {
+    match (event, current) {
+        (Event::Begin { stage, total_bytes }, current) => *current = Some(bar(stage, total_bytes)),
+        (Event::Advance { bytes, .. }, Some(bar)) => bar.inc(bytes),
+        (Event::End { .. }, current) => {
+            if let Some(bar) = current.take() {
+                bar.finish_and_clear();
+            }
+        }
+        (Event::Notice(text), Some(bar)) => bar.println(format!("data: {text}")),
+        (Event::Notice(text), None) => line(text),
+        (Event::Advance { .. }, None) => {}
+    }
+}
+
+fn bar(stage: Stage, total_bytes: u64) -> ProgressBar {
+    let target = ProgressDrawTarget::stderr();
+    if total_bytes == 0 {
+        let spinner = ProgressBar::with_draw_target(None, target);
+        spinner.enable_steady_tick(Duration::from_millis(100));
+        return spinner.with_message(stage.describe());
+    }
+    let template = "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} eta {eta}";
+    let bar = ProgressBar::with_draw_target(Some(total_bytes), target);
+    let bar = bar.with_message(stage.describe());
+    match ProgressStyle::with_template(template) {
+        Ok(style) => bar.with_style(style.progress_chars("=> ")),
+        Err(_bad_template) => bar,
+    }
+}
+
+fn write_lines(event: Event<'_>, done: &mut u64, total: &mut u64, last: &mut Instant) {
+    match event {
+        Event::Begin { stage, total_bytes } => {
+            (*done, *total, *last) = (0, total_bytes, Instant::now());
+            match total_bytes {
+                0 => line(stage.describe()),
+                _ => line(&format!("{} ({total_bytes} bytes)", stage.describe())),
+            }
+        }
+        Event::Advance { stage, bytes } => {
+            *done += bytes;
+            if last.elapsed() >= LINE_INTERVAL {
+                *last = Instant::now();
+                line(&format!("{}: {done} of {total} bytes", stage.describe()));
+            }
+        }
+        Event::End { .. } => {}
+        Event::Notice(text) => line(text),
+    }
+}
+
+fn line(text: &str) {
+    // A closed standard error is no reason to stop preparing data.
+    drop(writeln!(std::io::stderr().lock(), "data: {text}"));
 }

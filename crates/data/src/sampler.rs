@@ -101,7 +101,8 @@ impl Sampler {
             Tail::Wrap => left == 0,
         };
         if over {
-            Position { epoch: epoch + 1, next_global_sample: 0 }
+            // A position can come from a damaged file: no arithmetic on it may panic.
+            Position { epoch: epoch.wrapping_add(1), next_global_sample: 0 }
         } else {
             position
         }
@@ -111,7 +112,7 @@ impl Sampler {
     pub fn after(&self, start: Position) -> Position {
         let next = start.next_global_sample + self.global_batch;
         self.start(Position {
-            epoch: start.epoch + (next - 1) / self.sample_count,
+            epoch: start.epoch.wrapping_add((next - 1) / self.sample_count),
             next_global_sample: (next - 1) % self.sample_count + 1,
         })
     }
@@ -161,7 +162,7 @@ impl Cursor<'_> {
     pub fn sample(&mut self, start: Position, index: usize) -> Sample {
         let count = self.sampler.sample_count;
         let place = start.next_global_sample + to_u64(index);
-        let (epoch, place) = (start.epoch + place / count, place % count);
+        let (epoch, place) = (start.epoch.wrapping_add(place / count), place % count);
         match self.sampler.order {
             Order::Sequential => Sample { epoch, id: place },
             Order::Shuffled => Sample { epoch, id: self.permutation(epoch).at(place) },

@@ -9,7 +9,7 @@ use crate::sampler::{Order, Position};
 /// A loader's place: what [`Loader::resume`](crate::Loader::resume) needs.
 ///
 /// It is the same on every rank, and knows nothing of ranks, threads or batch sizes: all of them may differ when a run is
-/// resumed. Some 150 bytes as JSON.
+/// resumed. Some 100 bytes as JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoaderState {
@@ -21,7 +21,8 @@ pub struct LoaderState {
     pub seed: u64,
     /// The order.
     pub order: Order,
-    /// Version of the order ([`permutation::VERSION`](crate::permutation::VERSION)).
+    /// Version of the order ([`permutation::VERSION`](crate::permutation::VERSION)); 1 is not written out.
+    #[serde(default = "first_version", skip_serializing_if = "is_first_version")]
     pub version: u32,
     /// What the data was.
     pub fingerprint: Fingerprint,
@@ -48,4 +49,13 @@ impl LoaderState {
         }
         Ok(())
     }
+}
+
+fn first_version() -> u32 {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it with a reference")]
+fn is_first_version(version: &u32) -> bool {
+    *version == first_version()
 }

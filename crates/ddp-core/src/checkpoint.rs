@@ -50,7 +50,8 @@ pub fn save_safetensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<()>
     for (name, tensor) in tensors {
         let dtype = dtype_of(name, tensor.kind())?;
         let shape = tensor.size().iter().map(|&size| usize::try_from(size).unwrap_or(0)).collect();
-        let tensor = tch::no_grad(|| tensor.f_detach()?.f_to_device(tch::Device::Cpu)?.f_contiguous())?;
+        let tensor =
+            tch::no_grad(|| tensor.f_detach()?.f_to_device(tch::Device::Cpu)?.f_contiguous())?;
         saved.push((name.clone(), Saved { tensor, dtype, shape }));
     }
     saved.sort_by(|a, b| a.0.cmp(&b.0));

@@ -24,6 +24,10 @@ pub enum Zero {
 
 /// Settings of [`Ddp`]. The same on every rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "two switches that have nothing to do with each other"
+)]
 pub struct DdpOptions {
     /// Bytes after which a bucket closes. Default 25 MiB.
     pub bucket_bytes_max: usize,
@@ -76,7 +80,7 @@ pub enum Sync {
 /// use tch::{nn, nn::Module, nn::OptimizerConfig, Device, Kind, Tensor};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// let mut group = Group::single(GroupOptions::default()); // or Group::from_environment
+/// let mut group = Group::single(GroupOptions::default())?; // or Group::from_environment
 /// let vs = nn::VarStore::new(Device::Cpu);
 /// let net = nn::linear(vs.root() / "fc", 4, 1, Default::default());
 /// let _ddp = Ddp::new(&vs, &mut group, DdpOptions::default())?;
@@ -265,7 +269,8 @@ fn lay_flat(mut group: Group, model: Model, options: DdpOptions) -> Result<Parts
         tch::no_grad(|| data.f_copy_(&named.tensor).map(drop))?;
         shim::set_data(&named.tensor, &data)?;
         shim::gradient_clear(&named.tensor)?;
-        views.push(gradients[place.storage].view(&place.range, &shape, &strides)?);
+        // Detached: optimizers call detach_() on gradients, which libtorch refuses for views it tracks.
+        views.push(gradients[place.storage].view(&place.range, &shape, &strides)?.f_detach()?);
     }
     Ok(Parts { group, model, plan, gradients, parameters, views, options })
 }

@@ -4,7 +4,6 @@
 //! place), else from libtorch.
 #![expect(unsafe_code, reason = "gate: gives a registered region's memory to libtorch")]
 
-use std::ffi::c_void;
 use std::ops::Range;
 
 use half::{bf16, f16};
@@ -96,28 +95,39 @@ impl Flat {
     }
 
     /// Elements `range` with a shape and strides.
-    pub(crate) fn view(&self, range: &Range<usize>, shape: &[i64], strides: &[i64]) -> Result<Tensor> {
+    pub(crate) fn view(
+        &self,
+        range: &Range<usize>,
+        shape: &[i64],
+        strides: &[i64],
+    ) -> Result<Tensor> {
         let (start, _) = as_i64(range)?;
         Ok(self.tensor.f_as_strided(shape, strides, start)?)
     }
 
     /// Sum of squares of elements `range`, in an order that depends on nothing but the range.
     pub(crate) fn sum_of_squares(&self, range: &Range<usize>) -> f64 {
-        let len = usize::try_from(self.tensor.size1().unwrap_or(0)).unwrap_or(0);
-        assert!(range.end <= len, "range {range:?} of {len} elements");
-        let base = self.tensor.data_ptr();
-        match self.tensor.kind() {
-            // SAFETY: `base` is the first of `len` elements of this kind on the CPU, kept by the tensor.
-            Kind::Double => norm::sum_of_squares(unsafe { elements::<f64>(base, range) }, |x| x),
-            // SAFETY: as above.
-            Kind::Half => norm::sum_of_squares(unsafe { elements::<f16>(base, range) }, f16::to_f64),
-            Kind::BFloat16 => {
-                // SAFETY: as above.
-                norm::sum_of_squares(unsafe { elements::<bf16>(base, range) }, bf16::to_f64)
-            }
-            // SAFETY: as above; storage is one of four kinds.
-            _ => norm::sum_of_squares(unsafe { elements::<f32>(base, range) }, f64::from),
+        match self.kind() {
+            Kind::Double => norm::sum_of_squares(self.elements::<f64>(range), |x| x),
+            Kind::Half => norm::sum_of_squares(self.elements(range), f16::to_f64),
+            Kind::BFloat16 => norm::sum_of_squares(self.elements(range), bf16::to_f64),
+            _ => norm::sum_of_squares(self.elements::<f32>(range), f64::from),
         }
+    }
+
+    /// Elements `range`; `T` must be the type of the storage's kind.
+    fn elements<T: Element>(&self, range: &Range<usize>) -> &[T] {
+        assert_eq!(
+            self.kind().elt_size_in_bytes(),
+            size_of::<T>(),
+            "elements of the storage's kind"
+        );
+        assert!(range.start <= range.end && range.end <= self.tensor.numel(), "{range:?}");
+        let base = self.tensor.data_ptr().cast::<T>().cast_const();
+        // SAFETY: the storage is dense, on the CPU, and has at least `range.end` elements.
+        let start = unsafe { base.add(range.start) };
+        // SAFETY: as above; the tensor keeps the memory while `self` is borrowed.
+        unsafe { std::slice::from_raw_parts(start, range.len()) }
     }
 
     pub(crate) fn all_reduce(
@@ -138,18 +148,13 @@ impl Flat {
         Ok(with_region!(&self.memory, region => reduce(group, region, range, scale, false)?))
     }
 
-    pub(crate) fn all_gather(&self, group: &mut Group, range: Range<usize>) -> Result<Work<'static>> {
+    pub(crate) fn all_gather(
+        &self,
+        group: &mut Group,
+        range: Range<usize>,
+    ) -> Result<Work<'static>> {
         Ok(with_region!(&self.memory, region => group.all_gather_in_place(region.range(range))?))
     }
-}
-
-/// # Safety
-/// `base` must be the start of at least `range.end` elements of type `T`, not written meanwhile.
-unsafe fn elements<'a, T>(base: *mut c_void, range: &Range<usize>) -> &'a [T] {
-    // SAFETY: inside the elements that the caller vouches for.
-    let start = unsafe { base.cast::<T>().cast_const().add(range.start) };
-    // SAFETY: as above.
-    unsafe { std::slice::from_raw_parts(start, range.len()) }
 }
 
 fn reduce<T: Float>(
@@ -160,12 +165,17 @@ fn reduce<T: Float>(
     to_all: bool,
 ) -> Result<Work<'static>> {
     let (range, op) = (region.range(range), ScaledSum(scale.0));
-    Ok(if to_all { group.all_reduce(range, op)? } else { group.reduce_scatter_in_place(range, op)? })
+    Ok(if to_all {
+        group.all_reduce(range, op)?
+    } else {
+        group.reduce_scatter_in_place(range, op)?
+    })
 }
 
 fn as_i64(range: &Range<usize>) -> Result<(i64, i64)> {
-    let convert =
-        |value: usize| i64::try_from(value).map_err(|_too_long| Error::TooLarge { elements: value });
+    let convert = |value: usize| {
+        i64::try_from(value).map_err(|_too_long| Error::TooLarge { elements: value })
+    };
     Ok((convert(range.start)?, convert(range.len())?))
 }
 

@@ -100,7 +100,10 @@ mod tests {
                 started.extend(ready.mark(parameter).unwrap());
                 for bucket in &started {
                     let full = (0..6).filter(|&p| bucket_of[p] == *bucket);
-                    assert!(full.clone().all(|p| order[..=count].contains(&p)), "started too early");
+                    assert!(
+                        full.clone().all(|p| order[..=count].contains(&p)),
+                        "started too early"
+                    );
                 }
             }
             assert_eq!(started, [0, 1, 2, 3]);

@@ -51,6 +51,10 @@ enum Divisor {
 
 /// State of data-parallel training; shared by the hooks, the `Ddp` and the optimizer.
 #[derive(Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent switches: what is sent, and whether anything was"
+)]
 pub(crate) struct Reducer {
     pub(crate) group: Group,
     pub(crate) model: Model,
@@ -240,7 +244,7 @@ impl Reducer {
     /// The factor of this backward; waits for the sum of weights, started before the backward.
     fn scale(&mut self) -> Result<Scale> {
         let scale = match std::mem::replace(&mut self.divisor, Divisor::WorldSize) {
-            Divisor::WorldSize => Scale(one_over(self.group.world_size() as f64)),
+            Divisor::WorldSize => Scale(one_over(count(self.group.world_size()))),
             Divisor::Known(scale) => scale,
             Divisor::Pending(work) => {
                 work.wait()?;
@@ -310,6 +314,11 @@ impl Reducer {
     pub(crate) fn release_gradients(&self) -> Result<()> {
         self.model.parameters.iter().try_for_each(|p| shim::gradient_clear(&p.tensor))
     }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "world sizes are far below 2^53")]
+fn count(ranks: usize) -> f64 {
+    ranks as f64
 }
 
 /// 1/`total`, and 0 where nothing was weighed: the gradients are zero then, not NaN.

@@ -40,6 +40,7 @@ impl LinearWarmup {
 }
 
 #[cfg(test)]
+#[expect(clippy::float_cmp, reason = "values that are exact in f64")]
 mod tests {
     use super::*;
 

@@ -148,7 +148,9 @@ extern "C" fn call(context: *mut c_void, message: *mut c_char, message_bytes: us
     // SAFETY: `message` has room for `message_bytes` bytes, and `kept` is less than that.
     unsafe { ptr::copy_nonoverlapping(text.as_ptr(), message.cast::<u8>(), kept) };
     // SAFETY: `kept` < `message_bytes`.
-    unsafe { *message.add(kept) = 0 };
+    let end = unsafe { message.add(kept) };
+    // SAFETY: inside the buffer.
+    unsafe { end.write(0) };
     1
 }
 
@@ -230,8 +232,14 @@ pub(crate) fn fused_adamw(
     settings: AdamWSettings,
 ) -> Result<()> {
     let count = lists.parameters.len();
+    if count == 0 {
+        return Ok(());
+    }
     let same = [&lists.gradients, &lists.first_moments, &lists.second_moments];
-    assert!(same.iter().all(|list| list.len() == count), "lists of one length");
+    if same.iter().any(|list| list.len() != count) {
+        let (setting, value) = ("lists of AdamW", "of different lengths".to_owned());
+        return Err(Error::BadSetting { setting, value, expected: "one length" });
+    }
     let pointers = |list: &[Tensor]| list.iter().map(raw).collect::<Vec<_>>();
     let (parameters, gradients) = (pointers(&lists.parameters), pointers(&lists.gradients));
     let (first, second) = (pointers(&lists.first_moments), pointers(&lists.second_moments));

@@ -1,5 +1,8 @@
 //! Training with several ranks is training with one: parity, bits, errors.
 
+#![allow(clippy::cast_possible_wrap, clippy::cast_precision_loss, reason = "small numbers")]
+#![allow(clippy::unwrap_used, clippy::shadow_unrelated, reason = "a failed unwrap is a failed test")]
+
 mod support;
 
 use phalanx_comm::testing::run_ranks;
@@ -24,7 +27,12 @@ fn decays(name: &str) -> bool {
 }
 
 /// Trains 5 steps on batches of 12 samples, cut over the ranks and into micro-batches.
-fn train(mut group: Group, zero: Zero, config: OptimizerConfig, accumulate: i64) -> (Vec<u32>, Vec<f64>) {
+fn train(
+    mut group: Group,
+    zero: Zero,
+    config: OptimizerConfig,
+    accumulate: i64,
+) -> (Vec<u32>, Vec<f64>) {
     let (model, ddp) = wrapped(&mut group, options(zero));
     let mut optimizer = Optimizer::new(&ddp, config, decays).unwrap();
     let (rank, world_size) = (group.rank() as i64, group.world_size() as i64);
@@ -46,7 +54,8 @@ fn train(mut group: Group, zero: Zero, config: OptimizerConfig, accumulate: i64)
 fn plain_tch_training_matches_one_rank_with_the_whole_batch() {
     let plain = |mut group: Group| {
         let (model, ddp) = wrapped(&mut group, options(Zero::Off));
-        let mut optimizer = nn::Sgd { momentum: 0.9, ..Default::default() }.build(&model.vs, 0.05).unwrap();
+        let mut optimizer =
+            nn::Sgd { momentum: 0.9, ..Default::default() }.build(&model.vs, 0.05).unwrap();
         let micro = 12 / group.world_size() as i64;
         for step in 0..6 {
             let start = step * 12 + group.rank() as i64 * micro;
@@ -70,9 +79,13 @@ fn ranks_and_micro_batches_give_the_same_bits() {
         for zero in [Zero::Off, Zero::One] {
             for parts in [2, 3, 4] {
                 let ranks = run_ranks(parts, move |group| train(group, zero, config, 1));
-                let alone = run_ranks(1, move |group| train(group, zero, config, parts as i64)).remove(0);
+                let alone =
+                    run_ranks(1, move |group| train(group, zero, config, parts as i64)).remove(0);
                 for (rank, outcome) in ranks.iter().enumerate() {
-                    assert!(*outcome == alone, "{config:?} {zero:?}: rank {rank} of {parts} differs");
+                    assert!(
+                        *outcome == alone,
+                        "{config:?} {zero:?}: rank {rank} of {parts} differs"
+                    );
                 }
             }
         }
@@ -128,10 +141,10 @@ fn uneven_weights_give_the_mean_over_all_samples() {
         ddp.backward(&loss, (cuts[rank + 1] - cuts[rank]) as f64, Sync::Reduce).unwrap();
         gradients(&model)
     });
-    let model = Model::new(0);
-    (model.loss_sum(0..12) / 12.0).backward();
+    let alone = Model::new(0);
+    (alone.loss_sum(0..12) / 12.0).backward();
     for of_rank in &gradients {
-        assert_close(of_rank, &self::gradients(&model), 1e-5);
+        assert_close(of_rank, &self::gradients(&alone), 1e-5);
     }
 }
 
@@ -266,7 +279,7 @@ fn settings_out_of_range_are_refused() {
         let bad = OptimizerConfig::AdamW(AdamW { beta2: 1.0, ..AdamW::default() });
         let error = Optimizer::new(&ddp, bad, decays).unwrap_err().to_string();
         assert_eq!(error, "beta2 is 1, expected a number in [0, 1)");
-        let error = ddp.backward(&model.loss_sum(0..1), f64::NAN, Sync::Reduce).unwrap_err();
-        assert!(error.to_string().contains("weight is NaN"), "{error}");
+        let refused = ddp.backward(&model.loss_sum(0..1), f64::NAN, Sync::Reduce).unwrap_err();
+        assert!(refused.to_string().contains("weight is NaN"), "{refused}");
     });
 }

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use phalanx_comm::environment::World;
+
 use crate::error::{system, LaunchError};
 use crate::options::{LaunchOptions, Prefix};
 use crate::report::Report;
@@ -87,12 +89,16 @@ pub enum Joined {
 ///
 /// As [`run`]; end with [`LaunchError::exit_code`].
 pub fn launch_or_join(args: &LaunchArgs) -> Result<Joined, LaunchError> {
+    let asked = args.nnodes.saturating_mul(args.nproc_per_node);
     if is_worker() {
+        let world = World::from_env()?;
+        if world.world_size == 1 && asked > 1 {
+            return Err(LaunchError::AlreadyAlone { launcher: world.launcher, asked });
+        }
         return Ok(Joined::Worker);
     }
     let options = args.options();
-    let is_alone = args.nnodes == 1 && args.nproc_per_node == 1;
-    if is_alone && args.threads.is_none() && args.log_dir.is_none() {
+    if asked == 1 && args.threads.is_none() && args.log_dir.is_none() {
         return Ok(Joined::Worker);
     }
     let program = std::env::current_exe().map_err(system("find this program's own path"))?;

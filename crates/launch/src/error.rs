@@ -2,7 +2,7 @@
 
 use std::io;
 
-use phalanx_comm::environment::EnvironmentError;
+use phalanx_comm::environment::{EnvironmentError, Launcher};
 use phalanx_comm::rendezvous::{RendezvousError, StoreError};
 
 /// The launcher failed before or beside its ranks.
@@ -18,6 +18,14 @@ pub enum LaunchError {
         value: String,
         /// What would be right.
         expected: String,
+    },
+    /// Another launcher has started this process as the only rank, and the options ask for more.
+    #[error("{launcher:?} has started this process as the only rank of its job, but the options ask for {asked} ranks: ask that launcher for them, or clear its variables to launch here (see docs/environment.md)")]
+    AlreadyAlone {
+        /// Who started this process.
+        launcher: Launcher,
+        /// How many ranks the options ask for.
+        asked: usize,
     },
     /// An option calls for another one.
     #[error("{option} is missing: {because}")]
@@ -104,6 +112,7 @@ impl LaunchError {
         match self {
             Self::Option { .. }
             | Self::MissingOption { .. }
+            | Self::AlreadyAlone { .. }
             | Self::NoJobToken
             | Self::NodeMismatch { .. }
             | Self::Start { .. }

@@ -8,10 +8,10 @@ use std::io::Write as _;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, ChildStdin, Command, Stdio};
 
-/// Reads one group a line; the end of the input without the line `done` is the launcher's death.
+/// Reads one group a line (a dash's `kill` takes no `--`); the end of the input without the line `done` is the launcher's death.
 const SCRIPT: &str = "trap '' HUP INT TERM; g=; while read -r l; do \
     if [ \"$l\" = done ]; then exit 0; fi; g=\"$g -$l\"; done; \
-    [ -z \"$g\" ] || kill -9 -- $g";
+    [ -z \"$g\" ] || kill -9 $g";
 
 /// The shell at the end of the pipe.
 #[derive(Debug)]

@@ -9,6 +9,8 @@
 //!   launcher itself is killed.
 //! * The first failure is the root cause; the others are asked to end, and killed after a grace.
 //! * Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 reach the ranks; a second Ctrl-C kills at once.
+//! * Lines are prefixed by `[rank N]`. On a terminal rank 0's standard error is a terminal, too, so that its progress bar
+//!   shows; lines of other ranks clear the bar, which redraws itself. Ranks have no standard input.
 //! * The report is one line, the exit code says what kind of failure it was: see [`Report::code`].
 //!
 //! # Example

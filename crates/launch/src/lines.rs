@@ -129,6 +129,8 @@ fn starts_with_text(bytes: &[u8]) -> Option<bool> {
 pub(crate) struct Tail {
     lines: VecDeque<String>,
     partial: Vec<u8>,
+    /// The first panic's place and message: a backtrace after it would push them out.
+    panic: Vec<String>,
 }
 
 impl Tail {
@@ -150,18 +152,26 @@ impl Tail {
         if line.trim().is_empty() {
             return;
         }
+        let is_panic = line.starts_with("thread ") && line.contains(" panicked at ");
+        if self.panic.len() == 1 || (self.panic.is_empty() && is_panic) {
+            self.panic.push(line.trim().to_owned());
+        }
         if self.lines.len() == TAIL_LINES {
             self.lines.pop_front();
         }
         self.lines.push_back(line.trim().to_owned());
     }
 
-    /// The lines, oldest first.
+    /// The lines, oldest first; of a panic its place and its message instead.
     pub(crate) fn lines(&mut self) -> Vec<String> {
         if !self.partial.is_empty() {
             self.end_line();
         }
-        self.lines.iter().cloned().collect()
+        if self.panic.is_empty() {
+            self.lines.iter().cloned().collect()
+        } else {
+            self.panic.clone()
+        }
     }
 }
 
@@ -252,6 +262,15 @@ mod tests {
         lines.push(b"\rbar");
         assert_eq!(text(&lines.finish()), "\n");
         assert_eq!(text(&lines.finish()), "");
+    }
+
+    #[test]
+    fn of_a_panic_its_place_and_message_are_kept_and_not_its_backtrace() {
+        let mut tail = Tail::default();
+        tail.push(b"before\n\nthread 'main' (7) panicked at src/a.rs:1:2:\nout of paper\nstack backtrace:\n");
+        (0..50).for_each(|frame| tail.push(format!("{frame}: f\n").as_bytes()));
+        tail.push(b"thread 'other' panicked at src/b.rs:1:2:\na consequence\n");
+        assert_eq!(tail.lines(), ["thread 'main' (7) panicked at src/a.rs:1:2:", "out of paper"]);
     }
 
     #[test]

@@ -13,9 +13,11 @@ use phalanx_comm::rendezvous::{
 use crate::error::{system, LaunchError};
 use crate::plan::Plan;
 use crate::report::Failure;
+use crate::signals;
 
 const FAILURE_KEY: &str = "launch/failure";
-const DONE_NAME: &str = "launch/done";
+/// Node 0 waits this long for the others after its own ranks have ended: they may write checkpoints.
+const DONE_MAX: Duration = Duration::from_secs(3600);
 /// A wait for news is renewed this often; a cancelled one ends at once.
 const NEWS_WAIT: Duration = Duration::from_secs(60);
 
@@ -85,12 +87,47 @@ impl Nodes {
         }
     }
 
-    /// Says that this node's ranks are done, and waits for the others': node 0 takes the store with it when it goes.
-    pub(crate) fn finish(&self, deadline: Instant) {
-        if let Err(error) = join(&*self.store, DONE_NAME, self.mine, self.count, b"", deadline) {
-            tracing::debug!(%error, "left before the other nodes were done");
-        }
+    /// Tells the others that the user ended the job here.
+    pub(crate) fn announce_end(&self, signal: i32) {
+        let (node, name) = (self.mine, signals::name(signal));
+        let report =
+            format!("error[PHX0704]: the job was ended by {name} to the launcher of node {node}");
+        self.announce(&report, u8::try_from(128 + signal).unwrap_or(70));
     }
+
+    /// Says that this node's ranks have ended well. On node 0, which takes the store with it when it goes, the answer is
+    /// a socket that becomes readable when those of all nodes have.
+    pub(crate) fn finish(&self) -> Result<Option<UnixStream>, LaunchError> {
+        if let Err(error) = self.store.set(&done_key(self.mine), b"") {
+            // The ranks have ended well: that node 0 has gone does not change it any more.
+            tracing::debug!(%error, "node 0 could not be told of the end");
+            return Ok(None);
+        }
+        if self.mine != 0 {
+            return Ok(None);
+        }
+        let (signal, write) = UnixStream::pair().map_err(system("socketpair"))?;
+        let (store, count) = (Arc::clone(&self.store), self.count);
+        thread::Builder::new()
+            .name("end of other nodes".to_owned())
+            .spawn(move || {
+                let deadline = Instant::now() + DONE_MAX;
+                for node in 1..count {
+                    // An error is the end of the wait, too: the store was cancelled, or the time is over.
+                    if let Err(error) = store.get(&done_key(node), deadline) {
+                        tracing::debug!(%error, node, "left before the other nodes were done");
+                        break;
+                    }
+                }
+                drop(write);
+            })
+            .map_err(system("start a thread"))?;
+        Ok(Some(signal))
+    }
+}
+
+fn done_key(node: usize) -> String {
+    format!("launch/done/{node}")
 }
 
 impl Drop for Nodes {

@@ -42,15 +42,19 @@ pub fn run(
     args: &[OsString],
 ) -> Result<Report, LaunchError> {
     let plan = Plan::new(options)?;
-    // Before anything else is started: from here on a Ctrl-C finds us prepared.
-    let signals = Signals::register()?;
     let deadline = Instant::now() + options.connect_timeout;
     let ours = LauncherEnvironment::from_env()?;
     let credentials = credentials(&plan, &ours)?;
+    let mut screen = Screen::new();
+    announce(&mut screen, &plan);
     let server = host_store(&plan, &credentials, deadline)?;
     let (link, ranks_of_nodes) = match plan.nodes {
         Nodes::Here { count } => (None, vec![plan.ranks_per_node; count]),
         Nodes::Real { mine, .. } => {
+            let (address, port) = (plan.master_addr(), plan.master_port);
+            let count = plan.node_count();
+            screen
+                .notice(&format!("node {mine} of {count}: meeting the others at {address}:{port}"));
             let (link, ranks) = NodeLink::meet(&plan, mine, credentials.clone(), deadline)?;
             (Some(link), ranks)
         }
@@ -67,9 +71,10 @@ pub fn run(
         restart_count: 0,
         threads: threads(options.threads, is_set, cores, plan.ranks_here()),
     };
-    let mut supervisor = Supervisor::new(signals, link, host_name(), options.grace);
-    announce(&mut supervisor.screen, &plan);
     let logs = Logs::create(options.log_dir.as_deref(), &job.run_id)?;
+    // Until here a Ctrl-C ends this process as any other: nothing was started that could stay behind.
+    let signals = Signals::register()?;
+    let mut supervisor = Supervisor::new(signals, link, host_name(), options.grace);
     let what = What { program, args, job: &job, logs: &logs };
     for place in plan.places(&ranks_of_nodes) {
         // An error here drops the ranks that are there already: see Supervisor's drop.
@@ -105,8 +110,9 @@ fn credentials(plan: &Plan, ours: &LauncherEnvironment) -> Result<Credentials, L
         }
         Nodes::Real { master_addr, .. } => {
             let token = ours.job_token.clone().ok_or(LaunchError::NoJobToken)?;
+            // Not of the token: nodes with different ones should hear that it is the token.
             let port = plan.master_port.to_le_bytes();
-            let run_id = short_hash(&[token.as_bytes(), master_addr.as_bytes(), &port]);
+            let run_id = short_hash(&[master_addr.as_bytes(), &port]);
             (token, run_id)
         }
     };

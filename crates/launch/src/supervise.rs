@@ -6,9 +6,10 @@
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use rustix::event::{poll, PollFd, PollFlags};
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::process::Signal;
 
 use crate::error::{system, LaunchError};
@@ -24,6 +25,8 @@ use crate::signals::{Meaning, Signals};
 const KILL_MAX: Duration = Duration::from_secs(5);
 /// What a rank's escaped children may still write after it has ended.
 const DRAIN_MAX: Duration = Duration::from_millis(200);
+/// A rank that ended because a peer is gone may be seen before that peer.
+const CAUSE_WAIT: Duration = Duration::from_millis(500);
 const READ_BYTES: usize = 64 << 10;
 /// Reads of one stream before the others get their turn.
 const READS_PER_TURN: usize = 8;
@@ -61,9 +64,18 @@ pub(crate) struct Supervisor {
     state: State,
 }
 
+/// A rank that failed, and until when a likelier cause is waited for.
+#[derive(Clone, Copy, Debug)]
+struct Suspect {
+    suspicion: u8,
+    at: usize,
+    decide_at: Instant,
+}
+
 #[derive(Debug)]
 struct State {
     stage: Stage,
+    suspect: Option<Suspect>,
     failure: Option<Failure>,
     ended_by: Option<i32>,
 }
@@ -86,7 +98,7 @@ impl Supervisor {
             host,
             grace,
             started: Instant::now(),
-            state: State { stage: Stage::Running, failure: None, ended_by: None },
+            state: State { stage: Stage::Running, suspect: None, failure: None, ended_by: None },
         }
     }
 
@@ -99,7 +111,7 @@ impl Supervisor {
     /// Runs until every rank has ended.
     pub(crate) fn run(mut self) -> Result<Report, LaunchError> {
         while self.has_work() {
-            self.wait()?;
+            self.poll(None)?;
             let now = Instant::now();
             for (signal, meaning, count) in self.signals.pending() {
                 self.handle_signal(signal, meaning, count, now);
@@ -111,10 +123,8 @@ impl Supervisor {
             self.hear_news(now);
             self.advance(now);
         }
-        if let (Some(nodes), None) = (&self.nodes, &self.state.failure) {
-            nodes.finish(Instant::now() + self.grace);
-            // A node that failed while we waited for it makes this job a failed one.
-            self.state.failure = nodes.news();
+        if self.is_running() {
+            self.wait_for_nodes()?;
         }
         if let Some(failure) = &self.state.failure {
             self.screen.write(Stream::Error, format!("{failure}\n").as_bytes());
@@ -125,6 +135,28 @@ impl Supervisor {
             ended_by: *ended_by,
             elapsed: self.started.elapsed(),
         })
+    }
+
+    /// All ranks of this node have ended well; node 0 stays for the others, whose store it hosts.
+    fn wait_for_nodes(&mut self) -> Result<(), LaunchError> {
+        let Some(done) = self.nodes.as_ref().map(Nodes::finish).transpose()?.flatten() else {
+            return Ok(());
+        };
+        self.screen
+            .notice("the ranks of this node have ended; waiting for those of the other nodes");
+        loop {
+            self.poll(Some(done.as_fd()))?;
+            for (signal, meaning, _) in self.signals.pending() {
+                if meaning == Meaning::End {
+                    self.state.ended_by = Some(signal.as_raw());
+                    return Ok(());
+                }
+            }
+            self.state.failure = self.nodes.as_ref().and_then(Nodes::news);
+            if self.state.failure.is_some() || is_readable(&done)? {
+                return Ok(());
+            }
+        }
     }
 
     /// Ranks that live, or streams that may still bring something.
@@ -139,7 +171,8 @@ impl Supervisor {
             .any(|rank| rank.ended.is_none() || rank.process.streams.iter().any(Option::is_some))
     }
 
-    fn wait(&self) -> Result<(), LaunchError> {
+    /// Waits for a signal, news, output, an exit, `also`, or the next deadline.
+    fn poll(&self, also: Option<BorrowedFd<'_>>) -> Result<(), LaunchError> {
         let mut fds: Vec<BorrowedFd<'_>> = self.signals.fds().collect();
         fds.extend(self.nodes.iter().filter(|_| self.is_running()).map(Nodes::fd));
         for rank in &self.ranks {
@@ -148,6 +181,7 @@ impl Supervisor {
             }
             fds.extend(rank.process.streams.iter().flatten().map(AsFd::as_fd));
         }
+        fds.extend(also);
         let mut fds: Vec<PollFd<'_>> =
             fds.into_iter().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
         let timeout = self.next_deadline().map(process::timespec_until);
@@ -168,7 +202,8 @@ impl Supervisor {
             Stage::Killed { give_up_at } => Some(give_up_at),
         };
         let drains = self.ranks.iter().filter_map(Rank::drain_until);
-        drains.chain(stage).min()
+        let suspect = self.state.suspect.filter(|_| self.is_running());
+        drains.chain(stage).chain(suspect.map(|suspect| suspect.decide_at)).min()
     }
 
     fn handle_signal(&mut self, signal: Signal, meaning: Meaning, count: usize, now: Instant) {
@@ -193,6 +228,9 @@ impl Supervisor {
                 self.signal_all(signal);
                 if self.is_running() {
                     let (name, grace) = (crate::signals::name(signal.as_raw()), self.grace);
+                    if let Some(nodes) = &self.nodes {
+                        nodes.announce_end(signal.as_raw());
+                    }
                     self.notice(&format!(
                         "{name}: the ranks have {} s to end; Ctrl-C (again) kills them at once",
                         grace.as_secs_f64()
@@ -281,16 +319,12 @@ impl Supervisor {
 
     /// Collects the ranks that have ended, and finds the root cause among those that failed.
     fn collect(&mut self, now: Instant) -> Result<(), LaunchError> {
-        let mut failed: Option<(u8, usize)> = None;
         for at in 0..self.ranks.len() {
             if self.ranks[at].ended.is_none() {
                 if let Some(exit) = self.ranks[at].process.collect()? {
                     self.ranks[at].ended = Some((exit, now));
                     self.read(at);
-                    let suspicion = suspicion(exit);
-                    if suspicion > 0 && failed.is_none_or(|(other, _)| suspicion > other) {
-                        failed = Some((suspicion, at));
-                    }
+                    self.suspect(at, exit, now);
                 }
             }
             if self.ranks[at].drain_until().is_some_and(|until| until <= now) {
@@ -298,24 +332,40 @@ impl Supervisor {
                 self.close(at, 1);
             }
         }
-        if let Some((_, at)) = failed.filter(|_| self.is_running()) {
-            let failure = self.failure_of(at);
-            let left = self.ranks.iter().filter(|rank| rank.ended.is_none()).count();
-            if left > 0 {
-                self.notice(&format!("rank {} failed; ending the others ({left})", failure.rank));
-            }
-            let line = failure.to_string();
-            let report = Report {
-                failure: Some(Failure::Rank(failure)),
-                ended_by: None,
-                elapsed: self.started.elapsed(),
-            };
-            if let Some(nodes) = &self.nodes {
-                nodes.announce(&line, report.code());
-            }
-            self.fail(report.failure, now);
+        let all_ended = self.ranks.iter().all(|rank| rank.ended.is_some());
+        let is_due = |suspect: &Suspect| all_ended || suspect.decide_at <= now;
+        if let Some(suspect) = self.state.suspect.filter(is_due).filter(|_| self.is_running()) {
+            self.blame(suspect.at, now);
         }
         Ok(())
+    }
+
+    fn suspect(&mut self, at: usize, exit: Exit, now: Instant) {
+        let suspicion = suspicion(exit);
+        let other = self.state.suspect.map_or(0, |suspect| suspect.suspicion);
+        if suspicion > other {
+            let wait = if suspicion == CONSEQUENCE { CAUSE_WAIT } else { Duration::ZERO };
+            self.state.suspect = Some(Suspect { suspicion, at, decide_at: now + wait });
+        }
+    }
+
+    /// Decides that this rank is the root cause, and ends the others.
+    fn blame(&mut self, at: usize, now: Instant) {
+        let failure = self.failure_of(at);
+        let left = self.ranks.iter().filter(|rank| rank.ended.is_none()).count();
+        if left > 0 {
+            self.notice(&format!("rank {} failed; ending the others ({left})", failure.rank));
+        }
+        let line = failure.to_string();
+        let report = Report {
+            failure: Some(Failure::Rank(failure)),
+            ended_by: None,
+            elapsed: self.started.elapsed(),
+        };
+        if let Some(nodes) = &self.nodes {
+            nodes.announce(&line, report.code());
+        }
+        self.fail(report.failure, now);
     }
 
     fn failure_of(&mut self, at: usize) -> RankFailure {
@@ -361,6 +411,12 @@ impl Supervisor {
     }
 }
 
+fn is_readable(stream: &UnixStream) -> Result<bool, LaunchError> {
+    let mut fds = [PollFd::new(stream, PollFlags::IN)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut fds, Some(&now)).map(|count| count > 0).map_err(system("poll"))
+}
+
 impl Drop for Supervisor {
     /// Whatever went wrong: no rank outlives its launcher.
     fn drop(&mut self) {
@@ -375,12 +431,15 @@ impl Drop for Supervisor {
     }
 }
 
+/// The suspicion of what follows from another rank's failure.
+const CONSEQUENCE: u8 = 1;
+
 /// Of ranks that failed in the same instant, the likeliest cause: a death by signal or a panic before an ordinary error,
 /// and that before "a peer is gone" (69) or "timed out" (124), which are consequences.
 const fn suspicion(exit: Exit) -> u8 {
     match exit {
         Exit::Code(0) => 0,
-        Exit::Code(69 | 124) => 1,
+        Exit::Code(69 | 124) => CONSEQUENCE,
         Exit::Code(101) => 3,
         Exit::Code(_) => 2,
         Exit::Signal(_) => 4,

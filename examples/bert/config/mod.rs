@@ -19,6 +19,11 @@ pub(crate) const SHIPPED: [(&str, &str); 4] = [
     ("configs/bert_large.json", include_str!("../../../configs/bert_large.json")),
 ];
 
+/// [`SHIPPED`], read.
+pub(crate) fn shipped() -> Result<Vec<(&'static str, Config)>, ConfigError> {
+    SHIPPED.iter().map(|(name, text)| Ok((*name, Config::parse(text, Path::new(name))?))).collect()
+}
+
 /// A file that cannot be used, in one message.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConfigError {

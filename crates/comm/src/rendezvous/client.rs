@@ -74,6 +74,11 @@ impl StoreClient {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Closes the connections that are not in use.
+    pub(super) fn close_idle(&self) {
+        self.state().idle.clear();
+    }
+
     fn address(&self) -> String {
         format!("{}:{}", self.host, self.port)
     }

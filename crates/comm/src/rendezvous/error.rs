@@ -169,7 +169,7 @@ pub enum RendezvousError {
         ours: u32,
     },
     /// One of the two sides has another job token.
-    #[error("the store at {address} has another job token than this rank: set the same PHALANX_JOB_TOKEN on every node")]
+    #[error("the store at {address} has another job token than this rank: set the same PHALANX_JOB_TOKEN on every node, or end the older job that still runs there")]
     WrongToken {
         /// Where the store is.
         address: String,

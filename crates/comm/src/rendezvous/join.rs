@@ -12,9 +12,13 @@ use crate::environment::{Launcher, StoreHost, World};
 /// A waiting join says who is missing this often.
 const PROGRESS_EVERY: Duration = Duration::from_secs(10);
 
+/// A rank that hosts the store stays this long for ranks that still hold it.
+const LINGER_MAX: Duration = Duration::from_secs(5);
+
 /// Connects this rank to the job's store, and hosts it first when `world.store_host` says so.
 ///
-/// The server lives as long as the returned store (in the rank that hosts it).
+/// The server lives as long as the returned store (in the rank that hosts it); dropping that waits up to five seconds
+/// for the other ranks to drop theirs.
 ///
 /// # Errors
 ///
@@ -37,7 +41,7 @@ pub fn connect(world: &World, deadline: Instant) -> Result<Arc<dyn Store>, Rende
     let client = StoreClient::connect_with_hint(host, port, world.credentials(), &hint, deadline)?;
     Ok(match server {
         None => Arc::new(client),
-        Some(server) => Arc::new(HostedStore { client, _server: server }),
+        Some(server) => Arc::new(HostedStore { client, server }),
     })
 }
 
@@ -92,9 +96,18 @@ fn with_hint(error: RendezvousError, hint: String) -> RendezvousError {
 /// A store that this process hosts: the server lives exactly as long.
 #[derive(Debug)]
 struct HostedStore {
-    // Fields drop in order: the client's connections close before the server does.
     client: StoreClient,
-    _server: StoreServer,
+    server: StoreServer,
+}
+
+impl Drop for HostedStore {
+    fn drop(&mut self) {
+        self.client.close_idle();
+        // A panic is on its way out of the process: the others should hear of that, not of us waiting for them.
+        if !std::thread::panicking() {
+            self.server.linger(LINGER_MAX);
+        }
+    }
 }
 
 impl Store for HostedStore {

@@ -45,8 +45,8 @@ impl Bytes {
         let metadata = file.metadata().map_err(Error::io("read the size of", path))?;
         let len = metadata.len();
         if !metadata.is_file() {
-            let source = std::io::Error::other("not a regular file");
-            return Err(Error::Io { action: "open", path: path.to_path_buf(), source });
+            let cause = std::io::Error::other("not a regular file");
+            return Err(Error::Io { action: "open", path: path.to_path_buf(), cause });
         }
         if let Some(expected) = expected_len.filter(|&expected| expected != len) {
             return Err(Error::WrongSize { path: path.to_path_buf(), expected, actual: len });
@@ -92,19 +92,19 @@ impl Bytes {
                     scratch.resize(len, 0);
                 }
                 let bytes = &mut scratch[..len];
-                file.read_exact_at(bytes, offset).map_err(|source| self.short(source, file))?;
+                file.read_exact_at(bytes, offset).map_err(|cause| self.short(cause, file))?;
                 Ok(bytes)
             }
         }
     }
 
     /// Why a read failed: cut off since it was opened, or what the system said.
-    fn short(&self, source: std::io::Error, file: &File) -> Error {
+    fn short(&self, cause: std::io::Error, file: &File) -> Error {
         let path = self.path.clone();
         let actual = file.metadata().map_or(self.len, |metadata| metadata.len());
         if actual < self.len {
             return Error::WrongSize { path, expected: self.len, actual };
         }
-        Error::Io { action: "read", path, source }
+        Error::Io { action: "read", path, cause }
     }
 }

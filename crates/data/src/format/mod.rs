@@ -22,4 +22,4 @@ mod writer;
 pub use bytes::Access;
 pub use index::{Index, ShardEntry, SpecialTokens, TokenDType};
 pub use tokens::TokenStream;
-pub(crate) use writer::{sync_folder, FolderWriter, ShardInfo};
+pub use writer::TokenWriter;

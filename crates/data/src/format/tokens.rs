@@ -77,8 +77,11 @@ impl TokenStream {
         while !rest.is_empty() {
             let available = to_usize((self.starts[shard + 1] - at).min(to_u64(rest.len())));
             let (now, later) = rest.split_at_mut(available);
-            self.shards[shard].read(at - self.starts[shard], now, scratch, reading)?;
-            self.check_values(shard, at, now)?;
+            let largest =
+                self.shards[shard].read(at - self.starts[shard], now, scratch, reading)?;
+            if largest >= self.index.vocab_size {
+                return Err(self.bad_value(shard, start, at, now));
+            }
             at += to_u64(available);
             rest = later;
             shard += 1;
@@ -86,20 +89,17 @@ impl TokenStream {
         Ok(())
     }
 
-    fn check_values(&self, shard: usize, start: u64, tokens: &[i64]) -> Result<()> {
+    /// The first token of `tokens` that is no entry of the vocabulary. They start at `at`, the read started at `start`.
+    fn bad_value(&self, shard: usize, start: u64, at: u64, tokens: &[i64]) -> Error {
         let vocab_size = i64::from(self.index.vocab_size);
-        let largest = tokens.iter().copied().max().unwrap_or(0);
-        if largest < vocab_size {
-            return Ok(());
-        }
-        let position = tokens.iter().position(|&token| token >= vocab_size).unwrap_or(0);
-        Err(Error::BadValue {
+        let index = tokens.iter().position(|&token| token >= vocab_size).unwrap_or(0);
+        Error::BadValue {
             path: self.shards[shard].path().to_path_buf(),
             sample: start,
-            position,
-            value: tokens[position],
+            position: to_usize(at - start) + index,
+            value: tokens[index],
             reason: format!("the vocabulary has {vocab_size} entries; prepare the data again"),
-        })
+        }
     }
 
     /// Reads everything once and compares all checksums.

@@ -15,51 +15,127 @@ use crate::cast::to_u64;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
 
-/// A folder being written.
+/// Writes a prepared folder.
+///
+/// The folder appears under its name when [`finish`](Self::finish) succeeds, complete and synced to disk; until then, and if
+/// the writer is dropped, nothing is there. Two writers must not write to the same target at once.
+///
+/// ```
+/// use phalanx_data::{SpecialTokens, TokenStream, TokenWriter, Access};
+///
+/// # fn main() -> phalanx_data::Result<()> {
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let target = folder.path().join("corpus");
+/// let special = SpecialTokens { pad: 0, unk: 1, cls: 2, sep: 3, mask: 4 };
+/// let mut writer = TokenWriter::create(&target, b"{}", 100, special, 1 << 20)?;
+/// for document in [[7, 8, 9, 3], [10, 11, 12, 3]] {
+///     writer.tokens(&document)?;
+///     writer.end_document()?;
+/// }
+/// writer.finish(0)?;
+/// assert_eq!(TokenStream::open(&target, Access::Read)?.token_count(), 8);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
-pub(crate) struct FolderWriter {
+pub struct TokenWriter {
     partial: PathBuf,
     target: PathBuf,
+    about: ShardInfo,
+    current: Option<ShardWriter>,
+    done: Vec<ShardEntry>,
     finished: bool,
 }
 
-impl FolderWriter {
-    /// Starts a folder that will be renamed to `target`. The caller holds the lock for `target`.
-    pub(crate) fn create(target: &Path) -> Result<Self> {
+impl TokenWriter {
+    /// Starts a folder that will be renamed to `target`. What an earlier writer of the same target left half done is removed.
+    ///
+    /// A shard is closed at the first end of a document after `shard_bytes` of tokens.
+    ///
+    /// # Errors
+    /// [`Error::CacheNotWritable`] and [`Error::Io`].
+    pub fn create(
+        target: &Path,
+        tokenizer_json: &[u8],
+        vocab_size: u32,
+        special: SpecialTokens,
+        shard_bytes: u64,
+    ) -> Result<Self> {
         let partial = partial_path(target);
-        let failed = |source| Error::CacheNotWritable { path: partial.clone(), source };
+        let failed = |cause| Error::CacheNotWritable { path: partial.clone(), cause };
         if partial.exists() {
             fs::remove_dir_all(&partial).map_err(failed)?;
         }
         fs::create_dir_all(&partial).map_err(failed)?;
-        Ok(FolderWriter { partial, target: target.to_path_buf(), finished: false })
+        let tokenizer = Fingerprinter::new(TOKENIZER_FILE).bytes(tokenizer_json).finish();
+        let writer = TokenWriter {
+            partial,
+            target: target.to_path_buf(),
+            about: ShardInfo { vocab_size, special, tokenizer, shard_bytes },
+            current: None,
+            done: Vec::new(),
+            finished: false,
+        };
+        write_synced(&writer.partial.join(TOKENIZER_FILE), tokenizer_json)?;
+        Ok(writer)
     }
 
-    /// Writes the tokenizer, and returns its fingerprint.
-    pub(crate) fn tokenizer(&self, json: &[u8]) -> Result<Fingerprint> {
-        write_synced(&self.partial.join(TOKENIZER_FILE), json)?;
-        Ok(Fingerprinter::new(TOKENIZER_FILE).bytes(json).finish())
+    /// Appends tokens to the current document. Its last token should be `[SEP]`.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and [`Error::BadValue`] for a token outside the vocabulary.
+    pub fn tokens(&mut self, tokens: &[u32]) -> Result<()> {
+        let dtype = TokenDType::for_vocabulary(self.about.vocab_size);
+        let shard = match &mut self.current {
+            Some(shard) => shard,
+            none => none.insert(ShardWriter::create(&self.partial, self.done.len(), dtype)?),
+        };
+        shard.tokens(tokens, self.about.vocab_size)
     }
 
-    pub(crate) fn shards(&self, about: ShardInfo) -> ShardsWriter<'_> {
-        ShardsWriter { folder: self, about, current: None, done: Vec::new() }
+    /// Closes the current document, and the shard if it is large enough.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn end_document(&mut self) -> Result<()> {
+        let Some(shard) = &mut self.current else { return Ok(()) };
+        shard.end_document();
+        if shard.token_count * to_u64(shard.dtype.bytes()) >= self.about.shard_bytes {
+            self.close_shard()?;
+        }
+        Ok(())
     }
 
-    /// Writes the index and moves the folder to its place.
-    pub(crate) fn finish(mut self, index: &Index) -> Result<()> {
+    /// Writes the index and moves the folder to its place. `source_bytes` of text went into it.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn finish(mut self, source_bytes: u64) -> Result<Index> {
+        self.close_shard()?;
+        let ShardInfo { vocab_size, special, tokenizer, .. } = self.about;
+        let shards = std::mem::take(&mut self.done);
+        let index = Index::new(vocab_size, special, tokenizer, source_bytes, shards);
         write_synced(&self.partial.join(INDEX_FILE), &index.to_json())?;
         sync_folder(&self.partial)?;
         if self.target.exists() {
-            // Unusable, or the caller would have used it.
             fs::remove_dir_all(&self.target).map_err(Error::io("remove", &self.target))?;
         }
         fs::rename(&self.partial, &self.target).map_err(Error::io("rename", &self.partial))?;
         self.finished = true;
-        sync_folder(self.target.parent().unwrap_or(Path::new(".")))
+        let parent = self.target.parent().filter(|parent| !parent.as_os_str().is_empty());
+        sync_folder(parent.unwrap_or(Path::new(".")))?;
+        Ok(index)
+    }
+
+    fn close_shard(&mut self) -> Result<()> {
+        if let Some(shard) = self.current.take() {
+            self.done.push(shard.finish(&self.about)?);
+        }
+        Ok(())
     }
 }
 
-impl Drop for FolderWriter {
+impl Drop for TokenWriter {
     fn drop(&mut self) {
         if !self.finished {
             // What cannot be removed is removed by the next writer, or reported by it.
@@ -82,62 +158,18 @@ fn write_synced(path: &Path, content: &[u8]) -> Result<()> {
 }
 
 /// Makes renames and new names in a folder durable.
-pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
+fn sync_folder(folder: &Path) -> Result<()> {
     let file = File::open(folder).map_err(Error::io("open", folder))?;
     file.sync_all().map_err(Error::io("sync", folder))
 }
 
 /// What all shards of a folder have in common.
 #[derive(Clone, Debug)]
-pub(crate) struct ShardInfo {
-    pub(crate) vocab_size: u32,
-    pub(crate) special: SpecialTokens,
-    pub(crate) tokenizer: Fingerprint,
-    /// A shard is closed at the first end of a document after so many bytes of tokens.
-    pub(crate) shard_bytes: u64,
-}
-
-/// Writes tokens into one shard after another.
-#[derive(Debug)]
-pub(crate) struct ShardsWriter<'a> {
-    folder: &'a FolderWriter,
-    about: ShardInfo,
-    current: Option<ShardWriter>,
-    done: Vec<ShardEntry>,
-}
-
-impl ShardsWriter<'_> {
-    /// Appends tokens to the current document.
-    pub(crate) fn tokens(&mut self, tokens: &[u32]) -> Result<()> {
-        let dtype = TokenDType::for_vocabulary(self.about.vocab_size);
-        let shard = match &mut self.current {
-            Some(shard) => shard,
-            none => none.insert(ShardWriter::create(&self.folder.partial, self.done.len(), dtype)?),
-        };
-        shard.tokens(tokens)
-    }
-
-    /// Closes the current document, and the shard if it is large enough.
-    pub(crate) fn end_document(&mut self) -> Result<()> {
-        let Some(shard) = &mut self.current else { return Ok(()) };
-        shard.doc_offsets.push(shard.token_count);
-        if shard.token_count * to_u64(shard.dtype.bytes()) >= self.about.shard_bytes {
-            self.close_shard()?;
-        }
-        Ok(())
-    }
-
-    pub(crate) fn finish(mut self) -> Result<Vec<ShardEntry>> {
-        self.close_shard()?;
-        Ok(self.done)
-    }
-
-    fn close_shard(&mut self) -> Result<()> {
-        if let Some(shard) = self.current.take() {
-            self.done.push(shard.finish(&self.about)?);
-        }
-        Ok(())
-    }
+struct ShardInfo {
+    vocab_size: u32,
+    special: SpecialTokens,
+    tokenizer: Fingerprint,
+    shard_bytes: u64,
 }
 
 #[derive(Debug)]
@@ -175,31 +207,33 @@ impl ShardWriter {
         })
     }
 
-    fn tokens(&mut self, tokens: &[u32]) -> Result<()> {
+    fn tokens(&mut self, tokens: &[u32], vocab_size: u32) -> Result<()> {
+        if let Some(position) = tokens.iter().position(|&token| token >= vocab_size) {
+            return Err(Error::BadValue {
+                path: self.path.clone(),
+                sample: self.token_count,
+                position,
+                value: i64::from(tokens[position]),
+                reason: format!("the vocabulary has {vocab_size} entries"),
+            });
+        }
         self.bytes.clear();
         for &token in tokens {
-            match self.dtype {
-                TokenDType::U16 => {
-                    let token = u16::try_from(token).map_err(|_too_large| Error::BadValue {
-                        path: self.path.clone(),
-                        sample: 0,
-                        position: 0,
-                        value: i64::from(token),
-                        reason: "it does not fit 16 bits".to_owned(),
-                    })?;
-                    self.bytes.extend_from_slice(&token.to_le_bytes());
-                }
-                TokenDType::U32 => self.bytes.extend_from_slice(&token.to_le_bytes()),
-            }
+            // Little-endian: the lower bytes come first.
+            self.bytes.extend_from_slice(&token.to_le_bytes()[..self.dtype.bytes()]);
         }
         self.token_count += to_u64(tokens.len());
         self.file.write_all(&self.bytes).map_err(Error::io("write", &self.path))
     }
 
-    fn finish(mut self, about: &ShardInfo) -> Result<ShardEntry> {
+    fn end_document(&mut self) {
         if self.doc_offsets.last() != Some(&self.token_count) {
             self.doc_offsets.push(self.token_count);
         }
+    }
+
+    fn finish(mut self, about: &ShardInfo) -> Result<ShardEntry> {
+        self.end_document();
         let offsets: Vec<u8> = self.doc_offsets.iter().flat_map(|at| at.to_le_bytes()).collect();
         self.file.write_all(&offsets).map_err(Error::io("write", &self.path))?;
         let special = about.special;
@@ -224,7 +258,7 @@ impl ShardWriter {
             let reason = format!("a header of {} bytes does not fit {DATA_START}", header.len());
             return Err(Error::BadHeader { path: self.path, reason });
         }
-        let failed = |source| Error::Io { action: "write", path: self.path.clone(), source };
+        let failed = |cause| Error::Io { action: "write", path: self.path.clone(), cause };
         let mut file = self.file.into_inner().map_err(|error| failed(error.into_error()))?;
         file.rewind().map_err(failed)?;
         file.write_all(&header).map_err(failed)?;

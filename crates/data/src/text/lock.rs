@@ -20,7 +20,7 @@ pub(super) struct Lock {
 
 /// Takes the lock at `path`. Calls `waiting` once if somebody else holds it.
 pub(super) fn acquire(path: &Path, timeout: Duration, waiting: impl FnOnce()) -> Result<Lock> {
-    let not_writable = |source| Error::CacheNotWritable { path: path.to_path_buf(), source };
+    let not_writable = |cause| Error::CacheNotWritable { path: path.to_path_buf(), cause };
     let mut file = OpenOptions::new()
         .create(true)
         .truncate(false)
@@ -33,7 +33,7 @@ pub(super) fn acquire(path: &Path, timeout: Duration, waiting: impl FnOnce()) ->
     loop {
         match file.try_lock() {
             Ok(()) => break,
-            Err(TryLockError::Error(source)) => return Err(not_writable(source)),
+            Err(TryLockError::Error(cause)) => return Err(not_writable(cause)),
             Err(TryLockError::WouldBlock) => {}
         }
         if let Some(tell) = waiting.take() {

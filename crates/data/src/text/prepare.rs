@@ -11,13 +11,17 @@ use super::encode::{count_words, Encoder};
 use super::lock;
 use super::source::{self, TextFile};
 use super::vocabulary::{self, Vocabulary, SPECIAL_IDS, VOCAB_SIZE_MIN};
+use crate::cast::to_u64;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
-use crate::format::{sync_folder, FolderWriter, Index, ShardEntry, ShardInfo, SpecialTokens};
+use crate::format::{Index, SpecialTokens, TokenWriter};
 use crate::progress::{Event, Progress, Stage};
 
 /// Folder for prepared data inside the data folder.
 const CACHE_FOLDER: &str = ".phalanx";
+
+/// One `[UNK]` in so many tokens is worth a notice.
+const UNKNOWN_WORTH_A_NOTICE: u64 = 50;
 
 /// Part of every key: raised when the same text and options give other tokens.
 const KEY_VERSION: &str = "prepare 1";
@@ -62,7 +66,8 @@ impl Default for PrepareOptions {
 pub struct Prepared {
     /// Where it is.
     pub folder: PathBuf,
-    /// Entries of the vocabulary: a model needs at least so many embeddings. May be below what was asked for.
+    /// Entries of the vocabulary: a model needs at least so many embeddings. Text may yield fewer than were asked for; a
+    /// folder that was prepared elsewhere has what it has.
     pub vocab_size: u32,
     /// Ids of the special tokens.
     pub special: SpecialTokens,
@@ -130,17 +135,22 @@ pub fn prepare(path: &Path, options: &PrepareOptions, progress: &dyn Progress) -
     if Index::is_in(&target) {
         return Ok(Prepared::new(&target, &Index::read(&target)?, true));
     }
-    let not_writable = |source| Error::CacheNotWritable { path: cache.clone(), source };
+    let not_writable = |cause| Error::CacheNotWritable { path: cache.clone(), cause };
     fs::create_dir_all(&cache).map_err(not_writable)?;
-    let waiting = || progress.report(Event::Begin { stage: Stage::Waiting, total_bytes: 0 });
+    let mut waited = false;
+    let waiting = || {
+        waited = true;
+        progress.report(Event::Begin { stage: Stage::Waiting, total_bytes: 0 });
+    };
     let lock_file = cache.join(format!(".{key}.lock"));
     let _lock = lock::acquire(&lock_file, options.lock_timeout, waiting)?;
-    if Index::is_in(&target) {
+    if waited {
         progress.report(Event::End { stage: Stage::Waiting });
+    }
+    if Index::is_in(&target) {
         return Ok(Prepared::new(&target, &Index::read(&target)?, true));
     }
     let index = in_pool(options.threads, || write(path, &target, &files, options, progress))??;
-    sync_folder(&cache)?;
     Ok(Prepared::new(&target, &index, false))
 }
 
@@ -172,26 +182,28 @@ fn write(
 ) -> Result<Index> {
     let source_bytes = files.iter().map(|file| file.bytes).sum();
     let vocabulary = train(path, files, options, source_bytes, progress)?;
-    let folder = FolderWriter::create(target)?;
-    let tokenizer = folder.tokenizer(vocabulary.json.as_bytes())?;
-    let info = ShardInfo {
-        vocab_size: vocabulary.size,
-        special: SPECIAL_IDS,
-        tokenizer,
-        shard_bytes: options.shard_bytes,
-    };
+    let mut writer = TokenWriter::create(
+        target,
+        vocabulary.json.as_bytes(),
+        vocabulary.size,
+        SPECIAL_IDS,
+        options.shard_bytes,
+    )?;
     progress.report(Event::Begin { stage: Stage::Encoding, total_bytes: source_bytes });
-    let shards = encode(&folder, info, files, &vocabulary, options.lowercase, progress)?;
+    let unknown = encode(&mut writer, files, &vocabulary, options.lowercase, progress)?;
     progress.report(Event::End { stage: Stage::Encoding });
     files.iter().try_for_each(TextFile::check_unchanged)?;
-    let index = Index::new(vocabulary.size, SPECIAL_IDS, tokenizer, source_bytes, shards);
-    folder.finish(&index)?;
-    let (tokens, documents) = (index.token_count, index.document_count);
-    let target = target.display();
+    let index = writer.finish(source_bytes)?;
+    let (tokens, documents, size) = (index.token_count, index.document_count, vocabulary.size);
     progress.report(Event::Notice(&format!(
-        "{source_bytes} bytes of text in {documents} files are {tokens} tokens of a vocabulary of {} in {target}",
-        vocabulary.size
+        "{source_bytes} bytes of text in {documents} documents are {tokens} tokens of a vocabulary of {size} in {}",
+        target.display()
     )));
+    if unknown * UNKNOWN_WORTH_A_NOTICE > tokens {
+        progress.report(Event::Notice(&format!(
+            "{unknown} of these tokens are [UNK], which teaches nothing: a larger vocab_size leaves fewer"
+        )));
+    }
     Ok(index)
 }
 
@@ -221,30 +233,30 @@ fn train(
     Ok(vocabulary)
 }
 
+/// Encodes all files; gives the number of words that became `[UNK]`.
 fn encode(
-    folder: &FolderWriter,
-    info: ShardInfo,
+    writer: &mut TokenWriter,
     files: &[TextFile],
     vocabulary: &Vocabulary,
     lowercase: bool,
     progress: &dyn Progress,
-) -> Result<Vec<ShardEntry>> {
+) -> Result<u64> {
     let encoder = Encoder::new(&vocabulary.model, lowercase);
-    let separator = info.special.sep;
-    let mut shards = folder.shards(info);
+    let mut unknown = 0;
     for file in files {
         let mut is_empty = true;
         encoder.file(file, progress, |tokens| {
-            is_empty &= tokens.is_empty();
             if tokens.is_empty() {
                 return Ok(());
             }
-            shards.tokens(tokens)
+            is_empty = false;
+            unknown += to_u64(tokens.iter().filter(|&&token| token == SPECIAL_IDS.unk).count());
+            writer.tokens(tokens)
         })?;
         if !is_empty {
-            shards.tokens(&[separator])?;
-            shards.end_document()?;
+            writer.tokens(&[SPECIAL_IDS.sep])?;
+            writer.end_document()?;
         }
     }
-    shards.finish()
+    Ok(unknown)
 }

@@ -39,6 +39,9 @@ const ALPHABET_MAX: usize = 1000;
 /// The trainer counts pairs in `i32`; counts are scaled down to stay below.
 const COUNT_SUM_MAX: u64 = 1 << 31;
 
+/// A word holds the same pair at most so often in text that is language; longer runs are rare enough not to matter.
+const LETTER_PAIRS: u64 = 4;
+
 /// How often each word occurs.
 pub(super) type WordCounts = BTreeMap<String, u64>;
 
@@ -84,7 +87,6 @@ pub(super) fn train(
         .vocab_size(to_usize(u64::from(vocab_size)))
         .min_frequency(min_frequency)
         .special_tokens(fixed)
-        .limit_alphabet(0)
         .continuing_subword_prefix(CONTINUATION.to_owned())
         .build();
     let total: u64 = counts.iter().map(|(_, count)| count * LETTER_PAIRS).sum();
@@ -96,9 +98,6 @@ pub(super) fn train(
         .map_err(tokenizer_error("train the vocabulary"))?;
     finish(WordPiece::from_bpe(&bpe), lowercase)
 }
-
-/// A word holds the same pair at most so often in text that is language; longer runs are rare enough not to matter.
-const LETTER_PAIRS: u64 = 4;
 
 /// The most frequent characters, in the order of their code points.
 fn alphabet(counts: &WordCounts, vocab_size: u32) -> Vec<char> {

@@ -107,17 +107,21 @@ impl Optimizer {
         let Some(scratch) = &self.lamb else { return Vec::new() };
         let mut pieces = self.owned.iter().flat_map(|o| o.pieces.iter().map(|p| (o.storage, p)));
         let mut current = pieces.next();
-        self.cells.mine.iter().map(|cell| {
-            while let Some((storage, piece)) = current {
-                if storage == cell.storage && piece.run.range.contains(&cell.range.start) {
-                    let start = piece.run.state.start + (cell.range.start - piece.run.range.start);
-                    let range = start..start + cell.range.len();
-                    return scratch.steps[storage].sum_of_squares(&range);
+        self.cells
+            .mine
+            .iter()
+            .map(|cell| {
+                while let Some((storage, piece)) = current {
+                    if storage == cell.storage && piece.run.range.contains(&cell.range.start) {
+                        let start =
+                            piece.run.state.start + (cell.range.start - piece.run.range.start);
+                        let range = start..start + cell.range.len();
+                        return scratch.steps[storage].sum_of_squares(&range);
+                    }
+                    current = pieces.next();
                 }
-                current = pieces.next();
-            }
-            0.0
-        })
-        .collect()
+                0.0
+            })
+            .collect()
     }
 }

@@ -110,7 +110,7 @@ struct Moments {
 /// use tch::{nn, nn::Module, Device, Kind, Tensor};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// let mut group = Group::single(GroupOptions::default());
+/// let mut group = Group::single(GroupOptions::default())?;
 /// let vs = nn::VarStore::new(Device::Cpu);
 /// let net = nn::linear(vs.root() / "fc", 4, 1, Default::default());
 /// let ddp = Ddp::new(&vs, &mut group, DdpOptions { zero: Zero::One, ..DdpOptions::default() })?;
@@ -194,7 +194,7 @@ impl Optimizer {
     /// [`Error::NoGradients`] when no backward exchanged gradients since the last step; [`Error::BadSetting`]
     /// for a `norm_max` that is not above zero; errors of the group.
     pub fn step(&mut self, norm_max: Option<f64>) -> Result<f64> {
-        if let Some(max) = norm_max.filter(|max| !(*max > 0.0)) {
+        if let Some(max) = norm_max.filter(|max| max.is_nan() || *max <= 0.0) {
             let (setting, value) = ("norm_max", max.to_string());
             return Err(Error::BadSetting { setting, value, expected: "a number > 0" });
         }
@@ -223,13 +223,19 @@ impl Optimizer {
         Ok(all.iter().map(|&(_, sum)| sum).sum::<f64>().sqrt())
     }
 
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "steps are far below 2^24; PyTorch counts in f32 too"
+    )]
+    #[expect(clippy::cast_possible_truncation, reason = "the divisor is a ratio near 1")]
     fn adamw_step(&mut self, reducer: &mut Reducer, divisor: f64) -> Result<()> {
         drop(self.step.f_fill_(self.step_count as f64)?);
         let divisor = (divisor > 1.0).then(|| Tensor::from(divisor as f32));
         let mut works = Vec::new();
         for bucket in 0..self.owned.len() {
             for decays in [true, false] {
-                let runs = self.owned[bucket].runs.iter().filter(|run| run.decays == decays).cloned();
+                let runs =
+                    self.owned[bucket].runs.iter().filter(|run| run.decays == decays).cloned();
                 let lists = self.lists(reducer, bucket, runs)?;
                 let weight_decay = if decays { self.rule.settings.weight_decay } else { 0.0 };
                 let settings = AdamWSettings { weight_decay, ..self.rule.settings };

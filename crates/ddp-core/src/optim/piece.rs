@@ -69,7 +69,9 @@ fn joined(pieces: &[Piece]) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     for piece in pieces {
         match runs.last_mut() {
-            Some(last) if last.decays == piece.run.decays && last.range.end == piece.run.range.start => {
+            Some(last)
+                if last.decays == piece.run.decays && last.range.end == piece.run.range.start =>
+            {
                 last.range.end = piece.run.range.end;
                 last.state.end = piece.run.state.end;
             }

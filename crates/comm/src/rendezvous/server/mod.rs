@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -58,7 +58,7 @@ const ACCEPT_REST: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub struct StoreServer {
     address: SocketAddr,
-    stop: Arc<OwnedFd>,
+    stop: Arc<Stop>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -83,7 +83,7 @@ impl StoreServer {
         listener.set_nonblocking(true).map_err(system("fcntl"))?;
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| RendezvousError::System { call: "eventfd", source: errno.into() })?;
-        let stop = Arc::new(stop);
+        let stop = Arc::new(Stop { event: stop, linger_until: Mutex::new(None) });
         let server = Loop {
             listener,
             stop: Arc::clone(&stop),
@@ -93,6 +93,7 @@ impl StoreServer {
             next_id: 0,
             accept_after: None,
             warnings: Warnings::default(),
+            linger_until: None,
         };
         let thread = thread::Builder::new()
             .name("store server".to_owned())
@@ -108,10 +109,27 @@ impl StoreServer {
     }
 }
 
+impl StoreServer {
+    /// From now on it ends as soon as no client is connected any more, at `limit` at the latest. Dropping it afterwards
+    /// waits for that: a rank that hosts the store does not take it from under the others.
+    pub fn linger(&self, limit: Duration) {
+        let until = Instant::now() + limit;
+        *self.stop.linger_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(until);
+    }
+}
+
+/// How the server's thread is told to end.
+#[derive(Debug)]
+struct Stop {
+    event: OwnedFd,
+    /// Not at once, but when the clients have gone.
+    linger_until: Mutex<Option<Instant>>,
+}
+
 impl Drop for StoreServer {
     fn drop(&mut self) {
         // The loop blocks nowhere but in poll, which any count but zero ends.
-        if let Err(errno) = rustix::io::write(&*self.stop, &[1; 8]) {
+        if let Err(errno) = rustix::io::write(&self.stop.event, &[1; 8]) {
             tracing::debug!(%errno, "the store server was told to stop before");
         }
         if let Some(thread) = self.thread.take() {
@@ -125,7 +143,7 @@ impl Drop for StoreServer {
 /// The poll loop's state.
 struct Loop {
     listener: TcpListener,
-    stop: Arc<OwnedFd>,
+    stop: Arc<Stop>,
     credentials: Credentials,
     engine: Engine,
     connections: BTreeMap<ConnectionId, Connection>,
@@ -133,6 +151,8 @@ struct Loop {
     /// Accepting rests until then.
     accept_after: Option<Instant>,
     warnings: Warnings,
+    /// The server ends when its clients have gone, or then.
+    linger_until: Option<Instant>,
 }
 
 /// What poll reported.
@@ -153,7 +173,11 @@ impl Loop {
                 }
             };
             if !events.stop.is_empty() {
-                return;
+                let linger = self.stop.linger_until.lock().unwrap_or_else(PoisonError::into_inner);
+                self.linger_until = *linger;
+                if linger.is_none() {
+                    return;
+                }
             }
             let now = Instant::now();
             for (id, flags) in events.connections {
@@ -165,14 +189,19 @@ impl Loop {
             if !events.listener.is_empty() {
                 self.accept(now);
             }
+            if self.linger_until.is_some_and(|until| until <= now || !self.has_members()) {
+                return;
+            }
         }
     }
 
     fn poll(&self) -> io::Result<Events> {
         let resting = self.accept_after.is_some_and(|after| after > Instant::now());
+        // Its event stays readable for ever: once it is heeded it is of no more interest.
+        let stop = if self.linger_until.is_some() { PollFlags::empty() } else { PollFlags::IN };
         let accepting = if resting { PollFlags::empty() } else { PollFlags::IN };
         let mut fds =
-            vec![PollFd::new(&*self.stop, PollFlags::IN), PollFd::new(&self.listener, accepting)];
+            vec![PollFd::new(&self.stop.event, stop), PollFd::new(&self.listener, accepting)];
         fds.extend(self.connections.iter().map(|(&id, connection)| {
             let flags = if connection.has_output() {
                 PollFlags::OUT
@@ -201,9 +230,16 @@ impl Loop {
         })
     }
 
+    fn has_members(&self) -> bool {
+        self.connections.values().any(|connection| !connection.is_stranger())
+    }
+
     fn next_deadline(&self) -> Option<Instant> {
         let connections = self.connections.values().filter_map(Connection::deadline).min();
-        [connections, self.engine.next_deadline(), self.accept_after].into_iter().flatten().min()
+        [connections, self.engine.next_deadline(), self.accept_after, self.linger_until]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Moves the bytes of one connection and answers the requests that are complete.

@@ -1,24 +1,30 @@
 //! What the training tests share: a small model with several buckets, and data that depends on nothing but
 //! the sample's index.
 #![allow(dead_code, reason = "each test file uses its part")]
+#![allow(clippy::cast_possible_wrap, clippy::cast_precision_loss, reason = "small numbers")]
 
 use phalanx_comm::Group;
 use phalanx_ddp_core::{Ddp, DdpOptions, Zero};
 use tch::{nn, nn::Module, Device, Kind, Tensor};
 
 /// Small caps: the model below has at least three buckets of uneven sizes.
-pub fn options(zero: Zero) -> DdpOptions {
-    DdpOptions { first_bucket_bytes_max: 256, bucket_bytes_max: 9000, zero, ..DdpOptions::default() }
+pub(crate) fn options(zero: Zero) -> DdpOptions {
+    DdpOptions {
+        first_bucket_bytes_max: 256,
+        bucket_bytes_max: 9000,
+        zero,
+        ..DdpOptions::default()
+    }
 }
 
 /// A model of uneven layers; `seed` decides its values, whatever else draws random numbers.
-pub struct Model {
-    pub vs: nn::VarStore,
+pub(crate) struct Model {
+    pub(crate) vs: nn::VarStore,
     net: nn::Sequential,
 }
 
 impl Model {
-    pub fn new(seed: i64) -> Self {
+    pub(crate) fn new(seed: i64) -> Self {
         let vs = nn::VarStore::new(Device::Cpu);
         let root = vs.root();
         let net = nn::seq()
@@ -36,30 +42,31 @@ impl Model {
         model
     }
 
-    pub fn sorted(&self) -> Vec<(String, Tensor)> {
+    pub(crate) fn sorted(&self) -> Vec<(String, Tensor)> {
         let mut all: Vec<_> = self.vs.variables().into_iter().collect();
         all.sort_by(|a, b| a.0.cmp(&b.0));
         all
     }
 
     /// Sum of squared errors over samples `range`.
-    pub fn loss_sum(&self, range: std::ops::Range<i64>) -> Tensor {
+    pub(crate) fn loss_sum(&self, range: std::ops::Range<i64>) -> Tensor {
         let (x, y) = samples(range);
         (self.net.forward(&x) - y).square().sum(Kind::Float)
     }
 
     /// All parameters, as bits.
-    pub fn bits(&self) -> Vec<u32> {
-        let flat: Vec<Tensor> = self.sorted().into_iter().map(|(_, v)| v.detach().reshape([-1])).collect();
+    pub(crate) fn bits(&self) -> Vec<u32> {
+        let flat: Vec<Tensor> =
+            self.sorted().into_iter().map(|(_, v)| v.detach().reshape([-1])).collect();
         values(&Tensor::cat(&flat, 0)).into_iter().map(f32::to_bits).collect()
     }
 
-    pub fn values(&self) -> Vec<f32> {
+    pub(crate) fn values(&self) -> Vec<f32> {
         self.bits().into_iter().map(f32::from_bits).collect()
     }
 }
 
-pub fn values(tensor: &Tensor) -> Vec<f32> {
+pub(crate) fn values(tensor: &Tensor) -> Vec<f32> {
     let tensor = tensor.detach().contiguous();
     let mut out = vec![0.0; tensor.numel()];
     tensor.copy_data(&mut out, tensor.numel());
@@ -67,14 +74,14 @@ pub fn values(tensor: &Tensor) -> Vec<f32> {
 }
 
 /// Values in (−1, 1) that look random and are not.
-pub fn pattern(shape: &[i64], seed: i64) -> Tensor {
+pub(crate) fn pattern(shape: &[i64], seed: i64) -> Tensor {
     let len: i64 = shape.iter().product();
     let at = Tensor::arange(len, (Kind::Double, Device::Cpu)) + seed as f64 * 17.3;
     (at * 12.9898).sin().to_kind(Kind::Float).reshape(shape)
 }
 
 /// Inputs [n, 7] and targets [n, 1] of samples `range`.
-pub fn samples(range: std::ops::Range<i64>) -> (Tensor, Tensor) {
+pub(crate) fn samples(range: std::ops::Range<i64>) -> (Tensor, Tensor) {
     let rows: Vec<Tensor> = range.map(|sample| pattern(&[7], 1000 + sample)).collect();
     let x = Tensor::stack(&rows, 0);
     let y = x.sum_dim_intlist([1_i64].as_slice(), true, Kind::Float).sin();
@@ -82,13 +89,13 @@ pub fn samples(range: std::ops::Range<i64>) -> (Tensor, Tensor) {
 }
 
 /// A wrapped model; every rank starts from other values, rank 0's count.
-pub fn wrapped(group: &mut Group, options: DdpOptions) -> (Model, Ddp) {
+pub(crate) fn wrapped(group: &mut Group, options: DdpOptions) -> (Model, Ddp) {
     let model = Model::new(group.rank() as i64 * 1000);
-    let ddp = Ddp::new(&model.vs, group, options).unwrap();
+    let ddp = Ddp::new(&model.vs, group, options).expect("ranks agree");
     (model, ddp)
 }
 
-pub fn assert_close(left: &[f32], right: &[f32], tolerance: f32) {
+pub(crate) fn assert_close(left: &[f32], right: &[f32], tolerance: f32) {
     assert_eq!(left.len(), right.len());
     for (at, (l, r)) in left.iter().zip(right).enumerate() {
         assert!((l - r).abs() <= tolerance * (1.0 + r.abs()), "element {at}: {l} and {r}");

@@ -1,6 +1,5 @@
 //! From text that the test writes to batches.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use phalanx_data::{
@@ -8,20 +7,7 @@ use phalanx_data::{
     TokenStream, IGNORED,
 };
 
-/// Sentences of varied words, the same on every run.
-fn write_text(folder: &Path, files: usize, sentences: usize) {
-    let nouns = ["king", "queen", "sword", "castle", "river", "winter", "messenger", "crown"];
-    let verbs = ["loves", "breaks", "remembers", "carries", "crosses", "forgets"];
-    for file in 0..files {
-        let mut content = String::new();
-        for sentence in 0..sentences {
-            let n = file * 31 + sentence * 7;
-            let (a, b) = (nouns[n % 8], nouns[(n / 3 + sentence) % 8]);
-            content.push_str(&format!("The {a} {} the {b}, scene {n}.\n", verbs[(n / 5) % 6]));
-        }
-        std::fs::write(folder.join(format!("play-{file}.txt")), content).expect("write a text");
-    }
-}
+use crate::support::write_text;
 
 fn options() -> text::PrepareOptions {
     text::PrepareOptions { vocab_size: 512, shard_bytes: 4096, ..Default::default() }

@@ -1,0 +1,217 @@
+//! Prefetching: order, bounds, errors, panics, deadlines, memory.
+
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use phalanx_data::{Error, Loader, LoaderOptions, MicroBatch, Order};
+
+use crate::support::{broken, open, write_tokens, Scripted};
+
+/// Nothing here takes longer; a test that does has hung.
+const LONG: Duration = Duration::from_secs(20);
+
+fn options(threads: usize) -> LoaderOptions {
+    LoaderOptions {
+        order: Order::Sequential,
+        global_batch: 4,
+        threads,
+        timeout: LONG,
+        ..Default::default()
+    }
+}
+
+#[test]
+fn batches_come_in_order_when_threads_finish_in_another() {
+    // Even batches take longer than odd ones.
+    let script = |sample: phalanx_data::Sample| {
+        if sample.id % 8 < 4 {
+            std::thread::park_timeout(Duration::from_micros(200 * (sample.id % 3)));
+        }
+        Ok(())
+    };
+    let samples = Arc::new(Scripted { count: 400, len: 1, script });
+    let mut loader = Loader::new(samples, options(4)).unwrap();
+    for step in 0..100 {
+        let ids: Vec<i64> = loader.next_step().unwrap().micro_batches[0].input_ids().to_vec();
+        assert_eq!(ids, (step * 4..step * 4 + 4).collect::<Vec<i64>>());
+    }
+}
+
+#[test]
+fn an_error_arrives_in_its_place_and_stops_the_loader() {
+    for threads in [0, 1, 3] {
+        let script = |sample: phalanx_data::Sample| match sample.id {
+            21 => Err(broken()),
+            _ => Ok(()),
+        };
+        let samples = Arc::new(Scripted { count: 400, len: 1, script });
+        let mut loader = Loader::new(samples, options(threads)).unwrap();
+        for _ in 0..5 {
+            loader.next_step().unwrap();
+        }
+        let state = loader.state();
+        assert!(matches!(loader.next_step(), Err(Error::NoSuchSample { sample: 4711, .. })));
+        match loader.next_step() {
+            Err(Error::Stopped { first }) => assert!(first.contains("4711")),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(loader.state(), state, "the place is that of the last good step");
+    }
+}
+
+#[test]
+fn a_panic_in_a_thread_is_an_error_with_its_place_and_message() {
+    let script = |sample: phalanx_data::Sample| {
+        assert!(sample.id != 13, "thirteen brings no luck");
+        Ok(())
+    };
+    let samples = Arc::new(Scripted { count: 400, len: 1, script });
+    let mut loader = Loader::new(samples, options(2)).unwrap();
+    for _ in 0..3 {
+        loader.next_step().unwrap();
+    }
+    match loader.next_step() {
+        Err(Error::WorkerPanicked { epoch: 0, position: 12, message }) => {
+            assert_eq!(message, "thirteen brings no luck");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn slow_storage_is_an_error_after_the_timeout_not_a_hang() {
+    let gate = Arc::new((Mutex::new(false), Condvar::new()));
+    let held = Arc::clone(&gate);
+    let script = move |_| {
+        let (open, changed) = &*held;
+        let open = open.lock().unwrap();
+        drop(changed.wait_timeout_while(open, LONG, |open| !*open).unwrap());
+        Ok(())
+    };
+    let samples = Arc::new(Scripted { count: 400, len: 1, script });
+    let timeout = Duration::from_millis(50);
+    let mut loader = Loader::new(samples, LoaderOptions { timeout, ..options(1) }).unwrap();
+    let started = Instant::now();
+    assert!(matches!(loader.next_step(), Err(Error::Timeout { epoch: 0, position: 0, .. })));
+    assert!(started.elapsed() >= timeout && started.elapsed() < LONG / 2);
+    *gate.0.lock().unwrap() = true;
+    gate.1.notify_all();
+    let started = Instant::now();
+    drop(loader);
+    assert!(started.elapsed() < LONG / 2, "dropping waits for the thread that is let go");
+}
+
+#[test]
+fn the_queue_is_bounded_in_batches_and_in_bytes() {
+    for (queue_batches, queue_bytes, bound) in [(3, usize::MAX, 3), (100, 5 * 64, 5), (100, 1, 1)] {
+        let built = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&built);
+        let script = move |_| {
+            count.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        };
+        // 4 rows of one token: 4 × 2 × 8 = 64 bytes a batch.
+        let samples = Arc::new(Scripted { count: 4000, len: 1, script });
+        let options = LoaderOptions { queue_batches, queue_bytes, ..options(2) };
+        let mut loader = Loader::new(samples, options).unwrap();
+        for taken in 0..20_u64 {
+            let deadline = Instant::now() + LONG;
+            let full = (taken + bound) * 4;
+            while built.load(Ordering::SeqCst) < full && Instant::now() < deadline {
+                std::thread::yield_now();
+            }
+            // It fills the queue, and stays at its bound although both threads have nothing else to do.
+            std::thread::park_timeout(Duration::from_millis(2));
+            assert_eq!(built.load(Ordering::SeqCst), full, "after {taken} batches");
+            loader.next_step().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_step_of_more_micro_batches_than_the_queue_holds_is_delivered() {
+    let samples = Arc::new(Scripted { count: 400, len: 1, script: |_| Ok(()) });
+    let one = NonZeroUsize::new(1).unwrap();
+    let options = LoaderOptions {
+        global_batch: 50,
+        micro_batch: MicroBatch::Size(one),
+        queue_batches: 2,
+        ..options(2)
+    };
+    let mut loader = Loader::new(samples, options).unwrap();
+    let step = loader.next_step().unwrap();
+    assert_eq!(step.micro_batches.len(), 50);
+    assert!(step.micro_batches.iter().zip(0_i64..).all(|(batch, at)| batch.input_ids() == [at]));
+}
+
+#[test]
+fn the_memory_of_dropped_batches_is_used_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("tokens");
+    write_tokens(&target, 60, 500, 1 << 20);
+    let loader_options = LoaderOptions { queue_batches: 3, ..options(2) };
+    let mut loader = Loader::new(open(&target, 34), loader_options).unwrap();
+    let mut addresses = Vec::new();
+    for _ in 0..200 {
+        let step = loader.next_step().unwrap();
+        addresses.push(step.micro_batches[0].input_ids().as_ptr().addr());
+    }
+    addresses.sort_unstable();
+    addresses.dedup();
+    // 3 in the queue, 1 here, and 1 in the hands of each thread.
+    assert!(addresses.len() <= 6, "{} buffers for 200 batches", addresses.len());
+}
+
+#[test]
+fn waiting_for_data_is_reported() {
+    let slow = Duration::from_millis(5);
+    let script = move |_| {
+        let until = Instant::now() + slow;
+        while Instant::now() < until {
+            std::thread::park_timeout(slow);
+        }
+        Ok(())
+    };
+    let samples = Arc::new(Scripted { count: 400, len: 1, script });
+    for threads in [0, 1] {
+        let samples = Arc::clone(&samples);
+        let mut loader = Loader::new(samples, options(threads)).unwrap();
+        let wait = loader.next_step().unwrap().data_wait;
+        assert!(wait >= slow * 3 && wait < LONG, "{threads} threads: {wait:?}");
+    }
+}
+
+#[test]
+fn dropping_a_loader_ends_its_threads() {
+    let ended = Arc::new(AtomicBool::new(false));
+    struct Tell(Arc<AtomicBool>);
+    impl Drop for Tell {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+    let tell = Tell(Arc::clone(&ended));
+    let script = move |_| {
+        let _held_by_the_samples = &tell;
+        Ok(())
+    };
+    let samples = Arc::new(Scripted { count: 400, len: 1, script });
+    let mut loader = Loader::new(samples, options(3)).unwrap();
+    loader.next_step().unwrap();
+    drop(loader);
+    assert!(ended.load(Ordering::SeqCst), "the threads held the samples");
+}
+
+#[test]
+fn options_that_cannot_work_are_refused() {
+    let samples = || Arc::new(Scripted { count: 10, len: 1, script: |_| Ok(()) });
+    let refused = |options| Loader::new(samples(), options).unwrap_err().to_string();
+    let error = refused(LoaderOptions { global_batch: 11, ..options(1) });
+    assert!(error.contains("10 samples, fewer than the global batch of 11"), "{error}");
+    assert!(refused(LoaderOptions { global_batch: 0, ..options(1) }).contains("at least one"));
+    assert!(refused(LoaderOptions { rank: 2, world_size: 2, ..options(1) }).contains("world size"));
+    assert!(refused(LoaderOptions { world_size: 5, ..options(1) }).contains("5 ranks need"));
+    assert!(refused(LoaderOptions { queue_batches: 0, ..options(1) }).contains("queue_batches"));
+}

@@ -1,0 +1,17 @@
+//! Tests of the crate as its users see it.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::shadow_unrelated,
+    reason = "a failed unwrap is a failed test, in a function that tests call too; each case has its own `error`"
+)]
+
+mod damage;
+mod end_to_end;
+mod fixed;
+mod loader;
+mod masking;
+mod order;
+mod preparing;
+mod support;
+mod tidy;

@@ -1,0 +1,88 @@
+//! Text and data that tests are made of.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use phalanx_data::{
+    Access, Batch, Error, Fingerprint, MaskedText, Masking, Result, Row, Sample, Samples, Scratch,
+    SpecialTokens, TokenStream, TokenWriter,
+};
+
+pub(crate) const SPECIAL: SpecialTokens = SpecialTokens { pad: 0, unk: 1, cls: 2, sep: 3, mask: 4 };
+
+/// Sentences of varied words, the same on every run.
+pub(crate) fn write_text(folder: &Path, files: usize, sentences: usize) {
+    let nouns = ["king", "queen", "sword", "castle", "river", "winter", "messenger", "crown"];
+    let verbs = ["loves", "breaks", "remembers", "carries", "crosses", "forgets"];
+    for file in 0..files {
+        let mut content = String::new();
+        for sentence in 0..sentences {
+            let n = file * 31 + sentence * 7;
+            let (a, b) = (nouns[n % 8], nouns[(n / 3 + sentence) % 8]);
+            content.push_str(&format!("The {a} {} the {b}, scene {n}.\n", verbs[(n / 5) % 6]));
+        }
+        std::fs::write(folder.join(format!("play-{file}.txt")), content).expect("write a text");
+    }
+}
+
+/// A prepared folder of `documents` documents with 90 to 110 tokens each, in shards of about `shard_bytes`.
+pub(crate) fn write_tokens(target: &Path, documents: u32, vocab_size: u32, shard_bytes: u64) {
+    let mut writer = TokenWriter::create(target, b"{}", vocab_size, SPECIAL, shard_bytes)
+        .expect("start a prepared folder");
+    for document in 0..documents {
+        let len = 90 + document % 21;
+        let tokens: Vec<u32> = (0..len)
+            .map(|at| 5 + (document * 1009 + at * at * 31) % (vocab_size - 5))
+            .chain([SPECIAL.sep])
+            .collect();
+        writer.tokens(&tokens).expect("write tokens");
+        writer.end_document().expect("end a document");
+    }
+    writer.finish(0).expect("finish the folder");
+}
+
+pub(crate) fn open(folder: &Path, sequence_len: usize) -> Arc<MaskedText> {
+    let stream = Arc::new(TokenStream::open(folder, Access::Read).expect("open the folder"));
+    Arc::new(MaskedText::new(stream, sequence_len, Masking::default()).expect("samples"))
+}
+
+/// What a batch holds, to be compared.
+pub(crate) fn content(batch: &Batch) -> (Vec<Sample>, Vec<i64>, Vec<i64>) {
+    (batch.samples().to_vec(), batch.input_ids().to_vec(), batch.labels().to_vec())
+}
+
+/// Samples that do what a test asks for, and otherwise hold their own number.
+pub(crate) struct Scripted<F> {
+    pub(crate) count: u64,
+    pub(crate) len: usize,
+    pub(crate) script: F,
+}
+
+impl<F> Samples for Scripted<F>
+where
+    F: Fn(Sample) -> Result<()> + Send + Sync + 'static,
+{
+    fn sample_count(&self) -> u64 {
+        self.count
+    }
+
+    fn sequence_len(&self) -> usize {
+        self.len
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        Fingerprint(self.count)
+    }
+
+    fn fill(&self, sample: Sample, _: u64, row: Row<'_>, _: &mut Scratch) -> Result<()> {
+        (self.script)(sample)?;
+        row.input_ids.fill(i64::try_from(sample.id).unwrap_or(i64::MAX));
+        row.labels.fill(0);
+        Ok(())
+    }
+}
+
+/// An error for scripts.
+pub(crate) fn broken() -> Error {
+    Error::NoSuchSample { sample: 4711, samples: 1 }
+}

@@ -1,0 +1,207 @@
+//! A program that starts its own ranks, and does in them what the tests ask for.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program that talks to its test")]
+
+use std::process::{Command, ExitCode};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::{Parser, ValueEnum};
+use phalanx_comm::environment::World;
+use phalanx_comm::rendezvous::{connect, join};
+use phalanx_launch::{launch_or_join, Joined, LaunchArgs};
+use rustix::process::{getpid, kill_process, Signal};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    launch: LaunchArgs,
+    /// What the chosen rank does; the others wait to be ended.
+    #[arg(long, value_enum)]
+    act: Act,
+    /// The rank that does it.
+    #[arg(long, default_value_t = 0)]
+    rank: usize,
+    /// The exit code of `--act exit`.
+    #[arg(long, default_value_t = 1)]
+    code: u8,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Act {
+    /// Every rank says what its environment is.
+    Environment,
+    /// Every rank joins the others through the store.
+    Join,
+    /// Every rank writes to both streams.
+    Talk,
+    /// Every rank waits.
+    Wait,
+    /// Every rank waits, and so does a child of it.
+    Children,
+    /// Every rank waits and ignores requests to end.
+    Stubborn,
+    Kill,
+    Panic,
+    Exit,
+    /// The chosen rank dies, and the others notice and end with "a peer is gone".
+    Cascade,
+    /// Every rank ends well when asked to.
+    Polite,
+    /// Rank 0 shows a progress bar while the others talk.
+    Bar,
+}
+
+/// Longer than any test waits.
+const LONG: Duration = Duration::from_secs(60);
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match launch_or_join(&args.launch) {
+        Ok(Joined::Worker) => work(&args),
+        Ok(Joined::Finished(report)) => report.exit_code(),
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn pause(time: Duration) {
+    let deadline = Instant::now() + time;
+    while Instant::now() < deadline {
+        thread::park_timeout(deadline.saturating_duration_since(Instant::now()));
+    }
+}
+
+fn work(args: &Args) -> ExitCode {
+    let world = match World::from_env() {
+        Ok(world) => world,
+        Err(error) => {
+            eprintln!("{error}");
+            return ExitCode::from(64);
+        }
+    };
+    let is_chosen = world.rank == args.rank;
+    match args.act {
+        Act::Environment => environment(&world),
+        Act::Join => join_all(&world),
+        Act::Talk => {
+            for line in 0..3 {
+                println!("out {line} of {}", world.rank);
+                eprintln!("err {line} of {}", world.rank);
+            }
+        }
+        Act::Wait => wait(),
+        Act::Children => {
+            let mut child = Command::new("sleep").arg("60").spawn().expect("sleep is everywhere");
+            println!("child {}", child.id());
+            wait();
+            child.wait().expect("our own child");
+        }
+        Act::Stubborn => {
+            ignore(SIGTERM);
+            ignore(SIGINT);
+            wait();
+        }
+        Act::Polite => return polite(),
+        Act::Bar => bar(&world),
+        Act::Kill if is_chosen => {
+            eprintln!("about to die");
+            kill_process(getpid(), Signal::KILL).expect("own process");
+        }
+        Act::Panic if is_chosen => panic!("rank {} is out of paper", world.rank),
+        Act::Exit if is_chosen => {
+            eprintln!("cannot go on\nbecause of this");
+            return ExitCode::from(args.code);
+        }
+        Act::Cascade => return cascade(&world, is_chosen),
+        Act::Kill | Act::Panic | Act::Exit => wait(),
+    }
+    ExitCode::SUCCESS
+}
+
+fn wait() {
+    println!("pid {}", std::process::id());
+    pause(LONG);
+}
+
+fn ignore(signal: i32) {
+    let flag = std::sync::Arc::default();
+    signal_hook::flag::register(signal, flag).expect("a signal that may be handled");
+}
+
+fn polite() -> ExitCode {
+    let asked = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    for signal in [SIGTERM, SIGINT, SIGUSR1] {
+        let flag = std::sync::Arc::clone(&asked);
+        signal_hook::flag::register(signal, flag).expect("a signal that may be handled");
+    }
+    println!("pid {}", std::process::id());
+    let deadline = Instant::now() + LONG;
+    while Instant::now() < deadline {
+        if asked.load(std::sync::atomic::Ordering::Acquire) {
+            println!("saved");
+            return ExitCode::SUCCESS;
+        }
+        pause(Duration::from_millis(5));
+    }
+    ExitCode::FAILURE
+}
+
+/// The survivors end in the same instant as the chosen rank: the launcher cannot go by the order.
+fn cascade(world: &World, is_chosen: bool) -> ExitCode {
+    let deadline = Instant::now() + LONG;
+    let store = connect(world, deadline).expect("the launcher hosts the store");
+    if is_chosen {
+        store.set("dying", b"").expect("the store lives");
+        std::process::abort();
+    }
+    store.get("dying", deadline).expect("it is set");
+    eprintln!("a peer is gone");
+    ExitCode::from(69)
+}
+
+fn environment(world: &World) {
+    println!(
+        "rank {} of {} local {} of {} node {} of {} at {}:{} threads {} run {} by {:?} store {:?}",
+        world.rank,
+        world.world_size,
+        world.local_rank,
+        world.local_world_size,
+        world.node_rank,
+        world.node_count,
+        world.master_addr,
+        world.master_port,
+        std::env::var("OMP_NUM_THREADS").unwrap_or_default(),
+        world.run_id,
+        world.launcher,
+        world.store_host,
+    );
+}
+
+fn join_all(world: &World) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let store = connect(world, deadline).expect("the launcher hosts the store");
+    let mine = world.rank.to_string();
+    let all = join(&*store, "test", world.rank, world.world_size, mine.as_bytes(), deadline)
+        .expect("all ranks join");
+    let all: Vec<_> = all.iter().map(|value| String::from_utf8_lossy(value).into_owned()).collect();
+    println!("joined {}", all.join(","));
+}
+
+fn bar(world: &World) {
+    use std::io::IsTerminal as _;
+    if world.rank == 0 {
+        assert!(std::io::stderr().is_terminal(), "no terminal, no bar");
+        for step in 1..=5 {
+            eprint!("\r\x1b[2Kstep {step}/5");
+            pause(Duration::from_millis(40));
+        }
+        eprintln!();
+    } else {
+        pause(Duration::from_millis(100));
+        println!("line between");
+    }
+}

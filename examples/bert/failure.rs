@@ -1,0 +1,92 @@
+//! Errors as the user meets them: one message and an exit code.
+//!
+//! Codes follow BSD's `sysexits.h`, so that a job script can tell a wrong flag from a dead peer.
+
+use std::error::Error;
+use std::io;
+
+use super::config::ConfigError;
+use super::memory::TooLittleMemory;
+
+/// The command line contradicts itself or asks for what does not exist.
+pub(crate) const USAGE: u8 = 64;
+/// A file is not what it should be.
+pub(crate) const DATA: u8 = 65;
+/// A peer or the meeting point cannot be reached.
+pub(crate) const UNAVAILABLE: u8 = 69;
+/// A rank failed; also what no other code fits.
+pub(crate) const FAILED: u8 = 70;
+/// The system has not enough of something.
+pub(crate) const RESOURCES: u8 = 71;
+/// Reading or writing failed.
+pub(crate) const IO: u8 = 74;
+/// Somebody did not come in time; `timeout(1)` ends with it too.
+pub(crate) const TIMEOUT: u8 = 124;
+
+/// The whole chain of causes on one line; a cause that its parent already quotes is left out.
+pub(crate) fn message(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
+/// The code for an error, by the first cause that has one.
+pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
+    error.chain().find_map(code_of).unwrap_or(FAILED)
+}
+
+fn code_of(cause: &(dyn Error + 'static)) -> Option<u8> {
+    if let Some(error) = cause.downcast_ref::<ConfigError>() {
+        return Some(match error {
+            ConfigError::Unreadable { .. } => IO,
+            ConfigError::IllFormed { .. } => DATA,
+            ConfigError::Invalid { .. } => USAGE,
+        });
+    }
+    if let Some(error) = cause.downcast_ref::<phalanx_data::Error>() {
+        return Some(match error {
+            phalanx_data::Error::Io { .. } | phalanx_data::Error::CacheNotWritable { .. } => IO,
+            phalanx_data::Error::InvalidOption { .. } => USAGE,
+            phalanx_data::Error::LockTimeout { .. } => TIMEOUT,
+            _ => DATA,
+        });
+    }
+    if let Some(error) = cause.downcast_ref::<phalanx_ddp_core::Error>() {
+        return Some(match error {
+            phalanx_ddp_core::Error::Comm(error) => code_of_group(error),
+            phalanx_ddp_core::Error::Io { .. } => IO,
+            phalanx_ddp_core::Error::Safetensors { .. }
+            | phalanx_ddp_core::Error::WeightsMismatch { .. } => DATA,
+            _ => FAILED,
+        });
+    }
+    if let Some(error) = cause.downcast_ref::<phalanx_launch::LaunchError>() {
+        return Some(error.exit_code());
+    }
+    if cause.is::<TooLittleMemory>() {
+        return Some(RESOURCES);
+    }
+    let of_group = cause.downcast_ref::<phalanx_comm::Error>().map(code_of_group);
+    of_group.or_else(|| cause.is::<io::Error>().then_some(IO))
+}
+
+fn code_of_group(error: &phalanx_comm::Error) -> u8 {
+    use phalanx_comm::Error as E;
+    match error {
+        E::Timeout { .. } => TIMEOUT,
+        E::Environment(_) => USAGE,
+        E::PeerGone { .. }
+        | E::PeerLeft { .. }
+        | E::ConnectionLost { .. }
+        | E::Connect { .. }
+        | E::Rendezvous(_) => UNAVAILABLE,
+        E::System { .. } => RESOURCES,
+        _ => FAILED,
+    }
+}

@@ -1,0 +1,57 @@
+//! What rank 0 keeps and shows: progress, metrics, and at the end the output and a screen.
+
+use std::path::Path;
+
+use anyhow::Result;
+use tch::nn;
+
+use super::config::Config;
+use super::metrics::{MetricsFile, StepRecord, Summary};
+use super::output::Output;
+use super::progress::Progress;
+use super::report;
+
+/// Kept by rank 0 alone.
+#[derive(Debug)]
+pub(crate) struct Journal {
+    output: Output,
+    metrics: Option<MetricsFile>,
+    progress: Progress,
+    records: Vec<StepRecord>,
+}
+
+impl Journal {
+    /// Opens everything that will be written: a place that cannot be written is found before the
+    /// first step.
+    pub(crate) fn open(config: &Config, name: &str, metrics: Option<&Path>) -> Result<Journal> {
+        Ok(Journal {
+            output: Output::create(config.train.output.as_deref(), name)?,
+            metrics: metrics.map(MetricsFile::create).transpose()?,
+            progress: Progress::new(config.train.steps),
+            records: Vec::new(),
+        })
+    }
+
+    /// After each step.
+    pub(crate) fn step(&mut self, record: StepRecord) -> Result<()> {
+        self.progress.step(&record);
+        self.records.push(record);
+        self.metrics.as_mut().map_or(Ok(()), |file| file.write(&record))
+    }
+
+    /// Writes weights, plot and summary; returns the screen to be shown.
+    pub(crate) fn close(
+        mut self,
+        vs: &nn::VarStore,
+        config: &Config,
+        summary: &Summary,
+    ) -> Result<String> {
+        self.progress.finish();
+        let mut written = self.output.write(vs, &config.model, &self.records)?;
+        if let Some(file) = &mut self.metrics {
+            file.write(&serde_json::json!({ "summary": summary }))?;
+            written.push(file.path().display().to_string());
+        }
+        Ok(report::screen(&self.records, summary, &written))
+    }
+}

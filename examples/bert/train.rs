@@ -1,0 +1,222 @@
+//! The training loop: one optimizer step after the other, the same on every rank.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{ensure, Context as _, Result};
+use phalanx_comm::{Group, Sum};
+use phalanx_data::Loader;
+use phalanx_ddp_core::optim::{AdamW, Lamb, Optimizer, OptimizerConfig};
+use phalanx_ddp_core::schedule::LinearWarmup;
+use phalanx_ddp_core::{amp, Ddp, DdpOptions, Sync, Zero};
+use tch::{nn, Device, Kind};
+
+use super::batching::Batching;
+use super::config::{self, Config, Precision, Rule, Schedule};
+use super::data::Tensors;
+use super::metrics::{milliseconds, StepRecord};
+use super::model::{decays, BertForMaskedLm, Inputs, LossSum, Pass};
+
+/// A rank's model, optimizer and batches.
+#[derive(Debug)]
+pub(crate) struct Trainer {
+    network: BertForMaskedLm,
+    ddp: Ddp,
+    optimizer: Optimizer,
+    loader: Loader,
+    schedule: LinearWarmup,
+    plan: Plan,
+}
+
+/// What the loop needs to know of the configuration.
+#[derive(Debug, Clone, Copy)]
+struct Plan {
+    seed: u64,
+    kind: Kind,
+    max_grad_norm: Option<f64>,
+    /// Number of this rank's first micro-batch among those of a global batch.
+    first_micro_batch: usize,
+}
+
+/// Times and sums of the micro-batches of one step, of this rank.
+#[derive(Debug, Default)]
+struct Sums {
+    loss: f64,
+    masked_count: i64,
+    token_count: usize,
+    forward: Duration,
+    backward: Duration,
+}
+
+impl Trainer {
+    /// Wraps the network: rank 0's weights go to all. Collective.
+    pub(crate) fn new(
+        network: BertForMaskedLm,
+        vs: &nn::VarStore,
+        group: &mut Group,
+        loader: Loader,
+        (config, batching, exchange): (&Config, Batching, bool),
+    ) -> Result<Trainer> {
+        let options = DdpOptions { exchange, ..options(&config.ddp) };
+        let ddp = Ddp::new(vs, group, options)?;
+        let optimizer = Optimizer::new(&ddp, rule(&config.optimizer), decays)?;
+        let total_steps = match config.optimizer.schedule {
+            Schedule::Linear => config.train.steps,
+            Schedule::Constant => 0,
+        };
+        let warmup_steps = config.optimizer.warmup_steps;
+        let norm = config.optimizer.max_grad_norm;
+        Ok(Trainer {
+            network,
+            ddp,
+            optimizer,
+            loader,
+            schedule: LinearWarmup { peak: config.optimizer.lr, warmup_steps, total_steps },
+            plan: Plan {
+                seed: config.train.seed,
+                kind: kind(config.train.precision),
+                max_grad_norm: (norm > 0.0).then_some(norm),
+                first_micro_batch: group.rank() * batching.accumulate,
+            },
+        })
+    }
+
+    /// One optimizer step, from 1. Collective.
+    pub(crate) fn step(&mut self, step: u64, group: &mut Group) -> Result<StepRecord> {
+        let start = Instant::now();
+        let batches = self.loader.next_step()?;
+        let mut sums = Sums::default();
+        let last = batches.micro_batches.len() - 1;
+        for (index, batch) in batches.micro_batches.iter().enumerate() {
+            let sync = if index == last { Sync::Reduce } else { Sync::Accumulate };
+            self.micro_batch(&Tensors::of(batch)?, (step, index), sync, &mut sums)?;
+        }
+        let exposed = self.ddp.step_times()?.exposed_comm;
+        let mut totals = [sums.loss, count(sums.masked_count), count(sums.token_count)];
+        group.tagged("loss");
+        let totals_work = group.all_reduce(&mut totals[..], Sum)?;
+        let optimizer_start = Instant::now();
+        let lr = self.schedule.lr(step - 1);
+        self.optimizer.set_lr(lr);
+        let grad_norm = self.optimizer.step(self.plan.max_grad_norm)?;
+        let optimizer_time = optimizer_start.elapsed();
+        totals_work.wait()?;
+        let [loss_sum, masked_count, token_count] = totals;
+        let loss = loss_sum / masked_count;
+        ensure!(
+            masked_count > 0.0,
+            "step {step}: no token of the global batch is masked; give larger batches"
+        );
+        ensure!(
+            loss.is_finite() && grad_norm.is_finite(),
+            "step {step}: loss {loss}, gradient norm {grad_norm}; lower --lr or raise --warmup-steps"
+        );
+        let step_time = start.elapsed();
+        Ok(StepRecord {
+            step,
+            loss,
+            lr,
+            grad_norm,
+            tokens: tokens(token_count),
+            step_ms: milliseconds(step_time),
+            data_wait_ms: milliseconds(batches.data_wait),
+            forward_ms: milliseconds(sums.forward),
+            backward_ms: milliseconds(sums.backward.saturating_sub(exposed)),
+            exposed_comm_ms: milliseconds(exposed),
+            optimizer_ms: milliseconds(optimizer_time),
+            tokens_per_s: token_count / step_time.as_secs_f64(),
+        })
+    }
+
+    fn micro_batch(
+        &self,
+        tensors: &Tensors,
+        (step, index): (u64, usize),
+        sync: Sync,
+        sums: &mut Sums,
+    ) -> Result<()> {
+        // The number of the micro-batch in the global batch, not the rank: one rank that
+        // accumulates four times drops what four ranks drop.
+        let number = self.plan.first_micro_batch + index;
+        tch::manual_seed(dropout_seed(self.plan.seed, step, number));
+        let Tensors { ids, labels, attention_mask, token_count } = tensors;
+        let inputs = Inputs { ids, labels, attention_mask: attention_mask.as_ref() };
+        let pass = Pass { train: true, kind: self.plan.kind };
+        let start = Instant::now();
+        let forward = || self.network.loss(&inputs, pass);
+        let LossSum { loss, masked_count } = match pass.kind {
+            Kind::Float => forward(),
+            kind => amp::autocast(Device::Cpu, kind, forward)?,
+        }
+        .context("forward")?;
+        sums.forward += start.elapsed();
+        let middle = Instant::now();
+        self.ddp.backward(&loss, count(masked_count), sync)?;
+        sums.backward += middle.elapsed();
+        sums.loss += loss.f_double_value(&[])?;
+        sums.masked_count += masked_count;
+        sums.token_count += token_count;
+        Ok(())
+    }
+}
+
+fn options(ddp: &config::Ddp) -> DdpOptions {
+    DdpOptions {
+        bucket_bytes_max: bytes(ddp.bucket_mib),
+        first_bucket_bytes_max: bytes(ddp.first_bucket_mib),
+        zero: if ddp.zero == 0 { Zero::Off } else { Zero::One },
+        ..DdpOptions::default()
+    }
+}
+
+fn rule(optimizer: &config::Optimizer) -> OptimizerConfig {
+    let config::Optimizer { rule, lr, beta1, beta2, eps, weight_decay, .. } = *optimizer;
+    match rule {
+        Rule::Adamw => OptimizerConfig::AdamW(AdamW { lr, beta1, beta2, eps, weight_decay }),
+        Rule::Lamb => OptimizerConfig::Lamb(Lamb { lr, beta1, beta2, eps, weight_decay }),
+    }
+}
+
+pub(crate) fn kind(precision: Precision) -> Kind {
+    match precision {
+        Precision::Fp32 => Kind::Float,
+        Precision::Bf16 => Kind::BFloat16,
+    }
+}
+
+/// A seed of its own for each micro-batch of a run.
+///
+/// Source: the finalizer of SplitMix64 (Steele et al., "Fast Splittable Pseudorandom Number
+/// Generators", 2014).
+fn dropout_seed(seed: u64, step: u64, number: usize) -> i64 {
+    let mix = |value: u64| {
+        let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        value ^ (value >> 31)
+    };
+    const STRIDE: u64 = 0x9e37_79b9_7f4a_7c15;
+    let of_step = mix(seed.wrapping_add(step.wrapping_mul(STRIDE)));
+    mix(of_step.wrapping_add((number as u64).wrapping_mul(STRIDE))).cast_signed()
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "checked when the configuration was: above 0 and at most 65536 MiB"
+)]
+fn bytes(mib: f64) -> usize {
+    (mib * f64::from(1 << 20)) as usize
+}
+
+/// Counts of tokens stay far below 2^53.
+fn count(value: impl TryInto<u32>) -> f64 {
+    value.try_into().map_or(f64::NAN, f64::from)
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a sum of counts: whole, not negative, far below 2^53"
+)]
+fn tokens(sum: f64) -> u64 {
+    sum as u64
+}

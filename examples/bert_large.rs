@@ -1,0 +1,201 @@
+//! Pre-trains BERT by masked language modelling, data-parallel over ranks that it starts itself.
+//!
+//! ```text
+//! cargo run --release --example bert_large -- --nnodes 4
+//! ```
+//!
+//! The same program is launcher and rank: started by hand it checks everything that can be checked
+//! without ranks, then starts them; started by itself, torchrun, mpirun or srun it is a rank.
+//! What happens stands here, in its order; how, in `bert/`.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
+
+mod bert;
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use phalanx_comm::environment::{Launcher, World};
+use phalanx_comm::{Group, GroupOptions};
+use phalanx_data::progress::{Progress, Silent, Terminal};
+use tch::{nn, Device};
+
+use bert::batching::Batching;
+use bert::config::{Config, Precision};
+use bert::flags::{Flags, Settings};
+use bert::journal::Journal;
+use bert::memory::{self, Estimate, Usage};
+use bert::metrics::{Summary, Versions};
+use bert::train::Trainer;
+use bert::{data, failure, model, weights};
+
+fn main() -> ExitCode {
+    let flags = match Flags::parse_or_explain() {
+        Ok(flags) => flags,
+        Err(code) => return ExitCode::from(code),
+    };
+    run(&flags).unwrap_or_else(|error| {
+        eprintln!("error: {}", failure::message(&error));
+        ExitCode::from(failure::exit_code(&error))
+    })
+}
+
+fn run(flags: &Flags) -> Result<ExitCode> {
+    let settings = flags.settings()?;
+    if phalanx_launch::is_worker() {
+        rank(flags, &settings, &World::from_env()?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let options = flags.launch(&settings);
+    let world_size = options.nnodes * options.nproc_per_node;
+    let local_ranks = options.node_rank.map_or(world_size, |_| options.nproc_per_node);
+    check(flags, &settings, world_size, local_ranks)?;
+    if world_size == 1 {
+        rank(flags, &settings, &World::single())?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    // Prepared here, where the terminal is, and once for all ranks of this machine.
+    drop(data::open(&settings.config, &Terminal::stderr())?);
+    let program = std::env::current_exe().context("finding this program's own file")?;
+    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    Ok(phalanx_launch::run(&options, &program, &args)?.exit_code())
+}
+
+/// Batches that add up, and memory for the ranks of this machine.
+fn check(flags: &Flags, settings: &Settings, world: usize, local_ranks: usize) -> Result<Batching> {
+    let batching = settings.batching(world)?;
+    let estimate = |config: &Config| Estimate::new(config, world, batching.micro_batch);
+    if let Some(free) = memory::free(Path::new("/")).filter(|_| !flags.ignore_memory) {
+        let shipped = bert::config::shipped()?;
+        let smaller: Vec<_> = shipped.iter().map(|(name, c)| (*name, estimate(c))).collect();
+        memory::check(estimate(&settings.config), local_ranks, &free, &smaller)?;
+    }
+    Ok(batching)
+}
+
+/// The life of one rank.
+fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
+    let config = &settings.config;
+    let root = world.rank == 0;
+    // Our own launcher has checked for all ranks of this machine. Of other launchers' ranks the
+    // first of a machine does, before any of them takes memory.
+    let ours = matches!(world.launcher, Launcher::Phalanx | Launcher::Single);
+    let batching = if ours || world.local_rank != 0 {
+        settings.batching(world.world_size)?
+    } else {
+        check(flags, settings, world.world_size, world.local_world_size)?
+    };
+    let threads = set_threads(config, world);
+    let progress: &dyn Progress = if root { &Terminal::stderr() } else { &Silent };
+    let source = data::open(config, progress)?;
+    let mut group = join(config)?;
+    let mut journal = if root {
+        announce(settings, &group, batching, threads, &source.description);
+        Some(Journal::open(config, &settings.name, flags.metrics.as_deref())?)
+    } else {
+        None
+    };
+    let loader = data::loader(&source, config, batching, (world.rank, world.world_size))?;
+    let vs = nn::VarStore::new(Device::Cpu);
+    let network = model::build(&vs, &config.model, config.train.seed, world.rank)?;
+    if let Some(path) = flags.init_weights.as_ref().filter(|_| root) {
+        weights::load(path, &vs)?;
+    }
+    let exchange = !flags.no_exchange;
+    let mut trainer = Trainer::new(network, &vs, &mut group, loader, (config, batching, exchange))?;
+    for step in 1..=config.train.steps {
+        let record = trainer.step(step, &mut group)?;
+        if let Some(journal) = &mut journal {
+            journal.step(record)?;
+        }
+    }
+    let peak_memory = gather_usage(&mut group)?;
+    if let Some(journal) = journal {
+        let summary = summary(config, &group, batching, threads, peak_memory);
+        println!("{}", journal.close(&vs, config, &summary)?);
+    }
+    Ok(())
+}
+
+/// As many threads as the configuration says, else this rank's share of the cores.
+fn set_threads(config: &Config, world: &World) -> usize {
+    // Our launcher has worked the share out; a lone process takes what libtorch takes. Other
+    // launchers do not know that ranks compute with threads: torchrun sets 1.
+    let share = match world.launcher {
+        Launcher::Phalanx | Launcher::Single => usize::try_from(tch::get_num_threads()).unwrap_or(1),
+        _ => std::thread::available_parallelism().map_or(1, usize::from) / world.local_world_size,
+    };
+    let threads = config.train.threads.unwrap_or(share).max(1);
+    tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
+    threads
+}
+
+fn join(config: &Config) -> Result<Group> {
+    let timeout = Duration::from_secs(config.ddp.timeout_s);
+    Ok(Group::from_environment(GroupOptions::default().with_timeout(timeout))?)
+}
+
+fn announce(settings: &Settings, group: &Group, batching: Batching, threads: usize, data: &str) {
+    let Config { model, optimizer, train, ddp, .. } = &settings.config;
+    let count = model.parameter_count();
+    let Batching { global_batch, micro_batch, accumulate, .. } = batching;
+    println!(
+        "model  {}.{} M parameters: {} layers × {}, {} heads, {:?}",
+        count / 1_000_000,
+        count / 100_000 % 10,
+        model.num_hidden_layers,
+        model.hidden_size,
+        model.num_attention_heads,
+        train.precision,
+    );
+    println!("data   {data}");
+    println!(
+        "ranks  {} on {} node(s), {threads} thread(s) each, backend {}, zero {}",
+        group.world_size(),
+        group.node_count(),
+        group.backend_name(),
+        ddp.zero,
+    );
+    println!(
+        "batch  {global_batch} a step, at most {micro_batch} at once, {accumulate} micro-batch(es); {} \
+         steps of {:?}, lr {:e}",
+        train.steps, optimizer.rule, optimizer.lr
+    );
+    if train.precision == Precision::Bf16 && !bert::memory::has_bf16_products() {
+        println!("note   this processor has no bf16 products: fp32 will be faster here");
+    }
+}
+
+/// What every rank took. Collective.
+fn gather_usage(group: &mut Group) -> Result<Vec<Usage>> {
+    let mine = serde_json::to_vec(&Usage::of_this_process())?;
+    let all = group.all_gather_bytes(&mine)?;
+    all.iter().map(|bytes| Ok(serde_json::from_slice(bytes)?)).collect()
+}
+
+fn summary(
+    config: &Config,
+    group: &Group,
+    batching: Batching,
+    threads: usize,
+    peak_memory: Vec<Usage>,
+) -> Summary {
+    Summary {
+        steps: config.train.steps,
+        parameters: config.model.parameter_count(),
+        world_size: group.world_size(),
+        node_count: group.node_count(),
+        backend: group.backend_name().to_owned(),
+        threads,
+        global_batch: batching.global_batch,
+        micro_batch: batching.micro_batch,
+        accumulate: batching.accumulate,
+        precision: config.train.precision,
+        zero: config.ddp.zero,
+        peak_memory_sum_bytes: peak_memory.iter().map(|m| m.proportional_peak_bytes).sum(),
+        peak_memory,
+        versions: Versions::new(),
+    }
+}

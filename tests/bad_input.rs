@@ -1,0 +1,141 @@
+//! What goes wrong at the user's end: each mistake gets one clear message, an exit code that is
+//! not 0, and leaves nothing running.
+
+mod trial;
+
+use std::fs;
+use std::net::TcpListener;
+use std::time::Duration;
+
+use trial::{signal, Trial};
+
+const TINY: &str = "configs/bert_tiny.json";
+const SOON: Duration = Duration::from_secs(60);
+const RUN: Duration = Duration::from_secs(180);
+
+#[test]
+fn a_configuration_that_is_not_there_is_named() {
+    let ended = Trial::start(&["--config", "no_such.json", "--nnodes", "2"], SOON).end();
+    ended.assert_failed_saying(&["no_such.json", "configs/bert_tiny.json"]);
+}
+
+#[test]
+fn a_configuration_that_is_not_json_is_shown_with_line_and_column() {
+    let ended = with_config("{\n  \"model\": {,\n}");
+    ended.assert_failed_saying(&["config.json", "line 2 column"]);
+}
+
+#[test]
+fn an_unknown_field_is_named_by_its_path() {
+    let ended = with_config("{\"optimizer\": {\"learning_rate\": 1e-3}}");
+    ended.assert_failed_saying(&["optimizer", "learning_rate", "config.json"]);
+}
+
+#[test]
+fn a_field_of_another_type_is_named_by_its_path() {
+    let ended = with_config("{\"model\": {\"hidden_size\": \"wide\"}}");
+    ended.assert_failed_saying(&["model.hidden_size", "wide"]);
+}
+
+#[test]
+fn weights_of_other_shapes_are_listed() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let weights = "tests/fixtures/bert_tiny_weights.safetensors";
+    let config = fs::read_to_string(TINY).expect("the tiny configuration");
+    let mut config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
+    config["model"]["hidden_size"] = 48.into();
+    config["model"]["num_attention_heads"] = 4.into();
+    fs::write(folder.path().join("config.json"), config.to_string()).expect("written");
+    let arguments =
+        ["--config", "{folder}/config.json", "--init-weights", weights, "--nnodes", "2"];
+    let ended = Trial::start_in(folder, &arguments, SOON).end();
+    ended.assert_failed_saying(&[weights, "bert.embeddings.word_embeddings.weight", "48"]);
+}
+
+#[test]
+fn weights_that_are_not_safetensors_are_named() {
+    let ended = tiny(&["--init-weights", "Cargo.toml"], SOON).end();
+    ended.assert_failed_saying(&["Cargo.toml", "safetensors"]);
+}
+
+#[test]
+fn a_data_folder_that_is_not_there_is_named() {
+    let ended = tiny(&["--data", "/no/such/folder"], SOON).end();
+    ended.assert_failed_saying(&["/no/such/folder"]);
+}
+
+#[test]
+fn a_data_folder_without_text_is_named() {
+    let ended = tiny(&["--data", "{folder}"], SOON).end();
+    ended.assert_failed_saying(&["text"]);
+}
+
+#[test]
+fn batches_that_are_not_there_are_named() {
+    let ended = tiny(&["--batches", "no_such.safetensors"], SOON).end();
+    ended.assert_failed_saying(&["no_such.safetensors"]);
+}
+
+#[test]
+fn a_port_in_use_is_named() {
+    let taken = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let port = taken.local_addr().expect("bound").port().to_string();
+    let ended = tiny(&["--master-port", &port], SOON).end();
+    ended.assert_failed_saying(&[&port, "in use"]);
+}
+
+#[test]
+fn a_model_that_does_not_fit_into_memory_is_refused_before_it_starts() {
+    let ended = with_config(
+        "{\"model\": {\"hidden_size\": 16384, \"num_hidden_layers\": 96, \
+         \"num_attention_heads\": 128, \"intermediate_size\": 65536}}",
+    );
+    ended.assert_failed_saying(&["GiB", "bert_small"]);
+    assert!(ended.took < Duration::from_secs(20), "{:?}", ended.took);
+}
+
+#[test]
+fn a_rank_killed_in_mid_step_ends_the_run_and_is_named() {
+    let mut trial = long_run();
+    trial.wait_for_lines("metrics.jsonl", 3);
+    signal("KILL", trial.rank_pid(2));
+    let ended = trial.end();
+    ended.assert_failed_saying(&["rank 2", "signal 9"]);
+}
+
+#[test]
+fn an_interrupt_ends_all_ranks() {
+    let mut trial = long_run();
+    trial.wait_for_lines("metrics.jsonl", 2);
+    signal("INT", trial.pid());
+    assert!(!trial.end().status.success());
+}
+
+#[test]
+fn a_killed_launcher_takes_its_ranks_with_it() {
+    let mut trial = long_run();
+    trial.wait_for_lines("metrics.jsonl", 2);
+    assert!(trial.processes().len() >= 5, "a launcher and four ranks: {:?}", trial.processes());
+    signal("KILL", trial.pid());
+    assert!(!trial.end().status.success());
+}
+
+/// The tiny configuration on two nodes with more arguments.
+fn tiny(more: &[&str], deadline: Duration) -> Trial {
+    let arguments = [&["--config", TINY, "--nnodes", "2", "--steps", "2"], more].concat();
+    Trial::start(&arguments, deadline)
+}
+
+/// Far more steps than it will be let to make.
+fn long_run() -> Trial {
+    let arguments = ["--config", TINY, "--nnodes", "4", "--steps", "100000"];
+    let metrics = ["--metrics", "{folder}/metrics.jsonl", "--output", "{folder}/output"];
+    Trial::start(&[&arguments[..], &metrics[..]].concat(), RUN)
+}
+
+/// A run with this text as its configuration.
+fn with_config(text: &str) -> trial::Ended {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    fs::write(folder.path().join("config.json"), text).expect("written");
+    Trial::start_in(folder, &["--config", "{folder}/config.json", "--nnodes", "2"], SOON).end()
+}
