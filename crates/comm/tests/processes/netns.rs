@@ -17,7 +17,7 @@ pub(crate) fn rank() {
     // Values whose sum depends on the order: only ((g0 + g1) + g2) + g3 gives these bits.
     let value = |of: usize, i: usize| ((i * 7919 + of * 104_729) % 1_000_003) as f32 / 977.0;
     let expected = |i: usize| (1..world).fold(value(0, i), |sum, of| sum + value(of, i));
-    for len in [0, 1, 5, 1000, 10_007, 1_000_004] {
+    for len in [0, 1, 5, 1000, 10_007, 1_000_004, 4_000_000] {
         let mine: Vec<f32> = (0..len).map(|i| value(rank, i)).collect();
         let right = |values: &[f32]| values.iter().enumerate().all(|(i, v)| *v == expected(i));
         let mut slice = mine.clone();
