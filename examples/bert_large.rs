@@ -29,7 +29,7 @@ use bert::journal::Journal;
 use bert::memory::{self, Estimate, Usage};
 use bert::metrics::{Summary, Versions};
 use bert::train::Trainer;
-use bert::{data, failure, model, weights};
+use bert::{data, failure, model, report, weights};
 
 fn main() -> ExitCode {
     let flags = match Flags::parse_or_explain() {
@@ -114,7 +114,7 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
     let peak_memory = gather_usage(&mut group)?;
     if let Some(journal) = journal {
         let summary = summary(config, &group, batching, threads, peak_memory);
-        println!("{}", journal.close(&vs, config, &summary)?);
+        print!("{}", journal.close(&vs, config, &summary)?);
     }
     Ok(())
 }
@@ -124,7 +124,9 @@ fn set_threads(config: &Config, world: &World) -> usize {
     // Our launcher has worked the share out; a lone process takes what libtorch takes. Other
     // launchers do not know that ranks compute with threads: torchrun sets 1.
     let share = match world.launcher {
-        Launcher::Phalanx | Launcher::Single => usize::try_from(tch::get_num_threads()).unwrap_or(1),
+        Launcher::Phalanx | Launcher::Single => {
+            usize::try_from(tch::get_num_threads()).unwrap_or(1)
+        }
         _ => std::thread::available_parallelism().map_or(1, usize::from) / world.local_world_size,
     };
     let threads = config.train.threads.unwrap_or(share).max(1);
@@ -139,12 +141,10 @@ fn join(config: &Config) -> Result<Group> {
 
 fn announce(settings: &Settings, group: &Group, batching: Batching, threads: usize, data: &str) {
     let Config { model, optimizer, train, ddp, .. } = &settings.config;
-    let count = model.parameter_count();
     let Batching { global_batch, micro_batch, accumulate, .. } = batching;
     println!(
-        "model  {}.{} M parameters: {} layers × {}, {} heads, {:?}",
-        count / 1_000_000,
-        count / 100_000 % 10,
+        "model  {} M parameters: {} layers × {}, {} heads, {:?}",
+        report::millions(model.parameter_count()),
         model.num_hidden_layers,
         model.hidden_size,
         model.num_attention_heads,

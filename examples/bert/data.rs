@@ -48,7 +48,8 @@ fn open_batches(path: &Path, config: &Config) -> Result<Source> {
             model.max_position_embeddings
         )));
     }
-    let description = format!("{} fixed samples of {length} tokens from {place}", batches.sample_count());
+    let description =
+        format!("{} fixed samples of {length} tokens from {place}", batches.sample_count());
     Ok(Source { samples: Arc::new(batches), description })
 }
 

@@ -67,7 +67,9 @@ fn activations(config: &Config, samples: u64) -> u64 {
     } = config.model;
     let size = |value: i64| u64::try_from(value).unwrap_or(0);
     let (hidden, inner, vocab) = (size(hidden_size), size(intermediate_size), size(vocab_size));
-    let length = config.data.sequence_length as u64;
+    // Fixed batches may be shorter than the configuration says, never longer than the model allows.
+    let length =
+        (config.data.sequence_length as u64).min(size(config.model.max_position_embeddings));
     let tokens = samples * length;
     let half = config.train.precision == Precision::Bf16;
     let width = if half { 2 } else { 4 };

@@ -18,16 +18,14 @@ pub(crate) fn screen(records: &[StepRecord], summary: &Summary, written: &[Strin
     let mut add = |line: String| {
         let _infallible = writeln!(text, "{line}");
     };
-    let million = as_f64(summary.parameters) / 1e6;
+    let plural = |count: usize| if count == 1 { "" } else { "s" };
+    let Summary { world_size, node_count, global_batch, micro_batch, accumulate, .. } = summary;
     add(format!(
-        "\n{million:.1} M parameters, {} ranks on {} {}, {} samples a step ({} × {} × {})",
-        summary.world_size,
-        summary.node_count,
-        if summary.node_count == 1 { "node" } else { "nodes" },
-        summary.global_batch,
-        summary.world_size,
-        summary.micro_batch,
-        summary.accumulate,
+        "\n{} M parameters, {world_size} rank{} on {node_count} node{}, {global_batch} samples a step \
+         ({world_size} × {micro_batch} × {accumulate})",
+        millions(summary.parameters),
+        plural(*world_size),
+        plural(*node_count),
     ));
     let lowest = records.iter().map(|r| r.loss).fold(f64::INFINITY, f64::min);
     add(format!(
@@ -42,12 +40,13 @@ pub(crate) fn screen(records: &[StepRecord], summary: &Summary, written: &[Strin
         first.step_ms
     ));
     add("where the time of a step went (medians, rank 0)".into());
-    let parts: [(&str, Part); 5] = [
+    let parts: [(&str, Part); 6] = [
         ("waiting for data", |r| r.data_wait_ms),
         ("forward", |r| r.forward_ms),
         ("backward", |r| r.backward_ms),
         ("exposed communication", |r| r.exposed_comm_ms),
         ("optimizer", |r| r.optimizer_ms),
+        ("rest, slower ranks", rest),
     ];
     for (name, part) in parts {
         let time = median(timed, part);
@@ -67,6 +66,13 @@ pub(crate) fn screen(records: &[StepRecord], summary: &Summary, written: &[Strin
     text
 }
 
+/// What no other number holds: tensors of the batch, and waiting for ranks that finish later.
+fn rest(record: &StepRecord) -> f64 {
+    let StepRecord { step_ms, data_wait_ms, forward_ms, backward_ms, .. } = record;
+    let known = data_wait_ms + forward_ms + backward_ms;
+    (step_ms - known - record.exposed_comm_ms - record.optimizer_ms).max(0.0)
+}
+
 fn bar(share: f64) -> String {
     const LENGTH: u32 = 40;
     (0..LENGTH)
@@ -82,7 +88,8 @@ pub(crate) fn median(records: &[StepRecord], value: impl Fn(&StepRecord) -> f64)
     values.get(values.len().saturating_sub(1) / 2).copied().unwrap_or(0.0)
 }
 
-#[expect(clippy::cast_precision_loss, reason = "shown with one digit")]
-fn as_f64(count: u64) -> f64 {
-    count as f64
+/// A count in millions with one digit.
+#[expect(clippy::cast_precision_loss, reason = "one digit is shown")]
+pub(crate) fn millions(count: u64) -> String {
+    format!("{:.1}", count as f64 / 1e6)
 }

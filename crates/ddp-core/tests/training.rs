@@ -1,7 +1,11 @@
 //! Training with several ranks is training with one: parity, bits, errors.
 
 #![allow(clippy::cast_possible_wrap, clippy::cast_precision_loss, reason = "small numbers")]
-#![allow(clippy::unwrap_used, clippy::shadow_unrelated, reason = "a failed unwrap is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::shadow_unrelated,
+    reason = "a failed unwrap is a failed test"
+)]
 
 mod support;
 

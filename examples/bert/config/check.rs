@@ -119,14 +119,16 @@ impl Data {
     fn problem(&self, model: &Model) -> Option<String> {
         let length = i64::try_from(self.sequence_length).unwrap_or(i64::MAX);
         let vocab = i64::try_from(self.vocab_size).unwrap_or(i64::MAX);
-        if length < 8 || length > model.max_position_embeddings {
+        // A file of fixed batches has a length of its own, which is checked when it is opened.
+        let fixed = self.batches.is_some();
+        if !fixed && !(8..=model.max_position_embeddings).contains(&length) {
             return Some(format!(
                 "data.sequence_length is {length}; it must be from 8 to \
                  model.max_position_embeddings ({})",
                 model.max_position_embeddings
             ));
         }
-        if self.batches.is_none() && vocab > model.vocab_size {
+        if !fixed && vocab > model.vocab_size {
             return Some(format!(
                 "data.vocab_size ({vocab}) is above model.vocab_size ({}); \
                  lower the first or raise the second",

@@ -1,0 +1,134 @@
+//! What the exchange of gradients costs: a step with it beside a step without it, alternating in one run.
+//!
+//! ```text
+//! cargo bench --bench step -- --nnodes 2 --threads 1 --precision fp32
+//! ```
+//!
+//! The model is `configs/bert_small.json` (4 layers, 256 hidden) on random tokens. Ranks meet in a barrier
+//! before each timed step, outside the time, so that a step with exchange does not pay for skew that steps
+//! without it left behind. The figure is the ratio of the medians.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
+#![allow(dead_code, unused_imports, reason = "uses a part of the example's modules")]
+
+#[path = "../examples/bert/config/mod.rs"]
+mod config;
+#[path = "../examples/bert/model.rs"]
+mod model;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{ensure, Context as _, Result};
+use clap::Parser;
+use phalanx::launch::{launch_or_join, Joined, LaunchArgs};
+use phalanx::{Ddp, DdpOptions, Group, GroupOptions};
+use phalanx_ddp_core::optim::{AdamW, Optimizer, OptimizerConfig};
+use phalanx_ddp_core::{amp, Sync};
+use tch::{nn, Device, Kind, Tensor};
+
+#[derive(Debug, Parser)]
+struct Flags {
+    #[command(flatten)]
+    launch: LaunchArgs,
+    /// Model to measure.
+    #[arg(long, default_value = "configs/bert_small.json")]
+    config: PathBuf,
+    /// `fp32` or `bf16`.
+    #[arg(long, default_value = "fp32")]
+    precision: String,
+    /// Samples of 128 tokens on each rank.
+    #[arg(long, default_value_t = 8)]
+    micro_batch: i64,
+    /// Timed steps of each kind.
+    #[arg(long, default_value_t = 20)]
+    steps: usize,
+    /// Passed by cargo.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn main() -> ExitCode {
+    let flags = Flags::parse();
+    let run = || match launch_or_join(&flags.launch)? {
+        Joined::Finished(report) => Ok(report.exit_code()),
+        Joined::Worker => measure(&flags).map(|()| ExitCode::SUCCESS),
+    };
+    run().unwrap_or_else(|error: anyhow::Error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn measure(flags: &Flags) -> Result<()> {
+    let kind = match flags.precision.as_str() {
+        "fp32" => Kind::Float,
+        "bf16" => Kind::BFloat16,
+        other => anyhow::bail!("--precision {other}: expected fp32 or bf16"),
+    };
+    ensure!(flags.steps > 0, "--steps 0: at least one");
+    let threads: i32 = std::env::var("OMP_NUM_THREADS").unwrap_or_default().parse().unwrap_or(1);
+    tch::set_num_threads(threads);
+    let mut group = Group::from_environment(GroupOptions::default())?;
+    let config = config::Config::read(Path::new(&flags.config))?;
+    let vs = nn::VarStore::new(Device::Cpu);
+    let network = model::build(&vs, &config.model, 1, group.rank())?;
+    let ddp = Ddp::new(&vs, &mut group, DdpOptions::default())?;
+    let settings = OptimizerConfig::AdamW(AdamW::default());
+    let mut optimizer = Optimizer::new(&ddp, settings, model::decays)?;
+    let (ids, labels) = batch(config.model.vocab_size, flags.micro_batch);
+    let inputs = model::Inputs { ids: &ids, labels: &labels, attention_mask: None };
+    let mut times = [Vec::new(), Vec::new()];
+    let mut exposed = Vec::new();
+    for step in 0..flags.steps + 2 {
+        for with in [0, 1] {
+            ddp.set_exchange(with == 1)?;
+            group.barrier()?.wait()?;
+            let start = Instant::now();
+            let forward = || network.loss(&inputs, model::Pass { train: true, kind });
+            let sum = match kind {
+                Kind::Float => forward(),
+                narrow => amp::autocast(Device::Cpu, narrow, forward)?,
+            }
+            .context("forward")?;
+            ddp.backward(&sum.loss, sum.masked_count as f64, Sync::Reduce)?;
+            optimizer.step(None)?;
+            // The first two rounds warm up allocators and caches.
+            if step >= 2 {
+                times[with].push(start.elapsed().as_secs_f64() * 1e3);
+                if with == 1 {
+                    exposed.push(ddp.step_times()?.exposed_comm.as_secs_f64() * 1e3);
+                }
+            }
+        }
+    }
+    if group.rank() == 0 {
+        let [without, with] = times.map(median);
+        println!(
+            "{} ranks × {threads} threads, {}, {} × 128 tokens: with exchange {with:.1} ms, without \
+             {without:.1} ms, ratio {:.4}; exposed {:.2} ms (median of {})",
+            group.world_size(),
+            flags.precision,
+            flags.micro_batch,
+            with / without,
+            median(exposed),
+            flags.steps,
+        );
+    }
+    Ok(())
+}
+
+/// Random tokens, every seventh to be predicted; a few values drawn by a formula are random enough.
+fn batch(vocab_size: i64, samples: i64) -> (Tensor, Tensor) {
+    let at = Tensor::arange(samples * 128, (Kind::Int64, Device::Cpu)).reshape([samples, 128]);
+    let ids = (&at * 7919 + 13).remainder(vocab_size - 5) + 5;
+    let predicted = at.remainder(7).eq(0);
+    let labels = ids.where_self(&predicted, &Tensor::from(model::IGNORED));
+    (ids, labels)
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
