@@ -2,10 +2,9 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use phalanx_comm::{Group, GroupOptions};
-use phalanx_ddp_core::{Ddp, DdpOptions};
-use phalanx_launch::{launch_or_join, Joined, LaunchArgs};
-use tch::{nn, nn::Module, nn::OptimizerConfig, Device, Kind, Tensor};
+use phalanx::launch::{launch_or_join, Joined, LaunchArgs};
+use phalanx::tch::{self, nn, nn::Module, nn::OptimizerConfig, Device, Kind, Tensor};
+use phalanx::{Ddp, DdpOptions, Group, GroupOptions};
 
 #[derive(Parser)]
 struct Flags {
