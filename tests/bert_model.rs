@@ -1,5 +1,7 @@
 //! The network of the BERT example against PyTorch's numbers.
 
+#![expect(clippy::print_stdout, reason = "how close the numbers are is worth seeing")]
+
 #[path = "../examples/bert/mod.rs"]
 #[expect(dead_code, reason = "the tests use a part of the example")]
 mod bert;
@@ -199,8 +201,8 @@ fn weights_of_other_shapes_are_all_named() {
     assert!(!error.contains('\n'), "{error}");
     // Loading by itself refuses too, before any variable is changed.
     let vs = other_network(&config);
-    let error = weights::load(&path, &vs).unwrap_err().to_string();
-    assert!(error.contains("[512, 64]") && error.contains("[100, 64]"), "{error}");
+    let refusal = weights::load(&path, &vs).unwrap_err().to_string();
+    assert!(refusal.contains("[512, 64]") && refusal.contains("[100, 64]"), "{refusal}");
     assert!(same(&vs, &other_network(&config)));
 }
 

@@ -64,7 +64,7 @@ pub(crate) fn check(path: &Path, config: &Model) -> Result<()> {
         match entry {
             None => differences.push(format!("{name} is missing")),
             Some(entry) if entry.shape != shape => {
-                differences.push(format!("{name} is {:?}, the model has {shape:?}", entry.shape))
+                differences.push(format!("{name} is {:?}, the model has {shape:?}", entry.shape));
             }
             Some(_) => {}
         }
