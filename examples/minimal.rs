@@ -1,11 +1,11 @@
 //! The whole of data-parallel training: `cargo run --release --example minimal -- --nnodes 4`
+#![expect(clippy::print_stdout, reason = "a program talks to its user")]
 use std::process::ExitCode;
 
 use clap::Parser;
-use phalanx_comm::{Group, GroupOptions};
-use phalanx_ddp_core::{Ddp, DdpOptions};
-use phalanx_launch::{launch_or_join, Joined, LaunchArgs};
-use tch::{nn, nn::Module, nn::OptimizerConfig, Device, Kind, Tensor};
+use phalanx::launch::{launch_or_join, Joined, LaunchArgs};
+use phalanx::tch::{self, nn, nn::Module, nn::OptimizerConfig, Device, Kind, Tensor};
+use phalanx::{Ddp, DdpOptions, Group, GroupOptions};
 
 #[derive(Parser)]
 struct Flags {
