@@ -98,7 +98,7 @@ impl Trial {
         let wanted = format!("RANK={rank}");
         self.processes()
             .into_iter()
-            .find(|pid| environment(*pid).iter().any(|variable| *variable == wanted))
+            .find(|pid| environment(*pid).contains(&wanted))
             .unwrap_or_else(|| panic!("no process of rank {rank}:\n{}", self.output))
     }
 
