@@ -9,6 +9,7 @@
 //! without it left behind. The figure is the ratio of the medians.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
+#![allow(clippy::cast_precision_loss, reason = "token counts are far below 2^53")]
 #![allow(dead_code, unused_imports, reason = "uses a part of the example's modules")]
 
 #[path = "../examples/bert/config/mod.rs"]

@@ -17,10 +17,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use phalanx_comm::environment::{Launcher, World};
-use phalanx_comm::{Group, GroupOptions};
-use phalanx_data::progress::{Progress, Silent, Terminal};
-use tch::{nn, Device};
+use phalanx::comm::environment::{Launcher, World};
+use phalanx::data::progress::{Progress, Silent, Terminal};
+use phalanx::tch::{self, nn, Device};
+use phalanx::{launch, Group, GroupOptions};
 
 use bert::batching::Batching;
 use bert::config::{Config, Precision};
@@ -44,7 +44,7 @@ fn main() -> ExitCode {
 
 fn run(flags: &Flags) -> Result<ExitCode> {
     let settings = flags.settings()?;
-    if phalanx_launch::is_worker() {
+    if launch::is_worker() {
         rank(flags, &settings, &World::from_env()?)?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -54,6 +54,9 @@ fn run(flags: &Flags) -> Result<ExitCode> {
     if world_size > 0 {
         check(flags, &settings, world_size, local_ranks)?; // of none, the launcher complains
     }
+    if let Some(path) = &flags.init_weights {
+        weights::check(path, &settings.config.model)?;
+    }
     if world_size == 1 {
         rank(flags, &settings, &World::single())?;
         return Ok(ExitCode::SUCCESS);
@@ -62,7 +65,7 @@ fn run(flags: &Flags) -> Result<ExitCode> {
     drop(data::open(&settings.config, &Terminal::stderr())?);
     let program = std::env::current_exe().context("finding this program's own file")?;
     let args: Vec<_> = std::env::args_os().skip(1).collect();
-    Ok(phalanx_launch::run(&options, &program, &args)?.exit_code())
+    Ok(launch::run(&options, &program, &args)?.exit_code())
 }
 
 /// Batches that add up, and memory for the ranks of this machine.
@@ -103,7 +106,11 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
     let vs = nn::VarStore::new(Device::Cpu);
     let network = model::build(&vs, &config.model, config.train.seed, world.rank)?;
     if let Some(path) = flags.init_weights.as_ref().filter(|_| root) {
-        weights::load(path, &vs)?;
+        weights::check(path, &config.model)?;
+        let left = weights::load(path, &vs)?;
+        if let Some(name) = left.first() {
+            println!("note   {} tensors of {} are not used: {name} …", left.len(), path.display());
+        }
     }
     let exchange = !flags.no_exchange;
     let mut trainer = Trainer::new(network, &vs, &mut group, loader, (config, batching, exchange))?;

@@ -1,4 +1,5 @@
 //! The whole of data-parallel training: `cargo run --release --example minimal -- --nnodes 4`
+#![expect(clippy::print_stdout, reason = "a program talks to its user")]
 use std::process::ExitCode;
 
 use clap::Parser;

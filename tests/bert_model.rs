@@ -1,5 +1,7 @@
 //! The network of the BERT example against PyTorch's numbers.
 
+#![expect(clippy::print_stdout, reason = "how close the numbers are is worth seeing")]
+
 #[path = "../examples/bert/mod.rs"]
 #[expect(dead_code, reason = "the tests use a part of the example")]
 mod bert;
@@ -12,7 +14,7 @@ use bert::config::{Config, Model, Precision, Schedule};
 use bert::metrics::StepRecord;
 use bert::model::{build, BertForMaskedLm, Inputs, LossSum, Pass};
 use bert::train::Trainer;
-use bert::{data, output, weights};
+use bert::{data, failure, output, weights};
 use phalanx_comm::{Group, GroupOptions};
 use phalanx_data::progress::Silent;
 use tch::{nn, Device, Kind, Tensor};
@@ -174,28 +176,47 @@ fn old_names_of_layer_norms_load_and_foreign_tensors_are_named() {
         vs.variables().into_iter().map(|(name, tensor)| (rename(name), tensor)).collect();
     tensors.push(("bert.pooler.dense.bias".into(), Tensor::from_slice(&[1f32])));
     Tensor::write_safetensors(&tensors, &path).unwrap();
-    let other = other_network(&fixture.config(Precision::Fp32).model);
+    let config = fixture.config(Precision::Fp32).model;
+    weights::check(&path, &config).unwrap();
+    let other = other_network(&config);
     assert_eq!(weights::load(&path, &other).unwrap(), ["bert.pooler.dense.bias"]);
     assert!(same(&vs, &other));
 }
 
 #[test]
 fn weights_of_other_shapes_are_all_named() {
-    let fixture = Fixture::read();
-    let mut config = fixture.config(Precision::Fp32).model;
+    let mut config = Fixture::read().config(Precision::Fp32).model;
     config.vocab_size = 100;
     config.num_hidden_layers = 3;
-    let vs = other_network(&config);
-    let error = weights::load(&fixture_path(), &vs).unwrap_err().to_string();
-    for part in
-        ["word_embeddings.weight", "[512, 64]", "[100, 64]", "layer.2.output.dense.bias", "missing"]
-    {
-        assert!(error.contains(part), "{error}");
+    let path = fixture("bert_tiny_weights.safetensors");
+    let error = failure::message(&weights::check(&path, &config).unwrap_err());
+    for part in [
+        "bert_tiny_weights.safetensors does not fit the model",
+        "word_embeddings.weight is [512, 64], the model has [100, 64]",
+        "layer.2.attention.output.LayerNorm.bias is missing",
+        " more; take the configuration",
+    ] {
+        assert!(error.contains(part), "{error} lacks {part}");
     }
+    assert!(!error.contains('\n'), "{error}");
+    // Loading by itself refuses too, before any variable is changed.
+    let vs = other_network(&config);
+    let refusal = weights::load(&path, &vs).unwrap_err().to_string();
+    assert!(refusal.contains("[512, 64]") && refusal.contains("[100, 64]"), "{refusal}");
+    assert!(same(&vs, &other_network(&config)));
 }
 
-fn fixture_path() -> PathBuf {
-    fixture("bert_tiny_weights.safetensors")
+#[test]
+fn weights_that_are_none_are_told_apart() {
+    let fixture_config = Fixture::read().config(Precision::Fp32).model;
+    let check = |path: &Path| weights::check(path, &fixture_config);
+    check(&fixture("bert_tiny_weights.safetensors")).unwrap();
+    let absent = check(Path::new("/nowhere.safetensors")).unwrap_err();
+    assert_eq!(failure::exit_code(&absent), failure::IO);
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
+    let other = check(&text).unwrap_err();
+    assert_eq!(failure::exit_code(&other), failure::DATA);
+    assert!(failure::message(&other).contains("is not a safetensors file"));
 }
 
 #[test]

@@ -90,15 +90,14 @@ impl Wanted {
     }
 
     fn solve(self, world_size: usize) -> Result<Batching, String> {
-        let Wanted { global_batch, micro_batch, accumulate } = self;
-        let Some(global_batch) = global_batch else {
-            let micro_batch = micro_batch.unwrap_or(MICRO_BATCH);
-            let accumulate = accumulate.unwrap_or(1);
+        let Some(global_batch) = self.global_batch else {
+            let micro_batch = self.micro_batch.unwrap_or(MICRO_BATCH);
+            let accumulate = self.accumulate.unwrap_or(1);
             let global_batch = world_size * micro_batch * accumulate;
             return Ok(Batching { global_batch, micro_batch, accumulate, cut: Cut::Parts });
         };
         let share = global_batch.div_ceil(world_size);
-        let parts = match (micro_batch, accumulate) {
+        let (micro_batch, accumulate, cut) = match (self.micro_batch, self.accumulate) {
             (Some(micro), Some(parts)) if world_size * micro * parts != global_batch => {
                 let product = world_size * micro * parts;
                 return Err(format!(
@@ -106,18 +105,13 @@ impl Wanted {
                      × {parts} micro-batches = {product}; give two of the three, or numbers that fit"
                 ));
             }
-            (_, Some(parts)) => parts,
-            (Some(micro_batch), None) => {
-                let accumulate = share.div_ceil(micro_batch);
-                let micro_batch = micro_batch.min(share);
-                let least = Batching { global_batch, micro_batch, accumulate, cut: Cut::Samples };
-                return enough(least, world_size);
+            (Some(micro), None) => (micro.min(share), share.div_ceil(micro), Cut::Samples),
+            (_, parts) => {
+                let parts = parts.unwrap_or(1);
+                (share.div_ceil(parts), parts, Cut::Parts)
             }
-            (None, None) => 1,
         };
-        let micro_batch = share.div_ceil(parts);
-        let cut = Cut::Parts;
-        enough(Batching { global_batch, micro_batch, accumulate: parts, cut }, world_size)
+        enough(Batching { global_batch, micro_batch, accumulate, cut }, world_size)
     }
 }
 

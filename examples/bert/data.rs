@@ -127,8 +127,8 @@ impl Tensors {
     pub(crate) fn of(batch: &Batch) -> Result<Tensors, TchError> {
         let matrix = |values: &[i64]| Tensor::f_from_slice(values)?.f_view(batch.shape());
         // A mask of ones is left out: attention without a mask takes the fast path.
-        let mask = batch.attention_mask().filter(|mask| mask.contains(&0));
-        let seen = |mask: &[i64]| mask.iter().filter(|&&value| value != 0).count();
+        let mask = batch.attention_mask().filter(|values| values.contains(&0));
+        let seen = |values: &[i64]| values.iter().filter(|&&value| value != 0).count();
         Ok(Tensors {
             ids: matrix(batch.input_ids())?,
             labels: matrix(batch.labels())?,

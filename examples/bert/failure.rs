@@ -7,6 +7,7 @@ use std::io;
 
 use super::config::ConfigError;
 use super::memory::TooLittleMemory;
+use super::weights::WeightsError;
 
 /// The command line contradicts itself or asks for what does not exist.
 pub(crate) const USAGE: u8 = 64;
@@ -68,6 +69,9 @@ fn code_of(cause: &(dyn Error + 'static)) -> Option<u8> {
     }
     if let Some(error) = cause.downcast_ref::<phalanx_launch::LaunchError>() {
         return Some(error.exit_code());
+    }
+    if cause.is::<WeightsError>() {
+        return Some(DATA);
     }
     if cause.is::<TooLittleMemory>() {
         return Some(RESOURCES);

@@ -13,8 +13,9 @@ use super::failure;
 /// Pre-trains BERT on text by masked language modelling, data-parallel over any number of ranks.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "bert_large")]
+#[expect(clippy::struct_excessive_bools, reason = "switches of a command line, each by itself")]
 pub(crate) struct Flags {
-    /// Configuration (JSON) [default: configs/bert_large.json].
+    /// Configuration (JSON) [default: `configs/bert_large.json`].
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
     /// Optimizer steps.

@@ -185,7 +185,7 @@ pub(crate) fn kind(precision: Precision) -> Kind {
 
 /// A seed of its own for each micro-batch of a run.
 ///
-/// Source: the finalizer of SplitMix64 (Steele et al., "Fast Splittable Pseudorandom Number
+/// Source: the finalizer of `SplitMix64` (Steele et al., "Fast Splittable Pseudorandom Number
 /// Generators", 2014).
 fn dropout_seed(seed: u64, step: u64, number: usize) -> i64 {
     let mix = |value: u64| {

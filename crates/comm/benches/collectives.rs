@@ -16,8 +16,10 @@
 #![expect(
     clippy::print_stdout,
     clippy::cast_precision_loss,
-    clippy::cast_possible_truncation,
     clippy::float_cmp,
+    clippy::multiple_unsafe_ops_per_block,
+    clippy::struct_excessive_bools,
+    clippy::shadow_unrelated,
     reason = "a table of measurements; sums of small integers are exact"
 )]
 
@@ -124,11 +126,11 @@ fn size(text: &str) -> Result<usize> {
 /// About half a second of work, but never few.
 fn iterations(bytes: usize) -> usize {
     match bytes {
-        0..=4096 => 20_000,
-        ..=0x0004_0000 => 4000,
-        ..=0x0010_0000 => 1000,
-        ..=0x0080_0000 => 150,
-        ..=0x0800_0000 => 12,
+        0..=0x1000 => 20_000,
+        0x1001..=0x0004_0000 => 4000,
+        0x0004_0001..=0x0010_0000 => 1000,
+        0x0010_0001..=0x0080_0000 => 150,
+        0x0080_0001..=0x0800_0000 => 12,
         _ => 5,
     }
 }
@@ -326,7 +328,7 @@ impl YieldBarrier {
         let mut spins = 0_u32;
         while self.count.load(Ordering::Acquire) < target {
             spins += 1;
-            if spins % 64 == 0 {
+            if spins.is_multiple_of(64) {
                 std::thread::yield_now();
             } else {
                 std::hint::spin_loop();

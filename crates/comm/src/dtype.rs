@@ -80,6 +80,7 @@ impl std::fmt::Display for DType {
     }
 }
 
+#[expect(unnameable_types, reason = "sealed: nobody outside may name it")]
 mod sealed {
     pub trait Sealed {}
 }

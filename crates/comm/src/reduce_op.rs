@@ -53,8 +53,10 @@ pub(crate) enum Finish {
 }
 
 /// A reduction as a value.
+#[doc(hidden)]
+#[expect(unnameable_types, reason = "part of a sealed trait")]
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Reduction {
+pub struct Reduction {
     pub(crate) fold: Fold,
     pub(crate) finish: Finish,
 }
@@ -82,6 +84,7 @@ impl Reduction {
     }
 }
 
+#[expect(unnameable_types, reason = "sealed: nobody outside may name them")]
 mod sealed {
     pub trait Sealed {}
     impl Sealed for super::Sum {}

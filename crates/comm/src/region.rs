@@ -162,9 +162,13 @@ impl<T: Element> RegionRange<T> {
 }
 
 /// A buffer without its element type.
+#[doc(hidden)]
 #[derive(Debug)]
-pub(crate) enum Bytes<'b> {
+#[expect(unnameable_types, reason = "part of a sealed trait")]
+pub enum Bytes<'b> {
+    /// Borrowed.
     Slice(&'b mut [u8]),
+    /// Registered.
     Region { memory: Arc<RegionMemory>, offset: usize, bytes: usize },
 }
 
@@ -188,26 +192,12 @@ impl Bytes<'_> {
             }
         }
     }
-
-    /// Copies it out.
-    pub(crate) fn to_vec(&self) -> Vec<u8> {
-        match self {
-            Self::Slice(slice) => slice.to_vec(),
-            Self::Region { memory, offset, bytes } => {
-                let mut copy = vec![0; *bytes];
-                let from = memory.base().wrapping_add(*offset);
-                // SAFETY: inside the range, which is inside the region.
-                unsafe { std::ptr::copy_nonoverlapping(from, copy.as_mut_ptr(), *bytes) };
-                copy
-            }
-        }
-    }
 }
 
 /// What only this crate may ask of a buffer.
+#[expect(unnameable_types, reason = "sealed: nobody outside may name it")]
 pub trait IntoBytes<'b, T: Element> {
     #[doc(hidden)]
-    #[expect(private_interfaces, reason = "sealed: nobody outside names it")]
     fn into_bytes(self) -> Bytes<'b>;
 }
 
@@ -217,7 +207,6 @@ pub trait Buffer<'b, T: Element>: Sealed + IntoBytes<'b, T> {}
 
 impl<T: Element> Sealed for &mut [T] {}
 impl<'b, T: Element> IntoBytes<'b, T> for &'b mut [T] {
-    #[expect(private_interfaces, reason = "sealed: nobody outside names it")]
     fn into_bytes(self) -> Bytes<'b> {
         Bytes::Slice(bytemuck::cast_slice_mut(self))
     }
@@ -226,7 +215,6 @@ impl<'b, T: Element> Buffer<'b, T> for &'b mut [T] {}
 
 impl<T: Element> Sealed for &mut Vec<T> {}
 impl<'b, T: Element> IntoBytes<'b, T> for &'b mut Vec<T> {
-    #[expect(private_interfaces, reason = "sealed: nobody outside names it")]
     fn into_bytes(self) -> Bytes<'b> {
         Bytes::Slice(bytemuck::cast_slice_mut(self))
     }
@@ -235,7 +223,6 @@ impl<'b, T: Element> Buffer<'b, T> for &'b mut Vec<T> {}
 
 impl<T: Element> Sealed for RegionRange<T> {}
 impl<'b, T: Element> IntoBytes<'b, T> for RegionRange<T> {
-    #[expect(private_interfaces, reason = "sealed: nobody outside names it")]
     fn into_bytes(self) -> Bytes<'b> {
         Bytes::Region {
             offset: self.range.start * size_of::<T>(),
@@ -244,4 +231,4 @@ impl<'b, T: Element> IntoBytes<'b, T> for RegionRange<T> {
         }
     }
 }
-impl<'b, T: Element> Buffer<'b, T> for RegionRange<T> {}
+impl<T: Element> Buffer<'_, T> for RegionRange<T> {}

@@ -29,6 +29,10 @@ pub fn run_ranks<T: Send + 'static>(
 ///
 /// As [`run_ranks`].
 #[expect(clippy::expect_used, reason = "a test that cannot start its ranks has failed")]
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "reads better where options are made on the spot"
+)]
 pub fn run_ranks_with<T: Send + 'static>(
     world_size: usize,
     link: HostLink,

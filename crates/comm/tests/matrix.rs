@@ -3,6 +3,15 @@
 //! Every result is compared bit by bit with one process that adds in rank order (in `f32` for
 //! halves), which makes it equal on all ranks and over all links too; floats also with an `f64`
 //! oracle.
+#![expect(
+    clippy::unwrap_used,
+    clippy::float_cmp,
+    clippy::shadow_unrelated,
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    reason = "tests: exact values, small numbers, and a failure is a panic"
+)]
 
 use half::{bf16, f16};
 use phalanx_comm::environment::HostLink;

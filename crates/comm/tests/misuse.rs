@@ -1,4 +1,10 @@
 //! Wrong calls: every rank gets an error that shows both sides, and no memory changes.
+#![expect(
+    clippy::float_cmp,
+    clippy::shadow_unrelated,
+    clippy::unwrap_used,
+    reason = "tests: exact values, and a failure is a panic"
+)]
 
 use std::time::{Duration, Instant};
 

@@ -63,21 +63,21 @@ mod tests {
         let mut buffers = vec![vec![10, 0, 0], vec![0, 11, 0], vec![0, 0, 12]];
         run(Op::AllGather, 0, &mut buffers);
         assert!(buffers.iter().all(|buffer| *buffer == [10, 11, 12]));
-        let mut buffers = vec![vec![0, 1, 2], vec![10, 11, 12], vec![20, 21, 22]];
-        run(Op::AllToAll, 0, &mut buffers);
-        assert_eq!(buffers, [[0, 10, 20], [1, 11, 21], [2, 12, 22]]);
+        let mut exchanged = vec![vec![0, 1, 2], vec![10, 11, 12], vec![20, 21, 22]];
+        run(Op::AllToAll, 0, &mut exchanged);
+        assert_eq!(exchanged, [[0, 10, 20], [1, 11, 21], [2, 12, 22]]);
     }
 
     #[test]
     fn rooted_ones_move_only_from_or_to_the_root() {
-        let mut buffers = vec![vec![1], vec![2], vec![3]];
-        run(Op::Broadcast, 1, &mut buffers);
-        assert_eq!(buffers, [[2], [2], [2]]);
-        let mut buffers = vec![vec![7], vec![0, 8, 0], vec![9]];
-        run(Op::Gather, 1, &mut buffers);
-        assert_eq!(buffers[1], [7, 8, 9]);
-        let mut buffers = vec![vec![0], vec![7, 8, 9], vec![0]];
-        run(Op::Scatter, 1, &mut buffers);
-        assert_eq!((buffers[0][0], buffers[2][0]), (7, 9));
+        let mut equal = vec![vec![1], vec![2], vec![3]];
+        run(Op::Broadcast, 1, &mut equal);
+        assert_eq!(equal, [[2], [2], [2]]);
+        let mut gathered = vec![vec![7], vec![0, 8, 0], vec![9]];
+        run(Op::Gather, 1, &mut gathered);
+        assert_eq!(gathered[1], [7, 8, 9]);
+        let mut scattered = vec![vec![0], vec![7, 8, 9], vec![0]];
+        run(Op::Scatter, 1, &mut scattered);
+        assert_eq!((scattered[0][0], scattered[2][0]), (7, 9));
     }
 }

@@ -36,7 +36,7 @@ mod tests {
                         assert_eq!(pair[0].end, pair[1].start);
                         assert!(pair[0].end % align == 0 || pair[0].end == len);
                     }
-                    let longest = shares.iter().map(|s| s.len()).max().unwrap();
+                    let longest = shares.iter().map(ExactSizeIterator::len).max().unwrap();
                     assert!(longest <= len.div_ceil(align).div_ceil(parts) * align);
                 }
             }

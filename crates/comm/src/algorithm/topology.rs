@@ -65,7 +65,7 @@ impl Topology {
         let stage = self.stage_of(rank);
         let lane_count = self.stages.iter().map(ExactSizeIterator::len).min().unwrap_or(1);
         let lane = Some(rank - self.stages[stage].start).filter(|lane| *lane < lane_count);
-        let rank_in = |stage: Option<usize>| Some(self.stages.get(stage?)?.start + lane?);
+        let rank_in = |other: Option<usize>| Some(self.stages.get(other?)?.start + lane?);
         Place {
             stage,
             stage_count: self.stages.len(),

@@ -276,13 +276,13 @@ impl Group {
         let length = i64::try_from(mine.len()).unwrap_or(i64::MAX);
         self.all_gather(&[length], &mut lengths[..])?.wait()?;
         let lengths: Vec<usize> =
-            lengths.into_iter().map(|length| usize::try_from(length).unwrap_or(0)).collect();
+            lengths.into_iter().map(|theirs| usize::try_from(theirs).unwrap_or(0)).collect();
         let longest = lengths.iter().copied().max().unwrap_or(0);
         let mut padded = mine.to_vec();
         padded.resize(longest, 0);
         let mut all = vec![0_u8; longest * self.world_size()];
         self.all_gather(&padded, &mut all[..])?.wait()?;
-        let part = |(rank, length)| all[rank * longest..rank * longest + length].to_vec();
+        let part = |(rank, bytes)| all[rank * longest..rank * longest + bytes].to_vec();
         Ok(lengths.into_iter().enumerate().map(part).collect())
     }
 

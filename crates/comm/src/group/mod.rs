@@ -96,7 +96,6 @@ pub struct Group {
     started: u64,
     next: Next,
     /// Kept: where this rank hosts the store, it goes on answering (and refusing) late comers.
-    #[expect(dead_code, reason = "held, not used")]
     store: Option<Arc<dyn Store>>,
 }
 
@@ -126,7 +125,7 @@ impl Group {
         let attempt = world.restart_count;
         let waiting = options.connect_timeout;
         let mut group = Self::over(world, options, &mut |mine, deadline| {
-            let key = |rank| format!("phalanx/{attempt}/group/card/{rank}");
+            let key = |of| format!("phalanx/{attempt}/group/card/{of}");
             store.set(&key(rank), mine).map_err(RendezvousError::from)?;
             let get = |peer| store.get(&key(peer), deadline);
             let cards = (0..world_size).map(get).collect::<Result<Vec<_>, StoreError>>();
@@ -216,7 +215,6 @@ impl Group {
 
     /// The name of the backend, for logs.
     #[must_use]
-    #[expect(clippy::unused_self, reason = "groups of other backends answer differently")]
     pub fn backend_name(&self) -> &'static str {
         "host"
     }
@@ -284,7 +282,7 @@ impl Group {
             drop(self.all_gather_bytes(&[])?);
             return Self::over(world, options, &mut |_, _| Ok(Vec::new())).map(Some);
         }
-        let mut group = Self::over(world, options, &mut |card, _| {
+        let group = Self::over(world, options, &mut |card, _| {
             let cards = self.all_gather_bytes(card)?;
             Ok(members.iter().map(|member| cards[*member].clone()).collect())
         });

@@ -5,6 +5,10 @@
 //! array, so the compiler knows that nothing aliases it and vectorises every loop; sources and
 //! targets may be the same memory, because a block is read whole before it is written.
 #![expect(unsafe_code, reason = "raw memory of several processes, and vector instructions")]
+#![expect(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "a pointer's offset and its use are one step in these loops"
+)]
 
 use std::mem::{size_of, MaybeUninit};
 
@@ -62,12 +66,6 @@ pub(super) unsafe fn run<T: Scalar, O: FoldOp, const VECTOR: bool>(pass: &Pass<'
         unsafe { store_block::<T, VECTOR>(pass, at, block) };
         at += block.len();
     }
-    #[cfg(target_arch = "x86_64")]
-    if matches!(pass.output, Output::Final { streaming: true, .. }) {
-        // Streaming stores are not ordered by the release store that follows.
-        // SAFETY: SSE is part of x86-64.
-        unsafe { std::arch::x86_64::_mm_sfence() };
-    }
 }
 
 /// Elements that fit into a few vector registers.
@@ -82,7 +80,7 @@ const CHUNK: usize = 32;
 #[inline(always)]
 unsafe fn run_pairs<T: Scalar, O: FoldOp>(pass: &Pass<'_>) -> usize {
     let (None, [left, right]) = (pass.partial, pass.sources) else { return 0 };
-    let Output::Final { targets: [first, second], streaming: false, factor } = pass.output else {
+    let Output::Final { targets: [first, second], factor } = pass.output else {
         return 0;
     };
     if !T::SAME {
@@ -174,7 +172,7 @@ unsafe fn store_block<T: Scalar, const VECTOR: bool>(
             // SAFETY: to has block.len() accumulators; the block is our own.
             unsafe { copy_to(block.as_ptr().cast(), to.cast(), size_of_val(block)) };
         }
-        Output::Final { targets, streaming, ref factor } => {
+        Output::Final { targets, ref factor } => {
             if !matches!(factor, Factor::Keep) {
                 for accumulator in block.iter_mut() {
                     *accumulator = accumulator.finish(factor);
@@ -191,12 +189,6 @@ unsafe fn store_block<T: Scalar, const VECTOR: bool>(
             for target in targets {
                 // SAFETY: by the caller's word.
                 let to = unsafe { target.add(at * size_of::<T>()) };
-                #[cfg(target_arch = "x86_64")]
-                if VECTOR && streaming {
-                    // SAFETY: both sides have `bytes` bytes; VECTOR says that AVX2 is there.
-                    unsafe { super::x86::stream(from, to, bytes) };
-                    continue;
-                }
                 // SAFETY: both sides have `bytes` bytes, and a local block overlaps nothing.
                 unsafe { copy_to(from, to, bytes) };
             }

@@ -50,12 +50,12 @@ macro_rules! float_accumulator {
             #[inline(always)]
             fn multiply(self, other: Self) -> Self { self * other }
             #[inline(always)]
-            #[expect(clippy::eq_op, clippy::float_cmp, reason = "x != x is the NaN test that vectorises")]
+            #[expect(clippy::float_cmp, reason = "x != x is the NaN test that vectorises")]
             fn min(self, other: Self) -> Self {
                 if other < self || other != other { other } else { self }
             }
             #[inline(always)]
-            #[expect(clippy::eq_op, clippy::float_cmp, reason = "x != x is the NaN test that vectorises")]
+            #[expect(clippy::float_cmp, reason = "x != x is the NaN test that vectorises")]
             fn max(self, other: Self) -> Self {
                 if other > self || other != other { other } else { self }
             }

@@ -1,11 +1,13 @@
-//! The three things that a compiler does not find by itself on x86-64: F16C conversions both ways,
-//! and stores that go around the caches.
+//! What a compiler does not find by itself on x86-64: the F16C conversions, both ways.
 #![expect(unsafe_code, reason = "vector instructions")]
+#![expect(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "a pointer's offset and its use are one step in these loops"
+)]
 
 use std::arch::x86_64::{
-    __m128i, __m256i, _mm256_cvtph_ps, _mm256_cvtps_ph, _mm256_loadu_ps, _mm256_loadu_si256,
-    _mm256_storeu_ps, _mm256_stream_si256, _mm_loadu_si128, _mm_storeu_si128,
-    _MM_FROUND_TO_NEAREST_INT,
+    __m128i, _mm256_cvtph_ps, _mm256_cvtps_ph, _mm256_loadu_ps, _mm256_storeu_ps, _mm_loadu_si128,
+    _mm_storeu_si128, _MM_FROUND_TO_NEAREST_INT,
 };
 
 use half::f16;
@@ -65,28 +67,4 @@ pub(super) unsafe fn narrow_f16(from: *const f32, to: *mut f16, count: usize) {
         // SAFETY: count - at < LANES elements remain.
         unsafe { std::ptr::copy_nonoverlapping(half.as_ptr(), to.add(at), count - at) };
     }
-}
-
-/// Copies without leaving the target in the caches. The caller fences afterwards.
-///
-/// # Safety
-///
-/// Both sides have `bytes` bytes and do not overlap; the processor has AVX2.
-#[inline]
-#[target_feature(enable = "avx2")]
-pub(super) unsafe fn stream(from: *const u8, to: *mut u8, bytes: usize) {
-    const WIDTH: usize = size_of::<__m256i>();
-    let head = to.align_offset(WIDTH).min(bytes);
-    // SAFETY: head is at most bytes.
-    unsafe { std::ptr::copy_nonoverlapping(from, to, head) };
-    let mut at = head;
-    while at + WIDTH <= bytes {
-        // SAFETY: WIDTH bytes from `at` are inside the source.
-        let vector = unsafe { _mm256_loadu_si256(from.add(at).cast()) };
-        // SAFETY: and inside the target, which is aligned from `head` on.
-        unsafe { _mm256_stream_si256(to.add(at).cast(), vector) };
-        at += WIDTH;
-    }
-    // SAFETY: the rest is inside both sides.
-    unsafe { std::ptr::copy_nonoverlapping(from.add(at), to.add(at), bytes - at) };
 }

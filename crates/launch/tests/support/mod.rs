@@ -1,4 +1,5 @@
 //! A launcher under test: started, listened to, and never left running.
+#![allow(dead_code, reason = "each test file uses its part")]
 
 use std::io::{BufRead as _, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};

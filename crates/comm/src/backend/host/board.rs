@@ -192,7 +192,7 @@ impl Board {
                 tv_nsec: limit.subsec_nanos().into(),
             };
             // A time-out, a signal or a changed word all mean: look again.
-            drop(futex::wait(events, futex::Flags::empty(), seen, Some(&timeout)));
+            futex::wait(events, futex::Flags::empty(), seen, Some(&timeout)).ok();
         }
         waiters.fetch_sub(1, Ordering::SeqCst);
     }

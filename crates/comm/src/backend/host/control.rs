@@ -104,8 +104,8 @@ impl Control {
             Err(error) => return Err(error.into()),
         };
         let mut descriptors = Vec::new();
-        for message in ancillary.drain() {
-            if let RecvAncillaryMessage::ScmRights(rights) = message {
+        for control_message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = control_message {
                 descriptors.extend(rights);
             }
         }

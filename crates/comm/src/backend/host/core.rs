@@ -30,10 +30,19 @@ const DOZE: Duration = Duration::from_millis(100);
 #[derive(Debug, Default)]
 struct Queue {
     calls: VecDeque<Arc<Call>>,
-    /// The progress thread runs.
-    running: bool,
+    progress: Progress,
+}
+
+/// What the progress thread does.
+#[derive(Debug, Default, PartialEq, Eq)]
+enum Progress {
+    /// It is not running.
+    #[default]
+    Absent,
+    /// It works, or looks soon by itself.
+    Awake,
     /// It sleeps for long and has to be woken.
-    asleep: bool,
+    Asleep,
 }
 
 /// One rank's side of a group.
@@ -375,14 +384,14 @@ impl Core {
         let eager = self.habit(call).load(Ordering::Relaxed) < 0;
         let mut queue = self.queue();
         queue.calls.push_back(Arc::clone(call));
-        if !queue.running {
-            queue.running = true;
+        if queue.progress == Progress::Absent {
+            queue.progress = Progress::Awake;
             let core = Arc::clone(self);
             let thread = std::thread::Builder::new().name(format!("phalanx-work-{}", self.rank));
             // Not joined: it ends when the group is closed and the queue is empty.
             let started = thread.spawn(move || core.progress());
             drop(started.map_err(|error| Error::system(self.rank, "start a thread", error))?);
-        } else if eager || queue.asleep {
+        } else if eager || queue.progress == Progress::Asleep {
             self.work_came.notify_one();
         }
         Ok(())
@@ -409,13 +418,13 @@ impl Core {
                 let mut queue = self.queue();
                 while queue.calls.is_empty() {
                     if self.closing.load(Ordering::Acquire) {
-                        queue.running = false;
+                        queue.progress = Progress::Absent;
                         drop(queue);
                         self.peers.close();
                         return;
                     }
                     let doze = last_work.elapsed() < DOZE;
-                    queue.asleep = !doze;
+                    queue.progress = if doze { Progress::Awake } else { Progress::Asleep };
                     let limit = if doze { SLEEP_MAX } else { Duration::from_secs(1) };
                     let (guard, _) = self
                         .work_came
@@ -423,7 +432,7 @@ impl Core {
                         .unwrap_or_else(PoisonError::into_inner);
                     queue = guard;
                 }
-                queue.asleep = false;
+                queue.progress = Progress::Awake;
             }
             let mut executor = self.executor.lock().unwrap_or_else(PoisonError::into_inner);
             while self.run_next(&mut executor) {}
@@ -488,7 +497,7 @@ impl Core {
     pub(crate) fn close(&self) {
         self.closing.store(true, Ordering::Release);
         let queue = self.queue();
-        let idle = queue.calls.is_empty() && !queue.running;
+        let idle = queue.calls.is_empty() && queue.progress == Progress::Absent;
         drop(queue);
         self.work_came.notify_all();
         if idle || (self.peers.journal().open.is_empty() && self.queue().calls.is_empty()) {

@@ -171,6 +171,9 @@ impl Met {
 impl Run<'_> {
     /// Waits until `ranks` (of this machine) have come as far as this rank.
     pub(crate) fn barrier(&mut self, ranks: impl Iterator<Item = usize>) -> Result<()> {
+        // A peer of another machine may wait for what is still kept here, and a rank of this one for
+        // that peer: nothing may be kept while this rank waits.
+        self.links.flush(Wait { call: self.call, deadline: self.deadline })?;
         self.step += 1;
         let phase = self.call.seq() << 24 | self.step;
         let mine = self.core.board(self.core.rank);

@@ -115,7 +115,7 @@ fn reduce(call: &Call, inputs: &[*const u8], at: usize, bytes: usize, to: *mut u
     let Some(reduction) = call.reduction else { return };
     let count = bytes / call.dtype.size_bytes();
     let factor = Factor::new(reduction.finish, inputs.len());
-    let output = Output::Final { targets: &[to], streaming: false, factor };
+    let output = Output::Final { targets: &[to], factor };
     with_pointers(inputs.iter().map(|input| input.wrapping_add(at)), |sources| {
         // SAFETY: every input holds the whole contribution, which covers `at + bytes`; all ranks have
         // published and none writes its slot again before all have consumed it; `to` has `bytes`

@@ -80,8 +80,22 @@ impl Links {
         })
     }
 
+    /// Why a socket failed: the monitor's verdict or the peer's goodbye, if either comes soon.
     fn broken(&self, peer: usize, call: &'static str, error: std::io::Error) -> Error {
-        self.peers.verdict().unwrap_or_else(|| self.peers.connection_lost(peer, call, error))
+        let deadline = Instant::now() + Duration::from_millis(300);
+        loop {
+            if let Some(failure) = self.peers.failure() {
+                return failure;
+            }
+            let during = self.peers.during();
+            if let Some(left) = self.peers.gone_before(peer, u64::MAX - 1, &during) {
+                return left;
+            }
+            if Instant::now() >= deadline {
+                return self.peers.connection_lost(peer, call, error);
+            }
+            poll(&mut [], Some(&Timespec { tv_sec: 0, tv_nsec: 1_000_000 })).ok();
+        }
     }
 
     /// Sends without waiting: what does not fit into the socket is kept.
@@ -99,8 +113,7 @@ impl Links {
             }
         }
         if sent < bytes.len() {
-            let link = self.link(peer)?;
-            link.outgoing.push_back(bytes[sent..].to_vec());
+            self.link(peer)?.outgoing.push_back(bytes[sent..].to_vec());
             self.pending += 1;
         }
         Ok(())
@@ -113,7 +126,6 @@ impl Links {
             let link = self.link(peer)?;
             match link.stream.read(&mut into[filled..]) {
                 Ok(0) => {
-                    self.check_departure(peer, wait)?;
                     let closed =
                         std::io::Error::new(ErrorKind::UnexpectedEof, "closed by the peer");
                     return Err(self.broken(peer, "receive", closed));
@@ -135,24 +147,6 @@ impl Links {
             self.wait_ready(None, wait)?;
         }
         Ok(())
-    }
-
-    fn check_departure(&self, peer: usize, wait: Wait<'_>) -> Result<()> {
-        // The goodbye and the closed data socket arrive in any order.
-        let deadline = Instant::now() + Duration::from_millis(200);
-        loop {
-            if let Some(error) = self.peers.failure() {
-                return Err(error);
-            }
-            let during = wait.call.record.to_string();
-            if let Some(error) = self.peers.gone_before(peer, wait.call.seq(), &during) {
-                return Err(error);
-            }
-            if Instant::now() >= deadline {
-                return Ok(());
-            }
-            drop(poll(&mut [], Some(&Timespec { tv_sec: 0, tv_nsec: 1_000_000 })));
-        }
     }
 
     /// Sleeps until `peer` can be read or something kept can be written.

@@ -65,10 +65,6 @@ impl Mapping {
     pub(crate) fn base(&self) -> *mut u8 {
         self.base
     }
-
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes
-    }
 }
 
 impl Drop for Mapping {
@@ -89,11 +85,11 @@ mod tests {
     fn two_mappings_of_one_memfd_are_the_same_memory() {
         let (fd, ours) = create("test", 5000).unwrap();
         let theirs = open(fd.as_fd(), 5000).unwrap();
-        assert_eq!(ours.bytes(), 8192);
+        assert_eq!(ours.bytes, 8192);
         // SAFETY: byte 4999 lies inside the mapping.
-        unsafe { ours.base().add(4999).write_volatile(7) };
+        unsafe { ours.base().wrapping_add(4999).write_volatile(7) };
         // SAFETY: as above.
-        assert_eq!(unsafe { theirs.base().add(4999).read_volatile() }, 7);
+        assert_eq!(unsafe { theirs.base().wrapping_add(4999).read_volatile() }, 7);
         assert!(open(fd.as_fd(), 9000).is_err(), "a lie about the length is refused");
         assert!(ftruncate(&fd, 0).is_err(), "sealed against shrinking");
     }

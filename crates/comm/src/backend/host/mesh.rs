@@ -62,13 +62,13 @@ impl Card {
 
     pub(crate) fn decode(mut bytes: &[u8]) -> Option<Self> {
         let mut field = || {
-            let (length, rest) = bytes.split_at_checked(2)?;
+            let (length, fields) = bytes.split_at_checked(2)?;
             let length = usize::from(u16::from_le_bytes([length[0], length[1]]));
-            let (field, rest) = rest.split_at_checked(length)?;
+            let (field, rest) = fields.split_at_checked(length)?;
             bytes = rest;
             Some(field)
         };
-        let text = |bytes: &[u8]| std::str::from_utf8(bytes).ok().map(str::to_owned);
+        let text = |raw: &[u8]| std::str::from_utf8(raw).ok().map(str::to_owned);
         Some(Self {
             host: text(field()?)?,
             pid: text(field()?)?.parse().ok()?,
@@ -190,7 +190,7 @@ struct Builder<'a> {
 
 /// Connects this rank with all others. Every rank calls it with the same cards.
 pub(crate) fn connect(
-    listening: Listening,
+    listening: &Listening,
     rank: usize,
     cards: &[Card],
     deadline: Instant,
@@ -215,7 +215,7 @@ pub(crate) fn connect(
             tcp_replies.push((peer, Kind::Data, builder.connect_tcp(peer, Kind::Data)?));
         }
     }
-    builder.accept_all(&listening)?;
+    builder.accept_all(listening)?;
     for (peer, mut stream) in unix_replies {
         builder.read_reply(peer, &mut stream)?;
         builder.controls[peer] = Some(stream.into());

@@ -44,8 +44,7 @@ fn watch(peers: &Peers) {
             }
         }
         let limit = Timespec { tv_sec: 1, tv_nsec: 0 };
-        let ready = poll(&mut fds, Some(&limit));
-        if let Err(error) = ready {
+        if let Err(error) = poll(&mut fds, Some(&limit)) {
             if error != rustix::io::Errno::INTR {
                 let error = Error::system(peers.rank, "poll", error);
                 drop(peers.fail(error));
@@ -60,7 +59,8 @@ fn watch(peers: &Peers) {
             .map(|(peer, _)| *peer)
             .collect();
         if !fds[0].revents().is_empty() {
-            drop(rustix::io::read(&peers.wake, &mut [0_u8; 8][..]));
+            // Only the wake-up matters, not what it says.
+            rustix::io::read(&peers.wake, &mut [0_u8; 8][..]).ok();
         }
         for peer in ready {
             take_in(peers, peer, &mut incoming[peer], &mut scratch);
@@ -170,7 +170,7 @@ fn how_it_ended(pid: u32) -> Option<String> {
             });
         }
         let limit = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
-        drop(poll(&mut [], Some(&limit)));
+        poll(&mut [], Some(&limit)).ok();
     }
     None
 }

@@ -235,7 +235,9 @@ impl Peers {
         self.parcel_came.notify_all();
     }
 
-    /// Waits for the memfd that `peer` sends for region `id`.
+    /// Waits for the memfd that `peer` sends for region `id`. When the group has failed it waits a
+    /// moment longer: ranks that were faster may have failed already over a call of their own, and
+    /// that is the answer to this rank's first call, not to its joining.
     pub(crate) fn take_parcel(
         &self,
         peer: usize,
@@ -243,15 +245,19 @@ impl Peers {
         deadline: Instant,
     ) -> Result<Option<(OwnedFd, u64)>> {
         let mut parcels = lock(&self.parcels);
+        let mut failed_at = None;
         loop {
             if let Some(at) = parcels.iter().position(|p| p.peer == peer && p.id == id) {
                 let parcel = parcels.swap_remove(at);
                 return Ok(Some((parcel.fd, parcel.bytes)));
             }
+            let now = Instant::now();
             if let Some(error) = self.failure() {
-                return Err(error);
+                if now > *failed_at.get_or_insert(now) + Duration::from_millis(300) {
+                    return Err(error);
+                }
             }
-            if self.has_departed(peer) || Instant::now() >= deadline {
+            if self.has_departed(peer) || now >= deadline {
                 return Ok(None);
             }
             let (guard, _) = self

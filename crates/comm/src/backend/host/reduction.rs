@@ -21,8 +21,6 @@ use crate::reduce_op::{Fold, Reduction};
 const WIRE_PIECE_BYTES: usize = 256 << 10;
 /// Shares end at page boundaries, in bytes.
 const SHARE_ALIGN_BYTES: usize = 4096;
-/// Results of at least this size go around the caches: they would not stay in them anyway.
-const STREAMING_BYTES_MIN: usize = usize::MAX;
 
 pub(crate) fn run(run: &mut Run<'_>, memory: &mut Memory) -> Result<()> {
     match run.direct.clone() {
@@ -94,15 +92,8 @@ fn sweep(run: &mut Run<'_>, bases: Vec<*mut u8>, count: usize, segment: usize) -
         place.stage_count = 0;
     }
     let stage = stage(run);
-    let streaming = count * run.call.dtype.size_bytes() >= STREAMING_BYTES_MIN;
-    let mut arithmetic = Mapped {
-        call: run.call,
-        reduction,
-        bases,
-        stage,
-        world_size: core.world_size(),
-        streaming,
-    };
+    let mut arithmetic =
+        Mapped { call: run.call, reduction, bases, stage, world_size: core.world_size() };
     if place.lane.is_some() {
         chain::reduce(&place, &pieces, run, &mut arithmetic)?;
     }
@@ -120,8 +111,8 @@ fn pieces(run: &Run<'_>, count: usize, segment: usize) -> Vec<Piece> {
     let one_stage = place.stage_count == 1;
     let longest = if one_stage { usize::MAX } else { WIRE_PIECE_BYTES / size };
     let mut all = Vec::new();
-    let mut add = |range: Range<usize>, delivery, lowest_stage| {
-        let ranges = segment::pieces(range, longest);
+    let mut add = |whole: Range<usize>, delivery, lowest_stage| {
+        let ranges = segment::pieces(whole, longest);
         all.extend(ranges.map(|range| Piece { range, delivery, lowest_stage }));
     };
     let share = |range: Range<usize>| {
@@ -156,7 +147,6 @@ struct Mapped<'a> {
     bases: Vec<*mut u8>,
     stage: Range<usize>,
     world_size: usize,
-    streaming: bool,
 }
 
 impl Mapped<'_> {
@@ -216,7 +206,7 @@ impl Arithmetic for Mapped<'_> {
         let mut targets = self.targets(range.start, delivery);
         targets.extend(back.map(<[u8]>::as_mut_ptr));
         let factor = Factor::new(self.reduction.finish, self.world_size);
-        let output = Output::Final { targets: &targets, streaming: self.streaming, factor };
+        let output = Output::Final { targets: &targets, factor };
         self.pass(&range, partial, output);
     }
 

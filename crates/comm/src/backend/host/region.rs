@@ -4,7 +4,8 @@ use super::mapping::Mapping;
 
 /// The mappings behind a [`Region`](crate::Region): this rank's part and those of its machine.
 #[derive(Debug)]
-pub(crate) struct RegionMemory {
+#[expect(unnameable_types, reason = "inside a sealed trait")]
+pub struct RegionMemory {
     /// The same number on every rank: how many regions the group had allocated, from 1.
     pub(crate) id: u64,
     /// Which group it belongs to.

@@ -58,20 +58,22 @@ pub(crate) fn connect(
             })
         })
         .collect::<Result<Vec<Card>>>()?;
-    let sockets = mesh::connect(listening, rank, &cards, deadline)?;
+    let pairs = mesh::connect(&listening, rank, &cards, deadline)?;
+    // Everybody is connected: the listeners, and the names of the unix ones, go.
+    drop(listening);
     let topology = Topology::new(machines(&cards));
     let system = |call| move |error: std::io::Error| Error::system(rank, call, error);
     let mut controls = Vec::new();
     let mut streams = Vec::new();
-    for sockets in sockets {
-        let (control, data) = match sockets {
+    for pair in pairs {
+        let (control, data) = match pair {
             None => (None, None),
-            Some(sockets) => {
-                if sockets.data.is_some() {
-                    links::watch_connection(&sockets.control).map_err(system("setsockopt"))?;
+            Some(pair) => {
+                if pair.data.is_some() {
+                    links::watch_connection(&pair.control).map_err(system("setsockopt"))?;
                 }
-                let control = Control::new(sockets.control).map_err(system("ioctl"))?;
-                (Some(control), sockets.data)
+                let control = Control::new(pair.control).map_err(system("ioctl"))?;
+                (Some(control), pair.data)
             }
         };
         controls.push(control);
@@ -128,10 +130,10 @@ fn share_boards(
         peers.send(peer, &Frame::Region { id: BOARD_ID, bytes: 0 }, Some(fd.as_fd()))?;
     }
     for peer in others() {
-        let Some((fd, _)) = peers.take_parcel(peer, BOARD_ID, deadline)? else {
+        let Some((theirs, _)) = peers.take_parcel(peer, BOARD_ID, deadline)? else {
             return Err(missing_parcel(peers, peer));
         };
-        boards[peer] = Some(Board::open(fd.as_fd()).map_err(system("mmap"))?);
+        boards[peer] = Some(Board::open(theirs.as_fd()).map_err(system("mmap"))?);
     }
     boards[rank] = Some(own);
     Ok(boards)
@@ -167,10 +169,10 @@ pub(crate) fn share_region(
         peers.send(peer, &frame, Some(fd.as_fd()))?;
     }
     for peer in others() {
-        let Some((fd, _)) = peers.take_parcel(peer, id, deadline)? else {
+        let Some((theirs, _)) = peers.take_parcel(peer, id, deadline)? else {
             return Err(missing_parcel(peers, peer));
         };
-        parts[peer] = Some(mapping::open(fd.as_fd(), bytes).map_err(system("mmap"))?);
+        parts[peer] = Some(mapping::open(theirs.as_fd(), bytes).map_err(system("mmap"))?);
     }
     parts[rank] = Some(own);
     Ok(RegionMemory { id, group, rank, parts })

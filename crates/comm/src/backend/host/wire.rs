@@ -79,17 +79,17 @@ impl<'a> Reader<'a> {
         Ok(u64::from_le_bytes(word))
     }
     fn size(&mut self) -> Result<usize, Malformed> {
-        usize::try_from(self.u64()?).map_err(|_| Malformed)
+        usize::try_from(self.u64()?).or(Err(Malformed))
     }
     fn pid(&mut self) -> Result<u32, Malformed> {
-        u32::try_from(self.u64()?).map_err(|_| Malformed)
+        u32::try_from(self.u64()?).or(Err(Malformed))
     }
     fn text(&mut self) -> Result<String, Malformed> {
         let bytes = self.size()?;
         if bytes > TEXT_BYTES_MAX {
             return Err(Malformed);
         }
-        let text = std::str::from_utf8(self.take(bytes)?).map_err(|_| Malformed)?;
+        let text = std::str::from_utf8(self.take(bytes)?).or(Err(Malformed))?;
         Ok(text.to_owned())
     }
     fn record(&mut self) -> Result<CallRecord, Malformed> {
@@ -181,12 +181,12 @@ fn encode_error(body: &mut Writer, error: &Error) {
         Error::Timeout { rank, call, timeout, absent } => {
             let nanos = u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX);
             // A frame has room for the first few; they are who everybody waits for.
-            let absent = &absent[..absent.len().min(64)];
-            body.u8(4).size(*rank).record(call).u64(nanos).size(absent.len());
-            for absent in absent {
-                body.size(absent.rank).text(&absent.host).u64(absent.pid.into());
-                body.u8(u8::from(absent.last.is_some()));
-                if let Some(last) = &absent.last {
+            let named = &absent[..absent.len().min(64)];
+            body.u8(4).size(*rank).record(call).u64(nanos).size(named.len());
+            for one in named {
+                body.size(one.rank).text(&one.host).u64(one.pid.into());
+                body.u8(u8::from(one.last.is_some()));
+                if let Some(last) = &one.last {
                     body.record(last);
                 }
             }
@@ -234,9 +234,9 @@ fn decode_error(body: &mut Reader<'_>) -> Result<Error, Malformed> {
             let count = body.size()?;
             let mut absent = Vec::new();
             for _ in 0..count {
-                let (rank, host, pid) = (body.size()?, body.text()?, body.pid()?);
+                let (who, host, pid) = (body.size()?, body.text()?, body.pid()?);
                 let last = if body.u8()? == 0 { None } else { Some(body.record()?) };
-                absent.push(Absent { rank, host, pid, last });
+                absent.push(Absent { rank: who, host, pid, last });
             }
             Error::Timeout { rank, call, timeout, absent }
         }

@@ -1,26 +1,21 @@
 //! Faults of whole processes: what the survivors say, and how soon.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
+use crate::support::{Ended, Ranks};
 use phalanx_comm::{Error, Group, GroupOptions, Sum, Work};
-use support::{Ended, Ranks, ROLE};
 
 /// From the fault to the last survivor's end. The bar for the error itself is half a second; the
 /// processes' ends are seen a little later.
 const DETECTED: Duration = Duration::from_millis(700);
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// What a rank does; started by the other tests.
-#[test]
-#[ignore = "a rank of the other tests, which start it"]
-fn rank_process() {
-    let role = std::env::var(ROLE).expect("only the other tests start this one");
+/// What a rank does.
+pub(crate) fn rank(role: &str) {
     let options = GroupOptions::default().with_timeout(Duration::from_secs(20));
     let mut group = Group::from_environment(options).expect("the ranks meet");
     let victim = group.rank() == 1;
-    match &role[..] {
+    match role {
         "killed in large all-reduces" => work_forever(&mut group, 4 << 20),
         "killed in small all-reduces" => work_forever(&mut group, 16),
         "killed while the others wait" if victim => idle(),

@@ -1,28 +1,23 @@
 //! Two machines of two ranks: shared memory inside, TCP between, in network namespaces that the
 //! test makes and removes.
 
-mod support;
-
 use std::process::Command;
 use std::time::Duration;
 
+use crate::support::{rank_environment, Ranks};
 use phalanx_comm::{Group, GroupOptions, Sum, Work};
-use support::{rank_environment, Ranks, ROLE};
 
 const PORT: u16 = 29_517;
 
-/// What a rank does; started by the other test.
-#[test]
-#[ignore = "a rank of the other test, which starts it"]
-fn rank_process() {
-    assert!(std::env::var(ROLE).is_ok(), "only the other test starts this one");
+/// What a rank does.
+pub(crate) fn rank() {
     let options = GroupOptions::default().with_timeout(Duration::from_secs(20));
     let mut group = Group::from_environment(options).expect("the ranks meet");
     let (rank, world) = (group.rank(), group.world_size());
     // Values whose sum depends on the order: only ((g0 + g1) + g2) + g3 gives these bits.
-    let value = |rank: usize, i: usize| ((i * 7919 + rank * 104_729) % 1_000_003) as f32 / 977.0;
-    let expected = |i: usize| (1..world).fold(value(0, i), |sum, rank| sum + value(rank, i));
-    for len in [0, 1, 5, 1000, 10_007, 1_000_004] {
+    let value = |of: usize, i: usize| ((i * 7919 + of * 104_729) % 1_000_003) as f32 / 977.0;
+    let expected = |i: usize| (1..world).fold(value(0, i), |sum, of| sum + value(of, i));
+    for len in [0, 1, 5, 1000, 10_007, 1_000_004, 4_000_000] {
         let mine: Vec<f32> = (0..len).map(|i| value(rank, i)).collect();
         let right = |values: &[f32]| values.iter().enumerate().all(|(i, v)| *v == expected(i));
         let mut slice = mine.clone();

@@ -1,34 +1,38 @@
-//! Ranks as processes: this test binary started again, once for each rank.
-//!
-//! A test file that uses it has an ignored test named `rank_process`, which is what a rank runs.
+//! Ranks as processes: this test binary started again, once for each rank, to run `rank_process`.
 
 use std::io::Read;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// What a rank's process runs: the value of this variable.
-pub const ROLE: &str = "PHALANX_TEST_ROLE";
+pub(crate) const ROLE: &str = "PHALANX_TEST_ROLE";
 
 /// The processes of a world. Dropping kills what is left of them.
-pub struct Ranks {
+pub(crate) struct Ranks {
     children: Vec<Child>,
 }
 
 /// How a rank ended.
 #[derive(Debug)]
-pub struct Ended {
-    pub status: std::process::ExitStatus,
-    pub output: String,
-    pub after: Duration,
+pub(crate) struct Ended {
+    pub(crate) status: std::process::ExitStatus,
+    pub(crate) output: String,
+    pub(crate) after: Duration,
 }
 
-pub fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a loopback port");
     listener.local_addr().expect("its address").port()
 }
 
 /// The environment of a rank of a job on one machine.
-pub fn rank_environment(command: &mut Command, role: &str, rank: usize, world: usize, port: u16) {
+pub(crate) fn rank_environment(
+    command: &mut Command,
+    role: &str,
+    rank: usize,
+    world: usize,
+    port: u16,
+) {
     let token = format!("{:064x}", u128::from(std::process::id()) << 16 | u128::from(port));
     command.args(["--exact", "rank_process", "--ignored", "--nocapture", "--test-threads", "1"]);
     command.env(ROLE, role).env("RUST_BACKTRACE", "0");
@@ -41,7 +45,7 @@ pub fn rank_environment(command: &mut Command, role: &str, rank: usize, world: u
 
 impl Ranks {
     /// Starts `world` ranks on this machine, over `link`.
-    pub fn start(role: &str, world: usize, link: &str) -> Self {
+    pub(crate) fn start(role: &str, world: usize, link: &str) -> Self {
         let program = std::env::current_exe().expect("this test's own path");
         let port = free_port();
         let start = |rank| {
@@ -52,16 +56,16 @@ impl Ranks {
         Self { children: (0..world).map(start).collect() }
     }
 
-    pub fn of(children: Vec<Child>) -> Self {
+    pub(crate) fn of(children: Vec<Child>) -> Self {
         Self { children }
     }
 
-    pub fn pid(&self, rank: usize) -> u32 {
+    pub(crate) fn pid(&self, rank: usize) -> u32 {
         self.children[rank].id()
     }
 
     /// Waits until `rank` has printed a line that contains `text`.
-    pub fn wait_for_line(&mut self, rank: usize, text: &str) {
+    pub(crate) fn wait_for_line(&mut self, rank: usize, text: &str) {
         let stdout = self.children[rank].stdout.as_mut().expect("stdout is piped");
         let mut line = Vec::new();
         let mut byte = [0];
@@ -79,12 +83,12 @@ impl Ranks {
         panic!("rank {rank} ended without printing {text:?}");
     }
 
-    pub fn kill(&mut self, rank: usize) {
+    pub(crate) fn kill(&mut self, rank: usize) {
         self.children[rank].kill().expect("kill -9");
     }
 
     /// Waits for every rank to end; `after` counts from this call.
-    pub fn finish(mut self, limit: Duration) -> Vec<Ended> {
+    pub(crate) fn finish(mut self, limit: Duration) -> Vec<Ended> {
         let start = Instant::now();
         let mut ended: Vec<Option<(std::process::ExitStatus, Duration)>> =
             self.children.iter().map(|_| None).collect();

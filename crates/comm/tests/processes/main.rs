@@ -1,0 +1,26 @@
+//! Ranks as processes: faults, and two machines in network namespaces.
+#![expect(
+    clippy::cast_precision_loss,
+    clippy::float_cmp,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::exit,
+    clippy::needless_pass_by_value,
+    clippy::shadow_unrelated,
+    reason = "ranks report on their output; sums of small integers are exact"
+)]
+
+mod faults;
+mod netns;
+mod support;
+
+/// What a rank's process runs; started by the other tests.
+#[test]
+#[ignore = "a rank of the other tests, which start it"]
+fn rank_process() {
+    let role = std::env::var(support::ROLE).expect("only the other tests start this one");
+    match &role[..] {
+        "mixed" => netns::rank(),
+        _ => faults::rank(&role),
+    }
+}
