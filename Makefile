@@ -11,9 +11,8 @@ demo:
 test:
 	scripts/setup.sh --test-extras
 	@if cargo nextest --version >/dev/null 2>&1; \
-	then set -x; cargo nextest run --workspace --no-fail-fast; \
-	else set -x; cargo test --workspace --no-fail-fast --lib --bins --tests --examples; fi
-	cargo test --workspace --doc
+	then set -ex; cargo nextest run --workspace --no-fail-fast; cargo test --workspace --doc; \
+	else set -x; cargo test --workspace --no-fail-fast; fi
 
 setup:
 	scripts/setup.sh

@@ -51,7 +51,9 @@ fn run(flags: &Flags) -> Result<ExitCode> {
     let options = flags.launch(&settings);
     let world_size = options.nnodes * options.nproc_per_node;
     let local_ranks = options.node_rank.map_or(world_size, |_| options.nproc_per_node);
-    check(flags, &settings, world_size, local_ranks)?;
+    if world_size > 0 {
+        check(flags, &settings, world_size, local_ranks)?; // of none, the launcher complains
+    }
     if let Some(path) = &flags.init_weights {
         weights::check(path, &settings.config.model)?;
     }

@@ -10,7 +10,7 @@ usage: scripts/setup.sh [--cuda] [--test-extras] [--use-python-torch]
 
   (nothing)           C++ compiler, CPU libtorch 2.11.0, training text
   --cuda              also the CUDA 13.0 libraries (2.4 GB to download, 3.6 GB unpacked)
-  --test-extras       also what some tests and checks use: OpenMPI, iproute2, nftables, shellcheck
+  --test-extras       also what some tests and checks use: OpenMPI, iproute2, nftables, procps, shellcheck
   --use-python-torch  link the torch 2.11.0 installed for $PHALANX_PYTHON (default python3)
 
 environment:
@@ -43,7 +43,7 @@ die() {
 missing_packages() {
   local pair
   for pair in "$@"; do
-    command -v "${pair%%:*}" >/dev/null 2>&1 || printf '%s\n' "${pair#*:}"
+    type -P "${pair%%:*}" >/dev/null || printf '%s\n' "${pair#*:}"
   done
 }
 
@@ -94,7 +94,7 @@ system_packages() {
 test_packages() {
   local packages=()
   mapfile -t packages < <(missing_packages mpirun:openmpi-bin mpicc:libopenmpi-dev \
-    ip:iproute2 nft:nftables shellcheck:shellcheck)
+    ip:iproute2 nft:nftables kill:procps shellcheck:shellcheck)
   install optional "${packages[@]}"
 }
 

@@ -71,6 +71,27 @@ fn a_data_folder_without_text_is_named() {
 }
 
 #[test]
+fn text_that_is_not_utf_8_is_named() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    fs::write(folder.path().join("latin.txt"), b"caf\xe9 noir").expect("written");
+    let arguments = ["--config", TINY, "--nnodes", "2", "--data", "{folder}"];
+    let ended = Trial::start_in(folder, &arguments, SOON).end();
+    ended.assert_failed_saying(&["latin.txt", "UTF-8", "byte 3"]);
+}
+
+#[test]
+fn no_ranks_at_all_are_refused() {
+    let ended = Trial::start(&["--config", TINY, "--nnodes", "0"], SOON).end();
+    ended.assert_failed_saying(&["--nnodes 0"]);
+}
+
+#[test]
+fn a_flag_that_does_not_exist_is_named() {
+    let ended = tiny(&["--learning-rate", "1"], SOON).end();
+    ended.assert_failed_saying(&["--learning-rate", "--help"]);
+}
+
+#[test]
 fn batches_that_are_not_there_are_named() {
     let ended = tiny(&["--batches", "no_such.safetensors"], SOON).end();
     ended.assert_failed_saying(&["no_such.safetensors"]);

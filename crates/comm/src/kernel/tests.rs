@@ -1,6 +1,7 @@
 //! Kernels against plain loops of one element at a time: every type, operation and instruction set
 //! that this processor has, bit by bit.
 
+#![expect(unsafe_code, reason = "calls the kernels on slices of its own")]
 #![expect(clippy::shadow_unrelated, reason = "the same thing twice, a different way")]
 
 use half::{bf16, f16};
