@@ -95,13 +95,14 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
     let threads = set_threads(config, world);
     let progress: &dyn Progress = if root { &Terminal::stderr() } else { &Silent };
     let source = data::open(config, progress)?;
+    // Before the others are met: a place that cannot be written is then this rank's trouble alone.
+    let mut journal = root
+        .then(|| Journal::open(config, &settings.name, flags.metrics.as_deref()))
+        .transpose()?;
     let mut group = join(config)?;
-    let mut journal = if root {
+    if root {
         announce(settings, &group, batching, threads, &source.description);
-        Some(Journal::open(config, &settings.name, flags.metrics.as_deref())?)
-    } else {
-        None
-    };
+    }
     let loader = data::loader(&source, config, batching, (world.rank, world.world_size))?;
     let vs = nn::VarStore::new(Device::Cpu);
     let network = model::build(&vs, &config.model, config.train.seed, world.rank)?;

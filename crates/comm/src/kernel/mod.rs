@@ -86,7 +86,8 @@ unsafe fn typed<T: Scalar>(fold: Fold, pass: &Pass<'_>) {
 #[cfg(target_arch = "x86_64")]
 unsafe fn dispatch<T: Scalar, O: FoldOp>(pass: &Pass<'_>) {
     // std caches the answers: each test is a load and a mask.
-    if is_x86_feature_detected!("avx512f")
+    if O::HOT
+        && is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("f16c")

@@ -147,17 +147,26 @@ impl Scalar for f16 {
 
 /// How two accumulators become one.
 pub(crate) trait FoldOp {
+    /// Worth a version of its own for the widest vectors; the others make do with AVX2, which
+    /// halves what there is to compile.
+    const HOT: bool;
     fn fold<A: Accumulator>(left: A, right: A) -> A;
 }
 
 macro_rules! folds {
-    ($($name:ident => $method:ident),*) => {$(
+    ($($name:ident => $method:ident, $hot:expr;)*) => {$(
         #[derive(Debug)]
         pub(crate) struct $name;
         impl FoldOp for $name {
+            const HOT: bool = $hot;
             #[inline(always)]
             fn fold<A: Accumulator>(left: A, right: A) -> A { left.$method(right) }
         }
     )*};
 }
-folds!(FoldSum => add, FoldMin => min, FoldMax => max, FoldProduct => multiply);
+folds! {
+    FoldSum => add, true;
+    FoldMin => min, false;
+    FoldMax => max, false;
+    FoldProduct => multiply, false;
+}

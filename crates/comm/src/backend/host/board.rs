@@ -113,14 +113,20 @@ impl Board {
         Header { fingerprint: word(1), payload_bytes: word(2), region: word(3), offset: word(4) }
     }
 
-    /// Writes everything of a slot but its published word.
-    pub(crate) fn write_header(&self, seq: u64, header: &Header, record: &[u8; RECORD_BYTES]) {
+    /// Writes the header and, last, the published word: at once, because peers that watch the word
+    /// take the line away between two writes.
+    pub(crate) fn publish(&self, seq: u64, header: &Header) {
         let slot = Self::slot(seq);
         let words = [header.fingerprint, header.payload_bytes, header.region, header.offset];
         for (index, word) in words.into_iter().enumerate() {
             self.word(slot + (index + 1) * 8).store(word, Ordering::Relaxed);
         }
-        let to = self.at(slot + RECORD_AT);
+        self.announce_lazily(self.published(seq), seq + 1);
+    }
+
+    /// Writes the call's record into its slot, before it is published.
+    pub(crate) fn write_record(&self, seq: u64, record: &[u8; RECORD_BYTES]) {
+        let to = self.at(Self::slot(seq) + RECORD_AT);
         // SAFETY: the record area of a slot has 128 bytes, of which RECORD_BYTES are written; only
         // the owner writes it, and peers read it after the published word.
         unsafe { std::ptr::copy_nonoverlapping(record.as_ptr(), to, RECORD_BYTES) };

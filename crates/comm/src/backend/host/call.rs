@@ -64,7 +64,8 @@ pub(crate) struct Call {
     /// Small enough to travel in the slots.
     pub(crate) inline: bool,
     pub(crate) timeout: Duration,
-    pub(crate) started: Instant,
+    /// When; not known of inline ones, which would take as long to look at the clock.
+    pub(crate) started: Option<Instant>,
     pub(crate) state: Mutex<State>,
     done: AtomicBool,
     /// In the queue: only the holder of the executor works on it.
@@ -92,7 +93,7 @@ impl Call {
             segments,
             inline,
             timeout,
-            started: Instant::now(),
+            started: (!inline).then(Instant::now),
             state: Mutex::new(State { memory, result: None }),
             done: AtomicBool::new(false),
             queued: AtomicBool::new(false),

@@ -20,8 +20,8 @@ use crate::fingerprint::CallRecord;
 
 /// The longest sleep between two looks at whether the peers live.
 const SLEEP_MAX: Duration = Duration::from_millis(10);
-/// The same where the announcement may be missed.
-const SLEEP_LAZY: Duration = Duration::from_micros(500);
+/// The first such sleep.
+const SLEEP_FIRST: Duration = Duration::from_micros(500);
 /// A caller that waits so soon after starting has nothing else to do.
 const AT_ONCE: Duration = Duration::from_micros(40);
 /// How long the progress thread stays light asleep after work.
@@ -122,12 +122,10 @@ impl Core {
             return Err(error);
         }
         let seq = call.seq();
-        let mut call = call;
         let published = self.to_publish.load(Ordering::Acquire) == seq && self.slot_is_free(seq);
-        if published {
-            self.publish(&mut call, input);
-        } else if let Some(input) = input {
-            keep_private(&mut call, input);
+        let header = published.then(|| self.fill_slot(&call, input));
+        if let (Some(input), false) = (input, published && self.finishes_in_place(&call)) {
+            call.lock().memory = Memory::Private(input.to_vec());
         }
         if !(published && self.finishes_in_place(&call)) {
             call.set_queued();
@@ -138,8 +136,8 @@ impl Core {
             journal.next_seq = seq + 1;
             journal.open.push_back(Arc::clone(&call));
         }
-        if published {
-            self.announce_published(seq);
+        if let Some(header) = header {
+            self.show_slot(seq, &header);
         }
         if call.is_queued() {
             self.enqueue(&call)?;
@@ -163,32 +161,28 @@ impl Core {
         by_all >= needed
     }
 
-    /// Fills this rank's slot; [`Core::announce_published`] shows it.
-    fn publish(&self, call: &mut Call, input: Option<&[u8]>) {
-        let (region, offset) = match &call.lock().memory {
-            Memory::Region { region, offset } => (region.id, *offset as u64),
-            _ => (0, 0),
-        };
+    /// Fills this rank's slot but for the header, which [`Core::show_slot`] writes.
+    fn fill_slot(&self, call: &Call, input: Option<&[u8]>) -> Header {
         let (at, bytes) = if call.inline { call.contribution(self.rank) } else { (0, 0) };
         let board = self.board(self.rank);
+        let mut state = call.lock();
         if bytes > 0 {
             let from = match input {
                 Some(input) => input[at..at + bytes].as_ptr(),
-                None => call.lock().memory.base().wrapping_add(at).cast_const(),
+                None => state.memory.base().wrapping_add(at).cast_const(),
             };
             super::inline::copy(from, board.payload(call.seq()), bytes);
         }
-        if let (Some(input), false) = (input, self.finishes_in_place(call)) {
-            keep_private(call, input);
-        }
-        let header =
-            Header { fingerprint: call.fingerprint, payload_bytes: bytes as u64, region, offset };
-        board.write_header(call.seq(), &header, &call.record.encode());
+        board.write_record(call.seq(), &call.record.encode());
+        let (region, offset) = match &state.memory {
+            Memory::Region { region, offset } => (region.id, *offset as u64),
+            Memory::Nothing | Memory::Private(_) => (0, 0),
+        };
+        Header { fingerprint: call.fingerprint, payload_bytes: bytes as u64, region, offset }
     }
 
-    fn announce_published(&self, seq: u64) {
-        let board = self.board(self.rank);
-        board.announce(board.published(seq), seq + 1);
+    fn show_slot(&self, seq: u64, header: &Header) {
+        self.board(self.rank).publish(seq, header);
         self.to_publish.store(seq + 1, Ordering::Release);
     }
 
@@ -214,26 +208,9 @@ impl Core {
                 self.wait_word(call, Some(deadline), *local, board.consumed(), needed)?;
             }
         }
-        self.publish_shared(call);
-        self.announce_published(seq);
+        let header = self.fill_slot(call, None);
+        self.show_slot(seq, &header);
         Ok(())
-    }
-
-    fn publish_shared(&self, call: &Call) {
-        let (at, bytes) = if call.inline { call.contribution(self.rank) } else { (0, 0) };
-        let board = self.board(self.rank);
-        let mut state = call.lock();
-        let (region, offset) = match &state.memory {
-            Memory::Region { region, offset } => (region.id, *offset as u64),
-            _ => (0, 0),
-        };
-        if bytes > 0 {
-            let from = state.memory.base().wrapping_add(at);
-            super::inline::copy(from, board.payload(call.seq()), bytes);
-        }
-        let header =
-            Header { fingerprint: call.fingerprint, payload_bytes: bytes as u64, region, offset };
-        board.write_header(call.seq(), &header, &call.record.encode());
     }
 
     /// Waits until every rank of this machine has published this collective, and compares. Without
@@ -325,10 +302,11 @@ impl Core {
         at_least: u64,
     ) -> Result<()> {
         let board = self.board(peer);
+        // What is announced without a fence may be missed by who goes to sleep at that moment.
+        let mut limit = SLEEP_FIRST;
         loop {
-            // Room in the ring is announced lazily: such a wake-up may be missed.
-            let lazily = std::ptr::eq(word, board.consumed());
-            board.sleep(word, at_least, if lazily { SLEEP_LAZY } else { SLEEP_MAX });
+            board.sleep(word, at_least, limit);
+            limit = (limit * 2).min(SLEEP_MAX);
             if word.load(Ordering::Acquire) >= at_least {
                 return Ok(());
             }
@@ -405,7 +383,8 @@ impl Core {
 
     fn learn(&self, call: &Call) {
         let habit = self.habit(call);
-        let step = if call.started.elapsed() < AT_ONCE { 1 } else { -1 };
+        let Some(started) = call.started else { return };
+        let step = if started.elapsed() < AT_ONCE { 1 } else { -1 };
         let value = habit.load(Ordering::Relaxed).saturating_add(step).clamp(-2, 2);
         habit.store(value, Ordering::Relaxed);
     }
@@ -517,7 +496,3 @@ const SPIN: Duration = Duration::from_micros(50);
 /// With more ranks than cores, watching keeps the peer that is waited for from running.
 const SPIN_CROWDED: Duration = Duration::ZERO;
 const SPINS_BETWEEN_LOOKS: u32 = 64;
-
-fn keep_private(call: &mut Call, input: &[u8]) {
-    call.lock().memory = Memory::Private(input.to_vec());
-}

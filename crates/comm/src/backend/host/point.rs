@@ -188,7 +188,7 @@ fn transmit(peers: &Peers, send: &Open, expected: &CallRecord) -> Result<()> {
 
 /// Waits for a message call to end.
 pub(crate) fn wait(peers: &Peers, peer: usize, call: &Call) -> Result<()> {
-    let deadline = call.started + call.timeout;
+    let deadline = call.started.unwrap_or_else(std::time::Instant::now) + call.timeout;
     let mut table = peers.points.table();
     loop {
         if let Some(result) = call.lock().result.clone() {
