@@ -57,10 +57,7 @@ const IMPURE: &[&str] = &[
 const ENVIRONMENT: &[&str] = &["crates/comm/src/environment"];
 
 /// Files longer than [`LINES_MAX`] with the reason why they are not cut.
-const LONG_FILES: &[(&str, &str)] = &[(
-    "crates/comm/src/backend/host/core.rs",
-    "one state machine: start, wait and finish share the queue and the executor",
-)];
+const LONG_FILES: &[(&str, &str)] = &[];
 const LINES_MAX: usize = 500;
 
 const GATE: &str = "#![expect(unsafe_code, reason = \"";
