@@ -1,7 +1,9 @@
 //! Ranks as processes: this test binary started again, once for each rank, to run `rank_process`.
 
 use std::io::Read;
+use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 /// What a rank's process runs: the value of this variable.
@@ -20,9 +22,17 @@ pub(crate) struct Ended {
     pub(crate) after: Duration,
 }
 
+/// A port that nobody listens on. Below the range that the kernel hands out by itself (from 32768), so that
+/// no connection made meanwhile can take it before the program under test binds it.
 pub(crate) fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a loopback port");
-    listener.local_addr().expect("its address").port()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let start = u16::try_from(std::process::id() % 10_000).expect("below 10 000");
+    loop {
+        let port = 20_000 + (start + NEXT.fetch_add(1, Ordering::Relaxed)) % 10_000;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// The environment of a rank of a job on one machine.
