@@ -37,7 +37,7 @@ impl<A> Block<A> {
 #[inline(always)]
 pub(super) unsafe fn run<T: Scalar, O: FoldOp, const VECTOR: bool>(pass: &Pass<'_>) {
     // SAFETY: the caller's word.
-    let mut at = unsafe { run_pairs::<T, O>(pass) };
+    let mut at = unsafe { run_few::<T, O>(pass) };
     let mut accumulators = Block::<T::Acc>::new();
     while at < pass.count {
         let count = BLOCK.min(pass.count - at);
@@ -71,38 +71,58 @@ pub(super) unsafe fn run<T: Scalar, O: FoldOp, const VECTOR: bool>(pass: &Pass<'
 /// Elements that fit into a few vector registers.
 const CHUNK: usize = 32;
 
-/// The commonest case without the detour through a block: two ranks whose element is its own
-/// accumulator, the result in both. Returns how many elements it has done.
+/// Few ranks whose element is its own accumulator, the result in all of them: the commonest case,
+/// without the detour through a block. Returns how many elements it has done.
 ///
 /// # Safety
 ///
 /// As [`run`].
 #[inline(always)]
-unsafe fn run_pairs<T: Scalar, O: FoldOp>(pass: &Pass<'_>) -> usize {
-    let (None, [left, right]) = (pass.partial, pass.sources) else { return 0 };
-    let Output::Final { targets: [first, second], factor } = pass.output else {
-        return 0;
-    };
-    if !T::SAME {
+unsafe fn run_few<T: Scalar, O: FoldOp>(pass: &Pass<'_>) -> usize {
+    let Output::Final { targets, factor } = pass.output else { return 0 };
+    if !T::SAME || pass.partial.is_some() {
         return 0;
     }
-    let (left, right) = (left.cast::<T>(), right.cast::<T>());
-    let (first, second) = (first.cast::<T>(), second.cast::<T>());
+    // SAFETY: the caller's word.
+    unsafe {
+        match (pass.sources.len(), targets.len()) {
+            (2, 2) => chunks::<T, O, 2>(pass, targets, &factor),
+            (3, 3) => chunks::<T, O, 3>(pass, targets, &factor),
+            (4, 4) => chunks::<T, O, 4>(pass, targets, &factor),
+            (8, 8) => chunks::<T, O, 8>(pass, targets, &factor),
+            _ => 0,
+        }
+    }
+}
+
+/// # Safety
+///
+/// As [`run`]; the pass has `N` sources and `N` targets.
+#[inline(always)]
+unsafe fn chunks<T: Scalar, O: FoldOp, const N: usize>(
+    pass: &Pass<'_>,
+    targets: &[*mut u8],
+    factor: &Factor,
+) -> usize {
+    let sources: [*const T; N] = std::array::from_fn(|rank| pass.sources[rank].cast());
+    let targets: [*mut T; N] = std::array::from_fn(|rank| targets[rank].cast());
     let mut at = 0;
     while at + CHUNK <= pass.count {
         let mut chunk = [T::default(); CHUNK];
         for (index, element) in chunk.iter_mut().enumerate() {
             // SAFETY: at + CHUNK is at most count.
-            let left = unsafe { left.add(at + index).read_unaligned() }.widen();
-            // SAFETY: as above.
-            let right = unsafe { right.add(at + index).read_unaligned() }.widen();
-            *element = T::narrow(O::fold(left, right).finish(&factor));
+            let mut sum = unsafe { sources[0].add(at + index).read_unaligned() }.widen();
+            for source in &sources[1..] {
+                // SAFETY: as above.
+                sum = O::fold(sum, unsafe { source.add(at + index).read_unaligned() }.widen());
+            }
+            *element = T::narrow(sum.finish(factor));
         }
         // The whole chunk is read before any of it is written: targets are the sources.
-        // SAFETY: at + CHUNK is at most count.
-        unsafe { first.add(at).cast::<[T; CHUNK]>().write_unaligned(chunk) };
-        // SAFETY: as above.
-        unsafe { second.add(at).cast::<[T; CHUNK]>().write_unaligned(chunk) };
+        for target in &targets {
+            // SAFETY: at + CHUNK is at most count.
+            unsafe { target.add(at).cast::<[T; CHUNK]>().write_unaligned(chunk) };
+        }
         at += CHUNK;
     }
     at

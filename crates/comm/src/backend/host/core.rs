@@ -56,7 +56,9 @@ pub(crate) struct Core {
     /// The boards of those, by rank.
     boards: Vec<Option<Board>>,
     /// How long to watch a word before sleeping.
-    spin: Duration,
+    patience: Duration,
+    /// Looks at it before looking at the clock; 0 where cores are few: there every look yields.
+    spins: u32,
     executor: Mutex<Executor>,
     queue: Mutex<Queue>,
     work_came: Condvar,
@@ -81,14 +83,17 @@ impl Core {
         let rank = peers.rank;
         let locals = topology.locals(rank);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let spin = if locals.len() > cores { SPIN_CROWDED } else { SPIN };
+        let crowded = locals.len() > cores;
+        let patience = if crowded { PATIENCE_CROWDED } else { PATIENCE };
+        let spins = if crowded { 0 } else { SPINS_BETWEEN_LOOKS };
         Self {
             peers,
             rank,
             topology,
             locals,
             boards,
-            spin,
+            patience,
+            spins,
             executor: Mutex::new(executor),
             queue: Mutex::default(),
             work_came: Condvar::new(),
@@ -255,7 +260,7 @@ impl Core {
         at_least: u64,
     ) -> Result<()> {
         let reached = || word.load(Ordering::Acquire) >= at_least;
-        let mut spins = if self.spin.is_zero() { 0 } else { SPINS_BETWEEN_LOOKS };
+        let mut spins = self.spins;
         loop {
             if reached() {
                 return Ok(());
@@ -280,9 +285,16 @@ impl Core {
     ) -> Result<()> {
         let reached = || word.load(Ordering::Acquire) >= at_least;
         let start = Instant::now();
-        while start.elapsed() < self.spin {
-            for _ in 0..SPINS_BETWEEN_LOOKS {
+        while start.elapsed() < self.patience {
+            for _ in 0..self.spins {
                 std::hint::spin_loop();
+                if reached() {
+                    return Ok(());
+                }
+            }
+            if self.spins == 0 {
+                // Whoever is waited for may have no core: it gets this one.
+                std::thread::yield_now();
                 if reached() {
                     return Ok(());
                 }
@@ -492,7 +504,8 @@ impl Drop for Core {
 }
 
 /// A little more than a futex wake-up takes, so that a peer that is about to come is met awake.
-const SPIN: Duration = Duration::from_micros(50);
-/// With more ranks than cores, watching keeps the peer that is waited for from running.
-const SPIN_CROWDED: Duration = Duration::ZERO;
+const PATIENCE: Duration = Duration::from_micros(50);
+/// With more ranks than cores, watching keeps the peer that is waited for from running: each look
+/// gives the core away, which costs less than a sleep and a wake-up as long as peers come soon.
+const PATIENCE_CROWDED: Duration = Duration::from_micros(200);
 const SPINS_BETWEEN_LOOKS: u32 = 64;
