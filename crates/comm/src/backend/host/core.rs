@@ -31,6 +31,8 @@ const DOZE: Duration = Duration::from_millis(100);
 struct Queue {
     calls: VecDeque<Arc<Call>>,
     progress: Progress,
+    /// Callers that sleep until a call ends: without them nothing has to be woken.
+    waiting: usize,
 }
 
 /// What the progress thread does.
@@ -444,8 +446,10 @@ impl Core {
             self.completed();
         }
         // The lock orders this after a waiter's last look and before its sleep.
-        drop(self.queue());
-        self.work_done.notify_all();
+        let waiting = self.queue().waiting;
+        if waiting > 0 {
+            self.work_done.notify_all();
+        }
         true
     }
 
@@ -473,13 +477,14 @@ impl Core {
                 while !call.is_done() && self.run_next(&mut executor) {}
                 continue;
             }
-            let queue = self.queue();
+            let mut queue = self.queue();
             if !call.is_done() {
-                drop(
-                    self.work_done
-                        .wait_timeout(queue, SLEEP_MAX)
-                        .unwrap_or_else(PoisonError::into_inner),
-                );
+                queue.waiting += 1;
+                let (mut queue, _) = self
+                    .work_done
+                    .wait_timeout(queue, SLEEP_MAX)
+                    .unwrap_or_else(PoisonError::into_inner);
+                queue.waiting -= 1;
             }
         }
     }

@@ -7,6 +7,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use smallvec::{smallvec, SmallVec};
+
 use super::board::Header;
 use super::call::{Call, Memory};
 use super::core::Core;
@@ -17,6 +19,9 @@ use crate::fingerprint::{CallRecord, Op, RECORD_BYTES};
 
 /// fingerprint, payload bytes, region, offset, record.
 const HEADER_FRAME_BYTES: usize = 32 + RECORD_BYTES;
+
+/// Each local rank's offset in a region.
+pub(crate) type Offsets = SmallVec<[(usize, usize); 8]>;
 
 /// What one thread at a time holds to work on the queue.
 #[derive(Debug)]
@@ -35,7 +40,7 @@ pub(crate) struct Run<'a> {
     step: u64,
     /// Each local rank's offset in the region that all have in common; `None` when some rank's
     /// buffer has to be staged.
-    pub(crate) direct: Option<Vec<(usize, usize)>>,
+    pub(crate) direct: Option<Offsets>,
 }
 
 impl Executor {
@@ -82,7 +87,7 @@ impl Executor {
         let board = core.board(core.rank);
         let mine = board.header(call.seq());
         let is_remote = |peer: &usize| !core.topology.shares_memory(core.rank, *peer);
-        let remote: Vec<usize> = (0..world_size).filter(is_remote).collect();
+        let remote: SmallVec<[usize; 8]> = (0..world_size).filter(is_remote).collect();
         if !remote.is_empty() {
             let mut frame = encode(&mine, call);
             let bytes = usize::try_from(mine.payload_bytes).unwrap_or(0);
@@ -94,8 +99,10 @@ impl Executor {
             }
         }
         core.meet_locals(call, Some(wait.deadline))?;
-        let mut met =
-            Met { headers: vec![mine; world_size], payloads: vec![Vec::new(); world_size] };
+        let mut met = Met { headers: smallvec![mine; world_size], payloads: Vec::new() };
+        if !remote.is_empty() {
+            met.payloads.resize(world_size, Vec::new());
+        }
         for local in &core.locals {
             met.headers[*local] = core.board(*local).header(call.seq());
         }
@@ -137,8 +144,8 @@ fn decode(frame: &[u8; HEADER_FRAME_BYTES]) -> (Header, Option<CallRecord>) {
 
 /// What everybody said.
 struct Met {
-    headers: Vec<Header>,
-    /// From ranks of other machines.
+    headers: SmallVec<[Header; 8]>,
+    /// From ranks of other machines; empty when there are none.
     payloads: Vec<Vec<u8>>,
 }
 
@@ -156,7 +163,7 @@ impl Met {
 
     /// The local ranks' offsets, when the buffers of *all* ranks are in the same region: a decision
     /// that every rank takes alike.
-    fn common_region(&self, core: &Core) -> Option<Vec<(usize, usize)>> {
+    fn common_region(&self, core: &Core) -> Option<Offsets> {
         let first = self.headers[0].region;
         if first == 0 || self.headers.iter().any(|header| header.region != first) {
             return None;

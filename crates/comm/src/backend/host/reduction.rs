@@ -5,6 +5,8 @@
 
 use std::ops::Range;
 
+use smallvec::SmallVec;
+
 use super::board::STAGING_BYTES;
 use super::call::{Call, Memory};
 use super::executor::Run;
@@ -14,7 +16,7 @@ use crate::algorithm::segment;
 use crate::error::Result;
 use crate::fingerprint::Op;
 use crate::kernel::{self, Factor, Output, Pass};
-use crate::reduce_op::{Fold, Reduction};
+use crate::reduce_op::{Finish, Fold, Reduction};
 
 /// What travels between machines at a time: long enough that the system call does not count, short
 /// enough that the stages overlap.
@@ -22,7 +24,14 @@ const WIRE_PIECE_BYTES: usize = 256 << 10;
 /// Shares end at page boundaries, in bytes.
 const SHARE_ALIGN_BYTES: usize = 4096;
 
+/// Something for each rank of this machine, without allocating where they are few.
+type Few<T> = SmallVec<[T; 8]>;
+
 pub(crate) fn run(run: &mut Run<'_>, memory: &mut Memory) -> Result<()> {
+    let scaled = |reduction: Reduction| matches!(reduction.finish, Finish::Scale(_));
+    if run.core.world_size() == 1 && !run.call.reduction.is_some_and(scaled) {
+        return Ok(()); // The reduction of one value is that value.
+    }
     match run.direct.clone() {
         Some(offsets) => in_place(run, memory, &offsets),
         None => staged(run, memory),
@@ -42,7 +51,7 @@ fn in_place(run: &mut Run<'_>, memory: &mut Memory, offsets: &[(usize, usize)]) 
         let offset = offsets.iter().find(|(of, _)| of == rank).map_or(0, |(_, offset)| *offset);
         region.part(*rank).map_or(std::ptr::null_mut(), |part| part.wrapping_add(offset))
     };
-    let bases: Vec<*mut u8> = stage.clone().map(|rank| base(&rank)).collect();
+    let bases: Few<*mut u8> = stage.clone().map(|rank| base(&rank)).collect();
     let (count, segment) = lengths(run.call);
     sweep(run, bases, count, segment)?;
     run.barrier(stage)
@@ -55,7 +64,7 @@ fn staged(run: &mut Run<'_>, memory: &mut Memory) -> Result<()> {
     let segments = if run.call.op() == Op::ReduceScatter { run.core.world_size() } else { 1 };
     let own = memory.base();
     let staging = run.core.board(run.core.rank).staging();
-    let bases: Vec<*mut u8> = stage.clone().map(|rank| run.core.board(rank).staging()).collect();
+    let bases: Few<*mut u8> = stage.clone().map(|rank| run.core.board(rank).staging()).collect();
     for round in segment::pieces(0..count / segments, STAGING_BYTES / segments / size) {
         let bytes = round.len() * size;
         let place = |index: usize| own.wrapping_add((index * segment + round.start) * size);
@@ -83,7 +92,7 @@ fn stage(run: &Run<'_>) -> Range<usize> {
 }
 
 /// One chain over `count` elements at `bases`, the memory of the ranks of this stage.
-fn sweep(run: &mut Run<'_>, bases: Vec<*mut u8>, count: usize, segment: usize) -> Result<()> {
+fn sweep(run: &mut Run<'_>, bases: Few<*mut u8>, count: usize, segment: usize) -> Result<()> {
     let core = run.core;
     let Some(reduction) = run.call.reduction else { return Ok(()) };
     let mut place = core.topology.place(core.rank);
@@ -101,16 +110,16 @@ fn sweep(run: &mut Run<'_>, bases: Vec<*mut u8>, count: usize, segment: usize) -
 }
 
 /// What this rank's lane works on, the same on every rank of the lane.
-fn pieces(run: &Run<'_>, count: usize, segment: usize) -> Vec<Piece> {
+fn pieces(run: &Run<'_>, count: usize, segment: usize) -> Few<Piece> {
     let core = run.core;
     let place = core.topology.place(core.rank);
-    let Some(lane) = place.lane else { return Vec::new() };
+    let Some(lane) = place.lane else { return Few::new() };
     let size = run.call.dtype.size_bytes();
     let align = SHARE_ALIGN_BYTES.min((count / place.lane_count * size).next_power_of_two() / 2);
     let align = align.max(64) / size;
     let one_stage = place.stage_count == 1;
     let longest = if one_stage { usize::MAX } else { WIRE_PIECE_BYTES / size };
-    let mut all = Vec::new();
+    let mut all = Few::new();
     let mut add = |whole: Range<usize>, delivery, lowest_stage| {
         let ranges = segment::pieces(whole, longest);
         all.extend(ranges.map(|range| Piece { range, delivery, lowest_stage }));
@@ -144,30 +153,30 @@ fn pieces(run: &Run<'_>, count: usize, segment: usize) -> Vec<Piece> {
 struct Mapped<'a> {
     call: &'a Call,
     reduction: Reduction,
-    bases: Vec<*mut u8>,
+    bases: Few<*mut u8>,
     stage: Range<usize>,
     world_size: usize,
 }
 
 impl Mapped<'_> {
-    fn at(&self, element: usize) -> Vec<*mut u8> {
+    fn at(&self, element: usize) -> Few<*mut u8> {
         let offset = element * self.call.dtype.size_bytes();
         self.bases.iter().map(|base| base.wrapping_add(offset)).collect()
     }
 
-    fn targets(&self, element: usize, delivery: Delivery) -> Vec<*mut u8> {
+    fn targets(&self, element: usize, delivery: Delivery) -> Few<*mut u8> {
         let all = self.at(element);
         match delivery {
             Delivery::All => all,
             Delivery::Rank(rank) if self.stage.contains(&rank) => {
-                vec![all[rank - self.stage.start]]
+                Few::from_slice(&all[rank - self.stage.start..=rank - self.stage.start])
             }
-            Delivery::Rank(_) => Vec::new(),
+            Delivery::Rank(_) => Few::new(),
         }
     }
 
     fn pass(&self, range: &Range<usize>, partial: Option<&[u8]>, output: Output<'_>) {
-        let sources: Vec<*const u8> =
+        let sources: Few<*const u8> =
             self.at(range.start).into_iter().map(<*mut u8>::cast_const).collect();
         let pass = Pass {
             partial: partial.map(<[u8]>::as_ptr),
