@@ -57,31 +57,48 @@ fn in_place(run: &mut Run<'_>, memory: &mut Memory, offsets: &[(usize, usize)]) 
     run.barrier(stage)
 }
 
+/// Round by round through the two halves of the staging areas: while the peers reduce one half, the
+/// next round's values are copied into the other, so a round costs one barrier.
 fn staged(run: &mut Run<'_>, memory: &mut Memory) -> Result<()> {
     let stage = stage(run);
     let size = run.call.dtype.size_bytes();
     let (count, segment) = lengths(run.call);
     let segments = if run.call.op() == Op::ReduceScatter { run.core.world_size() } else { 1 };
     let own = memory.base();
+    let half = |index: usize| index % 2 * (STAGING_BYTES / 2);
     let staging = run.core.board(run.core.rank).staging();
-    let bases: Few<*mut u8> = stage.clone().map(|rank| run.core.board(rank).staging()).collect();
-    for round in segment::pieces(0..count / segments, STAGING_BYTES / segments / size) {
-        let bytes = round.len() * size;
-        let place = |index: usize| own.wrapping_add((index * segment + round.start) * size);
-        for index in 0..segments {
-            copy(place(index), staging.wrapping_add(index * bytes), bytes);
+    let mine = |index: usize, round: &Range<usize>, segment_index: usize| {
+        let staged = staging.wrapping_add(half(index) + segment_index * round.len() * size);
+        (own.wrapping_add((segment_index * segment + round.start) * size), staged)
+    };
+    let copy_in = |index: usize, round: &Range<usize>| {
+        for segment_index in 0..segments {
+            let (memory, staged) = mine(index, round, segment_index);
+            copy(memory, staged, round.len() * size);
+        }
+    };
+    let rounds = segment::pieces(0..count / segments, STAGING_BYTES / 2 / segments / size);
+    let mut rounds = rounds.enumerate().peekable();
+    if let Some((index, round)) = rounds.peek() {
+        copy_in(*index, round);
+    }
+    run.barrier(stage.clone())?;
+    while let Some((index, round)) = rounds.next() {
+        let staging = |rank| run.core.board(rank).staging().wrapping_add(half(index));
+        let bases: Few<*mut u8> = stage.clone().map(staging).collect();
+        sweep(run, bases, round.len() * segments, round.len())?;
+        // The peers were done with that half before the last barrier.
+        if let Some((next, round)) = rounds.peek() {
+            copy_in(*next, round);
         }
         run.barrier(stage.clone())?;
-        sweep(run, bases.clone(), round.len() * segments, round.len())?;
-        run.barrier(stage.clone())?;
-        match run.call.op() {
-            Op::Reduce if run.core.rank != run.call.root => {}
-            Op::ReduceScatter => {
-                let index = run.core.rank;
-                copy(staging.wrapping_add(index * bytes), place(index), bytes);
-            }
-            _ => copy(staging, place(0), bytes),
-        }
+        let segment_index = match run.call.op() {
+            Op::Reduce if run.core.rank != run.call.root => continue,
+            Op::ReduceScatter => run.core.rank,
+            _ => 0,
+        };
+        let (memory, staged) = mine(index, &round, segment_index);
+        copy(staged, memory, round.len() * size);
     }
     Ok(())
 }
