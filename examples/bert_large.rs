@@ -165,7 +165,7 @@ fn announce(settings: &Settings, group: &Group, batching: Batching, threads: usi
         "ranks  {} on {} node(s), {threads} thread(s) each, backend {}, zero {}",
         group.world_size(),
         group.node_count(),
-        group.backend_name(),
+        group.backend().name(),
         ddp.zero,
     );
     println!(
@@ -197,7 +197,7 @@ fn summary(
         parameters: config.model.parameter_count(),
         world_size: group.world_size(),
         node_count: group.node_count(),
-        backend: group.backend_name().to_owned(),
+        backend: group.backend().name().to_owned(),
         threads,
         global_batch: batching.global_batch,
         micro_batch: batching.micro_batch,

@@ -178,6 +178,38 @@ pub enum Error {
         /// Whom it waited for.
         absent: Vec<Absent>,
     },
+    /// Group: all ranks came, but the library that moves the data did not end in time.
+    #[error("{call}: {timeout:?} passed on rank {rank} although every rank has called it: {backend} does not make progress; look at its own messages{}, or raise the timeout if the data is only large", if *backend == "nccl" { " (NCCL_DEBUG=INFO)" } else { "" })]
+    Stalled {
+        /// Who waited.
+        rank: usize,
+        /// Who moves the data.
+        backend: &'static str,
+        /// What it had called.
+        call: Box<CallRecord>,
+        /// How long it waited.
+        timeout: Duration,
+    },
+    /// Group: the library that moves the data reported an error.
+    #[error("{backend}: {call} failed on rank {rank}: {what}")]
+    Backend {
+        /// This rank.
+        rank: usize,
+        /// Which library.
+        backend: &'static str,
+        /// Its call.
+        call: String,
+        /// What it said and what to do.
+        what: String,
+    },
+    /// Set-up: a backend that was asked for is not there.
+    #[error("the {backend} backend is not available: {what}")]
+    NoBackend {
+        /// Which one.
+        backend: &'static str,
+        /// What is missing and how to get it.
+        what: String,
+    },
     /// Group: a rank called [`Group::abort`](crate::Group::abort).
     #[error("rank {rank} aborted the group: {reason}")]
     Aborted {

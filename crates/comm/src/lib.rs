@@ -35,6 +35,7 @@ pub mod rendezvous;
 pub mod testing;
 mod work;
 
+pub use backend::Backend;
 pub use dtype::{DType, Element, Float};
 pub use environment::World;
 pub use error::{Absent, Error, Result};

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::backend::host::call::{Call, Memory};
 use crate::backend::host::core::Core;
 use crate::backend::host::point;
+use crate::backend::lane::Lane;
 use crate::error::Result;
 use crate::region::Bytes;
 
@@ -30,6 +31,8 @@ pub struct Work<'b> {
     output: Option<Output<'b>>,
     /// The other side of a message.
     peer: Option<usize>,
+    /// Who moves the data, where the host backend does not.
+    lane: Option<Arc<Lane>>,
     borrow: PhantomData<&'b mut [u8]>,
 }
 
@@ -42,7 +45,7 @@ pub(crate) struct Output<'b> {
 
 impl<'b> Work<'b> {
     pub(crate) fn new(core: Arc<Core>, call: Arc<Call>, output: Option<Output<'b>>) -> Self {
-        Self { core, call, output, peer: None, borrow: PhantomData }
+        Self { core, call, output, peer: None, lane: None, borrow: PhantomData }
     }
 
     pub(crate) fn message(
@@ -51,7 +54,11 @@ impl<'b> Work<'b> {
         output: Option<Output<'b>>,
         peer: usize,
     ) -> Self {
-        Self { core, call, output, peer: Some(peer), borrow: PhantomData }
+        Self { core, call, output, peer: Some(peer), lane: None, borrow: PhantomData }
+    }
+
+    pub(crate) fn on(self, lane: Option<&Arc<Lane>>) -> Self {
+        Self { lane: lane.map(Arc::clone), ..self }
     }
 
     /// Waits until the collective has ended and the buffer holds its result.
@@ -64,8 +71,10 @@ impl<'b> Work<'b> {
     /// What made it fail: a peer that is gone, late or out of step, or an abort. A borrowed slice is
     /// unchanged then; a region's content is unspecified, unless the ranks were out of step.
     pub fn wait(self) -> Result<()> {
-        let Self { core, call, output, peer, .. } = self;
-        if let Some(peer) = peer {
+        let Self { core, call, output, peer, lane, .. } = self;
+        if let Some(lane) = lane {
+            lane.wait(&call);
+        } else if let Some(peer) = peer {
             point::wait(&core.peers, peer, &call)?;
         } else if core.finishes_in_place(&call) {
             if let Some(Output { bytes: Bytes::Slice(slice), skip: 0 }) = output {
@@ -92,6 +101,7 @@ impl<'b> Work<'b> {
         self.call.is_done()
             || self.core.peers.failure().is_some()
             || (self.peer.is_none()
+                && self.lane.is_none()
                 && self.core.finishes_in_place(&self.call)
                 && self.core.inline_is_ready(&self.call))
     }

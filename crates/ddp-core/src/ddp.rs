@@ -140,7 +140,7 @@ impl Ddp {
                 return Err(Error::DeviceMismatch {
                     name: named.name.clone(),
                     device: format!("{:?}", named.tensor.device()),
-                    backend: group.backend_name().to_owned(),
+                    backend: group.backend().name().to_owned(),
                 });
             }
         }

@@ -1,3 +1,35 @@
 //! What carries collectives out.
 
 pub(crate) mod host;
+pub(crate) mod lane;
+
+/// Who moves a group's data.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Backend {
+    /// Shared memory inside a machine, TCP between machines.
+    #[default]
+    Host,
+    /// The site's MPI library (feature `mpi`).
+    Mpi,
+    /// NCCL, for memory of NVIDIA GPUs; memory of the host goes over [`Backend::Host`].
+    Nccl,
+}
+
+impl Backend {
+    /// The name, as options and logs have it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::Mpi => "mpi",
+            Self::Nccl => "nccl",
+        }
+    }
+}
+
+impl std::fmt::Display for Backend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}

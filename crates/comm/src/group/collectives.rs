@@ -126,7 +126,7 @@ impl Group {
         };
         let skip = self.rank() * segment;
         let call = self.begin(&plan, Memory::Nothing, Some(input))?;
-        Ok(Work::new(self.core(), call, Some(Output { bytes: output, skip })))
+        Ok(self.work(&plan, call, Some(Output { bytes: output, skip })))
     }
 
     /// Writes every rank's `input`, in rank order, to every rank's `output`.
@@ -170,7 +170,7 @@ impl Group {
         let plan = self.whole::<T>(Op::Gather, segment, Some(root));
         let Some(output) = output else {
             let call = self.begin(&plan, Memory::Nothing, Some(input))?;
-            return Ok(Work::new(self.core(), call, None));
+            return Ok(self.work(&plan, call, None));
         };
         let output = Bytes::Slice(bytemuck::cast_slice_mut(output));
         self.check_segments::<T>(Op::Gather, "output", output.len(), segment)?;
@@ -224,7 +224,7 @@ impl Group {
         let output = Bytes::Slice(bytemuck::cast_slice_mut(output));
         let plan = self.segmented(plan::<T>(Op::AllToAll, &output, None, None))?;
         let call = self.begin(&plan, Memory::Nothing, Some(bytemuck::cast_slice(input)))?;
-        Ok(Work::new(self.core(), call, Some(Output { bytes: output, skip: 0 })))
+        Ok(self.work(&plan, call, Some(Output { bytes: output, skip: 0 })))
     }
 
     /// Waits, with [`Work::wait`], until every rank has come here.
@@ -246,6 +246,10 @@ impl Group {
     pub fn send<T: Element>(&mut self, message: &[T], peer: usize) -> Result<Work<'static>> {
         let bytes: &[u8] = bytemuck::cast_slice(message);
         let call = self.message::<T>(Op::Send, peer, bytes.to_vec())?;
+        if let Some(lane) = &self.lane {
+            lane.submit(Arc::clone(&call), None);
+            return Ok(Work::new(self.core(), call, None).on(Some(lane)));
+        }
         point::start_send(&self.core.peers, peer, Arc::clone(&call))?;
         Ok(Work::message(self.core(), call, None, peer))
     }
@@ -262,6 +266,11 @@ impl Group {
     ) -> Result<Work<'b>> {
         let bytes = message.into_bytes();
         let call = self.message::<T>(Op::Receive, peer, vec![0; bytes.len()])?;
+        if let Some(lane) = &self.lane {
+            lane.submit(Arc::clone(&call), None);
+            let output = Some(Output { bytes, skip: 0 });
+            return Ok(Work::new(self.core(), call, output).on(Some(lane)));
+        }
         point::start_receive(&self.core.peers, peer, Arc::clone(&call))?;
         Ok(Work::message(self.core(), call, Some(Output { bytes, skip: 0 }), peer))
     }
@@ -301,7 +310,11 @@ impl Group {
                 (call, Some(Output { bytes: Bytes::Slice(slice), skip: 0 }))
             }
         };
-        Ok(Work::new(self.core(), call, output))
+        Ok(self.work(plan, call, output))
+    }
+
+    fn work<'b>(&self, plan: &Plan, call: Arc<Call>, output: Option<Output<'b>>) -> Work<'b> {
+        Work::new(self.core(), call, output).on(self.lane_for(plan).as_ref())
     }
 
     /// Starts a call whose in-place form is made here: `input` at byte `at` of it.
@@ -318,7 +331,7 @@ impl Group {
         form[at..at + input.len()].copy_from_slice(input);
         let call = self.begin(plan, Memory::Private(form), None)?;
         let output = output.map(|(bytes, skip)| Output { bytes, skip });
-        Ok(Work::new(self.core(), call, output))
+        Ok(self.work(plan, call, output))
     }
 
     fn message<T: Element>(&mut self, op: Op, peer: usize, bytes: Vec<u8>) -> Result<Arc<Call>> {

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use crate::backend::host::call::{Call, Memory};
 use crate::backend::host::core::Core;
 use crate::backend::host::{board, setup};
+use crate::backend::lane::Lane;
+use crate::backend::Backend;
 use crate::dtype::{DType, Element};
 use crate::environment::{HostLink, World};
 use crate::error::{Error, Result};
@@ -27,12 +29,19 @@ pub struct GroupOptions {
     pub connect_timeout: Duration,
     /// How ranks of one machine talk, instead of what the [`World`] says (`PHALANX_HOST_LINK`).
     pub host_link: Option<HostLink>,
+    /// Who moves the data; the host backend by default.
+    pub backend: Backend,
 }
 
 impl Default for GroupOptions {
     fn default() -> Self {
         let minute = Duration::from_secs(60);
-        Self { timeout: minute, connect_timeout: minute, host_link: None }
+        Self {
+            timeout: minute,
+            connect_timeout: minute,
+            host_link: None,
+            backend: Backend::default(),
+        }
     }
 }
 
@@ -53,6 +62,12 @@ impl GroupOptions {
     #[must_use]
     pub fn with_host_link(self, host_link: HostLink) -> Self {
         Self { host_link: Some(host_link), ..self }
+    }
+
+    /// With another backend.
+    #[must_use]
+    pub fn with_backend(self, backend: Backend) -> Self {
+        Self { backend, ..self }
     }
 }
 
@@ -97,6 +112,8 @@ pub struct Group {
     next: Next,
     /// Kept: where this rank hosts the store, it goes on answering (and refusing) late comers.
     store: Option<Arc<dyn Store>>,
+    /// Who moves the data, where the host backend does not.
+    lane: Option<Arc<Lane>>,
 }
 
 impl Group {
@@ -165,7 +182,8 @@ impl Group {
         let link = options.host_link.unwrap_or(world.host_link);
         let core = setup::connect(&world, link, options.connect_timeout, exchange)?;
         let number = setup::group_number();
-        Ok(Self {
+        let backend = options.backend;
+        let mut group = Self {
             core,
             world,
             options,
@@ -174,7 +192,19 @@ impl Group {
             started: 0,
             next: Next::default(),
             store: None,
-        })
+            lane: None,
+        };
+        group.lane = match backend {
+            Backend::Host => None,
+            other => Some(group.open_lane(other)?),
+        };
+        Ok(group)
+    }
+
+    /// The lane of a backend other than the host's. Collective.
+    fn open_lane(&mut self, backend: Backend) -> Result<Arc<Lane>> {
+        let what = format!("this build has no {backend} backend");
+        Err(Error::NoBackend { backend: backend.name(), what })
     }
 
     /// This rank's number in the group, from 0.
@@ -213,10 +243,10 @@ impl Group {
         self.world.node_count
     }
 
-    /// The name of the backend, for logs.
+    /// Who moves the data.
     #[must_use]
-    pub fn backend_name(&self) -> &'static str {
-        "host"
+    pub fn backend(&self) -> Backend {
+        self.options.backend
     }
 
     /// Names the *next* collective; errors show the name, and ranks whose names differ are out of
@@ -377,6 +407,11 @@ impl Group {
             root: plan.root,
             tag: next.tag,
         };
+        let timeout = next.timeout.unwrap_or(self.options.timeout);
+        if let Some(lane) = self.lane_for(plan) {
+            let memory = input.map_or(memory, |input| Memory::Private(input.to_vec()));
+            return self.begin_on_lane(&lane, plan, record, timeout, memory);
+        }
         let longest = Call::contribution_max(plan.op, plan.segment, plan.segments);
         let call = Call::new(
             record,
@@ -385,18 +420,48 @@ impl Group {
             plan.segment,
             plan.segments,
             longest <= board::INLINE_BYTES_MAX,
-            next.timeout.unwrap_or(self.options.timeout),
+            timeout,
             memory,
         );
         let call = self.core.start(call, input)?;
         self.started += 1;
         Ok(call)
     }
+
+    /// Who moves the data of a planned call, if not the host backend: what has no data is a matter of
+    /// headers alone.
+    fn lane_for(&self, plan: &Plan) -> Option<Arc<Lane>> {
+        self.lane.as_ref().filter(|_| plan.segment > 0).map(Arc::clone)
+    }
+
+    /// Starts a call whose header goes over the control plane and whose data over `lane`.
+    fn begin_on_lane(
+        &mut self,
+        lane: &Lane,
+        plan: &Plan,
+        record: CallRecord,
+        timeout: Duration,
+        memory: Memory,
+    ) -> Result<Arc<Call>> {
+        let dtype = plan.dtype.unwrap_or(DType::U8);
+        let (reduction, header) = (plan.reduction, record.clone());
+        let check = Call::new(header, dtype, reduction, 0, 1, true, timeout, Memory::Nothing);
+        let (segment, segments) = (plan.segment, plan.segments);
+        let call = Call::new(record, dtype, reduction, segment, segments, false, timeout, memory);
+        let check = self.core.start(check, None)?;
+        self.started += 1;
+        let call = Arc::new(call);
+        lane.submit(Arc::clone(&call), Some(check));
+        Ok(call)
+    }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
-        self.core.close();
+        match &self.lane {
+            Some(lane) => lane.close(),
+            None => self.core.close(),
+        }
     }
 }
 

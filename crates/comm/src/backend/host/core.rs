@@ -236,6 +236,18 @@ impl Core {
         Ok(())
     }
 
+    /// Whether all ranks have shown the header of a call, and the same one: for calls whose data a
+    /// lane moves. `None`: not yet.
+    pub(crate) fn poll_check(&self, check: &Arc<Call>) -> Option<Result<()>> {
+        if self.finishes_in_place(check) && !check.is_done() && !self.inline_is_ready(check) {
+            return None;
+        }
+        if self.finishes_in_place(check) {
+            return Some(self.finish_inline(check, None).map(|_| ()));
+        }
+        check.is_done().then(|| check.lock().result.clone().unwrap_or(Ok(())))
+    }
+
     pub(crate) fn out_of_step(
         &self,
         call: &Call,
@@ -342,7 +354,7 @@ impl Core {
 
     /// The time-out of a call on this machine: names the ranks that have not come, or, when all
     /// have, those that have not finished it.
-    fn late(&self, call: &Call) -> Error {
+    pub(crate) fn late(&self, call: &Call) -> Error {
         let seq = call.seq();
         let came = |rank: &usize| self.board(*rank).published(seq).load(Ordering::Acquire) > seq;
         let finished = |rank: &usize| {

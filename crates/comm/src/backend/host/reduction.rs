@@ -73,8 +73,8 @@ fn staged(run: &mut Run<'_>, memory: &mut Memory) -> Result<()> {
     };
     let copy_in = |index: usize, round: &Range<usize>| {
         for segment_index in 0..segments {
-            let (memory, staged) = mine(index, round, segment_index);
-            copy(memory, staged, round.len() * size);
+            let (values, staged) = mine(index, round, segment_index);
+            copy(values, staged, round.len() * size);
         }
     };
     let rounds = segment::pieces(0..count / segments, STAGING_BYTES / 2 / segments / size);
@@ -84,12 +84,12 @@ fn staged(run: &mut Run<'_>, memory: &mut Memory) -> Result<()> {
     }
     run.barrier(stage.clone())?;
     while let Some((index, round)) = rounds.next() {
-        let staging = |rank| run.core.board(rank).staging().wrapping_add(half(index));
-        let bases: Few<*mut u8> = stage.clone().map(staging).collect();
+        let base = |rank| run.core.board(rank).staging().wrapping_add(half(index));
+        let bases: Few<*mut u8> = stage.clone().map(base).collect();
         sweep(run, bases, round.len() * segments, round.len())?;
         // The peers were done with that half before the last barrier.
-        if let Some((next, round)) = rounds.peek() {
-            copy_in(*next, round);
+        if let Some((next, following)) = rounds.peek() {
+            copy_in(*next, following);
         }
         run.barrier(stage.clone())?;
         let segment_index = match run.call.op() {
@@ -97,8 +97,8 @@ fn staged(run: &mut Run<'_>, memory: &mut Memory) -> Result<()> {
             Op::ReduceScatter => run.core.rank,
             _ => 0,
         };
-        let (memory, staged) = mine(index, &round, segment_index);
-        copy(staged, memory, round.len() * size);
+        let (values, staged) = mine(index, &round, segment_index);
+        copy(staged, values, round.len() * size);
     }
     Ok(())
 }
