@@ -105,6 +105,15 @@ pub enum Error {
         /// The collective.
         op: &'static str,
     },
+    /// Argument: memory of a GPU in a group or an operation that has no use for it. The group is still
+    /// good.
+    #[error("{op}: {what}")]
+    DeviceMemory {
+        /// The collective.
+        op: &'static str,
+        /// What to do instead.
+        what: &'static str,
+    },
     /// Group: two ranks called different collectives, or with different arguments. Nothing of the
     /// caller's memory has changed.
     #[error("collective #{seq} differs between ranks: rank {rank} called {ours}, rank {peer} called {theirs}: every rank must start the same collectives in the same order")]

@@ -42,5 +42,5 @@ pub use error::{Absent, Error, Result};
 pub use fingerprint::{CallRecord, Op};
 pub use group::{Group, GroupOptions};
 pub use reduce_op::{Avg, Max, Min, Product, ReduceOp, ScaledSum, Sum};
-pub use region::{Buffer, Region, RegionRange};
+pub use region::{Buffer, DeviceSlice, Region, RegionRange, Stream};
 pub use work::Work;

@@ -82,15 +82,28 @@ impl<T: Element> Region<T> {
         );
     }
 
-    /// Copies part of it out. No collective may be under way on that part.
+    /// Whether it is memory of a GPU, which the host cannot look at.
+    #[must_use]
+    pub fn is_on_device(&self) -> bool {
+        self.memory.device.is_some()
+    }
+
+    /// Copies part of it out. No collective may be under way on that part. Of GPU memory it waits for
+    /// all that the GPU was asked for before.
     ///
     /// # Panics
     ///
-    /// When the range is not inside the region.
+    /// When the range is not inside the region, or the GPU has failed.
     #[must_use]
     pub fn read(&self, range: Range<usize>) -> Vec<T> {
         self.check(&range);
         let mut elements = vec![T::zeroed(); range.len()];
+        if let Some(device) = &self.memory.device {
+            let at = range.start * size_of::<T>();
+            let copied = device.read(self.memory.rank, at, bytemuck::cast_slice_mut(&mut elements));
+            copied.unwrap_or_else(|error| panic!("{error}"));
+            return elements;
+        }
         let from = self.as_ptr().wrapping_add(range.start);
         // SAFETY: the range is inside the region, which the Vec does not overlap.
         unsafe { std::ptr::copy_nonoverlapping(from, elements.as_mut_ptr(), range.len()) };
@@ -104,6 +117,11 @@ impl<T: Element> Region<T> {
     /// When they do not fit.
     pub fn write(&self, at: usize, elements: &[T]) {
         self.check(&(at..at.saturating_add(elements.len())));
+        if let Some(device) = &self.memory.device {
+            let at = at * size_of::<T>();
+            let copied = device.write(self.memory.rank, at, bytemuck::cast_slice(elements));
+            return copied.unwrap_or_else(|error| panic!("{error}"));
+        }
         let to = self.as_ptr().wrapping_add(at);
         // SAFETY: the range is inside the region; a copy also works where they overlap.
         unsafe { std::ptr::copy(elements.as_ptr(), to, elements.len()) };
@@ -114,7 +132,7 @@ impl<T: Element> Region<T> {
     /// # Safety
     ///
     /// While the slice lives nobody writes the region: no collective on it is under way on any rank
-    /// of this machine, and no other thread writes it.
+    /// of this machine, and no other thread writes it. It is memory of the host.
     #[must_use]
     pub unsafe fn slice(&self) -> &[T] {
         // SAFETY: base is page-aligned and valid for len elements; the rest is the caller's word.
@@ -170,13 +188,24 @@ pub enum Bytes<'b> {
     Slice(&'b mut [u8]),
     /// Registered.
     Region { memory: Arc<RegionMemory>, offset: usize, bytes: usize },
+    /// Somebody else's memory of a GPU.
+    Device { at: u64, bytes: usize },
 }
 
 impl Bytes<'_> {
     pub(crate) fn len(&self) -> usize {
         match self {
             Self::Slice(slice) => slice.len(),
-            Self::Region { bytes, .. } => *bytes,
+            Self::Region { bytes, .. } | Self::Device { bytes, .. } => *bytes,
+        }
+    }
+
+    /// Whether the host cannot look at it.
+    pub(crate) fn is_on_device(&self) -> bool {
+        match self {
+            Self::Slice(_) => false,
+            Self::Region { memory, .. } => memory.device.is_some(),
+            Self::Device { .. } => true,
         }
     }
 
@@ -190,9 +219,43 @@ impl Bytes<'_> {
                 // SAFETY: inside the range, which is inside the region; a copy may overlap.
                 unsafe { std::ptr::copy(from.as_ptr(), to, from.len()) };
             }
+            Self::Device { .. } => unreachable!("results on a GPU are made there"),
         }
     }
 }
+
+/// A stream of the CUDA device, by its handle (`cudaStream_t` as a number); 0 is the default stream.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stream(pub usize);
+
+/// GPU memory of somebody else's (a tensor's, say), for collectives over NCCL.
+#[derive(Debug)]
+pub struct DeviceSlice<'b, T: Element> {
+    at: u64,
+    len: usize,
+    borrow: PhantomData<&'b mut [T]>,
+}
+
+impl<T: Element> DeviceSlice<'_, T> {
+    /// `len` elements at an address of the group's GPU.
+    ///
+    /// # Safety
+    ///
+    /// The memory is valid on that GPU until what the group was asked to do with it is done *on the
+    /// GPU*: freeing or writing it must be ordered after the work's wait on the same stream.
+    #[must_use]
+    pub unsafe fn from_raw(at: u64, len: usize) -> Self {
+        Self { at, len, borrow: PhantomData }
+    }
+}
+
+impl<T: Element> Sealed for DeviceSlice<'_, T> {}
+impl<'b, T: Element> IntoBytes<'b, T> for DeviceSlice<'b, T> {
+    fn into_bytes(self) -> Bytes<'b> {
+        Bytes::Device { at: self.at, bytes: self.len * size_of::<T>() }
+    }
+}
+impl<'b, T: Element> Buffer<'b, T> for DeviceSlice<'b, T> {}
 
 /// What only this crate may ask of a buffer.
 #[expect(unnameable_types, reason = "sealed: nobody outside may name it")]

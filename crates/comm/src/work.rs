@@ -66,6 +66,12 @@ impl<'b> Work<'b> {
     /// The time limit (the group's, or that of [`Group::within`](crate::Group::within)) runs from
     /// when it is this collective's turn: at the earliest from its start.
     ///
+    /// Of GPU memory it does not wait: it orders the group's stream ([`Group::set_stream`]) after the
+    /// collective, so that what the caller asks of that stream afterwards sees the result. An error
+    /// that NCCL reports later ends the group, and the next call returns it.
+    ///
+    /// [`Group::set_stream`]: crate::Group::set_stream
+    ///
     /// # Errors
     ///
     /// What made it fail: a peer that is gone, late or out of step, or an abort. A borrowed slice is
@@ -73,7 +79,12 @@ impl<'b> Work<'b> {
     pub fn wait(self) -> Result<()> {
         let Self { core, call, output, peer, lane, .. } = self;
         if let Some(lane) = lane {
-            lane.wait(&call);
+            match &call.on_device {
+                Some(on_device) => on_device
+                    .order(&call)
+                    .map_err(|error| crate::backend::nccl::cuda_error(core.rank, error))?,
+                None => lane.wait(&call),
+            }
         } else if let Some(peer) = peer {
             point::wait(&core.peers, peer, &call)?;
         } else if core.finishes_in_place(&call) {
@@ -93,6 +104,18 @@ impl<'b> Work<'b> {
             output.bytes.write(0, &memory[output.skip..output.skip + bytes]);
         }
         Ok(())
+    }
+
+    /// As [`Work::wait`], but of GPU memory too the host waits until the data is there.
+    ///
+    /// # Errors
+    ///
+    /// As [`Work::wait`].
+    pub fn synchronize(self) -> Result<()> {
+        if let Some(lane) = &self.lane {
+            lane.wait(&self.call);
+        }
+        self.wait()
     }
 
     /// Whether [`Work::wait`] would return without waiting.

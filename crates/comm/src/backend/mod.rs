@@ -2,6 +2,7 @@
 
 pub(crate) mod host;
 pub(crate) mod lane;
+pub(crate) mod nccl;
 
 /// Who moves a group's data.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -16,6 +16,7 @@
 
 mod job_token;
 mod launchers;
+mod nccl;
 mod slurm;
 #[cfg(test)]
 mod tests;
@@ -23,6 +24,7 @@ mod tests;
 use sha2::{Digest, Sha256};
 
 pub use job_token::JobToken;
+pub(crate) use nccl::{nccl_host_id, nccl_library};
 
 /// Who started this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use super::{Group, Plan};
 use crate::backend::host::call::{Call, Memory};
 use crate::backend::host::point;
+use crate::backend::host::region::RegionMemory;
+use crate::backend::nccl::memory::DeviceMemory;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::fingerprint::{CallRecord, Op};
@@ -117,6 +119,9 @@ impl Group {
         op: impl ReduceOp<T>,
     ) -> Result<Work<'b>> {
         let output = output.into_bytes();
+        if output.is_on_device() {
+            return Err(self.host_only(Op::ReduceScatter));
+        }
         let input: &[u8] = bytemuck::cast_slice(input);
         let segment = output.len();
         self.check_segments::<T>(Op::ReduceScatter, "input", input.len(), segment)?;
@@ -140,6 +145,9 @@ impl Group {
         output: impl Buffer<'b, T>,
     ) -> Result<Work<'b>> {
         let mut output = output.into_bytes();
+        if output.is_on_device() {
+            return Err(self.host_only(Op::AllGather));
+        }
         let input: &[u8] = bytemuck::cast_slice(input);
         let segment = input.len();
         self.check_segments::<T>(Op::AllGather, "output", output.len(), segment)?;
@@ -191,6 +199,9 @@ impl Group {
         self.check_rank(Op::Scatter, root)?;
         self.check_root_buffer(Op::Scatter, root, input.is_some())?;
         let output = output.into_bytes();
+        if output.is_on_device() {
+            return Err(self.host_only(Op::Scatter));
+        }
         let segment = output.len();
         let plan = self.whole::<T>(Op::Scatter, segment, Some(root));
         let Some(input) = input else {
@@ -227,6 +238,29 @@ impl Group {
         Ok(self.work(&plan, call, Some(Output { bytes: output, skip: 0 })))
     }
 
+    /// As [`Group::all_to_all`], between two buffers of the GPU.
+    ///
+    /// # Errors
+    ///
+    /// As [`Group::all_to_all`]; a buffer is not on the GPU.
+    pub fn all_to_all_on_device<'b, T: Element>(
+        &mut self,
+        input: impl Buffer<'b, T>,
+        output: impl Buffer<'b, T>,
+    ) -> Result<Work<'b>> {
+        let (input, output) = (input.into_bytes(), output.into_bytes());
+        if input.len() != output.len() {
+            let size = T::DTYPE.size_bytes();
+            let (expected, actual) = (input.len() / size, output.len() / size);
+            let op = Op::AllToAll.name();
+            let what = "output";
+            return Err(self.argument(Error::LengthMismatch { op, what, expected, actual }));
+        }
+        let plan = self.segmented(plan::<T>(Op::AllToAll, &output, None, None))?;
+        let memory = self.device_memory(Op::AllToAll, output, Some(input))?;
+        self.on_lane(&plan, memory)
+    }
+
     /// Waits, with [`Work::wait`], until every rank has come here.
     ///
     /// # Errors
@@ -245,13 +279,46 @@ impl Group {
     /// The group is dead, or `peer` is this rank or no rank.
     pub fn send<T: Element>(&mut self, message: &[T], peer: usize) -> Result<Work<'static>> {
         let bytes: &[u8] = bytemuck::cast_slice(message);
-        let call = self.message::<T>(Op::Send, peer, bytes.to_vec())?;
-        if let Some(lane) = &self.lane {
+        let call =
+            self.message::<T>(Op::Send, peer, bytes.len(), Memory::Private(bytes.to_vec()))?;
+        if let Some(lane) = self.lane.as_ref().filter(|_| self.gpu.is_none()) {
             lane.submit(Arc::clone(&call), None);
             return Ok(Work::new(self.core(), call, None).on(Some(lane)));
         }
         point::start_send(&self.core.peers, peer, Arc::clone(&call))?;
         Ok(Work::message(self.core(), call, None, peer))
+    }
+
+    /// As [`Group::send`], of GPU memory, which must stay as it is until the work was waited for.
+    ///
+    /// # Errors
+    ///
+    /// As [`Group::send`]; the memory is not on the GPU.
+    pub fn send_from_device<'b, T: Element>(
+        &mut self,
+        message: impl Buffer<'b, T>,
+        peer: usize,
+    ) -> Result<Work<'b>> {
+        let bytes = message.into_bytes();
+        if !bytes.is_on_device() {
+            return Err(self.host_only(Op::Send));
+        }
+        self.device_message::<T>(Op::Send, bytes, peer)
+    }
+
+    fn device_message<'b, T: Element>(
+        &mut self,
+        op: Op,
+        bytes: Bytes<'_>,
+        peer: usize,
+    ) -> Result<Work<'b>> {
+        let length = bytes.len();
+        let memory = self.device_memory(op, bytes, None)?;
+        let call = self.message::<T>(op, peer, length, memory)?;
+        if let Some(lane) = &self.lane {
+            lane.submit(Arc::clone(&call), None);
+        }
+        Ok(Work::new(self.core(), call, None).on(self.lane.as_ref()))
     }
 
     /// Receives a message of exactly this length from `peer`.
@@ -265,8 +332,16 @@ impl Group {
         peer: usize,
     ) -> Result<Work<'b>> {
         let bytes = message.into_bytes();
-        let call = self.message::<T>(Op::Receive, peer, vec![0; bytes.len()])?;
-        if let Some(lane) = &self.lane {
+        if bytes.is_on_device() {
+            return self.device_message::<T>(Op::Receive, bytes, peer);
+        }
+        let call = self.message::<T>(
+            Op::Receive,
+            peer,
+            bytes.len(),
+            Memory::Private(vec![0; bytes.len()]),
+        )?;
+        if let Some(lane) = self.lane.as_ref().filter(|_| self.gpu.is_none()) {
             lane.submit(Arc::clone(&call), None);
             let output = Some(Output { bytes, skip: 0 });
             return Ok(Work::new(self.core(), call, output).on(Some(lane)));
@@ -297,14 +372,16 @@ impl Group {
 
     /// Starts a call whose buffer is in in-place form.
     fn in_place<'b>(&mut self, plan: &Plan, bytes: Bytes<'b>) -> Result<Work<'b>> {
+        if bytes.is_on_device() {
+            let memory = self.device_memory(plan.op, bytes, None)?;
+            return self.on_lane(plan, memory);
+        }
         let (call, output) = match bytes {
             Bytes::Region { memory, offset, .. } => {
-                if memory.group != self.number {
-                    let op = plan.op.name();
-                    return Err(self.argument(Error::ForeignRegion { op }));
-                }
+                self.check_region(plan.op, &memory)?;
                 (self.begin(plan, Memory::Region { region: memory, offset }, None)?, None)
             }
+            Bytes::Device { .. } => return Err(self.host_only(plan.op)),
             Bytes::Slice(slice) => {
                 let call = self.begin(plan, Memory::Nothing, Some(slice))?;
                 (call, Some(Output { bytes: Bytes::Slice(slice), skip: 0 }))
@@ -313,8 +390,57 @@ impl Group {
         Ok(self.work(plan, call, output))
     }
 
+    /// Starts a call on GPU memory.
+    fn on_lane<'b>(&mut self, plan: &Plan, memory: Memory) -> Result<Work<'b>> {
+        let call = self.begin(plan, memory, None)?;
+        Ok(Work::new(self.core(), call, None).on(self.lane_for(plan, true).as_ref()))
+    }
+
+    /// GPU memory as a call has it; `input` where the operation has two buffers.
+    fn device_memory(
+        &mut self,
+        op: Op,
+        output: Bytes<'_>,
+        input: Option<Bytes<'_>>,
+    ) -> Result<Memory> {
+        if self.gpu.is_none() {
+            let what =
+                "the buffer is memory of a GPU, but the group has none: make the group with \
+                        Backend::Nccl";
+            return Err(self.argument(Error::DeviceMemory { op: op.name(), what }));
+        }
+        let mut keep = Vec::new();
+        let mut address = |group: &mut Self, bytes| match bytes {
+            Bytes::Region { memory, offset, .. } if memory.device.is_some() => {
+                group.check_region(op, &memory)?;
+                let at = memory.device.as_ref().map_or(0, DeviceMemory::pointer);
+                keep.push(memory);
+                Ok(at + offset as u64)
+            }
+            Bytes::Device { at, .. } => Ok(at),
+            _ => Err(group.host_only(op)),
+        };
+        let at = address(self, output)?;
+        let from = input.map(|input| address(self, input)).transpose()?;
+        Ok(Memory::Device { at, from, keep })
+    }
+
+    fn check_region(&mut self, op: Op, memory: &RegionMemory) -> Result<()> {
+        if memory.group == self.number {
+            return Ok(());
+        }
+        Err(self.argument(Error::ForeignRegion { op: op.name() }))
+    }
+
+    /// GPU memory beside memory of the host.
+    fn host_only(&mut self, op: Op) -> Error {
+        let what = "memory of the host and of a GPU cannot be mixed: use the in-place form, or \
+                    buffers that are both on the GPU";
+        self.argument(Error::DeviceMemory { op: op.name(), what })
+    }
+
     fn work<'b>(&self, plan: &Plan, call: Arc<Call>, output: Option<Output<'b>>) -> Work<'b> {
-        Work::new(self.core(), call, output).on(self.lane_for(plan).as_ref())
+        Work::new(self.core(), call, output).on(self.lane_for(plan, false).as_ref())
     }
 
     /// Starts a call whose in-place form is made here: `input` at byte `at` of it.
@@ -334,7 +460,13 @@ impl Group {
         Ok(self.work(plan, call, output))
     }
 
-    fn message<T: Element>(&mut self, op: Op, peer: usize, bytes: Vec<u8>) -> Result<Arc<Call>> {
+    fn message<T: Element>(
+        &mut self,
+        op: Op,
+        peer: usize,
+        bytes: usize,
+        memory: Memory,
+    ) -> Result<Arc<Call>> {
         self.check_rank(op, peer)?;
         let rank = self.rank();
         if peer == rank {
@@ -348,14 +480,15 @@ impl Group {
             op,
             seq: self.core.peers.points.next_index(peer, op == Op::Send),
             dtype: Some(T::DTYPE),
-            len: (bytes.len() / T::DTYPE.size_bytes()) as u64,
+            len: (bytes / T::DTYPE.size_bytes()) as u64,
             reduction: "",
             root: Some(peer),
             tag: next.tag,
         };
         let timeout = next.timeout.unwrap_or(self.options.timeout);
-        let (segment, memory) = (bytes.len(), Memory::Private(bytes));
-        Ok(Arc::new(Call::new(record, T::DTYPE, None, segment, 1, false, timeout, memory)))
+        let call = Call::new(record, T::DTYPE, None, bytes, 1, false, timeout, memory);
+        let on_device = self.on_device(&call)?;
+        Ok(Arc::new(call.on_device(on_device)))
     }
 
     /// A plan of `world_size` segments.

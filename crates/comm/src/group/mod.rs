@@ -7,15 +7,19 @@ use std::time::{Duration, Instant};
 
 use crate::backend::host::call::{Call, Memory};
 use crate::backend::host::core::Core;
+use crate::backend::host::region::RegionMemory;
 use crate::backend::host::{board, setup};
 use crate::backend::lane::Lane;
+use crate::backend::nccl::memory::DeviceMemory;
+use crate::backend::nccl::transport::OnDevice;
+use crate::backend::nccl::{self, Gpu};
 use crate::backend::Backend;
 use crate::dtype::{DType, Element};
 use crate::environment::{HostLink, World};
 use crate::error::{Error, Result};
 use crate::fingerprint::{CallRecord, Op};
 use crate::reduce_op::Reduction;
-use crate::region::Region;
+use crate::region::{Region, Stream};
 use crate::rendezvous::{RendezvousError, Store, StoreError};
 use crate::work::Work;
 
@@ -114,6 +118,10 @@ pub struct Group {
     store: Option<Arc<dyn Store>>,
     /// Who moves the data, where the host backend does not.
     lane: Option<Arc<Lane>>,
+    /// With NCCL: this rank's GPU.
+    gpu: Option<Arc<Gpu>>,
+    /// The caller's stream.
+    stream: Stream,
 }
 
 impl Group {
@@ -193,11 +201,14 @@ impl Group {
             next: Next::default(),
             store: None,
             lane: None,
+            gpu: None,
+            stream: Stream::default(),
         };
-        group.lane = match backend {
-            Backend::Host => None,
-            other => Some(group.open_lane(other)?),
-        };
+        match backend {
+            Backend::Host => {}
+            Backend::Nccl => group.open_nccl()?,
+            Backend::Mpi => group.lane = Some(group.open_lane(backend)?),
+        }
         Ok(group)
     }
 
@@ -205,6 +216,31 @@ impl Group {
     fn open_lane(&mut self, backend: Backend) -> Result<Arc<Lane>> {
         let what = format!("this build has no {backend} backend");
         Err(Error::NoBackend { backend: backend.name(), what })
+    }
+
+    /// Connects the ranks over NCCL. Collective.
+    fn open_nccl(&mut self) -> Result<()> {
+        let deadline = Instant::now() + self.options.connect_timeout;
+        let core = self.core();
+        let library = crate::environment::nccl_library();
+        let mut gather = |mine: &[u8]| self.all_gather_bytes(mine);
+        let opened = nccl::open(&core, library.as_deref(), &mut gather, deadline);
+        let (lane, gpu) = opened.map_err(|error| core.peers.fail(error))?;
+        (self.lane, self.gpu) = (Some(lane), Some(gpu));
+        Ok(())
+    }
+
+    /// The number of this rank's GPU among those that the process sees, with NCCL.
+    #[must_use]
+    pub fn device(&self) -> Option<usize> {
+        self.gpu.as_ref().map(|gpu| gpu.device.ordinal)
+    }
+
+    /// The stream of the GPU on which the caller works: collectives on GPU memory come after what was
+    /// asked of it before, and [`Work::wait`] orders it after them. At first the default stream.
+    pub fn set_stream(&mut self, stream: Stream) -> &mut Self {
+        self.stream = stream;
+        self
     }
 
     /// This rank's number in the group, from 0.
@@ -262,12 +298,30 @@ impl Group {
         self
     }
 
-    /// Registers memory: every rank gets a [`Region`] of `len` elements, all zero. Collective.
+    /// Registers memory where the group's backend works best (of the GPU with NCCL, else of the host):
+    /// every rank gets a [`Region`] of `len` elements, all zero. Collective.
     ///
     /// # Errors
     ///
     /// The lengths or types differ between ranks, the group is dead, or there is no memory left.
     pub fn allocate<T: Element>(&mut self, len: usize) -> Result<Region<T>> {
+        let Some(gpu) = self.gpu.clone() else { return self.allocate_on_host(len) };
+        self.agree(Op::Allocate, T::DTYPE, len)?;
+        self.regions += 1;
+        let rank = self.rank();
+        let device = DeviceMemory::new(&gpu, rank, len * T::DTYPE.size_bytes())
+            .map_err(|error| self.core.peers.fail(error))?;
+        let (id, group) = (self.regions, self.number);
+        let memory = RegionMemory { id, group, rank, parts: Vec::new(), device: Some(device) };
+        Ok(Region::new(memory, len))
+    }
+
+    /// As [`Group::allocate`], but memory of the host with every backend.
+    ///
+    /// # Errors
+    ///
+    /// As [`Group::allocate`].
+    pub fn allocate_on_host<T: Element>(&mut self, len: usize) -> Result<Region<T>> {
         let deadline = Instant::now() + self.next.timeout.unwrap_or(self.options.timeout);
         self.agree(Op::Allocate, T::DTYPE, len)?;
         self.regions += 1;
@@ -408,7 +462,7 @@ impl Group {
             tag: next.tag,
         };
         let timeout = next.timeout.unwrap_or(self.options.timeout);
-        if let Some(lane) = self.lane_for(plan) {
+        if let Some(lane) = self.lane_for(plan, matches!(memory, Memory::Device { .. })) {
             let memory = input.map_or(memory, |input| Memory::Private(input.to_vec()));
             return self.begin_on_lane(&lane, plan, record, timeout, memory);
         }
@@ -430,8 +484,9 @@ impl Group {
 
     /// Who moves the data of a planned call, if not the host backend: what has no data is a matter of
     /// headers alone.
-    fn lane_for(&self, plan: &Plan) -> Option<Arc<Lane>> {
-        self.lane.as_ref().filter(|_| plan.segment > 0).map(Arc::clone)
+    fn lane_for(&self, plan: &Plan, on_device: bool) -> Option<Arc<Lane>> {
+        let takes = self.gpu.is_none() || on_device;
+        self.lane.as_ref().filter(|_| takes && plan.segment > 0).map(Arc::clone)
     }
 
     /// Starts a call whose header goes over the control plane and whose data over `lane`.
@@ -448,11 +503,23 @@ impl Group {
         let check = Call::new(header, dtype, reduction, 0, 1, true, timeout, Memory::Nothing);
         let (segment, segments) = (plan.segment, plan.segments);
         let call = Call::new(record, dtype, reduction, segment, segments, false, timeout, memory);
+        let on_device = self.on_device(&call)?;
+        let call = call.on_device(on_device);
         let check = self.core.start(check, None)?;
         self.started += 1;
         let call = Arc::new(call);
         lane.submit(Arc::clone(&call), Some(check));
         Ok(call)
+    }
+
+    /// The point of the caller's stream at which a call on GPU memory is made.
+    fn on_device(&self, call: &Call) -> Result<Option<OnDevice>> {
+        match (&self.gpu, &call.lock().memory) {
+            (Some(gpu), Memory::Device { .. }) => OnDevice::after(&gpu.device, self.stream)
+                .map(Some)
+                .map_err(|error| nccl::cuda_error(self.rank(), error)),
+            _ => Ok(None),
+        }
     }
 }
 

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::region::RegionMemory;
+use crate::backend::nccl::transport::OnDevice;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::fingerprint::{CallRecord, Op};
@@ -30,6 +31,15 @@ pub(crate) enum Memory {
     Region { region: Arc<RegionMemory>, offset: usize },
     /// Copied from the caller's slice.
     Private(Vec<u8>),
+    /// On a GPU, at this address.
+    Device {
+        at: u64,
+        /// Where the input of an operation with two buffers is.
+        from: Option<u64>,
+        /// What keeps the memory, where it is a region's.
+        #[expect(dead_code, reason = "held, not read")]
+        keep: Vec<Arc<RegionMemory>>,
+    },
 }
 
 impl Memory {
@@ -39,6 +49,8 @@ impl Memory {
             // wrapping_add: the range was checked against the region when its handle was made.
             Self::Region { region, offset } => region.base().wrapping_add(*offset),
             Self::Private(bytes) => bytes.as_mut_ptr(),
+            // The host does not work on it.
+            Self::Device { .. } => std::ptr::null_mut(),
         }
     }
 }
@@ -66,6 +78,8 @@ pub(crate) struct Call {
     pub(crate) timeout: Duration,
     /// When; not known of inline ones, which would take as long to look at the clock.
     pub(crate) started: Option<Instant>,
+    /// Where it stands between streams, when its memory is a GPU's.
+    pub(crate) on_device: Option<OnDevice>,
     pub(crate) state: Mutex<State>,
     done: AtomicBool,
     /// In the queue: only the holder of the executor works on it.
@@ -94,11 +108,16 @@ impl Call {
             inline,
             timeout,
             started: (!inline).then(Instant::now),
+            on_device: None,
             state: Mutex::new(State { memory, result: None }),
             done: AtomicBool::new(false),
             queued: AtomicBool::new(false),
             record,
         }
+    }
+
+    pub(crate) fn on_device(self, on_device: Option<OnDevice>) -> Self {
+        Self { on_device, ..self }
     }
 
     pub(crate) fn seq(&self) -> u64 {

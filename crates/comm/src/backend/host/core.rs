@@ -183,7 +183,7 @@ impl Core {
         board.write_record(call.seq(), &call.record.encode());
         let (region, offset) = match &state.memory {
             Memory::Region { region, offset } => (region.id, *offset as u64),
-            Memory::Nothing | Memory::Private(_) => (0, 0),
+            Memory::Nothing | Memory::Private(_) | Memory::Device { .. } => (0, 0),
         };
         Header { fingerprint: call.fingerprint, payload_bytes: bytes as u64, region, offset }
     }

@@ -175,5 +175,5 @@ pub(crate) fn share_region(
         parts[peer] = Some(mapping::open(theirs.as_fd(), bytes).map_err(system("mmap"))?);
     }
     parts[rank] = Some(own);
-    Ok(RegionMemory { id, group, rank, parts })
+    Ok(RegionMemory { id, group, rank, parts, device: None })
 }

@@ -1,0 +1,240 @@
+//! The few calls of the CUDA driver that collectives need, checked, over cudarc's `driver` layers.
+#![expect(unsafe_code, reason = "gate: calls of the CUDA driver")]
+
+use std::sync::Arc;
+
+use cudarc::driver::{result, sys};
+
+use crate::region::Stream;
+
+/// What the driver said to a call, with the call's name.
+#[derive(Debug)]
+pub(crate) struct CudaError {
+    pub(crate) call: &'static str,
+    pub(crate) what: String,
+}
+
+type Result<T> = std::result::Result<T, CudaError>;
+
+fn failed(call: &'static str) -> impl FnOnce(result::DriverError) -> CudaError {
+    move |error| {
+        let code = error.0;
+        let text = error.error_string().ok().map(|text| text.to_string_lossy().into_owned());
+        CudaError { call, what: format!("{code:?}: {}", text.unwrap_or_default()) }
+    }
+}
+
+/// Whether a driver is installed.
+pub(crate) fn has_driver() -> bool {
+    // SAFETY: looks for the library by name.
+    unsafe { sys::is_culib_present() }
+}
+
+/// GPUs that this process sees. Only where [`has_driver`].
+pub(crate) fn device_count() -> Result<usize> {
+    result::init().map_err(failed("cuInit"))?;
+    let count = result::device::get_count().map_err(failed("cuDeviceGetCount"))?;
+    Ok(usize::try_from(count).unwrap_or(0))
+}
+
+/// A GPU with its primary context, the one that libtorch uses too.
+#[derive(Debug)]
+pub(crate) struct Device {
+    pub(crate) ordinal: usize,
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+}
+
+// SAFETY: a primary context may be used from every thread.
+unsafe impl Send for Device {}
+// SAFETY: as for Send.
+unsafe impl Sync for Device {}
+
+/// The device is current on this thread while it lives; then the one before is again.
+#[derive(Debug)]
+pub(crate) struct Current {
+    before: Option<sys::CUcontext>,
+}
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        let before = self.before.unwrap_or(std::ptr::null_mut());
+        // SAFETY: the context was current here before, or there was none.
+        if let Err(error) = unsafe { result::ctx::set_current(before) } {
+            tracing::warn!(?error, "the CUDA context before could not be restored");
+        }
+    }
+}
+
+impl Device {
+    /// Opens a GPU by its number. Only where [`has_driver`].
+    pub(crate) fn open(ordinal: usize) -> Result<Arc<Self>> {
+        result::init().map_err(failed("cuInit"))?;
+        let number = i32::try_from(ordinal).unwrap_or(i32::MAX);
+        let device = result::device::get(number).map_err(failed("cuDeviceGet"))?;
+        // SAFETY: a device of this driver; released in drop.
+        let context = unsafe { result::primary_ctx::retain(device) };
+        let context = context.map_err(failed("cuDevicePrimaryCtxRetain"))?;
+        Ok(Arc::new(Self { ordinal, device, context }))
+    }
+
+    /// The UUID: the same GPU has the same in every process.
+    pub(crate) fn uuid(&self) -> Result<[u8; 16]> {
+        let uuid = result::device::get_uuid(self.device).map_err(failed("cuDeviceGetUuid"))?;
+        Ok(uuid.bytes.map(i8::cast_unsigned))
+    }
+
+    pub(crate) fn name(&self) -> String {
+        result::device::get_name(self.device).unwrap_or_else(|_unnamed| "GPU".to_owned())
+    }
+
+    /// Makes it this thread's current device for a while.
+    pub(crate) fn current(&self) -> Result<Current> {
+        let before = result::ctx::get_current().map_err(failed("cuCtxGetCurrent"))?;
+        // SAFETY: the context is retained while self lives.
+        unsafe { result::ctx::set_current(self.context) }.map_err(failed("cuCtxSetCurrent"))?;
+        Ok(Current { before })
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // SAFETY: retained in open.
+        if let Err(error) = unsafe { result::primary_ctx::release(self.device) } {
+            tracing::debug!(?error, "cuDevicePrimaryCtxRelease");
+        }
+    }
+}
+
+/// A stream of our own, of the highest priority: collectives go before the rest of the step.
+#[derive(Debug)]
+pub(crate) struct OwnStream {
+    raw: sys::CUstream,
+    device: Arc<Device>,
+}
+
+// SAFETY: streams may be used from every thread.
+unsafe impl Send for OwnStream {}
+
+impl OwnStream {
+    pub(crate) fn new(device: &Arc<Device>) -> Result<Self> {
+        let _current = device.current()?;
+        let (_, greatest) =
+            result::stream::get_priority_range().map_err(failed("cuCtxGetStreamPriorityRange"))?;
+        let kind = result::stream::StreamKind::NonBlocking;
+        let raw = result::stream::create_with_priority(kind, greatest)
+            .map_err(failed("cuStreamCreateWithPriority"))?;
+        Ok(Self { raw, device: Arc::clone(device) })
+    }
+
+    pub(crate) fn raw(&self) -> sys::CUstream {
+        self.raw
+    }
+
+    pub(crate) fn as_stream(&self) -> Stream {
+        Stream(self.raw as usize)
+    }
+}
+
+impl Drop for OwnStream {
+    fn drop(&mut self) {
+        let Ok(_current) = self.device.current() else { return };
+        // SAFETY: made in new; nothing uses it any more.
+        if let Err(error) = unsafe { result::stream::destroy(self.raw) } {
+            tracing::debug!(?error, "cuStreamDestroy");
+        }
+    }
+}
+
+/// A point in a stream.
+#[derive(Debug)]
+pub(crate) struct Event {
+    raw: sys::CUevent,
+    device: Arc<Device>,
+}
+
+// SAFETY: events may be used from every thread.
+unsafe impl Send for Event {}
+// SAFETY: as for Send.
+unsafe impl Sync for Event {}
+
+impl Event {
+    /// The point where `stream` is now.
+    pub(crate) fn record(device: &Arc<Device>, stream: Stream) -> Result<Self> {
+        let _current = device.current()?;
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
+        let raw = result::event::create(flags).map_err(failed("cuEventCreate"))?;
+        let event = Self { raw, device: Arc::clone(device) };
+        // SAFETY: the stream is the caller's, which lives while it makes calls on it.
+        unsafe { result::event::record(raw, stream.0 as sys::CUstream) }
+            .map_err(failed("cuEventRecord"))?;
+        Ok(event)
+    }
+
+    /// Lets `stream` go on only after this point. Does not wait itself.
+    pub(crate) fn order(&self, stream: Stream) -> Result<()> {
+        let _current = self.device.current()?;
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: the event lives; the stream as in record.
+        unsafe { result::stream::wait_event(stream.0 as sys::CUstream, self.raw, flags) }
+            .map_err(failed("cuStreamWaitEvent"))
+    }
+
+    /// Whether the point is passed.
+    pub(crate) fn is_passed(&self) -> Result<bool> {
+        // SAFETY: the event lives.
+        match unsafe { result::event::query(self.raw) } {
+            Ok(()) => Ok(true),
+            Err(result::DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
+            Err(error) => Err(failed("cuEventQuery")(error)),
+        }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        let Ok(_current) = self.device.current() else { return };
+        // SAFETY: made in record; the driver keeps it until the point is passed.
+        if let Err(error) = unsafe { result::event::destroy(self.raw) } {
+            tracing::debug!(?error, "cuEventDestroy");
+        }
+    }
+}
+
+/// Zeroed memory of a device, from the driver.
+pub(crate) fn allocate(device: &Device, bytes: usize) -> Result<u64> {
+    let _current = device.current()?;
+    // SAFETY: freed with free.
+    unsafe { result::malloc_sync(bytes.max(1)) }.map_err(failed("cuMemAlloc"))
+}
+
+/// Sets memory of a device to zero.
+pub(crate) fn zero(device: &Device, pointer: u64, bytes: usize) -> Result<()> {
+    let _current = device.current()?;
+    // SAFETY: the caller allocated so many bytes there.
+    unsafe { result::memset_d8_sync(pointer, 0, bytes) }.map_err(failed("cuMemsetD8"))
+}
+
+pub(crate) fn free(device: &Device, pointer: u64) {
+    let Ok(_current) = device.current() else { return };
+    // SAFETY: from allocate, and nobody uses it any more.
+    if let Err(error) = unsafe { result::free_sync(pointer) } {
+        tracing::warn!(?error, "cuMemFree");
+    }
+}
+
+/// Copies to the host, after everything on the device that was asked for before.
+pub(crate) fn read(device: &Device, from: u64, to: &mut [u8]) -> Result<()> {
+    let _current = device.current()?;
+    result::ctx::synchronize().map_err(failed("cuCtxSynchronize"))?;
+    // SAFETY: the caller has checked the range.
+    unsafe { result::memcpy_dtoh_sync(to, from) }.map_err(failed("cuMemcpyDtoH"))
+}
+
+/// Copies to the device.
+pub(crate) fn write(device: &Device, to: u64, from: &[u8]) -> Result<()> {
+    let _current = device.current()?;
+    // SAFETY: the caller has checked the range.
+    unsafe { result::memcpy_htod_sync(to, from) }.map_err(failed("cuMemcpyHtoD"))?;
+    result::ctx::synchronize().map_err(failed("cuCtxSynchronize"))
+}

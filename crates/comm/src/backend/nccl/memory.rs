@@ -1,0 +1,117 @@
+//! GPU memory that collectives work on: from NCCL's allocator and registered with the communicator
+//! where the version can, so that `NVLink` SHARP and network cards use it without a copy.
+#![expect(unsafe_code, reason = "gate: memory of a device")]
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use super::cuda;
+use super::library::SUCCESS;
+use super::{cuda_error, Gpu};
+use crate::error::Result;
+
+/// Memory of one GPU, freed when dropped.
+#[derive(Debug)]
+pub(crate) struct DeviceMemory {
+    pointer: u64,
+    bytes: usize,
+    gpu: Arc<Gpu>,
+    from_nccl: bool,
+    /// NCCL's handle of the registration.
+    registration: Option<usize>,
+}
+
+impl DeviceMemory {
+    /// `bytes` zeroed bytes.
+    pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, bytes: usize) -> Result<Self> {
+        let error = |error| cuda_error(rank, error);
+        let (pointer, from_nccl) = match from_nccl(gpu, bytes) {
+            Some(pointer) => (pointer, true),
+            None => (cuda::allocate(&gpu.device, bytes).map_err(error)?, false),
+        };
+        let mut memory =
+            Self { pointer, bytes, gpu: Arc::clone(gpu), from_nccl, registration: None };
+        if bytes > 0 {
+            cuda::zero(&gpu.device, pointer, bytes).map_err(error)?;
+            memory.registration = memory.register();
+        }
+        Ok(memory)
+    }
+
+    pub(crate) fn pointer(&self) -> u64 {
+        self.pointer
+    }
+
+    fn at(&self) -> *mut c_void {
+        std::ptr::without_provenance_mut(usize::try_from(self.pointer).unwrap_or(0))
+    }
+
+    /// Registers with the communicator; memory that cannot be works as well, only slower.
+    fn register(&self) -> Option<usize> {
+        let register = self.gpu.nccl.functions.register?;
+        let _current = self.gpu.device.current().ok()?;
+        let mut handle: *mut c_void = std::ptr::null_mut();
+        let registered = self.gpu.communicator.checked("ncclCommRegister", |comm| {
+            // SAFETY: our own memory of so many bytes; the registration ends before it is freed.
+            unsafe { register(comm, self.at(), self.bytes, &raw mut handle) }
+        });
+        match registered.and_then(|()| self.gpu.communicator.settle("ncclCommRegister")) {
+            Ok(()) => Some(handle as usize),
+            Err(error) => {
+                tracing::debug!(what = error.what, "memory is not registered with NCCL");
+                None
+            }
+        }
+    }
+
+    pub(crate) fn read(&self, rank: usize, at: usize, to: &mut [u8]) -> Result<()> {
+        cuda::read(&self.gpu.device, self.pointer + at as u64, to)
+            .map_err(|error| cuda_error(rank, error))
+    }
+
+    pub(crate) fn write(&self, rank: usize, at: usize, from: &[u8]) -> Result<()> {
+        cuda::write(&self.gpu.device, self.pointer + at as u64, from)
+            .map_err(|error| cuda_error(rank, error))
+    }
+}
+
+fn from_nccl(gpu: &Gpu, bytes: usize) -> Option<u64> {
+    let allocate = gpu.nccl.functions.mem_alloc?;
+    let _current = gpu.device.current().ok()?;
+    let mut pointer: *mut c_void = std::ptr::null_mut();
+    // SAFETY: NCCL writes the address; freed with mem_free.
+    let code = unsafe { allocate(&raw mut pointer, bytes.max(1)) };
+    if code != SUCCESS {
+        tracing::debug!(what = gpu.nccl.explain(code), "ncclMemAlloc: plain memory is used");
+        return None;
+    }
+    Some(pointer as u64)
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        let Ok(_current) = self.gpu.device.current() else { return };
+        if let (Some(handle), Some(deregister)) =
+            (self.registration, self.gpu.nccl.functions.deregister)
+        {
+            // Fails where the communicator has ended, and the registration with it.
+            let ended = self.gpu.communicator.checked("ncclCommDeregister", |comm| {
+                // SAFETY: the handle is from register, of the same communicator.
+                unsafe { deregister(comm, std::ptr::without_provenance_mut(handle)) }
+            });
+            if let Err(error) = ended {
+                tracing::debug!(what = error.what, "ncclCommDeregister");
+            }
+        }
+        match self.gpu.nccl.functions.mem_free {
+            Some(free) if self.from_nccl => {
+                // SAFETY: from ncclMemAlloc, and nobody uses it any more.
+                let code = unsafe { free(self.at()) };
+                if code != SUCCESS {
+                    tracing::warn!(what = self.gpu.nccl.describe(code), "ncclMemFree");
+                }
+            }
+            _ => cuda::free(&self.gpu.device, self.pointer),
+        }
+    }
+}

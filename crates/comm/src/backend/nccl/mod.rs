@@ -1,0 +1,243 @@
+//! The NCCL backend: collectives on the memory of NVIDIA GPUs.
+//!
+//! | file | what |
+//! |---|---|
+//! | `library` | finds and loads libnccl; versions; error texts |
+//! | `cuda` | contexts, streams, events, memory: the driver's calls |
+//! | `communicator` | NCCL's calls, checked, with deadlines; abort of all |
+//! | `transport` | a group's calls on its stream |
+//! | `memory` | registered GPU memory |
+//!
+//! Memory of the host goes over the host backend, which is the group's control plane anyway: what the
+//! ranks called is compared there before NCCL is asked for anything, so a kernel is only launched when
+//! all ranks launch the same one.
+
+pub(crate) mod communicator;
+pub(crate) mod cuda;
+pub(crate) mod library;
+pub(crate) mod memory;
+pub(crate) mod transport;
+
+use std::collections::VecDeque;
+use std::ffi::c_char;
+use std::sync::Arc;
+use std::time::Instant;
+
+use cudarc::nccl::sys::ncclUniqueId;
+
+use self::communicator::Communicator;
+use self::cuda::{CudaError, Device, OwnStream};
+use self::library::Nccl;
+use self::transport::NcclTransport;
+use super::host::core::Core;
+use super::lane::{Lane, Runner};
+use super::Backend;
+use crate::error::{Error, Result};
+
+/// Every rank gives its bytes and gets everybody's, by rank.
+type Gather<'a> = dyn FnMut(&[u8]) -> Result<Vec<Vec<u8>>> + 'a;
+
+/// What a group with GPUs has beside its lane.
+#[derive(Debug)]
+pub(crate) struct Gpu {
+    pub(crate) nccl: &'static Nccl,
+    pub(crate) device: Arc<Device>,
+    pub(crate) communicator: Arc<Communicator>,
+}
+
+fn unavailable(what: impl Into<String>) -> Error {
+    Error::NoBackend { backend: "nccl", what: what.into() }
+}
+
+/// GPUs that this process sees; an error says what is missing.
+pub(crate) fn device_count() -> Result<usize> {
+    if !cuda::has_driver() {
+        return Err(unavailable(
+            "there is no NVIDIA driver on this machine (libcuda.so.1): install it, or use the host \
+             backend",
+        ));
+    }
+    match cuda::device_count() {
+        Ok(0) => Err(unavailable(
+            "the NVIDIA driver shows this process no GPU: see nvidia-smi and CUDA_VISIBLE_DEVICES",
+        )),
+        Ok(count) => Ok(count),
+        Err(error) => Err(unavailable(format!("{}: {}", error.call, error.what))),
+    }
+}
+
+/// Connects the ranks of a group over NCCL. Collective: `gather` goes over the control plane.
+pub(crate) fn open(
+    core: &Arc<Core>,
+    library: Option<&str>,
+    gather: &mut Gather<'_>,
+    deadline: Instant,
+) -> Result<(Arc<Lane>, Arc<Gpu>)> {
+    let (rank, world_size) = (core.rank, core.world_size());
+    // Ranks of one machine take its GPUs in turn; a launcher that shows each its own shows one.
+    let host_of = |of: usize| &core.peers.identities[of].host;
+    let place = (0..rank).filter(|peer| host_of(*peer) == host_of(rank)).count();
+    let mine = Nccl::get(library).map_err(unavailable).and_then(|nccl| {
+        let error = |error| cuda_error(rank, error);
+        let device = Device::open(place % device_count()?).map_err(error)?;
+        let uuid = device.uuid().map_err(error)?;
+        Ok((nccl, device, uuid))
+    });
+    // Those who have no NCCL say so to the others, instead of letting them wait.
+    let card = match &mine {
+        Ok((nccl, _, uuid)) => Card {
+            version: nccl.version_number(),
+            uuid: *uuid,
+            host_id: crate::environment::nccl_host_id().unwrap_or_default(),
+            trouble: String::new(),
+        },
+        Err(error) => Card { trouble: error.to_string(), ..Card::default() },
+    };
+    let cards: Vec<Card> =
+        gather(&card.encode())?.iter().map(|bytes| Card::decode(bytes)).collect();
+    let (nccl, device, _) = mine?;
+    check_cards(&cards)?;
+    let id = if rank == 0 {
+        nccl.unique_id().map_err(unavailable)?.internal.to_vec()
+    } else {
+        Vec::new()
+    };
+    let id: Vec<u8> = id.into_iter().map(c_char::cast_unsigned).collect();
+    let id =
+        gather(&id)?.first().and_then(|bytes| decode_id(bytes)).ok_or_else(|| Error::World {
+            rank,
+            what: "rank 0 sent no NCCL id: run the same build of the program on every rank"
+                .to_owned(),
+        })?;
+    let current = device.current().map_err(|error| cuda_error(rank, error))?;
+    let joined = Communicator::join(nccl, id, rank, world_size, deadline);
+    let communicator = Arc::new(joined.map_err(|error| {
+        communicator::abort_all(nccl);
+        Error::Backend { rank, backend: "nccl", call: error.call.to_owned(), what: error.what }
+    })?);
+    let stream = OwnStream::new(&device).map_err(|error| cuda_error(rank, error))?;
+    drop(current);
+    tracing::info!(rank, nccl = nccl.version(), gpu = device.name(), "an NCCL group is ready");
+    let transport = NcclTransport {
+        rank,
+        world_size,
+        nccl,
+        device: Arc::clone(&device),
+        communicator: Arc::clone(&communicator),
+        stream,
+        moving: VecDeque::new(),
+        scaled: None,
+    };
+    let runner = Runner::spawn(format!("phalanx-nccl-{rank}"), true, || ())
+        .map_err(|error| Error::system(rank, "start a thread", error))?;
+    // Callers never enter NCCL or wait for a device: only the runner does.
+    let lane = Lane::new(Backend::Nccl, Arc::clone(core), &runner, false, Box::new(transport));
+    Ok((lane, Arc::new(Gpu { nccl, device, communicator })))
+}
+
+pub(crate) fn cuda_error(rank: usize, error: CudaError) -> Error {
+    Error::Backend { rank, backend: "nccl", call: error.call.to_owned(), what: error.what }
+}
+
+fn decode_id(bytes: &[u8]) -> Option<ncclUniqueId> {
+    let bytes: [u8; 128] = bytes.try_into().ok()?;
+    Some(ncclUniqueId { internal: bytes.map(u8::cast_signed) })
+}
+
+/// What a rank tells the others before NCCL starts.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Card {
+    version: i32,
+    uuid: [u8; 16],
+    /// `NCCL_HOSTID`: ranks whose ids differ are on different machines, as far as NCCL knows.
+    host_id: String,
+    /// Why this rank has no NCCL; empty when it has.
+    trouble: String,
+}
+
+impl Card {
+    fn encode(&self) -> Vec<u8> {
+        let mut bytes = self.version.to_le_bytes().to_vec();
+        bytes.extend_from_slice(&self.uuid);
+        bytes.extend_from_slice(&u16::try_from(self.host_id.len()).unwrap_or(0).to_le_bytes());
+        bytes.extend_from_slice(self.host_id.as_bytes());
+        bytes.extend_from_slice(self.trouble.as_bytes());
+        bytes
+    }
+
+    fn decode(bytes: &[u8]) -> Self {
+        let part = |from: usize, to: usize| bytes.get(from..to).unwrap_or_default();
+        let text = |utf8: &[u8]| String::from_utf8_lossy(utf8).into_owned();
+        let length = part(20, 22).try_into().map_or(0, u16::from_le_bytes);
+        let end = 22 + usize::from(length);
+        Self {
+            version: part(0, 4).try_into().map_or(0, i32::from_le_bytes),
+            uuid: part(4, 20).try_into().unwrap_or_default(),
+            host_id: text(part(22, end)),
+            trouble: text(part(end, bytes.len())),
+        }
+    }
+}
+
+/// Every rank has NCCL, the same one, and a GPU of its own.
+fn check_cards(cards: &[Card]) -> Result<()> {
+    for (rank, card) in cards.iter().enumerate() {
+        if !card.trouble.is_empty() {
+            return Err(unavailable(format!("rank {rank} has none: {}", card.trouble)));
+        }
+        if card.version != cards[0].version {
+            return Err(unavailable(format!(
+                "rank 0 has version code {}, rank {rank} has {}: install one version of NCCL on all machines",
+                cards[0].version, card.version
+            )));
+        }
+        let same = |other: &Card| other.uuid == card.uuid && other.host_id == card.host_id;
+        if let Some(other) = cards[..rank].iter().position(same) {
+            return Err(unavailable(format!(
+                "ranks {other} and {rank} are on the same GPU: start at most one rank for each GPU, and \
+                 check CUDA_VISIBLE_DEVICES (emulated nodes that share a GPU are set up by the launcher: \
+                 --nnodes without --node-rank)"
+            )));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn card(gpu: u8) -> Card {
+        Card { version: 22_809, uuid: [gpu; 16], ..Card::default() }
+    }
+
+    #[test]
+    fn cards_survive_their_way() {
+        for card in [
+            card(3),
+            Card { host_id: "rank1".to_owned(), ..card(4) },
+            Card { trouble: "no driver".to_owned(), ..Card::default() },
+        ] {
+            assert_eq!(Card::decode(&card.encode()), card);
+        }
+        assert_eq!(Card::decode(&[]), Card::default());
+    }
+
+    #[test]
+    fn two_ranks_on_one_gpu_are_both_named() {
+        let error = check_cards(&[card(1), card(2), card(1)]).unwrap_err().to_string();
+        assert!(error.contains("ranks 0 and 2 are on the same GPU"), "{error}");
+        let apart = |id: &str| Card { host_id: id.to_owned(), ..card(1) };
+        assert!(check_cards(&[apart("rank0"), apart("rank1")]).is_ok(), "set up by the launcher");
+    }
+
+    #[test]
+    fn a_rank_without_nccl_or_with_another_version_is_named() {
+        let without = Card { trouble: "no driver".to_owned(), ..Card::default() };
+        let error = check_cards(&[card(1), without]).unwrap_err().to_string();
+        assert!(error.contains("rank 1 has none: no driver"), "{error}");
+        let other = Card { version: 22_700, ..card(2) };
+        let error = check_cards(&[card(1), other]).unwrap_err().to_string();
+        assert!(error.contains("rank 1 has 22700"), "{error}");
+    }
+}
