@@ -229,7 +229,6 @@ mod tests {
 
     /// The real library works without a GPU this far. Says so where it is not installed.
     #[test]
-    #[expect(clippy::print_stderr, reason = "a skipped test says so")]
     fn the_real_library_gives_version_id_and_texts() {
         let path = crate::environment::nccl_library();
         let nccl = match Nccl::get(path.as_deref()) {
@@ -248,7 +247,6 @@ mod tests {
 
     /// Without a GPU a communicator fails with what NCCL says, in time.
     #[test]
-    #[expect(clippy::print_stderr, reason = "a skipped test says so")]
     fn a_communicator_without_a_gpu_is_an_error() {
         let path = crate::environment::nccl_library();
         if super::super::device_count().is_ok() {

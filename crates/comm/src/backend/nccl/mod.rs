@@ -237,7 +237,7 @@ mod tests {
         let error = check_cards(&[card(1), without]).unwrap_err().to_string();
         assert!(error.contains("rank 1 has none: no driver"), "{error}");
         let other = Card { version: 22_700, ..card(2) };
-        let error = check_cards(&[card(1), other]).unwrap_err().to_string();
-        assert!(error.contains("rank 1 has 22700"), "{error}");
+        let mixed = check_cards(&[card(1), other]).unwrap_err().to_string();
+        assert!(mixed.contains("rank 1 has 22700"), "{mixed}");
     }
 }
