@@ -42,7 +42,15 @@ fn run(program: &Path) -> Result<Duration> {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     let output = std::env::temp_dir().join(format!("phalanx-first-step-{}", std::process::id()));
     let mut command = Command::new(program);
-    command.args(["--config", "configs/bert_tiny.json", "--nnodes", "4", "--steps", "1", "--output"]);
+    command.args([
+        "--config",
+        "configs/bert_tiny.json",
+        "--nnodes",
+        "4",
+        "--steps",
+        "1",
+        "--output",
+    ]);
     command.arg(&output).current_dir(root).stdout(Stdio::piped());
     let start = Instant::now();
     let mut child = command.spawn()?;

@@ -25,8 +25,8 @@ use std::time::Instant;
 
 use anyhow::{ensure, Context as _, Result};
 use clap::Parser;
-use phalanx::launch::{launch_or_join, Joined, LaunchArgs};
 use phalanx::comm::Max;
+use phalanx::launch::{launch_or_join, Joined, LaunchArgs};
 use phalanx::{Ddp, DdpOptions, Group, GroupOptions};
 use phalanx_ddp_core::optim::{AdamW, Optimizer, OptimizerConfig};
 use phalanx_ddp_core::{amp, Sync};

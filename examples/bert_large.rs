@@ -16,14 +16,15 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{bail, Context as _, Result};
 use phalanx::comm::environment::{Launcher, World};
 use phalanx::data::progress::{Progress, Silent, Terminal};
+use phalanx::ddp::{self, Cuda};
 use phalanx::tch::{self, nn, Device};
-use phalanx::{launch, Group, GroupOptions};
+use phalanx::{comm, launch, Group, GroupOptions};
 
 use bert::batching::Batching;
-use bert::config::{Config, Precision};
+use bert::config::{Backend, Config, Precision};
 use bert::flags::{Flags, Settings};
 use bert::journal::Journal;
 use bert::memory::{self, Estimate, Usage};
@@ -104,7 +105,7 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
         announce(settings, &group, batching, threads, &source.description);
     }
     let loader = data::loader(&source, config, batching, (world.rank, world.world_size))?;
-    let vs = nn::VarStore::new(Device::Cpu);
+    let vs = nn::VarStore::new(group.device().map_or(Device::Cpu, Device::Cuda));
     let network = model::build(&vs, &config.model, config.train.seed, world.rank)?;
     if let Some(path) = flags.init_weights.as_ref().filter(|_| root) {
         weights::check(path, &config.model)?;
@@ -146,7 +147,24 @@ fn set_threads(config: &Config, world: &World) -> usize {
 
 fn join(config: &Config) -> Result<Group> {
     let timeout = Duration::from_secs(config.ddp.timeout_s);
-    Ok(Group::from_environment(GroupOptions::default().with_timeout(timeout))?)
+    let options = GroupOptions::default().with_timeout(timeout);
+    let options = match config.ddp.backend {
+        Backend::Host => options,
+        Backend::Nccl => options.with_backend(comm::Backend::Nccl),
+        Backend::Auto => options.with_backend(comm::Backend::Auto),
+    };
+    // libtorch's half of CUDA: without it the group must not choose the GPU.
+    let options = match (config.ddp.backend, ddp::load_cuda()) {
+        (Backend::Host, _) | (_, Cuda::Available { .. } | Cuda::NoDriver) => options,
+        (Backend::Auto, Cuda::NoLibtorchCuda { message }) => options.with_gpu_trouble(format!(
+            "libtorch's CUDA support cannot be loaded ({message}): run scripts/setup.sh --cuda, or put \
+             the torch/lib folder of the full wheel on LD_LIBRARY_PATH"
+        )),
+        (_, Cuda::NoLibtorchCuda { message }) => {
+            bail!("--backend nccl: libtorch's CUDA support cannot be loaded ({message}): run scripts/setup.sh --cuda, or put the torch/lib folder of the full wheel on LD_LIBRARY_PATH")
+        }
+    };
+    Ok(Group::from_environment(options)?)
 }
 
 fn announce(settings: &Settings, group: &Group, batching: Batching, threads: usize, data: &str) {
@@ -168,12 +186,16 @@ fn announce(settings: &Settings, group: &Group, batching: Batching, threads: usi
         group.backend().name(),
         ddp.zero,
     );
+    if let Some(choice) = group.backend_choice() {
+        println!("device {}: {choice}", if group.device().is_some() { "GPU" } else { "CPU" });
+    }
     println!(
         "batch  {global_batch} a step, at most {micro_batch} at once, {accumulate} micro-batch(es); {} \
          steps of {:?}, lr {:e}",
         train.steps, optimizer.rule, optimizer.lr
     );
-    if train.precision == Precision::Bf16 && !bert::memory::has_bf16_products() {
+    let on_cpu = group.device().is_none();
+    if on_cpu && train.precision == Precision::Bf16 && !bert::memory::has_bf16_products() {
         println!("note   this processor has no bf16 products: fp32 will be faster here");
     }
 }

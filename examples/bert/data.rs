@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use phalanx_data::progress::Progress;
 use phalanx_data::{text, Access, Batch, FixedBatches, Loader, LoaderOptions, MaskedText};
 use phalanx_data::{Masking, MicroBatch, Order, Samples};
-use tch::{TchError, Tensor};
+use tch::{Device, TchError, Tensor};
 
 use super::batching::{Batching, Cut};
 use super::config::{Config, ConfigError, Data};
@@ -123,9 +123,11 @@ pub(crate) struct Tensors {
 }
 
 impl Tensors {
-    /// Copies a batch; the batch's memory goes back to the loader.
-    pub(crate) fn of(batch: &Batch) -> Result<Tensors, TchError> {
-        let matrix = |values: &[i64]| Tensor::f_from_slice(values)?.f_view(batch.shape());
+    /// Copies a batch to a device; the batch's memory goes back to the loader.
+    pub(crate) fn of(batch: &Batch, device: Device) -> Result<Tensors, TchError> {
+        let matrix = |values: &[i64]| {
+            Tensor::f_from_slice(values)?.f_view(batch.shape())?.f_to_device(device)
+        };
         // A mask of ones is left out: attention without a mask takes the fast path.
         let mask = batch.attention_mask().filter(|values| values.contains(&0));
         let seen = |values: &[i64]| values.iter().filter(|&&value| value != 0).count();

@@ -32,6 +32,7 @@ pub(crate) struct Trainer {
 struct Plan {
     seed: u64,
     kind: Kind,
+    device: Device,
     max_grad_norm: Option<f64>,
     /// Number of this rank's first micro-batch among those of a global batch.
     first_micro_batch: usize,
@@ -74,6 +75,7 @@ impl Trainer {
             plan: Plan {
                 seed: config.train.seed,
                 kind: kind(config.train.precision),
+                device: vs.device(),
                 max_grad_norm: (norm > 0.0).then_some(norm),
                 first_micro_batch: group.rank() * batching.accumulate,
             },
@@ -88,7 +90,8 @@ impl Trainer {
         let last = batches.micro_batches.len() - 1;
         for (index, batch) in batches.micro_batches.iter().enumerate() {
             let sync = if index == last { Sync::Reduce } else { Sync::Accumulate };
-            self.micro_batch(&Tensors::of(batch)?, (step, index), sync, &mut sums)?;
+            let tensors = Tensors::of(batch, self.plan.device)?;
+            self.micro_batch(&tensors, (step, index), sync, &mut sums)?;
         }
         let exposed = self.ddp.step_times()?.exposed_comm;
         let mut totals = [sums.loss, count(sums.masked_count), count(sums.token_count)];
@@ -98,6 +101,7 @@ impl Trainer {
         let lr = self.schedule.lr(step - 1);
         self.optimizer.set_lr(lr);
         let grad_norm = self.optimizer.step(self.plan.max_grad_norm)?;
+        self.finish_device();
         let optimizer_time = optimizer_start.elapsed();
         totals_work.wait()?;
         let [loss_sum, masked_count, token_count] = totals;
@@ -145,17 +149,28 @@ impl Trainer {
         let forward = || self.network.loss(&inputs, pass);
         let LossSum { loss, masked_count } = match pass.kind {
             Kind::Float => forward(),
-            kind => amp::autocast(Device::Cpu, kind, forward)?,
+            kind => amp::autocast(self.plan.device, kind, forward)?,
         }
         .context("forward")?;
+        self.finish_device();
         sums.forward += start.elapsed();
         let middle = Instant::now();
         self.ddp.backward(&loss, count(masked_count), sync)?;
+        self.finish_device();
         sums.backward += middle.elapsed();
         sums.loss += loss.f_double_value(&[])?;
         sums.masked_count += masked_count;
         sums.token_count += token_count;
         Ok(())
+    }
+}
+
+impl Trainer {
+    /// Waits for the GPU, so that times are those of the work and not of asking for it.
+    fn finish_device(&self) {
+        if let Device::Cuda(index) = self.plan.device {
+            tch::Cuda::synchronize(i64::try_from(index).unwrap_or(-1));
+        }
     }
 }
 

@@ -13,6 +13,7 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/from_blob.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/utils/lambda_post_hook.h>
@@ -89,15 +90,25 @@ ddp_status ddp_tensor_identity(const void* tensor, uint64_t* identity) {
   });
 }
 
-ddp_status ddp_tensor_over_memory(void* memory, int64_t len, int32_t scalar_type, void* context,
-                                  ddp_destroy destroy, void** tensor) {
+ddp_status ddp_tensor_over_memory(void* memory, int64_t len, int32_t scalar_type, int32_t cuda_device,
+                                  void* context, ddp_destroy destroy, void** tensor) {
   // From here on the context has an owner, also if something below throws.
   std::shared_ptr<void> owner(context, destroy);
   return guarded([&] {
-    auto options = at::TensorOptions().dtype(static_cast<at::ScalarType>(scalar_type));
+    at::Device device(at::kCPU);
+    if (cuda_device >= 0) device = at::Device(at::kCUDA, static_cast<at::DeviceIndex>(cuda_device));
+    auto options = at::TensorOptions().dtype(static_cast<at::ScalarType>(scalar_type)).device(device);
     at::Tensor over = at::from_blob(
-        memory, {len}, [owner](void*) mutable { owner.reset(); }, options);
+        memory, {len}, [owner](void*) mutable { owner.reset(); }, options, device);
     *tensor = new at::Tensor(std::move(over));
+  });
+}
+
+ddp_status ddp_current_stream(int32_t cuda_device, uint64_t* handle) {
+  return guarded([&] {
+    at::Device device(at::kCUDA, static_cast<at::DeviceIndex>(cuda_device));
+    c10::impl::VirtualGuardImpl guard(at::kCUDA);
+    *handle = reinterpret_cast<uint64_t>(guard.getStream(device).native_handle());
   });
 }
 

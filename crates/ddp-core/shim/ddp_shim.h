@@ -29,9 +29,13 @@ typedef void (*ddp_destroy)(void* context);
 /* Identity of the variable behind a tensor: equal for shallow clones. */
 ddp_status ddp_tensor_identity(const void* tensor, uint64_t* identity);
 
-/* A one-dimensional CPU tensor over memory of ours; `destroy(context)` runs when its storage goes. */
-ddp_status ddp_tensor_over_memory(void* memory, int64_t len, int32_t scalar_type, void* context,
-                                  ddp_destroy destroy, void** tensor);
+/* A one-dimensional tensor over memory of ours, on the CPU (`cuda_device` < 0) or on that CUDA device;
+ * `destroy(context)` runs when its storage goes. */
+ddp_status ddp_tensor_over_memory(void* memory, int64_t len, int32_t scalar_type, int32_t cuda_device,
+                                  void* context, ddp_destroy destroy, void** tensor);
+
+/* The handle (cudaStream_t) of this thread's current stream of a CUDA device. */
+ddp_status ddp_current_stream(int32_t cuda_device, uint64_t* handle);
 
 /* variable.set_data(data): the variable keeps its identity and its autograd metadata. */
 ddp_status ddp_set_data(void* variable, const void* data);

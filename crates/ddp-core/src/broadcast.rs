@@ -1,7 +1,7 @@
 //! Broadcast of tensors from rank 0, many in one message.
 
 use phalanx_comm::Group;
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::parameter::Named;
 use crate::Result;
@@ -38,7 +38,7 @@ fn broadcast(group: &mut Group, tag: &str, tensors: &[Named], bytes: usize) -> R
         let mut at = 0;
         for named in tensors {
             let len = bytes_of(&named.tensor);
-            let dense = named.tensor.f_contiguous()?;
+            let dense = named.tensor.f_to_device(Device::Cpu)?.f_contiguous()?;
             dense.f_copy_data_u8(&mut staged[at..at + len], dense.numel())?;
             at += len;
         }

@@ -135,18 +135,10 @@ impl Ddp {
         let mut signature = model.signature();
         signature.push(format!("settings {options:?}"));
         verify::same_on_all_ranks(&mut group, &signature)?;
-        for named in &model.parameters {
-            if named.tensor.device() != Device::Cpu {
-                return Err(Error::DeviceMismatch {
-                    name: named.name.clone(),
-                    device: format!("{:?}", named.tensor.device()),
-                    backend: group.backend().name().to_owned(),
-                });
-            }
-        }
+        let device = check_devices(&model, &group)?;
         broadcast::tensors(&mut group, "parameters", &model.parameters)?;
         broadcast::tensors(&mut group, "buffers", &model.buffers)?;
-        let parts = lay_flat(group, model, options)?;
+        let parts = lay_flat(group, model, device, options)?;
         let shared = Arc::new(Mutex::new(Reducer::new(parts)?));
         let hooks = reducer::hook_all(&shared)?;
         Ok(Self { hooks, shared, weight: Mutex::new(0.0) })
@@ -246,7 +238,7 @@ impl Ddp {
 }
 
 /// Plans the buckets, allocates flat storage, and makes parameters views of it.
-fn lay_flat(mut group: Group, model: Model, options: DdpOptions) -> Result<Parts> {
+fn lay_flat(mut group: Group, model: Model, device: Device, options: DdpOptions) -> Result<Parts> {
     let kinds = kinds_of(&model);
     let extents: Vec<Extent> = model.parameters.iter().map(|p| extent(&p.tensor, &kinds)).collect();
     let order: Vec<usize> = (0..extents.len()).rev().collect();
@@ -255,10 +247,10 @@ fn lay_flat(mut group: Group, model: Model, options: DdpOptions) -> Result<Parts
     let plan = Plan::new(&extents, &order, caps);
     let (mut gradients, mut parameters) = (Vec::new(), Vec::new());
     for (&kind, &len) in kinds.iter().zip(&plan.storage_lens) {
-        gradients.push(Flat::registered(&mut group, kind, len)?);
+        gradients.push(Flat::registered(&mut group, kind, device, len)?);
         parameters.push(match options.zero {
-            Zero::Off => Flat::private(kind, len)?,
-            Zero::One => Flat::registered(&mut group, kind, len)?,
+            Zero::Off => Flat::private(kind, device, len)?,
+            Zero::One => Flat::registered(&mut group, kind, device, len)?,
         });
     }
     let mut views = Vec::with_capacity(extents.len());
@@ -273,6 +265,33 @@ fn lay_flat(mut group: Group, model: Model, options: DdpOptions) -> Result<Parts
         views.push(gradients[place.storage].view(&place.range, &shape, &strides)?.f_detach()?);
     }
     Ok(Parts { group, model, plan, gradients, parameters, views, options })
+}
+
+/// The one device of all parameters: the CPU, or the GPU that the group's backend works on.
+fn check_devices(model: &Model, group: &Group) -> Result<Device> {
+    let device = model.parameters.first().map_or(Device::Cpu, |first| first.tensor.device());
+    let served = match device {
+        Device::Cpu => true,
+        Device::Cuda(index) => group.device() == Some(index),
+        _ => false,
+    };
+    let stray = model.parameters.iter().find(|named| !served || named.tensor.device() != device);
+    stray.map_or(Ok(device), |named| {
+        Err(Error::DeviceMismatch {
+            name: named.name.clone(),
+            device: format!("{:?}", named.tensor.device()),
+            expected: match group.device() {
+                Some(index) => {
+                    format!("Device::Cpu or Device::Cuda({index}), one for all parameters")
+                }
+                None => format!(
+                    "Device::Cpu, where the group's backend `{}` works (GPUs need a group with \
+                     Backend::Nccl)",
+                    group.backend()
+                ),
+            },
+        })
+    })
 }
 
 /// The kinds of the parameters, one storage each, in the order in which they first appear.

@@ -74,14 +74,14 @@ pub enum Error {
         kind: Kind,
     },
     /// The parameters are on a device that the group's backend cannot reach.
-    #[error("{name} is on {device}, but the group's backend `{backend}` reduces CPU memory; build the VarStore on Device::Cpu")]
+    #[error("{name} is on {device}, expected {expected}: build the VarStore there")]
     DeviceMismatch {
         /// The tensor.
         name: String,
         /// Its device.
         device: String,
-        /// The group's backend.
-        backend: String,
+        /// Where the group can work.
+        expected: String,
     },
     /// A tensor's memory is not dense, so it cannot be laid flat.
     #[error("{name} is not dense in memory (strides {strides:?} for shape {shape:?}); call contiguous() first")]

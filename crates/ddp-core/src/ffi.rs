@@ -29,10 +29,12 @@ extern "C" {
         memory: *mut c_void,
         len: i64,
         scalar_type: i32,
+        cuda_device: i32,
         context: *mut c_void,
         destroy: Destroy,
         tensor: *mut *mut c_void,
     ) -> Status;
+    pub(crate) fn ddp_current_stream(cuda_device: i32, handle: *mut u64) -> Status;
     pub(crate) fn ddp_set_data(variable: *mut c_void, data: *const c_void) -> Status;
     pub(crate) fn ddp_gradient_place(
         variable: *const c_void,

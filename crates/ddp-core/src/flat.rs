@@ -10,7 +10,7 @@ use half::{bf16, f16};
 use phalanx_comm::{Element, Float, Group, Region, ScaledSum, Work};
 use tch::{Device, Kind, Tensor};
 
-use crate::optim::norm;
+use crate::optim::{device_norm, norm};
 use crate::{shim, Error, Result};
 
 /// A registered region of one of the four kinds that a parameter can have.
@@ -49,13 +49,18 @@ pub(crate) struct Flat {
 }
 
 impl Flat {
-    /// `len` zeroed elements that the group's collectives work on. Collective.
-    pub(crate) fn registered(group: &mut Group, kind: Kind, len: usize) -> Result<Self> {
+    /// `len` zeroed elements on `device` that the group's collectives work on. Collective.
+    pub(crate) fn registered(
+        group: &mut Group,
+        kind: Kind,
+        device: Device,
+        len: usize,
+    ) -> Result<Self> {
         match kind {
-            Kind::Float => Self::over(group.allocate(len)?, kind, Memory::F32),
-            Kind::Double => Self::over(group.allocate(len)?, kind, Memory::F64),
-            Kind::Half => Self::over(group.allocate(len)?, kind, Memory::F16),
-            Kind::BFloat16 => Self::over(group.allocate(len)?, kind, Memory::BF16),
+            Kind::Float => Self::over(allocate(group, device, len)?, kind, device, Memory::F32),
+            Kind::Double => Self::over(allocate(group, device, len)?, kind, device, Memory::F64),
+            Kind::Half => Self::over(allocate(group, device, len)?, kind, device, Memory::F16),
+            Kind::BFloat16 => Self::over(allocate(group, device, len)?, kind, device, Memory::BF16),
             _ => Err(Error::UnsupportedKind { name: "flat storage".to_owned(), kind }),
         }
     }
@@ -63,6 +68,7 @@ impl Flat {
     fn over<T: Element>(
         region: Region<T>,
         kind: Kind,
+        device: Device,
         wrap: impl FnOnce(Region<T>) -> Memory,
     ) -> Result<Self> {
         // SAFETY: the region holds `len` elements of the kind, and a clone of it keeps them mapped.
@@ -71,6 +77,7 @@ impl Flat {
                 region.as_ptr().cast(),
                 region.len(),
                 kind,
+                device,
                 Box::new(region.clone()),
             )
         }?;
@@ -78,14 +85,18 @@ impl Flat {
     }
 
     /// `len` zeroed elements of libtorch's own memory.
-    pub(crate) fn private(kind: Kind, len: usize) -> Result<Self> {
+    pub(crate) fn private(kind: Kind, device: Device, len: usize) -> Result<Self> {
         let len = i64::try_from(len).map_err(|_too_long| Error::TooLarge { elements: len })?;
-        let tensor = Tensor::f_zeros([len], (kind, Device::Cpu))?;
+        let tensor = Tensor::f_zeros([len], (kind, device))?;
         Ok(Self { tensor, memory: Memory::Private })
     }
 
     pub(crate) fn kind(&self) -> Kind {
         self.tensor.kind()
+    }
+
+    pub(crate) fn device(&self) -> Device {
+        self.tensor.device()
     }
 
     /// Elements `range` as a flat tensor in the same memory.
@@ -105,8 +116,22 @@ impl Flat {
         Ok(self.tensor.f_as_strided(shape, strides, start)?)
     }
 
+    /// Sums of squares of `cells` (a storage and its elements, in order), each in an order that depends on
+    /// nothing but the cell on the CPU.
+    pub(crate) fn sums_of_squares(
+        storages: &[Self],
+        cells: &[(usize, Range<usize>)],
+    ) -> Result<Vec<f64>> {
+        if storages.iter().any(|storage| storage.device().is_cuda()) {
+            return device_norm::sums_of_squares(storages, cells);
+        }
+        let sum =
+            |(storage, range): &(usize, Range<usize>)| storages[*storage].sum_of_squares(range);
+        Ok(cells.iter().map(sum).collect())
+    }
+
     /// Sum of squares of elements `range`, in an order that depends on nothing but the range.
-    pub(crate) fn sum_of_squares(&self, range: &Range<usize>) -> f64 {
+    fn sum_of_squares(&self, range: &Range<usize>) -> f64 {
         match self.kind() {
             Kind::Double => norm::sum_of_squares(self.elements::<f64>(range), |x| x),
             Kind::Half => norm::sum_of_squares(self.elements(range), f16::to_f64),
@@ -155,6 +180,11 @@ impl Flat {
     ) -> Result<Work<'static>> {
         Ok(with_region!(&self.memory, region => group.all_gather_in_place(region.range(range))?))
     }
+}
+
+/// Memory where the model's gradients are.
+fn allocate<T: Element>(group: &mut Group, device: Device, len: usize) -> Result<Region<T>> {
+    Ok(if device.is_cuda() { group.allocate(len)? } else { group.allocate_on_host(len)? })
 }
 
 fn reduce<T: Float>(

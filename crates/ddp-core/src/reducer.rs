@@ -135,7 +135,7 @@ impl Reducer {
         let Parts { mut group, model, plan, gradients, parameters, views, options } = parts;
         let bucket_of = plan.places.iter().map(|place| place.bucket).collect();
         let ready = Ready::new(bucket_of, plan.buckets.len());
-        let weight = group.allocate(1)?;
+        let weight = group.allocate_on_host(1)?;
         Ok(Self {
             group,
             model,
@@ -232,6 +232,8 @@ impl Reducer {
         self.first_start.get_or_insert_with(Instant::now);
         let bucket = &self.plan.buckets[index];
         let gradients = &self.gradients[bucket.storage];
+        let stream = shim::current_stream(gradients.device())?;
+        self.group.set_stream(stream);
         self.group.tagged(&format!("bucket {index}"));
         let work = match self.zero {
             Zero::Off => gradients.all_reduce(&mut self.group, bucket.range.clone(), scale)?,

@@ -6,7 +6,8 @@ use std::ffi::{c_char, c_void, CStr};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::ptr;
 
-use tch::{Kind, Tensor};
+use phalanx_comm::Stream;
+use tch::{Device, Kind, Tensor};
 
 use crate::ffi;
 use crate::{Error, Result};
@@ -46,7 +47,7 @@ pub(crate) fn identity(tensor: &Tensor) -> Result<u64> {
     Ok(identity)
 }
 
-/// A flat CPU tensor over `memory`; the tensor's storage owns `keep_alive`.
+/// A flat tensor over `memory`, which is on `device`; the tensor's storage owns `keep_alive`.
 ///
 /// # Safety
 /// `memory` must be valid for reads and writes of `len` elements of `kind` while `keep_alive` lives.
@@ -54,6 +55,7 @@ pub(crate) unsafe fn tensor_over_memory(
     memory: *mut c_void,
     len: usize,
     kind: Kind,
+    device: Device,
     keep_alive: Box<dyn Any + Send>,
 ) -> Result<Tensor> {
     let context = Box::into_raw(Box::new(keep_alive));
@@ -65,6 +67,7 @@ pub(crate) unsafe fn tensor_over_memory(
             memory,
             len,
             scalar_type(kind),
+            cuda_index(device),
             context.cast(),
             drop_any,
             &raw mut tensor,
@@ -73,6 +76,26 @@ pub(crate) unsafe fn tensor_over_memory(
     check("ddp_tensor_over_memory", &status)?;
     // SAFETY: on success `tensor` is a new at::Tensor* that nobody else owns.
     Ok(unsafe { Tensor::from_ptr(tensor.cast()) })
+}
+
+/// The number of a CUDA device; -1 is the CPU.
+fn cuda_index(device: Device) -> i32 {
+    match device {
+        Device::Cuda(index) => i32::try_from(index).unwrap_or(i32::MAX),
+        _ => -1,
+    }
+}
+
+/// This thread's current stream of a CUDA device, as collectives take it; the CPU has none.
+pub(crate) fn current_stream(device: Device) -> Result<Stream> {
+    if !device.is_cuda() {
+        return Ok(Stream::default());
+    }
+    let mut handle = 0;
+    // SAFETY: writes one number.
+    let status = unsafe { ffi::ddp_current_stream(cuda_index(device), &raw mut handle) };
+    check("ddp_current_stream", &status)?;
+    Ok(Stream(usize::try_from(handle).unwrap_or(0)))
 }
 
 /// `c10::ScalarType`'s number of a kind that the flat storage holds.

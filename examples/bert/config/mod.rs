@@ -247,10 +247,12 @@ pub(crate) struct Train {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Backend {
-    /// The best there is for the device: the host backend on the CPU.
+    /// NCCL when every rank has a GPU, else the host backend.
     Auto,
-    /// Shared memory inside a machine, TCP between machines.
+    /// On the CPU: shared memory inside a machine, TCP between machines.
     Host,
+    /// On GPUs.
+    Nccl,
 }
 
 /// How the ranks work together.
@@ -263,7 +265,7 @@ pub(crate) struct Ddp {
     pub(crate) bucket_mib: f64,
     /// The bucket that backward fills first, in MiB.
     pub(crate) first_bucket_mib: f64,
-    /// `auto` or `host`.
+    /// `auto`, `host` or `nccl`.
     pub(crate) backend: Backend,
     /// How long a collective may wait for its peers, in seconds.
     pub(crate) timeout_s: u64,

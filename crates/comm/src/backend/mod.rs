@@ -8,6 +8,9 @@ pub(crate) mod nccl;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Backend {
+    /// [`Backend::Nccl`] when every rank has a GPU, else [`Backend::Host`]: the group says which it
+    /// became, and why.
+    Auto,
     /// Shared memory inside a machine, TCP between machines.
     #[default]
     Host,
@@ -22,6 +25,7 @@ impl Backend {
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Auto => "auto",
             Self::Host => "host",
             Self::Mpi => "mpi",
             Self::Nccl => "nccl",

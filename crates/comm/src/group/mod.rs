@@ -35,6 +35,9 @@ pub struct GroupOptions {
     pub host_link: Option<HostLink>,
     /// Who moves the data; the host backend by default.
     pub backend: Backend,
+    /// With [`Backend::Auto`]: why this rank's GPU must not be used, if so. One rank's reason counts for
+    /// all.
+    pub gpu_trouble: Option<String>,
 }
 
 impl Default for GroupOptions {
@@ -45,6 +48,7 @@ impl Default for GroupOptions {
             connect_timeout: minute,
             host_link: None,
             backend: Backend::default(),
+            gpu_trouble: None,
         }
     }
 }
@@ -72,6 +76,12 @@ impl GroupOptions {
     #[must_use]
     pub fn with_backend(self, backend: Backend) -> Self {
         Self { backend, ..self }
+    }
+
+    /// With a reason why this rank's GPU must not be used ([`Backend::Auto`]).
+    #[must_use]
+    pub fn with_gpu_trouble(self, reason: impl Into<String>) -> Self {
+        Self { gpu_trouble: Some(reason.into()), ..self }
     }
 }
 
@@ -122,6 +132,8 @@ pub struct Group {
     gpu: Option<Arc<Gpu>>,
     /// The caller's stream.
     stream: Stream,
+    /// Why [`Backend::Auto`] became what it is.
+    choice: Option<String>,
 }
 
 impl Group {
@@ -203,8 +215,10 @@ impl Group {
             lane: None,
             gpu: None,
             stream: Stream::default(),
+            choice: None,
         };
         match backend {
+            Backend::Auto => group.choose()?,
             Backend::Host => {}
             Backend::Nccl => group.open_nccl()?,
             Backend::Mpi => group.lane = Some(group.open_lane(backend)?),
@@ -216,6 +230,30 @@ impl Group {
     fn open_lane(&mut self, backend: Backend) -> Result<Arc<Lane>> {
         let what = format!("this build has no {backend} backend");
         Err(Error::NoBackend { backend: backend.name(), what })
+    }
+
+    /// NCCL when every rank can, else the host backend. Collective.
+    fn choose(&mut self) -> Result<()> {
+        let library = crate::environment::nccl_library();
+        let mine = self.options.gpu_trouble.take();
+        let mine = mine.or_else(|| nccl::trouble(library.as_deref())).unwrap_or_default();
+        let all = self.all_gather_bytes(mine.as_bytes())?;
+        let troubled = all.iter().enumerate().find(|(_, trouble)| !trouble.is_empty());
+        if let Some((rank, trouble)) = troubled {
+            let trouble = String::from_utf8_lossy(trouble);
+            self.choice = Some(format!("rank {rank} has no GPU to use: {trouble}"));
+            self.options.backend = Backend::Host;
+            return Ok(());
+        }
+        self.choice = Some("every rank has a GPU".to_owned());
+        self.options.backend = Backend::Nccl;
+        self.open_nccl()
+    }
+
+    /// Why [`Backend::Auto`] became what [`Group::backend`] says.
+    #[must_use]
+    pub fn backend_choice(&self) -> Option<&str> {
+        self.choice.as_deref()
     }
 
     /// Connects the ranks over NCCL. Collective.

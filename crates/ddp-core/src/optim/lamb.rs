@@ -3,7 +3,7 @@
 
 use tch::Tensor;
 
-use super::{sums_of_squares, Optimizer};
+use super::Optimizer;
 use crate::flat::Flat;
 use crate::reducer::Reducer;
 use crate::Result;
@@ -79,10 +79,8 @@ impl Optimizer {
 
     /// ‖parameter‖ / ‖step‖ of every parameter; 1 where either is zero.
     fn trust_ratios(&self, reducer: &mut Reducer) -> Result<Vec<f64>> {
-        let parameters = sums_of_squares(&self.cells, |cell| {
-            reducer.parameters[cell.storage].sum_of_squares(&cell.range)
-        });
-        let steps = self.step_sums();
+        let parameters = Flat::sums_of_squares(&reducer.parameters, &self.cells.places())?;
+        let steps = self.step_sums()?;
         let parameters = self.cells.gather(&mut reducer.group, &parameters)?;
         let steps = self.cells.gather(&mut reducer.group, &steps)?;
         let mut sums = vec![(0.0, 0.0); reducer.model.parameters.len()];
@@ -103,25 +101,21 @@ impl Optimizer {
 
     /// Sums of squares of the steps, cell by cell: the cells of this rank's pieces, which lie in the
     /// scratch at other offsets than in the storage.
-    fn step_sums(&self) -> Vec<f64> {
-        let Some(scratch) = &self.lamb else { return Vec::new() };
+    fn step_sums(&self) -> Result<Vec<f64>> {
+        let Some(scratch) = &self.lamb else { return Ok(Vec::new()) };
         let mut pieces = self.owned.iter().flat_map(|o| o.pieces.iter().map(|p| (o.storage, p)));
         let mut current = pieces.next();
-        self.cells
-            .mine
-            .iter()
-            .map(|cell| {
-                while let Some((storage, piece)) = current {
-                    if storage == cell.storage && piece.run.range.contains(&cell.range.start) {
-                        let start =
-                            piece.run.state.start + (cell.range.start - piece.run.range.start);
-                        let range = start..start + cell.range.len();
-                        return scratch.steps[storage].sum_of_squares(&range);
-                    }
-                    current = pieces.next();
+        let mut cells = Vec::with_capacity(self.cells.mine.len());
+        for cell in &self.cells.mine {
+            while let Some((storage, piece)) = current {
+                if storage == cell.storage && piece.run.range.contains(&cell.range.start) {
+                    let start = piece.run.state.start + (cell.range.start - piece.run.range.start);
+                    cells.push((storage, start..start + cell.range.len()));
+                    break;
                 }
-                0.0
-            })
-            .collect()
+                current = pieces.next();
+            }
+        }
+        Flat::sums_of_squares(&scratch.steps, &cells)
     }
 }

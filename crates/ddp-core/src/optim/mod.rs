@@ -4,6 +4,7 @@
 //! updated segments are gathered, bucket by bucket, while later buckets are still being updated. The
 //! arithmetic on an element is the same in both stages, so are the bits.
 
+pub(crate) mod device_norm;
 mod lamb;
 pub(crate) mod norm;
 mod piece;
@@ -165,7 +166,8 @@ impl Optimizer {
         } else {
             None
         };
-        let step = Tensor::f_zeros([] as [i64; 0], (Kind::Float, Device::Cpu))?;
+        let device = reducer.gradients.first().map_or(Device::Cpu, Flat::device);
+        let step = Tensor::f_zeros([] as [i64; 0], (Kind::Float, device))?;
         drop(reducer);
         Ok(Self { shared, rule, owned, moments, cells, step, step_count: 0, lamb })
     }
@@ -216,9 +218,7 @@ impl Optimizer {
     }
 
     fn gradient_norm(&self, reducer: &mut Reducer) -> Result<f64> {
-        let sums = sums_of_squares(&self.cells, |cell| {
-            reducer.gradients[cell.storage].sum_of_squares(&cell.range)
-        });
+        let sums = Flat::sums_of_squares(&reducer.gradients, &self.cells.places())?;
         let all = self.cells.gather(&mut reducer.group, &sums)?;
         Ok(all.iter().map(|&(_, sum)| sum).sum::<f64>().sqrt())
     }
@@ -230,7 +230,9 @@ impl Optimizer {
     #[expect(clippy::cast_possible_truncation, reason = "the divisor is a ratio near 1")]
     fn adamw_step(&mut self, reducer: &mut Reducer, divisor: f64) -> Result<()> {
         drop(self.step.f_fill_(self.step_count as f64)?);
-        let divisor = (divisor > 1.0).then(|| Tensor::from(divisor as f32));
+        let divisor = (divisor > 1.0)
+            .then(|| Tensor::from(divisor as f32).f_to_device(self.step.device()))
+            .transpose()?;
         let mut works = Vec::new();
         for bucket in 0..self.owned.len() {
             for decays in [true, false] {
@@ -264,15 +266,10 @@ impl Optimizer {
     }
 }
 
-/// One sum for each of this rank's cells.
-fn sums_of_squares(cells: &Cells, sum: impl Fn(&norm::Cell) -> f64) -> Vec<f64> {
-    cells.mine.iter().map(sum).collect()
-}
-
 /// Zeroed state, one for each storage.
 fn state(reducer: &Reducer, lens: &[usize]) -> Result<Vec<Flat>> {
-    let kinds = reducer.gradients.iter().map(Flat::kind);
-    kinds.zip(lens).map(|(kind, &len)| Flat::private(kind, len)).collect()
+    let like = reducer.gradients.iter().zip(lens);
+    like.map(|(gradients, &len)| Flat::private(gradients.kind(), gradients.device(), len)).collect()
 }
 
 /// Starts the gathering of a bucket's updated parameters, under ZeRO.
@@ -281,6 +278,8 @@ fn start_gather(reducer: &mut Reducer, bucket: usize) -> Result<Option<Work<'sta
         return Ok(None);
     }
     let planned = &reducer.plan.buckets[bucket];
+    let stream = shim::current_stream(reducer.parameters[planned.storage].device())?;
+    reducer.group.set_stream(stream);
     reducer.group.tagged(&format!("parameters of bucket {bucket}"));
     let parameters = &reducer.parameters[planned.storage];
     Ok(Some(parameters.all_gather(&mut reducer.group, planned.range.clone())?))

@@ -89,9 +89,14 @@ impl Cells {
         let all = all.into_iter().map(|(p, owner, at)| (p, owner * stride + at)).collect();
         let gathered = match zero {
             Zero::Off => None,
-            Zero::One => Some(group.allocate(world_size * stride)?),
+            Zero::One => Some(group.allocate_on_host(world_size * stride)?),
         };
         Ok(Self { mine: per_rank.swap_remove(rank), all, gathered })
+    }
+
+    /// Where this rank's cells lie.
+    pub(crate) fn places(&self) -> Vec<(usize, Range<usize>)> {
+        self.mine.iter().map(|cell| (cell.storage, cell.range.clone())).collect()
     }
 
     /// Takes the sums of this rank's cells to (parameter, sum) of every cell of the model. Collective

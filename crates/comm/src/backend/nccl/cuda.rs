@@ -26,8 +26,11 @@ fn failed(call: &'static str) -> impl FnOnce(result::DriverError) -> CudaError {
 
 /// Whether a driver is installed.
 pub(crate) fn has_driver() -> bool {
+    // cudarc tries three dozen names; the driver has had this one since it began.
+    // SAFETY: the driver's initialiser does nothing that is seen here.
+    let driver = unsafe { libloading::Library::new("libcuda.so.1") };
     // SAFETY: looks for the library by name.
-    unsafe { sys::is_culib_present() }
+    driver.is_ok() && unsafe { sys::is_culib_present() }
 }
 
 /// GPUs that this process sees. Only where [`has_driver`].

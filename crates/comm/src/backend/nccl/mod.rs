@@ -66,6 +66,15 @@ pub(crate) fn device_count() -> Result<usize> {
     }
 }
 
+/// Why this rank cannot use NCCL; `None`: it can.
+pub(crate) fn trouble(library: Option<&str>) -> Option<String> {
+    let usable = device_count().and_then(|_count| Nccl::get(library).map_err(unavailable));
+    usable.err().map(|error| match error {
+        Error::NoBackend { what, .. } => what,
+        other => other.to_string(),
+    })
+}
+
 /// Connects the ranks of a group over NCCL. Collective: `gather` goes over the control plane.
 pub(crate) fn open(
     core: &Arc<Core>,
