@@ -41,6 +41,7 @@
 #[cfg(feature = "clap")]
 mod args;
 mod error;
+mod gpus;
 mod guard;
 mod lines;
 mod nodes;

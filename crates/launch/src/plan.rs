@@ -1,6 +1,7 @@
 //! Which ranks run here, and what each is told. Pure: numbers and strings in, environments out.
 
 use crate::error::LaunchError;
+use crate::gpus;
 use crate::options::LaunchOptions;
 
 /// Port of the store when the nodes are real and none is given: torchrun's.
@@ -147,6 +148,8 @@ pub(crate) struct Job {
     pub(crate) restart_count: u32,
     /// `None`: the user has set `OMP_NUM_THREADS`.
     pub(crate) threads: Option<usize>,
+    /// The ranks are more than the machine's GPUs.
+    pub(crate) shares_gpus: bool,
 }
 
 /// The environment contract with `phalanx_comm::environment`.
@@ -166,7 +169,16 @@ pub(crate) fn environment(job: &Job, place: Place) -> Vec<(&'static str, String)
         ("PHALANX_AGENT_STORE", "1".to_owned()),
     ];
     variables.extend(job.threads.map(|threads| ("OMP_NUM_THREADS", threads.to_string())));
+    if job.shares_gpus {
+        variables.extend(gpus::sharing(place.rank));
+    }
     variables
+}
+
+/// Whether ranks have to share GPUs: only emulated nodes may. Pure.
+pub(crate) fn shares_gpus(plan: &Plan, gpu_count: usize) -> bool {
+    let is_emulated = matches!(plan.nodes, Nodes::Here { count } if count > 1);
+    is_emulated && gpu_count > 0 && plan.ranks_here() > gpu_count
 }
 
 /// Threads of each rank: an equal share of the cores, unless the user chose.

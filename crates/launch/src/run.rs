@@ -12,10 +12,11 @@ use phalanx_comm::rendezvous::{listen_address, Credentials, StoreServer};
 use sha2::{Digest as _, Sha256};
 
 use crate::error::LaunchError;
+use crate::gpus;
 use crate::lines::{Lines, Style, Tail};
 use crate::nodes::Nodes as NodeLink;
 use crate::options::{LaunchOptions, Prefix};
-use crate::plan::{environment, threads, Job, Nodes, Place, Plan};
+use crate::plan::{environment, shares_gpus, threads, Job, Nodes, Place, Plan};
 use crate::process::{ErrorStream, Process, Start};
 use crate::report::{Failure, Report};
 use crate::screen::{Screen, Stream};
@@ -61,6 +62,7 @@ pub fn run(
     };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let is_set = ours.omp_num_threads.is_some();
+    let gpu_count = gpus::count(ours.visible_gpus.as_deref());
     let job = Job {
         world_size: ranks_of_nodes.iter().sum(),
         node_count: plan.node_count(),
@@ -70,7 +72,15 @@ pub fn run(
         job_token: credentials.job_token.to_hex(),
         restart_count: 0,
         threads: threads(options.threads, is_set, cores, plan.ranks_here()),
+        shares_gpus: shares_gpus(&plan, gpu_count),
     };
+    if job.shares_gpus {
+        let ranks = plan.ranks_here();
+        screen.notice(&format!(
+            "{ranks} ranks share {gpu_count} GPU(s): NCCL is set up to take each rank for a machine of its own \
+             (NCCL_HOSTID and loopback sockets); good for correctness, meaningless for speed"
+        ));
+    }
     let logs = Logs::create(options.log_dir.as_deref(), &job.run_id)?;
     // Until here a Ctrl-C ends this process as any other: nothing was started that could stay behind.
     let signals = Signals::register()?;

@@ -125,6 +125,7 @@ pub(super) fn launcher_environment(variables: &Variables<'_>) -> Result<Launcher
         job_token: variables.given_token()?,
         run_id: variables.text("PHALANX_RUN_ID"),
         omp_num_threads: variables.text("OMP_NUM_THREADS"),
+        visible_gpus: variables.text("CUDA_VISIBLE_DEVICES"),
     })
 }
 

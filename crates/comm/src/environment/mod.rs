@@ -214,6 +214,8 @@ pub struct LauncherEnvironment {
     pub run_id: Option<String>,
     /// `OMP_NUM_THREADS` as it stands: the user's choice, which the launcher leaves alone.
     pub omp_num_threads: Option<String>,
+    /// `CUDA_VISIBLE_DEVICES`: which GPUs the ranks will see.
+    pub visible_gpus: Option<String>,
 }
 
 impl LauncherEnvironment {

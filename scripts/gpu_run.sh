@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Runs the GPU checks of a bundle (see gpu_bundle.sh) and prints a table. SECONDS bounds each check.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")" || exit
+limit=${1:-120}
+out=${OUT:-out}
+mkdir -p "$out"
+
+# The full wheel's libraries: libtorch with CUDA, and NCCL beside it.
+site=$(python3 -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))') || {
+  echo "python3 has no torch: pip install torch==2.11.0" >&2
+  exit 1
+}
+libraries=$site/torch/lib
+for folder in "$site"/nvidia/*/lib; do
+  libraries=$libraries:$folder
+done
+export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+nvidia-smi --query-gpu=index,name,memory.total,driver_version --format=csv || true
+
+table=
+failed=0
+check() {
+  local name=$1
+  shift
+  local start=$SECONDS code=0
+  echo "=== $name: $*"
+  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$out/$name.log" || code=$?
+  local state=ok
+  if [[ $code != 0 ]]; then
+    state="FAIL ($code)"
+    failed=1
+  fi
+  table+=$(printf '%-22s %-10s %5d s' "$name" "$state" $((SECONDS - start)))$'\n'
+}
+
+check nccl-1-rank ./gpu_check --nnodes 1
+check nccl-2-ranks ./gpu_check --nnodes 2
+check nccl-3-ranks ./gpu_check --nnodes 3
+check bert-tiny-1-gpu ./bert_large --config configs/bert_tiny.json --data text --nnodes 1 --steps 50 \
+  --metrics "$out/tiny.jsonl" --output "$out/tiny"
+check bert-tiny-cpu ./bert_large --config configs/bert_tiny.json --data text --nnodes 1 --steps 50 --backend host \
+  --metrics "$out/tiny-cpu.jsonl" --output "$out/tiny-cpu"
+check bert-tiny-2-ranks ./bert_large --config configs/bert_tiny.json --data text --nnodes 2 --steps 20 \
+  --output "$out/tiny2"
+check bert-large-bf16 ./bert_large --config configs/bert_large.json --data text --nnodes 1 --precision bf16 --steps 60 \
+  --micro-batch 32 --global-batch 32 --metrics "$out/large.jsonl" --output "$out/large"
+check torch-ddp python3 gpu_torch_ddp.py
+
+rm -rf "$out"/*/model.safetensors
+echo
+echo "$table"
+grep -h "step with Ddp\|all_reduce 64" "$out"/nccl-1-rank.log "$out"/torch-ddp.log 2>/dev/null
+grep -h "median" "$out"/bert-large-bf16.log 2>/dev/null
+exit $failed
