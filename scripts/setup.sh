@@ -10,7 +10,8 @@ usage: scripts/setup.sh [--cuda] [--test-extras] [--use-python-torch]
 
   (nothing)           C++ compiler, CPU libtorch 2.11.0, training text
   --cuda              also the CUDA 13.0 libraries (2.4 GB to download, 3.6 GB unpacked)
-  --test-extras       also what some tests and checks use: OpenMPI, iproute2, nftables, procps, shellcheck
+  --test-extras       also what some tests and checks use: OpenMPI, Slurm and munge, iproute2, nftables, procps,
+                      shellcheck; torchrun (1 GB, of the wheel that libtorch comes from)
   --use-python-torch  link the torch 2.11.0 installed for $PHALANX_PYTHON (default python3)
 
 environment:
@@ -92,8 +93,10 @@ system_packages() {
 }
 
 test_packages() {
-  local packages=()
+  # Daemons live where a user's PATH may not lead.
+  local packages=() PATH=$PATH:/usr/sbin:/sbin
   mapfile -t packages < <(missing_packages mpirun:openmpi-bin mpicc:libopenmpi-dev \
+    slurmctld:slurmctld slurmd:slurmd srun:slurm-client munged:munge \
     ip:iproute2 nft:nftables kill:procps shellcheck:shellcheck)
   install optional "${packages[@]}"
 }
@@ -120,7 +123,8 @@ stamp() { printf 'recipe %s\n' "$recipe" && cat "$pins/$1"; }
 
 nothing_to_fetch() {
   is_current "$cache/libtorch-$torch_version-cpu" libtorch-cpu.txt && is_current "$text" text.txt &&
-    { [[ $cuda == no ]] || is_current "$cache/libtorch-$torch_version-cuda" libtorch-cuda.txt; }
+    { [[ $cuda == no ]] || is_current "$cache/libtorch-$torch_version-cuda" libtorch-cuda.txt; } &&
+    { [[ $test_extras == no ]] || is_current "$cache/torch-python-$torch_version" torch-python.txt; }
 }
 
 # publish NEW PIN FOLDER: stamps NEW and moves it to FOLDER, both by rename.
@@ -199,8 +203,68 @@ libtorch_tree() {
     c++ -shared -Wl,-soname,libtorch.so -o "$new/lib/libtorch.so" -x c++ /dev/null
   fi
   publish "$new" "$pin" "$tree"
-  rm -rf "$partial/wheels-$kind"
+  # torchrun comes out of the same wheel.
+  [[ $kind == cpu && $test_extras == yes ]] || rm -rf "$partial/wheels-$kind"
   say "libtorch $torch_version ($kind) is in $tree"
+}
+
+# ---------------------------------------------------------------- torchrun
+
+# Python's torch without CUDA's libraries: the wheel wants them at its start, and of no test their functions.
+torch_python() {
+  local tree=$cache/torch-python-$torch_version pin=torch-python.txt
+  local new=$partial/torch-python wheels=$partial/wheels-cpu
+  if is_current "$tree" "$pin"; then
+    say "torchrun $torch_version is there"
+    link "$tree" torch-python
+    return
+  fi
+  if [[ $(uname -sm) != "Linux x86_64" ]] ||
+    ! python3 -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+    unavailable optional "torchrun is unpacked for Python 3.11 on x86-64 Linux only"
+    return
+  fi
+  room_for 2600
+  [[ ! -d $cache/wheels ]] || wheels=$cache/wheels
+  say "fetching torchrun $torch_version"
+  download_wheels "$pin" "$wheels"
+  say "unpacking it"
+  python3 "$root/scripts/unpack_libtorch.py" python "$pins/$pin" "$wheels" "$new" 9>&-
+  stub_cuda "$new/site/torch/lib"
+  mkdir -p "$new/bin"
+  launcher "" >"$new/bin/python"
+  launcher " -m torch.distributed.run" >"$new/bin/torchrun"
+  chmod +x "$new"/bin/* "$new/site/torch/bin/torch_shm_manager"
+  # This also writes the byte code, so that later starts are quick.
+  "$new/bin/python" -W ignore -c 'import torch.distributed.run, torch.distributed.rendezvous' 9>&- ||
+    die "the torch $torch_version that was unpacked does not start (its message is above)"
+  publish "$new" "$pin" "$tree"
+  rm -rf "$partial/wheels-cpu"
+  link "$tree" torch-python
+  say "torchrun $torch_version is in $tree/bin"
+}
+
+launcher() {
+  cat <<SCRIPT
+#!/bin/sh
+PYTHONPATH=\$(dirname "\$(readlink -f "\$0")")/../site exec python3$1 "\$@"
+SCRIPT
+}
+
+# stub_cuda FOLDER: libraries of CUDA's names whose functions end the program that calls one.
+stub_cuda() {
+  local library
+  printf '#include <stdlib.h>\n' >"$partial/stub.c"
+  nm -D --undefined-only "$1"/libtorch_cuda.so "$1"/libtorch_python.so "$1"/libtorch_nvshmem.so |
+    sed -n 's/^ *U \(\(cusparse\|cufft\|cuFile\|nccl\|curand\|cublas\|cudnn\|nvshmem\)[A-Za-z0-9_]*\).*/void \1(void) { abort(); }/p' |
+    sort -u >>"$partial/stub.c"
+  c++ -shared -fPIC -Wl,-soname,libcuda_stub.so -o "$1/libcuda_stub.so" -x c "$partial/stub.c"
+  for library in $(for f in libtorch_cuda libtorch_python libtorch_nvshmem; do
+    readelf -d "$1/$f.so" | sed -n 's/.*NEEDED.*\[\(lib\(cu\|nccl\|nvshmem\)[^]]*\)\]/\1/p'
+  done | grep -v '^libcudart' | sort -u); do
+    c++ -shared "-Wl,-soname,$library" "-Wl,-rpath,\$ORIGIN" -o "$1/$library" \
+      -x c /dev/null -x none -Wl,--no-as-needed "$1/libcuda_stub.so"
+  done
 }
 
 # Prints the version of the libtorch in a folder, without the "+cpu" and the like.
@@ -302,5 +366,6 @@ if [[ $cuda == yes ]]; then
   libtorch_tree cuda 9000
   link "$cache/libtorch-$torch_version-cuda" libtorch-cuda
 fi
+[[ $test_extras == no ]] || torch_python
 training_text
 say "done"

@@ -1,6 +1,6 @@
-"""Unpacks what a libtorch tree needs (lib/ and include/) out of Python wheels.
+"""Unpacks what a libtorch tree needs (lib/ and include/) out of Python wheels; or, as "python", the packages themselves.
 
-usage: unpack_libtorch.py cpu|cuda PIN_FILE WHEEL_FOLDER NEW_FOLDER
+usage: unpack_libtorch.py cpu|cuda|python PIN_FILE WHEEL_FOLDER NEW_FOLDER
 
 Only the standard library is used. The wheels to take are those the pin file names.
 """
@@ -22,10 +22,20 @@ CPU_LIBRARIES = {
 # For Python alone.
 NOT_WANTED = {"libtorch_python.so", "libshm.so"}
 
+# Of no use to torchrun and the stores.
+NOT_FOR_PYTHON = (
+    "torch/include/",
+    "torch/share/",
+    "torch/lib/libtorch_cuda_linalg.so",
+    "nvidia/cu13/include/",
+)
+
 
 def destination(kind, member):
     """Where a member of a wheel goes in the tree; None for what is left out."""
     name = member.rsplit("/", 1)[-1]
+    if kind == "python":
+        return None if member.startswith(NOT_FOR_PYTHON) else f"site/{member}"
     if member.startswith("torch/include/"):
         return member.removeprefix("torch/")
     if not re.fullmatch(r"lib[^/]*\.so(\.\d+)*", name):

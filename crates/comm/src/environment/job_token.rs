@@ -8,14 +8,26 @@ use crate::rendezvous::RendezvousError;
 
 /// 32 secret bytes: who has them belongs to the job. Made by the launcher, passed in the environment (never in argv,
 /// which every user of the machine can read). `Debug` does not show it.
-#[derive(Clone, PartialEq, Eq)]
-pub struct JobToken([u8; 32]);
+#[derive(Clone)]
+pub struct JobToken {
+    bytes: [u8; 32],
+    is_derived: bool,
+}
+
+/// Equal secrets, wherever they come from.
+impl PartialEq for JobToken {
+    fn eq(&self, other: &Self) -> bool {
+        self.bytes == other.bytes
+    }
+}
+
+impl Eq for JobToken {}
 
 impl JobToken {
     /// A token from given bytes.
     #[must_use]
     pub const fn from_bytes(bytes: [u8; 32]) -> Self {
-        Self(bytes)
+        Self { bytes, is_derived: false }
     }
 
     /// A fresh random token from the kernel.
@@ -24,7 +36,7 @@ impl JobToken {
     ///
     /// [`RendezvousError::System`] when the kernel has no random bytes to give.
     pub fn generate() -> Result<Self, RendezvousError> {
-        crate::rendezvous::random_bytes().map(Self)
+        crate::rendezvous::random_bytes().map(Self::from_bytes)
     }
 
     /// Parses 64 hexadecimal digits; `None` for anything else.
@@ -38,13 +50,13 @@ impl JobToken {
         for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
             *byte = nibble(pair[0])? << 4 | nibble(pair[1])?;
         }
-        Some(Self(bytes))
+        Some(Self::from_bytes(bytes))
     }
 
     /// The 64 hexadecimal digits that [`JobToken::from_hex`] reads.
     #[must_use]
     pub fn to_hex(&self) -> String {
-        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+        self.bytes.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// A token anyone can compute who knows `facts`: keeps jobs apart, keeps nobody out. Used under foreign launchers
@@ -58,13 +70,19 @@ impl JobToken {
             hash.update((fact.len() as u64).to_le_bytes());
             hash.update(fact.as_bytes());
         }
-        Self(hash.finalize().into())
+        Self { bytes: hash.finalize().into(), is_derived: true }
+    }
+
+    /// Whether it was made by [`JobToken::derive`], and so is no secret.
+    #[must_use]
+    pub const fn is_derived(&self) -> bool {
+        self.is_derived
     }
 
     /// The secret itself, for the keyed hash.
     #[must_use]
     pub const fn as_bytes(&self) -> &[u8; 32] {
-        &self.0
+        &self.bytes
     }
 }
 

@@ -1,6 +1,6 @@
 //! Who am I? The one module of this crate that reads the environment.
 //!
-//! Five kinds of launcher leave five kinds of variables. [`World::from_lookup`] is a pure function over a lookup, so
+//! Each launcher leaves variables of its own. [`World::from_lookup`] is a pure function over a lookup, so
 //! that every case is tested without touching the process; [`World::from_env`] hands it the real environment.
 //!
 //! Precedence, first match wins:
@@ -8,18 +8,22 @@
 //! 1. `RANK`, `WORLD_SIZE` and `MASTER_ADDR`: our launcher, torchrun, or set by hand;
 //! 2. `OMPI_COMM_WORLD_*`: Open MPI's `mpirun`. Before Slurm, because `mpirun` inside `sbatch` lets every rank inherit
 //!    the batch step's `SLURM_PROCID=0`;
-//! 3. `PMI_RANK`, `PMI_SIZE`: MPICH's Hydra, Intel MPI (a Slurm step that says the same is preferred: it knows the nodes);
-//! 4. a Slurm step (`SLURM_STEP_ID`): `srun`;
-//! 5. none of them: a world of one.
+//! 3. `MV2_COMM_WORLD_*`: MVAPICH2; `HOROVOD_*`;
+//! 4. `PMI_RANK`, `PMI_SIZE`: MPICH's Hydra, Intel MPI (a Slurm step that says the same is preferred: it knows the nodes);
+//! 5. a Slurm step (`SLURM_STEP_ID`): `srun`;
+//! 6. none of them: a world of one.
 //!
 //! Every variable is listed in `docs/environment.md`.
 
 mod job_token;
 mod launchers;
+mod mpi;
 mod nccl;
 mod slurm;
+mod slurm_step;
 #[cfg(test)]
 mod tests;
+mod variables;
 
 use sha2::{Digest, Sha256};
 
@@ -38,6 +42,10 @@ pub enum Launcher {
     OpenMpi,
     /// MPICH's Hydra, Intel MPI.
     Pmi,
+    /// MVAPICH2's `mpirun_rsh`.
+    Mvapich,
+    /// Horovod's `horovodrun`.
+    Horovod,
     /// Slurm's `srun`.
     Slurm,
     /// `RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT` set by hand or by a container platform.
@@ -53,6 +61,9 @@ pub enum StoreHost {
     ThisRank,
     /// The launcher, or rank 0 when that is not this rank.
     Elsewhere,
+    /// Rank 0 on a free port, which it advertises in the `TCPStore` that torchrun's agent serves at `master_addr` and
+    /// `master_port`.
+    Agent,
 }
 
 /// How ranks of one machine talk to each other (`PHALANX_HOST_LINK`).
@@ -153,7 +164,7 @@ impl World {
     ///
     /// As [`World::from_env`].
     pub fn from_lookup(lookup: &dyn Fn(&str) -> Option<String>) -> Result<Self, EnvironmentError> {
-        launchers::world(&launchers::Variables::new(lookup))
+        launchers::world(&variables::Variables::new(lookup))
     }
 
     /// Whether the process's environment says that a launcher started this process as a rank. An ill-formed
@@ -197,7 +208,7 @@ impl World {
         }
     }
 
-    /// Where the store is to be found: loopback when the job is on one machine, whatever name the machine has.
+    /// Where the store (or, with [`StoreHost::Agent`], the way to it) is to be found: loopback when the job is on one machine, whatever name the machine has.
     #[must_use]
     pub fn store_address(&self) -> (&str, u16) {
         let host = if self.node_count == 1 { LOOPBACK } else { &self.master_addr };
@@ -225,7 +236,7 @@ impl LauncherEnvironment {
     ///
     /// [`EnvironmentError::Invalid`] for an ill-formed token.
     pub fn from_env() -> Result<Self, EnvironmentError> {
-        launchers::launcher_environment(&launchers::Variables::new(&process_variable))
+        launchers::launcher_environment(&variables::Variables::new(&process_variable))
     }
 }
 

@@ -150,22 +150,31 @@ fn by_hand_rank_0_hosts_the_store_and_each_rank_is_a_node_unless_told_otherwise(
 }
 
 #[test]
-fn under_torchrun_rank_0_hosts_the_store_on_the_next_port() {
+fn under_torchrun_the_agents_store_leads_to_rank_0() {
     let world = parse(TORCHRUN).unwrap();
     assert_eq!(numbers(&world), [0, 4, 0, 2, 0, 2]);
-    assert_eq!((world.launcher, world.store_host), (Launcher::Torchrun, StoreHost::ThisRank));
-    assert_eq!(world.store_address(), ("node0", 29501));
+    assert_eq!((world.launcher, world.store_host), (Launcher::Torchrun, StoreHost::Agent));
+    assert_eq!(world.store_address(), ("node0", 29500));
+    let other = parse(&with(TORCHRUN, &[("RANK", "3")])).unwrap();
+    assert_eq!(other.store_host, StoreHost::Agent);
     // Restart counts of different nodes cannot be compared; those of one can.
     assert_eq!(world.restart_count, 0);
     let one_node = with(TORCHRUN, &[("GROUP_WORLD_SIZE", "1")]);
     assert_eq!(parse(&one_node).unwrap().restart_count, 1);
-    let last_port = with(TORCHRUN, &[("MASTER_PORT", "65535")]);
-    assert_eq!(parse(&last_port).unwrap().master_port, 65534);
-    let no_agent = with(TORCHRUN, &[("TORCHELASTIC_USE_AGENT_STORE", "False")]);
-    assert_eq!(parse(&no_agent).unwrap().master_port, 29500);
-    // Python's spelling, exactly: anything else means that the agent may have the port.
-    let odd = with(TORCHRUN, &[("TORCHELASTIC_USE_AGENT_STORE", "false")]);
-    assert_eq!(parse(&odd).unwrap().master_port, 29501);
+}
+
+#[test]
+fn without_the_agents_store_rank_0_hosts_where_torch_would() {
+    // Python's spelling, exactly, as torch compares it.
+    for value in ["False", "true", "1", ""] {
+        let rank_0 = with(TORCHRUN, &[("TORCHELASTIC_USE_AGENT_STORE", value)]);
+        let world = parse(&rank_0).unwrap();
+        assert_eq!((world.store_host, world.master_port), (StoreHost::ThisRank, 29500), "{value}");
+        let rank_1 = parse(&with(&rank_0, &[("RANK", "1")])).unwrap();
+        assert_eq!(rank_1.store_host, StoreHost::Elsewhere);
+    }
+    let chosen = parse(&with(TORCHRUN, &[("PHALANX_STORE_PORT", "4000")])).unwrap();
+    assert_eq!((chosen.store_host, chosen.master_port), (StoreHost::ThisRank, 4000));
 }
 
 #[test]
@@ -213,6 +222,64 @@ fn hydra_gives_a_place_by_pmi() {
     assert_eq!((world.launcher, world.run_id.as_str()), (Launcher::Pmi, "pmi-host:40321"));
     let text = message(&with(HYDRA, &[("PMI_PORT", "")]));
     assert!(text.contains("PHALANX_RUN_ID"), "{text}");
+}
+
+#[test]
+fn mpich_names_no_job_so_the_user_does() {
+    // As Hydra 4.0 leaves it by default.
+    let bare = with(HYDRA, &[("PMI_PORT", ""), ("PMI_FD", "8")]);
+    let text = message(&bare);
+    assert!(text.contains("-genv PHALANX_RUN_ID"), "{text}");
+    let named = parse(&with(&bare, &[("PHALANX_RUN_ID", "job-17")])).unwrap();
+    assert_eq!(named.store_address(), ("127.0.0.1", derived_port("job-17")));
+    let port = parse(&with(&bare, &[("MASTER_PORT", "4000")])).unwrap();
+    assert_eq!(port.store_address(), ("127.0.0.1", 4000));
+}
+
+#[test]
+fn mvapich_and_horovod_are_read_by_their_names() {
+    const MVAPICH: &[Pair] = &[
+        ("MV2_COMM_WORLD_RANK", "2"),
+        ("MV2_COMM_WORLD_SIZE", "4"),
+        ("MV2_COMM_WORLD_LOCAL_RANK", "0"),
+        ("MV2_COMM_WORLD_LOCAL_SIZE", "2"),
+        ("MASTER_ADDR", "node0"),
+        ("MASTER_PORT", "4000"),
+    ];
+    const HOROVOD: &[Pair] = &[
+        ("HOROVOD_RANK", "3"),
+        ("HOROVOD_SIZE", "4"),
+        ("HOROVOD_LOCAL_RANK", "0"),
+        ("HOROVOD_LOCAL_SIZE", "1"),
+        ("HOROVOD_CROSS_RANK", "1"),
+        ("HOROVOD_CROSS_SIZE", "2"),
+        ("MASTER_ADDR", "node0"),
+        ("MASTER_PORT", "4000"),
+    ];
+    let world = parse(MVAPICH).unwrap();
+    assert_eq!((world.launcher, numbers(&world)), (Launcher::Mvapich, [2, 4, 0, 2, 1, 2]));
+    assert!(message(&with(MVAPICH, &[("MASTER_ADDR", "")])).contains("set MASTER_ADDR"));
+    let world = parse(HOROVOD).unwrap();
+    assert_eq!((world.launcher, numbers(&world)), (Launcher::Horovod, [3, 4, 0, 1, 1, 2]));
+    assert_eq!(world.store_address(), ("node0", 4000));
+}
+
+#[test]
+fn pmix_alone_does_not_say_how_many_ranks_there_are() {
+    let alone = [("PMIX_RANK", "1"), ("PMIX_NAMESPACE", "prterun-1")];
+    let text = message(&alone);
+    assert!(text.starts_with("WORLD_SIZE is not set") && text.contains("PMIX_RANK"), "{text}");
+    // srun --mpi=pmix sets both, and Slurm knows everything.
+    let both = parse(&with(SLURM, &[("PMIX_RANK", "6")])).unwrap();
+    assert_eq!(both.launcher, Launcher::Slurm);
+}
+
+#[test]
+fn a_batch_script_and_an_interactive_shell_are_no_steps() {
+    for step in ["4294967291", "4294967290"] {
+        let world = parse(&with(SLURM, &[("SLURM_STEP_ID", step)])).unwrap();
+        assert_eq!(world.launcher, Launcher::Single, "{step}");
+    }
 }
 
 #[test]
@@ -296,6 +363,7 @@ fn every_wrong_value_is_named_with_what_was_expected() {
         (OWN, ("PHALANX_AGENT_STORE", "yes"), "0 or 1"),
         (OWN, ("PHALANX_HOST_LINK", "rdma"), "auto, shm or tcp"),
         (TORCHRUN, ("TORCHELASTIC_RESTART_COUNT", "x"), "a whole number"),
+        (TORCHRUN, ("PHALANX_STORE_PORT", "0"), "1 to 65535"),
         (OPEN_MPI, ("OMPI_COMM_WORLD_SIZE", "x"), "a whole number"),
         (OPEN_MPI, ("OMPI_COMM_WORLD_RANK", "4"), "below OMPI_COMM_WORLD_SIZE=4"),
         (SLURM, ("SLURM_GTIDS", "a,b"), "a list of task numbers"),

@@ -9,7 +9,7 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::dial::{read_until, Dial};
+use super::dial::{read_until, Dial, Greeting};
 use super::frame::{
     decode_reply_header, encode_request, join_keys, split_keys, KeyList, Reply, Request, Status,
     REPLY_HEADER_BYTES,
@@ -55,17 +55,9 @@ impl StoreClient {
         credentials: Credentials,
         deadline: Instant,
     ) -> Result<Self, RendezvousError> {
-        Self::connect_with_hint(host, port, credentials, "", deadline)
-    }
-
-    pub(super) fn connect_with_hint(
-        host: &str,
-        port: u16,
-        credentials: Credentials,
-        hint: &str,
-        deadline: Instant,
-    ) -> Result<Self, RendezvousError> {
-        let stream = Dial { host, port, credentials: &credentials, hint }.connect(deadline)?;
+        let hint = "";
+        let stream = Dial { host, port, greeting: Greeting::Phalanx(&credentials), hint }
+            .connect(deadline)?;
         let state = Mutex::new(State { idle: vec![stream], ..State::default() });
         Ok(Self { host: host.to_owned(), port, credentials, state })
     }
@@ -88,8 +80,12 @@ impl StoreClient {
         if let Some(stream) = self.state().idle.pop() {
             return Ok(stream);
         }
-        let dial =
-            Dial { host: &self.host, port: self.port, credentials: &self.credentials, hint: "" };
+        let dial = Dial {
+            host: &self.host,
+            port: self.port,
+            greeting: Greeting::Phalanx(&self.credentials),
+            hint: "",
+        };
         dial.connect(deadline).map_err(|error| StoreError::Rendezvous(Box::new(error)))
     }
 

@@ -1,4 +1,4 @@
-//! From a host name to an authenticated connection: resolve, connect, prove the token; again, with back-off, until the
+//! From a host name to a connection: resolve, connect, prove the token (or, to PyTorch's store, ping); again, with back-off, until the
 //! deadline, with a line in the log every five seconds.
 //!
 //! What cannot get better by waiting (a wrong token, a newer generation) fails at once; what may (nobody listens yet,
@@ -11,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::handshake::{Credentials, Mismatch, GREETING_BYTES, VERDICT_BYTES, VERSION};
+use super::tcp_store::message;
 use super::{random_bytes, RendezvousError};
 
 const BACKOFF_FIRST: Duration = Duration::from_millis(10);
@@ -19,6 +20,8 @@ const BACKOFF_MAX: Duration = Duration::from_millis(500);
 const CONNECT_MAX: Duration = Duration::from_secs(5);
 /// A server gets this long for its part of a handshake; a loaded machine may need some of it.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
+/// A `TCPStore` gets this long to answer a ping; after that another connection may do better.
+const PING_MAX: Duration = Duration::from_secs(2);
 /// How long a server of another run may take to go away.
 const STALE_GRACE: Duration = Duration::from_secs(3);
 const PROGRESS_EVERY: Duration = Duration::from_secs(5);
@@ -28,9 +31,18 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(5);
 pub(super) struct Dial<'d> {
     pub(super) host: &'d str,
     pub(super) port: u16,
-    pub(super) credentials: &'d Credentials,
+    pub(super) greeting: Greeting<'d>,
     /// Added to "nobody listens": what this launcher's arrangement makes likely.
     pub(super) hint: &'d str,
+}
+
+/// What is said first to who listens.
+#[derive(Debug)]
+pub(super) enum Greeting<'d> {
+    /// The proof of the job token, to a store of ours.
+    Phalanx(&'d Credentials),
+    /// PyTorch's: no proof of anything but the protocol.
+    TcpStore,
 }
 
 /// Why one attempt failed, and what that means for the next.
@@ -92,7 +104,12 @@ impl Dial<'_> {
             let timeout = left.clamp(Duration::from_millis(1), CONNECT_MAX);
             match TcpStream::connect_timeout(&address, timeout) {
                 Ok(stream) if is_self_connected(&stream) => {}
-                Ok(stream) => return self.authenticate(stream, address, deadline),
+                Ok(stream) => {
+                    return match self.greeting {
+                        Greeting::Phalanx(ours) => authenticate(ours, stream, address, deadline),
+                        Greeting::TcpStore => ping(stream, address, deadline),
+                    }
+                }
                 Err(error) => last = Some(error),
             }
         }
@@ -110,73 +127,104 @@ impl Dial<'_> {
         };
         Failure { error, retry: Retry::UntilDeadline }
     }
+}
 
-    fn authenticate(
-        &self,
-        mut stream: TcpStream,
-        address: SocketAddr,
-        deadline: Instant,
-    ) -> Result<TcpStream, Failure> {
-        let until = deadline.min(Instant::now() + HANDSHAKE_MAX);
-        let broken = |source: io::Error| {
-            let what = match source.kind() {
-                io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-                    "it accepts connections but does not greet".to_owned()
-                }
-                _ => format!("it ended the handshake: {source}"),
+fn authenticate(
+    ours: &Credentials,
+    mut stream: TcpStream,
+    address: SocketAddr,
+    deadline: Instant,
+) -> Result<TcpStream, Failure> {
+    let until = deadline.min(Instant::now() + HANDSHAKE_MAX);
+    let broken = |source: io::Error| {
+        let what = match source.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+                "it accepts connections but does not greet".to_owned()
+            }
+            _ => format!("it ended the handshake: {source}"),
+        };
+        let error = RendezvousError::NotAStore { address: address.to_string(), what };
+        Failure { error, retry: Retry::UntilDeadline }
+    };
+    let mut greeting = [0; GREETING_BYTES];
+    read_until(&mut stream, &mut greeting, until).map_err(broken)?;
+    let nonce = random_bytes().map_err(|error| Failure { error, retry: Retry::Never })?;
+    let mismatch = |mismatch| mismatch_failure(ours, &mismatch, address);
+    let proof = ours.answer(&greeting, &nonce).map_err(mismatch)?;
+    stream.write_all(&proof).map_err(broken)?;
+    let mut verdict = [0; VERDICT_BYTES];
+    read_until(&mut stream, &mut verdict, until).map_err(broken)?;
+    ours.check_verdict(&greeting, &nonce, &verdict).map_err(mismatch)?;
+    stream.set_nodelay(true).map_err(broken)?;
+    Ok(stream)
+}
+
+fn mismatch_failure(ours: &Credentials, mismatch: &Mismatch, address: SocketAddr) -> Failure {
+    let address = address.to_string();
+    let (error, retry) = match *mismatch {
+        Mismatch::NotAStore => {
+            let what = "its first bytes are no greeting".to_owned();
+            (RendezvousError::NotAStore { address, what }, Retry::Briefly)
+        }
+        Mismatch::Version(theirs) => {
+            let error = RendezvousError::WrongVersion { address, theirs, ours: VERSION };
+            (error, Retry::Never)
+        }
+        Mismatch::Run(theirs) => {
+            let error = RendezvousError::WrongRun {
+                address,
+                theirs: hex(&theirs),
+                ours: ours.run_id.clone(),
+                ours_mark: hex(&ours.mark()),
             };
-            let error = RendezvousError::NotAStore { address: address.to_string(), what };
-            Failure { error, retry: Retry::UntilDeadline }
-        };
-        let mut greeting = [0; GREETING_BYTES];
-        read_until(&mut stream, &mut greeting, until).map_err(broken)?;
-        let nonce = random_bytes().map_err(|error| Failure { error, retry: Retry::Never })?;
-        let mismatch = |mismatch| self.mismatch(&mismatch, address);
-        let proof = self.credentials.answer(&greeting, &nonce).map_err(mismatch)?;
-        stream.write_all(&proof).map_err(broken)?;
-        let mut verdict = [0; VERDICT_BYTES];
-        read_until(&mut stream, &mut verdict, until).map_err(broken)?;
-        self.credentials.check_verdict(&greeting, &nonce, &verdict).map_err(mismatch)?;
-        stream.set_nodelay(true).map_err(broken)?;
-        Ok(stream)
-    }
+            (error, Retry::Briefly)
+        }
+        Mismatch::Generation(theirs) => {
+            let error = RendezvousError::WrongGeneration {
+                address,
+                run_id: ours.run_id.clone(),
+                theirs,
+                ours: ours.restart_count,
+            };
+            // An older server will give way to ours; a newer one means that we are the left-over.
+            let older = theirs < ours.restart_count;
+            (error, if older { Retry::UntilDeadline } else { Retry::Never })
+        }
+        Mismatch::Token => (RendezvousError::WrongToken { address }, Retry::Never),
+    };
+    Failure { error, retry }
+}
 
-    fn mismatch(&self, mismatch: &Mismatch, address: SocketAddr) -> Failure {
-        let ours = self.credentials;
-        let address = address.to_string();
-        let (error, retry) = match *mismatch {
-            Mismatch::NotAStore => {
-                let what = "its first bytes are no greeting".to_owned();
-                (RendezvousError::NotAStore { address, what }, Retry::Briefly)
-            }
-            Mismatch::Version(theirs) => {
-                let error = RendezvousError::WrongVersion { address, theirs, ours: VERSION };
-                (error, Retry::Never)
-            }
-            Mismatch::Run(theirs) => {
-                let error = RendezvousError::WrongRun {
-                    address,
-                    theirs: hex(&theirs),
-                    ours: ours.run_id.clone(),
-                    ours_mark: hex(&ours.mark()),
-                };
-                (error, Retry::Briefly)
-            }
-            Mismatch::Generation(theirs) => {
-                let error = RendezvousError::WrongGeneration {
-                    address,
-                    run_id: ours.run_id.clone(),
-                    theirs,
-                    ours: ours.restart_count,
-                };
-                // An older server will give way to ours; a newer one means that we are the left-over.
-                let older = theirs < ours.restart_count;
-                (error, if older { Retry::UntilDeadline } else { Retry::Never })
-            }
-            Mismatch::Token => (RendezvousError::WrongToken { address }, Retry::Never),
-        };
-        Failure { error, retry }
+/// Makes sure that a `TCPStore` answers: it stays silent towards what it does not understand.
+fn ping(
+    mut stream: TcpStream,
+    address: SocketAddr,
+    deadline: Instant,
+) -> Result<TcpStream, Failure> {
+    let until = deadline.min(Instant::now() + PING_MAX);
+    let failure = |what: String| Failure {
+        error: RendezvousError::NotATcpStore { address: address.to_string(), what },
+        retry: Retry::UntilDeadline,
+    };
+    let broken = |source: io::Error| match source.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            failure("it accepts connections but does not answer a ping".to_owned())
+        }
+        _ => failure(format!("it ended the connection: {source}")),
+    };
+    let nonce = std::process::id();
+    let hello = [
+        message::encode(&message::Request::Validate { magic: message::VALIDATION }),
+        message::encode(&message::Request::Ping { nonce }),
+    ];
+    stream.set_nodelay(true).map_err(broken)?;
+    stream.write_all(&hello.concat()).map_err(broken)?;
+    let mut answer = [0; 4];
+    read_until(&mut stream, &mut answer, until).map_err(broken)?;
+    if u32::from_le_bytes(answer) != nonce {
+        return Err(failure("it answers a ping with another number".to_owned()));
     }
+    Ok(stream)
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -79,7 +79,7 @@ pub enum StoreError {
 #[non_exhaustive]
 pub enum RendezvousError {
     /// The port that the store should listen on belongs to somebody else.
-    #[error("port {port} on {host} is in use{}: end that program, or choose another port (--master-port, MASTER_PORT); --master-port 0 takes a free one{hint}", owner_text(.owner.as_ref()))]
+    #[error("port {port} on {host} is in use{}: end that program, or choose another port (--master-port, MASTER_PORT); --master-port 0 takes a free one", owner_text(.owner.as_ref()))]
     PortInUse {
         /// The address that was to be bound.
         host: String,
@@ -87,8 +87,6 @@ pub enum RendezvousError {
         port: u16,
         /// Process id and program name of the listener, where `/proc` shows them.
         owner: Option<(u32, String)>,
-        /// What this launcher's arrangement adds, or nothing.
-        hint: String,
     },
     /// The store could not listen for another reason.
     #[error("the store cannot listen on {address}: {source}; the address must be one of this machine (MASTER_ADDR, --master-addr)")]
@@ -99,7 +97,7 @@ pub enum RendezvousError {
         source: io::Error,
     },
     /// The master's name means loopback on the master itself: other machines would be sent elsewhere.
-    #[error("the master's name {host:?} is {address} on this machine, where other machines cannot reach it (an entry of /etc/hosts): set MASTER_ADDR or --master-addr to this machine's IP address on the network")]
+    #[error("the master's name {host:?} is {address} on this machine, where other machines cannot reach it (an entry of /etc/hosts): set MASTER_ADDR or --master-addr (torchrun: --local-addr) to this machine's IP address on the network")]
     LoopbackMaster {
         /// The name.
         host: String,
@@ -142,6 +140,14 @@ pub enum RendezvousError {
         /// Where the store should be.
         address: String,
         /// What it sent instead of the greeting.
+        what: String,
+    },
+    /// Something listens there, but it does not speak as the store of torchrun's agent does.
+    #[error("what listens at {address} is not the TCPStore of a torchrun of PyTorch 2.2 or newer ({what}): set PHALANX_STORE_PORT to a free port of rank 0's machine, and rank 0 hosts the store there without it")]
+    NotATcpStore {
+        /// Where torchrun's store should be.
+        address: String,
+        /// What it did instead.
         what: String,
     },
     /// A phalanx store of another run listens there.

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::dial::resolve;
 use super::error::list_text;
-use super::{RendezvousError, Store, StoreClient, StoreError, StoreServer};
-use crate::environment::{Launcher, StoreHost, World};
+use super::{advertise, RendezvousError, Store, StoreClient, StoreError, StoreServer};
+use crate::environment::{StoreHost, World};
 
 /// A waiting join says who is missing this often.
 const PROGRESS_EVERY: Duration = Duration::from_secs(10);
@@ -17,6 +17,8 @@ const LINGER_MAX: Duration = Duration::from_secs(5);
 
 /// Connects this rank to the job's store, and hosts it first when `world.store_host` says so.
 ///
+/// With [`StoreHost::Agent`] rank 0 returns when all ranks have come.
+///
 /// The server lives as long as the returned store (in the rank that hosts it); dropping that waits up to five seconds
 /// for the other ranks to drop theirs.
 ///
@@ -24,24 +26,21 @@ const LINGER_MAX: Duration = Duration::from_secs(5);
 ///
 /// A [`RendezvousError`] for each cause, at `deadline` at the latest.
 pub fn connect(world: &World, deadline: Instant) -> Result<Arc<dyn Store>, RendezvousError> {
-    let mut client_world = world.store_address();
+    let (host, mut port) = world.store_address();
     let server = match world.store_host {
+        StoreHost::Agent => return advertise::meet(world, deadline),
         StoreHost::Elsewhere => None,
         StoreHost::ThisRank => {
-            let (host, port) = world.store_address();
             let address = listen_address(host, port, deadline)?;
-            let server = StoreServer::start(address, world.credentials())
-                .map_err(|error| with_hint(error, hint(world)))?;
-            client_world.1 = server.address().port();
+            let server = StoreServer::start(address, world.credentials())?;
+            port = server.address().port();
             Some(server)
         }
     };
-    let (host, port) = client_world;
-    let hint = hint(world);
-    let client = StoreClient::connect_with_hint(host, port, world.credentials(), &hint, deadline)?;
+    let client = StoreClient::connect(host, port, world.credentials(), deadline)?;
     Ok(match server {
         None => Arc::new(client),
-        Some(server) => Arc::new(HostedStore { client, server }),
+        Some(server) => Arc::new(Hosted { client, server }),
     })
 }
 
@@ -72,35 +71,14 @@ pub fn listen_address(
     }
 }
 
-fn hint(world: &World) -> String {
-    match world.launcher {
-        Launcher::Torchrun => format!(
-            "; under torchrun the store of phalanx is hosted by rank 0 on the port after torchrun's own, here {}: that \
-             port must be free and open between the nodes",
-            world.master_port
-        ),
-        _ => String::new(),
-    }
-}
-
-/// Says of a port in use why it was that port.
-fn with_hint(error: RendezvousError, hint: String) -> RendezvousError {
-    match error {
-        RendezvousError::PortInUse { host, port, owner, .. } => {
-            RendezvousError::PortInUse { host, port, owner, hint }
-        }
-        other => other,
-    }
-}
-
 /// A store that this process hosts: the server lives exactly as long.
 #[derive(Debug)]
-struct HostedStore {
-    client: StoreClient,
-    server: StoreServer,
+pub(super) struct Hosted {
+    pub(super) client: StoreClient,
+    pub(super) server: StoreServer,
 }
 
-impl Drop for HostedStore {
+impl Drop for Hosted {
     fn drop(&mut self) {
         self.client.close_idle();
         // A panic is on its way out of the process: the others should hear of that, not of us waiting for them.
@@ -110,7 +88,7 @@ impl Drop for HostedStore {
     }
 }
 
-impl Store for HostedStore {
+impl Store for Hosted {
     fn set(&self, key: &str, value: &[u8]) -> Result<(), StoreError> {
         self.client.set(key, value)
     }

@@ -16,6 +16,7 @@
 //!
 //! The operations are those of PyTorch's `TCPStore` (`torch/csrc/distributed/c10d/TCPStore.hpp`), minus the queues.
 
+mod advertise;
 mod client;
 mod dial;
 mod error;
@@ -26,6 +27,7 @@ mod memory;
 mod owner;
 mod server;
 mod table;
+mod tcp_store;
 
 use std::time::Instant;
 
@@ -36,6 +38,7 @@ pub use join::{connect, join, listen_address};
 pub use memory::MemoryStore;
 pub use server::StoreServer;
 pub use table::{KEY_BYTES_MAX, STORE_BYTES_MAX, VALUE_BYTES_MAX};
+pub use tcp_store::TcpStoreClient;
 
 /// A key-value store that all ranks of a job share.
 ///

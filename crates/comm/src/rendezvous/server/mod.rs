@@ -74,7 +74,6 @@ impl StoreServer {
                 host: address.ip().to_string(),
                 port: address.port(),
                 owner: owner::of_port(address.port()),
-                hint: String::new(),
             },
             _ => RendezvousError::Bind { address: address.to_string(), source },
         })?;
