@@ -19,6 +19,7 @@ const PURE: &[&str] = &[
     "crates/comm/src/rendezvous/frame.rs",
     "crates/comm/src/rendezvous/handshake.rs",
     "crates/comm/src/rendezvous/table.rs",
+    "crates/comm/src/rendezvous/tcp_store/message.rs",
     "crates/data/src/masking.rs",
     "crates/data/src/permutation.rs",
     "crates/data/src/random.rs",

@@ -13,6 +13,7 @@
 //! to PyTorch and has no version field; before 2.2 it began in another way, which is not spoken here.
 
 mod client;
+#[cfg_attr(not(test), expect(dead_code, reason = "requests are read by a server"))]
 pub(super) mod message;
 
 pub use client::TcpStoreClient;

@@ -1,0 +1,190 @@
+//! Our client and PyTorch's server.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use phalanx_comm::environment::{JobToken, StoreHost, World};
+use phalanx_comm::rendezvous::{connect, join, RendezvousError, StoreError, TcpStoreClient};
+
+use super::support::{torch, Owned};
+
+const LOOPBACK: &str = "127.0.0.1";
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+/// PyTorch's server, and its port.
+fn serve(bin: &Path, libuv: bool) -> (Owned, u16) {
+    let libuv = if libuv { "True" } else { "False" };
+    let program = format!(
+        "import sys, torch.distributed as d\n\
+         s = d.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False, use_libuv={libuv})\n\
+         s.set('from python', 'hello')\n\
+         print(s.port, flush=True)\n\
+         sys.stdin.read()"
+    );
+    let mut command = Command::new(bin.join("python"));
+    let mut server =
+        Owned::start(command.args(["-W", "ignore", "-c", &program]).stdin(Stdio::piped()));
+    let port = server.first_line(Duration::from_secs(60)).parse().expect("a port");
+    (server, port)
+}
+
+#[test]
+fn the_client_agrees_with_torchs_servers() {
+    let Some(bin) = torch() else { return };
+    for libuv in [true, false] {
+        let (_server, port) = serve(&bin, libuv);
+        let mut store = TcpStoreClient::connect(LOOPBACK, port, soon()).expect("a connection");
+        assert_eq!(store.get("from python", soon()).expect("get"), b"hello");
+        operations(&mut store, libuv);
+        waits(&mut store, port);
+    }
+}
+
+fn operations(store: &mut TcpStoreClient, libuv: bool) {
+    let end = soon();
+    store.set("k", b"v", end).expect("set");
+    assert_eq!(store.get("k", end).expect("get"), b"v");
+    store.set("empty", b"", end).expect("set");
+    assert_eq!(store.get("empty", end).expect("get"), b"");
+    assert_eq!(store.add("n", 5, end).expect("add"), 5);
+    assert_eq!(store.add("n", -6, end).expect("add"), -1);
+    assert_eq!(store.get("n", end).expect("get"), b"-1");
+    assert!(store.check(&["k", "n"], end).expect("check"));
+    assert!(!store.check(&["k", "absent"], end).expect("check"));
+    assert_eq!(store.compare_set("c", b"x", b"a", end).expect("compare_set"), b"x");
+    assert!(!store.check(&["c"], end).expect("check"));
+    assert_eq!(store.compare_set("c", b"", b"a", end).expect("compare_set"), b"a");
+    assert_eq!(store.compare_set("c", b"z", b"b", end).expect("compare_set"), b"a");
+    assert_eq!(store.compare_set("c", b"a", b"b", end).expect("compare_set"), b"b");
+    store.append("k", b"w", end).expect("append");
+    store.multi_set(&[("m1", b"1"), ("m2", b"22")], end).expect("multi_set");
+    let values = store.multi_get(&["m2", "k", "m1"], end).expect("multi_get");
+    assert_eq!(values, [&b"22"[..], b"vw", b"1"]);
+    let count = store.count_keys(end).expect("count_keys");
+    assert!(store.delete("k", end).expect("delete") && !store.delete("k", end).expect("delete"));
+    assert_eq!(store.count_keys(end).expect("count_keys"), count - 1);
+    let large = vec![7; 1 << 20];
+    store.set("large", &large, end).expect("set");
+    assert!(store.get("large", end).expect("get") == large);
+    if libuv {
+        let keys = store.list_keys(end).expect("list_keys");
+        assert!(keys.iter().any(|key| key == "/m1"), "{keys:?}");
+    }
+}
+
+/// A wait ends with the key or at its deadline, and the connection is good afterwards.
+fn waits(store: &mut TcpStoreClient, port: u16) {
+    let start = Instant::now();
+    let limit = Duration::from_millis(200);
+    let error = store.get("never", start + limit).expect_err("nobody sets it");
+    assert!(matches!(error, StoreError::Timeout { .. }), "{error}");
+    assert!((limit..limit * 10).contains(&start.elapsed()), "{:?}", start.elapsed());
+    assert_eq!(store.add("n", 1, soon()).expect("add"), 0);
+    let late = thread::spawn(move || {
+        let mut other = TcpStoreClient::connect(LOOPBACK, port, soon()).expect("a connection");
+        thread::park_timeout(Duration::from_millis(100));
+        other.set("late", b"x", soon()).expect("set");
+        // The next reply shows that it has arrived.
+        other.check(&["late"], soon()).expect("check")
+    });
+    assert_eq!(store.get("late", soon()).expect("get"), b"x");
+    assert!(late.join().expect("the other client"));
+}
+
+#[test]
+fn what_is_no_tcp_store_is_told_apart() {
+    // It accepts by itself: nobody needs to call accept.
+    let silent = std::net::TcpListener::bind((LOOPBACK, 0)).expect("a free port");
+    let port = silent.local_addr().expect("bound").port();
+    let deadline = Instant::now() + Duration::from_millis(300);
+    let error = TcpStoreClient::connect(LOOPBACK, port, deadline).expect_err("no answer");
+    assert!(matches!(error, RendezvousError::NotATcpStore { .. }), "{error}");
+    assert!(error.to_string().contains("PHALANX_STORE_PORT"), "{error}");
+}
+
+fn world(rank: usize, world_size: usize, port: u16) -> World {
+    World {
+        master_port: port,
+        run_id: "meeting".to_owned(),
+        store_host: StoreHost::Agent,
+        ..World::threads(rank, world_size)
+    }
+}
+
+/// All ranks meet by the agent's store and exchange their ranks; says how long that took.
+fn meet(world_of: &(dyn Fn(usize) -> World + Sync), world_size: usize) -> Duration {
+    let start = Instant::now();
+    thread::scope(|scope| {
+        for rank in 0..world_size {
+            scope.spawn(move || {
+                let store = connect(&world_of(rank), soon()).expect("a store");
+                let own = [u8::try_from(rank).expect("small")];
+                let all = join(&*store, "all", rank, world_size, &own, soon()).expect("all");
+                assert!(all.iter().enumerate().all(|(peer, value)| usize::from(value[0]) == peer));
+            });
+        }
+    });
+    start.elapsed()
+}
+
+#[test]
+fn ranks_meet_through_the_agents_store_whatever_an_earlier_attempt_left_there() {
+    let Some(bin) = torch() else { return };
+    let (_server, port) = serve(&bin, true);
+    let mut agent = TcpStoreClient::connect(LOOPBACK, port, soon()).expect("a connection");
+    let empty = agent.count_keys(soon()).expect("count");
+    meet(&|rank| world(rank, 4, port), 4);
+    assert_eq!(agent.count_keys(soon()).expect("count"), empty, "keys are left");
+    // An attempt that died half-way: nonces whose ranks are gone, and garbage.
+    let stale = "0123456789abcdef0123456789abcdef";
+    agent.set("phalanx/meeting/hello/1", stale.as_bytes(), soon()).expect("set");
+    agent.set("phalanx/meeting/hello/2", &[255; 5000], soon()).expect("set");
+    let lie = format!("phalanx-1 127.0.0.1:1 0123456789abcdef {stale}{stale}");
+    let key = format!("phalanx/meeting/welcome/1/{stale}");
+    agent.set(&key, lie.as_bytes(), soon()).expect("set");
+    let took = meet(&|rank| world(rank, 4, port), 4);
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    // Two jobs in one store, told apart by their names.
+    let named =
+        |name: &'static str| move |rank| World { run_id: name.to_owned(), ..world(rank, 3, port) };
+    thread::scope(|scope| {
+        scope.spawn(move || meet(&named("one"), 3));
+        scope.spawn(move || meet(&named("two"), 3));
+    });
+}
+
+#[test]
+fn a_secret_of_the_users_own_does_not_travel_and_is_needed() {
+    let Some(bin) = torch() else { return };
+    let (_server, port) = serve(&bin, true);
+    let given = |secret: u8| JobToken::from_bytes([secret; 32]);
+    let with = |rank, token| World { job_token: token, ..world(rank, 2, port) };
+    meet(&|rank| with(rank, given(5)), 2);
+    // Rank 1 has another one, or none: what rank 0 says in the open store must not help it.
+    for wrong in [given(6), JobToken::derive(&["meeting"])] {
+        thread::scope(|scope| {
+            let host = scope
+                .spawn(|| connect(&with(0, given(5)), Instant::now() + Duration::from_secs(2)));
+            let error = connect(&with(1, wrong), soon()).expect_err("another secret");
+            assert!(matches!(error, RendezvousError::WrongToken { .. }), "{error}");
+            let error = host.join().expect("rank 0").expect_err("rank 1 did not come");
+            assert!(error.to_string().contains("ranks 1 did not come"), "{error}");
+        });
+    }
+}
+
+#[test]
+fn a_rank_0_that_does_not_come_is_named_at_the_deadline() {
+    let Some(bin) = torch() else { return };
+    let (_server, port) = serve(&bin, true);
+    let start = Instant::now();
+    let limit = Duration::from_millis(500);
+    let error = connect(&world(1, 2, port), start + limit).expect_err("nobody answers");
+    assert!(error.to_string().contains("ranks 0 did not come"), "{error}");
+    assert!(start.elapsed() < limit * 4, "{:?}", start.elapsed());
+}
