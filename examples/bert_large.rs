@@ -37,8 +37,11 @@ fn main() -> ExitCode {
         Ok(flags) => flags,
         Err(code) => return ExitCode::from(code),
     };
+    launch::record_panics();
     run(&flags).unwrap_or_else(|error| {
-        eprintln!("error: {}", failure::message(&error));
+        let message = failure::message(&error);
+        launch::record_failure(&message);
+        eprintln!("error: {message}");
         ExitCode::from(failure::exit_code(&error))
     })
 }

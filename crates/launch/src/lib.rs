@@ -41,6 +41,7 @@
 #[cfg(feature = "clap")]
 mod args;
 mod error;
+mod error_file;
 mod gpus;
 mod guard;
 mod lines;
@@ -57,6 +58,7 @@ mod supervise;
 #[cfg(feature = "clap")]
 pub use args::{launch_or_join, Joined, LaunchArgs};
 pub use error::LaunchError;
+pub use error_file::{record_failure, record_panics};
 pub use options::{LaunchOptions, Prefix};
 pub use process::Exit;
 pub use report::{Failure, RankFailure, Report};

@@ -240,6 +240,13 @@ impl LauncherEnvironment {
     }
 }
 
+/// Where torchrun looks for the message of a worker that failed (`TORCHELASTIC_ERROR_FILE`).
+#[must_use]
+pub fn torchrun_error_file() -> Option<std::path::PathBuf> {
+    // torchrun leaves it empty when it keeps no logs.
+    std::env::var_os("TORCHELASTIC_ERROR_FILE").filter(|path| !path.is_empty()).map(Into::into)
+}
+
 fn process_variable(name: &str) -> Option<String> {
     std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
 }

@@ -13,7 +13,7 @@ const SPECIAL_STEPS: u32 = 0xFFFF_FFF0;
 /// Whether `srun` started this process. A batch script sees a `SLURM_PROCID` too, but no step of its own.
 pub(super) fn is_here(variables: &Variables<'_>) -> bool {
     let step = variables.text("SLURM_STEP_ID");
-    let is_special = |step: &String| step.parse().is_ok_and(|step: u32| step >= SPECIAL_STEPS);
+    let is_special = |text: &String| text.parse().is_ok_and(|number: u32| number >= SPECIAL_STEPS);
     variables.has("SLURM_PROCID") && step.is_some_and(|step| !is_special(&step))
 }
 

@@ -259,9 +259,9 @@ fn mvapich_and_horovod_are_read_by_their_names() {
     let world = parse(MVAPICH).unwrap();
     assert_eq!((world.launcher, numbers(&world)), (Launcher::Mvapich, [2, 4, 0, 2, 1, 2]));
     assert!(message(&with(MVAPICH, &[("MASTER_ADDR", "")])).contains("set MASTER_ADDR"));
-    let world = parse(HOROVOD).unwrap();
-    assert_eq!((world.launcher, numbers(&world)), (Launcher::Horovod, [3, 4, 0, 1, 1, 2]));
-    assert_eq!(world.store_address(), ("node0", 4000));
+    let other = parse(HOROVOD).unwrap();
+    assert_eq!((other.launcher, numbers(&other)), (Launcher::Horovod, [3, 4, 0, 1, 1, 2]));
+    assert_eq!(other.store_address(), ("node0", 4000));
 }
 
 #[test]

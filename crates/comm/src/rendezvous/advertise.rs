@@ -70,8 +70,8 @@ impl Meeting<'_> {
         let credentials = credentials(world, &attempt, job_token.clone());
         // The agent of node 0 runs where MASTER_ADDR leads, and so does rank 0.
         let (host, _) = world.store_address();
-        let address = listen_address(host, 0, self.deadline)?;
-        let server = StoreServer::start(address, credentials.clone())?;
+        let any_port = listen_address(host, 0, self.deadline)?;
+        let server = StoreServer::start(any_port, credentials.clone())?;
         let address = server.address();
         let welcome =
             Welcome { address, attempt, job_token: (!is_given).then_some(job_token) }.encode();

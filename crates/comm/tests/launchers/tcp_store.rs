@@ -172,8 +172,8 @@ fn a_secret_of_the_users_own_does_not_travel_and_is_needed() {
                 .spawn(|| connect(&with(0, given(5)), Instant::now() + Duration::from_secs(2)));
             let error = connect(&with(1, wrong), soon()).expect_err("another secret");
             assert!(matches!(error, RendezvousError::WrongToken { .. }), "{error}");
-            let error = host.join().expect("rank 0").expect_err("rank 1 did not come");
-            assert!(error.to_string().contains("ranks 1 did not come"), "{error}");
+            let absent = host.join().expect("rank 0").expect_err("rank 1 did not come");
+            assert!(absent.to_string().contains("ranks 1 did not come"), "{absent}");
         });
     }
 }

@@ -14,7 +14,7 @@ pub(crate) fn rank() {
     let world = World::from_env().expect("torchrun's environment");
     let options = GroupOptions::default().with_connect_timeout(Duration::from_secs(30));
     let mut group = Group::from_environment(options).expect("a group");
-    let mut ranks = vec![i64::try_from(world.rank).expect("small")];
+    let mut ranks = [i64::try_from(world.rank).expect("small")];
     group.all_reduce(&mut ranks[..], Sum).expect("started").wait().expect("summed");
     let attempt = std::env::var("TORCHELASTIC_RESTART_COUNT").expect("torchrun's");
     let by_agent = world.store_host == StoreHost::Agent;

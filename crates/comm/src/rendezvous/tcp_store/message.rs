@@ -202,7 +202,7 @@ impl Reader<'_> {
     }
 
     fn array<const N: usize>(&mut self) -> Result<[u8; N], Stop> {
-        self.take(N)?.try_into().map_err(|_| Stop::More)
+        self.take(N)?.first_chunk().copied().ok_or(Stop::More)
     }
 
     fn length(&mut self, what: &'static str, max: usize) -> Result<usize, Stop> {
@@ -219,8 +219,8 @@ impl Reader<'_> {
 
     fn key(&mut self) -> Result<String, Stop> {
         let length = self.length("key", KEY_BYTES_MAX)?;
-        let bytes = self.take(length)?.to_vec();
-        String::from_utf8(bytes).map_err(|_| Malformed::Key.into())
+        let text = std::str::from_utf8(self.take(length)?).ok();
+        text.map(str::to_owned).ok_or_else(|| Malformed::Key.into())
     }
 
     fn keys(&mut self) -> Result<Vec<String>, Stop> {
