@@ -1,4 +1,4 @@
-//! Our client and PyTorch's server.
+//! Our client and PyTorch's server, PyTorch's client and our server.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -6,7 +6,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use phalanx_comm::environment::{JobToken, StoreHost, World};
-use phalanx_comm::rendezvous::{connect, join, RendezvousError, StoreError, TcpStoreClient};
+use phalanx_comm::rendezvous::{
+    connect, join, RendezvousError, StoreError, TcpStoreClient, TcpStoreServer,
+};
 
 use super::support::{torch, Owned};
 
@@ -187,4 +189,90 @@ fn a_rank_0_that_does_not_come_is_named_at_the_deadline() {
     let error = connect(&world(1, 2, port), start + limit).expect_err("nobody answers");
     assert!(error.to_string().contains("ranks 0 did not come"), "{error}");
     assert!(start.elapsed() < limit * 4, "{:?}", start.elapsed());
+}
+
+#[test]
+fn our_server_serves_our_client() {
+    let server = TcpStoreServer::start(([127, 0, 0, 1], 0).into()).expect("a free port");
+    let port = server.address().port();
+    let mut store = TcpStoreClient::connect(LOOPBACK, port, soon()).expect("a connection");
+    operations(&mut store, true);
+    waits(&mut store, port);
+    // A client that waits does not keep the server from ending.
+    let waiting = thread::spawn(move || store.get("never", soon()).expect_err("no server"));
+    thread::park_timeout(Duration::from_millis(100));
+    let start = Instant::now();
+    drop(server);
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    let error = waiting.join().expect("the client");
+    assert!(matches!(error, StoreError::Disconnected { .. }), "{error}");
+}
+
+/// Everything that a Python client can do with a store.
+const PYTHON: &str = r"
+import sys
+from datetime import timedelta
+import torch.distributed as d
+s = d.TCPStore('127.0.0.1', int(sys.argv[1]), is_master=False, timeout=timedelta(seconds=20))
+s.set('k', 'v')
+assert s.get('k') == b'v'
+assert s.add('n', 5) == 5 and s.add('n', -6) == -1 and s.get('n') == b'-1'
+s.wait(['k', 'n'])
+try:
+    s.wait(['never'], timedelta(milliseconds=200))
+    raise SystemExit('waited for nothing')
+except d.DistStoreError as error:
+    assert 'never' in str(error) or 'timeout' in str(error).lower(), error
+assert s.check(['k', 'n']) and not s.check(['k', 'never'])
+assert s.compare_set('c', 'x', 'a') == b'x' and not s.check(['c'])
+assert s.compare_set('c', '', 'a') == b'a'
+assert s.compare_set('c', 'z', 'b') == b'a'
+assert s.compare_set('c', 'a', 'b') == b'b'
+s.append('k', 'w')
+s.multi_set(['m1', 'm2'], ['1', '22'])
+assert s.multi_get(['m2', 'k', 'm1']) == [b'22', b'vw', b'1']
+count = s.num_keys()
+assert s.delete_key('k') and not s.delete_key('k') and s.num_keys() == count - 1
+s.set('large', 'x' * (1 << 20))
+assert len(s.get('large')) == 1 << 20
+p = d.PrefixStore('group', s)
+p.set('k', 'prefixed')
+assert p.get('k') == b'prefixed' and s.get('group/k') == b'prefixed'
+print('all of it', s.get('from rust'))
+";
+
+#[test]
+fn our_server_serves_torchs_client() {
+    let Some(bin) = torch() else { return };
+    let server = TcpStoreServer::start(([127, 0, 0, 1], 0).into()).expect("a free port");
+    let port = server.address().port();
+    let mut store = TcpStoreClient::connect(LOOPBACK, port, soon()).expect("a connection");
+    store.set("from rust", b"hello", soon()).expect("set");
+    let mut python = Command::new(bin.join("python"));
+    python.args(["-W", "ignore", "-c", PYTHON, &port.to_string()]);
+    let (status, text) = Owned::start(&mut python).finish(Duration::from_secs(90));
+    assert!(status.success() && text.contains("all of it b'hello'"), "{status}\n{text}");
+    assert_eq!(store.get("group/k", soon()).expect("get"), b"prefixed");
+}
+
+#[test]
+fn strangers_do_not_hold_our_server_up() {
+    use std::io::{Read as _, Write as _};
+    let server = TcpStoreServer::start(([127, 0, 0, 1], 0).into()).expect("a free port");
+    let port = server.address().port();
+    // No validation, a wrong one, and lengths that no client sends.
+    let huge = [&[0, 0xCE, 0xF7, 0x85, 0x3C, 1][..], &u64::MAX.to_le_bytes()].concat();
+    for bytes in [&b"GET / HTTP/1.1"[..], &[0, 1, 2, 3, 4], &huge] {
+        let mut stranger = std::net::TcpStream::connect((LOOPBACK, port)).expect("a connection");
+        stranger.set_read_timeout(Some(Duration::from_secs(5))).expect("a time-out");
+        stranger.write_all(bytes).expect("sent");
+        let mut rest = Vec::new();
+        let end = stranger.read_to_end(&mut rest);
+        // Reset is an end as well.
+        let is_end = end.is_ok()
+            || end.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionReset);
+        assert!(is_end && rest.is_empty(), "{bytes:?}: {rest:?}");
+    }
+    let mut store = TcpStoreClient::connect(LOOPBACK, port, soon()).expect("a connection");
+    assert_eq!(store.add("n", 1, soon()).expect("add"), 1);
 }

@@ -1,7 +1,7 @@
-//! PyTorch's `TCPStore`: its protocol, and a client of it.
+//! PyTorch's `TCPStore`: its protocol, a client of it, and a server for Python's clients.
 //!
 //! torchrun's agent serves one to its workers. We use it for one thing only: to learn where rank 0 hosts *our* store
-//! (`advertise.rs`).
+//! (`advertise.rs`). The server runs where somebody asks for it, and for no purpose of ours.
 //!
 //! # Security
 //!
@@ -13,7 +13,8 @@
 //! to PyTorch and has no version field; before 2.2 it began in another way, which is not spoken here.
 
 mod client;
-#[cfg_attr(not(test), expect(dead_code, reason = "requests are read by a server"))]
 pub(super) mod message;
+mod server;
 
 pub use client::TcpStoreClient;
+pub use server::TcpStoreServer;

@@ -1,0 +1,175 @@
+//! The trainer under each launcher: equal world size, equal losses, bit for bit.
+
+mod slurm;
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use serde_json::Value;
+use support::{example, Owned};
+
+const DEADLINE: Duration = Duration::from_secs(150);
+const TRAINING: &[&str] = &[
+    "--config",
+    "configs/bert_tiny.json",
+    "--steps",
+    "3",
+    "--global-batch",
+    "16",
+    "--threads",
+    "1",
+    "--seed",
+    "5",
+];
+
+/// The losses of each step, as written, when `launcher` starts the trainer with `flags`.
+fn losses(launcher: Option<&mut Command>, flags: &[&str]) -> Vec<String> {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let metrics = folder.path().join("metrics.jsonl");
+    let program = example("bert_large");
+    let mut alone = Command::new(&program);
+    let command = match launcher {
+        Some(launcher) => launcher.arg(&program),
+        None => &mut alone,
+    };
+    command.current_dir(env!("CARGO_MANIFEST_DIR")).args(TRAINING).args(flags);
+    command.arg("--metrics").arg(&metrics).arg("--output").arg(folder.path().join("out"));
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let output = Owned::start(command).finish(DEADLINE);
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text);
+    assert!(output.status.success(), "{:?}\n{text}", output.status);
+    let written = fs::read_to_string(&metrics).expect("metrics");
+    let parse = |line: &str| serde_json::from_str::<Value>(line).expect("a JSON object a line");
+    let steps = written.lines().map(parse).filter(|step| step.get("loss").is_some());
+    // As text: a float that is written shortest is equal exactly when its bits are.
+    let losses: Vec<String> = steps.map(|step| step["loss"].to_string()).collect();
+    assert_eq!(losses.len(), 3, "{written}");
+    losses
+}
+
+/// Eight ranks on four emulated nodes, by our own launcher.
+fn of_eight() -> &'static [String] {
+    static LOSSES: OnceLock<Vec<String>> = OnceLock::new();
+    LOSSES.get_or_init(|| losses(None, &["--nnodes", "4", "--nproc-per-node", "2"]))
+}
+
+/// Says loudly that a test is skipped, or fails where `PHALANX_REQUIRE` names what is missing.
+fn skip(what: &str, why: &str) {
+    let required = std::env::var("PHALANX_REQUIRE").unwrap_or_default();
+    assert!(!required.split(',').any(|other| other == what), "{what} is required: {why}");
+    #[expect(clippy::print_stderr, reason = "a skipped test is loud")]
+    {
+        eprintln!("SKIPPED: {why} (scripts/setup.sh --test-extras)");
+    }
+}
+
+/// Finds a program in the `PATH` or where daemons live.
+fn program(name: &str) -> Option<PathBuf> {
+    let mut path = std::env::var_os("PATH").unwrap_or_default();
+    path.push(OsString::from(":/usr/sbin:/sbin"));
+    std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file())
+}
+
+fn torchrun() -> Option<Command> {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("third_party/torch-python/bin/torchrun");
+    if !file.is_file() {
+        skip("torchrun", "no third_party/torch-python");
+        return None;
+    }
+    let mut command = Command::new(file);
+    command.args(["--no-python", "--standalone", "--nproc-per-node", "8"]);
+    Some(command)
+}
+
+#[test]
+fn torchrun_gives_the_losses_of_our_launcher() {
+    let Some(mut torchrun) = torchrun() else { return };
+    assert_eq!(losses(Some(&mut torchrun), &[]), of_eight());
+}
+
+#[test]
+fn mpirun_gives_the_losses_of_our_launcher() {
+    let Some(mpirun) = program("mpirun.openmpi") else { return skip("mpi", "no Open MPI") };
+    let mut mpirun = Command::new(mpirun);
+    // Containers run as root, and machines have fewer cores than ranks.
+    mpirun.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "8"]);
+    assert_eq!(losses(Some(&mut mpirun), &[]), of_eight());
+}
+
+#[test]
+fn mpiexec_of_mpich_gives_the_losses_of_our_launcher() {
+    let Some(mpiexec) = program("mpiexec.hydra") else { return skip("mpich", "no MPICH") };
+    let mut mpiexec = Command::new(mpiexec);
+    let job = format!("test-{}", std::process::id());
+    mpiexec.args(["-genv", "PHALANX_RUN_ID", &job, "-n", "8"]);
+    assert_eq!(losses(Some(&mut mpiexec), &[]), of_eight());
+}
+
+#[test]
+fn srun_gives_the_losses_of_our_launcher_however_it_starts_mpi() {
+    let Some(cluster) = slurm::Cluster::start() else { return };
+    // Uneven, as Slurm likes it: 5, 1, 1 and 1 tasks.
+    let none = losses(Some(&mut cluster.srun(&["--mpi=none", "-N4", "-n8"])), &[]);
+    assert_eq!(none, of_eight());
+    let pmi2 = ["--mpi=pmi2", "-N4", "-n8", "--ntasks-per-node=2"];
+    assert_eq!(losses(Some(&mut cluster.srun(&pmi2)), &[]), of_eight());
+    // pmix needs machines of their own for several nodes.
+    let of_four = losses(None, &["--nproc-per-node", "4"]);
+    let pmix = losses(Some(&mut cluster.srun(&["--mpi=pmix", "-N1", "-n4"])), &[]);
+    assert_eq!(pmix, of_four);
+}
+
+#[test]
+fn a_batch_file_starts_ranks_by_srun_and_mpirun_in_it_is_not_misled() {
+    let Some(cluster) = slurm::Cluster::start() else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let place = folder.path().display();
+    let program = example("bert_large").display().to_string();
+    let training = TRAINING.join(" ");
+    let mpirun = "mpirun.openmpi --allow-run-as-root --oversubscribe --bind-to none -n 4";
+    let metrics = |name: &str| format!("--metrics {place}/{name}.jsonl --output {place}/{name}");
+    let text = format!(
+        "#!/bin/sh\n\
+         #SBATCH -N2 -n4 --output={place}/log\n\
+         srun {program} {training} {} || exit 1\n\
+         {mpirun} {program} {training} {} || exit 2\n",
+        metrics("srun"),
+        metrics("mpirun")
+    );
+    fs::write(folder.path().join("job.sbatch"), text).expect("written");
+    let mut sbatch = cluster.client("sbatch");
+    sbatch.current_dir(env!("CARGO_MANIFEST_DIR")).arg("--wait");
+    sbatch.arg(folder.path().join("job.sbatch")).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let output = Owned::start(&mut sbatch).finish(DEADLINE);
+    let log = fs::read_to_string(folder.path().join("log")).unwrap_or_default();
+    assert!(output.status.success(), "{output:?}\n{log}");
+    let read = |name: &str| {
+        let path = folder.path().join(format!("{name}.jsonl"));
+        let written = fs::read_to_string(path).expect("metrics");
+        let parse = |line: &str| serde_json::from_str::<Value>(line).expect("JSON");
+        let steps: Vec<Value> = written.lines().map(parse).collect();
+        steps.iter().filter_map(|step| step.get("loss").map(Value::to_string)).collect::<Vec<_>>()
+    };
+    assert_eq!(read("srun"), read("mpirun"));
+    assert_eq!(read("srun").len(), 3);
+}
+
+#[test]
+fn torchrun_shows_what_a_rank_died_of() {
+    let Some(mut torchrun) = torchrun() else { return };
+    torchrun.arg(example("bert_large")).current_dir(env!("CARGO_MANIFEST_DIR"));
+    torchrun.args(["--config", "configs/bert_tiny.json", "--data", "/no/such/folder"]);
+    torchrun.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let output = Owned::start(&mut torchrun).finish(DEADLINE);
+    assert!(!output.status.success());
+    let text = String::from_utf8_lossy(&output.stderr);
+    let (_, report) = text.split_once("Root Cause").expect("torchrun's report");
+    assert!(report.contains("/no/such/folder"), "{text}");
+}
