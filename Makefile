@@ -23,7 +23,7 @@ fmt:
 lint:
 	cargo fmt --all -- --check
 	cargo clippy --workspace --all-targets -- -D warnings
-	shellcheck scripts/*.sh .ci/run .ci/consumer
+	shellcheck scripts/*.sh examples/slurm/*.sbatch .ci/run .ci/consumer
 
 doc:
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps

@@ -10,7 +10,7 @@ usage: scripts/setup.sh [--cuda] [--test-extras] [--use-python-torch]
 
   (nothing)           C++ compiler, CPU libtorch 2.11.0, training text
   --cuda              also the CUDA 13.0 libraries (2.4 GB to download, 3.6 GB unpacked)
-  --test-extras       also what some tests and checks use: OpenMPI, Slurm and munge, iproute2, nftables, procps,
+  --test-extras       also what some tests and checks use: OpenMPI, MPICH, Slurm and munge, iproute2, nftables, procps,
                       shellcheck; torchrun (1 GB, of the wheel that libtorch comes from)
   --use-python-torch  link the torch 2.11.0 installed for $PHALANX_PYTHON (default python3)
 
@@ -95,7 +95,7 @@ system_packages() {
 test_packages() {
   # Daemons live where a user's PATH may not lead.
   local packages=() PATH=$PATH:/usr/sbin:/sbin
-  mapfile -t packages < <(missing_packages mpirun:openmpi-bin mpicc:libopenmpi-dev \
+  mapfile -t packages < <(missing_packages mpirun.openmpi:openmpi-bin mpicc:libopenmpi-dev mpiexec.hydra:mpich \
     slurmctld:slurmctld slurmd:slurmd srun:slurm-client munged:munge \
     ip:iproute2 nft:nftables kill:procps shellcheck:shellcheck)
   install optional "${packages[@]}"

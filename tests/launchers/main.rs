@@ -137,7 +137,7 @@ fn a_batch_file_starts_ranks_by_srun_and_mpirun_in_it_is_not_misled() {
     let metrics = |name: &str| format!("--metrics {place}/{name}.jsonl --output {place}/{name}");
     let text = format!(
         "#!/bin/sh\n\
-         #SBATCH -N2 -n4 --output={place}/log\n\
+         #SBATCH -N1 -n4 --output={place}/log\n\
          srun {program} {training} {} || exit 1\n\
          {mpirun} {program} {training} {} || exit 2\n",
         metrics("srun"),
