@@ -143,6 +143,22 @@ pub enum Error {
         /// What this rank was waiting for.
         during: String,
     },
+    /// Group: a peer has said nothing for so long that it counts as dead.
+    #[error("rank {peer} (host {host}, pid {pid}) not responding for {:.1} s: {state}; this rank was in {during}", silent.as_secs_f64())]
+    NotResponding {
+        /// Who.
+        peer: usize,
+        /// Its machine.
+        host: String,
+        /// Its process there.
+        pid: u32,
+        /// How long nothing came from it.
+        silent: Duration,
+        /// What the kernel knows of its process (on this machine) or of the connection to it.
+        state: String,
+        /// What the rank that found it was waiting for.
+        during: String,
+    },
     /// Group: a peer closed the group in good order while others still count on it.
     #[error("rank {peer} (host {host}, pid {pid}) left the group after {completed} collectives{}, while rank {rank} is at {during}: every rank must run the same number of collectives", if *panicking { " (it panicked)" } else { "" })]
     PeerLeft {
@@ -161,8 +177,8 @@ pub enum Error {
         /// What this rank was waiting for.
         during: String,
     },
-    /// Group: a connection failed although the peer's process may be alive.
-    #[error("connection to rank {peer} (host {host}, pid {pid}) failed: {call}: {source}; check the network between the machines")]
+    /// Group: a connection failed although the peer's process seems to live.
+    #[error("connection to rank {peer} (host {host}, pid {pid}) lost, peer alive: {call}: {source}; check the network between the machines")]
     ConnectionLost {
         /// Who.
         peer: usize,

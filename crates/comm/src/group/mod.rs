@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crate::backend::host::call::{Call, Memory};
 use crate::backend::host::core::Core;
 use crate::backend::host::region::RegionMemory;
+use crate::backend::host::liveness::Liveness;
 use crate::backend::host::{board, setup};
 use crate::backend::lane::Lane;
 use crate::backend::nccl::memory::DeviceMemory;
@@ -38,6 +39,11 @@ pub struct GroupOptions {
     /// With [`Backend::Auto`]: why this rank's GPU must not be used, if so. One rank's reason counts for
     /// all.
     pub gpu_trouble: Option<String>,
+    /// How often ranks tell each other that they live; 500 ms by default.
+    pub heartbeat: Duration,
+    /// How long a rank may say nothing before it counts as dead; 5 s by default. Ranks that compute
+    /// are not silent: a thread of their own sends the heartbeats. Raise it to debug a rank.
+    pub dead_after: Duration,
 }
 
 impl Default for GroupOptions {
@@ -49,6 +55,8 @@ impl Default for GroupOptions {
             host_link: None,
             backend: Backend::default(),
             gpu_trouble: None,
+            heartbeat: Duration::from_millis(500),
+            dead_after: Duration::from_secs(5),
         }
     }
 }
@@ -64,6 +72,12 @@ impl GroupOptions {
     #[must_use]
     pub fn with_connect_timeout(self, connect_timeout: Duration) -> Self {
         Self { connect_timeout, ..self }
+    }
+
+    /// With other heartbeats: one every `heartbeat`, and death after `dead_after` without any.
+    #[must_use]
+    pub fn with_heartbeat(self, heartbeat: Duration, dead_after: Duration) -> Self {
+        Self { heartbeat, dead_after, ..self }
     }
 
     /// With another way for ranks of one machine to talk.
@@ -200,7 +214,11 @@ impl Group {
         exchange: &mut setup::Exchange<'_>,
     ) -> Result<Self> {
         let link = options.host_link.unwrap_or(world.host_link);
-        let core = setup::connect(&world, link, options.connect_timeout, exchange)?;
+        // Below a heartbeat nobody would live, and no heartbeat at all would be a busy thread.
+        let heartbeat = options.heartbeat.max(Duration::from_millis(1));
+        let dead_after = options.dead_after.max(heartbeat * 3);
+        let liveness = Liveness { heartbeat, dead_after };
+        let core = setup::connect(&world, link, options.connect_timeout, liveness, exchange)?;
         let number = setup::group_number();
         let backend = options.backend;
         let mut group = Self {

@@ -13,15 +13,13 @@ use rustix::net::{
     SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
 };
 
-/// A peer that does not read for so long is stopped or gone.
-const SEND_TIMEOUT: Duration = Duration::from_secs(2);
-
 /// A control socket.
 #[derive(Debug)]
 pub(crate) struct Control {
     fd: OwnedFd,
-    /// Held while a frame is written, so that frames of two threads do not mix.
-    writing: Mutex<()>,
+    /// Held while a frame is written, so that frames of two threads do not mix. What is left of a
+    /// heartbeat that did not fit goes first.
+    writing: Mutex<Vec<u8>>,
 }
 
 /// How a read ended.
@@ -38,21 +36,54 @@ pub(crate) enum Received {
 impl Control {
     pub(crate) fn new(fd: OwnedFd) -> std::io::Result<Self> {
         rustix::io::ioctl_fionbio(&fd, true)?;
-        Ok(Self { fd, writing: Mutex::new(()) })
+        Ok(Self { fd, writing: Mutex::default() })
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 
-    /// Writes a whole frame, with a descriptor attached to its first byte.
+    /// Writes a frame if nobody else writes and it fits at once: a peer that has unread frames of
+    /// ours needs no sign of life.
+    pub(crate) fn try_send(&self, frame: &[u8]) -> std::io::Result<()> {
+        let Ok(mut rest) = self.writing.try_lock() else { return Ok(()) };
+        if rest.is_empty() {
+            rest.extend_from_slice(frame);
+            let sent = match send(&self.fd, &rest, SendFlags::NOSIGNAL) {
+                Ok(sent) => sent,
+                Err(Errno::AGAIN | Errno::INTR) => rest.len(),
+                Err(error) => {
+                    rest.clear();
+                    return Err(error.into());
+                }
+            };
+            rest.drain(..sent);
+        }
+        Ok(())
+    }
+
+    /// Writes a whole frame within `limit`, with a descriptor attached to its first byte.
     pub(crate) fn send(
         &self,
         frame: &[u8],
         descriptor: Option<BorrowedFd<'_>>,
+        limit: Duration,
     ) -> std::io::Result<()> {
-        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        let deadline = Instant::now() + SEND_TIMEOUT;
+        let mut rest = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let deadline = Instant::now() + limit;
+        if !rest.is_empty() {
+            self.write(&rest, None, deadline)?;
+            rest.clear();
+        }
+        self.write(frame, descriptor, deadline)
+    }
+
+    fn write(
+        &self,
+        frame: &[u8],
+        descriptor: Option<BorrowedFd<'_>>,
+        deadline: Instant,
+    ) -> std::io::Result<()> {
         let mut sent = 0;
         while sent < frame.len() {
             let rest = &frame[sent..];

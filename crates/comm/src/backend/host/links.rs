@@ -17,8 +17,8 @@ use super::call::Call;
 use super::peers::Peers;
 use crate::error::{Error, Result};
 
-/// How long the network may not acknowledge anything before the connection counts as lost.
-const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(5);
+/// The kernel gives a connection up this long after the heartbeats should have: their error says more.
+const KERNEL_LATER: Duration = Duration::from_millis(500);
 
 #[derive(Debug)]
 struct Link {
@@ -43,14 +43,16 @@ pub(crate) struct Wait<'a> {
     pub(crate) deadline: Instant,
 }
 
-/// Keep-alive and unacknowledged data both give up after five seconds.
-pub(crate) fn watch_connection(fd: impl AsFd) -> std::io::Result<()> {
+/// Unacknowledged data ends the connection a little after `dead_after`; so do unanswered keep-alives
+/// (the kernel lets the same limit decide about them).
+pub(crate) fn watch_connection(fd: impl AsFd, dead_after: Duration) -> std::io::Result<()> {
     let fd = fd.as_fd();
     sockopt::set_socket_keepalive(fd, true)?;
     sockopt::set_tcp_keepidle(fd, Duration::from_secs(1))?;
     sockopt::set_tcp_keepintvl(fd, Duration::from_secs(1))?;
     sockopt::set_tcp_keepcnt(fd, 4)?;
-    let limit = u32::try_from(UNACKNOWLEDGED_MAX.as_millis()).unwrap_or(u32::MAX);
+    let limit = dead_after.saturating_add(KERNEL_LATER);
+    let limit = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
     sockopt::set_tcp_user_timeout(fd, limit)?;
     Ok(())
 }
@@ -64,7 +66,7 @@ impl Links {
                 Some(stream) => {
                     stream.set_nonblocking(true)?;
                     stream.set_nodelay(true)?;
-                    watch_connection(&stream)?;
+                    watch_connection(&stream, peers.liveness.dead_after)?;
                     Some(Link { stream, outgoing: VecDeque::new(), written: 0 })
                 }
             });

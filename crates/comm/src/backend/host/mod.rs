@@ -3,7 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | `mesh` | connects the ranks, once |
-//! | `control`, `wire`, `monitor`, `peers` | who lives; failures; memfds on their way |
+//! | `control`, `wire`, `monitor`, `peers`, `liveness` | who lives; failures; memfds on their way |
 //! | `mapping`, `board`, `region` | shared memory |
 //! | `call` | a started collective |
 //! | `core` | starting, waiting, finishing |
@@ -18,6 +18,7 @@ pub(crate) mod core;
 pub(crate) mod executor;
 pub(crate) mod inline;
 pub(crate) mod links;
+pub(crate) mod liveness;
 pub(crate) mod mapping;
 pub(crate) mod mesh;
 pub(crate) mod monitor;

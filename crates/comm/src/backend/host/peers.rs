@@ -10,6 +10,7 @@ use rustix::event::EventfdFlags;
 
 use super::call::Call;
 use super::control::Control;
+use super::liveness::{self, Liveness};
 use super::point::Points;
 use super::wire::Frame;
 use crate::error::{Error, Result};
@@ -38,6 +39,8 @@ impl Journal {
 }
 
 const STAYS: u64 = u64::MAX;
+/// A peer that takes no news for so long hears them when it reads that our socket is closed.
+const BROADCAST_LIMIT: Duration = Duration::from_millis(300);
 
 /// A rank's orderly end.
 #[derive(Debug)]
@@ -61,6 +64,9 @@ pub(crate) struct Peers {
     pub(crate) rank: usize,
     pub(crate) identities: Vec<Identity>,
     pub(crate) controls: Vec<Option<Control>>,
+    /// Copies of the data sockets, to see whether they live.
+    pub(crate) data: Vec<Option<OwnedFd>>,
+    pub(crate) liveness: Liveness,
     pub(crate) wake: OwnedFd,
     pub(crate) points: Points,
     failed: AtomicBool,
@@ -82,6 +88,8 @@ impl Peers {
         rank: usize,
         identities: Vec<Identity>,
         controls: Vec<Option<Control>>,
+        data: Vec<Option<OwnedFd>>,
+        liveness: Liveness,
     ) -> Result<Self> {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|error| Error::system(rank, "eventfd", error))?;
@@ -97,6 +105,8 @@ impl Peers {
             points: Points::new(identities.len()),
             identities,
             controls,
+            data,
+            liveness,
             wake,
             failed: AtomicBool::new(false),
             failure: OnceLock::new(),
@@ -147,7 +157,7 @@ impl Peers {
     pub(crate) fn broadcast(&self, frame: &[u8]) {
         for control in self.controls.iter().flatten() {
             // A peer that cannot be told has gone itself, or will notice our closed socket.
-            if let Err(error) = control.send(frame, None) {
+            if let Err(error) = control.send(frame, None, BROADCAST_LIMIT) {
                 tracing::debug!(%error, "a peer could not be told");
             }
         }
@@ -160,7 +170,9 @@ impl Peers {
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<()> {
         let Some(control) = self.controls.get(peer).and_then(Option::as_ref) else { return Ok(()) };
-        control.send(&frame.encode(), fd).map_err(|error| {
+        // A peer that does not read for so long is dead, and the monitor says so first.
+        let limit = self.liveness.dead_after * 2;
+        control.send(&frame.encode(), fd, limit).map_err(|error| {
             // The monitor's verdict on why the socket failed is the better one, if it comes soon.
             self.verdict().unwrap_or_else(|| self.connection_lost(peer, "send", error))
         })
@@ -188,6 +200,16 @@ impl Peers {
     ) -> Error {
         let Identity { host, pid, .. } = self.identities[peer].clone();
         Error::ConnectionLost { peer, host, pid, call, source: Arc::new(source) }
+    }
+
+    /// The error for a peer that has been silent for too long.
+    pub(crate) fn not_responding(&self, peer: usize, silent: Duration) -> Error {
+        let Identity { host, pid, local } = self.identities[peer].clone();
+        let state = match &self.controls[peer] {
+            Some(control) if !local => liveness::connection_state(control.fd()),
+            _ => liveness::process_state(pid),
+        };
+        Error::NotResponding { peer, host, pid, silent, state, during: self.during() }
     }
 
     /// What this rank is waiting for, for messages.

@@ -1,7 +1,8 @@
 //! Building a group's side on this rank: listen, exchange cards, connect, share boards; and
 //! registering memory later.
 
-use std::os::fd::AsFd;
+use std::net::TcpStream;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,6 +12,7 @@ use super::control::Control;
 use super::core::Core;
 use super::executor::Executor;
 use super::links::{self, Links};
+use super::liveness::Liveness;
 use super::mapping::{self, Mapping};
 use super::mesh::{self, Card};
 use super::monitor;
@@ -40,12 +42,13 @@ pub(crate) fn connect(
     world: &World,
     link: HostLink,
     timeout: Duration,
+    liveness: Liveness,
     exchange: &mut Exchange<'_>,
 ) -> Result<Arc<Core>> {
     let deadline = Instant::now() + timeout;
     let rank = world.rank;
     if world.world_size <= 1 {
-        return alone();
+        return alone(liveness);
     }
     let listening = mesh::listen(world, link)?;
     let cards = exchange(&listening.card.encode(), deadline)?
@@ -65,18 +68,22 @@ pub(crate) fn connect(
     let system = |call| move |error: std::io::Error| Error::system(rank, call, error);
     let mut controls = Vec::new();
     let mut streams = Vec::new();
+    let mut copies = Vec::new();
     for pair in pairs {
         let (control, data) = match pair {
             None => (None, None),
             Some(pair) => {
                 if pair.data.is_some() {
-                    links::watch_connection(&pair.control).map_err(system("setsockopt"))?;
+                    links::watch_connection(&pair.control, liveness.dead_after)
+                        .map_err(system("setsockopt"))?;
                 }
                 let control = Control::new(pair.control).map_err(system("ioctl"))?;
                 (Some(control), pair.data)
             }
         };
         controls.push(control);
+        let copy = data.as_ref().map(TcpStream::try_clone).transpose().map_err(system("dup"))?;
+        copies.push(copy.map(OwnedFd::from));
         streams.push(data);
     }
     let identities = cards
@@ -88,7 +95,7 @@ pub(crate) fn connect(
             local: topology.shares_memory(rank, peer),
         })
         .collect();
-    let peers = Arc::new(Peers::new(rank, identities, controls)?);
+    let peers = Arc::new(Peers::new(rank, identities, controls, copies, liveness)?);
     monitor::spawn(Arc::clone(&peers)).map_err(system("start a thread"))?;
     let boards = share_boards(&peers, &topology, deadline)?;
     let links = Links::new(Arc::clone(&peers), streams).map_err(system("set up data sockets"))?;
@@ -96,10 +103,10 @@ pub(crate) fn connect(
 }
 
 /// A group of one: no sockets, no threads.
-fn alone() -> Result<Arc<Core>> {
+fn alone(liveness: Liveness) -> Result<Arc<Core>> {
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let identity = Identity { host, pid: std::process::id(), local: true };
-    let peers = Arc::new(Peers::new(0, vec![identity], vec![None])?);
+    let peers = Arc::new(Peers::new(0, vec![identity], vec![None], vec![None], liveness)?);
     let (_, board) = Board::create().map_err(|error| Error::system(0, "memfd_create", error))?;
     let links = Links::new(Arc::clone(&peers), vec![None])
         .map_err(|error| Error::system(0, "set up data sockets", error))?;

@@ -26,6 +26,8 @@ pub(crate) enum Frame {
     Ready { index: u64, record: CallRecord },
     /// A part of message `index`.
     Message { index: u64, bytes: Vec<u8> },
+    /// The sender lives.
+    Heartbeat,
 }
 
 /// Bytes that are no frame.
@@ -129,6 +131,7 @@ impl Frame {
                 body.u64(*index).0.extend_from_slice(bytes);
                 5
             }
+            Self::Heartbeat => 6,
         };
         let mut frame = vec![kind, 0, 0, 0];
         let length = u32::try_from(body.0.len()).unwrap_or(u32::MAX);
@@ -158,6 +161,7 @@ impl Frame {
                 let rest = body.0.len();
                 Self::Message { index, bytes: body.take(rest)?.to_vec() }
             }
+            6 => Self::Heartbeat,
             _ => return Err(Malformed),
         };
         body.end()?;
@@ -196,6 +200,11 @@ fn encode_error(body: &mut Writer, error: &Error) {
         }
         Error::PeerFailed { rank, message } => {
             body.u8(6).size(*rank).text(message);
+        }
+        Error::NotResponding { peer, host, pid, silent, state, during } => {
+            let nanos = u64::try_from(silent.as_nanos()).unwrap_or(u64::MAX);
+            body.u8(7).size(*peer).text(host).u64((*pid).into()).u64(nanos);
+            body.text(state).text(during);
         }
         other => {
             body.u8(6).u64(u64::MAX).text(&other.to_string());
@@ -242,6 +251,14 @@ fn decode_error(body: &mut Reader<'_>) -> Result<Error, Malformed> {
         }
         5 => Error::Aborted { rank: body.size()?, reason: body.text()? },
         6 => Error::PeerFailed { rank: body.size()?, message: body.text()? },
+        7 => Error::NotResponding {
+            peer: body.size()?,
+            host: body.text()?,
+            pid: body.pid()?,
+            silent: Duration::from_nanos(body.u64()?),
+            state: body.text()?,
+            during: body.text()?,
+        },
         _ => return Err(Malformed),
     })
 }
@@ -291,6 +308,14 @@ mod tests {
             Error::Timeout { rank: 0, call: record(4), timeout, absent },
             Error::Aborted { rank: 3, reason: "because".into() },
             Error::PeerFailed { rank: 3, message: "m".into() },
+            Error::NotResponding {
+                peer: 2,
+                host: "a".into(),
+                pid: 3,
+                silent: Duration::from_millis(5500),
+                state: "process state T (stopped)".into(),
+                during: "z".into(),
+            },
         ]
     }
 
