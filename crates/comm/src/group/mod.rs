@@ -581,6 +581,10 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
+        if let (Some(store), Some(_)) = (&self.store, self.failure()) {
+            // Where this rank hosts it: no waiting for ranks that may never come back.
+            store.cancel();
+        }
         match &self.lane {
             Some(lane) => lane.close(),
             None => self.core.close(),

@@ -78,7 +78,7 @@ impl Meeting<'_> {
         let ip = address.ip().to_string();
         let client = StoreClient::connect(&ip, address.port(), credentials, self.deadline)?;
         self.welcome_all(&client, welcome.as_bytes())?;
-        Ok(Arc::new(Hosted { client, server }))
+        Ok(Arc::new(Hosted::new(client, server)))
     }
 
     /// Answers nonces until every rank has arrived in our store.

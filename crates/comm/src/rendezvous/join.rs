@@ -1,6 +1,7 @@
 //! Everybody here? Joins with a deadline that name the absent ranks, and the way from a [`World`] to a store.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -40,7 +41,7 @@ pub fn connect(world: &World, deadline: Instant) -> Result<Arc<dyn Store>, Rende
     let client = StoreClient::connect(host, port, world.credentials(), deadline)?;
     Ok(match server {
         None => Arc::new(client),
-        Some(server) => Arc::new(Hosted { client, server }),
+        Some(server) => Arc::new(Hosted::new(client, server)),
     })
 }
 
@@ -74,15 +75,22 @@ pub fn listen_address(
 /// A store that this process hosts: the server lives exactly as long.
 #[derive(Debug)]
 pub(super) struct Hosted {
-    pub(super) client: StoreClient,
-    pub(super) server: StoreServer,
+    client: StoreClient,
+    server: StoreServer,
+    cancelled: AtomicBool,
+}
+
+impl Hosted {
+    pub(super) fn new(client: StoreClient, server: StoreServer) -> Self {
+        Self { client, server, cancelled: AtomicBool::new(false) }
+    }
 }
 
 impl Drop for Hosted {
     fn drop(&mut self) {
         self.client.close_idle();
-        // A panic is on its way out of the process: the others should hear of that, not of us waiting for them.
-        if !std::thread::panicking() {
+        // After a panic or a failure nobody is waited for: some rank may be stopped, or cut off.
+        if !std::thread::panicking() && !self.cancelled.load(Ordering::Acquire) {
             self.server.linger(LINGER_MAX);
         }
     }
@@ -116,6 +124,7 @@ impl Store for Hosted {
         self.client.list(prefix)
     }
     fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Release);
         self.client.cancel();
     }
 }

@@ -11,7 +11,9 @@
 )]
 
 mod faults;
+mod machines;
 mod netns;
+mod silence;
 mod support;
 
 /// What a rank's process runs; started by the other tests.
@@ -21,6 +23,7 @@ fn rank_process() {
     let role = std::env::var(support::ROLE).expect("only the other tests start this one");
     match &role[..] {
         "mixed" => netns::rank(),
+        "counts" => silence::rank(),
         _ => faults::rank(&role),
     }
 }

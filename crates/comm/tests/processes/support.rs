@@ -6,6 +6,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::process::{kill_process, Pid, Signal};
+
 /// What a rank's process runs: the value of this variable.
 pub(crate) const ROLE: &str = "PHALANX_TEST_ROLE";
 
@@ -93,16 +95,29 @@ impl Ranks {
         panic!("rank {rank} ended without printing {text:?}");
     }
 
+    pub(crate) fn signal(&self, rank: usize, signal: Signal) {
+        kill_process(Pid::from_child(&self.children[rank]), signal).expect("the rank lives");
+    }
+
     pub(crate) fn kill(&mut self, rank: usize) {
         self.children[rank].kill().expect("kill -9");
     }
 
     /// Waits for every rank to end; `after` counts from this call.
-    pub(crate) fn finish(mut self, limit: Duration) -> Vec<Ended> {
+    pub(crate) fn finish(self, limit: Duration) -> Vec<Ended> {
+        self.finish_without(None, limit)
+    }
+
+    /// As [`Ranks::finish`]; rank `stopped` cannot end by itself and is killed once the others have ended.
+    pub(crate) fn finish_without(mut self, stopped: Option<usize>, limit: Duration) -> Vec<Ended> {
         let start = Instant::now();
         let mut ended: Vec<Option<(std::process::ExitStatus, Duration)>> =
             self.children.iter().map(|_| None).collect();
         while ended.iter().any(Option::is_none) {
+            let is_left = |(rank, end): (usize, &Option<_>)| end.is_none() && Some(rank) != stopped;
+            if let (Some(stopped), false) = (stopped, ended.iter().enumerate().any(is_left)) {
+                self.kill(stopped);
+            }
             assert!(start.elapsed() < limit, "some ranks have not ended: {ended:?}");
             for (child, slot) in self.children.iter_mut().zip(&mut ended) {
                 if slot.is_none() {

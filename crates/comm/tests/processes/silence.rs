@@ -1,0 +1,126 @@
+//! Ranks that are silent and yet not gone: stopped, cut off, or behind a connection that broke.
+
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use crate::faults::{blamed_within, LIMIT};
+use crate::machines::machines;
+use crate::support::Ranks;
+use phalanx_comm::{Group, GroupOptions, Sum, Work};
+
+/// From the fault to the end of the last survivor: heartbeats are missed for 5 s.
+const DETECTED: Duration = Duration::from_secs(6);
+/// Longer than the silence that one test makes.
+const STEPS_FOR: Duration = Duration::from_secs(6);
+
+/// What a rank does that shall see no error: steps for a while.
+pub(crate) fn rank() {
+    let mut group = Group::from_environment(GroupOptions::default()).expect("the ranks meet");
+    let start = Instant::now();
+    let mut go_on = [1_u8];
+    let mut steps = 0;
+    while go_on == [1] {
+        let mut values = vec![1.0_f32; 30_000];
+        group.all_reduce(&mut values[..], Sum).and_then(Work::wait).expect("a sum");
+        go_on = [u8::from(start.elapsed() < STEPS_FOR)];
+        group.broadcast(&mut go_on[..], 0).and_then(Work::wait).expect("a word");
+        steps += 1;
+        if steps == 20 {
+            println!("under way");
+        }
+    }
+    println!("no error in {steps} steps");
+}
+
+/// Waits without anything that could come.
+fn pause(time: Duration) {
+    let (_sender, receiver) = std::sync::mpsc::channel::<()>();
+    assert!(receiver.recv_timeout(time).is_err());
+}
+
+fn stopped(link: &str, what: &str) {
+    let mut ranks = Ranks::start("killed in large all-reduces", 3, link);
+    ranks.wait_for_line(0, "under way");
+    let pid = ranks.pid(1);
+    ranks.signal(1, Signal::STOP);
+    let ended = ranks.finish_without(Some(1), LIMIT);
+    let survivors = [&ended[0], &ended[2]];
+    assert!(survivors.iter().all(|ended| ended.after > Duration::from_secs(4)), "{ended:?}");
+    blamed_within(&ended, pid, "not responding for 5", DETECTED);
+    assert!(ended[0].output.contains(what), "{}", ended[0].output);
+}
+
+#[test]
+fn a_stopped_rank_is_named_with_its_state() {
+    stopped("auto", "process state T (stopped");
+}
+
+#[test]
+fn a_stopped_rank_behind_a_socket_is_told_apart_from_a_dead_network() {
+    stopped("tcp", "acknowledges what is sent: that process is stopped");
+}
+
+#[test]
+fn a_rank_that_goes_on_within_four_seconds_is_not_missed() {
+    for link in ["auto", "tcp"] {
+        let mut ranks = Ranks::start("counts", 3, link);
+        ranks.wait_for_line(0, "under way");
+        ranks.signal(1, Signal::STOP);
+        pause(Duration::from_millis(3900));
+        ranks.signal(1, Signal::CONT);
+        for ended in ranks.finish(LIMIT) {
+            assert!(ended.output.contains("no error in"), "{}", ended.output);
+        }
+    }
+}
+
+/// Both sides of a cut see the other one's ranks gone, and end.
+fn cut(cut: impl Fn(&crate::machines::Machines)) {
+    let Some(machines) = machines() else { return };
+    let mut ranks = machines.start(&[0, 0, 1, 1], "killed in large all-reduces");
+    ranks.wait_for_line(0, "under way");
+    cut(&machines);
+    let ended = ranks.finish(LIMIT);
+    for (rank, ended) in ended.iter().enumerate() {
+        let others = if rank < 2 {
+            ["rank 2 (host", "rank 3 (host"]
+        } else {
+            ["rank 0 (host", "rank 1 (host"]
+        };
+        let line = ended.output.lines().find(|line| line.contains("error: ")).unwrap_or_default();
+        assert!(others.iter().any(|other| line.contains(other)), "rank {rank}: {}", ended.output);
+        assert!(line.contains("not responding for 5"), "rank {rank}: {line}");
+        assert!(line.contains("no contact with 10.99.0."), "rank {rank}: {line}");
+        assert!(ended.after < DETECTED, "rank {rank} after {:?}", ended.after);
+    }
+}
+
+#[test]
+fn a_partition_ends_both_sides() {
+    cut(crate::machines::Machines::partition);
+}
+
+#[test]
+fn a_link_that_goes_down_ends_both_sides() {
+    cut(crate::machines::Machines::link_down);
+}
+
+#[test]
+fn a_reset_connection_is_no_death() {
+    for busiest in [true, false] {
+        let Some(machines) = machines() else { return };
+        let mut ranks = machines.start(&[0, 1], "killed in large all-reduces");
+        ranks.wait_for_line(0, "under way");
+        machines.reset(busiest);
+        for (rank, ended) in ranks.finish(LIMIT).iter().enumerate() {
+            let other = format!("connection to rank {} (host", 1 - rank);
+            let told = format!("the group failed on rank {}: connection to rank {rank}", 1 - rank);
+            let line = ended.output.lines().find(|line| line.contains("error: "));
+            let line = line.unwrap_or_default();
+            assert!(line.contains(&other) || line.contains(&told), "{}", ended.output);
+            assert!(line.contains("lost, peer alive"), "{line}");
+            assert!(ended.after < Duration::from_millis(700), "after {:?}", ended.after);
+        }
+    }
+}
