@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::fingerprint::{CallRecord, Op};
 use crate::reduce_op::Reduction;
 use crate::region::{Region, Stream};
-use crate::rendezvous::{RendezvousError, Store, StoreError};
+use crate::rendezvous::{Meeting, Store};
 use crate::work::Work;
 
 /// How a group behaves.
@@ -174,26 +174,10 @@ impl Group {
     pub fn new(world: World, store: Arc<dyn Store>, options: GroupOptions) -> Result<Self> {
         let (rank, world_size) = (world.rank, world.world_size);
         let attempt = world.restart_count;
-        let waiting = options.connect_timeout;
         let mut group = Self::over(world, options, &mut |mine, deadline| {
-            let key = |of| format!("phalanx/{attempt}/group/card/{of}");
-            store.set(&key(rank), mine).map_err(RendezvousError::from)?;
-            let get = |peer| store.get(&key(peer), deadline);
-            let cards = (0..world_size).map(get).collect::<Result<Vec<_>, StoreError>>();
-            cards.map_err(|error| match error {
-                StoreError::Timeout { .. } => {
-                    let absent = |peer: &usize| !store.check(&[&key(*peer)]).unwrap_or(false);
-                    let missing: Vec<usize> = (0..world_size).filter(absent).collect();
-                    Error::from(RendezvousError::MissingRanks {
-                        what: "the group of all ranks".to_owned(),
-                        joined: world_size - missing.len(),
-                        missing,
-                        expected: world_size,
-                        waited: waiting,
-                    })
-                }
-                other => RendezvousError::from(other).into(),
-            })
+            let (what, name) = ("the group of all ranks", format!("phalanx/{attempt}/group/card"));
+            let meeting = Meeting { what, name: &name, rank, world_size };
+            meeting.join(&*store, mine, deadline).map_err(Error::from)
         })?;
         group.store = Some(store);
         Ok(group)

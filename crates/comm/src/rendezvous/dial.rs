@@ -80,7 +80,7 @@ impl Dial<'_> {
             }
             if now >= next_progress {
                 let left = deadline.duration_since(now).as_secs();
-                tracing::info!("still connecting to the store, {left} s left: {}", failure.error);
+                tracing::warn!("still connecting to the store, {left} s left: {}", failure.error);
                 next_progress = now + PROGRESS_EVERY;
             }
             pause(backoff);

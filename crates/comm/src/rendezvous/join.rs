@@ -146,40 +146,65 @@ pub fn join(
     value: &[u8],
     deadline: Instant,
 ) -> Result<Vec<Vec<u8>>, RendezvousError> {
-    let start = Instant::now();
-    let key = |of: usize| format!("{name}/{of:08}");
-    store.set(&key(rank), value)?;
-    let mut values = Vec::with_capacity(world_size);
-    for peer in 0..world_size {
-        loop {
-            match store.get(&key(peer), deadline.min(Instant::now() + PROGRESS_EVERY)) {
-                Ok(theirs) => {
-                    values.push(theirs);
-                    break;
+    Meeting { what: name, name, rank, world_size }.join(store, value, deadline)
+}
+
+/// Where ranks join, with a name for messages beside that of the keys.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Meeting<'m> {
+    pub(crate) what: &'m str,
+    pub(crate) name: &'m str,
+    pub(crate) rank: usize,
+    pub(crate) world_size: usize,
+}
+
+impl Meeting<'_> {
+    /// See [`join`].
+    pub(crate) fn join(
+        self,
+        store: &dyn Store,
+        value: &[u8],
+        deadline: Instant,
+    ) -> Result<Vec<Vec<u8>>, RendezvousError> {
+        let start = Instant::now();
+        let Self { what, name, rank, world_size } = self;
+        let key = |of: usize| format!("{name}/{of:08}");
+        store.set(&key(rank), value)?;
+        let mut values = Vec::with_capacity(world_size);
+        for peer in 0..world_size {
+            loop {
+                match store.get(&key(peer), deadline.min(Instant::now() + PROGRESS_EVERY)) {
+                    Ok(theirs) => {
+                        values.push(theirs);
+                        break;
+                    }
+                    Err(StoreError::Timeout { .. }) => {}
+                    Err(error) => return Err(error.into()),
                 }
-                Err(StoreError::Timeout { .. }) => {}
-                Err(error) => return Err(error.into()),
-            }
-            let present = store.list(&format!("{name}/"))?;
-            let missing: Vec<usize> =
-                (0..world_size).filter(|&other| !present.contains(&key(other))).collect();
-            let joined = world_size - missing.len();
-            if Instant::now() >= deadline && !missing.is_empty() {
-                return Err(RendezvousError::MissingRanks {
-                    what: name.to_owned(),
-                    missing,
-                    joined,
-                    expected: world_size,
-                    waited: start.elapsed(),
-                });
-            }
-            if !missing.is_empty() {
-                let missing = list_text(&missing);
-                tracing::info!(
-                    "{name}: waiting for ranks {missing} (joined {joined}/{world_size})"
-                );
+                let mut missing = Vec::new();
+                for other in peer..world_size {
+                    if !store.check(&[&key(other)])? {
+                        missing.push(other);
+                    }
+                }
+                let joined = world_size - missing.len();
+                if Instant::now() >= deadline && !missing.is_empty() {
+                    return Err(RendezvousError::MissingRanks {
+                        what: what.to_owned(),
+                        missing,
+                        joined,
+                        expected: world_size,
+                        waited: start.elapsed(),
+                    });
+                }
+                if !missing.is_empty() {
+                    let missing = list_text(&missing);
+                    tracing::warn!(
+                        "{what}: waiting for ranks {missing} (joined {joined}/{world_size})"
+                    );
+                }
             }
         }
+        Ok(values)
     }
-    Ok(values)
 }

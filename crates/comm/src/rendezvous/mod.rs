@@ -34,6 +34,7 @@ use std::time::Instant;
 pub use client::StoreClient;
 pub use error::{RendezvousError, StoreError};
 pub use handshake::Credentials;
+pub(crate) use join::Meeting;
 pub use join::{connect, join, listen_address};
 pub use memory::MemoryStore;
 pub use server::StoreServer;
