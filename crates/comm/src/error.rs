@@ -302,6 +302,19 @@ impl From<RendezvousError> for Error {
 }
 
 impl Error {
+    /// The rank that is to blame, where it is one.
+    pub(crate) fn blamed(&self) -> Option<usize> {
+        match self {
+            Self::PeerGone { peer, .. }
+            | Self::PeerLeft { peer, .. }
+            | Self::NotResponding { peer, .. }
+            | Self::ConnectionLost { peer, .. } => Some(*peer),
+            Self::Timeout { absent, .. } => absent.first().map(|absent| absent.rank),
+            Self::Aborted { rank, .. } | Self::PeerFailed { rank, .. } => Some(*rank),
+            _ => None,
+        }
+    }
+
     /// Wraps what the operating system said to `call`.
     pub(crate) fn system(
         rank: usize,

@@ -28,6 +28,7 @@ mod error;
 mod fingerprint;
 mod group;
 mod kernel;
+pub mod recorder;
 mod reduce_op;
 mod region;
 pub mod rendezvous;

@@ -32,6 +32,7 @@ impl Group {
     /// work.wait()?;
     /// # Ok::<(), phalanx_comm::Error>(())
     /// ```
+    #[track_caller]
     pub fn all_reduce<'b, T: Element>(
         &mut self,
         buffer: impl Buffer<'b, T>,
@@ -47,6 +48,7 @@ impl Group {
     /// # Errors
     ///
     /// As [`Group::all_reduce`]; the root is no rank of the group.
+    #[track_caller]
     pub fn reduce<'b, T: Element>(
         &mut self,
         buffer: impl Buffer<'b, T>,
@@ -64,6 +66,7 @@ impl Group {
     /// # Errors
     ///
     /// As [`Group::reduce`].
+    #[track_caller]
     pub fn broadcast<'b, T: Element>(
         &mut self,
         buffer: impl Buffer<'b, T>,
@@ -81,6 +84,7 @@ impl Group {
     /// # Errors
     ///
     /// As [`Group::all_reduce`]; the buffer cannot be cut into equal segments.
+    #[track_caller]
     pub fn reduce_scatter_in_place<'b, T: Element>(
         &mut self,
         buffer: impl Buffer<'b, T>,
@@ -98,6 +102,7 @@ impl Group {
     /// # Errors
     ///
     /// As [`Group::reduce_scatter_in_place`].
+    #[track_caller]
     pub fn all_gather_in_place<'b, T: Element>(
         &mut self,
         buffer: impl Buffer<'b, T>,
@@ -112,6 +117,7 @@ impl Group {
     /// # Errors
     ///
     /// As [`Group::all_reduce`]; `input` is not `world_size` times as long as `output`.
+    #[track_caller]
     pub fn reduce_scatter<'b, T: Element>(
         &mut self,
         input: &[T],
@@ -139,6 +145,7 @@ impl Group {
     /// # Errors
     ///
     /// As [`Group::all_reduce`]; `output` is not `world_size` times as long as `input`.
+    #[track_caller]
     pub fn all_gather<'b, T: Element>(
         &mut self,
         input: &[T],
@@ -165,6 +172,7 @@ impl Group {
     ///
     /// As [`Group::reduce`]; `output` is not `Some` exactly on the root, or has not `world_size`
     /// times the length of `input`.
+    #[track_caller]
     pub fn gather<'b, T: Element>(
         &mut self,
         input: &[T],
@@ -190,6 +198,7 @@ impl Group {
     /// # Errors
     ///
     /// As [`Group::gather`], with `input` on the root.
+    #[track_caller]
     pub fn scatter<'b, T: Element>(
         &mut self,
         input: Option<&[T]>,
@@ -217,6 +226,7 @@ impl Group {
     /// # Errors
     ///
     /// As [`Group::all_reduce`]; the lengths differ or are not a multiple of `world_size`.
+    #[track_caller]
     pub fn all_to_all<'b, T: Element>(
         &mut self,
         input: &[T],
@@ -266,6 +276,7 @@ impl Group {
     /// # Errors
     ///
     /// The group is dead.
+    #[track_caller]
     pub fn barrier(&mut self) -> Result<Work<'static>> {
         let call = self.begin(&Plan::nothing(Op::Barrier), Memory::Nothing, None)?;
         Ok(Work::new(self.core(), call, None))
@@ -277,6 +288,7 @@ impl Group {
     /// # Errors
     ///
     /// The group is dead, or `peer` is this rank or no rank.
+    #[track_caller]
     pub fn send<T: Element>(&mut self, message: &[T], peer: usize) -> Result<Work<'static>> {
         let bytes: &[u8] = bytemuck::cast_slice(message);
         let call =
@@ -306,6 +318,7 @@ impl Group {
         self.device_message::<T>(Op::Send, bytes, peer)
     }
 
+    #[track_caller]
     fn device_message<'b, T: Element>(
         &mut self,
         op: Op,
@@ -326,6 +339,7 @@ impl Group {
     /// # Errors
     ///
     /// As [`Group::send`].
+    #[track_caller]
     pub fn receive<'b, T: Element>(
         &mut self,
         message: impl Buffer<'b, T>,
@@ -355,6 +369,7 @@ impl Group {
     /// # Errors
     ///
     /// The group is dead or fails.
+    #[track_caller]
     pub fn all_gather_bytes(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
         let mut lengths = vec![0_i64; self.world_size()];
         let length = i64::try_from(mine.len()).unwrap_or(i64::MAX);
@@ -371,6 +386,7 @@ impl Group {
     }
 
     /// Starts a call whose buffer is in in-place form.
+    #[track_caller]
     fn in_place<'b>(&mut self, plan: &Plan, bytes: Bytes<'b>) -> Result<Work<'b>> {
         if bytes.is_on_device() {
             let memory = self.device_memory(plan.op, bytes, None)?;
@@ -391,6 +407,7 @@ impl Group {
     }
 
     /// Starts a call on GPU memory.
+    #[track_caller]
     fn on_lane<'b>(&mut self, plan: &Plan, memory: Memory) -> Result<Work<'b>> {
         let call = self.begin(plan, memory, None)?;
         Ok(Work::new(self.core(), call, None).on(self.lane_for(plan, true).as_ref()))
@@ -444,6 +461,7 @@ impl Group {
     }
 
     /// Starts a call whose in-place form is made here: `input` at byte `at` of it.
+    #[track_caller]
     fn placed<'b>(
         &mut self,
         plan: &Plan,
@@ -460,6 +478,7 @@ impl Group {
         Ok(self.work(plan, call, output))
     }
 
+    #[track_caller]
     fn message<T: Element>(
         &mut self,
         op: Op,
@@ -486,7 +505,9 @@ impl Group {
             tag: next.tag,
         };
         let timeout = next.timeout.unwrap_or(self.options.timeout);
-        let call = Call::new(record, T::DTYPE, None, bytes, 1, false, timeout, memory);
+        let entry = self.recorded(&record);
+        let mut call = Call::new(record, T::DTYPE, None, bytes, 1, false, timeout, memory);
+        call.entry = entry;
         let on_device = self.on_device(&call)?;
         Ok(Arc::new(call.on_device(on_device)))
     }

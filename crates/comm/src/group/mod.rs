@@ -2,13 +2,15 @@
 
 mod collectives;
 
+use std::panic::Location;
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::backend::host::call::{Call, Memory};
 use crate::backend::host::core::Core;
-use crate::backend::host::region::RegionMemory;
 use crate::backend::host::liveness::Liveness;
+use crate::backend::host::region::RegionMemory;
 use crate::backend::host::{board, setup};
 use crate::backend::lane::Lane;
 use crate::backend::nccl::memory::DeviceMemory;
@@ -19,6 +21,7 @@ use crate::dtype::{DType, Element};
 use crate::environment::{HostLink, World};
 use crate::error::{Error, Result};
 use crate::fingerprint::{CallRecord, Op};
+use crate::recorder::{self, Entry, FlightRecord};
 use crate::reduce_op::Reduction;
 use crate::region::{Region, Stream};
 use crate::rendezvous::{Meeting, Store};
@@ -99,6 +102,14 @@ impl GroupOptions {
     }
 }
 
+/// What the flight recorder calls this group and this rank.
+#[derive(Debug, Clone, Copy)]
+struct Track {
+    group: u64,
+    /// In the group of all ranks.
+    rank: usize,
+}
+
 /// What applies to the next call only.
 #[derive(Debug, Default)]
 struct Next {
@@ -138,6 +149,7 @@ pub struct Group {
     /// Collectives started so far.
     started: u64,
     next: Next,
+    track: Track,
     /// Kept: where this rank hosts the store, it goes on answering (and refusing) late comers.
     store: Option<Arc<dyn Store>>,
     /// Who moves the data, where the host backend does not.
@@ -159,7 +171,7 @@ impl Group {
     pub fn from_environment(options: GroupOptions) -> Result<Self> {
         let world = World::from_env()?;
         if world.world_size == 1 {
-            return Self::over(world, options, &mut |_, _| Ok(Vec::new()));
+            return Self::root(world, options, &mut |_, _| Ok(Vec::new()));
         }
         let deadline = Instant::now() + options.connect_timeout;
         let store = crate::rendezvous::connect(&world, deadline)?;
@@ -174,7 +186,7 @@ impl Group {
     pub fn new(world: World, store: Arc<dyn Store>, options: GroupOptions) -> Result<Self> {
         let (rank, world_size) = (world.rank, world.world_size);
         let attempt = world.restart_count;
-        let mut group = Self::over(world, options, &mut |mine, deadline| {
+        let mut group = Self::root(world, options, &mut |mine, deadline| {
             let (what, name) = ("the group of all ranks", format!("phalanx/{attempt}/group/card"));
             let meeting = Meeting { what, name: &name, rank, world_size };
             meeting.join(&*store, mine, deadline).map_err(Error::from)
@@ -189,7 +201,17 @@ impl Group {
     ///
     /// The system has no memory or file descriptors left.
     pub fn single(options: GroupOptions) -> Result<Self> {
-        Self::over(World::single(), options, &mut |_, _| Ok(Vec::new()))
+        Self::root(World::single(), options, &mut |_, _| Ok(Vec::new()))
+    }
+
+    /// A group that is no part of another: its ranks are those of the flight recorder.
+    fn root(
+        world: World,
+        options: GroupOptions,
+        exchange: &mut setup::Exchange<'_>,
+    ) -> Result<Self> {
+        recorder::begin(world.rank, world.world_size);
+        Self::over(world, options, exchange)
     }
 
     fn over(
@@ -197,6 +219,7 @@ impl Group {
         options: GroupOptions,
         exchange: &mut setup::Exchange<'_>,
     ) -> Result<Self> {
+        let rank = world.rank;
         let link = options.host_link.unwrap_or(world.host_link);
         // Below a heartbeat nobody would live, and no heartbeat at all would be a busy thread.
         let heartbeat = options.heartbeat.max(Duration::from_millis(1));
@@ -213,6 +236,7 @@ impl Group {
             regions: 0,
             started: 0,
             next: Next::default(),
+            track: Track { group: recorder::WORLD, rank },
             store: None,
             lane: None,
             gpu: None,
@@ -344,6 +368,7 @@ impl Group {
     /// # Errors
     ///
     /// The lengths or types differ between ranks, the group is dead, or there is no memory left.
+    #[track_caller]
     pub fn allocate<T: Element>(&mut self, len: usize) -> Result<Region<T>> {
         let Some(gpu) = self.gpu.clone() else { return self.allocate_on_host(len) };
         self.agree(Op::Allocate, T::DTYPE, len)?;
@@ -361,6 +386,7 @@ impl Group {
     /// # Errors
     ///
     /// As [`Group::allocate`].
+    #[track_caller]
     pub fn allocate_on_host<T: Element>(&mut self, len: usize) -> Result<Region<T>> {
         let deadline = Instant::now() + self.next.timeout.unwrap_or(self.options.timeout);
         self.agree(Op::Allocate, T::DTYPE, len)?;
@@ -378,6 +404,7 @@ impl Group {
     /// # Errors
     ///
     /// The group is dead, or the ranks of the new one could not connect.
+    #[track_caller]
     pub fn split(&mut self, color: Option<u32>, key: i32) -> Result<Option<Self>> {
         let mut mine = [0; 9];
         mine[0] = u8::from(color.is_some());
@@ -397,6 +424,7 @@ impl Group {
         let places = self.places()?;
         let world = self.part(&members, &places);
         let options = self.options.clone();
+        let track = Track { group: self.part_number(color), ..self.track };
         // Ranks that join no group still take part in the exchange of cards.
         let Some(world) = world else {
             drop(self.all_gather_bytes(&[])?);
@@ -404,16 +432,32 @@ impl Group {
         };
         if world.world_size == 1 {
             drop(self.all_gather_bytes(&[])?);
-            return Self::over(world, options, &mut |_, _| Ok(Vec::new())).map(Some);
+            let group = Self::over(world, options, &mut |_, _| Ok(Vec::new()));
+            return group.map(|group| Some(group.tracked(track)));
         }
         let group = Self::over(world, options, &mut |card, _| {
             let cards = self.all_gather_bytes(card)?;
             Ok(members.iter().map(|member| cards[*member].clone()).collect())
         });
-        group.map(Some)
+        group.map(|group| Some(group.tracked(track)))
+    }
+
+    fn tracked(mut self, track: Track) -> Self {
+        self.core.peers.lineage.store(track.group, Ordering::Relaxed);
+        self.track = track;
+        self
+    }
+
+    /// What the members of a part of this group call it, whatever other groups each has made.
+    fn part_number(&self, color: Option<u32>) -> u64 {
+        let color = u64::from(color.unwrap_or(0));
+        let place = self.track.group.rotate_left(29) ^ self.started << 32 ^ color;
+        // Odd, so that it is never that of all ranks.
+        place.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1
     }
 
     /// The node of every rank.
+    #[track_caller]
     fn places(&mut self) -> Result<Vec<u64>> {
         let mut nodes = vec![0_u64; self.world_size()];
         let node = self.world.node_rank as u64;
@@ -451,6 +495,7 @@ impl Group {
     /// # Errors
     ///
     /// As [`Group::split`].
+    #[track_caller]
     pub fn duplicate(&mut self) -> Result<Self> {
         let rank = i32::try_from(self.rank()).unwrap_or(i32::MAX);
         let same = self.split(Some(0), rank)?;
@@ -475,6 +520,7 @@ impl Group {
     }
 
     /// Waits until every rank has called with the same arguments.
+    #[track_caller]
     fn agree(&mut self, op: Op, dtype: DType, len: usize) -> Result<()> {
         let plan = Plan { op, dtype: Some(dtype), len, ..Plan::nothing(op) };
         self.begin(&plan, Memory::Nothing, None)
@@ -486,7 +532,20 @@ impl Group {
         Arc::clone(&self.core)
     }
 
+    /// A line in the flight recorder for a call that starts.
+    #[track_caller]
+    fn recorded(&self, record: &CallRecord) -> Entry {
+        Entry::start(record, self.track.group, self.track.rank, Location::caller())
+    }
+
+    /// The last operations of this process, whatever group they were of; see [`recorder`].
+    #[must_use]
+    pub fn flight_record(&self) -> Option<FlightRecord> {
+        recorder::own()
+    }
+
     /// Starts a planned call on memory of its own or on `input`.
+    #[track_caller]
     fn begin(&mut self, plan: &Plan, memory: Memory, input: Option<&[u8]>) -> Result<Arc<Call>> {
         let next = std::mem::take(&mut self.next);
         if let Some(error) = self.core.peers.failure() {
@@ -506,8 +565,9 @@ impl Group {
             let memory = input.map_or(memory, |input| Memory::Private(input.to_vec()));
             return self.begin_on_lane(&lane, plan, record, timeout, memory);
         }
+        let entry = self.recorded(&record);
         let longest = Call::contribution_max(plan.op, plan.segment, plan.segments);
-        let call = Call::new(
+        let mut call = Call::new(
             record,
             plan.dtype.unwrap_or(DType::U8),
             plan.reduction,
@@ -517,6 +577,7 @@ impl Group {
             timeout,
             memory,
         );
+        call.entry = entry;
         let call = self.core.start(call, input)?;
         self.started += 1;
         Ok(call)
@@ -530,6 +591,7 @@ impl Group {
     }
 
     /// Starts a call whose header goes over the control plane and whose data over `lane`.
+    #[track_caller]
     fn begin_on_lane(
         &mut self,
         lane: &Lane,
@@ -542,7 +604,10 @@ impl Group {
         let (reduction, header) = (plan.reduction, record.clone());
         let check = Call::new(header, dtype, reduction, 0, 1, true, timeout, Memory::Nothing);
         let (segment, segments) = (plan.segment, plan.segments);
-        let call = Call::new(record, dtype, reduction, segment, segments, false, timeout, memory);
+        let entry = self.recorded(&record);
+        let mut call =
+            Call::new(record, dtype, reduction, segment, segments, false, timeout, memory);
+        call.entry = entry;
         let on_device = self.on_device(&call)?;
         let call = call.on_device(on_device);
         let check = self.core.start(check, None)?;

@@ -20,6 +20,7 @@ use crate::backend::nccl::transport::OnDevice;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::fingerprint::{CallRecord, Op};
+use crate::recorder::Entry;
 use crate::reduce_op::Reduction;
 
 /// Where the buffer is.
@@ -65,6 +66,8 @@ pub(crate) struct State {
 #[derive(Debug)]
 pub(crate) struct Call {
     pub(crate) record: CallRecord,
+    /// Its line in the flight recorder.
+    pub(crate) entry: Entry,
     pub(crate) fingerprint: u64,
     pub(crate) dtype: DType,
     pub(crate) reduction: Option<Reduction>,
@@ -112,6 +115,7 @@ impl Call {
             state: Mutex::new(State { memory, result: None }),
             done: AtomicBool::new(false),
             queued: AtomicBool::new(false),
+            entry: Entry::default(),
             record,
         }
     }
@@ -160,6 +164,7 @@ impl Call {
     }
 
     pub(crate) fn finish(&self, result: Result<()>) {
+        self.entry.end(result.is_ok());
         let mut state = self.lock();
         if state.result.is_none() {
             state.result = Some(result);

@@ -69,6 +69,8 @@ pub(crate) struct Peers {
     pub(crate) liveness: Liveness,
     pub(crate) wake: OwnedFd,
     pub(crate) points: Points,
+    /// The group, in a word that its ranks agree on: see [`crate::recorder`].
+    pub(crate) lineage: AtomicU64,
     failed: AtomicBool,
     failure: OnceLock<Error>,
     departures: Vec<Departure>,
@@ -108,6 +110,7 @@ impl Peers {
             data,
             liveness,
             wake,
+            lineage: AtomicU64::new(crate::recorder::WORLD),
             failed: AtomicBool::new(false),
             failure: OnceLock::new(),
             departures,
@@ -148,6 +151,9 @@ impl Peers {
     /// Records a failure that the others know of. `Some` when it is the first.
     pub(crate) fn fail_quietly(&self, error: Error) -> Option<Error> {
         let first = self.failure.set(error).is_ok();
+        if let (true, Some(error)) = (first, self.failure.get()) {
+            crate::recorder::failed(error, self.lineage.load(Ordering::Relaxed));
+        }
         self.failed.store(true, Ordering::Release);
         self.points.wake();
         self.parcel_came.notify_all();

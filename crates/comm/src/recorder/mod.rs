@@ -1,0 +1,144 @@
+//! The flight recorder: the last operations of this process, in memory that outlives it.
+//!
+//! Our launcher makes the memory (a memfd that it keeps) and names it in `PHALANX_FLIGHT_RECORDER`, so
+//! that it can be read after `kill -9`. The variable may also name a folder, where each process then
+//! keeps `flight-<pid>`; without it the record lives in the process, for
+//! [`Group::flight_record`](crate::Group::flight_record).
+//!
+//! Cost: a start is a fetch-add, a coarse clock and two cache lines; an end is a clock and one word.
+//!
+//! | file | what |
+//! |---|---|
+//! | `ring` | the memory, written with plain atomic stores |
+//! | `record` | pure: reading it |
+//! | `lineup` | pure: several ranks' records side by side |
+
+mod lineup;
+mod record;
+mod ring;
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsFd, OwnedFd};
+use std::panic::Location;
+use std::path::Path;
+use std::sync::OnceLock;
+
+pub use lineup::{lineup, summary};
+pub use record::{FlightRecord, Operation, OperationState, RecordedFailure};
+
+use crate::error::Error;
+use crate::fingerprint::CallRecord;
+use ring::Ring;
+
+/// The group of all ranks, in [`Operation::group`].
+pub const WORLD: u64 = 0;
+
+static RING: OnceLock<Option<Ring>> = OnceLock::new();
+
+/// Memory for a process's record, as the launcher makes it: the process opens it through
+/// `/proc/<launcher>/fd/<number>`.
+///
+/// # Errors
+///
+/// The system has no memory or no file descriptors left.
+pub fn memory() -> std::io::Result<File> {
+    let (fd, _) = crate::backend::host::mapping::create("phalanx-flight", record::BYTES)?;
+    Ok(File::from(fd))
+}
+
+/// Opens this process's record, once. A record that cannot be kept where it was asked for is kept in
+/// the process: no job ends over that.
+fn ring() -> Option<&'static Ring> {
+    let open = || {
+        let place = crate::environment::flight_recorder();
+        let kept = place.as_deref().map(|place| {
+            Ring::open(&file(place)?).inspect_err(|error| {
+                tracing::warn!(place = %place.display(), %error, "operations are recorded in this process only");
+            })
+        });
+        if let Some(Ok(ring)) = kept {
+            return Some(ring);
+        }
+        let ring = memory().and_then(|file| Ring::open(&OwnedFd::from(file)));
+        ring.inspect_err(|error| tracing::warn!(%error, "operations are not recorded")).ok()
+    };
+    RING.get_or_init(open).as_ref()
+}
+
+/// The file that `place` names: itself, or a new one in that folder.
+fn file(place: &Path) -> std::io::Result<OwnedFd> {
+    if !place.is_dir() {
+        return Ok(OpenOptions::new().read(true).write(true).open(place)?.into());
+    }
+    let path = place.join(format!("flight-{}", std::process::id()));
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path)?;
+    // Allocated now: a full disk would be a SIGBUS later.
+    let flags = rustix::fs::FallocateFlags::empty();
+    rustix::fs::fallocate(&file, flags, 0, record::BYTES as u64)?;
+    Ok(file.into())
+}
+
+/// Says which rank this process is.
+pub(crate) fn begin(rank: usize, world_size: usize) {
+    if let Some(ring) = ring() {
+        ring.identify(rank, world_size);
+    }
+}
+
+/// An operation that was recorded; nothing when it was not.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Entry(Option<u64>);
+
+impl Entry {
+    /// Records that `rank` starts an operation of `group`.
+    #[inline]
+    pub(crate) fn start(
+        record: &CallRecord,
+        group: u64,
+        rank: usize,
+        site: &'static Location<'static>,
+    ) -> Self {
+        let ring = RING.get().and_then(Option::as_ref);
+        Self(ring.map(|ring| ring.start(record, group, rank, site)))
+    }
+
+    /// Records its end.
+    #[inline]
+    pub(crate) fn end(self, well: bool) {
+        if let (Some(index), Some(Some(ring))) = (self.0, RING.get()) {
+            ring.end(index, well);
+        }
+    }
+}
+
+/// Records the first failure of a group.
+pub(crate) fn failed(error: &Error, group: u64) {
+    if let Some(Some(ring)) = RING.get() {
+        let blamed = error.blamed().filter(|_| group == WORLD);
+        ring.fail(&error.to_string(), blamed);
+    }
+}
+
+/// What this process has recorded.
+pub(crate) fn own() -> Option<FlightRecord> {
+    FlightRecord::decode(&ring()?.bytes())
+}
+
+impl FlightRecord {
+    /// Reads the record that [`memory`] or a folder's file holds. `None`: nothing was recorded.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read.
+    pub fn read(file: impl AsFd) -> std::io::Result<Option<Self>> {
+        let mut bytes = vec![0; record::BYTES];
+        let mut have = 0;
+        while have < bytes.len() {
+            match rustix::io::pread(&file, &mut bytes[have..], have as u64)? {
+                0 => return Ok(None),
+                count => have += count,
+            }
+        }
+        Ok(Self::decode(&bytes))
+    }
+}
