@@ -253,6 +253,7 @@ impl Group {
     /// # Errors
     ///
     /// As [`Group::all_to_all`]; a buffer is not on the GPU.
+    #[track_caller]
     pub fn all_to_all_on_device<'b, T: Element>(
         &mut self,
         input: impl Buffer<'b, T>,
@@ -306,6 +307,7 @@ impl Group {
     /// # Errors
     ///
     /// As [`Group::send`]; the memory is not on the GPU.
+    #[track_caller]
     pub fn send_from_device<'b, T: Element>(
         &mut self,
         message: impl Buffer<'b, T>,
