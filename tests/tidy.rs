@@ -16,6 +16,8 @@ const PURE: &[&str] = &[
     "crates/comm/src/algorithm",
     "crates/comm/src/fingerprint.rs",
     "crates/comm/src/kernel",
+    "crates/comm/src/recorder/lineup.rs",
+    "crates/comm/src/recorder/record.rs",
     "crates/comm/src/rendezvous/frame.rs",
     "crates/comm/src/rendezvous/handshake.rs",
     "crates/comm/src/rendezvous/table.rs",

@@ -28,6 +28,8 @@ pub enum Exit {
     Code(i32),
     /// By this signal.
     Signal(i32),
+    /// Not at all: it was still there when the others ended because of it.
+    Not,
 }
 
 /// A started rank.

@@ -3,6 +3,7 @@
 //! The line's form is the project's message contract: `error[PHX….]: who … | what is known … | help: …`.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -52,6 +53,25 @@ pub struct RankFailure {
     pub after: Duration,
     /// The last lines of its standard error, oldest first.
     pub last_lines: Vec<String>,
+    /// What the ranks' flight recorders add.
+    pub evidence: Evidence,
+}
+
+/// What is known of a failure beside its process.
+#[derive(Clone, Debug, Default)]
+pub struct Evidence {
+    /// The collective that the rank was in, or had finished last: `op=all_reduce seq=412 …`.
+    pub operation: Option<String>,
+    /// The rank that noticed first, and how long after the end of this one.
+    pub witness: Option<(usize, Option<Duration>)>,
+    /// What that rank's group said.
+    pub testimony: Option<String>,
+    /// Where every rank was, in one line.
+    pub lineup: Option<String>,
+    /// The file with every rank's last operations.
+    pub lineup_path: Option<PathBuf>,
+    /// The file with the rank's output.
+    pub log: Option<PathBuf>,
 }
 
 impl Report {
@@ -83,7 +103,9 @@ impl RankFailure {
     fn cause(&self) -> String {
         match self.exit {
             Exit::Signal(signal) => format!("died: signal {signal} ({})", signals::name(signal)),
+            Exit::Code(0) => "left early, with exit code 0".to_owned(),
             Exit::Code(code) => format!("ended with exit code {code}"),
+            Exit::Not => "failed the others and has not ended".to_owned(),
         }
     }
 
@@ -93,15 +115,18 @@ impl RankFailure {
             Exit::Signal(11 | 7) => "a memory fault in native code: a core dump or a debugger on this rank shows where",
             Exit::Signal(6) => "it aborted: its last lines say why",
             Exit::Code(101) => "it panicked: its last lines say where; RUST_BACKTRACE=1 shows the way there",
-            _ => "its last lines say why",
+            Exit::Code(0) => "every rank must run the same number of collectives before it ends",
+            Exit::Not => "what the others say of it names its state; a stopped process goes on with SIGCONT",
+            Exit::Code(_) | Exit::Signal(_) => "its last lines say why",
         }
     }
 
-    /// 0701: died by a signal; 0702: ended with an error.
+    /// 0701: died by a signal; 0702: ended with an error, or too early; 0703: did not end, but failed the others.
     const fn number(&self) -> &'static str {
         match self.exit {
             Exit::Signal(_) => "PHX0701",
             Exit::Code(_) => "PHX0702",
+            Exit::Not => "PHX0703",
         }
     }
 
@@ -111,7 +136,9 @@ impl RankFailure {
         let (exit_code, signal) = match self.exit {
             Exit::Code(code) => (Some(code), None),
             Exit::Signal(signal) => (None, Some(signal)),
+            Exit::Not => (None, None),
         };
+        let Evidence { operation, witness, testimony, lineup, lineup_path, log } = &self.evidence;
         serde_json::json!({
             "code": self.number(),
             "rank": self.rank,
@@ -121,6 +148,13 @@ impl RankFailure {
             "signal": signal,
             "after_s": self.after.as_secs_f64(),
             "last_lines": self.last_lines,
+            "operation": operation,
+            "first_seen_by": witness.map(|(rank, _)| rank),
+            "first_seen_after_s": witness.and_then(|(_, after)| after).map(|after| after.as_secs_f64()),
+            "testimony": testimony,
+            "lineup": lineup,
+            "lineup_path": lineup_path,
+            "log": log,
             "message": self.to_string(),
         })
         .to_string()
@@ -139,11 +173,40 @@ impl fmt::Display for RankFailure {
             f,
             "error[{number}]: rank {rank} on host {host} (pid {pid}) {cause} after {seconds:.1} s"
         )?;
+        self.evidence.fmt(f)?;
         let skipped = self.last_lines.len().saturating_sub(SHOWN_LINES);
         if !self.last_lines.is_empty() {
             write!(f, " | last lines: {}", self.last_lines[skipped..].join(" ⏎ "))?;
         }
         write!(f, " | help: {}", self.help())
+    }
+}
+
+impl fmt::Display for Evidence {
+    /// The parts of the line that are known, each after ` | `.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(operation) = &self.operation {
+            write!(f, " | {operation}")?;
+        }
+        if let Some((rank, after)) = self.witness {
+            write!(f, " | first seen by rank {rank}")?;
+            if let Some(after) = after {
+                write!(f, " after {:.2} s", after.as_secs_f64())?;
+            }
+        }
+        if let Some(testimony) = &self.testimony {
+            write!(f, ": {}", testimony.replace('\n', " ⏎ "))?;
+        }
+        if let Some(lineup) = &self.lineup {
+            write!(f, " | ranks: {lineup}")?;
+        }
+        if let Some(path) = &self.lineup_path {
+            write!(f, " | operations of all ranks: {}", path.display())?;
+        }
+        match &self.log {
+            Some(path) => write!(f, " | log: {}", path.display()),
+            None => Ok(()),
+        }
     }
 }
 
@@ -168,6 +231,7 @@ mod tests {
             pid: 811,
             exit,
             after: Duration::from_millis(3210),
+            evidence: Evidence::default(),
             last_lines: ["one", "two", "three", "four \"quoted\""].map(str::to_owned).to_vec(),
         }
     }
@@ -184,6 +248,19 @@ mod tests {
             "{line}"
         );
         assert!(!line.contains('\n') && line.contains("| help: "), "{line}");
+        let mut known = failure(Exit::Not);
+        known.evidence = Evidence {
+            operation: Some("op=all_reduce seq=412".to_owned()),
+            witness: Some((1, Some(Duration::from_millis(20)))),
+            testimony: Some("rank 2 not responding".to_owned()),
+            log: Some("run/rank2.log".into()),
+            ..Evidence::default()
+        };
+        let line_of_known = known.to_string();
+        assert!(
+            line_of_known.contains("(pid 811) failed the others and has not ended after 3.2 s | op=all_reduce seq=412 | first seen by rank 1 after 0.02 s: rank 2 not responding | log: run/rank2.log | last lines: "),
+            "{line_of_known}"
+        );
         let panicked = failure(Exit::Code(101)).to_string();
         assert!(panicked.contains("ended with exit code 101"), "{panicked}");
         assert!(panicked.contains("RUST_BACKTRACE=1"), "{panicked}");

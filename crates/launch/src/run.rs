@@ -8,11 +8,13 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use phalanx_comm::environment::{JobToken, LauncherEnvironment, World};
+use phalanx_comm::recorder;
 use phalanx_comm::rendezvous::{listen_address, Credentials, StoreServer};
 use sha2::{Digest as _, Sha256};
 
-use crate::error::LaunchError;
 use crate::gpus;
+use crate::error::{system, LaunchError};
+use crate::flight;
 use crate::lines::{Lines, Style, Tail};
 use crate::nodes::Nodes as NodeLink;
 use crate::options::{LaunchOptions, Prefix};
@@ -85,6 +87,7 @@ pub fn run(
     // Until here a Ctrl-C ends this process as any other: nothing was started that could stay behind.
     let signals = Signals::register()?;
     let mut supervisor = Supervisor::new(signals, link, host_name(), options.grace);
+    supervisor.lineup_path = logs.lineup(&job.run_id);
     let what = What { program, args, job: &job, logs: &logs };
     for place in plan.places(&ranks_of_nodes) {
         // An error here drops the ranks that are there already: see Supervisor's drop.
@@ -186,10 +189,13 @@ impl What<'_> {
             ErrorStream::Terminal => Style::Terminal(prefix.unwrap_or_default()),
             ErrorStream::Pipe => style.clone(),
         };
+        let flight = recorder::memory().map_err(system("memfd_create"))?;
+        let mut environment = environment(self.job, place);
+        environment.push(("PHALANX_FLIGHT_RECORDER", flight::path(&flight)));
         let process = Process::start(&Start {
             program: self.program,
             args: self.args,
-            environment: &environment(self.job, place),
+            environment: &environment,
             error_stream,
         })?;
         Ok(Rank {
@@ -198,6 +204,8 @@ impl What<'_> {
             lines: [Lines::new(style), Lines::new(error_style)],
             tail: Tail::default(),
             log: self.logs.of_rank(place.rank)?,
+            log_path: self.logs.path_of_rank(place.rank),
+            flight,
             ended: None,
         })
     }
@@ -217,9 +225,21 @@ impl Logs {
         Ok(Self { dir })
     }
 
+    fn path_of_rank(&self, rank: usize) -> Option<PathBuf> {
+        self.dir.as_ref().map(|dir| dir.join(format!("rank{rank}.log")))
+    }
+
+    /// Where the ranks' operations are put side by side when the job fails.
+    fn lineup(&self, run_id: &str) -> PathBuf {
+        let host = host_name();
+        match &self.dir {
+            Some(dir) => dir.join(format!("flight-{host}.txt")),
+            None => std::env::temp_dir().join(format!("phalanx-{run_id}-flight-{host}.txt")),
+        }
+    }
+
     fn of_rank(&self, rank: usize) -> Result<Option<File>, LaunchError> {
-        let Some(dir) = &self.dir else { return Ok(None) };
-        let path = dir.join(format!("rank{rank}.log"));
+        let Some(path) = self.path_of_rank(rank) else { return Ok(None) };
         File::create(&path).map(Some).map_err(|source| log_failed(&path, source))
     }
 

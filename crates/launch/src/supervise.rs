@@ -7,12 +7,15 @@ use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use phalanx_comm::recorder::FlightRecord;
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::process::Signal;
 
 use crate::error::{system, LaunchError};
+use crate::flight;
 use crate::guard::Guard;
 use crate::lines::{Lines, Tail};
 use crate::nodes::Nodes;
@@ -27,9 +30,20 @@ const KILL_MAX: Duration = Duration::from_secs(5);
 const DRAIN_MAX: Duration = Duration::from_millis(200);
 /// A rank that ended because a peer is gone may be seen before that peer.
 const CAUSE_WAIT: Duration = Duration::from_millis(500);
+/// What the others, who lose a peer in this moment, have to say is a part of the report.
+const WITNESS_WAIT: Duration = Duration::from_millis(100);
 const READ_BYTES: usize = 64 << 10;
 /// Reads of one stream before the others get their turn.
 const READS_PER_TURN: usize = 8;
+
+/// A rank's end.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ended {
+    pub(crate) exit: Exit,
+    pub(crate) at: Instant,
+    /// The same moment on the clock of the flight recorders.
+    pub(crate) clock_ns: u64,
+}
 
 /// A rank under supervision.
 #[derive(Debug)]
@@ -39,7 +53,10 @@ pub(crate) struct Rank {
     pub(crate) lines: [Lines; 2],
     pub(crate) tail: Tail,
     pub(crate) log: Option<File>,
-    pub(crate) ended: Option<(Exit, Instant)>,
+    pub(crate) log_path: Option<PathBuf>,
+    /// What the rank has recorded of its operations.
+    pub(crate) flight: File,
+    pub(crate) ended: Option<Ended>,
 }
 
 /// How far the job's end has come.
@@ -60,6 +77,8 @@ pub(crate) struct Supervisor {
     pub(crate) nodes: Option<Nodes>,
     pub(crate) host: String,
     pub(crate) grace: Duration,
+    /// Where the ranks' operations are written when the job fails.
+    pub(crate) lineup_path: PathBuf,
     pub(crate) started: Instant,
     state: State,
 }
@@ -97,6 +116,7 @@ impl Supervisor {
             nodes,
             host,
             grace,
+            lineup_path: PathBuf::new(),
             started: Instant::now(),
             state: State { stage: Stage::Running, suspect: None, failure: None, ended_by: None },
         }
@@ -322,7 +342,8 @@ impl Supervisor {
         for at in 0..self.ranks.len() {
             if self.ranks[at].ended.is_none() {
                 if let Some(exit) = self.ranks[at].process.collect()? {
-                    self.ranks[at].ended = Some((exit, now));
+                    let clock_ns = flight::clock_ns();
+                    self.ranks[at].ended = Some(Ended { exit, at: now, clock_ns });
                     self.read(at);
                     self.suspect(at, exit, now);
                 }
@@ -341,10 +362,15 @@ impl Supervisor {
     }
 
     fn suspect(&mut self, at: usize, exit: Exit, now: Instant) {
-        let suspicion = suspicion(exit);
+        let record = self.ranks[at].record();
+        let suspicion = suspicion(exit, record.as_ref().is_some_and(flight::accuses));
         let other = self.state.suspect.map_or(0, |suspect| suspect.suspicion);
         if suspicion > other {
-            let wait = if suspicion == CONSEQUENCE { CAUSE_WAIT } else { Duration::ZERO };
+            let wait = match record {
+                _ if suspicion == CONSEQUENCE => CAUSE_WAIT,
+                Some(_) => WITNESS_WAIT,
+                None => Duration::ZERO,
+            };
             self.state.suspect = Some(Suspect { suspicion, at, decide_at: now + wait });
         }
     }
@@ -369,8 +395,9 @@ impl Supervisor {
     }
 
     fn failure_of(&mut self, at: usize) -> RankFailure {
-        let rank = &mut self.ranks[at];
-        let (exit, when) = rank.ended.unwrap_or((Exit::Code(-1), self.started));
+        let finding = flight::investigate(&self.ranks, at, &self.lineup_path);
+        let rank = &mut self.ranks[finding.culprit];
+        let (exit, when) = rank.ended.map_or((Exit::Not, Instant::now()), |end| (end.exit, end.at));
         RankFailure {
             rank: rank.number,
             host: self.host.clone(),
@@ -378,6 +405,7 @@ impl Supervisor {
             exit,
             after: when.saturating_duration_since(self.started),
             last_lines: rank.tail.lines(),
+            evidence: finding.evidence,
         }
     }
 
@@ -436,10 +464,12 @@ const CONSEQUENCE: u8 = 1;
 
 /// Of ranks that failed in the same instant, the likeliest cause: a death by signal or a panic before an ordinary error,
 /// and that before "a peer is gone" (69) or "timed out" (124), which are consequences.
-const fn suspicion(exit: Exit) -> u8 {
+const fn suspicion(exit: Exit, accuses_another: bool) -> u8 {
     match exit {
-        Exit::Code(0) => 0,
+        Exit::Code(0) | Exit::Not => 0,
         Exit::Code(69 | 124) => CONSEQUENCE,
+        // A panic or an abort over an error that names another rank is no cause either.
+        Exit::Code(_) | Exit::Signal(6) if accuses_another => CONSEQUENCE,
         Exit::Code(101) => 3,
         Exit::Code(_) => 2,
         Exit::Signal(_) => 4,
@@ -447,6 +477,14 @@ const fn suspicion(exit: Exit) -> u8 {
 }
 
 impl Rank {
+    /// What it has recorded, if it ran a group at all.
+    pub(crate) fn record(&self) -> Option<FlightRecord> {
+        FlightRecord::read(&self.flight).unwrap_or_else(|error| {
+            tracing::warn!(rank = self.number, %error, "its flight recorder cannot be read");
+            None
+        })
+    }
+
     fn keep(&mut self, stream: Stream, bytes: &[u8]) {
         if stream == Stream::Error {
             self.tail.push(bytes);
@@ -459,7 +497,7 @@ impl Rank {
 
     /// When an ended rank's open streams are given up.
     fn drain_until(&self) -> Option<Instant> {
-        let (_, when) = self.ended?;
+        let when = self.ended?.at;
         self.process.streams.iter().any(Option::is_some).then(|| when + DRAIN_MAX)
     }
 }

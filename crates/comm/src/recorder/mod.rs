@@ -52,14 +52,14 @@ fn ring() -> Option<&'static Ring> {
     let open = || {
         let place = crate::environment::flight_recorder();
         let kept = place.as_deref().map(|place| {
-            Ring::open(&file(place)?).inspect_err(|error| {
+            Ring::open(file(place)?).inspect_err(|error| {
                 tracing::warn!(place = %place.display(), %error, "operations are recorded in this process only");
             })
         });
         if let Some(Ok(ring)) = kept {
             return Some(ring);
         }
-        let ring = memory().and_then(|file| Ring::open(&OwnedFd::from(file)));
+        let ring = memory().and_then(|file| Ring::open(OwnedFd::from(file)));
         ring.inspect_err(|error| tracing::warn!(%error, "operations are not recorded")).ok()
     };
     RING.get_or_init(open).as_ref()

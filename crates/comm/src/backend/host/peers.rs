@@ -151,8 +151,8 @@ impl Peers {
     /// Records a failure that the others know of. `Some` when it is the first.
     pub(crate) fn fail_quietly(&self, error: Error) -> Option<Error> {
         let first = self.failure.set(error).is_ok();
-        if let (true, Some(error)) = (first, self.failure.get()) {
-            crate::recorder::failed(error, self.lineage.load(Ordering::Relaxed));
+        if let (true, Some(failure)) = (first, self.failure.get()) {
+            crate::recorder::failed(failure, self.lineage.load(Ordering::Relaxed));
         }
         self.failed.store(true, Ordering::Release);
         self.points.wake();
