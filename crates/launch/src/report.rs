@@ -54,7 +54,7 @@ pub struct RankFailure {
     /// The last lines of its standard error, oldest first.
     pub last_lines: Vec<String>,
     /// What the ranks' flight recorders add.
-    pub evidence: Evidence,
+    pub evidence: Box<Evidence>,
 }
 
 /// What is known of a failure beside its process.
@@ -138,7 +138,7 @@ impl RankFailure {
             Exit::Signal(signal) => (None, Some(signal)),
             Exit::Not => (None, None),
         };
-        let Evidence { operation, witness, testimony, lineup, lineup_path, log } = &self.evidence;
+        let Evidence { operation, witness, testimony, lineup, lineup_path, log } = &*self.evidence;
         serde_json::json!({
             "code": self.number(),
             "rank": self.rank,
@@ -231,7 +231,7 @@ mod tests {
             pid: 811,
             exit,
             after: Duration::from_millis(3210),
-            evidence: Evidence::default(),
+            evidence: Box::default(),
             last_lines: ["one", "two", "three", "four \"quoted\""].map(str::to_owned).to_vec(),
         }
     }
@@ -249,13 +249,13 @@ mod tests {
         );
         assert!(!line.contains('\n') && line.contains("| help: "), "{line}");
         let mut known = failure(Exit::Not);
-        known.evidence = Evidence {
+        known.evidence = Box::new(Evidence {
             operation: Some("op=all_reduce seq=412".to_owned()),
             witness: Some((1, Some(Duration::from_millis(20)))),
             testimony: Some("rank 2 not responding".to_owned()),
             log: Some("run/rank2.log".into()),
             ..Evidence::default()
-        };
+        });
         let line_of_known = known.to_string();
         assert!(
             line_of_known.contains("(pid 811) failed the others and has not ended after 3.2 s | op=all_reduce seq=412 | first seen by rank 1 after 0.02 s: rank 2 not responding | log: run/rank2.log | last lines: "),

@@ -405,7 +405,7 @@ impl Supervisor {
             exit,
             after: when.saturating_duration_since(self.started),
             last_lines: rank.tail.lines(),
-            evidence: finding.evidence,
+            evidence: Box::new(finding.evidence),
         }
     }
 
