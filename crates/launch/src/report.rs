@@ -249,13 +249,13 @@ mod tests {
         );
         assert!(!line.contains('\n') && line.contains("| help: "), "{line}");
         let mut known = failure(Exit::Not);
-        known.evidence = Box::new(Evidence {
+        *known.evidence = Evidence {
             operation: Some("op=all_reduce seq=412".to_owned()),
             witness: Some((1, Some(Duration::from_millis(20)))),
             testimony: Some("rank 2 not responding".to_owned()),
             log: Some("run/rank2.log".into()),
             ..Evidence::default()
-        });
+        };
         let line_of_known = known.to_string();
         assert!(
             line_of_known.contains("(pid 811) failed the others and has not ended after 3.2 s | op=all_reduce seq=412 | first seen by rank 1 after 0.02 s: rank 2 not responding | log: run/rank2.log | last lines: "),
