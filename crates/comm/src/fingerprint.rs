@@ -127,6 +127,19 @@ impl std::fmt::Display for CallRecord {
 /// The names of the reductions, by the code that travels; 0 is none.
 const REDUCTIONS: [&str; 7] = ["", "sum", "min", "max", "product", "avg", "scaled sum"];
 
+/// A comparison of constants, several times as quick as a search.
+fn reduction_code(name: &str) -> u8 {
+    match name {
+        "sum" => 1,
+        "min" => 2,
+        "max" => 3,
+        "product" => 4,
+        "avg" => 5,
+        "scaled sum" => 6,
+        _ => 0,
+    }
+}
+
 /// The record's fixed form: 16 bytes of head, then the tag. Little-endian.
 pub(crate) const RECORD_BYTES: usize = 32 + 1 + TAG_BYTES_MAX;
 
@@ -157,8 +170,7 @@ impl CallRecord {
         let mut bytes = [0; RECORD_BYTES];
         bytes[0] = self.op as u8;
         bytes[1] = self.dtype.map_or(0, |dtype| dtype as u8);
-        let reduction = REDUCTIONS.iter().position(|name| *name == self.reduction).unwrap_or(0);
-        bytes[2] = u8::try_from(reduction).unwrap_or(0);
+        bytes[2] = reduction_code(self.reduction);
         bytes[8..16].copy_from_slice(&self.seq.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.len.to_le_bytes());
         let root = self.root.map_or(u64::MAX, |root| root as u64);
@@ -217,6 +229,13 @@ mod tests {
         let back = CallRecord::decode(&long.encode()).unwrap();
         assert_eq!(back.tag, "é".repeat(23));
         assert_eq!(back.root, None);
+    }
+
+    #[test]
+    fn every_reduction_has_the_code_of_its_place() {
+        for (code, name) in (0..).zip(REDUCTIONS) {
+            assert_eq!(reduction_code(name), code, "{name}");
+        }
     }
 
     #[test]

@@ -507,9 +507,8 @@ impl Group {
             tag: next.tag,
         };
         let timeout = next.timeout.unwrap_or(self.options.timeout);
-        let entry = self.recorded(&record);
         let mut call = Call::new(record, T::DTYPE, None, bytes, 1, false, timeout, memory);
-        call.entry = entry;
+        call.entry = self.recorded(&call);
         let on_device = self.on_device(&call)?;
         Ok(Arc::new(call.on_device(on_device)))
     }

@@ -534,8 +534,8 @@ impl Group {
 
     /// A line in the flight recorder for a call that starts.
     #[track_caller]
-    fn recorded(&self, record: &CallRecord) -> Entry {
-        Entry::start(record, self.track.group, self.track.rank, Location::caller())
+    fn recorded(&self, call: &Call) -> Entry {
+        Entry::start(&call.encoded, self.track.group, self.track.rank, Location::caller())
     }
 
     /// The last operations of this process, whatever group they were of; see [`recorder`].
@@ -565,7 +565,6 @@ impl Group {
             let memory = input.map_or(memory, |input| Memory::Private(input.to_vec()));
             return self.begin_on_lane(&lane, plan, record, timeout, memory);
         }
-        let entry = self.recorded(&record);
         let longest = Call::contribution_max(plan.op, plan.segment, plan.segments);
         let mut call = Call::new(
             record,
@@ -577,7 +576,7 @@ impl Group {
             timeout,
             memory,
         );
-        call.entry = entry;
+        call.entry = self.recorded(&call);
         let call = self.core.start(call, input)?;
         self.started += 1;
         Ok(call)
@@ -604,10 +603,9 @@ impl Group {
         let (reduction, header) = (plan.reduction, record.clone());
         let check = Call::new(header, dtype, reduction, 0, 1, true, timeout, Memory::Nothing);
         let (segment, segments) = (plan.segment, plan.segments);
-        let entry = self.recorded(&record);
         let mut call =
             Call::new(record, dtype, reduction, segment, segments, false, timeout, memory);
-        call.entry = entry;
+        call.entry = self.recorded(&call);
         let on_device = self.on_device(&call)?;
         let call = call.on_device(on_device);
         let check = self.core.start(check, None)?;

@@ -106,6 +106,8 @@ pub fn lineup(records: &[FlightRecord]) -> String {
         for operation in &record.operations[skipped..] {
             let state = match operation.state {
                 OperationState::Started => "not ended".to_owned(),
+                OperationState::Finished(0) => "finished".to_owned(),
+                OperationState::Failed(0) => "failed".to_owned(),
                 OperationState::Finished(at) => format!("finished {}", before(end, at)),
                 OperationState::Failed(at) => format!("failed {}", before(end, at)),
             };

@@ -5,7 +5,8 @@
 //! keeps `flight-<pid>`; without it the record lives in the process, for
 //! [`Group::flight_record`](crate::Group::flight_record).
 //!
-//! Cost: a start is a fetch-add, a coarse clock and two cache lines; an end is a clock and one word.
+//! Cost: a start is a fetch-add, a coarse clock and two cache lines; an end is one word, and the clock
+//! for operations that are not small.
 //!
 //! | file | what |
 //! |---|---|
@@ -27,7 +28,7 @@ pub use lineup::{lineup, summary};
 pub use record::{FlightRecord, Operation, OperationState, RecordedFailure};
 
 use crate::error::Error;
-use crate::fingerprint::CallRecord;
+use crate::fingerprint::RECORD_BYTES;
 use ring::Ring;
 
 /// The group of all ranks, in [`Operation::group`].
@@ -93,7 +94,7 @@ impl Entry {
     /// Records that `rank` starts an operation of `group`.
     #[inline]
     pub(crate) fn start(
-        record: &CallRecord,
+        record: &[u8; RECORD_BYTES],
         group: u64,
         rank: usize,
         site: &'static Location<'static>,
@@ -104,9 +105,9 @@ impl Entry {
 
     /// Records its end.
     #[inline]
-    pub(crate) fn end(self, well: bool) {
+    pub(crate) fn end(self, well: bool, timed: bool) {
         if let (Some(index), Some(Some(ring))) = (self.0, RING.get()) {
-            ring.end(index, well);
+            ring.end(index, well, timed);
         }
     }
 }

@@ -102,9 +102,9 @@ pub struct Operation {
 pub enum OperationState {
     /// Started, not ended.
     Started,
-    /// Ended well, at this time.
+    /// Ended well, at this time; 0 where that was not noted, of small operations.
     Finished(u64),
-    /// Failed, at this time.
+    /// Failed, at this time; 0 likewise.
     Failed(u64),
 }
 

@@ -15,7 +15,7 @@ use super::record::{
     WORLD_SIZE_AT,
 };
 use crate::backend::host::mapping::{self, Mapping};
-use crate::fingerprint::CallRecord;
+use crate::fingerprint::RECORD_BYTES;
 
 /// Sites that collide look at so many places.
 const PROBES: usize = 8;
@@ -67,7 +67,7 @@ impl Ring {
 
     pub(super) fn start(
         &self,
-        record: &CallRecord,
+        record: &[u8; RECORD_BYTES],
         group: u64,
         rank: usize,
         site: &'static Location<'static>,
@@ -81,17 +81,19 @@ impl Ring {
         let place = (rank as u64) << 32 | self.site(site);
         entry[PLACE].store(place, Ordering::Relaxed);
         entry[GROUP].store(group, Ordering::Relaxed);
-        store_bytes(&entry[CALL..], &record.encode());
+        store_bytes(&entry[CALL..], record);
         entry[STAMP].store(index + 1, Ordering::Release);
         index
     }
 
-    pub(super) fn end(&self, index: u64, well: bool) {
+    /// `timed`: with the time.
+    pub(super) fn end(&self, index: u64, well: bool, timed: bool) {
         let entry = entry(self.words(), index);
         // An entry that another operation has taken meanwhile is not ours to change.
         if entry[STAMP].load(Ordering::Relaxed) == index + 1 {
             let outcome = if well { ENDED_WELL } else { ENDED_BADLY };
-            entry[ENDED].store(now_ns() & !3 | outcome, Ordering::Relaxed);
+            let at = if timed { now_ns() & !3 } else { 0 };
+            entry[ENDED].store(at | outcome, Ordering::Relaxed);
         }
     }
 
@@ -166,7 +168,7 @@ fn store_bytes(words: &[AtomicU64], bytes: &[u8]) {
 mod tests {
     use super::*;
     use crate::dtype::DType;
-    use crate::fingerprint::Op;
+    use crate::fingerprint::{CallRecord, Op};
     use crate::recorder::{FlightRecord, OperationState};
 
     fn record(seq: u64) -> CallRecord {
@@ -195,11 +197,11 @@ mod tests {
     fn operations_are_read_back_with_their_call_sites() {
         let ring = ring();
         let here = Location::caller();
-        let first = ring.start(&record(0), 7, 2, here);
-        ring.start(&record(1), 7, 2, here);
-        let third = ring.start(&record(2), 7, 2, here);
-        ring.end(first, true);
-        ring.end(third, false);
+        let first = ring.start(&record(0).encode(), 7, 2, here);
+        ring.start(&record(1).encode(), 7, 2, here);
+        let third = ring.start(&record(2).encode(), 7, 2, here);
+        ring.end(first, true, true);
+        ring.end(third, false, false);
         let back = read(&ring);
         assert_eq!((back.rank, back.world_size, back.started), (2, 4, 3));
         assert_eq!(back.pid, std::process::id());
@@ -207,7 +209,7 @@ mod tests {
         assert_eq!(calls, [record(0), record(1), record(2)]);
         assert!(matches!(back.operations[0].state, OperationState::Finished(at) if at > 0));
         assert_eq!(back.operations[1].state, OperationState::Started);
-        assert!(matches!(back.operations[2].state, OperationState::Failed(_)));
+        assert!(matches!(back.operations[2].state, OperationState::Failed(0)));
         let site = &back.operations[0].site;
         assert_eq!(*site, format!("{}:{}", here.file(), here.line()));
         assert!(back.operations.iter().all(|op| (op.rank, op.group) == (2, 7)));
@@ -216,11 +218,11 @@ mod tests {
     #[test]
     fn the_last_2048_operations_are_kept_and_old_ends_change_nothing() {
         let ring = ring();
-        let early = ring.start(&record(0), 0, 2, Location::caller());
+        let early = ring.start(&record(0).encode(), 0, 2, Location::caller());
         for seq in 1..5000 {
-            ring.start(&record(seq), 0, 2, Location::caller());
+            ring.start(&record(seq).encode(), 0, 2, Location::caller());
         }
-        ring.end(early, true);
+        ring.end(early, true, true);
         let back = read(&ring);
         assert_eq!(back.started, 5000);
         let seqs: Vec<u64> = back.operations.iter().map(|op| op.call.seq).collect();

@@ -1,6 +1,11 @@
 //! A program that starts its own ranks, and does in them what the tests ask for.
 
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program that talks to its test")]
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::exit,
+    reason = "a program that talks to its test"
+)]
 
 use std::process::{Command, ExitCode};
 use std::thread;
@@ -9,6 +14,7 @@ use std::time::{Duration, Instant};
 use clap::{Parser, ValueEnum};
 use phalanx_comm::environment::World;
 use phalanx_comm::rendezvous::{connect, join};
+use phalanx_comm::{Group, GroupOptions, Sum};
 use phalanx_launch::{launch_or_join, Joined, LaunchArgs};
 use rustix::process::{getpid, kill_process, Signal};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
@@ -26,6 +32,9 @@ struct Args {
     /// The exit code of `--act exit`.
     #[arg(long, default_value_t = 1)]
     code: u8,
+    /// What goes wrong in `--act group`.
+    #[arg(long, value_enum)]
+    fault: Option<Fault>,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -47,10 +56,32 @@ enum Act {
     Exit,
     /// The chosen rank dies, and the others notice and end with "a peer is gone".
     Cascade,
+    /// Every rank runs collectives; the chosen one does what `--fault` says in the middle of them.
+    Group,
     /// Every rank ends well when asked to.
     Polite,
     /// Rank 0 shows a progress bar while the others talk.
     Bar,
+}
+
+/// What goes wrong in the middle of collectives.
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Fault {
+    Kill,
+    Abort,
+    Segv,
+    Panic,
+    /// Leaves without a word.
+    Exit,
+    /// Ends its part in good order.
+    Leave,
+    Error,
+    /// Is stopped (by itself, so that the test needs no pid).
+    Stop,
+    /// Calls another collective than the others.
+    Other,
+    /// Goes on without a collective.
+    Idle,
 }
 
 /// Longer than any test waits.
@@ -117,6 +148,7 @@ fn work(args: &Args) -> ExitCode {
             return ExitCode::from(args.code);
         }
         Act::Cascade => return cascade(&world, is_chosen),
+        Act::Group => return group(args.fault.filter(|_| is_chosen)),
         Act::Kill | Act::Panic | Act::Exit => wait(),
     }
     ExitCode::SUCCESS
@@ -161,6 +193,39 @@ fn cascade(world: &World, is_chosen: bool) -> ExitCode {
     store.get("dying", deadline).expect("it is set");
     eprintln!("a peer is gone");
     ExitCode::from(69)
+}
+
+/// Steps until something fails; a rank that sees an error of the group panics over it, as many programs do.
+fn group(fault: Option<Fault>) -> ExitCode {
+    let options = GroupOptions::default().with_timeout(Duration::from_secs(2));
+    let mut group = Group::from_environment(options).expect("the ranks meet");
+    for step in 0..1000 {
+        if step == 40 {
+            match fault {
+                None => {}
+                Some(Fault::Kill) => kill_process(getpid(), Signal::KILL).expect("own process"),
+                Some(Fault::Stop) => kill_process(getpid(), Signal::STOP).expect("own process"),
+                Some(Fault::Segv) => kill_process(getpid(), Signal::SEGV).expect("own process"),
+                Some(Fault::Abort) => std::process::abort(),
+                Some(Fault::Panic) => panic!("rank {} is out of paper", group.rank()),
+                Some(Fault::Exit) => std::process::exit(0),
+                Some(Fault::Leave) => return ExitCode::SUCCESS,
+                Some(Fault::Error) => {
+                    eprintln!("cannot go on");
+                    return ExitCode::from(65);
+                }
+                Some(Fault::Other) => {
+                    let work = group.tagged("other").barrier().expect("a start");
+                    work.wait().expect("a barrier");
+                }
+                Some(Fault::Idle) => pause(LONG),
+            }
+        }
+        let mut values = vec![1.0_f32; 10_000];
+        let work = group.tagged("bucket 3").all_reduce(&mut values[..], Sum).expect("a start");
+        work.wait().expect("a sum");
+    }
+    ExitCode::SUCCESS
 }
 
 fn environment(world: &World) {

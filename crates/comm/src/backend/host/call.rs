@@ -19,7 +19,7 @@ use super::region::RegionMemory;
 use crate::backend::nccl::transport::OnDevice;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::fingerprint::{CallRecord, Op};
+use crate::fingerprint::{CallRecord, Op, RECORD_BYTES};
 use crate::recorder::Entry;
 use crate::reduce_op::Reduction;
 
@@ -66,6 +66,8 @@ pub(crate) struct State {
 #[derive(Debug)]
 pub(crate) struct Call {
     pub(crate) record: CallRecord,
+    /// The record as it travels.
+    pub(crate) encoded: [u8; RECORD_BYTES],
     /// Its line in the flight recorder.
     pub(crate) entry: Entry,
     pub(crate) fingerprint: u64,
@@ -102,6 +104,7 @@ impl Call {
         memory: Memory,
     ) -> Self {
         Self {
+            encoded: record.encode(),
             fingerprint: record.fingerprint(reduction.map_or(0, Reduction::code)),
             root: record.root.unwrap_or(0),
             dtype,
@@ -164,7 +167,8 @@ impl Call {
     }
 
     pub(crate) fn finish(&self, result: Result<()>) {
-        self.entry.end(result.is_ok());
+        // Small ones would take as long to look at the clock.
+        self.entry.end(result.is_ok(), !self.inline);
         let mut state = self.lock();
         if state.result.is_none() {
             state.result = Some(result);

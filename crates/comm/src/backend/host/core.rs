@@ -180,7 +180,7 @@ impl Core {
             };
             super::inline::copy(from, board.payload(call.seq()), bytes);
         }
-        board.write_record(call.seq(), &call.record.encode());
+        board.write_record(call.seq(), &call.encoded);
         let (region, offset) = match &state.memory {
             Memory::Region { region, offset } => (region.id, *offset as u64),
             Memory::Nothing | Memory::Private(_) | Memory::Device { .. } => (0, 0),

@@ -127,7 +127,7 @@ fn encode(header: &Header, call: &Call) -> Vec<u8> {
     for word in [header.fingerprint, header.payload_bytes, header.region, header.offset] {
         frame.extend_from_slice(&word.to_le_bytes());
     }
-    frame.extend_from_slice(&call.record.encode());
+    frame.extend_from_slice(&call.encoded);
     frame
 }
 

@@ -1,0 +1,76 @@
+//! Faults in the middle of collectives, under the launcher: one line names the root cause, whatever the other ranks
+//! make of it, and a file shows where every rank was.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use support::{Finished, Job};
+
+/// A job of three whose rank 1 has `fault` at its 41st step; its report and the file that the report names.
+fn job(fault: &str) -> (Finished, String, Duration) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().display();
+    let start = Instant::now();
+    let args = format!("--nproc-per-node 3 --act group --rank 1 --fault {fault} --log-dir {path}");
+    let finished = Job::start(&args).finish();
+    let elapsed = start.elapsed();
+    let (_, named) = finished.report().split_once("operations of all ranks: ").expect("a file");
+    let file = named.split(" | ").next().expect("split gives one");
+    let lineup = std::fs::read_to_string(file).expect("the file is there");
+    (finished, lineup, elapsed)
+}
+
+/// The report blames rank 1, says `what`, and knows which collective it had reached.
+fn blames(fault: &str, code: i32, what: &[&str]) -> String {
+    let (finished, lineup, elapsed) = job(fault);
+    let report = finished.report();
+    assert!(report.contains("rank 1 on host "), "{fault}: {report}");
+    assert!(report.contains("op=all_reduce seq=39 tag=\"bucket 3\" bytes=40000"), "{report}");
+    assert!(report.contains("rank.rs:"), "the line of the call: {report}");
+    assert!(report.contains("| log: ") && report.contains("| help: "), "{report}");
+    for what in what {
+        assert!(report.contains(what), "{fault}: no {what:?} in {report}");
+    }
+    assert_eq!(finished.code, Some(code), "{fault}: {report}");
+    assert!(lineup.contains("rank 1 after all_reduce #39 \"bucket 3\""), "{fault}: {lineup}");
+    assert!(lineup.contains("rank 2 of 3 (pid "), "{lineup}");
+    assert!(elapsed < Duration::from_secs(8), "{fault}: {elapsed:?}");
+    lineup
+}
+
+#[test]
+fn deaths_are_named_with_their_operation_and_their_witness() {
+    let seen = "first seen by rank ";
+    let lineup = blames("kill", 70, &["PHX0701", "died: signal 9 (SIGKILL)", seen]);
+    assert!(lineup.contains("ranks 0,2 in all_reduce #40 \"bucket 3\""), "{lineup}");
+    blames("abort", 70, &["PHX0701", "died: signal 6 (SIGABRT)", seen]);
+    blames("segv", 70, &["PHX0701", "died: signal 11 (SIGSEGV)", seen]);
+}
+
+#[test]
+fn who_panics_over_a_lost_peer_does_not_hide_the_peer() {
+    blames("panic", 70, &["PHX0702", "ended with exit code 101", "out of paper"]);
+    blames("error", 65, &["PHX0702", "ended with exit code 65", "cannot go on"]);
+    let early = ["PHX0702", "left early, with exit code 0", "first seen by rank "];
+    blames("exit", 70, &early);
+    blames("leave", 70, &[&early[..], &["left the group after 40 collectives"]].concat());
+}
+
+#[test]
+fn a_stopped_rank_is_the_cause_though_it_never_ends() {
+    // Longer than a missed heartbeat, and the collective's own limit must not come first.
+    let text = blames("idle", 70, &["PHX0703", "has not ended", "2s passed on rank"]);
+    assert!(text.contains("rank 1 after"), "{text}");
+}
+
+#[test]
+fn a_rank_that_calls_something_else_is_shown_beside_the_others() {
+    let (finished, lineup, elapsed) = job("other");
+    let report = finished.report();
+    assert!(report.contains("barrier #40 \"other\""), "{report}");
+    assert!(report.contains("all_reduce #40 \"bucket 3\""), "{report}");
+    assert!(report.contains("rank 1 in barrier #40"), "{report}");
+    assert!(lineup.contains("ranks 0,2 in all_reduce #40"), "{lineup}");
+    assert!(elapsed < Duration::from_secs(3), "{elapsed:?}");
+}
