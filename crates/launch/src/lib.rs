@@ -42,8 +42,8 @@
 mod args;
 mod error;
 mod error_file;
-mod gpus;
 mod flight;
+mod gpus;
 mod guard;
 mod lines;
 mod nodes;

@@ -12,9 +12,9 @@ use phalanx_comm::recorder;
 use phalanx_comm::rendezvous::{listen_address, Credentials, StoreServer};
 use sha2::{Digest as _, Sha256};
 
-use crate::gpus;
 use crate::error::{system, LaunchError};
 use crate::flight;
+use crate::gpus;
 use crate::lines::{Lines, Style, Tail};
 use crate::nodes::Nodes as NodeLink;
 use crate::options::{LaunchOptions, Prefix};

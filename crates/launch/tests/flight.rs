@@ -9,7 +9,7 @@ use support::{Finished, Job};
 
 /// A job of three whose rank 1 has `fault` at its 41st step; its report and the file that the report names.
 fn job(fault: &str) -> (Finished, String, Duration) {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempfile::tempdir().expect("a folder");
     let path = dir.path().display();
     let start = Instant::now();
     let args = format!("--nproc-per-node 3 --act group --rank 1 --fault {fault} --log-dir {path}");
@@ -29,8 +29,8 @@ fn blames(fault: &str, code: i32, what: &[&str]) -> String {
     assert!(report.contains("op=all_reduce seq=39 tag=\"bucket 3\" bytes=40000"), "{report}");
     assert!(report.contains("rank.rs:"), "the line of the call: {report}");
     assert!(report.contains("| log: ") && report.contains("| help: "), "{report}");
-    for what in what {
-        assert!(report.contains(what), "{fault}: no {what:?} in {report}");
+    for part in what {
+        assert!(report.contains(part), "{fault}: no {part:?} in {report}");
     }
     assert_eq!(finished.code, Some(code), "{fault}: {report}");
     assert!(lineup.contains("rank 1 after all_reduce #39 \"bucket 3\""), "{fault}: {lineup}");

@@ -103,11 +103,21 @@ impl Entry {
         Self(ring.map(|ring| ring.start(record, group, rank, site)))
     }
 
-    /// Records its end.
+    /// Records its end and when that was.
+    pub(crate) fn end(self, well: bool) {
+        self.end_at(well, ring::now_ns());
+    }
+
+    /// As [`Entry::end`] without a look at the clock, for operations that take hardly longer.
     #[inline]
-    pub(crate) fn end(self, well: bool, timed: bool) {
+    pub(crate) fn end_soon(self, well: bool) {
+        self.end_at(well, 0);
+    }
+
+    #[inline]
+    fn end_at(self, well: bool, at_ns: u64) {
         if let (Some(index), Some(Some(ring))) = (self.0, RING.get()) {
-            ring.end(index, well, timed);
+            ring.end(index, well, at_ns);
         }
     }
 }

@@ -29,7 +29,7 @@ pub(super) struct Ring {
 }
 
 /// The machine's clock, to a few milliseconds: a precise one would take as long as the rest.
-fn now_ns() -> u64 {
+pub(super) fn now_ns() -> u64 {
     let time = clock_gettime(ClockId::MonotonicCoarse);
     let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
     seconds.wrapping_mul(1_000_000_000).wrapping_add(u64::try_from(time.tv_nsec).unwrap_or(0))
@@ -81,19 +81,19 @@ impl Ring {
         let place = (rank as u64) << 32 | self.site(site);
         entry[PLACE].store(place, Ordering::Relaxed);
         entry[GROUP].store(group, Ordering::Relaxed);
-        store_bytes(&entry[CALL..], record);
+        for (word, bytes) in entry[CALL..].iter().zip(record.as_chunks::<8>().0) {
+            word.store(u64::from_le_bytes(*bytes), Ordering::Relaxed);
+        }
         entry[STAMP].store(index + 1, Ordering::Release);
         index
     }
 
-    /// `timed`: with the time.
-    pub(super) fn end(&self, index: u64, well: bool, timed: bool) {
+    pub(super) fn end(&self, index: u64, well: bool, at_ns: u64) {
         let entry = entry(self.words(), index);
         // An entry that another operation has taken meanwhile is not ours to change.
         if entry[STAMP].load(Ordering::Relaxed) == index + 1 {
             let outcome = if well { ENDED_WELL } else { ENDED_BADLY };
-            let at = if timed { now_ns() & !3 } else { 0 };
-            entry[ENDED].store(at | outcome, Ordering::Relaxed);
+            entry[ENDED].store(at_ns & !3 | outcome, Ordering::Relaxed);
         }
     }
 
@@ -200,8 +200,8 @@ mod tests {
         let first = ring.start(&record(0).encode(), 7, 2, here);
         ring.start(&record(1).encode(), 7, 2, here);
         let third = ring.start(&record(2).encode(), 7, 2, here);
-        ring.end(first, true, true);
-        ring.end(third, false, false);
+        ring.end(first, true, now_ns());
+        ring.end(third, false, 0);
         let back = read(&ring);
         assert_eq!((back.rank, back.world_size, back.started), (2, 4, 3));
         assert_eq!(back.pid, std::process::id());
@@ -222,7 +222,7 @@ mod tests {
         for seq in 1..5000 {
             ring.start(&record(seq).encode(), 0, 2, Location::caller());
         }
-        ring.end(early, true, true);
+        ring.end(early, true, 0);
         let back = read(&ring);
         assert_eq!(back.started, 5000);
         let seqs: Vec<u64> = back.operations.iter().map(|op| op.call.seq).collect();

@@ -205,7 +205,12 @@ fn group(fault: Option<Fault>) -> ExitCode {
                 None => {}
                 Some(Fault::Kill) => kill_process(getpid(), Signal::KILL).expect("own process"),
                 Some(Fault::Stop) => kill_process(getpid(), Signal::STOP).expect("own process"),
-                Some(Fault::Segv) => kill_process(getpid(), Signal::SEGV).expect("own process"),
+                Some(Fault::Segv) => {
+                    // The first only takes Rust's own handler away.
+                    for _ in 0..2 {
+                        kill_process(getpid(), Signal::SEGV).expect("own process");
+                    }
+                }
                 Some(Fault::Abort) => std::process::abort(),
                 Some(Fault::Panic) => panic!("rank {} is out of paper", group.rank()),
                 Some(Fault::Exit) => std::process::exit(0),

@@ -167,8 +167,11 @@ impl Call {
     }
 
     pub(crate) fn finish(&self, result: Result<()>) {
-        // Small ones would take as long to look at the clock.
-        self.entry.end(result.is_ok(), !self.inline);
+        if self.inline {
+            self.entry.end_soon(result.is_ok());
+        } else {
+            self.entry.end(result.is_ok());
+        }
         let mut state = self.lock();
         if state.result.is_none() {
             state.result = Some(result);
