@@ -210,6 +210,20 @@ fn arguments_are_checked_before_anything_is_sent() {
 }
 
 #[test]
+fn one_rank_works_alone_and_nobody_waits_for_it() {
+    run_ranks(3, |mut group| {
+        let rank = group.rank();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let error = group.on_rank(3, || ()).unwrap_err();
+        assert!(matches!(error, Error::NoSuchRank { op: "on_rank", .. }), "{error}");
+        let result = group.on_rank(1, || sender.send(7).map(|()| 8)).unwrap();
+        assert_eq!(result.is_some(), rank == 1);
+        assert_eq!(receiver.try_recv().ok(), (rank == 1).then_some(7));
+        group.barrier().unwrap().wait().unwrap();
+    });
+}
+
+#[test]
 fn a_region_of_another_group_is_refused() {
     let mut group = Group::single(GroupOptions::default()).unwrap();
     let mut other = Group::single(GroupOptions::default()).unwrap();

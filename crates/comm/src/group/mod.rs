@@ -1,6 +1,7 @@
 //! A group of ranks and what belongs to its life: making, dividing, ending.
 
 mod collectives;
+mod on_rank;
 
 use std::panic::Location;
 use std::sync::atomic::Ordering;

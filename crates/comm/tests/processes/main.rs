@@ -11,6 +11,7 @@
 )]
 
 mod faults;
+mod figures;
 mod machines;
 mod netns;
 mod silence;

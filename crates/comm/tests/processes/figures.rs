@@ -1,0 +1,156 @@
+//! How long faults take to be seen: one fault again and again. The figures of `docs/errors.md` come from here:
+//!
+//! `PHALANX_FAULT=F1 PHALANX_REPEAT=200 cargo test --release -p phalanx-comm --test processes -- --ignored --nocapture repeat_a_fault`
+
+use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use crate::machines::machines;
+use crate::support::Ranks;
+use phalanx_comm::environment::JobToken;
+use phalanx_comm::rendezvous::{
+    join, Credentials, MemoryStore, RendezvousError, StoreClient, StoreServer,
+};
+
+const LIMIT: Duration = Duration::from_secs(30);
+/// How long F20 and F22 wait; their figure is what comes on top.
+const DEADLINE: Duration = Duration::from_secs(1);
+
+/// The longest time from the fault to the end of a survivor, each of which must have blamed `culprit`.
+fn survivors(ranks: Ranks, culprit: usize, stopped: Option<usize>) -> Duration {
+    let ended = ranks.finish_without(stopped, LIMIT);
+    let survivors = ended.iter().enumerate().filter(|(rank, _)| *rank != culprit);
+    survivors
+        .map(|(rank, ended)| {
+            let named = ended.output.contains(&format!("error: rank {culprit} (host "));
+            assert!(named, "rank {rank}: {}", ended.output);
+            ended.after
+        })
+        .max()
+        .expect("survivors")
+}
+
+fn working(link: &str) -> Ranks {
+    let mut ranks = Ranks::start("killed in large all-reduces", 3, link);
+    ranks.wait_for_line(0, "under way");
+    ranks
+}
+
+fn credentials(run_id: &str) -> Credentials {
+    Credentials {
+        run_id: run_id.to_owned(),
+        restart_count: 0,
+        job_token: JobToken::derive(&["secret"]),
+    }
+}
+
+/// A port that answers nothing at all, as a firewall that drops packets would: its queue is full.
+struct Mute {
+    port: u16,
+    _listener: TcpListener,
+    _queue: Vec<TcpStream>,
+}
+
+impl Mute {
+    fn new() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        rustix::net::listen(&listener, 0).expect("a shorter queue");
+        let address = listener.local_addr().expect("an address");
+        let limit = Duration::from_millis(50);
+        let fill = |_| TcpStream::connect_timeout(&address, limit).ok();
+        let queue = (0..4).filter_map(fill).collect();
+        Self { port: address.port(), _listener: listener, _queue: queue }
+    }
+}
+
+/// The four ways in which a master cannot be reached, by turns: the time beyond the deadline.
+fn unreachable_master(turn: usize) -> Duration {
+    let closed = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = closed.local_addr().expect("an address").port();
+    drop(closed);
+    let other = StoreServer::start(([127, 0, 0, 1], 0).into(), credentials("another"));
+    let other = other.expect("a server");
+    let mute = Mute::new();
+    let start = Instant::now();
+    let connect = |host: &str, to_port| {
+        StoreClient::connect(host, to_port, credentials("ours"), start + DEADLINE).map(drop)
+    };
+    let error = match turn % 4 {
+        0 => connect("127.0.0.1", port),
+        1 => connect("no-such-host.invalid", port),
+        2 => connect("127.0.0.1", mute.port),
+        _ => connect("127.0.0.1", other.address().port()),
+    };
+    let after = start.elapsed().saturating_sub(DEADLINE);
+    let error = error.expect_err("nobody is there");
+    let expected = match turn % 4 {
+        0 => matches!(error, RendezvousError::NobodyListens { .. }),
+        1 => matches!(error, RendezvousError::NameNotResolved { .. }),
+        2 => matches!(error, RendezvousError::Unreachable { .. }),
+        _ => matches!(error, RendezvousError::WrongRun { .. }),
+    };
+    assert!(expected, "{error}");
+    after
+}
+
+/// One fault, and how long it took.
+fn once(fault: &str, turn: usize) -> Option<Duration> {
+    let link = if turn.is_multiple_of(2) { "auto" } else { "tcp" };
+    Some(match fault {
+        "F1" => {
+            let mut ranks = working(link);
+            ranks.kill(1);
+            survivors(ranks, 1, None)
+        }
+        "F3" => {
+            let ranks = working(link);
+            ranks.signal(1, Signal::STOP);
+            survivors(ranks, 1, Some(1))
+        }
+        "F10" => {
+            let machines = machines()?;
+            let mut ranks = machines.start(&[0, 1], "killed in large all-reduces");
+            ranks.wait_for_line(0, "under way");
+            machines.partition();
+            let ended = ranks.finish(LIMIT);
+            for (rank, ended) in ended.iter().enumerate() {
+                let named = format!("error: rank {} (host ", 1 - rank);
+                assert!(ended.output.contains(&named), "rank {rank}: {}", ended.output);
+            }
+            ended.iter().map(|ended| ended.after).max()?
+        }
+        "F20" => unreachable_master(turn),
+        "F22" => {
+            let start = Instant::now();
+            let store = MemoryStore::new();
+            let error = join(&store, "start", 0, 4, b"", start + DEADLINE).expect_err("alone");
+            let after = start.elapsed().saturating_sub(DEADLINE);
+            assert!(error.to_string().contains("ranks 1,2,3"), "{error}");
+            after
+        }
+        _ => panic!("PHALANX_FAULT is F1, F3, F10, F20 or F22"),
+    })
+}
+
+#[test]
+#[ignore = "takes minutes: the figures of docs/errors.md"]
+fn repeat_a_fault() {
+    let fault = std::env::var("PHALANX_FAULT").unwrap_or_else(|_| "F1".to_owned());
+    let count = std::env::var("PHALANX_REPEAT").ok().and_then(|count| count.parse().ok());
+    let mut times: Vec<Duration> =
+        (0..count.unwrap_or(20)).filter_map(|turn| once(&fault, turn)).collect();
+    times.sort_unstable();
+    let (Some(max), Some(middle)) = (times.last(), times.get(times.len() / 2)) else {
+        eprintln!("SKIPPED: {fault} cannot be made here");
+        return;
+    };
+    println!("{fault}: {} times, p50 {middle:.1?}, max {max:.1?}", times.len());
+    let bar = match &fault[..] {
+        "F3" | "F10" => Duration::from_secs(6),
+        "F20" => DEADLINE / 10,
+        _ => Duration::from_millis(500),
+    };
+    assert!(*max <= bar, "the bar is {bar:?}");
+}
