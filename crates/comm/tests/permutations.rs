@@ -1,6 +1,6 @@
 //! Collectives in different orders on different ranks: never a hang, never a result that is not that of the order
 //! which all ranks have in common. Every case is made anew from its number, so a failure names its case.
-#![expect(clippy::unwrap_used, clippy::print_stderr, reason = "tests: a failure is a panic")]
+#![expect(clippy::unwrap_used, reason = "tests: a failure is a panic")]
 
 use std::time::{Duration, Instant};
 
@@ -51,7 +51,7 @@ fn case(number: u64) -> Vec<Vec<Call>> {
     // Few lengths, so that calls in the wrong order fit each other; the last is more than a slot holds.
     let lens = [8, 8, 64, 3000];
     let calls: Vec<Call> = (0..count)
-        .map(|number| Call { kind: kinds[random.next(6)], len: lens[random.next(4)], number })
+        .map(|name| Call { kind: kinds[random.next(6)], len: lens[random.next(4)], number: name })
         .collect();
     let mut orders = vec![calls; WORLD];
     for order in &mut orders {
@@ -70,7 +70,7 @@ fn value(rank: usize, call: Call, index: usize) -> i32 {
 }
 
 fn expected(rank: usize, call: Call, index: usize) -> i32 {
-    let all = |index| (0..WORLD).map(move |peer| value(peer, call, index));
+    let all = |at| (0..WORLD).map(move |peer| value(peer, call, at));
     match call.kind {
         Kind::Sum => all(index).sum(),
         Kind::Max => all(index).max().unwrap(),

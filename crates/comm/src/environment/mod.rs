@@ -19,7 +19,6 @@ mod job_token;
 mod launchers;
 mod mpi;
 mod nccl;
-mod recorder;
 mod slurm;
 mod slurm_step;
 #[cfg(test)]
@@ -30,7 +29,6 @@ use sha2::{Digest, Sha256};
 
 pub use job_token::JobToken;
 pub(crate) use nccl::{nccl_host_id, nccl_library};
-pub(crate) use recorder::flight_recorder;
 
 /// Who started this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,9 +1,9 @@
-//! Where the flight recorder keeps its record.
+//! Where the flight recorder keeps its record. Included by [`recorder`](crate::recorder), which alone asks.
 
 use std::path::PathBuf;
 
 /// What `PHALANX_FLIGHT_RECORDER` names: a file of the right size, or a folder for one.
 pub(crate) fn flight_recorder() -> Option<PathBuf> {
-    let place = super::process_variable("PHALANX_FLIGHT_RECORDER")?;
+    let place = std::env::var_os("PHALANX_FLIGHT_RECORDER")?;
     (!place.is_empty()).then(|| PathBuf::from(place))
 }
