@@ -1,5 +1,6 @@
 //! The launcher's options on a program's own command line, and a `main` that is launcher and rank in one.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -41,6 +42,9 @@ pub struct LaunchArgs {
     /// Keep the output of each rank, and a record of errors, in a new folder in here
     #[arg(long, value_name = "DIR")]
     pub log_dir: Option<PathBuf>,
+    /// Serve a PyTorch `TCPStore` on this address of node 0, for Python programs beside the job; it has no authentication
+    #[arg(long, value_name = "IP:PORT")]
+    pub torch_store: Option<SocketAddr>,
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -64,6 +68,7 @@ impl LaunchArgs {
             prefix: if self.no_prefix { Prefix::Off } else { Prefix::Auto },
             grace: Duration::from_secs_f64(self.grace),
             log_dir: self.log_dir.clone(),
+            torch_store: self.torch_store,
             ..LaunchOptions::default()
         }
     }

@@ -1,5 +1,6 @@
 //! What can be asked of the launcher.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -26,6 +27,9 @@ pub struct LaunchOptions {
     pub connect_timeout: Duration,
     /// Keep each rank's output and a record of errors (`errors.jsonl`) in a new folder of the run's name in here.
     pub log_dir: Option<PathBuf>,
+    /// Serve PyTorch's `TCPStore` protocol here on node 0, for Python programs beside the job. That protocol has **no
+    /// authentication**: see [`TcpStoreServer`](phalanx_comm::rendezvous::TcpStoreServer). `None`: do not.
+    pub torch_store: Option<SocketAddr>,
 }
 
 /// Whether lines are prefixed by their rank.
@@ -53,6 +57,7 @@ impl Default for LaunchOptions {
             // Nodes of a cluster boot, mount and pull images at different speeds.
             connect_timeout: Duration::from_secs(300),
             log_dir: None,
+            torch_store: None,
         }
     }
 }

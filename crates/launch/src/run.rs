@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use phalanx_comm::environment::{JobToken, LauncherEnvironment, World};
 use phalanx_comm::recorder;
-use phalanx_comm::rendezvous::{listen_address, Credentials, StoreServer};
+use phalanx_comm::rendezvous::{listen_address, Credentials, StoreServer, TcpStoreServer};
 use sha2::{Digest as _, Sha256};
 
 use crate::error::{system, LaunchError};
@@ -51,6 +51,7 @@ pub fn run(
     let mut screen = Screen::new();
     announce(&mut screen, &plan);
     let server = host_store(&plan, &credentials, deadline)?;
+    let torch_store = serve_torch(&mut screen, &plan, options)?;
     let (link, ranks_of_nodes) = match plan.nodes {
         Nodes::Here { count } => (None, vec![plan.ranks_per_node; count]),
         Nodes::Real { mine, .. } => {
@@ -96,7 +97,7 @@ pub fn run(
     let report = supervisor.run()?;
     logs.record(&report);
     // The store lives until the last rank has ended.
-    drop(server);
+    drop((server, torch_store));
     Ok(report)
 }
 
@@ -156,6 +157,22 @@ fn host_store(
         Nodes::Real { .. } => return Ok(None),
     };
     Ok(Some(StoreServer::start(address, credentials.clone())?))
+}
+
+/// A store for Python programs, where one was asked for.
+fn serve_torch(
+    screen: &mut Screen,
+    plan: &Plan,
+    options: &LaunchOptions,
+) -> Result<Option<TcpStoreServer>, LaunchError> {
+    let is_first = !matches!(plan.nodes, Nodes::Real { mine: 1.., .. });
+    let Some(address) = options.torch_store.filter(|_| is_first) else { return Ok(None) };
+    let server = TcpStoreServer::start(address)?;
+    screen.notice(&format!(
+        "a TCPStore for PyTorch is at {}: whoever reaches it can read and change it",
+        server.address()
+    ));
+    Ok(Some(server))
 }
 
 fn host_name() -> String {

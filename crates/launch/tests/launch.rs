@@ -307,3 +307,40 @@ fn a_progress_bar_of_rank_0_survives_on_a_terminal() {
     // The line of the other rank does not stick to the bar: the bar is cleared first.
     assert!(text.contains("\r\u{1b}[2K[rank 1] line between\r\n"), "{text:?}");
 }
+
+#[test]
+fn a_panic_is_left_where_torchrun_looks_for_it() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("error.json");
+    let mut panicking = command("--nproc-per-node 2 --act panic --rank 1");
+    panicking.env("TORCHELASTIC_ERROR_FILE", &file);
+    assert_ne!(Job::of(panicking).finish().code, Some(0));
+    let text = std::fs::read_to_string(&file).expect("a record");
+    let record: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let message = record["message"]["message"].as_str().expect("a message");
+    assert!(message.contains("panicked at") && message.contains("rank.rs"), "{message}");
+    // torchrun without logs: an empty name is none.
+    let mut unnamed = command("--nproc-per-node 2 --act panic --rank 1");
+    unnamed.env("TORCHELASTIC_ERROR_FILE", "");
+    let finished = Job::of(unnamed).finish();
+    assert!(!finished.errors.iter().any(|line| line.contains("torchrun")), "{:?}", finished.errors);
+}
+
+#[test]
+fn a_store_for_python_programs_is_served_where_it_is_asked_for() {
+    use phalanx_comm::rendezvous::TcpStoreClient;
+    let job = Job::start("--nnodes 2 --torch-store 127.0.0.1:0 --act wait");
+    let address = loop {
+        let line = job.errors.recv_timeout(LIMIT).expect("the launcher says so");
+        if let Some((_, rest)) = line.split_once("a TCPStore for PyTorch is at 127.0.0.1:") {
+            break rest.split_once(':').map(|(port, _)| port.to_owned()).expect("a port");
+        }
+    };
+    let deadline = Instant::now() + LIMIT;
+    let port = address.parse().expect("a port");
+    let mut store = TcpStoreClient::connect("127.0.0.1", port, deadline).expect("a store");
+    assert_eq!(store.add("n", 2, deadline).expect("add"), 2);
+    job.signal(Signal::INT);
+    drop(job.finish());
+    assert!(store.add("n", 2, deadline).is_err(), "it ends with the launcher");
+}

@@ -89,6 +89,7 @@ const LONG: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    phalanx_launch::record_panics();
     match launch_or_join(&args.launch) {
         Ok(Joined::Worker) => work(&args),
         Ok(Joined::Finished(report)) => report.exit_code(),
