@@ -200,7 +200,8 @@ fn configuration(folder: &Path) -> String {
 /// The first of `count` ports in a row that nobody listens on, below those that the kernel hands out.
 fn free_port(count: u16) -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
-    let start = u16::try_from(std::process::id() % 1000).expect("small");
+    // Processes of neighbouring numbers look at the same time: each has ports of its own to begin with.
+    let start = u16::try_from(std::process::id() % 300).expect("small") * 6;
     loop {
         let port = 18_000 + (start + NEXT.fetch_add(count, Ordering::Relaxed)) % 2000;
         if (port..port + count).all(|port| TcpListener::bind(("0.0.0.0", port)).is_ok()) {
