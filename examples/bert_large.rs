@@ -156,8 +156,16 @@ fn join(config: &Config) -> Result<Group> {
         Backend::Nccl => options.with_backend(comm::Backend::Nccl),
         Backend::Auto => options.with_backend(comm::Backend::Auto),
     };
+    let cuda = ddp::load_cuda();
+    if config.ddp.backend != Backend::Host && matches!(cuda, Cuda::Available { .. }) {
+        let seen = config.nccl.apply().context("the configuration's NCCL settings")?;
+        for (name, value, was_set) in seen {
+            let origin = if was_set { "set in the environment" } else { "from the configuration" };
+            println!("nccl   {name}={value} ({origin})");
+        }
+    }
     // libtorch's half of CUDA: without it the group must not choose the GPU.
-    let options = match (config.ddp.backend, ddp::load_cuda()) {
+    let options = match (config.ddp.backend, cuda) {
         (Backend::Host, _) | (_, Cuda::Available { .. } | Cuda::NoDriver) => options,
         (Backend::Auto, Cuda::NoLibtorchCuda { message }) => options.with_gpu_trouble(format!(
             "libtorch's CUDA support cannot be loaded ({message}): run scripts/setup.sh --cuda, or put \

@@ -158,7 +158,7 @@ impl Flags {
                 field.clone_from(value);
             }
         }
-        let Config { model, data, optimizer, train, ddp } = &mut config;
+        let Config { model, data, optimizer, train, ddp, nccl: _ } = &mut config;
         put(&mut model.hidden_dropout_prob, self.dropout.as_ref());
         put(&mut model.attention_probs_dropout_prob, self.dropout.as_ref());
         put(&mut data.path, self.data.as_ref());

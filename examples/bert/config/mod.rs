@@ -1,7 +1,7 @@
 //! The configuration file: what it may hold, what it holds when something is left out, and what is
 //! wrong with it.
 //!
-//! JSON in five sections. `model` takes the keys of Hugging Face's `config.json`, so that such a
+//! JSON in six sections. `model` takes the keys of Hugging Face's `config.json`, so that such a
 //! file can be pasted in as it is. An error names the file, the path in it (`optimizer.lr`) and
 //! line and column.
 
@@ -9,6 +9,7 @@ mod check;
 
 use std::path::{Path, PathBuf};
 
+use phalanx_comm::environment::NcclSettings;
 use serde::{Deserialize, Serialize};
 
 /// The configurations in the source tree, smallest first, as `--config` takes them, and their text.
@@ -72,6 +73,8 @@ pub(crate) struct Config {
     pub(crate) train: Train,
     /// How the ranks work together.
     pub(crate) ddp: Ddp,
+    /// NCCL's variables, where NCCL is used.
+    pub(crate) nccl: NcclSettings,
 }
 
 /// Hugging Face's `BertConfig`; what is left out is BERT-base, as there.

@@ -19,6 +19,7 @@ mod job_token;
 mod launchers;
 mod mpi;
 mod nccl;
+mod nccl_settings;
 mod slurm;
 mod slurm_step;
 #[cfg(test)]
@@ -29,6 +30,7 @@ use sha2::{Digest, Sha256};
 
 pub use job_token::JobToken;
 pub(crate) use nccl::{nccl_host_id, nccl_library};
+pub use nccl_settings::{NcclSettingError, NcclSettings};
 
 /// Who started this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
