@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::{Ended, Ranks};
+use crate::support::{clock_ns, Ended, Ranks};
 use phalanx_comm::{Error, Group, GroupOptions, Sum, Work};
 
 /// From the fault to the last survivor's end. The bar for the error itself is half a second; the
@@ -39,6 +39,7 @@ pub(crate) fn rank(role: &str) {
 }
 
 fn report(error: Error) {
+    println!("error at {} ns", clock_ns());
     println!("error: {error}");
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use crate::machines::machines;
-use crate::support::Ranks;
+use crate::support::{clock_ns, Ended, Ranks};
 use phalanx_comm::environment::JobToken;
 use phalanx_comm::rendezvous::{
     join, Credentials, MemoryStore, RendezvousError, StoreClient, StoreServer,
@@ -18,15 +18,16 @@ const LIMIT: Duration = Duration::from_secs(30);
 /// How long F20 and F22 wait; their figure is what comes on top.
 const DEADLINE: Duration = Duration::from_secs(1);
 
-/// The longest time from the fault to the end of a survivor, each of which must have blamed `culprit`.
+/// The longest time from the fault to the error of a survivor, each of which must have blamed `culprit`.
 fn survivors(ranks: Ranks, culprit: usize, stopped: Option<usize>) -> Duration {
+    let fault_ns = clock_ns();
     let ended = ranks.finish_without(stopped, LIMIT);
     let survivors = ended.iter().enumerate().filter(|(rank, _)| *rank != culprit);
     survivors
         .map(|(rank, ended)| {
             let named = ended.output.contains(&format!("error: rank {culprit} (host "));
             assert!(named, "rank {rank}: {}", ended.output);
-            ended.after
+            Duration::from_nanos(ended.error_ns().saturating_sub(fault_ns))
         })
         .max()
         .expect("survivors")
@@ -114,12 +115,14 @@ fn once(fault: &str, turn: usize) -> Option<Duration> {
             let mut ranks = machines.start(&[0, 1], "killed in large all-reduces");
             ranks.wait_for_line(0, "under way");
             machines.partition();
+            let fault_ns = clock_ns();
             let ended = ranks.finish(LIMIT);
             for (rank, ended) in ended.iter().enumerate() {
                 let named = format!("error: rank {} (host ", 1 - rank);
                 assert!(ended.output.contains(&named), "rank {rank}: {}", ended.output);
             }
-            ended.iter().map(|ended| ended.after).max()?
+            let last = ended.iter().map(Ended::error_ns).max()?;
+            Duration::from_nanos(last.saturating_sub(fault_ns))
         }
         "F20" => unreachable_master(turn),
         "F22" => {

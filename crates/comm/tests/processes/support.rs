@@ -16,12 +16,27 @@ pub(crate) struct Ranks {
     children: Vec<Child>,
 }
 
+/// The machine's monotonic clock, which all processes share.
+pub(crate) fn clock_ns() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    u64::try_from(time.tv_sec * 1_000_000_000 + time.tv_nsec).expect("after the boot")
+}
+
 /// How a rank ended.
 #[derive(Debug)]
 pub(crate) struct Ended {
     pub(crate) status: std::process::ExitStatus,
     pub(crate) output: String,
     pub(crate) after: Duration,
+}
+
+impl Ended {
+    /// When the rank got its error.
+    pub(crate) fn error_ns(&self) -> u64 {
+        let text = self.output.split_once("error at ").and_then(|(_, rest)| rest.split_once(" ns"));
+        let (number, _) = text.unwrap_or_else(|| panic!("no error: {}", self.output));
+        number.parse().expect("a number")
+    }
 }
 
 /// A port that nobody listens on. Below the range that the kernel hands out by itself (from 32768), so that
