@@ -10,8 +10,8 @@ usage: scripts/setup.sh [--cuda] [--test-extras] [--use-python-torch]
 
   (nothing)           C++ compiler, CPU libtorch 2.11.0, training text
   --cuda              also the CUDA 13.0 libraries (2.4 GB to download, 3.6 GB unpacked)
-  --test-extras       also what some tests and checks use: OpenMPI, MPICH, Slurm and munge, iproute2, nftables, procps,
-                      shellcheck; torchrun (1 GB, of the wheel that libtorch comes from)
+  --test-extras       also what some tests and checks use: OpenMPI, libclang (feature mpi), MPICH, Slurm and munge, iproute2,
+                      nftables, procps, shellcheck; torchrun (1 GB, of the wheel that libtorch comes from)
   --use-python-torch  link the torch 2.11.0 installed for $PHALANX_PYTHON (default python3)
 
 environment:
@@ -98,6 +98,9 @@ test_packages() {
   mapfile -t packages < <(missing_packages mpirun.openmpi:openmpi-bin mpicc:libopenmpi-dev mpiexec.hydra:mpich \
     slurmctld:slurmctld slurmd:slurmd srun:slurm-client munged:munge \
     ip:iproute2 nft:nftables kill:procps shellcheck:shellcheck)
+  # For the bindings of the feature mpi: a library, not a command.
+  compgen -G '/usr/lib/llvm-*/lib/libclang.so*' >/dev/null ||
+    compgen -G '/usr/lib64/libclang.so*' >/dev/null || packages+=(libclang-dev)
   install optional "${packages[@]}"
 }
 

@@ -2,22 +2,22 @@
 //!
 //! The host backend stays the group's control plane. A call's header goes over it first, so ranks have
 //! compared what they called, and know who is absent, before the library is asked for anything. Then
-//! the [`Transport`] starts; calls end in the order of their start.
+//! the [`Transport`] starts.
 //!
-//! A [`Runner`] thread works on its lanes. Where the library allows it ([`Lane::callers_drive`]), a
-//! caller that waits works on its own lane instead: no thread has to be woken for it.
-
-#![allow(dead_code, reason = "the first backend that uses it is on its way")]
+//! A [`Runner`] thread works on its lanes. Where the library allows it (`callers_drive`), a caller that
+//! waits works on its own lane instead: no thread has to be woken for it.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::atomic::{AtomicBool, AtomicI8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use super::host::call::{Call, Memory};
 use super::host::core::Core;
+use super::runner::{lock, Runner};
 use super::Backend;
 use crate::error::{Error, Result};
+use crate::fingerprint::Op;
 
 /// Moves the data of a group's calls. Only one thread at a time calls it.
 pub(crate) trait Transport: Send + std::fmt::Debug {
@@ -25,35 +25,50 @@ pub(crate) trait Transport: Send + std::fmt::Debug {
     /// where it is until [`Transport::poll`] counts the call. Every rank has called the same; `send`
     /// and `receive` alone come without that check. Does not wait for peers.
     fn start(&mut self, call: &Call, memory: &mut Memory) -> Result<()>;
-    /// Lets data move. How many more of the started calls, oldest first, have ended. Does not wait.
-    fn poll(&mut self) -> Result<usize>;
+    /// Lets data move, and appends which calls have ended: their places, ascending, among those that
+    /// were started and not reported, the oldest being 0. Whether anything moved. Does not wait.
+    fn poll(&mut self, ended: &mut Vec<usize>) -> Result<bool>;
     /// The group is dead: lets go of what is under way, without waiting for peers. The memory of those
     /// calls is never used again, nor given back. Nothing but drop comes after it.
     fn abandon(&mut self);
+    /// The group was closed and nothing is under way. Called on the runner's thread, last.
+    fn close(&mut self) {}
+    /// Whether a message may start before collectives that were called earlier.
+    fn lets_messages_overtake(&self) -> bool {
+        false
+    }
+    /// How often the library wants to be polled while nothing of ours is under way.
+    fn wants_idle_poll(&self) -> Option<Duration> {
+        None
+    }
 }
 
-/// How long a runner looks again and again before it sleeps between looks.
-const EAGER: Duration = Duration::from_micros(200);
-/// Between two looks after that, while calls are under way.
-const NAP: Duration = Duration::from_micros(50);
-/// Between two looks when nothing is under way: whatever comes wakes the runner.
-const IDLE: Duration = Duration::from_secs(1);
 /// The longest that a waiting caller sleeps between two looks.
 const LOOK: Duration = Duration::from_millis(10);
+/// A caller that waits so soon after starting has nothing else to do.
+const AT_ONCE: Duration = Duration::from_micros(40);
+/// How long a message of a peer that has left may still be on its way.
+const ON_ITS_WAY: Duration = Duration::from_secs(1);
 
 /// One group's calls on their way through a transport.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "two traits of the library")]
 pub(crate) struct Lane {
     pub(crate) backend: Backend,
     pub(crate) core: Arc<Core>,
     runner: Arc<Runner>,
     /// Whether threads other than the runner may call the transport (one at a time).
     callers_drive: bool,
+    /// Whether messages are in no order with collectives.
+    messages_overtake: bool,
+    pub(super) idle_poll: Option<Duration>,
     /// Started, not yet seen by whoever holds `state`.
     incoming: Mutex<Vec<Submitted>>,
     state: Mutex<State>,
     ended: Condvar,
     closing: AtomicBool,
+    /// By the size's order of magnitude: positive when callers wait at once.
+    habits: [AtomicI8; 64],
 }
 
 /// A call and, for collectives, its header's way over the control plane.
@@ -67,15 +82,35 @@ struct Submitted {
 struct State {
     transport: Box<dyn Transport>,
     checking: VecDeque<Submitted>,
-    moving: VecDeque<Arc<Call>>,
+    /// Started, in that order.
+    moving: Vec<Arc<Call>>,
+    /// Places in `moving` of what has ended.
+    ended: Vec<usize>,
     /// When the oldest call's turn came.
     turn: Instant,
+    /// Since when a message waits for a peer that has left.
+    lonely: Option<Instant>,
     abandoned: bool,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What these protect is valid after every statement.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+impl State {
+    fn is_open(&self) -> bool {
+        !self.checking.is_empty() || !self.moving.is_empty()
+    }
+}
+
+/// What a look at a lane found.
+#[derive(Debug, Clone, Copy)]
+#[expect(clippy::struct_excessive_bools, reason = "they have nothing to do with each other")]
+pub(super) struct Look {
+    /// Something moved.
+    pub(super) moved: bool,
+    /// Something is under way that the runner has to look after.
+    pub(super) busy: bool,
+}
+
+fn is_message(call: &Call) -> bool {
+    matches!(call.op(), Op::Send | Op::Receive)
 }
 
 impl Lane {
@@ -87,11 +122,15 @@ impl Lane {
         callers_drive: bool,
         transport: Box<dyn Transport>,
     ) -> Arc<Self> {
+        let (messages_overtake, idle_poll) =
+            (transport.lets_messages_overtake(), transport.wants_idle_poll());
         let state = State {
             transport,
             checking: VecDeque::new(),
-            moving: VecDeque::new(),
+            moving: Vec::new(),
+            ended: Vec::new(),
             turn: Instant::now(),
+            lonely: None,
             abandoned: false,
         };
         let lane = Arc::new(Self {
@@ -99,24 +138,47 @@ impl Lane {
             core,
             runner: Arc::clone(runner),
             callers_drive,
+            messages_overtake,
+            idle_poll,
             incoming: Mutex::default(),
             state: Mutex::new(state),
             ended: Condvar::new(),
             closing: AtomicBool::new(false),
+            habits: std::array::from_fn(|class| AtomicI8::new(if class < 19 { 2 } else { -2 })),
         });
-        lock(&runner.lanes).push(Arc::clone(&lane));
-        runner.wake();
+        runner.adopt(Arc::clone(&lane));
         lane
     }
 
     /// Takes a started call. `check` is its header's call on the control plane.
     pub(crate) fn submit(&self, call: Arc<Call>, check: Option<Arc<Call>>) {
+        let caller_comes = self.callers_drive && self.habit(&call).load(Ordering::Relaxed) > 0;
         lock(&self.incoming).push(Submitted { call, check });
-        self.runner.wake();
+        if caller_comes {
+            self.runner.wake_from_sleep();
+        } else {
+            self.runner.wake();
+        }
+    }
+
+    /// The habit of callers with calls of this size.
+    fn habit(&self, call: &Call) -> &AtomicI8 {
+        let bytes = call.segment * call.segments;
+        &self.habits[(usize::BITS - bytes.leading_zeros()).min(63) as usize]
+    }
+
+    fn learn(&self, call: &Call) {
+        let (habit, Some(started)) = (self.habit(call), call.started) else { return };
+        let step = if started.elapsed() < AT_ONCE { 1 } else { -1 };
+        let value = habit.load(Ordering::Relaxed).saturating_add(step).clamp(-2, 2);
+        habit.store(value, Ordering::Relaxed);
     }
 
     /// Blocks until `call` has ended, well or not: its time limit makes it end.
     pub(crate) fn wait(&self, call: &Call) {
+        if self.callers_drive {
+            self.learn(call);
+        }
         while !call.is_done() {
             if self.callers_drive {
                 match self.state.try_lock() {
@@ -125,6 +187,10 @@ impl Lane {
                             if !self.step(&mut state) {
                                 std::thread::yield_now();
                             }
+                        }
+                        if state.is_open() {
+                            drop(state);
+                            self.runner.wake(); // nobody else looks after the others
                         }
                         continue;
                     }
@@ -147,10 +213,32 @@ impl Lane {
         self.runner.wake();
     }
 
+    /// The runner's look.
+    pub(super) fn look(&self, idle: bool) -> Look {
+        let mut state = match self.state.try_lock() {
+            Ok(state) => state,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            // A caller looks after everything.
+            Err(TryLockError::WouldBlock) => return Look { moved: false, busy: false },
+        };
+        let moved = self.step(&mut state);
+        if idle && !state.is_open() && !state.abandoned {
+            // What it says of calls that have ended long ago is of no interest.
+            let State { transport, ended, .. } = &mut *state;
+            if let Err(error) = transport.poll(ended) {
+                tracing::debug!(%error, "an idle poll failed");
+            }
+            ended.clear();
+        }
+        Look { moved, busy: state.is_open() || !lock(&self.incoming).is_empty() }
+    }
+
     /// One look at everything; whether anything changed.
     fn step(&self, state: &mut State) -> bool {
         let before = (state.checking.len(), state.moving.len());
-        state.checking.extend(lock(&self.incoming).drain(..));
+        for submitted in lock(&self.incoming).drain(..) {
+            state.checking.push_back(submitted);
+        }
         if before == (0, 0) {
             state.turn = Instant::now();
         }
@@ -158,14 +246,16 @@ impl Lane {
             Some(error) => Err(error),
             None => self.advance(state),
         };
-        if let Err(error) = result {
+        let moved = result.unwrap_or_else(|error| {
             let error = self.core.peers.fail(error);
             self.abandon(state, &error);
-        }
-        before != (state.checking.len(), state.moving.len())
+            true
+        });
+        moved || before != (state.checking.len(), state.moving.len())
     }
 
-    fn advance(&self, state: &mut State) -> Result<()> {
+    fn advance(&self, state: &mut State) -> Result<bool> {
+        self.start_messages(state)?;
         while let Some(Submitted { call, check }) = state.checking.front() {
             if let Some(check) = check {
                 match self.core.poll_check(check) {
@@ -176,35 +266,60 @@ impl Lane {
             let call = Arc::clone(call);
             state.transport.start(&call, &mut call.lock().memory)?;
             state.checking.pop_front();
-            state.moving.push_back(call);
+            state.moving.push(call);
         }
-        if state.moving.is_empty() && state.checking.is_empty() {
-            return Ok(());
+        if state.moving.is_empty() {
+            return self.check_time(state).map(|()| false);
         }
-        let ended = if state.moving.is_empty() { 0 } else { state.transport.poll()? };
-        for call in state.moving.drain(..ended.min(state.moving.len())) {
+        let moved = state.transport.poll(&mut state.ended)?;
+        if state.ended.is_empty() {
+            return if moved { Ok(true) } else { self.check_time(state).map(|()| false) };
+        }
+        for place in std::mem::take(&mut state.ended).into_iter().rev() {
+            let call = state.moving.remove(place);
+            if !(self.messages_overtake && is_message(&call)) {
+                state.turn = Instant::now();
+            }
             call.finish(Ok(()));
         }
-        if ended > 0 {
-            state.turn = Instant::now();
-            drop(lock(&self.incoming));
-            self.ended.notify_all();
+        drop(lock(&self.incoming));
+        self.ended.notify_all();
+        Ok(true)
+    }
+
+    /// Messages do not wait for collectives whose turn has not come, where the library lets them.
+    fn start_messages(&self, state: &mut State) -> Result<()> {
+        if !self.messages_overtake || state.checking.iter().all(|one| one.check.is_some()) {
             return Ok(());
         }
-        self.check_time(state)
+        let (messages, collectives): (VecDeque<_>, VecDeque<_>) =
+            std::mem::take(&mut state.checking).into_iter().partition(|one| one.check.is_none());
+        state.checking = collectives;
+        for Submitted { call, .. } in messages {
+            state.transport.start(&call, &mut call.lock().memory)?;
+            state.moving.push(call);
+        }
+        Ok(())
     }
 
     /// An error when the oldest call's time is over.
-    fn check_time(&self, state: &State) -> Result<()> {
+    fn check_time(&self, state: &mut State) -> Result<()> {
+        let overtakes = |call: &Arc<Call>| self.messages_overtake && is_message(call);
+        let mut lonely = false;
+        for call in state.moving.iter().filter(|call| overtakes(call)) {
+            lonely |= self.check_message(call, state.lonely)?;
+        }
+        state.lonely = lonely.then(|| state.lonely.unwrap_or_else(Instant::now));
+        let moving = state.moving.iter().find(|call| !overtakes(call));
         let waiting = state.checking.front();
-        let Some(oldest) = state.moving.front().or(waiting.map(|front| &front.call)) else {
+        let Some(oldest) = moving.or(waiting.map(|front| &front.call)) else {
             return Ok(());
         };
         if state.turn.elapsed() < oldest.timeout {
             return Ok(());
         }
         match waiting {
-            Some(Submitted { check: Some(check), .. }) if state.moving.is_empty() => {
+            Some(Submitted { check: Some(check), .. }) if moving.is_none() => {
                 Err(self.core.late(check))
             }
             _ => Err(Error::Stalled {
@@ -216,10 +331,27 @@ impl Lane {
         }
     }
 
+    /// An error when a message can come no more; whether its peer has left.
+    fn check_message(&self, call: &Call, lonely: Option<Instant>) -> Result<bool> {
+        let (peers, peer) = (&self.core.peers, call.root);
+        if call.started.is_some_and(|started| started.elapsed() >= call.timeout) {
+            return Err(peers.late(call, &[(peer, None)]));
+        }
+        if !peers.has_departed(peer) {
+            return Ok(false);
+        }
+        if lonely.is_some_and(|since| since.elapsed() >= ON_ITS_WAY) {
+            let gone = peers.gone_before(peer, u64::MAX - 1, &call.record.to_string());
+            return Err(gone.unwrap_or_else(|| peers.during_failure()));
+        }
+        Ok(true)
+    }
+
     fn abandon(&self, state: &mut State, error: &Error) {
         if !std::mem::replace(&mut state.abandoned, true) {
             state.transport.abandon();
         }
+        state.ended.clear();
         for call in state.moving.drain(..) {
             // The library may still write there.
             let memory = std::mem::replace(&mut call.lock().memory, Memory::Nothing);
@@ -233,98 +365,24 @@ impl Lane {
         self.ended.notify_all();
     }
 
-    /// Whether calls are under way that this thread has to look after.
-    fn is_busy(&self) -> bool {
-        let is_open = |state: &State| !state.checking.is_empty() || !state.moving.is_empty();
-        !lock(&self.incoming).is_empty()
-            || match self.state.try_lock() {
-                Ok(state) => is_open(&state),
-                Err(TryLockError::Poisoned(poisoned)) => is_open(&poisoned.into_inner()),
-                Err(TryLockError::WouldBlock) => false, // a caller looks after them
-            }
-    }
-
     /// Lets go of the group when it was closed and nothing is under way; whether it did.
-    fn end_if_closed(&self) -> bool {
-        if !self.closing.load(Ordering::Acquire) || self.is_busy() {
+    pub(super) fn end_if_closed(&self) -> bool {
+        if !self.closing.load(Ordering::Acquire) || !lock(&self.incoming).is_empty() {
             return false;
         }
+        let mut state = match self.state.try_lock() {
+            Ok(state) => state,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return false,
+        };
+        if state.is_open() {
+            return false;
+        }
+        if !state.abandoned {
+            state.transport.close();
+        }
+        drop(state);
         self.core.close();
         true
-    }
-}
-
-/// A thread that works on lanes.
-#[derive(Debug)]
-pub(crate) struct Runner {
-    lanes: Mutex<Vec<Arc<Lane>>>,
-    asleep: Mutex<bool>,
-    work_came: Condvar,
-    /// Whether it ends with its last lane.
-    ends: bool,
-}
-
-impl Runner {
-    /// Starts the thread, which runs `prepare` first. With `ends` it ends with its last lane.
-    pub(crate) fn spawn(
-        name: String,
-        ends: bool,
-        prepare: impl FnOnce() + Send + 'static,
-    ) -> std::io::Result<Arc<Self>> {
-        let runner = Arc::new(Self {
-            lanes: Mutex::default(),
-            asleep: Mutex::new(false),
-            work_came: Condvar::new(),
-            ends,
-        });
-        let ours = Arc::clone(&runner);
-        // Not joined: it ends with its lanes, or with the process.
-        drop(std::thread::Builder::new().name(name).spawn(move || {
-            prepare();
-            ours.run();
-        })?);
-        Ok(runner)
-    }
-
-    fn wake(&self) {
-        let mut asleep = lock(&self.asleep);
-        if std::mem::take(&mut *asleep) {
-            self.work_came.notify_one();
-        }
-    }
-
-    fn run(&self) {
-        let mut had_lanes = false;
-        let mut changed = Instant::now();
-        loop {
-            let lanes: Vec<Arc<Lane>> = lock(&self.lanes).clone();
-            had_lanes |= !lanes.is_empty();
-            let mut busy = false;
-            for lane in &lanes {
-                match lane.state.try_lock() {
-                    Ok(mut state) => {
-                        if lane.step(&mut state) {
-                            changed = Instant::now();
-                        }
-                    }
-                    Err(TryLockError::Poisoned(poisoned)) => drop(poisoned.into_inner()),
-                    Err(TryLockError::WouldBlock) => {}
-                }
-                busy |= lane.is_busy();
-            }
-            lock(&self.lanes).retain(|lane| !lane.end_if_closed());
-            if self.ends && had_lanes && lock(&self.lanes).is_empty() {
-                return;
-            }
-            if busy && changed.elapsed() < EAGER {
-                std::thread::yield_now();
-                continue;
-            }
-            let mut asleep = lock(&self.asleep);
-            *asleep = true;
-            let limit = if busy { NAP } else { IDLE };
-            let waited = self.work_came.wait_timeout(asleep, limit);
-            *waited.unwrap_or_else(PoisonError::into_inner).0 = false;
-        }
     }
 }

@@ -2,7 +2,13 @@
 
 pub(crate) mod host;
 pub(crate) mod lane;
+#[cfg(feature = "mpi")]
+pub(crate) mod mpi;
+#[cfg(not(feature = "mpi"))]
+#[path = "mpi_off.rs"]
+pub(crate) mod mpi;
 pub(crate) mod nccl;
+pub(crate) mod runner;
 
 /// Who moves a group's data.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -18,6 +18,8 @@
 mod job_token;
 mod launchers;
 mod mpi;
+#[cfg(feature = "mpi")]
+mod mpi_library;
 mod nccl;
 mod nccl_settings;
 mod slurm;
@@ -29,6 +31,8 @@ mod variables;
 use sha2::{Digest, Sha256};
 
 pub use job_token::JobToken;
+#[cfg(feature = "mpi")]
+pub(crate) use mpi_library::{is_started_by_mpi, mpi_threads};
 pub(crate) use nccl::{nccl_host_id, nccl_library};
 pub use nccl_settings::{NcclSettingError, NcclSettings};
 

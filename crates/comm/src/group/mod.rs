@@ -14,11 +14,14 @@ use crate::backend::host::liveness::Liveness;
 use crate::backend::host::region::RegionMemory;
 use crate::backend::host::{board, setup};
 use crate::backend::lane::Lane;
+use crate::backend::mpi;
 use crate::backend::nccl::memory::DeviceMemory;
 use crate::backend::nccl::transport::OnDevice;
 use crate::backend::nccl::{self, Gpu};
 use crate::backend::Backend;
 use crate::dtype::{DType, Element};
+#[cfg(feature = "mpi")]
+use crate::environment::EnvironmentError;
 use crate::environment::{HostLink, World};
 use crate::error::{Error, Result};
 use crate::fingerprint::{CallRecord, Op};
@@ -170,12 +173,28 @@ impl Group {
     ///
     /// The environment contradicts itself, or the ranks could not meet.
     pub fn from_environment(options: GroupOptions) -> Result<Self> {
-        let world = World::from_env()?;
+        let world = match World::from_env() {
+            #[cfg(feature = "mpi")]
+            Err(EnvironmentError::NoMasterAddress { .. }) => return Self::from_mpi(options),
+            other => other?,
+        };
         if world.world_size == 1 {
             return Self::root(world, options, &mut |_, _| Ok(Vec::new()));
         }
         let deadline = Instant::now() + options.connect_timeout;
         let store = crate::rendezvous::connect(&world, deadline)?;
+        Self::new(world, store, options)
+    }
+
+    /// The group of all ranks of an MPI job, which meet over MPI: no address has to be known, and the
+    /// job token is a fresh one. The backend is that of the options all the same.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoBackend`] where no MPI launcher started this process; the ranks could not meet.
+    #[cfg(feature = "mpi")]
+    pub fn from_mpi(options: GroupOptions) -> Result<Self> {
+        let (world, store) = World::from_mpi(options.connect_timeout)?;
         Self::new(world, store, options)
     }
 
@@ -248,15 +267,19 @@ impl Group {
             Backend::Auto => group.choose()?,
             Backend::Host => {}
             Backend::Nccl => group.open_nccl()?,
-            Backend::Mpi => group.lane = Some(group.open_lane(backend)?),
+            Backend::Mpi => group.open_mpi()?,
         }
         Ok(group)
     }
 
-    /// The lane of a backend other than the host's. Collective.
-    fn open_lane(&mut self, backend: Backend) -> Result<Arc<Lane>> {
-        let what = format!("this build has no {backend} backend");
-        Err(Error::NoBackend { backend: backend.name(), what })
+    /// Connects the ranks over MPI. Collective.
+    fn open_mpi(&mut self) -> Result<()> {
+        let deadline = Instant::now() + self.options.connect_timeout;
+        let core = self.core();
+        let mut gather = |mine: &[u8]| self.all_gather_bytes(mine);
+        let lane = mpi::open(&core, &mut gather, deadline);
+        self.lane = Some(lane.map_err(|error| core.peers.fail(error))?);
+        Ok(())
     }
 
     /// NCCL when every rank can, else the host backend. Collective.

@@ -35,6 +35,8 @@ pub use client::StoreClient;
 pub use error::{RendezvousError, StoreError};
 pub use handshake::Credentials;
 pub(crate) use join::Meeting;
+#[cfg(feature = "mpi")]
+pub(crate) use join::hosted;
 pub use join::{connect, join, listen_address};
 pub use memory::MemoryStore;
 pub use server::StoreServer;

@@ -124,7 +124,9 @@ pub(crate) fn start_receive(peers: &Peers, peer: usize, call: Arc<Call>) -> Resu
     let index = peers.points.received[peer].fetch_add(1, Ordering::Relaxed);
     let record = call.record.clone();
     peers.points.table().receives.push(Open { peer, index, call, filled: 0 });
-    peers.send(peer, &Frame::Ready { index, record }, None)
+    let asked = peers.send(peer, &Frame::Ready { index, record }, None);
+    // Whoever waits for the message says that the peer has left.
+    asked.or_else(|error| if peers.has_departed(peer) { Ok(()) } else { Err(error) })
 }
 
 /// Sends the messages whose receivers are ready, until the group is closed.

@@ -30,7 +30,8 @@ use self::cuda::{CudaError, Device, OwnStream};
 use self::library::Nccl;
 use self::transport::NcclTransport;
 use super::host::core::Core;
-use super::lane::{Lane, Runner};
+use super::lane::Lane;
+use super::runner::Runner;
 use super::Backend;
 use crate::error::{Error, Result};
 

@@ -183,17 +183,16 @@ impl Transport for NcclTransport {
         Ok(())
     }
 
-    fn poll(&mut self) -> Result<usize> {
+    fn poll(&mut self, ended: &mut Vec<usize>) -> Result<bool> {
         self.communicator.state("ncclCommGetAsyncError").map_err(|error| self.nccl_error(error))?;
-        let mut ended = 0;
         while let Some(front) = self.moving.front() {
             if !front.is_passed().map_err(|error| self.cuda_error(error))? {
                 break;
             }
             self.moving.pop_front();
-            ended += 1;
+            ended.push(ended.len());
         }
-        Ok(ended)
+        Ok(!ended.is_empty())
     }
 
     fn abandon(&mut self) {

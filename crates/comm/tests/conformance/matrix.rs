@@ -3,16 +3,6 @@
 //! Every result is compared bit by bit with one process that adds in rank order (in `f32` for
 //! halves), which makes it equal on all ranks and over all links too; floats also with an `f64`
 //! oracle.
-#![expect(
-    clippy::unwrap_used,
-    clippy::float_cmp,
-    clippy::shadow_unrelated,
-    clippy::cast_precision_loss,
-    clippy::cast_possible_truncation,
-    clippy::cast_possible_wrap,
-    reason = "tests: exact values, small numbers, and a failure is a panic"
-)]
-
 use half::{bf16, f16};
 use phalanx_comm::environment::HostLink;
 use phalanx_comm::testing::{run_ranks, run_ranks_with};
@@ -153,7 +143,7 @@ fn lengths(world: usize) -> Vec<usize> {
     vec![0, 1, world - 1, world, world + 1, 1000, 10_007, 2310 * 130]
 }
 
-fn every_type(mut group: Group) {
+pub(crate) fn every_type(mut group: Group) {
     for len in lengths(group.world_size()) {
         check_every_op::<f32>(&mut group, len);
         check_averages::<f32>(&mut group, len, |x| x as f32);
@@ -186,23 +176,26 @@ fn reductions_over_sockets_have_the_bits_of_one_process() {
     }
 }
 
+pub(crate) fn near_the_oracle(mut group: Group) {
+    let ranks = group.world_size();
+    let mut values = inputs::<f32>(group.rank(), 10_007);
+    group.all_reduce(&mut values[..], Sum).unwrap().wait().unwrap();
+    for (index, value) in values.iter().enumerate() {
+        let terms = (0..ranks).map(|rank| f64::from(f32::value(rank, index)));
+        let (sum, size) = terms.fold((0.0, 0.0), |(s, a), x| (s + x, a + x.abs()));
+        // Each addition is off by half a unit in the last place of at most the sum of sizes.
+        let tolerance = ranks as f64 * f64::from(f32::EPSILON) / 2.0 * size;
+        assert!((f64::from(*value) - sum).abs() <= tolerance, "{value} {sum}");
+    }
+}
+
 #[test]
 fn sums_are_near_the_f64_oracle() {
-    run_ranks(4, |mut group| {
-        let mut values = inputs::<f32>(group.rank(), 10_007);
-        group.all_reduce(&mut values[..], Sum).unwrap().wait().unwrap();
-        for (index, value) in values.iter().enumerate() {
-            let terms = (0..4).map(|rank| f64::from(f32::value(rank, index)));
-            let (sum, size) = terms.fold((0.0, 0.0), |(s, a), x| (s + x, a + x.abs()));
-            // Three additions, each off by half a unit in the last place of at most the sum of sizes.
-            let tolerance = 3.0 * f64::from(f32::EPSILON) / 2.0 * size;
-            assert!((f64::from(*value) - sum).abs() <= tolerance, "{value} {sum}");
-        }
-    });
+    run_ranks(4, near_the_oracle);
 }
 
 /// The collectives that only move, with lengths from nothing to several rounds.
-fn movement(mut group: Group) {
+pub(crate) fn movement(mut group: Group) {
     let (world, rank) = (group.world_size(), group.rank());
     for segment in [0, 1, 7, 1000, 150_001] {
         let len = segment * world;
@@ -262,83 +255,130 @@ fn movement_over_sockets() {
     }
 }
 
+pub(crate) fn slices_meet_regions(mut group: Group) {
+    for len in [10, 100_000] {
+        let region = group.allocate::<f32>(len).unwrap();
+        let mut values = inputs::<f32>(group.rank(), len);
+        region.write(0, &values);
+        let expected: Vec<f32> = folded::<f32>(group.world_size(), len, f32::add);
+        if group.rank() == 1 {
+            group.all_reduce(&mut values[..], Sum).unwrap().wait().unwrap();
+        } else {
+            group.all_reduce(region.full(), Sum).unwrap().wait().unwrap();
+            values = region.read(0..len);
+        }
+        assert_eq!(values, expected);
+    }
+}
+
 #[test]
 fn slices_and_regions_may_meet_in_one_collective() {
     for link in [HostLink::Auto, HostLink::Tcp] {
-        run_ranks_with(3, link, GroupOptions::default(), |mut group| {
-            for len in [10, 100_000] {
-                let region = group.allocate::<f32>(len).unwrap();
-                let mut values = inputs::<f32>(group.rank(), len);
-                region.write(0, &values);
-                let expected: Vec<f32> = folded::<f32>(3, len, f32::add);
-                if group.rank() == 1 {
-                    group.all_reduce(&mut values[..], Sum).unwrap().wait().unwrap();
-                } else {
-                    group.all_reduce(region.full(), Sum).unwrap().wait().unwrap();
-                    values = region.read(0..len);
-                }
-                assert_eq!(values, expected);
-            }
-        });
+        run_ranks_with(3, link, GroupOptions::default(), slices_meet_regions);
+    }
+}
+
+pub(crate) fn ranges(mut group: Group) {
+    let ranks = group.world_size() as f32;
+    let region = group.allocate::<f32>(100_000).unwrap();
+    region.write(0, &vec![1.0; 100_000]);
+    let works = [
+        group.all_reduce(region.range(10..20), Sum).unwrap(),
+        group.all_reduce(region.range(1000..90_000), Sum).unwrap(),
+    ];
+    for work in works {
+        work.wait().unwrap();
+    }
+    let values = region.read(0..100_000);
+    for (index, value) in values.iter().enumerate() {
+        let inside = (10..20).contains(&index) || (1000..90_000).contains(&index);
+        assert_eq!(*value, if inside { ranks } else { 1.0 }, "{index}");
     }
 }
 
 #[test]
 fn ranges_of_a_region_leave_the_rest_alone() {
-    run_ranks(3, |mut group| {
-        let region = group.allocate::<f32>(100_000).unwrap();
-        region.write(0, &vec![1.0; 100_000]);
-        let works = [
-            group.all_reduce(region.range(10..20), Sum).unwrap(),
-            group.all_reduce(region.range(1000..90_000), Sum).unwrap(),
-        ];
-        for work in works {
-            work.wait().unwrap();
-        }
-        let values = region.read(0..100_000);
-        for (index, value) in values.iter().enumerate() {
-            let inside = (10..20).contains(&index) || (1000..90_000).contains(&index);
-            assert_eq!(*value, if inside { 3.0 } else { 1.0 }, "{index}");
-        }
-    });
+    run_ranks(3, ranges);
+}
+
+pub(crate) fn many_in_flight(mut group: Group) {
+    let ranks = group.world_size();
+    let len = |k: usize| if k.is_multiple_of(5) { 20_000 } else { k % 7 };
+    let mut buffers: Vec<Vec<i32>> =
+        (0..200).map(|k| inputs::<i32>(group.rank(), len(k))).collect();
+    let mut works: Vec<_> =
+        buffers.iter_mut().map(|b| group.all_reduce(&mut b[..], Sum).unwrap()).collect();
+    while let Some(work) = works.pop() {
+        work.wait().unwrap();
+    }
+    for (k, buffer) in buffers.iter().enumerate() {
+        assert_eq!(*buffer, folded::<i32>(ranks, len(k), i32::add), "{k}");
+    }
 }
 
 #[test]
 fn any_number_of_works_in_flight_waited_for_in_any_order() {
-    run_ranks(3, |mut group| {
-        let len = |k: usize| if k.is_multiple_of(5) { 20_000 } else { k % 7 };
-        let mut buffers: Vec<Vec<i32>> =
-            (0..200).map(|k| inputs::<i32>(group.rank(), len(k))).collect();
-        let mut works: Vec<_> =
-            buffers.iter_mut().map(|b| group.all_reduce(&mut b[..], Sum).unwrap()).collect();
-        while let Some(work) = works.pop() {
-            work.wait().unwrap();
+    run_ranks(3, many_in_flight);
+}
+
+/// Messages are in no order with collectives, and large ones wait for their receivers.
+pub(crate) fn messages_beside_collectives(mut group: Group) {
+    let (rank, ranks) = (group.rank(), group.world_size());
+    if ranks == 1 {
+        return;
+    }
+    let len = 300_000;
+    let mut sum = vec![1_i64; len];
+    let mut output = vec![0; len];
+    let mine = inputs::<i64>(rank, len);
+    match rank {
+        0 => {
+            let sent = group.send(&mine, 1).unwrap();
+            group.all_reduce(&mut sum[..], Sum).unwrap().wait().unwrap();
+            group.receive(&mut output[..], 1).unwrap().wait().unwrap();
+            assert_eq!(output, inputs::<i64>(1, len));
+            sent.wait().unwrap();
         }
-        for (k, buffer) in buffers.iter().enumerate() {
-            assert_eq!(*buffer, folded::<i32>(3, len(k), i32::add), "{k}");
+        1 => {
+            group.all_reduce(&mut sum[..], Sum).unwrap().wait().unwrap();
+            let sent = group.send(&mine, 0).unwrap();
+            group.receive(&mut output[..], 0).unwrap().wait().unwrap();
+            assert_eq!(output, inputs::<i64>(0, len));
+            sent.wait().unwrap();
         }
-    });
+        _ => group.all_reduce(&mut sum[..], Sum).unwrap().wait().unwrap(),
+    }
+    assert!(sum.iter().all(|sum| *sum == ranks as i64));
+}
+
+#[test]
+fn a_message_need_not_be_received_before_the_next_collective() {
+    run_ranks(3, messages_beside_collectives);
+}
+
+pub(crate) fn parts(mut group: Group) {
+    let (rank, ranks) = (group.rank(), group.world_size());
+    let color = if rank == 3 { None } else { Some((rank % 2) as u32) };
+    let part = group.split(color, -(rank as i32)).unwrap();
+    assert_eq!(part.is_none(), rank == 3);
+    if let Some(mut part) = part {
+        // Ordered by key: the higher old rank comes first.
+        let members: Vec<usize> =
+            (0..ranks.min(3)).rev().filter(|other| other % 2 == rank % 2).collect();
+        let place = members.iter().position(|member| *member == rank).unwrap();
+        assert_eq!((part.rank(), part.world_size()), (place, members.len()));
+        let mut sum = [rank as i64];
+        part.all_reduce(&mut sum[..], Sum).unwrap().wait().unwrap();
+        assert_eq!(sum, [members.iter().sum::<usize>() as i64]);
+    }
+    let mut twin = group.duplicate().unwrap();
+    drop(group);
+    let mut sum = [1_i64];
+    twin.all_reduce(&mut sum[..], Sum).unwrap().wait().unwrap();
+    assert_eq!(sum, [ranks as i64]);
 }
 
 #[test]
 fn parts_and_duplicates_are_groups_of_their_own() {
-    run_ranks(4, |mut group| {
-        let rank = group.rank();
-        let color = if rank == 3 { None } else { Some((rank % 2) as u32) };
-        let part = group.split(color, -(rank as i32)).unwrap();
-        assert_eq!(part.is_none(), rank == 3);
-        if let Some(mut part) = part {
-            // Ordered by key: the higher old rank comes first.
-            let expected = [(1, 2), (0, 1), (0, 2)][rank];
-            assert_eq!((part.rank(), part.world_size()), expected);
-            let mut sum = [rank as i64];
-            part.all_reduce(&mut sum[..], Sum).unwrap().wait().unwrap();
-            assert_eq!(sum, if rank == 1 { [1] } else { [2] });
-        }
-        let mut twin = group.duplicate().unwrap();
-        drop(group);
-        let mut sum = [1_i64];
-        twin.all_reduce(&mut sum[..], Sum).unwrap().wait().unwrap();
-        assert_eq!(sum, [4]);
-    });
+    run_ranks(4, parts);
 }

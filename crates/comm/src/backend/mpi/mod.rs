@@ -1,0 +1,168 @@
+//! The MPI backend: the site's MPI library moves the data.
+//!
+//! | file | what |
+//! |---|---|
+//! | `ffi` | MPI's calls, checked |
+//! | `library` | initialised once, finalised once; who may call it |
+//! | `cut` | pure: who reduces which part, in which pieces |
+//! | `exchange`, `fold` | reductions: messages, and the kernels of the host backend in rank order |
+//! | `transport` | a group's calls; what only moves goes through MPI's non-blocking collectives |
+//! | `bootstrap` | ranks that meet over MPI |
+//!
+//! Reductions have the bits of the host backend, whatever library is used: MPI moves bytes, and the
+//! arithmetic is ours. Every group has a communicator of its own.
+
+mod bootstrap;
+mod cut;
+mod exchange;
+mod ffi;
+mod fold;
+mod library;
+mod transport;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::time::Instant;
+
+use self::library::Library;
+use self::transport::MpiTransport;
+use super::host::core::Core;
+use super::lane::Lane;
+use super::Backend;
+use crate::error::{Error, Result};
+
+/// Every rank gives its bytes and gets everybody's, by rank.
+type Gather<'a> = dyn FnMut(&[u8]) -> Result<Vec<Vec<u8>>> + 'a;
+
+/// Numbers the communicators that this process leads.
+static LED: AtomicU64 = AtomicU64::new(0);
+/// Tags of communicators being made; every library has these.
+const TAGS: u64 = 32_768;
+
+/// Connects the ranks of a group over MPI. Collective: `gather` goes over the control plane.
+pub(crate) fn open(
+    core: &Arc<Core>,
+    gather: &mut Gather<'_>,
+    deadline: Instant,
+) -> Result<Arc<Lane>> {
+    let rank = core.rank;
+    let mine = library::get(deadline);
+    // Those who have no MPI say so to the others, instead of letting them wait.
+    let card = match &mine {
+        Ok(library) => Card {
+            rank: library.rank as u64,
+            size: library.size as u64,
+            tag: LED.fetch_add(1, Ordering::Relaxed) * 31 + library.rank as u64,
+            trouble: String::new(),
+        },
+        Err(error) => Card { trouble: trouble(error), ..Card::default() },
+    };
+    let cards: Vec<Card> =
+        gather(&card.encode())?.iter().map(|bytes| Card::decode(bytes)).collect();
+    let library = mine?;
+    let members = members(&cards)?;
+    let ranks = members.len();
+    let tag = usize::try_from(cards[0].tag % TAGS).unwrap_or(0);
+    let world = library.world;
+    let communicator = if ranks == 1 {
+        world
+    } else {
+        let peers = Arc::clone(&core.peers);
+        let gives_up = move || peers.failure();
+        library.set_up(rank, deadline, gives_up, move || world.part(&members, tag))?
+    };
+    Ok(lane(library, core, MpiTransport::new(library, core, communicator)))
+}
+
+fn lane(library: &'static Library, core: &Arc<Core>, transport: MpiTransport) -> Arc<Lane> {
+    let core = Arc::clone(core);
+    Lane::new(Backend::Mpi, core, &library.runner, library.multiple, Box::new(transport))
+}
+
+fn trouble(error: &Error) -> String {
+    match error {
+        Error::NoBackend { what, .. } => what.clone(),
+        other => other.to_string(),
+    }
+}
+
+/// What a rank tells the others before they make a communicator.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Card {
+    /// Its rank in `MPI_COMM_WORLD`, and how many there are.
+    rank: u64,
+    size: u64,
+    /// For the communicator, if this rank leads it.
+    tag: u64,
+    /// Why this rank has no MPI; empty when it has.
+    trouble: String,
+}
+
+impl Card {
+    fn encode(&self) -> Vec<u8> {
+        let numbers = [self.rank, self.size, self.tag].map(u64::to_le_bytes).concat();
+        [&numbers[..], self.trouble.as_bytes()].concat()
+    }
+
+    fn decode(bytes: &[u8]) -> Self {
+        let number = |at: usize| {
+            let bytes = bytes.get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
+            bytes.map_or(0, u64::from_le_bytes)
+        };
+        let trouble = String::from_utf8_lossy(bytes.get(24..).unwrap_or_default()).into_owned();
+        Self { rank: number(0), size: number(8), tag: number(16), trouble }
+    }
+}
+
+/// The group's ranks in `MPI_COMM_WORLD`: one process of one MPI job each.
+fn members(cards: &[Card]) -> Result<Vec<usize>> {
+    let unavailable = |what| Error::NoBackend { backend: "mpi", what };
+    for (rank, card) in cards.iter().enumerate() {
+        if !card.trouble.is_empty() {
+            return Err(unavailable(format!("rank {rank} has none: {}", card.trouble)));
+        }
+        if card.size != cards[0].size {
+            return Err(unavailable(format!(
+                "rank 0 is in an MPI job of {} processes, rank {rank} in one of {}: start all ranks \
+                 with one mpirun",
+                cards[0].size, card.size
+            )));
+        }
+        if let Some(other) = cards[..rank].iter().position(|other| other.rank == card.rank) {
+            return Err(unavailable(format!(
+                "ranks {other} and {rank} are both MPI's rank {}: each rank must be a process of its \
+                 own, all started by one mpirun",
+                card.rank
+            )));
+        }
+    }
+    Ok(cards.iter().map(|card| usize::try_from(card.rank).unwrap_or(usize::MAX)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn card(rank: u64) -> Card {
+        Card { rank, size: 3, tag: 7, trouble: String::new() }
+    }
+
+    #[test]
+    fn cards_survive_their_way() {
+        for card in [card(2), Card { trouble: "no mpirun".to_owned(), ..Card::default() }] {
+            assert_eq!(Card::decode(&card.encode()), card);
+        }
+        assert_eq!(Card::decode(&[]), Card::default());
+    }
+
+    #[test]
+    fn ranks_that_cannot_talk_are_named() {
+        assert_eq!(members(&[card(2), card(0), card(1)]).unwrap(), [2, 0, 1]);
+        let error = |cards: &[Card]| members(cards).unwrap_err().to_string();
+        let without = Card { trouble: "no mpirun".to_owned(), ..Card::default() };
+        assert!(error(&[card(0), without]).contains("rank 1 has none: no mpirun"));
+        assert!(error(&[card(0), card(1), card(0)]).contains("ranks 0 and 2 are both MPI's rank 0"));
+        let elsewhere = Card { size: 1, ..card(0) };
+        assert!(error(&[card(1), elsewhere]).contains("one mpirun"));
+    }
+}

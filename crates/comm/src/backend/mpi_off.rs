@@ -1,0 +1,18 @@
+//! The MPI backend where it was left out.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::host::core::Core;
+use super::lane::Lane;
+use crate::error::{Error, Result};
+
+/// Every rank gives its bytes and gets everybody's, by rank.
+type Gather<'a> = dyn FnMut(&[u8]) -> Result<Vec<Vec<u8>>> + 'a;
+
+/// There is none.
+pub(crate) fn open(_: &Arc<Core>, _: &mut Gather<'_>, _: Instant) -> Result<Arc<Lane>> {
+    let what = "this program was built without it: install an MPI library with its headers and \
+                libclang (Debian: libopenmpi-dev, libclang-dev), and build with `--features mpi`";
+    Err(Error::NoBackend { backend: "mpi", what: what.to_owned() })
+}

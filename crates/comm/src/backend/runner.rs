@@ -1,0 +1,171 @@
+//! The thread that works on lanes, so that data moves while callers compute.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::lane::Lane;
+
+/// How long it looks again and again before it sleeps between looks.
+const EAGER: Duration = Duration::from_micros(200);
+/// Between two looks after that, while calls are under way.
+const NAP: Duration = Duration::from_micros(50);
+/// How long it stays light asleep after work.
+const DOZING: Duration = Duration::from_millis(100);
+/// Between two looks meanwhile.
+const DOZE: Duration = Duration::from_millis(2);
+/// Between two looks after that: whatever comes wakes it.
+const SLEEP: Duration = Duration::from_secs(1);
+
+/// What only the runner's thread may do.
+type Job = Box<dyn FnOnce() + Send>;
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What these protect is valid after every statement.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Rest {
+    #[default]
+    Awake,
+    /// It looks soon by itself.
+    Dozing,
+    Asleep,
+}
+
+/// Whether somebody called since its last sleep.
+type Called = bool;
+
+/// A thread that works on lanes.
+pub(crate) struct Runner {
+    lanes: Mutex<Vec<Arc<Lane>>>,
+    jobs: Mutex<VecDeque<Job>>,
+    rest: Mutex<(Rest, Called)>,
+    work_came: Condvar,
+    /// Whether it ends with its last lane.
+    ends: bool,
+}
+
+impl std::fmt::Debug for Runner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Runner").field("ends", &self.ends).finish_non_exhaustive()
+    }
+}
+
+impl Runner {
+    /// Starts the thread, which runs `prepare` first. With `ends` it ends with its last lane.
+    pub(crate) fn spawn(
+        name: String,
+        ends: bool,
+        prepare: impl FnOnce() + Send + 'static,
+    ) -> std::io::Result<Arc<Self>> {
+        let runner = Arc::new(Self {
+            lanes: Mutex::default(),
+            jobs: Mutex::default(),
+            rest: Mutex::default(),
+            work_came: Condvar::new(),
+            ends,
+        });
+        let ours = Arc::clone(&runner);
+        // Not joined: it ends with its lanes, or with the process.
+        drop(std::thread::Builder::new().name(name).spawn(move || {
+            prepare();
+            ours.run();
+        })?);
+        Ok(runner)
+    }
+
+    pub(super) fn adopt(&self, lane: Arc<Lane>) {
+        lock(&self.lanes).push(lane);
+        self.wake();
+    }
+
+    /// Has the thread do something between two looks.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn ask(&self, job: Job) {
+        lock(&self.jobs).push_back(job);
+        self.wake();
+    }
+
+    /// Whether all groups are closed.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn has_no_lanes(&self) -> bool {
+        lock(&self.lanes).is_empty()
+    }
+
+    pub(super) fn wake(&self) {
+        let mut rest = lock(&self.rest);
+        rest.1 = true;
+        if rest.0 != Rest::Awake {
+            self.work_came.notify_one();
+        }
+    }
+
+    /// Wakes it unless it soon looks by itself.
+    pub(super) fn wake_from_sleep(&self) {
+        let mut rest = lock(&self.rest);
+        if rest.0 == Rest::Dozing {
+            return;
+        }
+        rest.1 = true;
+        if rest.0 == Rest::Asleep {
+            self.work_came.notify_one();
+        }
+    }
+
+    fn run(&self) {
+        let mut had_lanes = false;
+        let mut moved = Instant::now();
+        let mut polled = Instant::now();
+        loop {
+            while let Some(job) = { lock(&self.jobs).pop_front() } {
+                job();
+            }
+            let lanes: Vec<Arc<Lane>> = lock(&self.lanes).clone();
+            had_lanes |= !lanes.is_empty();
+            let idle_poll = lanes.iter().filter_map(|lane| lane.idle_poll).min();
+            let idle = idle_poll.is_some_and(|every| polled.elapsed() >= every);
+            if idle {
+                polled = Instant::now();
+            }
+            let mut busy = false;
+            for lane in &lanes {
+                let look = lane.look(idle);
+                busy |= look.busy;
+                if look.moved {
+                    moved = Instant::now();
+                }
+            }
+            drop(lanes);
+            lock(&self.lanes).retain(|lane| !lane.end_if_closed());
+            if self.ends && had_lanes && lock(&self.lanes).is_empty() {
+                return;
+            }
+            if busy && moved.elapsed() < EAGER {
+                std::thread::yield_now();
+                continue;
+            }
+            let (rest, limit) = match (busy, moved.elapsed() < DOZING) {
+                (true, _) => (Rest::Dozing, NAP),
+                (false, true) => (Rest::Dozing, DOZE),
+                (false, false) => (Rest::Asleep, idle_poll.unwrap_or(SLEEP)),
+            };
+            if self.sleep(rest, limit) {
+                moved = Instant::now();
+            }
+        }
+    }
+
+    /// Sleeps unless somebody has called since the last time; whether somebody did.
+    fn sleep(&self, depth: Rest, limit: Duration) -> Called {
+        let mut rest = lock(&self.rest);
+        if !rest.1 {
+            rest.0 = depth;
+            rest =
+                self.work_came.wait_timeout(rest, limit).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        rest.0 = Rest::Awake;
+        std::mem::take(&mut rest.1)
+    }
+}

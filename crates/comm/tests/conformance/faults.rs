@@ -1,0 +1,110 @@
+//! Faults under `mpirun`: a rank that is killed, ranks that exit with codes of their own, wrong set-ups.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use phalanx_comm::{Backend, Group, GroupOptions, Sum, Work};
+
+use crate::launched::Running;
+use crate::mpirun::{mpirun, program};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// What a rank does.
+pub(crate) fn rank(role: &str, options: GroupOptions) {
+    let mut group = Group::from_environment(options).expect("the ranks meet");
+    let victim = group.rank() == 1;
+    match role {
+        "killed in large all-reduces" => work_until_death(&mut group, 4 << 20, victim),
+        "killed in small all-reduces" => work_until_death(&mut group, 16, victim),
+        "exits with its own code" => {
+            let mut values = [1.0_f32; 1000];
+            group.all_reduce(&mut values[..], Sum).and_then(Work::wait).expect("a sum");
+            if victim {
+                std::process::exit(17);
+            }
+            drop(group);
+        }
+        "lets works go" => {
+            let mut values = vec![1.0_f32; 100_000];
+            drop(group.all_reduce(&mut values[..], Sum).expect("started"));
+            drop(group);
+            println!("let go");
+        }
+        other => panic!("no such role: {other}"),
+    }
+}
+
+/// The victim kills itself in the middle; the others say what they see, how soon, and end.
+fn work_until_death(group: &mut Group, len: usize, victim: bool) {
+    let region = group.allocate::<f32>(len).expect("memory");
+    for step in 0..u64::MAX {
+        let start = Instant::now();
+        let work = group.tagged("step").all_reduce(region.full(), Sum);
+        if victim && step == 20 {
+            let own = std::process::id().to_string();
+            drop(Command::new("kill").args(["-9", &own]).status());
+        }
+        if let Err(error) = work.and_then(Work::wait) {
+            println!("error after {} ms: {error}", start.elapsed().as_millis());
+            std::process::exit(3);
+        }
+    }
+}
+
+/// With `--enable-recovery`, which lets survivors live: they end by themselves.
+fn killed(role: &str) {
+    let Some(mut command) = mpirun(3, role) else { return };
+    command.arg("--enable-recovery");
+    let start = Instant::now();
+    // In this mode mpirun's own exit status says nothing.
+    let (_, output) = Running::start(program(&mut command)).finish(LIMIT);
+    let lines: Vec<&str> = output.lines().filter(|line| line.contains("error after")).collect();
+    assert_eq!(lines.len(), 2, "{output}");
+    for line in lines {
+        let late = line.split_whitespace().skip_while(|word| *word != "after").nth(1);
+        let late: u64 = late.and_then(|ms| ms.parse().ok()).expect("a number");
+        assert!(line.contains("rank 1 (host ") && line.contains("died"), "{line}");
+        assert!(late < 1000, "{line}");
+    }
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+}
+
+#[test]
+fn survivors_of_kill_9_say_who_died() {
+    killed("killed in large all-reduces");
+    killed("killed in small all-reduces");
+}
+
+#[test]
+fn kill_9_ends_the_job() {
+    let Some(mut command) = mpirun(3, "killed in large all-reduces") else { return };
+    let start = Instant::now();
+    let (status, output) = Running::start(program(&mut command)).finish(LIMIT);
+    assert!(!status.success(), "{output}");
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}\n{output}", start.elapsed());
+}
+
+#[test]
+fn a_rank_keeps_its_exit_code() {
+    let Some(mut command) = mpirun(2, "exits with its own code") else { return };
+    let (status, output) = Running::start(program(&mut command)).finish(LIMIT);
+    assert_eq!(status.code(), Some(17), "{output}");
+}
+
+#[test]
+fn works_and_groups_may_be_dropped_before_the_end() {
+    let Some(mut command) = mpirun(3, "lets works go") else { return };
+    let (status, output) = Running::start(program(&mut command)).finish(LIMIT);
+    assert!(status.success(), "{status}\n{output}");
+    assert_eq!(output.matches("let go").count(), 3, "{output}");
+    assert!(!output.contains("mpirun"), "mpirun complains:\n{output}");
+}
+
+#[test]
+fn without_mpi_the_error_says_what_to_do() {
+    let error = Group::single(GroupOptions::default().with_backend(Backend::Mpi)).unwrap_err();
+    let text = error.to_string();
+    let what = if cfg!(feature = "mpi") { "mpirun -n 4" } else { "--features mpi" };
+    assert!(text.contains("mpi backend is not available") && text.contains(what), "{text}");
+}

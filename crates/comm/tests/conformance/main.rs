@@ -1,0 +1,45 @@
+//! One suite for every backend: what a rank checks, run on threads, in processes over both links, and
+//! under `mpirun` over MPI.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::exit,
+    clippy::float_cmp,
+    clippy::shadow_unrelated,
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    reason = "tests: exact values, small numbers, and a failure is a panic"
+)]
+
+mod faults;
+mod launched;
+mod matrix;
+mod misuse;
+mod mpirun;
+mod sequences;
+
+use phalanx_comm::Group;
+
+/// What a rank checks with a group of its own.
+type Check = fn(Group);
+
+const CHECKS: [(&str, Check); 15] = [
+    ("reductions of every type", matrix::every_type),
+    ("near the oracle", matrix::near_the_oracle),
+    ("movement", matrix::movement),
+    ("slices meet regions", matrix::slices_meet_regions),
+    ("ranges", matrix::ranges),
+    ("many in flight", matrix::many_in_flight),
+    ("messages beside collectives", matrix::messages_beside_collectives),
+    ("parts", matrix::parts),
+    ("sequences", sequences::fixed_sequences),
+    ("all differ", misuse::all_differ),
+    ("absent", misuse::absent_is_named),
+    ("abort", misuse::abort_is_heard),
+    ("leaver", misuse::leaver_is_named),
+    ("message of another length", misuse::message_of_another_length),
+    ("forgotten work", misuse::forgotten_work),
+];
