@@ -3,8 +3,9 @@
 //!
 //! ```text
 //! cargo bench -p phalanx-comm --bench collectives -- [--ranks 2,4] [--sizes 1K,1M,64M]
-//!     [--rounds 3] [--link auto|tcp] [--no-mpi] [--json FILE]
+//!     [--rounds 3] [--link auto|tcp] [--backend host|mpi] [--no-mpi] [--json FILE]
 //! ```
+//! `--backend mpi` (`--features mpi`) measures that, under `mpirun`, and how much of a collective is hidden.
 //!
 //! Each round runs ours, `OpenMPI`'s (compiled here from `mpi_all_reduce.c`, when `mpicc` is there) and the
 //! limit, one after the other, each in processes (the limit: threads) of its own; the table shows
@@ -23,13 +24,16 @@
     reason = "a table of measurements; sums of small integers are exact"
 )]
 
+#[path = "collectives/overlap.rs"]
+mod overlap;
+
 use std::fmt::Write as _;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
-use phalanx_comm::{Group, GroupOptions, Sum};
+use phalanx_comm::{Backend, Group, GroupOptions, Sum};
 
 /// Fastest times of one size, in microseconds.
 #[derive(Debug, Clone, Copy, Default)]
@@ -46,6 +50,7 @@ struct Arguments {
     sizes: Vec<usize>,
     rounds: usize,
     link: String,
+    backend: Backend,
     mpi: bool,
     json: Option<String>,
     worker: bool,
@@ -54,13 +59,13 @@ struct Arguments {
 fn main() -> Result<()> {
     let arguments = arguments()?;
     if arguments.worker {
-        return worker(&arguments.sizes);
+        return worker(&arguments);
     }
     let mpi = if arguments.mpi { compile_mpi()? } else { None };
     let mut json = String::new();
     for ranks in &arguments.ranks {
         let rows = measure(&arguments, *ranks, mpi.as_deref())?;
-        print_table(*ranks, &arguments.link, &rows);
+        print_table(*ranks, &arguments, &rows);
         for row in &rows {
             write_json(&mut json, *ranks, row)?;
         }
@@ -86,6 +91,7 @@ fn arguments() -> Result<Arguments> {
         sizes: [1 << 10, 64 << 10, 1 << 20, 4 << 20, 64 << 20, 256 << 20].to_vec(),
         rounds: 3,
         link: "auto".to_owned(),
+        backend: Backend::Host,
         mpi: true,
         json: None,
         worker: false,
@@ -98,6 +104,7 @@ fn arguments() -> Result<Arguments> {
             "--sizes" => arguments.sizes = list(&value()?, size)?,
             "--rounds" => arguments.rounds = value()?.parse()?,
             "--link" => arguments.link = value()?,
+            "--backend" => arguments.backend = backend(&value()?)?,
             "--json" => arguments.json = Some(value()?),
             "--no-mpi" => arguments.mpi = false,
             "--worker" => arguments.worker = true,
@@ -106,6 +113,11 @@ fn arguments() -> Result<Arguments> {
         }
     }
     Ok(arguments)
+}
+
+fn backend(name: &str) -> Result<Backend> {
+    let known = [Backend::Host, Backend::Mpi];
+    known.into_iter().find(|one| one.name() == name).context("--backend is host or mpi")
 }
 
 fn list<T>(text: &str, parse: impl Fn(&str) -> Result<T>) -> Result<Vec<T>> {
@@ -164,8 +176,16 @@ fn measure(arguments: &Arguments, ranks: usize, mpi: Option<&str>) -> Result<Vec
 /// Starts this program again, once for each rank.
 fn run_ours(arguments: &Arguments, ranks: usize) -> Result<Vec<(f64, usize)>> {
     let program = std::env::current_exe()?;
-    let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
     let sizes: Vec<String> = arguments.sizes.iter().map(ToString::to_string).collect();
+    if arguments.backend == Backend::Mpi {
+        let mut command = Command::new("mpirun");
+        command.args(["--allow-run-as-root", "--oversubscribe", "-np", &ranks.to_string()]);
+        command.arg(program).args(["--worker", "--backend", "mpi", "--sizes", &sizes.join(",")]);
+        let text = output_of(&mut command)?;
+        text.lines().filter(|line| line.starts_with('#')).for_each(|line| println!("{line}"));
+        return parse_lines(&text, arguments.sizes.len());
+    }
+    let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
     let token = format!("{:064x}", u128::from(std::process::id()));
     let mut children = Vec::new();
     for rank in 0..ranks {
@@ -228,9 +248,13 @@ fn compile_mpi() -> Result<Option<String>> {
 }
 
 /// One rank of ours.
-fn worker(sizes: &[usize]) -> Result<()> {
-    let mut group = Group::from_environment(GroupOptions::default())?;
-    for bytes in sizes {
+fn worker(arguments: &Arguments) -> Result<()> {
+    let options = GroupOptions::default().with_backend(arguments.backend);
+    let mut group = Group::from_environment(options)?;
+    if arguments.backend == Backend::Mpi && group.world_size() == 2 {
+        overlap::measure(&mut group)?;
+    }
+    for bytes in &arguments.sizes {
         let count = bytes / size_of::<f32>();
         let region = group.allocate::<f32>(count)?;
         let rank = group.rank();
@@ -417,9 +441,10 @@ fn plain_kernel(buffers: &[SharedBuffer], from: usize, to: usize) {
     }
 }
 
-fn print_table(ranks: usize, link: &str, rows: &[Row]) {
+fn print_table(ranks: usize, arguments: &Arguments, rows: &[Row]) {
     println!(
-        "# {ranks} ranks, all_reduce in place on registered memory, host backend, link {link}"
+        "# {ranks} ranks, all_reduce in place on registered memory, {} backend, link {}",
+        arguments.backend, arguments.link
     );
     println!(
         "# {:>11} {:>11} {:>6} {:>6} {:>11} {:>8} {:>8} {:>7} | {:>11} {:>8} | {:>11} {:>8}",
