@@ -75,7 +75,7 @@ pub fn listen_address(
 /// A store of a server in this process.
 #[cfg(feature = "mpi")]
 pub(crate) fn hosted(client: StoreClient, server: StoreServer) -> Arc<dyn Store> {
-    Arc::new(Hosted { client, server })
+    Arc::new(Hosted::new(client, server))
 }
 
 /// A store that this process hosts: the server lives exactly as long.

@@ -34,9 +34,9 @@ use std::time::Instant;
 pub use client::StoreClient;
 pub use error::{RendezvousError, StoreError};
 pub use handshake::Credentials;
-pub(crate) use join::Meeting;
 #[cfg(feature = "mpi")]
 pub(crate) use join::hosted;
+pub(crate) use join::Meeting;
 pub use join::{connect, join, listen_address};
 pub use memory::MemoryStore;
 pub use server::StoreServer;
