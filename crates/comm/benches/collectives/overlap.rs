@@ -79,6 +79,7 @@ fn compute(time: Duration) -> f32 {
         };
         (0..20).map(rate).fold(0.0, f64::max)
     });
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a count")]
     multiply((rate * time.as_secs_f64() * 1e3) as usize)
 }
 
