@@ -154,10 +154,13 @@ fn join(config: &Config) -> Result<Group> {
     let options = match config.ddp.backend {
         Backend::Host => options,
         Backend::Nccl => options.with_backend(comm::Backend::Nccl),
+        Backend::Mpi => options.with_backend(comm::Backend::Mpi),
         Backend::Auto => options.with_backend(comm::Backend::Auto),
     };
     let cuda = ddp::load_cuda();
-    if config.ddp.backend != Backend::Host && matches!(cuda, Cuda::Available { .. }) {
+    if !matches!(config.ddp.backend, Backend::Host | Backend::Mpi)
+        && matches!(cuda, Cuda::Available { .. })
+    {
         let seen = config.nccl.apply().context("the configuration's NCCL settings")?;
         for (name, value, was_set) in seen {
             let origin = if was_set { "set in the environment" } else { "from the configuration" };
@@ -166,7 +169,7 @@ fn join(config: &Config) -> Result<Group> {
     }
     // libtorch's half of CUDA: without it the group must not choose the GPU.
     let options = match (config.ddp.backend, cuda) {
-        (Backend::Host, _) | (_, Cuda::Available { .. } | Cuda::NoDriver) => options,
+        (Backend::Host | Backend::Mpi, _) | (_, Cuda::Available { .. } | Cuda::NoDriver) => options,
         (Backend::Auto, Cuda::NoLibtorchCuda { message }) => options.with_gpu_trouble(format!(
             "libtorch's CUDA support cannot be loaded ({message}): run scripts/setup.sh --cuda, or put \
              the torch/lib folder of the full wheel on LD_LIBRARY_PATH"

@@ -256,6 +256,8 @@ pub(crate) enum Backend {
     Host,
     /// On GPUs.
     Nccl,
+    /// On the CPU, with the site's MPI library: under `mpirun`, built with `--features mpi`.
+    Mpi,
 }
 
 /// How the ranks work together.
@@ -268,7 +270,7 @@ pub(crate) struct Ddp {
     pub(crate) bucket_mib: f64,
     /// The bucket that backward fills first, in MiB.
     pub(crate) first_bucket_mib: f64,
-    /// `auto`, `host` or `nccl`.
+    /// `auto`, `host`, `nccl` or `mpi`.
     pub(crate) backend: Backend,
     /// How long a collective may wait for its peers, in seconds.
     pub(crate) timeout_s: u64,
