@@ -260,7 +260,10 @@ impl Lane {
             if let Some(check) = check {
                 match self.core.poll_check(check) {
                     Some(result) => result?,
-                    None => break,
+                    None => {
+                        self.gone_before_showing(check)?;
+                        break;
+                    }
                 }
             }
             let call = Arc::clone(call);
@@ -285,6 +288,18 @@ impl Lane {
         drop(lock(&self.incoming));
         self.ended.notify_all();
         Ok(true)
+    }
+
+    /// An error when a peer of this machine has left without having called this.
+    fn gone_before_showing(&self, check: &Call) -> Result<()> {
+        let (peers, seq) = (&self.core.peers, check.seq());
+        let Some(left) = self.core.locals.iter().find(|local| peers.has_departed(**local)) else {
+            return Ok(());
+        };
+        let gone = peers.gone_before(*left, seq, &check.record.to_string());
+        // What it announced before its goodbye is visible after it.
+        let came = self.core.board(*left).published(seq).load(Ordering::Acquire) > seq;
+        gone.filter(|_| !came).map_or(Ok(()), Err)
     }
 
     /// Messages do not wait for collectives whose turn has not come, where the library lets them.

@@ -240,22 +240,12 @@ impl Core {
     /// lane moves. `None`: not yet.
     pub(crate) fn poll_check(&self, check: &Arc<Call>) -> Option<Result<()>> {
         if self.finishes_in_place(check) && !check.is_done() && !self.inline_is_ready(check) {
-            return self.gone_before_showing(check).map(Err);
+            return None;
         }
         if self.finishes_in_place(check) {
             return Some(self.finish_inline(check, None).map(|_| ()));
         }
         check.is_done().then(|| check.lock().result.clone().unwrap_or(Ok(())))
-    }
-
-    /// The error for a peer of this machine that left without having called this.
-    fn gone_before_showing(&self, check: &Call) -> Option<Error> {
-        let seq = check.seq();
-        let left = self.locals.iter().find(|local| self.peers.has_departed(**local))?;
-        let gone = self.peers.gone_before(*left, seq, &check.record.to_string());
-        // What it announced before its goodbye is visible after it.
-        let came = self.board(*left).published(seq).load(Ordering::Acquire) > seq;
-        gone.filter(|_| !came)
     }
 
     pub(crate) fn out_of_step(
