@@ -76,10 +76,3 @@ pub fn run_ranks_with<T: Send + 'static>(
     }
     results.into_iter().flatten().collect()
 }
-
-/// Whether `PHALANX_REQUIRE` names what a test needs: then it fails instead of skipping itself.
-#[must_use]
-pub fn is_required(what: &str) -> bool {
-    let required = std::env::var("PHALANX_REQUIRE").unwrap_or_default();
-    required.split(',').any(|name| name == what)
-}

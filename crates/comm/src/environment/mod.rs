@@ -33,6 +33,8 @@ use sha2::{Digest, Sha256};
 pub use job_token::JobToken;
 #[cfg(feature = "mpi")]
 pub(crate) use mpi_library::{is_started_by_mpi, mpi_threads};
+#[cfg(test)]
+pub(crate) use nccl::is_required;
 pub(crate) use nccl::{nccl_host_id, nccl_library};
 pub use nccl_settings::{NcclSettingError, NcclSettings};
 

@@ -13,3 +13,9 @@ pub(crate) fn nccl_host_id() -> Option<String> {
 fn read(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
 }
+
+/// Whether `PHALANX_REQUIRE` names what a test needs: then it fails instead of skipping itself.
+#[cfg(test)]
+pub(crate) fn is_required(what: &str) -> bool {
+    read("PHALANX_REQUIRE").unwrap_or_default().split(',').any(|name| name == what)
+}

@@ -14,14 +14,11 @@ use super::board::{Board, Header, SLOTS};
 use super::call::{Call, Memory};
 use super::executor::Executor;
 use super::peers::Peers;
+use super::waiting;
 use crate::algorithm::topology::Topology;
 use crate::error::{Error, Result};
 use crate::fingerprint::CallRecord;
 
-/// The longest sleep between two looks at whether the peers live.
-const SLEEP_MAX: Duration = Duration::from_millis(10);
-/// The first such sleep.
-const SLEEP_FIRST: Duration = Duration::from_micros(500);
 /// A caller that waits so soon after starting has nothing else to do.
 const AT_ONCE: Duration = Duration::from_micros(40);
 /// How long the progress thread stays light asleep after work.
@@ -58,9 +55,9 @@ pub(crate) struct Core {
     /// The boards of those, by rank.
     boards: Vec<Option<Board>>,
     /// How long to watch a word before sleeping.
-    patience: Duration,
+    pub(super) patience: Duration,
     /// Looks at it before looking at the clock; 0 where cores are few: there every look yields.
-    spins: u32,
+    pub(super) spins: u32,
     executor: Mutex<Executor>,
     queue: Mutex<Queue>,
     work_came: Condvar,
@@ -86,8 +83,8 @@ impl Core {
         let locals = topology.locals(rank);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let crowded = locals.len() > cores;
-        let patience = if crowded { PATIENCE_CROWDED } else { PATIENCE };
-        let spins = if crowded { 0 } else { SPINS_BETWEEN_LOOKS };
+        let patience = waiting::patience(crowded);
+        let spins = waiting::spins(crowded);
         Self {
             peers,
             rank,
@@ -263,112 +260,6 @@ impl Core {
         }
     }
 
-    /// Waits until a word of `peer`'s board has reached `at_least`: watches it briefly, then sleeps,
-    /// looking after the peers in between.
-    pub(crate) fn wait_word(
-        &self,
-        call: &Call,
-        deadline: Option<Instant>,
-        peer: usize,
-        word: &AtomicU64,
-        at_least: u64,
-    ) -> Result<()> {
-        let reached = || word.load(Ordering::Acquire) >= at_least;
-        let mut spins = self.spins;
-        loop {
-            if reached() {
-                return Ok(());
-            }
-            if spins == 0 {
-                break;
-            }
-            spins -= 1;
-            std::hint::spin_loop();
-        }
-        self.wait_long(call, deadline, peer, word, at_least)
-    }
-
-    #[cold]
-    fn wait_long(
-        &self,
-        call: &Call,
-        deadline: Option<Instant>,
-        peer: usize,
-        word: &AtomicU64,
-        at_least: u64,
-    ) -> Result<()> {
-        let reached = || word.load(Ordering::Acquire) >= at_least;
-        let start = Instant::now();
-        while start.elapsed() < self.patience {
-            for _ in 0..self.spins {
-                std::hint::spin_loop();
-                if reached() {
-                    return Ok(());
-                }
-            }
-            if self.spins == 0 {
-                // Whoever is waited for may have no core: it gets this one.
-                std::thread::yield_now();
-                if reached() {
-                    return Ok(());
-                }
-            }
-        }
-        let deadline = deadline.unwrap_or(start + call.timeout);
-        self.sleep_word(call, deadline, peer, word, at_least)
-    }
-
-    #[cold]
-    fn sleep_word(
-        &self,
-        call: &Call,
-        deadline: Instant,
-        peer: usize,
-        word: &AtomicU64,
-        at_least: u64,
-    ) -> Result<()> {
-        let board = self.board(peer);
-        // What is announced without a fence may be missed by who goes to sleep at that moment.
-        let mut limit = SLEEP_FIRST;
-        loop {
-            board.sleep(word, at_least, limit);
-            limit = (limit * 2).min(SLEEP_MAX);
-            if word.load(Ordering::Acquire) >= at_least {
-                return Ok(());
-            }
-            if let Some(error) = self.peers.failure() {
-                return Err(error);
-            }
-            if Instant::now() >= deadline {
-                return Err(self.late(call));
-            }
-            if self.peers.has_departed(peer) {
-                let gone = self.peers.gone_before(peer, call.seq(), &call.record.to_string());
-                // What it announced before its goodbye is visible after it.
-                if let (Some(error), false) = (gone, word.load(Ordering::Acquire) >= at_least) {
-                    return Err(error);
-                }
-            }
-        }
-    }
-
-    /// The time-out of a call on this machine: names the ranks that have not come, or, when all
-    /// have, those that have not finished it.
-    pub(crate) fn late(&self, call: &Call) -> Error {
-        let seq = call.seq();
-        let came = |rank: &usize| self.board(*rank).published(seq).load(Ordering::Acquire) > seq;
-        let finished = |rank: &usize| {
-            self.board(*rank).consumed().load(Ordering::Acquire) > seq || *rank == self.rank
-        };
-        let mut absent: Vec<usize> = self.locals.iter().copied().filter(|r| !came(r)).collect();
-        if absent.is_empty() {
-            absent = self.locals.iter().copied().filter(|r| !finished(r)).collect();
-        }
-        let absent: Vec<_> =
-            absent.into_iter().map(|rank| (rank, self.board(rank).last_record())).collect();
-        self.peers.late(call, &absent)
-    }
-
     /// Marks a call as ended well and lets its slot be used again.
     pub(crate) fn completed(&self) {
         let completed = {
@@ -430,7 +321,7 @@ impl Core {
                     }
                     let doze = last_work.elapsed() < DOZE;
                     queue.progress = if doze { Progress::Awake } else { Progress::Asleep };
-                    let limit = if doze { SLEEP_MAX } else { Duration::from_secs(1) };
+                    let limit = if doze { waiting::SLEEP_MAX } else { Duration::from_secs(1) };
                     let (guard, _) = self
                         .work_came
                         .wait_timeout(queue, limit)
@@ -494,7 +385,7 @@ impl Core {
                 queue.waiting += 1;
                 let (mut queue, _) = self
                     .work_done
-                    .wait_timeout(queue, SLEEP_MAX)
+                    .wait_timeout(queue, waiting::SLEEP_MAX)
                     .unwrap_or_else(PoisonError::into_inner);
                 queue.waiting -= 1;
             }
@@ -519,10 +410,3 @@ impl Drop for Core {
         self.peers.close();
     }
 }
-
-/// A little more than a futex wake-up takes, so that a peer that is about to come is met awake.
-const PATIENCE: Duration = Duration::from_micros(50);
-/// With more ranks than cores, watching keeps the peer that is waited for from running: each look
-/// gives the core away, which costs less than a sleep and a wake-up as long as peers come soon.
-const PATIENCE_CROWDED: Duration = Duration::from_micros(200);
-const SPINS_BETWEEN_LOOKS: u32 = 64;

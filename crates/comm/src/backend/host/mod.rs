@@ -6,7 +6,7 @@
 //! | `control`, `wire`, `monitor`, `peers`, `liveness` | who lives; failures; memfds on their way |
 //! | `mapping`, `board`, `region` | shared memory |
 //! | `call` | a started collective |
-//! | `core` | starting, waiting, finishing |
+//! | `core`, `waiting` | starting, waiting, finishing |
 //! | `inline` | small collectives: everything in the slots |
 //! | `executor`, `reduction`, `transfer`, `links` | large ones: the algorithms on memory and sockets |
 //! | `point` | `send` and `receive` |
@@ -28,4 +28,5 @@ pub(crate) mod reduction;
 pub(crate) mod region;
 pub(crate) mod setup;
 pub(crate) mod transfer;
+pub(crate) mod waiting;
 pub(crate) mod wire;

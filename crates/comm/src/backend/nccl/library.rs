@@ -233,7 +233,7 @@ mod tests {
         let path = crate::environment::nccl_library();
         let nccl = match Nccl::get(path.as_deref()) {
             Ok(nccl) => nccl,
-            Err(error) if crate::testing::is_required("nccl") => panic!("{error}"),
+            Err(error) if crate::environment::is_required("nccl") => panic!("{error}"),
             Err(error) => return eprintln!("SKIPPED: no libnccl: {error}"),
         };
         assert!(nccl.version_number() >= OLDEST, "{}", nccl.version());
@@ -253,7 +253,7 @@ mod tests {
             return eprintln!("SKIPPED: this machine has a GPU");
         }
         let Ok(nccl) = Nccl::get(path.as_deref()) else {
-            assert!(!crate::testing::is_required("nccl"));
+            assert!(!crate::environment::is_required("nccl"));
             return eprintln!("SKIPPED: no libnccl");
         };
         let id = nccl.unique_id().unwrap();
