@@ -1,7 +1,10 @@
 //! A group of ranks and what belongs to its life: making, dividing, ending.
 
+mod backends;
 mod collectives;
+mod on_device;
 mod on_rank;
+mod options;
 
 use std::panic::Location;
 use std::sync::atomic::Ordering;
@@ -14,15 +17,13 @@ use crate::backend::host::liveness::Liveness;
 use crate::backend::host::region::RegionMemory;
 use crate::backend::host::{board, setup};
 use crate::backend::lane::Lane;
-use crate::backend::mpi;
 use crate::backend::nccl::memory::DeviceMemory;
-use crate::backend::nccl::transport::OnDevice;
-use crate::backend::nccl::{self, Gpu};
+use crate::backend::nccl::Gpu;
 use crate::backend::Backend;
 use crate::dtype::{DType, Element};
 #[cfg(feature = "mpi")]
 use crate::environment::EnvironmentError;
-use crate::environment::{HostLink, World};
+use crate::environment::World;
 use crate::error::{Error, Result};
 use crate::fingerprint::{CallRecord, Op};
 use crate::recorder::{self, Entry, FlightRecord};
@@ -31,80 +32,7 @@ use crate::region::{Region, Stream};
 use crate::rendezvous::{Meeting, Store};
 use crate::work::Work;
 
-/// How a group behaves.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct GroupOptions {
-    /// How long a collective may take before it fails; 60 s by default. See also [`Group::within`].
-    pub timeout: Duration,
-    /// How long the ranks may take to meet; 60 s by default.
-    pub connect_timeout: Duration,
-    /// How ranks of one machine talk, instead of what the [`World`] says (`PHALANX_HOST_LINK`).
-    pub host_link: Option<HostLink>,
-    /// Who moves the data; the host backend by default.
-    pub backend: Backend,
-    /// With [`Backend::Auto`]: why this rank's GPU must not be used, if so. One rank's reason counts for
-    /// all.
-    pub gpu_trouble: Option<String>,
-    /// How often ranks tell each other that they live; 500 ms by default.
-    pub heartbeat: Duration,
-    /// How long a rank may say nothing before it counts as dead; 5 s by default. Ranks that compute
-    /// are not silent: a thread of their own sends the heartbeats. Raise it to debug a rank.
-    pub dead_after: Duration,
-}
-
-impl Default for GroupOptions {
-    fn default() -> Self {
-        let minute = Duration::from_secs(60);
-        Self {
-            timeout: minute,
-            connect_timeout: minute,
-            host_link: None,
-            backend: Backend::default(),
-            gpu_trouble: None,
-            heartbeat: Duration::from_millis(500),
-            dead_after: Duration::from_secs(5),
-        }
-    }
-}
-
-impl GroupOptions {
-    /// With another time limit for collectives.
-    #[must_use]
-    pub fn with_timeout(self, timeout: Duration) -> Self {
-        Self { timeout, ..self }
-    }
-
-    /// With another time limit for meeting.
-    #[must_use]
-    pub fn with_connect_timeout(self, connect_timeout: Duration) -> Self {
-        Self { connect_timeout, ..self }
-    }
-
-    /// With other heartbeats: one every `heartbeat`, and death after `dead_after` without any.
-    #[must_use]
-    pub fn with_heartbeat(self, heartbeat: Duration, dead_after: Duration) -> Self {
-        Self { heartbeat, dead_after, ..self }
-    }
-
-    /// With another way for ranks of one machine to talk.
-    #[must_use]
-    pub fn with_host_link(self, host_link: HostLink) -> Self {
-        Self { host_link: Some(host_link), ..self }
-    }
-
-    /// With another backend.
-    #[must_use]
-    pub fn with_backend(self, backend: Backend) -> Self {
-        Self { backend, ..self }
-    }
-
-    /// With a reason why this rank's GPU must not be used ([`Backend::Auto`]).
-    #[must_use]
-    pub fn with_gpu_trouble(self, reason: impl Into<String>) -> Self {
-        Self { gpu_trouble: Some(reason.into()), ..self }
-    }
-}
+pub use self::options::GroupOptions;
 
 /// What the flight recorder calls this group and this rank.
 #[derive(Debug, Clone, Copy)]
@@ -270,65 +198,6 @@ impl Group {
             Backend::Mpi => group.open_mpi()?,
         }
         Ok(group)
-    }
-
-    /// Connects the ranks over MPI. Collective.
-    fn open_mpi(&mut self) -> Result<()> {
-        let deadline = Instant::now() + self.options.connect_timeout;
-        let core = self.core();
-        let mut gather = |mine: &[u8]| self.all_gather_bytes(mine);
-        let lane = mpi::open(&core, &mut gather, deadline);
-        self.lane = Some(lane.map_err(|error| core.peers.fail(error))?);
-        Ok(())
-    }
-
-    /// NCCL when every rank can, else the host backend. Collective.
-    fn choose(&mut self) -> Result<()> {
-        let library = crate::environment::nccl_library();
-        let mine = self.options.gpu_trouble.take();
-        let mine = mine.or_else(|| nccl::trouble(library.as_deref())).unwrap_or_default();
-        let all = self.all_gather_bytes(mine.as_bytes())?;
-        let troubled = all.iter().enumerate().find(|(_, trouble)| !trouble.is_empty());
-        if let Some((rank, trouble)) = troubled {
-            let trouble = String::from_utf8_lossy(trouble);
-            self.choice = Some(format!("rank {rank} has no GPU to use: {trouble}"));
-            self.options.backend = Backend::Host;
-            return Ok(());
-        }
-        self.choice = Some("every rank has a GPU".to_owned());
-        self.options.backend = Backend::Nccl;
-        self.open_nccl()
-    }
-
-    /// Why [`Backend::Auto`] became what [`Group::backend`] says.
-    #[must_use]
-    pub fn backend_choice(&self) -> Option<&str> {
-        self.choice.as_deref()
-    }
-
-    /// Connects the ranks over NCCL. Collective.
-    fn open_nccl(&mut self) -> Result<()> {
-        let deadline = Instant::now() + self.options.connect_timeout;
-        let core = self.core();
-        let library = crate::environment::nccl_library();
-        let mut gather = |mine: &[u8]| self.all_gather_bytes(mine);
-        let opened = nccl::open(&core, library.as_deref(), &mut gather, deadline);
-        let (lane, gpu) = opened.map_err(|error| core.peers.fail(error))?;
-        (self.lane, self.gpu) = (Some(lane), Some(gpu));
-        Ok(())
-    }
-
-    /// The number of this rank's GPU among those that the process sees, with NCCL.
-    #[must_use]
-    pub fn device(&self) -> Option<usize> {
-        self.gpu.as_ref().map(|gpu| gpu.device.ordinal)
-    }
-
-    /// The stream of the GPU on which the caller works: collectives on GPU memory come after what was
-    /// asked of it before, and [`Work::wait`] orders it after them. At first the default stream.
-    pub fn set_stream(&mut self, stream: Stream) -> &mut Self {
-        self.stream = stream;
-        self
     }
 
     /// This rank's number in the group, from 0.
@@ -604,49 +473,6 @@ impl Group {
         let call = self.core.start(call, input)?;
         self.started += 1;
         Ok(call)
-    }
-
-    /// Who moves the data of a planned call, if not the host backend: what has no data is a matter of
-    /// headers alone.
-    fn lane_for(&self, plan: &Plan, on_device: bool) -> Option<Arc<Lane>> {
-        let takes = self.gpu.is_none() || on_device;
-        self.lane.as_ref().filter(|_| takes && plan.segment > 0).map(Arc::clone)
-    }
-
-    /// Starts a call whose header goes over the control plane and whose data over `lane`.
-    #[track_caller]
-    fn begin_on_lane(
-        &mut self,
-        lane: &Lane,
-        plan: &Plan,
-        record: CallRecord,
-        timeout: Duration,
-        memory: Memory,
-    ) -> Result<Arc<Call>> {
-        let dtype = plan.dtype.unwrap_or(DType::U8);
-        let (reduction, header) = (plan.reduction, record.clone());
-        let check = Call::new(header, dtype, reduction, 0, 1, true, timeout, Memory::Nothing);
-        let (segment, segments) = (plan.segment, plan.segments);
-        let mut call =
-            Call::new(record, dtype, reduction, segment, segments, false, timeout, memory);
-        call.entry = self.recorded(&call);
-        let on_device = self.on_device(&call)?;
-        let call = call.on_device(on_device);
-        let check = self.core.start(check, None)?;
-        self.started += 1;
-        let call = Arc::new(call);
-        lane.submit(Arc::clone(&call), Some(check));
-        Ok(call)
-    }
-
-    /// The point of the caller's stream at which a call on GPU memory is made.
-    fn on_device(&self, call: &Call) -> Result<Option<OnDevice>> {
-        match (&self.gpu, &call.lock().memory) {
-            (Some(gpu), Memory::Device { .. }) => OnDevice::after(&gpu.device, self.stream)
-                .map(Some)
-                .map_err(|error| nccl::cuda_error(self.rank(), error)),
-            _ => Ok(None),
-        }
     }
 }
 

@@ -1,0 +1,118 @@
+//! Who moves a group's data: choosing, connecting, and handing calls over.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{Group, Plan};
+use crate::backend::host::call::{Call, Memory};
+use crate::backend::lane::Lane;
+use crate::backend::nccl::transport::OnDevice;
+use crate::backend::{mpi, nccl, Backend};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::fingerprint::CallRecord;
+use crate::region::Stream;
+
+impl Group {
+    /// Connects the ranks over MPI. Collective.
+    pub(super) fn open_mpi(&mut self) -> Result<()> {
+        let deadline = Instant::now() + self.options.connect_timeout;
+        let core = self.core();
+        let mut gather = |mine: &[u8]| self.all_gather_bytes(mine);
+        let lane = mpi::open(&core, &mut gather, deadline);
+        self.lane = Some(lane.map_err(|error| core.peers.fail(error))?);
+        Ok(())
+    }
+
+    /// NCCL when every rank can, else the host backend. Collective.
+    pub(super) fn choose(&mut self) -> Result<()> {
+        let library = crate::environment::nccl_library();
+        let mine = self.options.gpu_trouble.take();
+        let mine = mine.or_else(|| nccl::trouble(library.as_deref())).unwrap_or_default();
+        let all = self.all_gather_bytes(mine.as_bytes())?;
+        let troubled = all.iter().enumerate().find(|(_, trouble)| !trouble.is_empty());
+        if let Some((rank, trouble)) = troubled {
+            let trouble = String::from_utf8_lossy(trouble);
+            self.choice = Some(format!("rank {rank} has no GPU to use: {trouble}"));
+            self.options.backend = Backend::Host;
+            return Ok(());
+        }
+        self.choice = Some("every rank has a GPU".to_owned());
+        self.options.backend = Backend::Nccl;
+        self.open_nccl()
+    }
+
+    /// Why [`Backend::Auto`] became what [`Group::backend`] says.
+    #[must_use]
+    pub fn backend_choice(&self) -> Option<&str> {
+        self.choice.as_deref()
+    }
+
+    /// Connects the ranks over NCCL. Collective.
+    pub(super) fn open_nccl(&mut self) -> Result<()> {
+        let deadline = Instant::now() + self.options.connect_timeout;
+        let core = self.core();
+        let library = crate::environment::nccl_library();
+        let mut gather = |mine: &[u8]| self.all_gather_bytes(mine);
+        let opened = nccl::open(&core, library.as_deref(), &mut gather, deadline);
+        let (lane, gpu) = opened.map_err(|error| core.peers.fail(error))?;
+        (self.lane, self.gpu) = (Some(lane), Some(gpu));
+        Ok(())
+    }
+
+    /// The number of this rank's GPU among those that the process sees, with NCCL.
+    #[must_use]
+    pub fn device(&self) -> Option<usize> {
+        self.gpu.as_ref().map(|gpu| gpu.device.ordinal)
+    }
+
+    /// The stream of the GPU on which the caller works: collectives on GPU memory come after what was
+    /// asked of it before, and [`Work::wait`] orders it after them. At first the default stream.
+    pub fn set_stream(&mut self, stream: Stream) -> &mut Self {
+        self.stream = stream;
+        self
+    }
+
+    /// Who moves the data of a planned call, if not the host backend: what has no data is a matter of
+    /// headers alone.
+    pub(super) fn lane_for(&self, plan: &Plan, on_device: bool) -> Option<Arc<Lane>> {
+        let takes = self.gpu.is_none() || on_device;
+        self.lane.as_ref().filter(|_| takes && plan.segment > 0).map(Arc::clone)
+    }
+
+    /// Starts a call whose header goes over the control plane and whose data over `lane`.
+    #[track_caller]
+    pub(super) fn begin_on_lane(
+        &mut self,
+        lane: &Lane,
+        plan: &Plan,
+        record: CallRecord,
+        timeout: Duration,
+        memory: Memory,
+    ) -> Result<Arc<Call>> {
+        let dtype = plan.dtype.unwrap_or(DType::U8);
+        let (reduction, header) = (plan.reduction, record.clone());
+        let check = Call::new(header, dtype, reduction, 0, 1, true, timeout, Memory::Nothing);
+        let (segment, segments) = (plan.segment, plan.segments);
+        let mut call =
+            Call::new(record, dtype, reduction, segment, segments, false, timeout, memory);
+        call.entry = self.recorded(&call);
+        let on_device = self.on_device(&call)?;
+        let call = call.on_device(on_device);
+        let check = self.core.start(check, None)?;
+        self.started += 1;
+        let call = Arc::new(call);
+        lane.submit(Arc::clone(&call), Some(check));
+        Ok(call)
+    }
+
+    /// The point of the caller's stream at which a call on GPU memory is made.
+    pub(super) fn on_device(&self, call: &Call) -> Result<Option<OnDevice>> {
+        match (&self.gpu, &call.lock().memory) {
+            (Some(gpu), Memory::Device { .. }) => OnDevice::after(&gpu.device, self.stream)
+                .map(Some)
+                .map_err(|error| nccl::cuda_error(self.rank(), error)),
+            _ => Ok(None),
+        }
+    }
+}

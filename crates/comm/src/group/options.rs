@@ -1,0 +1,81 @@
+//! How a group behaves.
+
+use std::time::Duration;
+
+use crate::backend::Backend;
+use crate::environment::HostLink;
+
+/// How a group behaves.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct GroupOptions {
+    /// How long a collective may take before it fails; 60 s by default. See also [`Group::within`].
+    pub timeout: Duration,
+    /// How long the ranks may take to meet; 60 s by default.
+    pub connect_timeout: Duration,
+    /// How ranks of one machine talk, instead of what the [`World`] says (`PHALANX_HOST_LINK`).
+    pub host_link: Option<HostLink>,
+    /// Who moves the data; the host backend by default.
+    pub backend: Backend,
+    /// With [`Backend::Auto`]: why this rank's GPU must not be used, if so. One rank's reason counts for
+    /// all.
+    pub gpu_trouble: Option<String>,
+    /// How often ranks tell each other that they live; 500 ms by default.
+    pub heartbeat: Duration,
+    /// How long a rank may say nothing before it counts as dead; 5 s by default. Ranks that compute
+    /// are not silent: a thread of their own sends the heartbeats. Raise it to debug a rank.
+    pub dead_after: Duration,
+}
+
+impl Default for GroupOptions {
+    fn default() -> Self {
+        let minute = Duration::from_secs(60);
+        Self {
+            timeout: minute,
+            connect_timeout: minute,
+            host_link: None,
+            backend: Backend::default(),
+            gpu_trouble: None,
+            heartbeat: Duration::from_millis(500),
+            dead_after: Duration::from_secs(5),
+        }
+    }
+}
+
+impl GroupOptions {
+    /// With another time limit for collectives.
+    #[must_use]
+    pub fn with_timeout(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
+    }
+
+    /// With another time limit for meeting.
+    #[must_use]
+    pub fn with_connect_timeout(self, connect_timeout: Duration) -> Self {
+        Self { connect_timeout, ..self }
+    }
+
+    /// With other heartbeats: one every `heartbeat`, and death after `dead_after` without any.
+    #[must_use]
+    pub fn with_heartbeat(self, heartbeat: Duration, dead_after: Duration) -> Self {
+        Self { heartbeat, dead_after, ..self }
+    }
+
+    /// With another way for ranks of one machine to talk.
+    #[must_use]
+    pub fn with_host_link(self, host_link: HostLink) -> Self {
+        Self { host_link: Some(host_link), ..self }
+    }
+
+    /// With another backend.
+    #[must_use]
+    pub fn with_backend(self, backend: Backend) -> Self {
+        Self { backend, ..self }
+    }
+
+    /// With a reason why this rank's GPU must not be used ([`Backend::Auto`]).
+    #[must_use]
+    pub fn with_gpu_trouble(self, reason: impl Into<String>) -> Self {
+        Self { gpu_trouble: Some(reason.into()), ..self }
+    }
+}
