@@ -5,6 +5,7 @@ mod collectives;
 mod on_device;
 mod on_rank;
 mod options;
+mod place;
 
 use std::panic::Location;
 use std::sync::atomic::Ordering;
@@ -198,42 +199,6 @@ impl Group {
             Backend::Mpi => group.open_mpi()?,
         }
         Ok(group)
-    }
-
-    /// This rank's number in the group, from 0.
-    #[must_use]
-    pub fn rank(&self) -> usize {
-        self.world.rank
-    }
-
-    /// How many ranks the group has.
-    #[must_use]
-    pub fn world_size(&self) -> usize {
-        self.world.world_size
-    }
-
-    /// This rank's number among those of its node.
-    #[must_use]
-    pub fn local_rank(&self) -> usize {
-        self.world.local_rank
-    }
-
-    /// How many ranks of the group its node has.
-    #[must_use]
-    pub fn local_world_size(&self) -> usize {
-        self.world.local_world_size
-    }
-
-    /// The number of its node.
-    #[must_use]
-    pub fn node_rank(&self) -> usize {
-        self.world.node_rank
-    }
-
-    /// How many nodes there are.
-    #[must_use]
-    pub fn node_count(&self) -> usize {
-        self.world.node_count
     }
 
     /// Who moves the data.
