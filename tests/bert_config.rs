@@ -265,7 +265,7 @@ fn flags_come_before_the_file() {
         "16",
     ];
     let settings = flags(&args).unwrap().settings().unwrap();
-    let Config { model, data, optimizer, train, ddp } = &settings.config;
+    let Config { model, data, optimizer, train, ddp, nccl: _ } = &settings.config;
     assert_eq!((train.steps, train.seed, ddp.zero, data.shuffle), (9, 5, 1, false));
     assert!(model.hidden_dropout_prob + model.attention_probs_dropout_prob < f64::MIN_POSITIVE);
     assert_eq!((optimizer.rule, train.precision), (Rule::Lamb, Precision::Bf16));

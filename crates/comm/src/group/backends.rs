@@ -67,7 +67,7 @@ impl Group {
     }
 
     /// The stream of the GPU on which the caller works: collectives on GPU memory come after what was
-    /// asked of it before, and [`Work::wait`] orders it after them. At first the default stream.
+    /// asked of it before, and [`Work::wait`](crate::Work::wait) orders it after them. At first the default stream.
     pub fn set_stream(&mut self, stream: Stream) -> &mut Self {
         self.stream = stream;
         self

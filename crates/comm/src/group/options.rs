@@ -9,11 +9,11 @@ use crate::environment::HostLink;
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct GroupOptions {
-    /// How long a collective may take before it fails; 60 s by default. See also [`Group::within`].
+    /// How long a collective may take before it fails; 60 s by default. See also [`Group::within`](crate::Group::within).
     pub timeout: Duration,
     /// How long the ranks may take to meet; 60 s by default.
     pub connect_timeout: Duration,
-    /// How ranks of one machine talk, instead of what the [`World`] says (`PHALANX_HOST_LINK`).
+    /// How ranks of one machine talk, instead of what the [`World`](crate::World) says (`PHALANX_HOST_LINK`).
     pub host_link: Option<HostLink>,
     /// Who moves the data; the host backend by default.
     pub backend: Backend,
