@@ -71,6 +71,9 @@ fn a_rank_that_calls_something_else_is_shown_beside_the_others() {
     assert!(report.contains("barrier #40 \"other\""), "{report}");
     assert!(report.contains("all_reduce #40 \"bucket 3\""), "{report}");
     assert!(report.contains("rank 1 in barrier #40"), "{report}");
-    assert!(lineup.contains("ranks 0,2 in all_reduce #40"), "{lineup}");
+    // Rank 0 or rank 2 or both: the first of them to come finds the difference.
+    let shown =
+        ["rank 0 in", "rank 2 in", "ranks 0,2 in"].map(|who| format!("{who} all_reduce #40"));
+    assert!(shown.iter().any(|line| lineup.contains(line)), "{lineup}");
     assert!(elapsed < Duration::from_secs(3), "{elapsed:?}");
 }
