@@ -15,12 +15,15 @@
     reason = "checks on small whole numbers, one after the other"
 )]
 
+#[path = "../crates/comm/tests/conformance/device.rs"]
+mod device;
+
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context as _, Result};
 use clap::Parser;
-use phalanx::comm::{Avg, Backend, Element, Float, Max, Min, Product, Region, ScaledSum, Sum};
+use phalanx::comm::{Backend, Sum};
 use phalanx::ddp::optim::{AdamW, Optimizer, OptimizerConfig};
 use phalanx::ddp::{load_cuda, Cuda};
 use phalanx::launch::{launch_or_join, Joined, LaunchArgs};
@@ -62,23 +65,16 @@ fn check(flags: &Flags) -> Result<ExitCode> {
         "world",
         Ok(format!("{} rank(s), GPU {:?} on rank 0", group.world_size(), group.device())),
     );
-    report
-        .line("f32 collectives", floats::<f32>(&mut group, |x| x as f32, |x| f64::from(*x), 1e-6));
-    report.line("f64 collectives", floats::<f64>(&mut group, |x| x, |x| *x, 1e-12));
-    report.line("f16 collectives", floats(&mut group, half::f16::from_f64, |x| x.to_f64(), 2e-3));
-    report.line("bf16 collectives", floats(&mut group, half::bf16::from_f64, |x| x.to_f64(), 2e-2));
-    report.line("i32 collectives", integers::<i32>(&mut group, |x| x as i32));
-    report.line("i64 collectives", integers::<i64>(&mut group, |x| x as i64));
-    report.line("u8 collectives", integers::<u8>(&mut group, |x| x as u8));
-    report.line("sub-groups", sub_groups(&mut group));
-    report.line("host memory beside it", host_memory(&mut group));
+    for (what, check) in device::CHECKS {
+        report.line(what, check(&mut group));
+    }
     report.line("training, zero 0", training(&mut group, Zero::Off));
     report.line("training, zero 1", training(&mut group, Zero::One));
     report.line("all_reduce 64 MiB", speed(&mut group));
     if group.world_size() == 1 {
         report.line("step with Ddp ÷ bare", step_cost(&mut group, flags.steps));
     }
-    report.line("ranks out of step", out_of_step(&mut group));
+    report.line("ranks out of step", device::out_of_step(&mut group));
     ensure!(report.failed == 0, "{} check(s) failed", report.failed);
     Ok(ExitCode::SUCCESS)
 }
@@ -101,163 +97,6 @@ impl Report {
             println!("{text}");
         }
     }
-}
-
-const LEN: usize = 12 * 1024;
-
-/// Rank `r`'s element `i`: small, so that sums are exact in every type.
-fn value(rank: usize, index: usize) -> f64 {
-    (rank + 1 + index % 5) as f64
-}
-
-/// A region of the group's GPU with this rank's values.
-fn filled<T: Element>(group: &mut Group, of: impl Fn(f64) -> T) -> Result<Region<T>> {
-    let region = group.allocate::<T>(LEN)?;
-    ensure!(region.is_on_device(), "the group's memory is on the host");
-    let rank = group.rank();
-    region.write(0, &(0..LEN).map(|index| of(value(rank, index))).collect::<Vec<_>>());
-    Ok(region)
-}
-
-fn expect<T: Element>(
-    what: &str,
-    region: &Region<T>,
-    range: std::ops::Range<usize>,
-    expected: impl Fn(usize) -> f64,
-    to_f64: impl Fn(&T) -> f64,
-    tolerance: f64,
-) -> Result<()> {
-    for (index, actual) in range.clone().zip(region.read(range)) {
-        let (actual, expected) = (to_f64(&actual), expected(index));
-        let wrong = (actual - expected).abs() > tolerance * expected.abs().max(1.0);
-        ensure!(!wrong, "{what}: element {index} is {actual}, expected {expected}");
-    }
-    Ok(())
-}
-
-fn floats<T: Float>(
-    group: &mut Group,
-    of: impl Fn(f64) -> T + Copy,
-    to_f64: impl Fn(&T) -> f64 + Copy,
-    tolerance: f64,
-) -> Result<String> {
-    let (rank, ranks) = (group.rank(), group.world_size());
-    let all = |index: usize| (0..ranks).map(move |peer| value(peer, index));
-    let sum = |index: usize| all(index).sum::<f64>();
-    let segment = LEN / ranks;
-    let own = rank * segment..(rank + 1) * segment;
-
-    let region = filled(group, of)?;
-    group.all_reduce(region.full(), Sum)?.synchronize()?;
-    expect("all_reduce sum", &region, 0..LEN, sum, to_f64, tolerance)?;
-    let region = filled(group, of)?;
-    group.all_reduce(region.full(), Avg)?.synchronize()?;
-    expect("all_reduce avg", &region, 0..LEN, |i| sum(i) / ranks as f64, to_f64, tolerance)?;
-    let region = filled(group, of)?;
-    group.all_reduce(region.full(), ScaledSum(0.25))?.synchronize()?;
-    expect("all_reduce scaled", &region, 0..LEN, |i| sum(i) * 0.25, to_f64, tolerance)?;
-    let region = filled(group, of)?;
-    group.all_reduce(region.full(), Max)?.synchronize()?;
-    let most = |index| all(index).fold(f64::MIN, f64::max);
-    expect("all_reduce max", &region, 0..LEN, most, to_f64, 0.0)?;
-    let region = filled(group, of)?;
-    group.all_reduce(region.full(), Min)?.synchronize()?;
-    let least = |index| all(index).fold(f64::MAX, f64::min);
-    expect("all_reduce min", &region, 0..LEN, least, to_f64, 0.0)?;
-    let region = filled(group, of)?;
-    group.all_reduce(region.full(), Product)?.synchronize()?;
-    let product = |index| all(index).product();
-    expect("all_reduce product", &region, 0..LEN, product, to_f64, tolerance)?;
-
-    let region = filled(group, of)?;
-    let used = LEN / ranks * ranks;
-    group.reduce_scatter_in_place(region.range(0..used), Sum)?.synchronize()?;
-    expect("reduce_scatter", &region, own, sum, to_f64, tolerance)?;
-    let root = ranks - 1;
-    let region = filled(group, of)?;
-    group.reduce(region.full(), Sum, root)?.synchronize()?;
-    if rank == root {
-        expect("reduce", &region, 0..LEN, sum, to_f64, tolerance)?;
-    }
-    moves(group, of, to_f64)?;
-    Ok(format!("{LEN} elements"))
-}
-
-fn integers<T>(group: &mut Group, of: impl Fn(f64) -> T + Copy) -> Result<String>
-where
-    Sum: phalanx::comm::ReduceOp<T>,
-    T: Element + TryInto<i64>,
-{
-    let ranks = group.world_size();
-    let to_f64 = |x: &T| (*x).try_into().map_or(f64::NAN, |x: i64| x as f64);
-    let region = filled(group, of)?;
-    group.all_reduce(region.full(), Sum)?.synchronize()?;
-    let sum = |index| (0..ranks).map(|peer| value(peer, index)).sum();
-    expect("all_reduce sum", &region, 0..LEN, sum, to_f64, 0.0)?;
-    moves(group, of, to_f64)?;
-    Ok(format!("{LEN} elements"))
-}
-
-/// The collectives that only move data.
-fn moves<T: Element>(
-    group: &mut Group,
-    of: impl Fn(f64) -> T + Copy,
-    to_f64: impl Fn(&T) -> f64 + Copy,
-) -> Result<()> {
-    let (rank, ranks) = (group.rank(), group.world_size());
-    let segment = LEN / ranks;
-    let used = segment * ranks;
-    let root = ranks - 1;
-
-    let region = filled(group, of)?;
-    group.broadcast(region.full(), root)?.synchronize()?;
-    expect("broadcast", &region, 0..LEN, |index| value(root, index), to_f64, 0.0)?;
-    let region = filled(group, of)?;
-    group.all_gather_in_place(region.range(0..used))?.synchronize()?;
-    let gathered = |index| value(index / segment, index);
-    expect("all_gather", &region, 0..used, gathered, to_f64, 0.0)?;
-    let (input, output) = (filled(group, of)?, filled(group, of)?);
-    let (from, to) = (input.range(0..used), output.range(0..used));
-    group.all_to_all_on_device(from, to)?.synchronize()?;
-    let exchanged = |index| value(index / segment, rank * segment + index % segment);
-    expect("all_to_all", &output, 0..used, exchanged, to_f64, 0.0)?;
-    if ranks > 1 {
-        let (message, received) = (filled(group, of)?, filled(group, of)?);
-        let (next, previous) = ((rank + 1) % ranks, (rank + ranks - 1) % ranks);
-        // Even ranks send first: NCCL's send waits for its receiver.
-        if rank % 2 == 0 {
-            group.send_from_device(message.full(), next)?.synchronize()?;
-            group.receive(received.full(), previous)?.synchronize()?;
-        } else {
-            group.receive(received.full(), previous)?.synchronize()?;
-            group.send_from_device(message.full(), next)?.synchronize()?;
-        }
-        let sent = |index| value(previous, index);
-        expect("send and receive", &received, 0..LEN, sent, to_f64, 0.0)?;
-    }
-    group.barrier()?.wait()?;
-    Ok(())
-}
-
-fn sub_groups(group: &mut Group) -> Result<String> {
-    let (rank, ranks) = (group.rank(), group.world_size());
-    let color = u32::try_from(rank % 2)?;
-    let mut half = group.split(Some(color), 0)?.context("this rank has a color")?;
-    let region = half.allocate::<f32>(1000)?;
-    region.write(0, &[rank as f32; 1000]);
-    half.all_reduce(region.full(), Sum)?.synchronize()?;
-    let expected: f32 =
-        (0..ranks).filter(|peer| peer % 2 == rank % 2).map(|peer| peer as f32).sum();
-    ensure!(region.read(0..1000) == vec![expected; 1000], "not the sum of {expected}");
-    Ok(format!("of {} rank(s)", half.world_size()))
-}
-
-fn host_memory(group: &mut Group) -> Result<String> {
-    let mut values = vec![group.rank() as f64; 100];
-    group.all_reduce(&mut values[..], Sum)?.wait()?;
-    let ranks = group.world_size();
-    ensure!(values == vec![(ranks * (ranks - 1) / 2) as f64; 100], "a wrong sum");
-    Ok("over the host backend".to_owned())
 }
 
 struct Net {
@@ -366,26 +205,4 @@ fn step_cost(group: &mut Group, steps: usize) -> Result<String> {
         times[times.len() / 2]
     });
     Ok(format!("{:.4} ({wrapped:.3} ms, {bare:.3} ms; median of {steps})", wrapped / bare))
-}
-
-/// Last: it ends the group. Ranks that call different things hear of it, and nothing hangs.
-fn out_of_step(group: &mut Group) -> Result<String> {
-    if group.world_size() == 1 {
-        return Ok("one rank cannot be".to_owned());
-    }
-    let region = group.allocate::<f32>(1024)?;
-    let start = Instant::now();
-    let work = if group.rank() == 0 {
-        group.all_reduce(region.full(), Sum)?
-    } else {
-        group.broadcast(region.full(), 0)?
-    };
-    match work.synchronize() {
-        Ok(()) => bail!("different calls went through"),
-        Err(error) if start.elapsed() < Duration::from_secs(5) => {
-            ensure!(error.to_string().contains("all_reduce"), "{error}");
-            Ok(format!("heard after {:.3} s", start.elapsed().as_secs_f64()))
-        }
-        Err(error) => bail!("only after {:?}: {error}", start.elapsed()),
-    }
 }

@@ -79,6 +79,7 @@ impl<'b> Work<'b> {
     pub fn wait(self) -> Result<()> {
         let Self { core, call, output, peer, lane, .. } = self;
         if let Some(lane) = lane {
+            lane.flush();
             match &call.on_device {
                 Some(on_device) => on_device
                     .order(&call)
@@ -113,6 +114,7 @@ impl<'b> Work<'b> {
     /// As [`Work::wait`].
     pub fn synchronize(self) -> Result<()> {
         if let Some(lane) = &self.lane {
+            lane.flush();
             lane.wait(&self.call);
         }
         self.wait()

@@ -12,6 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicI8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
+use smallvec::{smallvec, SmallVec};
+
 use super::host::call::{Call, Memory};
 use super::host::core::Core;
 use super::runner::{lock, Runner};
@@ -25,6 +27,10 @@ pub(crate) trait Transport: Send + std::fmt::Debug {
     /// where it is until [`Transport::poll`] counts the call. Every rank has called the same; `send`
     /// and `receive` alone come without that check. Does not wait for peers.
     fn start(&mut self, call: &Call, memory: &mut Memory) -> Result<()>;
+    /// Starts several calls as one, where the library can; each is reported by itself.
+    fn start_together(&mut self, calls: &[Submitted]) -> Result<()> {
+        calls.iter().try_for_each(|one| self.start(&one.call, &mut one.call.lock().memory))
+    }
     /// Lets data move, and appends which calls have ended: their places, ascending, among those that
     /// were started and not reported, the oldest being 0. Whether anything moved. Does not wait.
     fn poll(&mut self, ended: &mut Vec<usize>) -> Result<bool>;
@@ -63,25 +69,48 @@ pub(crate) struct Lane {
     messages_overtake: bool,
     pub(super) idle_poll: Option<Duration>,
     /// Started, not yet seen by whoever holds `state`.
-    incoming: Mutex<Vec<Submitted>>,
+    incoming: Mutex<Vec<Unit>>,
+    held: Mutex<Held>,
     state: Mutex<State>,
     ended: Condvar,
     closing: AtomicBool,
+    closed: AtomicBool,
     /// By the size's order of magnitude: positive when callers wait at once.
     habits: [AtomicI8; 64],
 }
 
 /// A call and, for collectives, its header's way over the control plane.
 #[derive(Debug)]
-struct Submitted {
-    call: Arc<Call>,
+pub(crate) struct Submitted {
+    pub(crate) call: Arc<Call>,
     check: Option<Arc<Call>>,
+}
+
+/// What starts together: one call, mostly.
+#[derive(Debug)]
+struct Unit {
+    calls: SmallVec<[Submitted; 1]>,
+    /// How many of them are known to be called by all ranks.
+    checked: usize,
+}
+
+impl Unit {
+    fn is_message(&self) -> bool {
+        matches!(&self.calls[..], [Submitted { check: None, .. }])
+    }
+}
+
+/// Calls that wait for others to start with.
+#[derive(Debug, Default)]
+struct Held {
+    depth: usize,
+    calls: SmallVec<[Submitted; 1]>,
 }
 
 #[derive(Debug)]
 struct State {
     transport: Box<dyn Transport>,
-    checking: VecDeque<Submitted>,
+    checking: VecDeque<Unit>,
     /// Started, in that order.
     moving: Vec<Arc<Call>>,
     /// Places in `moving` of what has ended.
@@ -141,9 +170,11 @@ impl Lane {
             messages_overtake,
             idle_poll,
             incoming: Mutex::default(),
+            held: Mutex::default(),
             state: Mutex::new(state),
             ended: Condvar::new(),
             closing: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
             habits: std::array::from_fn(|class| AtomicI8::new(if class < 19 { 2 } else { -2 })),
         });
         runner.adopt(Arc::clone(&lane));
@@ -153,10 +184,41 @@ impl Lane {
     /// Takes a started call. `check` is its header's call on the control plane.
     pub(crate) fn submit(&self, call: Arc<Call>, check: Option<Arc<Call>>) {
         let caller_comes = self.callers_drive && self.habit(&call).load(Ordering::Relaxed) > 0;
-        lock(&self.incoming).push(Submitted { call, check });
+        let submitted = Submitted { call, check };
+        let mut held = lock(&self.held);
+        if held.depth > 0 {
+            return held.calls.push(submitted);
+        }
+        drop(held);
+        lock(&self.incoming).push(Unit { calls: smallvec![submitted], checked: 0 });
         if caller_comes {
             self.runner.wake_from_sleep();
         } else {
+            self.runner.wake();
+        }
+    }
+
+    /// Keeps the calls that come until [`Lane::release`], to start them together.
+    pub(crate) fn hold(&self) {
+        lock(&self.held).depth += 1;
+    }
+
+    pub(crate) fn release(&self) {
+        let depth = {
+            let mut held = lock(&self.held);
+            held.depth = held.depth.saturating_sub(1);
+            held.depth
+        };
+        if depth == 0 {
+            self.flush();
+        }
+    }
+
+    /// Lets the calls go that are held so far: somebody waits for one of them.
+    pub(crate) fn flush(&self) {
+        let calls = std::mem::take(&mut lock(&self.held).calls);
+        if !calls.is_empty() {
+            lock(&self.incoming).push(Unit { calls, checked: 0 });
             self.runner.wake();
         }
     }
@@ -213,6 +275,16 @@ impl Lane {
         self.runner.wake();
     }
 
+    /// Waits, until `limit` is over, until the group is closed.
+    pub(crate) fn wait_closed(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let mut incoming = lock(&self.incoming);
+        while !self.closed.load(Ordering::Acquire) && Instant::now() < deadline {
+            let waited = self.ended.wait_timeout(incoming, LOOK);
+            incoming = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     /// The runner's look.
     pub(super) fn look(&self, idle: bool) -> Look {
         let mut state = match self.state.try_lock() {
@@ -236,9 +308,7 @@ impl Lane {
     /// One look at everything; whether anything changed.
     fn step(&self, state: &mut State) -> bool {
         let before = (state.checking.len(), state.moving.len());
-        for submitted in lock(&self.incoming).drain(..) {
-            state.checking.push_back(submitted);
-        }
+        state.checking.extend(lock(&self.incoming).drain(..));
         if before == (0, 0) {
             state.turn = Instant::now();
         }
@@ -256,20 +326,17 @@ impl Lane {
 
     fn advance(&self, state: &mut State) -> Result<bool> {
         self.start_messages(state)?;
-        while let Some(Submitted { call, check }) = state.checking.front() {
-            if let Some(check) = check {
-                match self.core.poll_check(check) {
-                    Some(result) => result?,
-                    None => {
-                        self.gone_before_showing(check)?;
-                        break;
-                    }
-                }
+        while let Some(unit) = state.checking.front_mut() {
+            if !self.is_checked(unit)? {
+                break;
             }
-            let call = Arc::clone(call);
-            state.transport.start(&call, &mut call.lock().memory)?;
-            state.checking.pop_front();
-            state.moving.push(call);
+            match &unit.calls[..] {
+                [one] => state.transport.start(&one.call, &mut one.call.lock().memory)?,
+                several => state.transport.start_together(several)?,
+            }
+            if let Some(unit) = state.checking.pop_front() {
+                state.moving.extend(unit.calls.into_iter().map(|one| one.call));
+            }
         }
         if state.moving.is_empty() {
             return self.check_time(state).map(|()| false);
@@ -290,6 +357,20 @@ impl Lane {
         Ok(true)
     }
 
+    /// Whether all ranks have called what `unit` holds.
+    fn is_checked(&self, unit: &mut Unit) -> Result<bool> {
+        while let Some(one) = unit.calls.get(unit.checked) {
+            if let Some(check) = &one.check {
+                let Some(result) = self.core.poll_check(check) else {
+                    return self.gone_before_showing(check).map(|()| false);
+                };
+                result?;
+            }
+            unit.checked += 1;
+        }
+        Ok(true)
+    }
+
     /// An error when a peer of this machine has left without having called this.
     fn gone_before_showing(&self, check: &Call) -> Result<()> {
         let (peers, seq) = (&self.core.peers, check.seq());
@@ -304,13 +385,13 @@ impl Lane {
 
     /// Messages do not wait for collectives whose turn has not come, where the library lets them.
     fn start_messages(&self, state: &mut State) -> Result<()> {
-        if !self.messages_overtake || state.checking.iter().all(|one| one.check.is_some()) {
+        if !self.messages_overtake || !state.checking.iter().any(Unit::is_message) {
             return Ok(());
         }
         let (messages, collectives): (VecDeque<_>, VecDeque<_>) =
-            std::mem::take(&mut state.checking).into_iter().partition(|one| one.check.is_none());
+            std::mem::take(&mut state.checking).into_iter().partition(Unit::is_message);
         state.checking = collectives;
-        for Submitted { call, .. } in messages {
+        for Submitted { call, .. } in messages.into_iter().flat_map(|unit| unit.calls) {
             state.transport.start(&call, &mut call.lock().memory)?;
             state.moving.push(call);
         }
@@ -326,7 +407,7 @@ impl Lane {
         }
         state.lonely = lonely.then(|| state.lonely.unwrap_or_else(Instant::now));
         let moving = state.moving.iter().find(|call| !overtakes(call));
-        let waiting = state.checking.front();
+        let waiting = state.checking.front().and_then(|unit| unit.calls.get(unit.checked));
         let Some(oldest) = moving.or(waiting.map(|front| &front.call)) else {
             return Ok(());
         };
@@ -373,7 +454,7 @@ impl Lane {
             _ = std::mem::ManuallyDrop::new(memory);
             call.finish(Err(error.clone()));
         }
-        for Submitted { call, .. } in state.checking.drain(..) {
+        for Submitted { call, .. } in state.checking.drain(..).flat_map(|unit| unit.calls) {
             call.finish(Err(error.clone()));
         }
         drop(lock(&self.incoming));
@@ -398,6 +479,8 @@ impl Lane {
         }
         drop(state);
         self.core.close();
+        self.closed.store(true, Ordering::Release);
+        self.ended.notify_all();
         true
     }
 }

@@ -404,7 +404,7 @@ impl Group {
     }
 
     /// A plan of `world_size` segments.
-    fn whole<T: Element>(&self, op: Op, segment: usize, root: Option<usize>) -> Plan {
+    pub(super) fn whole<T: Element>(&self, op: Op, segment: usize, root: Option<usize>) -> Plan {
         let segments = self.world_size();
         Plan {
             dtype: Some(T::DTYPE),
@@ -432,7 +432,7 @@ impl Group {
         error
     }
 
-    fn check_rank(&mut self, op: Op, rank: usize) -> Result<()> {
+    pub(super) fn check_rank(&mut self, op: Op, rank: usize) -> Result<()> {
         let world_size = self.world_size();
         if rank < world_size {
             return Ok(());
@@ -440,7 +440,7 @@ impl Group {
         Err(self.argument(Error::NoSuchRank { op: op.name(), rank, world_size }))
     }
 
-    fn check_root_buffer(&mut self, op: Op, root: usize, given: bool) -> Result<()> {
+    pub(super) fn check_root_buffer(&mut self, op: Op, root: usize, given: bool) -> Result<()> {
         let rank = self.rank();
         if given == (rank == root) {
             return Ok(());
@@ -448,7 +448,7 @@ impl Group {
         Err(self.argument(Error::RootBuffer { op: op.name(), rank, root, given }))
     }
 
-    fn check_segments<T: Element>(
+    pub(super) fn check_segments<T: Element>(
         &mut self,
         op: Op,
         what: &'static str,

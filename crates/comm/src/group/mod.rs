@@ -35,6 +35,9 @@ use crate::work::Work;
 
 pub use self::options::GroupOptions;
 
+/// How long a dropped group with a GPU may take to end its communicator.
+const LEAVE: Duration = Duration::from_secs(6);
+
 /// What the flight recorder calls this group and this rank.
 #[derive(Debug, Clone, Copy)]
 struct Track {
@@ -447,9 +450,11 @@ impl Drop for Group {
             // Where this rank hosts it: no waiting for ranks that may never come back.
             store.cancel();
         }
-        match &self.lane {
-            Some(lane) => lane.close(),
-            None => self.core.close(),
+        let Some(lane) = &self.lane else { return self.core.close() };
+        lane.close();
+        if self.gpu.is_some() && !std::thread::panicking() {
+            // A process that ends with its last group would cut NCCL off in the middle.
+            lane.wait_closed(LEAVE);
         }
     }
 }

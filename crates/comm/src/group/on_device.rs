@@ -6,10 +6,12 @@ use super::collectives::plan;
 use super::{Group, Plan};
 use crate::backend::host::call::Memory;
 use crate::backend::host::region::RegionMemory;
+use crate::backend::lane::Lane;
 use crate::backend::nccl::memory::DeviceMemory;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::fingerprint::Op;
+use crate::reduce_op::ReduceOp;
 use crate::region::{Buffer, Bytes};
 use crate::work::Work;
 
@@ -36,6 +38,137 @@ impl Group {
         let plan = self.segmented(plan::<T>(Op::AllToAll, &output, None, None))?;
         let memory = self.device_memory(Op::AllToAll, output, Some(input))?;
         self.on_lane(&plan, memory)
+    }
+
+    /// As [`Group::all_gather`], between two buffers of the GPU.
+    ///
+    /// # Errors
+    ///
+    /// As [`Group::all_gather`]; a buffer is not on the GPU.
+    #[track_caller]
+    pub fn all_gather_on_device<'b, T: Element>(
+        &mut self,
+        input: impl Buffer<'b, T>,
+        output: impl Buffer<'b, T>,
+    ) -> Result<Work<'b>> {
+        let (input, output) = (input.into_bytes(), output.into_bytes());
+        let segment = input.len();
+        self.check_segments::<T>(Op::AllGather, "output", output.len(), segment)?;
+        let plan = self.whole::<T>(Op::AllGather, segment, None);
+        let memory = self.device_memory(Op::AllGather, output, Some(input))?;
+        self.on_lane(&plan, memory)
+    }
+
+    /// As [`Group::reduce_scatter`], between two buffers of the GPU.
+    ///
+    /// # Errors
+    ///
+    /// As [`Group::reduce_scatter`]; a buffer is not on the GPU.
+    #[track_caller]
+    pub fn reduce_scatter_on_device<'b, T: Element>(
+        &mut self,
+        input: impl Buffer<'b, T>,
+        output: impl Buffer<'b, T>,
+        op: impl ReduceOp<T>,
+    ) -> Result<Work<'b>> {
+        let (input, output) = (input.into_bytes(), output.into_bytes());
+        let segment = output.len();
+        self.check_segments::<T>(Op::ReduceScatter, "input", input.len(), segment)?;
+        let reduction = Some(op.reduction());
+        let plan = Plan { reduction, ..self.whole::<T>(Op::ReduceScatter, segment, None) };
+        let memory = self.device_memory(Op::ReduceScatter, output, Some(input))?;
+        self.on_lane(&plan, memory)
+    }
+
+    /// As [`Group::gather`], between buffers of the GPU.
+    ///
+    /// # Errors
+    ///
+    /// As [`Group::gather`]; a buffer is not on the GPU.
+    #[track_caller]
+    pub fn gather_on_device<'b, T: Element, B: Buffer<'b, T>>(
+        &mut self,
+        input: B,
+        output: Option<B>,
+        root: usize,
+    ) -> Result<Work<'b>> {
+        self.check_rank(Op::Gather, root)?;
+        self.check_root_buffer(Op::Gather, root, output.is_some())?;
+        let input = input.into_bytes();
+        let segment = input.len();
+        let plan = self.whole::<T>(Op::Gather, segment, Some(root));
+        let memory = match output.map(B::into_bytes) {
+            None => self.device_memory(Op::Gather, input, None)?,
+            Some(output) => {
+                self.check_segments::<T>(Op::Gather, "output", output.len(), segment)?;
+                self.device_memory(Op::Gather, output, Some(input))?
+            }
+        };
+        self.on_lane(&plan, memory)
+    }
+
+    /// As [`Group::scatter`], between buffers of the GPU.
+    ///
+    /// # Errors
+    ///
+    /// As [`Group::scatter`]; a buffer is not on the GPU.
+    #[track_caller]
+    pub fn scatter_on_device<'b, T: Element, B: Buffer<'b, T>>(
+        &mut self,
+        input: Option<B>,
+        output: B,
+        root: usize,
+    ) -> Result<Work<'b>> {
+        self.check_rank(Op::Scatter, root)?;
+        self.check_root_buffer(Op::Scatter, root, input.is_some())?;
+        let output = output.into_bytes();
+        let segment = output.len();
+        let plan = self.whole::<T>(Op::Scatter, segment, Some(root));
+        let input = input.map(B::into_bytes);
+        if let Some(input) = &input {
+            self.check_segments::<T>(Op::Scatter, "input", input.len(), segment)?;
+        }
+        let memory = self.device_memory(Op::Scatter, output, input)?;
+        self.on_lane(&plan, memory)
+    }
+
+    /// Makes calls on GPU memory that NCCL carries out as one: cheaper than one by one, and messages
+    /// among them need no order (each rank may send before it receives). They start when `calls` ends,
+    /// or when it waits for one of them; every rank makes the same. Calls on memory of the host, and
+    /// all calls of other backends, start at once.
+    ///
+    /// # Errors
+    ///
+    /// What `calls` returns; the calls it made before are carried out all the same.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use phalanx_comm::{Group, GroupOptions, Sum, Work};
+    /// # let mut group = Group::single(GroupOptions::default())?;
+    /// let (weights, biases) = (group.allocate::<f32>(1000)?, group.allocate::<f32>(10)?);
+    /// let works = group.coalesced(|group| {
+    ///     Ok([group.all_reduce(weights.full(), Sum)?, group.all_reduce(biases.full(), Sum)?])
+    /// })?;
+    /// works.into_iter().try_for_each(Work::wait)?;
+    /// # Ok::<(), phalanx_comm::Error>(())
+    /// ```
+    pub fn coalesced<R>(&mut self, calls: impl FnOnce(&mut Self) -> Result<R>) -> Result<R> {
+        /// Lets the calls go, also when the caller's code panics.
+        struct Release(Arc<Lane>);
+        impl Drop for Release {
+            fn drop(&mut self) {
+                self.0.release();
+            }
+        }
+        let lane = self.lane.clone().filter(|_| self.gpu.is_some());
+        let release = lane.map(|lane| {
+            lane.hold();
+            Release(lane)
+        });
+        let result = calls(self);
+        drop(release);
+        result
     }
 
     /// As [`Group::send`], of GPU memory, which must stay as it is until the work was waited for.

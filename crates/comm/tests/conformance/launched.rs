@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use phalanx_comm::{Backend, Group, GroupOptions, Work};
@@ -31,6 +32,7 @@ fn rank_process() {
             let options = options.with_backend(Backend::Mpi);
             suite(Group::from_mpi(options).expect("the ranks meet"));
         }
+        nccl if nccl.starts_with("nccl") => crate::without_gpu::rank(nccl),
         fault => crate::faults::rank(fault, options.with_backend(Backend::Mpi)),
     }
 }
@@ -91,29 +93,38 @@ impl Drop for Running {
 
 /// Below the range that the kernel hands out by itself, so that no connection takes it meanwhile.
 pub(crate) fn free_port() -> u16 {
+    /// No two tests of this process get the same.
+    static NEXT: AtomicU16 = AtomicU16::new(0);
     let start = u16::try_from(std::process::id() % 2000).expect("below 2000");
     (0..2000)
-        .map(|next| 30_000 + (start + next) % 2000)
+        .map(|_| 30_000 + (start + NEXT.fetch_add(1, Ordering::Relaxed)) % 2000)
         .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
         .expect("a free port")
 }
 
-fn on_host(world: usize, link: &str) {
+/// Starts the ranks of a world of this machine; `add` completes a rank's command.
+pub(crate) fn ranks(world: usize, role: &str, add: impl Fn(&mut Command, usize)) -> Vec<Running> {
     let (program, port) = (std::env::current_exe().expect("this test's own path"), free_port());
     let token = format!("{:064x}", u128::from(std::process::id()) << 16 | u128::from(port));
-    let ranks: Vec<Running> = (0..world)
-        .map(|rank| {
-            let mut command = Command::new(&program);
-            command.args(ARGUMENTS).env(ROLE, "suite on host");
-            command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
-            command.env("WORLD_SIZE", world.to_string());
-            command.env("LOCAL_WORLD_SIZE", world.to_string());
-            command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
-            command.env("PHALANX_JOB_TOKEN", &token).env("PHALANX_HOST_LINK", link);
-            Running::start(&mut command)
-        })
-        .collect();
-    for rank in ranks {
+    let start = |rank: usize| {
+        let mut command = Command::new(&program);
+        command.args(ARGUMENTS).env(ROLE, role).env("RUST_BACKTRACE", "0");
+        command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
+        command.env("WORLD_SIZE", world.to_string());
+        command.env("LOCAL_WORLD_SIZE", world.to_string());
+        command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
+        command.env("PHALANX_JOB_TOKEN", &token);
+        add(&mut command, rank);
+        Running::start(&mut command)
+    };
+    (0..world).map(start).collect()
+}
+
+fn on_host(world: usize, link: &str) {
+    let link = |command: &mut Command, _| {
+        command.env("PHALANX_HOST_LINK", link);
+    };
+    for rank in ranks(world, "suite on host", link) {
         let (status, output) = rank.finish(LIMIT);
         assert!(status.success() && output.contains("all passed"), "{status}\n{output}");
     }

@@ -1,5 +1,5 @@
 //! One suite for every backend: what a rank checks, run on threads, in processes over both links, and
-//! under `mpirun` over MPI.
+//! under `mpirun` over MPI. What concerns GPUs runs on a stand-in for their libraries.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -14,12 +14,14 @@
     reason = "tests: exact values, small numbers, and a failure is a panic"
 )]
 
+mod device;
 mod faults;
 mod launched;
 mod matrix;
 mod misuse;
 mod mpirun;
 mod sequences;
+mod without_gpu;
 
 use phalanx_comm::Group;
 

@@ -6,11 +6,13 @@ use std::ffi::{c_int, c_void};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
+use smallvec::SmallVec;
+
 use super::communicator::{abort_all, Communicator, NcclError};
 use super::cuda::{CudaError, Device, Event, OwnStream};
 use super::library::Nccl;
 use crate::backend::host::call::{Call, Memory};
-use crate::backend::lane::Transport;
+use crate::backend::lane::{Submitted, Transport};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::fingerprint::Op;
@@ -116,52 +118,85 @@ impl NcclTransport {
         }
     }
 
-    fn launch(&mut self, call: &Call, at: u64, from: Option<u64>) -> Result<(), NcclError> {
+    /// Asks NCCL for one call on memory `at`, or from `from` to `at`; `op` is its reduction.
+    fn launch(&self, call: &Call, at: u64, from: Option<u64>, op: c_int) -> Result<(), NcclError> {
         let (dtype, stream) = (call.dtype, self.stream.raw().cast());
-        let size = dtype.size_bytes();
-        let count = call.segment / size;
-        let place = |index: usize| pointer(at, index * call.segment);
-        let op = match call.reduction {
-            Some(reduction) => self.operation(reduction, dtype)?,
-            None => 0,
-        };
-        let (communicator, rank, ranks) = (&self.communicator, self.rank, 0..self.world_size);
+        let count = call.segment / dtype.size_bytes();
+        let to = |index: usize| pointer(at, index * call.segment);
+        let input = |index: usize| pointer(from.unwrap_or(at), index * call.segment);
+        let (communicator, rank) = (&self.communicator, self.rank);
+        // What is already where it belongs does not travel.
+        let peers = || (0..self.world_size).filter(|peer| *peer != rank || from.is_some());
         match call.op() {
-            Op::AllReduce => communicator.all_reduce(place(0), count, dtype, op, stream),
-            Op::Reduce => communicator.reduce(place(0), count, dtype, (op, call.root), stream),
+            Op::AllReduce => communicator.all_reduce(to(0), count, dtype, op, stream),
+            Op::Reduce => communicator.reduce(to(0), count, dtype, (op, call.root), stream),
             Op::ReduceScatter => {
-                communicator.reduce_scatter((place(0), place(rank)), count, dtype, op, stream)
+                let output = if from.is_some() { to(0) } else { to(rank) };
+                communicator.reduce_scatter((input(0), output), count, dtype, op, stream)
             }
-            Op::AllGather => communicator.all_gather((place(rank), place(0)), count, dtype, stream),
-            Op::Broadcast => communicator.broadcast(place(0), count, dtype, call.root, stream),
-            Op::Send => communicator.send(place(0), count, dtype, call.root, stream),
-            Op::Receive => communicator.receive(place(0), count, dtype, call.root, stream),
+            Op::AllGather => {
+                let input = if from.is_some() { input(0) } else { to(rank) };
+                communicator.all_gather((input, to(0)), count, dtype, stream)
+            }
+            Op::Broadcast => communicator.broadcast(to(0), count, dtype, call.root, stream),
+            Op::Send => communicator.send(to(0), count, dtype, call.root, stream),
+            Op::Receive => communicator.receive(to(0), count, dtype, call.root, stream),
             Op::Gather => communicator.grouped(|| {
-                if rank != call.root {
-                    return communicator.send(place(0), count, dtype, call.root, stream);
+                if rank != call.root || from.is_some() {
+                    communicator.send(input(0), count, dtype, call.root, stream)?;
                 }
-                let mut others = ranks.filter(|peer| *peer != rank);
-                others.try_for_each(|peer| {
-                    communicator.receive(place(peer), count, dtype, peer, stream)
-                })
+                let mut senders = peers().filter(|_| rank == call.root);
+                senders
+                    .try_for_each(|peer| communicator.receive(to(peer), count, dtype, peer, stream))
             }),
             Op::Scatter => communicator.grouped(|| {
-                if rank != call.root {
-                    return communicator.receive(place(0), count, dtype, call.root, stream);
+                if rank != call.root || from.is_some() {
+                    communicator.receive(to(0), count, dtype, call.root, stream)?;
                 }
-                let mut others = ranks.filter(|peer| *peer != rank);
-                others
-                    .try_for_each(|peer| communicator.send(place(peer), count, dtype, peer, stream))
+                let mut receivers = peers().filter(|_| rank == call.root);
+                receivers
+                    .try_for_each(|peer| communicator.send(input(peer), count, dtype, peer, stream))
             }),
             Op::AllToAll => communicator.grouped(|| {
-                let input = |index: usize| pointer(from.unwrap_or(at), index * call.segment);
-                ranks.clone().try_for_each(|peer| {
+                peers().try_for_each(|peer| {
                     communicator.send(input(peer), count, dtype, peer, stream)?;
-                    communicator.receive(place(peer), count, dtype, peer, stream)
+                    communicator.receive(to(peer), count, dtype, peer, stream)
                 })
             }),
             Op::Barrier | Op::Allocate | Op::Split => Ok(()),
         }
+    }
+
+    /// Starts calls, of which NCCL is to make one.
+    fn start_all(&mut self, calls: &[(&Call, &OnDevice, u64, Option<u64>)]) -> Result<()> {
+        let device = Arc::clone(&self.device);
+        let _current = device.current().map_err(|error| self.cuda_error(error))?;
+        let stream = self.stream.as_stream();
+        let mut ops = SmallVec::<[c_int; 1]>::new();
+        for (call, on_device, ..) in calls {
+            on_device.ready.order(stream).map_err(|error| self.cuda_error(error))?;
+            let op =
+                call.reduction.map_or(Ok(0), |reduction| self.operation(reduction, call.dtype));
+            ops.push(op.map_err(|error| self.nccl_error(error))?);
+        }
+        let launch_each = || {
+            let mut all = calls.iter().zip(&ops);
+            all.try_for_each(|((call, _, at, from), op)| self.launch(call, *at, *from, *op))
+        };
+        let launched = match calls {
+            [_] => launch_each(),
+            _ => self.communicator.grouped(launch_each),
+        };
+        launched
+            .and_then(|()| self.communicator.settle(calls[0].0.op().name()))
+            .map_err(|error| self.nccl_error(error))?;
+        let done = Event::record(&device, stream).map_err(|error| self.cuda_error(error))?;
+        let done = Arc::new(done);
+        for (_, on_device, ..) in calls {
+            self.moving.push_back(Arc::clone(&done));
+            on_device.launch(Arc::clone(&done));
+        }
+        Ok(())
     }
 }
 
@@ -170,17 +205,20 @@ impl Transport for NcclTransport {
         let (Memory::Device { at, from, .. }, Some(on_device)) = (memory, &call.on_device) else {
             return Err(self.error(call.op().name(), "memory of the host".to_owned()));
         };
-        let device = Arc::clone(&self.device);
-        let _current = device.current().map_err(|error| self.cuda_error(error))?;
-        let stream = self.stream.as_stream();
-        on_device.ready.order(stream).map_err(|error| self.cuda_error(error))?;
-        self.launch(call, *at, *from).map_err(|error| self.nccl_error(error))?;
-        self.communicator.settle(call.op().name()).map_err(|error| self.nccl_error(error))?;
-        let done = Event::record(&device, stream).map_err(|error| self.cuda_error(error))?;
-        let done = Arc::new(done);
-        self.moving.push_back(Arc::clone(&done));
-        on_device.launch(done);
-        Ok(())
+        self.start_all(&[(call, on_device, *at, *from)])
+    }
+
+    fn start_together(&mut self, calls: &[Submitted]) -> Result<()> {
+        let mut all = Vec::new();
+        for Submitted { call, .. } in calls {
+            let (Memory::Device { at, from, .. }, Some(on_device)) =
+                (&call.lock().memory, &call.on_device)
+            else {
+                return Err(self.error(call.op().name(), "memory of the host".to_owned()));
+            };
+            all.push((&**call, on_device, *at, *from));
+        }
+        self.start_all(&all)
     }
 
     fn poll(&mut self, ended: &mut Vec<usize>) -> Result<bool> {
@@ -199,13 +237,18 @@ impl Transport for NcclTransport {
         abort_all(self.nccl);
         self.moving.clear();
     }
+
+    fn close(&mut self) {
+        if let Ok(_current) = self.device.current() {
+            self.communicator.end();
+        }
+    }
 }
 
 impl Drop for NcclTransport {
     fn drop(&mut self) {
-        if let Ok(_current) = self.device.current() {
-            self.communicator.end();
-        }
+        // Nothing is left to end after an orderly close or an abort.
+        self.close();
     }
 }
 
