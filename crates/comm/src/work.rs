@@ -8,7 +8,7 @@ use crate::backend::host::core::Core;
 use crate::backend::host::point;
 use crate::backend::lane::Lane;
 use crate::error::Result;
-use crate::region::Bytes;
+use crate::region::{Bytes, Stream};
 
 /// A started collective. It borrows its buffer until it is waited for:
 ///
@@ -66,8 +66,8 @@ impl<'b> Work<'b> {
     /// The time limit (the group's, or that of [`Group::within`](crate::Group::within)) runs from
     /// when it is this collective's turn: at the earliest from its start.
     ///
-    /// Of GPU memory it does not wait: it orders the group's stream ([`Group::set_stream`]) after the
-    /// collective, so that what the caller asks of that stream afterwards sees the result. An error
+    /// Of GPU memory it does not wait: it orders the stream on which the call was made
+    /// ([`Group::set_stream`]) after the collective, so that what the caller asks of that stream afterwards sees the result. An error
     /// that NCCL reports later ends the group, and the next call returns it.
     ///
     /// [`Group::set_stream`]: crate::Group::set_stream
@@ -77,12 +77,26 @@ impl<'b> Work<'b> {
     /// What made it fail: a peer that is gone, late or out of step, or an abort. A borrowed slice is
     /// unchanged then; a region's content is unspecified, unless the ranks were out of step.
     pub fn wait(self) -> Result<()> {
+        self.finish(None)
+    }
+
+    /// As [`Work::wait`], but of GPU memory another stream is ordered after the collective: the one on
+    /// which its result is used, where that is not the one on which it was started.
+    ///
+    /// # Errors
+    ///
+    /// As [`Work::wait`].
+    pub fn wait_on(self, stream: Stream) -> Result<()> {
+        self.finish(Some(stream))
+    }
+
+    fn finish(self, stream: Option<Stream>) -> Result<()> {
         let Self { core, call, output, peer, lane, .. } = self;
         if let Some(lane) = lane {
             lane.flush();
             match &call.on_device {
                 Some(on_device) => on_device
-                    .order(&call)
+                    .order(&call, stream)
                     .map_err(|error| crate::backend::nccl::cuda_error(core.rank, error))?,
                 None => lane.wait(&call),
             }

@@ -210,12 +210,13 @@ impl Ddp {
         Ok(())
     }
 
-    /// Where the time of the last exchanged backward went.
+    /// Where the time of the last exchanged backward went. With models on a GPU it is the GPU's time, and
+    /// this waits until the GPU has finished that backward.
     ///
     /// # Errors
-    /// [`Error::Poisoned`].
+    /// [`Error::Poisoned`], or the GPU does not finish.
     pub fn step_times(&self) -> Result<StepTimes> {
-        Ok(reducer::lock(&self.shared)?.times)
+        reducer::lock(&self.shared)?.step_times()
     }
 
     /// Makes all gradients undefined, as an optimizer's `zero_grad` does.

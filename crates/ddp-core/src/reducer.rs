@@ -13,8 +13,8 @@
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
-use phalanx_comm::{Group, Region, Sum, Work};
-use tch::Tensor;
+use phalanx_comm::{Group, Mark, Region, Sum, Work};
+use tch::{Device, Tensor};
 
 use crate::flat::{Flat, Scale};
 use crate::parameter::{Model, Named};
@@ -64,7 +64,7 @@ pub(crate) struct Reducer {
     /// By storage.
     pub(crate) parameters: Vec<Flat>,
     pub(crate) zero: Zero,
-    pub(crate) times: StepTimes,
+    times: StepTimes,
     /// By parameter.
     views: Vec<Tensor>,
     ready: Ready,
@@ -75,6 +75,10 @@ pub(crate) struct Reducer {
     broadcast_buffers: bool,
     works: Vec<Work<'static>>,
     first_start: Option<Instant>,
+    /// The first start on the GPU.
+    first_mark: Option<Mark>,
+    /// On the GPU: the first start, the end of backward's own work, the end of the exchange.
+    marks: Option<[Mark; 3]>,
     divisor: Divisor,
     weight: Region<f64>,
     /// Held twice while libtorch has the end-of-backward callback of the running backward.
@@ -151,6 +155,8 @@ impl Reducer {
             broadcast_buffers: options.broadcast_buffers,
             works: Vec::new(),
             first_start: None,
+            first_mark: None,
+            marks: None,
             divisor: Divisor::WorldSize,
             weight,
             armed: None,
@@ -229,11 +235,14 @@ impl Reducer {
             return Ok(());
         }
         let scale = self.scale()?;
-        self.first_start.get_or_insert_with(Instant::now);
         let bucket = &self.plan.buckets[index];
         let gradients = &self.gradients[bucket.storage];
         let stream = shim::current_stream(gradients.device())?;
         self.group.set_stream(stream);
+        if self.first_start.is_none() {
+            self.first_start = Some(Instant::now());
+            self.first_mark = self.group.mark()?;
+        }
         self.group.tagged(&format!("bucket {index}"));
         let work = match self.zero {
             Zero::Off => gradients.all_reduce(&mut self.group, bucket.range.clone(), scale)?,
@@ -267,9 +276,18 @@ impl Reducer {
         }
         let last_gradient = Instant::now();
         let bucket_count = self.works.len();
+        // The stream that the caller goes on with; the hooks may have had another one.
+        let device = self.gradients.first().map_or(Device::Cpu, Flat::device);
+        let stream = shim::current_stream(device)?;
+        self.group.set_stream(stream);
+        let waits = self.group.mark()?;
         for work in self.works.drain(..) {
-            work.wait()?;
+            work.wait_on(stream)?;
         }
+        self.marks = match (self.first_mark.take(), waits, self.group.mark()?) {
+            (Some(first), Some(waits), Some(end)) => Some([first, waits, end]),
+            _ => None,
+        };
         self.times = StepTimes {
             exposed_comm: last_gradient.elapsed(),
             exchange: self.first_start.map_or(Duration::ZERO, |start| start.elapsed()),
@@ -283,11 +301,23 @@ impl Reducer {
         Ok(())
     }
 
+    /// Where the time of the last exchanged backward went, on the GPU by the GPU's own clock.
+    pub(crate) fn step_times(&mut self) -> Result<StepTimes> {
+        /// Backward has ended by then, or hangs.
+        const LIMIT: Duration = Duration::from_secs(60);
+        if let Some([first, waits, end]) = self.marks.take() {
+            self.times.exposed_comm = waits.time_until(&end, LIMIT)?;
+            self.times.exchange = first.time_until(&end, LIMIT)?;
+        }
+        Ok(self.times)
+    }
+
     fn reset(&mut self) {
         self.armed = None;
         self.works.clear();
         self.ready.reset();
         self.first_start = None;
+        self.first_mark = None;
         self.divisor = Divisor::WorldSize;
     }
 

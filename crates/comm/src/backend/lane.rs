@@ -334,9 +334,8 @@ impl Lane {
                 [one] => state.transport.start(&one.call, &mut one.call.lock().memory)?,
                 several => state.transport.start_together(several)?,
             }
-            if let Some(unit) = state.checking.pop_front() {
-                state.moving.extend(unit.calls.into_iter().map(|one| one.call));
-            }
+            let started = state.checking.pop_front().map(|started| started.calls);
+            state.moving.extend(started.into_iter().flatten().map(|one| one.call));
         }
         if state.moving.is_empty() {
             return self.check_time(state).map(|()| false);

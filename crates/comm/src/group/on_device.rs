@@ -7,10 +7,13 @@ use super::{Group, Plan};
 use crate::backend::host::call::Memory;
 use crate::backend::host::region::RegionMemory;
 use crate::backend::lane::Lane;
+use crate::backend::nccl::cuda::Event;
+use crate::backend::nccl::cuda_error;
 use crate::backend::nccl::memory::DeviceMemory;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::fingerprint::Op;
+use crate::mark::Mark;
 use crate::reduce_op::ReduceOp;
 use crate::region::{Buffer, Bytes};
 use crate::work::Work;
@@ -130,6 +133,18 @@ impl Group {
         }
         let memory = self.device_memory(Op::Scatter, output, input)?;
         self.on_lane(&plan, memory)
+    }
+
+    /// Marks where the caller's stream is now, to measure the GPU's time; `None` without a GPU.
+    ///
+    /// # Errors
+    ///
+    /// The driver refuses.
+    pub fn mark(&self) -> Result<Option<Mark>> {
+        let rank = self.rank();
+        let Some(gpu) = &self.gpu else { return Ok(None) };
+        let event = Event::record_timed(&gpu.device, self.stream);
+        event.map(|event| Some(Mark { event, rank })).map_err(|error| cuda_error(rank, error))
     }
 
     /// Makes calls on GPU memory that NCCL carries out as one: cheaper than one by one, and messages

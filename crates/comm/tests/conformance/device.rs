@@ -1,5 +1,12 @@
 //! What a rank checks of collectives on GPU memory: on a GPU by the example `gpu_check`, and without one
 //! by this suite, on a stand-in for the libraries.
+#![expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "small whole numbers"
+)]
+
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context as _, Result};
@@ -10,7 +17,7 @@ use phalanx_comm::{
 /// What a rank checks; says what it saw.
 pub(crate) type DeviceCheck = fn(&mut Group) -> Result<String>;
 
-pub(crate) const CHECKS: [(&str, DeviceCheck); 13] = [
+pub(crate) const CHECKS: [(&str, DeviceCheck); 14] = [
     ("f32 collectives", |group| floats::<f32>(group, |x| x as f32, |x| f64::from(*x), 1e-6)),
     ("f64 collectives", |group| floats::<f64>(group, |x| x, |x| *x, 1e-12)),
     ("f16 collectives", |group| floats(group, half::f16::from_f64, |x| x.to_f64(), 2e-3)),
@@ -21,6 +28,7 @@ pub(crate) const CHECKS: [(&str, DeviceCheck); 13] = [
     ("sizes", sizes),
     ("many in flight", many_in_flight),
     ("coalesced", coalesced),
+    ("time of the GPU", marks),
     ("sub-groups", sub_groups),
     ("host memory beside it", host_memory),
     ("misuse", misuse),
@@ -248,11 +256,26 @@ fn coalesced(group: &mut Group) -> Result<String> {
     Ok("two reductions and two messages".to_owned())
 }
 
+/// The GPU's time of a collective is more than nothing, and less than the host's.
+fn marks(group: &mut Group) -> Result<String> {
+    let limit = Duration::from_secs(10);
+    let region = group.allocate::<f32>(1 << 20)?;
+    let began = Instant::now();
+    let start = group.mark()?.context("a group with a GPU")?;
+    group.all_reduce(region.full(), Sum)?.wait()?;
+    let end = group.mark()?.context("a group with a GPU")?;
+    let took = start.time_until(&end, limit)?;
+    let whole = began.elapsed();
+    ensure!(!took.is_zero() && took <= whole, "{took:?} of {whole:?}");
+    ensure!(end.time_until(&start, limit)?.is_zero(), "time goes backwards");
+    Ok(format!("{took:.1?} of 4 MiB"))
+}
+
 /// What is refused leaves the group alive.
 fn misuse(group: &mut Group) -> Result<String> {
     let region = group.allocate::<f32>(LEN)?;
     let mut on_host = vec![0_f32; LEN * group.world_size()];
-    let error = group.all_gather(&on_host[..LEN].to_vec(), region.range(0..0)).err();
+    let error = group.all_gather(&on_host[..LEN], region.range(0..0)).err();
     let said = error.context("mixed memory was taken")?.to_string();
     ensure!(said.contains("GPU"), "{said}");
     let error = group.send_from_device(&mut on_host[..], 0).err();

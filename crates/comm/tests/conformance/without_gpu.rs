@@ -1,6 +1,7 @@
 //! The NCCL backend on a machine without a GPU: on the stand-in of `tests/gpu_double/double.rs` for the
 //! driver and libnccl, which is stricter than they are about what callers owe them.
 #![expect(unsafe_code, reason = "calls of the CUDA driver")]
+#![expect(clippy::multiple_unsafe_ops_per_block, reason = "one after the other on one buffer")]
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::{Path, PathBuf};

@@ -1,7 +1,8 @@
 //! The few calls of the CUDA driver that collectives need, checked, over cudarc's `driver` layers.
 #![expect(unsafe_code, reason = "gate: calls of the CUDA driver")]
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use cudarc::driver::{result, sys};
 
@@ -164,8 +165,20 @@ unsafe impl Sync for Event {}
 impl Event {
     /// The point where `stream` is now.
     pub(crate) fn record(device: &Arc<Device>, stream: Stream) -> Result<Self> {
+        Self::record_with(device, stream, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+    }
+
+    /// As [`Event::record`], and the GPU notes when it passes the point.
+    pub(crate) fn record_timed(device: &Arc<Device>, stream: Stream) -> Result<Self> {
+        Self::record_with(device, stream, sys::CUevent_flags::CU_EVENT_DEFAULT)
+    }
+
+    fn record_with(
+        device: &Arc<Device>,
+        stream: Stream,
+        flags: sys::CUevent_flags,
+    ) -> Result<Self> {
         let _current = device.current()?;
-        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
         let raw = result::event::create(flags).map_err(failed("cuEventCreate"))?;
         let event = Self { raw, device: Arc::clone(device) };
         // SAFETY: the stream is the caller's, which lives while it makes calls on it.
@@ -191,6 +204,43 @@ impl Event {
             Err(result::DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
             Err(error) => Err(failed("cuEventQuery")(error)),
         }
+    }
+}
+
+/// Milliseconds between two timed events that are passed.
+type ElapsedTime = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
+
+/// Drivers older than CUDA 12.8 lack the function that cudarc calls for this, and it would panic.
+fn elapsed_time() -> Option<ElapsedTime> {
+    // Kept loaded beside its function.
+    static FUNCTION: OnceLock<Option<(ElapsedTime, libloading::Library)>> = OnceLock::new();
+    let loaded = FUNCTION.get_or_init(|| {
+        // SAFETY: the driver's initialiser does nothing that is seen here.
+        let driver = unsafe { libloading::Library::new("libcuda.so.1") }.ok()?;
+        // SAFETY: the type is that of cuda.h, in every version.
+        let function = *unsafe { driver.get::<ElapsedTime>(b"cuEventElapsedTime\0") }.ok()?;
+        Some((function, driver))
+    });
+    loaded.as_ref().map(|(function, _)| *function)
+}
+
+impl Event {
+    /// The GPU's time from this timed event to `end`, both of which are passed.
+    pub(crate) fn time_until(&self, end: &Self) -> Result<Duration> {
+        const CALL: &str = "cuEventElapsedTime";
+        let _current = self.device.current()?;
+        let Some(elapsed) = elapsed_time() else {
+            return Err(CudaError {
+                call: CALL,
+                what: "the driver has no such function".to_owned(),
+            });
+        };
+        let mut millis = 0.0_f32;
+        // SAFETY: both events live; writes one number.
+        let code = unsafe { elapsed(&raw mut millis, self.raw, end.raw) };
+        code.result().map_err(failed(CALL))?;
+        // Of two streams the end may come first.
+        Ok(Duration::from_secs_f64(f64::from(millis.max(0.0)) / 1e3))
     }
 }
 

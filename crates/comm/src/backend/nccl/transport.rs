@@ -45,13 +45,13 @@ impl OnDevice {
         self.launched.notify_all();
     }
 
-    /// Orders the caller's stream after the call. Waits on the host only until it is launched, or has
+    /// Orders `stream`, or the one that the call was made on, after the call. Waits on the host only until it is launched, or has
     /// failed.
-    pub(crate) fn order(&self, call: &Call) -> Result<(), CudaError> {
+    pub(crate) fn order(&self, call: &Call, stream: Option<Stream>) -> Result<(), CudaError> {
         let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             if let Some(done) = &*done {
-                return done.order(self.stream);
+                return done.order(stream.unwrap_or(self.stream));
             }
             if call.is_done() {
                 return Ok(()); // failed before it was launched
