@@ -34,9 +34,9 @@ pub(crate) trait Transport: Send + std::fmt::Debug {
     /// Lets data move, and appends which calls have ended: their places, ascending, among those that
     /// were started and not reported, the oldest being 0. Whether anything moved. Does not wait.
     fn poll(&mut self, ended: &mut Vec<usize>) -> Result<bool>;
-    /// The group is dead: lets go of what is under way, without waiting for peers. The memory of those
+    /// The group is dead of `cause`: lets go of what is under way, without waiting for peers. The memory of those
     /// calls is never used again, nor given back. Nothing but drop comes after it.
-    fn abandon(&mut self);
+    fn abandon(&mut self, cause: &Error);
     /// The group was closed and nothing is under way. Called on the runner's thread, last.
     fn close(&mut self) {}
     /// Whether a message may start before collectives that were called earlier.
@@ -269,6 +269,17 @@ impl Lane {
         }
     }
 
+    /// Waits until nothing is under way; whether it came to that before the deadline.
+    pub(crate) fn wait_idle(&self, deadline: Instant) -> bool {
+        loop {
+            let busy = lock(&self.state).is_open() || !lock(&self.incoming).is_empty();
+            if !busy || Instant::now() >= deadline {
+                return !busy;
+            }
+            std::thread::park_timeout(AT_ONCE);
+        }
+    }
+
     /// No more calls come. The group is closed once those under way have ended.
     pub(crate) fn close(&self) {
         self.closing.store(true, Ordering::Release);
@@ -444,7 +455,7 @@ impl Lane {
 
     fn abandon(&self, state: &mut State, error: &Error) {
         if !std::mem::replace(&mut state.abandoned, true) {
-            state.transport.abandon();
+            state.transport.abandon(error);
         }
         state.ended.clear();
         for call in state.moving.drain(..) {

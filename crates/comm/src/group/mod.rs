@@ -2,6 +2,7 @@
 
 mod backends;
 mod collectives;
+mod divide;
 mod on_device;
 mod on_rank;
 mod options;
@@ -163,9 +164,12 @@ impl Group {
         exchange: &mut setup::Exchange<'_>,
     ) -> Result<Self> {
         recorder::begin(world.rank, world.world_size);
-        Self::over(world, options, exchange)
+        let mut group = Self::over(world, options, exchange)?;
+        group.open()?;
+        Ok(group)
     }
 
+    /// The control plane: the ranks know each other, and the host backend moves their data.
     fn over(
         world: World,
         options: GroupOptions,
@@ -179,8 +183,7 @@ impl Group {
         let liveness = Liveness { heartbeat, dead_after };
         let core = setup::connect(&world, link, options.connect_timeout, liveness, exchange)?;
         let number = setup::group_number();
-        let backend = options.backend;
-        let mut group = Self {
+        Ok(Self {
             core,
             world,
             options,
@@ -194,14 +197,17 @@ impl Group {
             gpu: None,
             stream: Stream::default(),
             choice: None,
-        };
-        match backend {
-            Backend::Auto => group.choose()?,
-            Backend::Host => {}
-            Backend::Nccl => group.open_nccl()?,
-            Backend::Mpi => group.open_mpi()?,
+        })
+    }
+
+    /// Connects the ranks over the backend of the options. Collective.
+    fn open(&mut self) -> Result<()> {
+        match self.options.backend {
+            Backend::Auto => self.choose(),
+            Backend::Host => Ok(()),
+            Backend::Nccl => self.open_nccl(),
+            Backend::Mpi => self.open_mpi(),
         }
-        Ok(group)
     }
 
     /// Who moves the data.
@@ -258,51 +264,6 @@ impl Group {
         Ok(Region::new(memory, len))
     }
 
-    /// Divides the group: ranks of equal `color` form one, ordered by `key` and then by rank; `None`
-    /// joins none. Collective. The new group is independent: the failure of one does not end the
-    /// other, but a rank that dies ends both.
-    ///
-    /// # Errors
-    ///
-    /// The group is dead, or the ranks of the new one could not connect.
-    #[track_caller]
-    pub fn split(&mut self, color: Option<u32>, key: i32) -> Result<Option<Self>> {
-        let mut mine = [0; 9];
-        mine[0] = u8::from(color.is_some());
-        mine[1..5].copy_from_slice(&color.unwrap_or(0).to_le_bytes());
-        mine[5..9].copy_from_slice(&key.to_le_bytes());
-        let all = self.all_gather_bytes(&mine)?;
-        let mut members: Vec<(i32, usize)> = all
-            .iter()
-            .enumerate()
-            .filter(|(_, theirs)| color.is_some() && theirs[..5] == mine[..5])
-            .map(|(rank, theirs)| {
-                (i32::from_le_bytes([theirs[5], theirs[6], theirs[7], theirs[8]]), rank)
-            })
-            .collect();
-        members.sort_unstable();
-        let members: Vec<usize> = members.into_iter().map(|(_, rank)| rank).collect();
-        let places = self.places()?;
-        let world = self.part(&members, &places);
-        let options = self.options.clone();
-        let track = Track { group: self.part_number(color), ..self.track };
-        // Ranks that join no group still take part in the exchange of cards.
-        let Some(world) = world else {
-            drop(self.all_gather_bytes(&[])?);
-            return Ok(None);
-        };
-        if world.world_size == 1 {
-            drop(self.all_gather_bytes(&[])?);
-            let group = Self::over(world, options, &mut |_, _| Ok(Vec::new()));
-            return group.map(|group| Some(group.tracked(track)));
-        }
-        let group = Self::over(world, options, &mut |card, _| {
-            let cards = self.all_gather_bytes(card)?;
-            Ok(members.iter().map(|member| cards[*member].clone()).collect())
-        });
-        group.map(|group| Some(group.tracked(track)))
-    }
-
     fn tracked(mut self, track: Track) -> Self {
         self.core.peers.lineage.store(track.group, Ordering::Relaxed);
         self.track = track;
@@ -315,55 +276,6 @@ impl Group {
         let place = self.track.group.rotate_left(29) ^ self.started << 32 ^ color;
         // Odd, so that it is never that of all ranks.
         place.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1
-    }
-
-    /// The node of every rank.
-    #[track_caller]
-    fn places(&mut self) -> Result<Vec<u64>> {
-        let mut nodes = vec![0_u64; self.world_size()];
-        let node = self.world.node_rank as u64;
-        for (rank, bytes) in self.all_gather_bytes(&node.to_le_bytes())?.iter().enumerate() {
-            if let Ok(bytes) = bytes[..].try_into() {
-                nodes[rank] = u64::from_le_bytes(bytes);
-            }
-        }
-        Ok(nodes)
-    }
-
-    /// This rank's world in the group of `members`, if it is one of them.
-    fn part(&self, members: &[usize], nodes: &[u64]) -> Option<World> {
-        let rank = members.iter().position(|member| *member == self.rank())?;
-        let node_of = |member: &usize| nodes[*member];
-        let own = nodes[self.rank()];
-        let mut used: Vec<u64> = members.iter().map(node_of).collect();
-        used.sort_unstable();
-        used.dedup();
-        let local = |member: &&usize| node_of(member) == own;
-        Some(World {
-            rank,
-            world_size: members.len(),
-            local_rank: members[..rank].iter().filter(local).count(),
-            local_world_size: members.iter().filter(local).count(),
-            node_rank: used.iter().position(|node| *node == own).unwrap_or(0),
-            // Where addresses are chosen, "several nodes" must stay true for the part too.
-            node_count: used.len(),
-            ..self.world.clone()
-        })
-    }
-
-    /// A group of the same ranks with an order of collectives of its own. Collective.
-    ///
-    /// # Errors
-    ///
-    /// As [`Group::split`].
-    #[track_caller]
-    pub fn duplicate(&mut self) -> Result<Self> {
-        let rank = i32::try_from(self.rank()).unwrap_or(i32::MAX);
-        let same = self.split(Some(0), rank)?;
-        same.ok_or_else(|| Error::World {
-            rank: self.world.rank,
-            what: "a duplicate without this rank".to_owned(),
-        })
     }
 
     /// Kills the group on every rank: pending and later calls return [`Error::Aborted`] with this

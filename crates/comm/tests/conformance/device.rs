@@ -288,17 +288,39 @@ fn misuse(group: &mut Group) -> Result<String> {
     Ok("refused, and the group lives".to_owned())
 }
 
+/// Parts in reversed order, parts of parts, ranks in no part; all beside the undivided group.
 fn sub_groups(group: &mut Group) -> Result<String> {
     let (rank, ranks) = (group.rank(), group.world_size());
-    let color = u32::try_from(rank % 2)?;
-    let mut half = group.split(Some(color), 0)?.context("this rank has a color")?;
-    let region = half.allocate::<f32>(1000)?;
-    region.write(0, &[rank as f32; 1000]);
-    half.all_reduce(region.full(), Sum)?.synchronize()?;
-    let expected: f32 =
-        (0..ranks).filter(|peer| peer % 2 == rank % 2).map(|peer| peer as f32).sum();
-    ensure!(region.read(0..1000) == vec![expected; 1000], "not the sum of {expected}");
-    Ok(format!("of {} rank(s)", half.world_size()))
+    let sum_of_ranks = |part: &mut Group| -> Result<f32> {
+        let region = part.allocate::<f32>(1000)?;
+        region.write(0, &[rank as f32; 1000]);
+        part.all_reduce(region.full(), Sum)?.synchronize()?;
+        let sums = region.read(0..1000);
+        ensure!(sums == vec![sums[0]; 1000], "not one sum");
+        Ok(sums[0])
+    };
+    let expect = |sum: f32, is_in: &dyn Fn(usize) -> bool| {
+        let expected: f32 = (0..ranks).filter(|peer| is_in(*peer)).map(|peer| peer as f32).sum();
+        ensure!(sum == expected, "{sum} is not the sum of {expected}");
+        Ok(())
+    };
+    let color = u32::MAX - u32::try_from(rank % 2)?;
+    let backwards = i32::try_from(ranks - rank)?;
+    let mut half = group.split(Some(color), backwards)?.context("this rank has a color")?;
+    let members = (0..ranks).filter(|peer| peer % 2 == rank % 2);
+    ensure!(half.rank() == members.filter(|peer| *peer > rank).count(), "not backwards");
+    expect(sum_of_ranks(&mut half)?, &|peer| peer % 2 == rank % 2)?;
+    let mut twin = half.duplicate()?;
+    expect(sum_of_ranks(&mut twin)?, &|peer| peer % 2 == rank % 2)?;
+    let but_one = group.split((rank != 0).then_some(3), 0)?;
+    ensure!(but_one.is_some() == (rank != 0), "rank 0 is in no part");
+    if let Some(mut but_one) = but_one {
+        expect(sum_of_ranks(&mut but_one)?, &|peer| peer != 0)?;
+    }
+    drop(half);
+    expect(sum_of_ranks(&mut twin)?, &|peer| peer % 2 == rank % 2)?;
+    expect(sum_of_ranks(group)?, &|_| true)?;
+    Ok(format!("of {} rank(s)", twin.world_size()))
 }
 
 fn host_memory(group: &mut Group) -> Result<String> {

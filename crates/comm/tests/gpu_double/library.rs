@@ -240,14 +240,8 @@ unsafe extern "C" fn ncclCommSplit(
     mine.extend(key.to_le_bytes());
     parent.publish(&format!("split-{split}-{}", parent.rank), &mine);
     parent.state.store(IN_PROGRESS, SeqCst);
-    // The real one gives a handle at once, and works it out in the background.
-    let part = (color >= 0).then(|| {
-        let part = Comm::new(PathBuf::new(), 0, 0);
-        let handle = fresh();
-        comms().insert(handle, part);
-        handle
-    });
-    *comm = part.unwrap_or(0);
+    // The handle is written when the parent is ready again, as the real one does it.
+    let place = comm as usize;
     std::thread::spawn(move || {
         a_while(2000);
         let mut members = Vec::new();
@@ -260,16 +254,13 @@ unsafe extern "C" fn ncclCommSplit(
             }
         }
         members.sort_unstable();
-        parent.state.store(SUCCESS, SeqCst);
-        let Some(handle) = part else { return };
-        let rank = members.iter().position(|(_, rank)| *rank == parent.rank).unwrap_or(0);
-        let Some(before) = comm_of(handle) else { return };
-        let folder = parent.path(&format!("part-{split}-{color}"));
-        drop(std::fs::create_dir_all(&folder));
-        let whole = Comm::new(folder, rank, members.len());
-        whole.aborted.store(before.aborted.load(SeqCst), SeqCst);
-        comms().insert(handle, Arc::clone(&whole));
-        whole.gather_ranks();
+        if color >= 0 {
+            let rank = members.iter().position(|(_, rank)| *rank == parent.rank).unwrap_or(0);
+            let part = join(parent.path(&format!("part-{split}-{color}")), rank, members.len());
+            // SAFETY: the caller keeps the place until the parent is ready.
+            unsafe { *(place as *mut usize) = part };
+        }
+        let _ = parent.state.compare_exchange(IN_PROGRESS, SUCCESS, SeqCst, SeqCst);
     });
     IN_PROGRESS
 }

@@ -337,7 +337,7 @@ impl Transport for MpiTransport {
         self.poll_moving(ended)
     }
 
-    fn abandon(&mut self) {
+    fn abandon(&mut self, _cause: &Error) {
         // MPI may still read and write there, and a communicator in use cannot be freed.
         _ = ManuallyDrop::new(std::mem::take(&mut self.moving));
         self.closed = true;

@@ -7,6 +7,7 @@
 
 use std::ffi::{c_int, c_void};
 use std::mem::offset_of;
+use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -33,6 +34,9 @@ const PAUSE: Duration = Duration::from_micros(100);
 
 /// The communicators of this process, for [`abort_all`].
 static ALIVE: Mutex<Vec<Handle>> = Mutex::new(Vec::new());
+
+/// Why [`abort_all`] was called last.
+static CAUSE: Mutex<String> = Mutex::new(String::new());
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Handle(ncclComm_t);
@@ -107,6 +111,40 @@ impl Communicator {
         Ok(communicator)
     }
 
+    /// Divides it: ranks of one `color` form another, in the order of `key`. Collective, and nothing else
+    /// is under way on it. `None` for those without a color.
+    pub(crate) fn split(
+        &self,
+        color: Option<c_int>,
+        key: c_int,
+        deadline: Instant,
+    ) -> Result<Option<Self>> {
+        const CALL: &str = "ncclCommSplit";
+        const NO_COLOR: c_int = -1;
+        let mut config = config(self.nccl.version_number());
+        // NCCL writes the handle when this communicator is ready again, maybe after we gave up: then it
+        // stays.
+        let place: &'static AtomicPtr<_> =
+            Box::leak(Box::new(AtomicPtr::new(std::ptr::null_mut())));
+        let split = self.nccl.functions.split;
+        self.checked(CALL, |comm| {
+            // SAFETY: a live communicator; the place stays; the configuration is copied.
+            unsafe { split(comm, color.unwrap_or(NO_COLOR), key, place.as_ptr(), &raw mut config) }
+        })?;
+        self.settle_until(CALL, deadline)?;
+        let raw: ncclComm_t = place.load(Ordering::Acquire);
+        if color.is_none() {
+            return Ok(None);
+        }
+        if raw.is_null() {
+            return Err(NcclError { call: CALL, what: "NCCL gave no communicator".to_owned() });
+        }
+        let part = Self { nccl: self.nccl, raw: Handle(raw) };
+        lock_alive().push(part.raw);
+        part.settle_until(CALL, deadline)?;
+        Ok(Some(part))
+    }
+
     /// Fails unless NCCL has taken the call.
     fn accepted(&self, call: &'static str, code: c_int) -> Result<()> {
         if code == SUCCESS || code == IN_PROGRESS {
@@ -123,7 +161,8 @@ impl Communicator {
     ) -> Result<()> {
         let alive = lock_alive();
         if !alive.contains(&self.raw) {
-            let what = "aborted, because a group of this process has failed".to_owned();
+            let why = CAUSE.lock().unwrap_or_else(PoisonError::into_inner);
+            let what = format!("aborted, because a group of this process has failed: {why}");
             return Err(NcclError { call, what });
         }
         let code = make(self.raw.0);
@@ -334,8 +373,8 @@ impl Communicator {
     }
 }
 
-/// Aborts every communicator of this process inside one group call.
-pub(crate) fn abort_all(nccl: &Nccl) {
+/// Aborts every communicator of this process inside one group call, because of `cause`.
+pub(crate) fn abort_all(nccl: &Nccl, cause: &str) {
     // A call that holds the list hangs in NCCL: an abort is what frees it.
     let deadline = Instant::now() + Duration::from_secs(2);
     let mut list = loop {
@@ -356,6 +395,7 @@ pub(crate) fn abort_all(nccl: &Nccl) {
     if alive.is_empty() {
         return;
     }
+    cause.clone_into(&mut CAUSE.lock().unwrap_or_else(PoisonError::into_inner));
     let functions = &nccl.functions;
     // SAFETY: takes nothing.
     let started = unsafe { (functions.group_start)() };

@@ -57,6 +57,8 @@ functions! {
         get_unique_id = b"ncclGetUniqueId\0" (*mut ncclUniqueId);
         init_rank_config = b"ncclCommInitRankConfig\0"
             (*mut ncclComm_t, c_int, ncclUniqueId, c_int, *mut ncclConfig_t);
+        split = b"ncclCommSplit\0"
+            (ncclComm_t, c_int, c_int, *mut ncclComm_t, *mut ncclConfig_t);
         finalize = b"ncclCommFinalize\0" (ncclComm_t);
         destroy = b"ncclCommDestroy\0" (ncclComm_t);
         abort = b"ncclCommAbort\0" (ncclComm_t);
@@ -262,7 +264,7 @@ mod tests {
         let error = error.expect_err("there is no GPU");
         assert_eq!(error.call, "ncclCommInitRankConfig");
         assert!(error.what.contains("CUDA"), "{}", error.what);
-        super::super::communicator::abort_all(nccl);
+        super::super::communicator::abort_all(nccl, "the end of a test");
     }
 
     #[test]

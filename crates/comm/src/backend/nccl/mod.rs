@@ -19,7 +19,7 @@ pub(crate) mod memory;
 pub(crate) mod transport;
 
 use std::collections::VecDeque;
-use std::ffi::c_char;
+use std::ffi::{c_char, c_int};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -122,18 +122,24 @@ pub(crate) fn open(
     let current = device.current().map_err(|error| cuda_error(rank, error))?;
     let joined = Communicator::join(nccl, id, rank, world_size, deadline);
     let communicator = Arc::new(joined.map_err(|error| {
-        communicator::abort_all(nccl);
+        communicator::abort_all(nccl, &error.what);
         Error::Backend { rank, backend: "nccl", call: error.call.to_owned(), what: error.what }
     })?);
-    let stream = OwnStream::new(&device).map_err(|error| cuda_error(rank, error))?;
     drop(current);
     tracing::info!(rank, nccl = nccl.version(), gpu = device.name(), "an NCCL group is ready");
+    carried(core, Gpu { nccl, device, communicator })
+}
+
+/// A lane for `core`'s calls on the communicator of `gpu`.
+fn carried(core: &Arc<Core>, gpu: Gpu) -> Result<(Arc<Lane>, Arc<Gpu>)> {
+    let (rank, world_size) = (core.rank, core.world_size());
+    let stream = OwnStream::new(&gpu.device).map_err(|error| cuda_error(rank, error))?;
     let transport = NcclTransport {
         rank,
         world_size,
-        nccl,
-        device: Arc::clone(&device),
-        communicator: Arc::clone(&communicator),
+        nccl: gpu.nccl,
+        device: Arc::clone(&gpu.device),
+        communicator: Arc::clone(&gpu.communicator),
         stream,
         moving: VecDeque::new(),
         scaled: None,
@@ -142,7 +148,28 @@ pub(crate) fn open(
         .map_err(|error| Error::system(rank, "start a thread", error))?;
     // Callers never enter NCCL or wait for a device: only the runner does.
     let lane = Lane::new(Backend::Nccl, Arc::clone(core), &runner, false, Box::new(transport));
-    Ok((lane, Arc::new(Gpu { nccl, device, communicator })))
+    Ok((lane, Arc::new(gpu)))
+}
+
+/// Divides the communicator of `gpu`, on which nothing is under way: `part` is this rank's part of the
+/// group, with its color's number. Collective for the undivided group.
+pub(crate) fn divide(
+    rank: usize,
+    gpu: &Gpu,
+    part: Option<(&Arc<Core>, c_int)>,
+    deadline: Instant,
+) -> Result<Option<(Arc<Lane>, Arc<Gpu>)>> {
+    let current = gpu.device.current().map_err(|error| cuda_error(rank, error))?;
+    let key = part.map_or(0, |(core, _)| c_int::try_from(core.rank).unwrap_or(c_int::MAX));
+    let divided = gpu.communicator.split(part.map(|(_, color)| color), key, deadline);
+    let communicator = divided.map_err(|error| {
+        communicator::abort_all(gpu.nccl, &error.what);
+        Error::Backend { rank, backend: "nccl", call: error.call.to_owned(), what: error.what }
+    })?;
+    drop(current);
+    let (Some((core, _)), Some(communicator)) = (part, communicator) else { return Ok(None) };
+    let communicator = Arc::new(communicator);
+    carried(core, Gpu { nccl: gpu.nccl, device: Arc::clone(&gpu.device), communicator }).map(Some)
 }
 
 pub(crate) fn cuda_error(rank: usize, error: CudaError) -> Error {

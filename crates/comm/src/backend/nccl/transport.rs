@@ -233,8 +233,8 @@ impl Transport for NcclTransport {
         Ok(!ended.is_empty())
     }
 
-    fn abandon(&mut self) {
-        abort_all(self.nccl);
+    fn abandon(&mut self, cause: &Error) {
+        abort_all(self.nccl, &cause.to_string());
         self.moving.clear();
     }
 
