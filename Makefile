@@ -10,9 +10,11 @@ demo:
 # Every test that needs no special hardware.
 test:
 	scripts/setup.sh --test-extras
-	@if cargo nextest --version >/dev/null 2>&1; \
-	then set -ex; cargo nextest run --workspace --no-fail-fast; cargo test --workspace --doc; \
-	else set -x; cargo test --workspace --no-fail-fast; fi
+	@features=$$(scripts/setup.sh --print-test-features); set -ex; \
+	if cargo nextest --version >/dev/null 2>&1; \
+	then cargo nextest run --workspace --features "$$features" --no-fail-fast; \
+	cargo test --workspace --features "$$features" --doc; \
+	else cargo test --workspace --features "$$features" --no-fail-fast; fi
 
 setup:
 	scripts/setup.sh

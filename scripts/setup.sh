@@ -13,6 +13,7 @@ usage: scripts/setup.sh [--cuda] [--test-extras] [--use-python-torch]
   --test-extras       also what some tests and checks use: OpenMPI, libclang (feature mpi), MPICH, Slurm and munge, iproute2,
                       nftables, procps, shellcheck; torchrun (1 GB, of the wheel that libtorch comes from)
   --use-python-torch  link the torch 2.11.0 installed for $PHALANX_PYTHON (default python3)
+  --print-test-features  say which optional features of the workspace can be tested here, and do nothing else
 
 environment:
   LIBTORCH            a libtorch 2.11.0 of yours: linked instead of a downloaded one
@@ -98,10 +99,22 @@ test_packages() {
   mapfile -t packages < <(missing_packages mpirun.openmpi:openmpi-bin mpicc:libopenmpi-dev mpiexec.hydra:mpich \
     slurmctld:slurmctld slurmd:slurmd srun:slurm-client munged:munge \
     ip:iproute2 nft:nftables kill:procps shellcheck:shellcheck)
-  # For the bindings of the feature mpi: a library, not a command.
-  compgen -G '/usr/lib/llvm-*/lib/libclang.so*' >/dev/null ||
-    compgen -G '/usr/lib64/libclang.so*' >/dev/null || packages+=(libclang-dev)
+  has_libclang || packages+=(libclang-dev)
   install optional "${packages[@]}"
+}
+
+# For the bindings of the feature mpi: a library, not a command.
+has_libclang() {
+  compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null || compgen -G '/usr/lib64/libclang*.so*' >/dev/null
+}
+
+# The features of the workspace that can be built and tested here.
+print_test_features() {
+  if mpicc -show >/dev/null 2>&1 && has_libclang; then
+    printf 'phalanx/mpi\n'
+  else
+    printf 'SKIPPED: nothing is tested over MPI: no mpicc or no libclang (scripts/setup.sh --test-extras)\n' >&2
+  fi
 }
 
 # ---------------------------------------------------------------- the cache
@@ -354,6 +367,7 @@ for argument in "$@"; do
     --cuda) cuda=yes ;;
     --test-extras) test_extras=yes ;;
     --use-python-torch) use_python=yes ;;
+    --print-test-features) print_test_features && exit 0 ;;
     -h | --help) usage && exit 0 ;;
     *) usage >&2 && die "unknown argument '$argument'" ;;
   esac

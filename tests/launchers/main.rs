@@ -1,5 +1,6 @@
 //! The trainer under each launcher: equal world size, equal losses, bit for bit.
 
+mod over_mpi;
 mod slurm;
 #[path = "../support/mod.rs"]
 mod support;
@@ -21,7 +22,7 @@ const TRAINING: &[&str] = &[
     "--steps",
     "3",
     "--global-batch",
-    "16",
+    "24", // for one to four ranks, and eight
     "--threads",
     "1",
     "--seed",
@@ -47,10 +48,14 @@ fn losses(launcher: Option<&mut Command>, flags: &[&str]) -> Vec<String> {
     assert!(output.status.success(), "{:?}\n{text}", output.status);
     let written = fs::read_to_string(&metrics).expect("metrics");
     let parse = |line: &str| serde_json::from_str::<Value>(line).expect("a JSON object a line");
-    let steps = written.lines().map(parse).filter(|step| step.get("loss").is_some());
+    let lines: Vec<Value> = written.lines().map(parse).collect();
+    let steps = lines.iter().filter(|step| step.get("loss").is_some());
     // As text: a float that is written shortest is equal exactly when its bits are.
     let losses: Vec<String> = steps.map(|step| step["loss"].to_string()).collect();
     assert_eq!(losses.len(), 3, "{written}");
+    let backend = &lines.last().expect("counted above")["summary"]["backend"];
+    let wanted = if flags.contains(&"mpi") { "mpi" } else { "host" };
+    assert_eq!(backend, wanted, "{written}");
     losses
 }
 

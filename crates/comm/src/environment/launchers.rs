@@ -105,12 +105,15 @@ pub(super) enum StoreIn {
     Rank0,
     /// Rank 0 as well, advertised by torchrun's agent.
     Agent,
+    /// Rank 0 as well, told over MPI.
+    Mpi,
 }
 
 pub(super) fn finish(variables: &Variables<'_>, place: &Place, meeting: Meeting) -> Result<World> {
     place.check()?;
     let store_host = match meeting.store {
         StoreIn::Agent => StoreHost::Agent,
+        StoreIn::Mpi => StoreHost::Mpi,
         StoreIn::Rank0 if place.rank.1 == 0 => StoreHost::ThisRank,
         StoreIn::Rank0 | StoreIn::Launcher => StoreHost::Elsewhere,
     };

@@ -32,7 +32,7 @@ use sha2::{Digest, Sha256};
 
 pub use job_token::JobToken;
 #[cfg(feature = "mpi")]
-pub(crate) use mpi_library::{is_started_by_mpi, mpi_threads};
+pub(crate) use mpi_library::{host_link, is_started_by_mpi, launched, master_addr, mpi_threads};
 #[cfg(test)]
 pub(crate) use nccl::is_required;
 pub(crate) use nccl::{nccl_host_id, nccl_library};
@@ -72,6 +72,10 @@ pub enum StoreHost {
     /// Rank 0 on a free port, which it advertises in the `TCPStore` that torchrun's agent serves at `master_addr` and
     /// `master_port`.
     Agent,
+    /// Rank 0 on a free port, which it tells the others over MPI: for programs built with the feature `mpi` whose launcher
+    /// does not say enough to meet without it. Address, port, run id and nodes are known when they have met
+    /// ([`Group::from_environment`](crate::Group::from_environment)).
+    Mpi,
 }
 
 /// How ranks of one machine talk to each other (`PHALANX_HOST_LINK`).
@@ -163,10 +167,12 @@ impl World {
     ///
     /// [`EnvironmentError`] naming the variable, its value and what was expected.
     pub fn from_env() -> Result<Self, EnvironmentError> {
-        Self::from_lookup(&process_variable)
+        let variables = variables::Variables::new(&process_variable);
+        launchers::world(&variables.meeting_over_mpi(cfg!(feature = "mpi")))
     }
 
-    /// As [`World::from_env`] over any environment: `lookup` gives the value of a variable. Empty counts as unset.
+    /// As [`World::from_env`] over any environment: `lookup` gives the value of a variable. Empty counts as unset. Never
+    /// with [`StoreHost::Mpi`].
     ///
     /// # Errors
     ///

@@ -1,6 +1,7 @@
-//! MPI's launchers, which tell ranks and no address: loopback on one machine, `MASTER_ADDR` on several.
+//! MPI's launchers, which tell ranks and no address: loopback on one machine, `MASTER_ADDR` on several. Programs that
+//! are built with MPI need neither: their ranks meet over it.
 //!
-//! Source: Open MPI 4.1 and MPICH 4.0 as observed; Intel MPI and MVAPICH2 by their manuals, Horovod by its sources.
+//! Source: Open MPI 4.1 and MPICH 4.0 as observed; Intel MPI, MVAPICH2 and Cray's by their manuals, Horovod by its sources.
 
 use super::launchers::{finish, Meeting, Place, StoreIn};
 use super::variables::{missing, Result, Variables};
@@ -27,7 +28,7 @@ pub(super) fn open_mpi(variables: &Variables<'_>) -> Result<World> {
     let job = variables
         .text("PMIX_NAMESPACE")
         .or_else(|| variables.text("OMPI_MCA_ess_base_jobid"))
-        .ok_or_else(|| missing("PMIX_NAMESPACE", BECAUSE))?;
+        .ok_or_else(|| missing("PMIX_NAMESPACE", BECAUSE));
     let meeting = mpi_meeting(
         variables,
         &place,
@@ -35,7 +36,7 @@ pub(super) fn open_mpi(variables: &Variables<'_>) -> Result<World> {
             launcher: Launcher::OpenMpi,
             name: "Open MPI",
             example: "mpirun -x MASTER_ADDR=node0",
-            run_id: format!("openmpi-{job}"),
+            run_id: job.map(|job| format!("openmpi-{job}")),
         },
     )?;
     finish(variables, &place, meeting)
@@ -48,19 +49,30 @@ pub(super) fn pmi(variables: &Variables<'_>) -> Result<World> {
     if slurm_step::is_rank(variables, rank, world_size)? {
         return slurm_step::world(variables);
     }
-    let local_rank = variables.number_needed("MPI_LOCALRANKID", BECAUSE)?;
-    let local_world_size = variables.count_needed("MPI_LOCALNRANKS", BECAUSE)?;
+    // Hydra's names, else Cray's.
+    let names = if variables.has("MPI_LOCALRANKID") || !variables.has("PMI_LOCAL_RANK") {
+        ["MPI_LOCALRANKID", "MPI_LOCALNRANKS"]
+    } else {
+        ["PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"]
+    };
+    let is_placed = variables.has(names[0]) && variables.has(names[1]);
+    let (local_rank, local_world_size) = if variables.over_mpi && !is_placed {
+        (0, 1) // until MPI says which ranks share a machine
+    } else {
+        let local_rank = variables.number_needed(names[0], BECAUSE)?;
+        (local_rank, variables.count_needed(names[1], BECAUSE)?)
+    };
     let place = Place {
         rank: ("PMI_RANK", rank),
         world_size: ("PMI_SIZE", world_size),
-        local_rank: ("MPI_LOCALRANKID", local_rank),
-        local_world_size: ("MPI_LOCALNRANKS", local_world_size),
-        node_rank: ("PMI_RANK / MPI_LOCALNRANKS", rank / local_world_size),
-        node_count: ("PMI_SIZE / MPI_LOCALNRANKS", world_size.div_ceil(local_world_size)),
+        local_rank: (names[0], local_rank),
+        local_world_size: (names[1], local_world_size),
+        node_rank: ("PMI_RANK / ranks of this machine", rank / local_world_size),
+        node_count: ("PMI_SIZE / ranks of this machine", world_size.div_ceil(local_world_size)),
     };
     // Only what is the same for all ranks of a job, and unlike other jobs', will do.
     let job = variables.text("PMI_JOBID").or_else(|| variables.text("PMI_PORT"));
-    let job = job_or_given(variables, job, "PMI_RANK is set without PMI_JOBID or PMI_PORT")?;
+    let job = job_or_given(variables, job, "PMI_RANK is set without PMI_JOBID or PMI_PORT");
     let meeting = mpi_meeting(
         variables,
         &place,
@@ -68,7 +80,7 @@ pub(super) fn pmi(variables: &Variables<'_>) -> Result<World> {
             launcher: Launcher::Pmi,
             name: "PMI (MPICH, Intel MPI)",
             example: "mpiexec -genv MASTER_ADDR node0",
-            run_id: format!("pmi-{job}"),
+            run_id: job.map(|job| format!("pmi-{job}")),
         },
     )?;
     finish(variables, &place, meeting)
@@ -147,12 +159,12 @@ pub(super) fn by_names(variables: &Variables<'_>, names: &Names) -> Result<World
         node_rank,
         node_count,
     };
-    let job = job_or_given(variables, None, &because)?;
+    let job = job_or_given(variables, None, &because);
     let job = MpiJob {
         launcher: names.launcher,
         name: names.name,
         example: names.example,
-        run_id: format!("mpi-{job}"),
+        run_id: job.map(|job| format!("mpi-{job}")),
     };
     let meeting = mpi_meeting(variables, &place, job)?;
     finish(variables, &place, meeting)
@@ -162,26 +174,40 @@ struct MpiJob {
     launcher: Launcher,
     name: &'static str,
     example: &'static str,
-    run_id: String,
+    /// Or which variable would name it.
+    run_id: Result<String>,
 }
 
-/// MPI launchers give ranks but no address: loopback on one machine, an error that says what to set on several.
+/// MPI launchers give ranks but no address: loopback on one machine; on several over MPI where that is possible, else an
+/// error that says what to set.
 fn mpi_meeting(variables: &Variables<'_>, place: &Place, job: MpiJob) -> Result<Meeting> {
     let master_addr = match variables.text("MASTER_ADDR") {
-        Some(address) => address,
-        None if place.node_count.1 == 1 => LOOPBACK.to_owned(),
-        None => {
-            return Err(EnvironmentError::NoMasterAddress {
-                launcher: job.name,
-                local_world_size: place.local_world_size.1,
-                world_size: place.world_size.1,
-                example: job.example,
-            })
-        }
+        Some(address) => Ok(address),
+        None if place.node_count.1 == 1 => Ok(LOOPBACK.to_owned()),
+        None => Err(EnvironmentError::NoMasterAddress {
+            launcher: job.name,
+            local_world_size: place.local_world_size.1,
+            world_size: place.world_size.1,
+            example: job.example,
+        }),
     };
-    let run_id = variables.text("PHALANX_RUN_ID").unwrap_or(job.run_id);
+    let run_id = variables.text("PHALANX_RUN_ID").map_or(job.run_id, Ok);
+    let launcher = job.launcher;
+    // Horovod starts programs without MPI as well.
+    let over_mpi = variables.over_mpi && launcher != Launcher::Horovod;
+    if over_mpi && (master_addr.is_err() || run_id.is_err()) {
+        return Ok(Meeting {
+            launcher,
+            master_addr: String::new(),
+            master_port: 0,
+            run_id: String::new(),
+            restart_count: 0,
+            store: StoreIn::Mpi,
+        });
+    }
+    let (master_addr, run_id) = (master_addr?, run_id?);
     Ok(Meeting {
-        launcher: job.launcher,
+        launcher,
         master_addr,
         master_port: variables.port("MASTER_PORT")?.unwrap_or_else(|| derived_port(&run_id)),
         run_id,

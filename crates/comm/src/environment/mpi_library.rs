@@ -1,12 +1,33 @@
 //! What the MPI backend wants to know.
 
-use super::{process_variable, EnvironmentError};
+use super::variables::Variables;
+use super::{process_variable, EnvironmentError, HostLink, Launcher, World};
 
 /// Whether an MPI launcher started this process: without one, initialising MPI would make a job of one.
 pub(crate) fn is_started_by_mpi() -> bool {
     const SIGNS: [&str; 5] =
         ["OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"];
     SIGNS.iter().any(|sign| process_variable(sign).is_some_and(|value| !value.is_empty()))
+}
+
+/// The launcher, the rank and how many there are, by the launcher's own variables, where it is one that starts MPI programs.
+pub(crate) fn launched() -> Option<(Launcher, usize, usize)> {
+    let world = World::from_env().ok()?;
+    let starts_mpi = matches!(
+        world.launcher,
+        Launcher::OpenMpi | Launcher::Pmi | Launcher::Mvapich | Launcher::Slurm
+    );
+    starts_mpi.then_some((world.launcher, world.rank, world.world_size))
+}
+
+/// `MASTER_ADDR`.
+pub(crate) fn master_addr() -> Option<String> {
+    Variables::new(&process_variable).text("MASTER_ADDR")
+}
+
+/// `PHALANX_HOST_LINK`.
+pub(crate) fn host_link() -> Result<HostLink, EnvironmentError> {
+    Variables::new(&process_variable).host_link()
 }
 
 /// `PHALANX_MPI_THREADS`: whether to ask MPI to let every thread call it.

@@ -3,7 +3,8 @@
 use proptest::prelude::*;
 
 use super::slurm::{expand_nodes, expand_tasks};
-use super::{derived_port, EnvironmentError, HostLink, Launcher, StoreHost, World};
+use super::variables::Variables;
+use super::{derived_port, launchers, EnvironmentError, HostLink, Launcher, StoreHost, World};
 
 type Pair = (&'static str, &'static str);
 
@@ -234,6 +235,41 @@ fn mpich_names_no_job_so_the_user_does() {
     assert_eq!(named.store_address(), ("127.0.0.1", derived_port("job-17")));
     let port = parse(&with(&bare, &[("MASTER_PORT", "4000")])).unwrap();
     assert_eq!(port.store_address(), ("127.0.0.1", 4000));
+}
+
+#[test]
+fn with_mpi_built_in_ranks_meet_over_it_where_the_launcher_says_too_little() {
+    let parse = |variables: &[Pair]| {
+        let lookup = |name: &str| {
+            variables.iter().find(|(other, _)| *other == name).map(|(_, value)| (*value).to_owned())
+        };
+        launchers::world(&Variables::new(&lookup).meeting_over_mpi(true))
+    };
+    let several =
+        with(OPEN_MPI, &[("OMPI_COMM_WORLD_LOCAL_SIZE", "2"), ("OMPI_COMM_WORLD_LOCAL_RANK", "1")]);
+    let unnamed = with(HYDRA, &[("PMI_PORT", "")]);
+    let bare = [("PMI_RANK", "1"), ("PMI_SIZE", "2")];
+    for (variables, launcher) in
+        [(&several[..], Launcher::OpenMpi), (&unnamed, Launcher::Pmi), (&bare, Launcher::Pmi)]
+    {
+        let world = parse(variables).unwrap();
+        assert_eq!((world.store_host, world.launcher), (StoreHost::Mpi, launcher));
+    }
+    // What is enough without MPI is enough with it.
+    for variables in [OPEN_MPI, HYDRA] {
+        assert_ne!(parse(variables).unwrap().store_host, StoreHost::Mpi);
+    }
+    // A horovodrun may well start programs without MPI.
+    let horovod = [("HOROVOD_RANK", "0"), ("HOROVOD_SIZE", "2")];
+    assert!(parse(&horovod).is_err());
+}
+
+#[test]
+fn crays_pmi_has_names_of_its_own_for_a_machines_ranks() {
+    let local = [("PMI_LOCAL_RANK", "1"), ("PMI_LOCAL_SIZE", "2"), ("PMI_JOBID", "a.17")];
+    let nodes = [("PMI_RANK", "5"), ("PMI_SIZE", "8"), ("MASTER_ADDR", "node0")];
+    let world = parse(&with(&nodes, &local)).unwrap();
+    assert_eq!((numbers(&world), &*world.run_id), ([5, 8, 1, 2, 2, 4], "pmi-a.17"));
 }
 
 #[test]

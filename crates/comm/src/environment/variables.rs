@@ -7,11 +7,17 @@ pub(super) type Result<T> = std::result::Result<T, EnvironmentError>;
 /// Typed access to the variables, with errors that name them.
 pub(super) struct Variables<'l> {
     lookup: &'l dyn Fn(&str) -> Option<String>,
+    /// Whether ranks that an MPI launcher started can meet over MPI.
+    pub(super) over_mpi: bool,
 }
 
 impl<'l> Variables<'l> {
     pub(super) fn new(lookup: &'l dyn Fn(&str) -> Option<String>) -> Self {
-        Self { lookup }
+        Self { lookup, over_mpi: false }
+    }
+
+    pub(super) fn meeting_over_mpi(self, over_mpi: bool) -> Self {
+        Self { over_mpi, ..self }
     }
 
     pub(super) fn text(&self, variable: &str) -> Option<String> {

@@ -24,7 +24,7 @@ use crate::backend::nccl::Gpu;
 use crate::backend::Backend;
 use crate::dtype::{DType, Element};
 #[cfg(feature = "mpi")]
-use crate::environment::EnvironmentError;
+use crate::environment::StoreHost;
 use crate::environment::World;
 use crate::error::{Error, Result};
 use crate::fingerprint::{CallRecord, Op};
@@ -106,11 +106,11 @@ impl Group {
     ///
     /// The environment contradicts itself, or the ranks could not meet.
     pub fn from_environment(options: GroupOptions) -> Result<Self> {
-        let world = match World::from_env() {
-            #[cfg(feature = "mpi")]
-            Err(EnvironmentError::NoMasterAddress { .. }) => return Self::from_mpi(options),
-            other => other?,
-        };
+        let world = World::from_env()?;
+        #[cfg(feature = "mpi")]
+        if world.store_host == StoreHost::Mpi {
+            return Self::from_mpi(options);
+        }
         if world.world_size == 1 {
             return Self::root(world, options, &mut |_, _| Ok(Vec::new()));
         }

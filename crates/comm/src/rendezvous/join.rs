@@ -30,6 +30,7 @@ pub fn connect(world: &World, deadline: Instant) -> Result<Arc<dyn Store>, Rende
     let (host, mut port) = world.store_address();
     let server = match world.store_host {
         StoreHost::Agent => return advertise::meet(world, deadline),
+        StoreHost::Mpi => return Err(RendezvousError::OverMpi),
         StoreHost::Elsewhere => None,
         StoreHost::ThisRank => {
             let address = listen_address(host, port, deadline)?;

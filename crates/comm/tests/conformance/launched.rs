@@ -48,7 +48,8 @@ fn suite(mut group: Group) {
             println!("{name}: {:?}", start.elapsed());
         }
     }
-    println!("rank {} of {}: all passed", group.rank(), group.world_size());
+    let (rank, size, nodes) = (group.rank(), group.world_size(), group.node_count());
+    println!("rank {rank} of {size} on node {} of {nodes} nodes: all passed", group.node_rank());
 }
 
 /// A process and what comes after it, killed when the test ends.

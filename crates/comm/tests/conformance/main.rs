@@ -20,6 +20,8 @@ mod launched;
 mod matrix;
 mod misuse;
 mod mpirun;
+#[path = "../support/namespaces.rs"]
+mod namespaces;
 mod sequences;
 mod without_gpu;
 

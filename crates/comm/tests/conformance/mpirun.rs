@@ -1,19 +1,62 @@
-//! The suite over MPI, under the real `mpirun`.
+//! The suite over MPI, under the real launcher of the library that this test was built with.
 
 use std::process::Command;
 use std::time::Duration;
 
 use crate::launched::{Running, ARGUMENTS, ROLE};
+use crate::namespaces::{namespaces, ADDRESSES};
 
 const LIMIT: Duration = Duration::from_secs(240);
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Library {
+    OpenMpi,
+    Mpich,
+}
+
+/// The library that this process has loaded.
+pub(crate) fn library() -> Library {
+    let maps = std::fs::read_to_string("/proc/self/maps").expect("Linux");
+    if maps.contains("/libmpich") {
+        Library::Mpich
+    } else {
+        Library::OpenMpi
+    }
+}
+
+impl Library {
+    fn launcher(self) -> &'static str {
+        match self {
+            Library::OpenMpi => "mpirun",
+            Library::Mpich => "mpiexec.hydra",
+        }
+    }
+
+    /// The options that let root start more ranks than there are cores.
+    fn options(self) -> &'static [&'static str] {
+        match self {
+            Library::OpenMpi => &["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"],
+            Library::Mpich => &[],
+        }
+    }
+
+    /// The option that lets the survivors of a failure live.
+    pub(crate) fn lets_survivors_live(self) -> &'static str {
+        match self {
+            Library::OpenMpi => "--enable-recovery",
+            Library::Mpich => "-disable-auto-cleanup",
+        }
+    }
+}
+
 /// `None`, said aloud, where MPI is missing; a failure when `PHALANX_REQUIRE` names it.
 pub(crate) fn mpirun(ranks: usize, role: &str) -> Option<Command> {
-    let works = Command::new("mpirun").arg("--version").output().is_ok_and(|o| o.status.success());
+    let launcher = library().launcher();
+    let works = Command::new(launcher).arg("--version").output().is_ok_and(|o| o.status.success());
     let why = match (cfg!(feature = "mpi"), works) {
         (true, true) => {
-            let mut command = Command::new("mpirun");
-            command.args(["--allow-run-as-root", "--oversubscribe", "-n", &ranks.to_string()]);
+            let mut command = Command::new(launcher);
+            command.args(library().options()).args(["-n", &ranks.to_string()]);
             command.env(ROLE, role).env("RUST_BACKTRACE", "0");
             return Some(command);
         }
@@ -52,4 +95,37 @@ fn the_suite_passes_over_mpi() {
 #[test]
 fn the_suite_passes_where_one_thread_alone_may_call_mpi() {
     suite(3, "funneled");
+}
+
+/// Two ranks on each of two machines, which have nothing but an address.
+#[test]
+fn the_suite_passes_over_mpi_between_machines() {
+    if mpirun(4, "suite on mpi").is_none() {
+        return;
+    }
+    let Some(machines) = namespaces() else { return };
+    let folder = std::env::temp_dir().join(&machines.names[0]);
+    std::fs::create_dir(&folder).expect("a folder of our own");
+    let agent = folder.join("agent");
+    machines.write_agent(&agent);
+    // The launcher is on the first machine and has its name.
+    let mut command = Command::new(&agent);
+    command.args([ADDRESSES[0], library().launcher()]).args(library().options());
+    let hosts = ADDRESSES.map(|address| format!("{address}:2")).join(",");
+    let agent = agent.display().to_string();
+    match library() {
+        Library::OpenMpi => {
+            command.args(["--mca", "plm_rsh_agent", &agent, "--host", &hosts]);
+            command.args(["-x", ROLE, "-x", "RUST_BACKTRACE"]);
+        }
+        Library::Mpich => {
+            command.args(["-launcher", "ssh", "-launcher-exec", &agent, "-hosts", &hosts]);
+            command.args(["-localhost", ADDRESSES[0], "-iface", "veth0"]);
+        }
+    }
+    command.args(["-n", "4"]).env(ROLE, "suite on mpi").env("RUST_BACKTRACE", "0");
+    let (status, output) = Running::start(program(&mut command)).finish(LIMIT);
+    drop(std::fs::remove_dir_all(&folder));
+    assert!(status.success(), "{status}\n{output}");
+    assert_eq!(output.matches("of 2 nodes: all passed").count(), 4, "{output}");
 }

@@ -1,52 +1,19 @@
-//! Two machines as network namespaces, which the tests make and remove, and faults between them.
+//! Faults between two machines, which are network namespaces, and ranks on them.
 
-use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
-
+use crate::namespaces::{ip, namespaces, Namespaces, ADDRESSES};
 use crate::support::{rank_environment, Ranks};
 
 const PORT: u16 = 29_517;
 
-/// Two namespaces joined by a pair of virtual interfaces; removed on drop.
-pub(crate) struct Machines {
-    names: [String; 2],
-}
-
-fn ip(arguments: &str) -> Result<(), String> {
-    let output = Command::new("ip").args(arguments.split(' ')).output();
-    let output = output.map_err(|error| format!("ip is not installed: {error}"))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(format!("ip {arguments}: {}", String::from_utf8_lossy(&output.stderr).trim()))
-}
+/// Two machines that ranks can run on, and faults between them.
+pub(crate) struct Machines(Namespaces);
 
 impl Machines {
-    fn new() -> Result<Self, String> {
-        // Tests of one process run at once.
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let id = format!("phx{}n{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let machines = Self { names: [format!("{id}a"), format!("{id}b")] };
-        let [a, b] = &machines.names;
-        ip(&format!("netns add {a}"))?;
-        ip(&format!("netns add {b}"))?;
-        ip(&format!("-n {a} link add veth0 type veth peer name veth0 netns {b}"))?;
-        for (index, name) in machines.names.iter().enumerate() {
-            ip(&format!("-n {name} addr add 10.99.0.{}/24 dev veth0", index + 1))?;
-            ip(&format!("-n {name} link set veth0 up"))?;
-            ip(&format!("-n {name} link set lo up"))?;
-        }
-        Ok(machines)
-    }
-
     /// Runs a program on a machine and returns its output.
     fn on(&self, machine: usize, command: &str) -> String {
         let mut words = command.split(' ');
-        let output = Command::new("ip")
-            .args(["netns", "exec", &self.names[machine]])
-            .args(&mut words)
-            .output()
-            .expect("ip runs");
+        let program = words.next().expect("a program");
+        let output = self.0.command(machine, program).args(words).output().expect("ip runs");
         let text = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{command}: {text}");
         String::from_utf8_lossy(&output.stdout).into_owned()
@@ -63,7 +30,7 @@ impl Machines {
 
     /// Takes the cable out.
     pub(crate) fn link_down(&self) {
-        ip(&format!("-n {} link set veth0 down", self.names[0])).expect("the link is ours");
+        ip(&format!("-n {} link set veth0 down", self.0.names[0])).expect("the link is ours");
     }
 
     /// Resets one connection between the machines: of those that no store has, the busiest or the
@@ -97,38 +64,20 @@ impl Machines {
         let program = std::env::current_exe().expect("this test's own path");
         let mut children = Vec::new();
         for (rank, machine) in place.iter().enumerate() {
-            let mut command = Command::new("ip");
-            command.args(["netns", "exec", &self.names[*machine]]).arg(&program);
+            let mut command = self.0.command(*machine, &program);
             rank_environment(&mut command, role, rank, place.len(), PORT);
             let local = place[..rank].iter().filter(|other| *other == machine).count();
             let locals = place.iter().filter(|other| *other == machine).count();
             command.env("LOCAL_RANK", local.to_string());
             command.env("LOCAL_WORLD_SIZE", locals.to_string());
             command.env("GROUP_RANK", machine.to_string()).env("GROUP_WORLD_SIZE", "2");
-            command.env("MASTER_ADDR", "10.99.0.1");
+            command.env("MASTER_ADDR", ADDRESSES[0]);
             children.push(command.spawn().expect("a rank starts"));
         }
         Ranks::of(children)
     }
 }
 
-impl Drop for Machines {
-    fn drop(&mut self) {
-        for name in &self.names {
-            // It may not have been made.
-            drop(ip(&format!("netns del {name}")));
-        }
-    }
-}
-
 pub(crate) fn machines() -> Option<Machines> {
-    match Machines::new() {
-        Ok(machines) => Some(machines),
-        Err(error) => {
-            let required = std::env::var("PHALANX_REQUIRE").unwrap_or_default();
-            assert!(!required.split(',').any(|what| what == "netns"), "netns is required: {error}");
-            eprintln!("SKIPPED: no network namespaces here ({error})");
-            None
-        }
-    }
+    namespaces().map(Machines)
 }

@@ -13,6 +13,8 @@
 mod faults;
 mod figures;
 mod machines;
+#[path = "../support/namespaces.rs"]
+mod namespaces;
 mod netns;
 mod silence;
 mod support;

@@ -1,20 +1,16 @@
 //! Ranks that meet over MPI: who they are, where each one is, and the way to a store with a fresh job
 //! token. No address has to be known beforehand.
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::ffi::{Communicator, MpiError};
-use super::library;
-use crate::environment::{HostLink, JobToken, Launcher, StoreHost, World, LOOPBACK};
+use super::{address, library};
+use crate::environment::{self, JobToken, Launcher, StoreHost, World, LOOPBACK};
 use crate::error::{Error, Result};
-use crate::rendezvous::{
-    listen_address, random_bytes, Credentials, RendezvousError, Store, StoreClient, StoreServer,
-};
+use crate::rendezvous::{random_bytes, Credentials, Store, StoreClient, StoreServer};
 
-/// How long rank 0 looks for its own machine's address.
-const RESOLVE: Duration = Duration::from_secs(5);
 const NOTE_BYTES: usize = 512;
 const TOKEN_AT: usize = 0;
 const RUN_AT: usize = 32;
@@ -84,8 +80,11 @@ impl Note {
 /// The world of an MPI job, and a connected store. Collective over all ranks of the job.
 fn meet(timeout: Duration) -> Result<(World, Arc<dyn Store>)> {
     let deadline = Instant::now() + timeout;
+    let host_link = environment::host_link()?;
+    let launched = environment::launched();
     let library = library::get(deadline)?;
     let (rank, world_size, all) = (library.rank, library.size, library.world);
+    same_place(launched, rank, world_size, &library.version)?;
     let set_up = || library.set_up(rank, deadline, || None, move || placement(all, rank));
     let place = set_up()?;
     let hosted = (rank == 0).then(|| host(&place));
@@ -129,8 +128,8 @@ fn meet(timeout: Duration) -> Result<(World, Arc<dyn Store>)> {
         master_port: note.port,
         restart_count: 0,
         store_host: if rank == 0 { StoreHost::ThisRank } else { StoreHost::Elsewhere },
-        launcher: Launcher::OpenMpi,
-        host_link: HostLink::Auto,
+        launcher: launched.map_or(Launcher::OpenMpi, |(launcher, ..)| launcher),
+        host_link,
     };
     Ok((world, store))
 }
@@ -149,6 +148,25 @@ impl World {
     }
 }
 
+/// A library that does not know its launcher makes a job of one of each process.
+fn same_place(
+    launched: Option<(Launcher, usize, usize)>,
+    rank: usize,
+    world_size: usize,
+    library: &str,
+) -> Result<()> {
+    let Some((_, told_rank, told_size)) = launched else { return Ok(()) };
+    if (told_rank, told_size) == (rank, world_size) {
+        return Ok(());
+    }
+    let what = format!(
+        "the launcher started this process as rank {told_rank} of {told_size}, and MPI ({library}) takes it for rank \
+         {rank} of {world_size}: start it with the mpirun of the MPI library that it was built with, or build it with the \
+         launcher's (MPICC)"
+    );
+    Err(Error::NoBackend { backend: "mpi", what })
+}
+
 /// Which ranks share a machine is MPI's own knowledge; nodes are numbered by their first rank.
 fn placement(all: Communicator, rank: usize) -> Result<Placement, MpiError> {
     let machine = all.machine()?;
@@ -164,7 +182,8 @@ fn placement(all: Communicator, rank: usize) -> Result<Placement, MpiError> {
 
 /// Starts the store where the others can reach it.
 fn host(place: &Placement) -> Result<(Note, StoreServer)> {
-    let host = if place.node_count == 1 { LOOPBACK.to_owned() } else { own_address()?.to_string() };
+    let host =
+        if place.node_count == 1 { LOOPBACK.to_owned() } else { address::own()?.to_string() };
     let (token, run) = (random_bytes::<32>()?, random_bytes::<8>()?);
     let note = Note { token, run, port: 0, text: host };
     let ip: IpAddr = note.text.parse().unwrap_or(IpAddr::from([127, 0, 0, 1]));
@@ -172,22 +191,17 @@ fn host(place: &Placement) -> Result<(Note, StoreServer)> {
     Ok((Note { port: server.address().port(), ..note }, server))
 }
 
-/// This machine's address, as the other machines see it: that of its name, else that of the way out.
-fn own_address() -> Result<IpAddr, RendezvousError> {
-    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    match listen_address(&name, 0, Instant::now() + RESOLVE) {
-        Ok(address) => Ok(address.ip()),
-        // Nothing is sent: connecting a datagram socket only chooses the way.
-        Err(error) => UdpSocket::bind("0.0.0.0:0")
-            .and_then(|socket| socket.connect("198.51.100.1:9").and_then(|()| socket.local_addr()))
-            .map(|address| address.ip())
-            .map_err(|_no_way_out| error),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_launcher_of_another_mpi_is_noticed() {
+        let launched = Some((Launcher::Pmi, 1, 2));
+        assert!(same_place(launched, 1, 2, "MPICH").is_ok() && same_place(None, 0, 1, "x").is_ok());
+        let text = same_place(launched, 0, 1, "Open MPI v4").unwrap_err().to_string();
+        assert!(text.contains("rank 1 of 2") && text.contains("Open MPI v4"), "{text}");
+    }
 
     #[test]
     fn a_note_survives_its_way() {

@@ -31,6 +31,8 @@ pub(super) struct Library {
     pub(super) world: Communicator,
     pub(super) rank: usize,
     pub(super) size: usize,
+    /// Its name and version.
+    pub(super) version: String,
     /// Whether it may be called: not from the moment on at which it is finalised.
     open: RwLock<bool>,
     /// A peer is gone, or MPI hangs: nothing may wait for all ranks.
@@ -78,13 +80,15 @@ fn start(deadline: Instant) -> Result<Library, String> {
     if ours && !ffi::at_exit(at_exit) {
         tracing::warn!("MPI will not be finalised: atexit has no room");
     }
-    tracing::info!(library = ffi::version(), multiple, rank, size, "MPI is initialised");
+    let version = ffi::version();
+    tracing::info!(library = version, multiple, rank, size, "MPI is initialised");
     Ok(Library {
         runner,
         multiple,
         world,
         rank,
         size,
+        version,
         open: RwLock::new(true),
         spoilt: AtomicBool::new(false),
         doubtful: AtomicBool::new(false),

@@ -7,11 +7,12 @@
 //! | `cut` | pure: who reduces which part, in which pieces |
 //! | `exchange`, `fold` | reductions: messages, and the kernels of the host backend in rank order |
 //! | `transport` | a group's calls; what only moves goes through MPI's non-blocking collectives |
-//! | `bootstrap` | ranks that meet over MPI |
+//! | `bootstrap`, `address` | ranks that meet over MPI; where rank 0 can be reached |
 //!
 //! Reductions have the bits of the host backend, whatever library is used: MPI moves bytes, and the
 //! arithmetic is ours. Every group has a communicator of its own.
 
+mod address;
 mod bootstrap;
 mod cut;
 mod exchange;
@@ -69,7 +70,10 @@ pub(crate) fn open(
     } else {
         let peers = Arc::clone(&core.peers);
         let gives_up = move || peers.failure();
-        library.set_up(rank, deadline, gives_up, move || world.part(&members, tag))?
+        let part = library.set_up(rank, deadline, gives_up, move || world.part(&members, tag))?;
+        // Whoever has it may fail its first call, which must not end the set-up of those who have not.
+        gather(&[])?;
+        part
     };
     Ok(lane(library, core, MpiTransport::new(library, core, communicator)))
 }

@@ -1,0 +1,30 @@
+//! The trainer with MPI moving the data: the losses of the host backend.
+
+use std::process::Command;
+
+use super::{losses, program, skip};
+
+/// How much further from the host backend's a loss may be, of itself.
+const APART_MAX: f64 = 1e-6;
+
+fn numbers(losses: &[String]) -> Vec<f64> {
+    losses.iter().map(|loss| loss.parse().expect("a number")).collect()
+}
+
+#[test]
+fn over_mpi_the_losses_are_those_of_the_host_backend() {
+    if cfg!(not(feature = "mpi")) {
+        return skip("mpi", "this test was built without --features mpi");
+    }
+    let Some(mpirun) = program("mpirun.openmpi") else { return skip("mpi", "no Open MPI") };
+    for ranks in ["1", "2", "3", "4"] {
+        let host = losses(None, &["--nproc-per-node", ranks, "--backend", "host"]);
+        let mut mpirun = Command::new(&mpirun);
+        mpirun.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", ranks]);
+        let over_mpi = losses(Some(&mut mpirun), &["--backend", "mpi"]);
+        for (host, over_mpi) in numbers(&host).into_iter().zip(numbers(&over_mpi)) {
+            let apart = ((host - over_mpi) / host).abs();
+            assert!(apart <= APART_MAX, "{ranks} ranks: {host} and over MPI {over_mpi}");
+        }
+    }
+}
