@@ -33,9 +33,9 @@ impl Machines {
         ip(&format!("-n {} link set veth0 down", self.0.names[0])).expect("the link is ours");
     }
 
-    /// Resets one connection between the machines: of those that no store has, the busiest or the
-    /// most idle. Both ends see a reset connection.
-    pub(crate) fn reset(&self, busiest: bool) {
+    /// The connections between the machines that no store has, as the ports of both ends: the most idle
+    /// first, the busiest last.
+    pub(crate) fn connections(&self) -> Vec<(String, String)> {
         let table = self.on(0, "ss -tniHO state established dst 10.99.0.2");
         let mut connections: Vec<(u64, &str, &str)> = table
             .lines()
@@ -52,9 +52,12 @@ impl Machines {
             })
             .collect();
         connections.sort_unstable();
-        assert!(connections.len() >= 2, "a control and a data socket: {table}");
-        let chosen = if busiest { connections.last() } else { connections.first() };
-        let (_, ours, theirs) = chosen.expect("counted above");
+        let ports = |(_, ours, theirs): (_, &str, &str)| (ours.to_owned(), theirs.to_owned());
+        connections.into_iter().map(ports).collect()
+    }
+
+    /// Resets a connection: both ends see that.
+    pub(crate) fn reset(&self, (ours, theirs): &(String, String)) {
         let killed = self.on(0, &format!("ss -K -tnH sport = :{ours} and dport = :{theirs}"));
         assert!(killed.contains(ours), "reset {ours} to {theirs}: {killed}");
     }

@@ -16,6 +16,8 @@ mod machines;
 #[path = "../support/namespaces.rs"]
 mod namespaces;
 mod netns;
+mod quota;
+mod resets;
 mod silence;
 mod support;
 
@@ -26,6 +28,8 @@ fn rank_process() {
     let role = std::env::var(support::ROLE).expect("only the other tests start this one");
     match &role[..] {
         "mixed" => netns::rank(),
+        "messages" => resets::rank(),
+        "aborts" => resets::aborting_rank(),
         "counts" => silence::rank(),
         _ => faults::rank(&role),
     }

@@ -1,6 +1,6 @@
 //! Ranks as processes: this test binary started again, once for each rank, to run `rank_process`.
 
-use std::io::Read;
+use std::io::{Read, Write as _};
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -67,7 +67,7 @@ pub(crate) fn rank_environment(
     command.env("WORLD_SIZE", world.to_string()).env("LOCAL_WORLD_SIZE", world.to_string());
     command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
     command.env("PHALANX_JOB_TOKEN", token);
-    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
 }
 
 impl Ranks {
@@ -108,6 +108,12 @@ impl Ranks {
             }
         }
         panic!("rank {rank} ended without printing {text:?}");
+    }
+
+    /// Writes a line to the input of `rank`.
+    pub(crate) fn say(&mut self, rank: usize, line: &str) {
+        let stdin = self.children[rank].stdin.as_mut().expect("stdin is piped");
+        stdin.write_all(line.as_bytes()).expect("the rank lives");
     }
 
     pub(crate) fn signal(&self, rank: usize, signal: Signal) {

@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 
 /// How long a connection may take to say who it is.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
-const MAGIC: [u8; 8] = *b"phalanx\x01";
+const MAGIC: [u8; 8] = *b"phalanx\x02";
 const HELLO_BYTES: usize = 8 + 8 + 32;
 const SECRET_BYTES: usize = 32;
 
@@ -99,6 +99,13 @@ pub(crate) struct Listening {
     unix: UnixListener,
     tcp: TcpListener,
     pub(crate) card: Card,
+}
+
+impl Listening {
+    /// The TCP listener, for peers that come back.
+    pub(crate) fn into_tcp(self) -> TcpListener {
+        self.tcp
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

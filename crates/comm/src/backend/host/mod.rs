@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `mesh` | connects the ranks, once |
 //! | `control`, `wire`, `monitor`, `peers`, `liveness` | who lives; failures; memfds on their way |
+//! | `reconnect`, `resume` | control connections that come back |
 //! | `mapping`, `board`, `region` | shared memory |
 //! | `call` | a started collective |
 //! | `core`, `waiting` | starting, waiting, finishing |
@@ -24,8 +25,10 @@ pub(crate) mod mesh;
 pub(crate) mod monitor;
 pub(crate) mod peers;
 pub(crate) mod point;
+pub(crate) mod reconnect;
 pub(crate) mod reduction;
 pub(crate) mod region;
+pub(crate) mod resume;
 pub(crate) mod setup;
 pub(crate) mod transfer;
 pub(crate) mod waiting;

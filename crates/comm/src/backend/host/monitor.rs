@@ -1,17 +1,20 @@
 //! The thread that watches the control sockets: it notices within milliseconds that a peer's
 //! process is gone, and takes in what peers have to say. It also sends this rank's heartbeats and
-//! counts the silence of the others.
+//! counts the silence of the others. A control connection to another machine that ends while the data
+//! connection lives is lost, not the peer: `reconnect` brings it back.
 
 use std::io::ErrorKind;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 
-use super::control::Received;
+use super::control::{Control, Received, ACKNOWLEDGE_BYTES};
+use super::links;
 use super::liveness::{stat_fields, Silences};
 use super::peers::{Identity, Peers};
+use super::reconnect::{redial, Door, Returned};
 use super::wire::{Frame, FRAME_HEAD_BYTES};
 use crate::error::Error;
 
@@ -20,61 +23,105 @@ const READ_BYTES: usize = 1 << 16;
 /// What has come from a peer and is not yet a whole frame.
 #[derive(Default)]
 struct Incoming {
+    /// `None`: there is none, or it is lost.
+    socket: Option<Arc<OwnedFd>>,
     bytes: Vec<u8>,
     descriptors: std::collections::VecDeque<OwnedFd>,
+    /// Frames taken in, but for heartbeats, and how many of their bytes the peer was not told of.
+    taken_in: u64,
+    unacknowledged: usize,
+    /// When the connection was lost and why, while it is.
+    lost: Option<(Instant, Arc<std::io::Error>)>,
     ended: bool,
 }
 
 /// Starts the thread; it ends when the group is closed.
-pub(crate) fn spawn(peers: Arc<Peers>) -> std::io::Result<()> {
+pub(crate) fn spawn(peers: Arc<Peers>, door: Door) -> std::io::Result<()> {
     let name = format!("phalanx-watch-{}", peers.rank);
     // The thread is not joined: it ends by itself when the group is closed, and a Drop that waits
     // for it could wait for a peer.
-    drop(std::thread::Builder::new().name(name).spawn(move || watch(&peers))?);
+    drop(std::thread::Builder::new().name(name).spawn(move || watch(&peers, door))?);
     Ok(())
 }
 
-fn watch(peers: &Peers) {
-    let mut incoming: Vec<Incoming> = peers.controls.iter().map(|_| Incoming::default()).collect();
+/// What there is to do.
+#[derive(Default)]
+struct Events {
+    /// Peers of which something has come.
+    ready: Vec<usize>,
+    /// Peers whose data connection has ended after their control connection.
+    gone: Vec<usize>,
+    door: bool,
+}
+
+fn watch(peers: &Arc<Peers>, mut door: Door) {
+    let open = |control: &Option<Control>| Incoming {
+        socket: control.as_ref().and_then(Control::socket),
+        ..Incoming::default()
+    };
+    let mut incoming: Vec<Incoming> = peers.controls.iter().map(open).collect();
     let mut scratch = vec![0; READ_BYTES];
     let mut silences = Silences::new(incoming.len(), peers.liveness);
     let mut last_look = Instant::now();
-    beat(peers, &incoming);
+    beat(peers, &mut incoming);
     while !peers.is_closed() {
         let beat_at = last_look + peers.liveness.heartbeat;
-        let ready = match wait(peers, &incoming, beat_at) {
-            Ok(ready) => ready,
+        let events = match wait(peers, &incoming, &door, beat_at) {
+            Ok(events) => events,
             Err(error) => {
                 let error = Error::system(peers.rank, "poll", error);
                 drop(peers.fail(error));
                 return;
             }
         };
-        for peer in ready {
+        for peer in events.ready {
             silences.heard(peer);
             take_in(peers, peer, &mut incoming[peer], &mut scratch);
+        }
+        for peer in events.gone {
+            gone(peers, peer, &mut incoming[peer]);
+        }
+        let mut returned = peers.take_returned();
+        if events.door || door.deadline().is_some_and(|deadline| deadline <= Instant::now()) {
+            returned.extend(door.serve(peers, |peer| {
+                let theirs = &incoming[peer];
+                (!theirs.ended).then_some(theirs.taken_in)
+            }));
+        }
+        for returned in returned {
+            silences.heard(returned.peer);
+            go_on(peers, &mut incoming, returned);
         }
         // Only after everything that has come was taken in: this thread may have been kept waiting.
         let now = Instant::now();
         if now >= beat_at {
             silences.pass(now - last_look);
             last_look = now;
-            beat(peers, &incoming);
+            beat(peers, &mut incoming);
             bury(peers, &incoming, &silences);
         }
     }
 }
 
-/// Waits for the control sockets until `deadline`; returns the peers of which something has come.
-fn wait(peers: &Peers, incoming: &[Incoming], deadline: Instant) -> rustix::io::Result<Vec<usize>> {
-    let open = |peer: &usize| !incoming[*peer].ended && peers.controls[*peer].is_some();
-    let watched: Vec<usize> = (0..incoming.len()).filter(open).collect();
+/// Waits until something comes, until `deadline` at the longest.
+fn wait(
+    peers: &Peers,
+    incoming: &[Incoming],
+    door: &Door,
+    deadline: Instant,
+) -> rustix::io::Result<Events> {
+    let control = |peer: &usize| incoming[*peer].socket.as_ref().map(|socket| socket.as_fd());
+    let data = |peer: &usize| incoming[*peer].lost.as_ref().and(peers.data[*peer].as_ref());
+    let open = || (0..incoming.len()).filter(|peer| !incoming[*peer].ended);
+    let listened: Vec<(usize, BorrowedFd<'_>)> =
+        open().filter_map(|peer| Some((peer, control(&peer)?))).collect();
+    let doubted: Vec<(usize, BorrowedFd<'_>)> =
+        open().filter_map(|peer| Some((peer, data(&peer)?.as_fd()))).collect();
     let mut fds = vec![PollFd::from_borrowed_fd(peers.wake.as_fd(), PollFlags::IN)];
-    for peer in &watched {
-        if let Some(control) = &peers.controls[*peer] {
-            fds.push(PollFd::from_borrowed_fd(control.fd(), PollFlags::IN));
-        }
-    }
+    fds.extend(listened.iter().map(|(_, fd)| PollFd::from_borrowed_fd(*fd, PollFlags::IN)));
+    fds.extend(doubted.iter().map(|(_, fd)| PollFd::from_borrowed_fd(*fd, PollFlags::RDHUP)));
+    fds.extend(door.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+    let deadline = door.deadline().map_or(deadline, |door| deadline.min(door));
     let left = deadline.saturating_duration_since(Instant::now());
     let limit = Timespec {
         tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
@@ -82,26 +129,42 @@ fn wait(peers: &Peers, incoming: &[Incoming], deadline: Instant) -> rustix::io::
     };
     match poll(&mut fds, Some(&limit)) {
         Ok(_) => {}
-        Err(rustix::io::Errno::INTR) => return Ok(Vec::new()),
+        Err(rustix::io::Errno::INTR) => return Ok(Events::default()),
         Err(error) => return Err(error),
     }
-    if !fds[0].revents().is_empty() {
+    let happened: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+    if happened[0] {
         // Only the wake-up matters, not what it says.
         rustix::io::read(&peers.wake, &mut [0_u8; 8][..]).ok();
     }
-    let ready = watched.iter().zip(&fds[1..]).filter(|(_, fd)| !fd.revents().is_empty());
-    Ok(ready.map(|(peer, _)| *peer).collect())
+    let (of_controls, rest) = happened[1..].split_at(listened.len());
+    let (of_data, of_door) = rest.split_at(doubted.len());
+    let happened = |fds: &[(usize, BorrowedFd<'_>)], of: &[bool]| {
+        let of = fds.iter().zip(of).filter(|(_, happened)| **happened);
+        of.map(|((peer, _), _)| *peer).collect()
+    };
+    Ok(Events {
+        ready: happened(&listened, of_controls),
+        gone: happened(&doubted, of_data),
+        door: of_door.contains(&true),
+    })
 }
 
-/// Tells everybody that this rank lives.
-fn beat(peers: &Peers, incoming: &[Incoming]) {
-    let frame = Frame::Heartbeat.encode();
-    let open = peers.controls.iter().zip(incoming).filter(|(_, incoming)| !incoming.ended);
-    for control in open.filter_map(|(control, _)| control.as_ref()) {
-        // Why a socket failed shows when it is read.
-        if let Err(error) = control.try_send(&frame) {
-            tracing::debug!(%error, "no heartbeat to a peer");
+/// Tells everybody that this rank lives, and what has come from them.
+fn beat(peers: &Peers, incoming: &mut [Incoming]) {
+    for (control, incoming) in peers.controls.iter().zip(incoming) {
+        if let (Some(control), false) = (control, incoming.ended) {
+            acknowledge(control, incoming);
         }
+    }
+}
+
+fn acknowledge(control: &Control, incoming: &mut Incoming) {
+    incoming.unacknowledged = 0;
+    // Why a socket failed shows when it is read.
+    if let Err(error) = control.try_send(&Frame::Heartbeat { taken_in: incoming.taken_in }.encode())
+    {
+        tracing::debug!(%error, "no heartbeat to a peer");
     }
 }
 
@@ -110,14 +173,24 @@ fn bury(peers: &Peers, incoming: &[Incoming], silences: &Silences) {
     let counts = |peer: usize| !incoming[peer].ended && !peers.has_departed(peer);
     let dead = silences.dead().find(|(peer, _)| counts(*peer));
     if let (Some((peer, silent)), None) = (dead, peers.failure()) {
-        drop(peers.fail(peers.not_responding(peer, silent)));
+        drop(peers.fail(match &incoming[peer].lost {
+            Some((since, why)) => {
+                let late =
+                    format!("{why}, and not back after {:.1} s", since.elapsed().as_secs_f64());
+                let error = std::io::Error::new(why.kind(), late);
+                peers.connection_lost(peer, "control socket", error)
+            }
+            None => peers.not_responding(peer, silent),
+        }));
     }
 }
 
-fn take_in(peers: &Peers, peer: usize, incoming: &mut Incoming, scratch: &mut [u8]) {
-    let Some(control) = &peers.controls[peer] else { return };
+fn take_in(peers: &Arc<Peers>, peer: usize, incoming: &mut Incoming, scratch: &mut [u8]) {
+    let (Some(control), Some(socket)) = (&peers.controls[peer], incoming.socket.clone()) else {
+        return;
+    };
     loop {
-        match control.receive(scratch) {
+        match Control::receive(socket.as_fd(), scratch) {
             Ok(Received::Bytes(bytes, descriptors)) => {
                 incoming.bytes.extend_from_slice(&scratch[..bytes]);
                 incoming.descriptors.extend(descriptors);
@@ -128,6 +201,9 @@ fn take_in(peers: &Peers, peer: usize, incoming: &mut Incoming, scratch: &mut [u
                     drop(peers.fail(error));
                     incoming.ended = true;
                     return;
+                }
+                if incoming.unacknowledged >= ACKNOWLEDGE_BYTES {
+                    acknowledge(control, incoming);
                 }
             }
             Ok(Received::Later) => return,
@@ -148,9 +224,17 @@ fn take_frames(peers: &Peers, peer: usize, incoming: &mut Incoming) -> bool {
         let Some(body) = incoming.bytes.get(start..start + body_bytes) else { break };
         let Ok(frame) = Frame::decode(kind, body) else { return false };
         at = start + body_bytes;
+        if frame.is_counted() {
+            incoming.taken_in += 1;
+            incoming.unacknowledged += FRAME_HEAD_BYTES + body_bytes;
+        }
         match frame {
-            Frame::Heartbeat => {}
-            Frame::Goodbye { completed, panicking } => peers.depart(peer, completed, panicking),
+            Frame::Heartbeat { taken_in } => peers.acknowledged(peer, taken_in),
+            Frame::Goodbye { completed, panicking } => {
+                peers.depart(peer, completed, panicking);
+                // It waits for that.
+                incoming.unacknowledged += ACKNOWLEDGE_BYTES;
+            }
             Frame::Failed(error) => failed_elsewhere(peers, peer, error),
             Frame::Region { id, bytes } => match incoming.descriptors.pop_front() {
                 Some(fd) => peers.deliver(peer, id, bytes, fd),
@@ -179,41 +263,92 @@ fn failed_elsewhere(peers: &Peers, peer: usize, error: Error) {
     peers.fail_quietly(error);
 }
 
-fn ended(peers: &Peers, peer: usize, incoming: &mut Incoming, error: Option<std::io::Error>) {
-    incoming.ended = true;
-    if peers.has_departed(peer) || peers.is_closed() || peers.failure().is_some() {
+/// The control socket has ended: so has the peer, or only the connection.
+fn ended(peers: &Arc<Peers>, peer: usize, incoming: &mut Incoming, error: Option<std::io::Error>) {
+    incoming.socket = None;
+    let control = peers.controls[peer].as_ref().filter(|control| control.is_resumable());
+    let is_over = peers.failure().is_some() && control.is_none_or(Control::is_acknowledged);
+    if peers.has_departed(peer) || peers.is_closed() || is_over {
+        incoming.ended = true;
         return;
     }
-    let Identity { host, pid, local } = peers.identities[peer].clone();
     let lost = error
         .unwrap_or_else(|| std::io::Error::new(ErrorKind::UnexpectedEof, "closed by the peer"));
-    match lost.kind() {
-        ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted | ErrorKind::UnexpectedEof => {}
+    let error = match lost.kind() {
+        ErrorKind::ConnectionReset
+        | ErrorKind::ConnectionAborted
+        | ErrorKind::BrokenPipe
+        | ErrorKind::UnexpectedEof => match control {
+            // The sockets of a process that dies all close; the loss of one alone is something else.
+            Some(control) => return lose(peers, peer, control, incoming, lost),
+            None => return gone(peers, peer, incoming),
+        },
         ErrorKind::TimedOut | ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => {
-            drop(peers.fail(peers.not_responding(peer, peers.liveness.dead_after)));
-            return;
+            peers.not_responding(peer, peers.liveness.dead_after)
         }
-        _ => {
-            drop(peers.fail(peers.connection_lost(peer, "control socket", lost)));
-            return;
+        _ => peers.connection_lost(peer, "control socket", lost),
+    };
+    incoming.ended = true;
+    drop(peers.fail(error));
+}
+
+/// Tries to get a lost connection back. The peer's data connection tells whether the peer lives.
+fn lose(
+    peers: &Arc<Peers>,
+    peer: usize,
+    control: &Control,
+    incoming: &mut Incoming,
+    why: std::io::Error,
+) {
+    control.lose();
+    incoming.bytes.clear();
+    tracing::debug!(peer, error = %why, "the control connection is lost");
+    incoming.lost = Some((Instant::now(), Arc::new(why)));
+    if peer < peers.rank {
+        if let Err(error) = redial(peers, peer, incoming.taken_in) {
+            let error = Error::system(peers.rank, "start a thread", error);
+            drop(peers.fail(error));
         }
     }
-    // The sockets of a process that dies all close; the loss of one alone is something else.
-    if !local && data_socket_lives(peers, peer) {
-        drop(peers.fail(peers.connection_lost(peer, "control socket", lost)));
+}
+
+/// A peer is back on a new connection, of which this rank may not have missed the old one yet.
+fn go_on(peers: &Arc<Peers>, incoming: &mut [Incoming], returned: Returned) {
+    let Returned { peer, socket, taken_in } = returned;
+    let (Some(control), theirs) = (&peers.controls[peer], &mut incoming[peer]) else { return };
+    if theirs.ended {
         return;
     }
+    theirs.bytes.clear();
+    let watched = links::watch_connection(&socket, peers.liveness.dead_after);
+    if control.resume(socket, taken_in).is_err() {
+        let what = "it asks for messages that it has acknowledged or that were never sent";
+        let error = std::io::Error::new(ErrorKind::InvalidData, what);
+        drop(peers.fail(peers.connection_lost(peer, "control socket", error)));
+        theirs.ended = true;
+        return;
+    }
+    theirs.socket = control.socket();
+    let after = theirs.lost.take().map_or(0.0, |(since, _)| since.elapsed().as_secs_f64());
+    if let Err(error) = watched {
+        tracing::debug!(%error, "setsockopt");
+    }
+    tracing::warn!(peer, after, "the control connection was lost and is back");
+    if theirs.socket.is_none() {
+        let why = std::io::Error::new(ErrorKind::ConnectionReset, "lost again");
+        lose(peers, peer, control, theirs, why);
+    } else {
+        acknowledge(control, theirs);
+    }
+}
+
+/// The peer's process is gone.
+fn gone(peers: &Peers, peer: usize, incoming: &mut Incoming) {
+    incoming.ended = true;
+    let Identity { host, pid, local } = peers.identities[peer].clone();
     let cause = if local { how_it_ended(pid) } else { None };
     let during = peers.during();
     drop(peers.fail(Error::PeerGone { peer, host, pid, cause, during }));
-}
-
-/// Whether the data socket to `peer` is open and stays so for a moment.
-fn data_socket_lives(peers: &Peers, peer: usize) -> bool {
-    let Some(data) = &peers.data[peer] else { return false };
-    let mut fds = [PollFd::new(data, PollFlags::RDHUP)];
-    let limit = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
-    matches!(poll(&mut fds, Some(&limit)), Ok(0))
 }
 
 /// The end of a process of this machine, while nobody has reaped it.

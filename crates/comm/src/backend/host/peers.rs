@@ -1,7 +1,7 @@
 //! What a group knows about its ranks: who they are, whether they live, and the first failure.
 
 use std::collections::VecDeque;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,6 +12,7 @@ use super::call::Call;
 use super::control::Control;
 use super::liveness::{self, Liveness};
 use super::point::Points;
+use super::reconnect::{Returned, Way};
 use super::wire::Frame;
 use crate::error::{Error, Result};
 
@@ -42,6 +43,11 @@ const STAYS: u64 = u64::MAX;
 /// A peer that takes no news for so long hears them when it reads that our socket is closed.
 const BROADCAST_LIMIT: Duration = Duration::from_millis(300);
 
+/// How long a rank that leaves waits until those on other machines know.
+const FAREWELL_MAX: Duration = Duration::from_secs(1);
+/// The same for a failure, where a connection is lost at that moment.
+const FAREWELL_AFTER_FAILURE_MAX: Duration = Duration::from_millis(300);
+
 /// A rank's orderly end.
 #[derive(Debug)]
 struct Departure {
@@ -58,6 +64,16 @@ struct Parcel {
     fd: OwnedFd,
 }
 
+/// What connects this rank with the others, by peer.
+#[derive(Debug)]
+pub(crate) struct Sockets {
+    pub(crate) controls: Vec<Option<Control>>,
+    /// Copies of the data sockets, to see whether they live.
+    pub(crate) data: Vec<Option<OwnedFd>>,
+    /// How lost control connections come back.
+    pub(crate) ways: Vec<Option<Way>>,
+}
+
 /// The ranks of a group, as this one sees them.
 #[derive(Debug)]
 pub(crate) struct Peers {
@@ -66,6 +82,7 @@ pub(crate) struct Peers {
     pub(crate) controls: Vec<Option<Control>>,
     /// Copies of the data sockets, to see whether they live.
     pub(crate) data: Vec<Option<OwnedFd>>,
+    pub(crate) ways: Vec<Option<Way>>,
     pub(crate) liveness: Liveness,
     pub(crate) wake: OwnedFd,
     pub(crate) points: Points,
@@ -76,7 +93,9 @@ pub(crate) struct Peers {
     departures: Vec<Departure>,
     parcels: Mutex<Vec<Parcel>>,
     parcel_came: Condvar,
+    returned: Mutex<Vec<Returned>>,
     journal: Mutex<Journal>,
+    leaving: AtomicBool,
     closed: AtomicBool,
 }
 
@@ -89,10 +108,10 @@ impl Peers {
     pub(crate) fn new(
         rank: usize,
         identities: Vec<Identity>,
-        controls: Vec<Option<Control>>,
-        data: Vec<Option<OwnedFd>>,
+        sockets: Sockets,
         liveness: Liveness,
     ) -> Result<Self> {
+        let Sockets { controls, data, ways } = sockets;
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|error| Error::system(rank, "eventfd", error))?;
         let departures = identities
@@ -108,6 +127,7 @@ impl Peers {
             identities,
             controls,
             data,
+            ways,
             liveness,
             wake,
             lineage: AtomicU64::new(crate::recorder::WORLD),
@@ -116,7 +136,9 @@ impl Peers {
             departures,
             parcels: Mutex::default(),
             parcel_came: Condvar::new(),
+            returned: Mutex::default(),
             journal: Mutex::default(),
+            leaving: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         })
     }
@@ -161,9 +183,12 @@ impl Peers {
     }
 
     pub(crate) fn broadcast(&self, frame: &[u8]) {
-        for control in self.controls.iter().flatten() {
+        let controls = || self.controls.iter().flatten();
+        let (busy, idle): (Vec<&Control>, Vec<&Control>) = controls().partition(|c| c.is_busy());
+        // A peer that reads nothing must not keep the news from the others.
+        for control in idle.into_iter().chain(busy) {
             // A peer that cannot be told has gone itself, or will notice our closed socket.
-            if let Err(error) = control.send(frame, None, BROADCAST_LIMIT) {
+            if let Err(error) = control.send(frame.to_vec(), None, BROADCAST_LIMIT) {
                 tracing::debug!(%error, "a peer could not be told");
             }
         }
@@ -178,7 +203,11 @@ impl Peers {
         let Some(control) = self.controls.get(peer).and_then(Option::as_ref) else { return Ok(()) };
         // A peer that does not read for so long is dead, and the monitor says so first.
         let limit = self.liveness.dead_after * 2;
-        control.send(&frame.encode(), fd, limit).map_err(|error| {
+        let sent = match frame {
+            Frame::Message { .. } => control.send_in_turn(frame.encode(), limit),
+            _ => control.send(frame.encode(), fd, limit),
+        };
+        sent.map_err(|error| {
             // The monitor's verdict on why the socket failed is the better one, if it comes soon.
             self.verdict().unwrap_or_else(|| self.connection_lost(peer, "send", error))
         })
@@ -212,7 +241,10 @@ impl Peers {
     pub(crate) fn not_responding(&self, peer: usize, silent: Duration) -> Error {
         let Identity { host, pid, local } = self.identities[peer].clone();
         let state = match &self.controls[peer] {
-            Some(control) if !local => liveness::connection_state(control.fd()),
+            Some(control) if !local => match control.socket() {
+                Some(socket) => liveness::connection_state(socket.as_fd()),
+                None => "the connection is closed".to_owned(),
+            },
             _ => liveness::process_state(pid),
         };
         Error::NotResponding { peer, host, pid, silent, state, during: self.during() }
@@ -296,9 +328,10 @@ impl Peers {
         }
     }
 
-    /// Says goodbye, once. The group's calls are over.
+    /// Says goodbye, once, and waits briefly until those on other machines have heard it: what is under
+    /// way to them would be lost with the sockets of a process that ends. The group's calls are over.
     pub(crate) fn close(&self) {
-        if self.closed.swap(true, Ordering::AcqRel) {
+        if self.leaving.swap(true, Ordering::AcqRel) {
             return;
         }
         let completed = self.journal().completed();
@@ -308,6 +341,60 @@ impl Peers {
             Some(error) => self.broadcast(&Frame::Failed(error).encode()),
             None => self.broadcast(&Frame::Goodbye { completed, panicking }.encode()),
         }
+        self.await_acknowledgements();
+        self.closed.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    fn await_acknowledgements(&self) {
+        let start = Instant::now();
+        let mut parcels = lock(&self.parcels);
+        loop {
+            let failure = self.failure();
+            let limit = if failure.is_some() { FAREWELL_AFTER_FAILURE_MAX } else { FAREWELL_MAX };
+            let blamed = failure.as_ref().and_then(Error::blamed);
+            let listens = |peer: usize, control: &Control| {
+                // After a failure others end as well: only who could not be told yet is waited for.
+                let is_told = failure.is_some() && control.socket().is_some();
+                control.is_resumable()
+                    && blamed != Some(peer)
+                    && !self.has_departed(peer)
+                    && !is_told
+                    && !control.is_acknowledged()
+            };
+            let mut controls = self.controls.iter().enumerate();
+            let is_heard = !controls.any(|(peer, control)| {
+                control.as_ref().is_some_and(|control| listens(peer, control))
+            });
+            if is_heard || start.elapsed() >= limit {
+                return;
+            }
+            let waited = self.parcel_came.wait_timeout(parcels, Duration::from_millis(5));
+            parcels = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// A peer has taken in so many of this rank's frames.
+    pub(crate) fn acknowledged(&self, peer: usize, frames: u64) {
+        if let Some(control) = self.controls[peer].as_ref().filter(|c| c.is_resumable()) {
+            control.acknowledge(frames);
+            if self.leaving.load(Ordering::Acquire) {
+                self.parcel_came.notify_all();
+            }
+        }
+    }
+
+    /// A connection for the monitor.
+    pub(crate) fn give_back(&self, returned: Returned) {
+        lock(&self.returned).push(returned);
+        self.wake();
+    }
+
+    pub(crate) fn take_returned(&self) -> Vec<Returned> {
+        std::mem::take(&mut lock(&self.returned))
+    }
+
+    fn wake(&self) {
         if let Err(error) = rustix::io::write(&self.wake, &1_u64.to_le_bytes()) {
             tracing::debug!(%error, "the monitor could not be woken");
         }

@@ -16,8 +16,10 @@ use super::liveness::Liveness;
 use super::mapping::{self, Mapping};
 use super::mesh::{self, Card};
 use super::monitor;
-use super::peers::{Identity, Peers};
+use super::peers::{Identity, Peers, Sockets};
+use super::reconnect::{Door, Way};
 use super::region::RegionMemory;
+use super::resume::PairKey;
 use super::wire::Frame;
 use crate::algorithm::topology::Topology;
 use crate::environment::{HostLink, World};
@@ -62,9 +64,12 @@ pub(crate) fn connect(
         })
         .collect::<Result<Vec<Card>>>()?;
     let pairs = mesh::connect(&listening, rank, &cards, deadline)?;
-    // Everybody is connected: the listeners, and the names of the unix ones, go.
-    drop(listening);
     let topology = Topology::new(machines(&cards));
+    let ways = ways(world, &topology, &cards);
+    // Everybody is connected: the listeners, and the names of the unix ones, go; but for the one to
+    // which a rank of another machine may have to come back.
+    let comes_back = ways.iter().skip(rank + 1).any(Option::is_some);
+    let door = Door::new(comes_back.then(|| listening.into_tcp()));
     let system = |call| move |error: std::io::Error| Error::system(rank, call, error);
     let mut controls = Vec::new();
     let mut streams = Vec::new();
@@ -77,7 +82,8 @@ pub(crate) fn connect(
                     links::watch_connection(&pair.control, liveness.dead_after)
                         .map_err(system("setsockopt"))?;
                 }
-                let control = Control::new(pair.control).map_err(system("ioctl"))?;
+                let control = Control::new(pair.control, pair.data.is_some());
+                let control = control.map_err(system("ioctl"))?;
                 (Some(control), pair.data)
             }
         };
@@ -95,8 +101,9 @@ pub(crate) fn connect(
             local: topology.shares_memory(rank, peer),
         })
         .collect();
-    let peers = Arc::new(Peers::new(rank, identities, controls, copies, liveness)?);
-    monitor::spawn(Arc::clone(&peers)).map_err(system("start a thread"))?;
+    let sockets = Sockets { controls, data: copies, ways };
+    let peers = Arc::new(Peers::new(rank, identities, sockets, liveness)?);
+    monitor::spawn(Arc::clone(&peers), door).map_err(system("start a thread"))?;
     let boards = share_boards(&peers, &topology, deadline)?;
     let links = Links::new(Arc::clone(&peers), streams).map_err(system("set up data sockets"))?;
     Ok(Arc::new(Core::new(peers, topology, boards, Executor::new(links))))
@@ -106,12 +113,25 @@ pub(crate) fn connect(
 fn alone(liveness: Liveness) -> Result<Arc<Core>> {
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let identity = Identity { host, pid: std::process::id(), local: true };
-    let peers = Arc::new(Peers::new(0, vec![identity], vec![None], vec![None], liveness)?);
+    let sockets = Sockets { controls: vec![None], data: vec![None], ways: vec![None] };
+    let peers = Arc::new(Peers::new(0, vec![identity], sockets, liveness)?);
     let (_, board) = Board::create().map_err(|error| Error::system(0, "memfd_create", error))?;
     let links = Links::new(Arc::clone(&peers), vec![None])
         .map_err(|error| Error::system(0, "set up data sockets", error))?;
     let topology = Topology::new(vec![0]);
     Ok(Arc::new(Core::new(peers, topology, vec![Some(board)], Executor::new(links))))
+}
+
+/// How lost control connections come back, by peer.
+fn ways(world: &World, topology: &Topology, cards: &[Card]) -> Vec<Option<Way>> {
+    let rank = world.rank;
+    let way = |(peer, card): (usize, &Card)| {
+        let (acceptor, connector) = (&cards[rank.min(peer)], &cards[rank.max(peer)]);
+        let key = PairKey::new(world, acceptor, connector);
+        let is_remote = !topology.shares_memory(rank, peer);
+        is_remote.then_some(Way { address: card.address, key })
+    };
+    cards.iter().enumerate().map(way).collect()
 }
 
 /// Numbers the machines by the first rank on each.

@@ -26,8 +26,8 @@ pub(crate) enum Frame {
     Ready { index: u64, record: CallRecord },
     /// A part of message `index`.
     Message { index: u64, bytes: Vec<u8> },
-    /// The sender lives.
-    Heartbeat,
+    /// The sender lives, and has taken in so many frames (but for heartbeats) of the receiver's.
+    Heartbeat { taken_in: u64 },
 }
 
 /// Bytes that are no frame.
@@ -131,13 +131,21 @@ impl Frame {
                 body.u64(*index).0.extend_from_slice(bytes);
                 5
             }
-            Self::Heartbeat => 6,
+            Self::Heartbeat { taken_in } => {
+                body.u64(*taken_in);
+                6
+            }
         };
         let mut frame = vec![kind, 0, 0, 0];
         let length = u32::try_from(body.0.len()).unwrap_or(u32::MAX);
         frame.extend_from_slice(&length.to_le_bytes());
         frame.append(&mut body.0);
         frame
+    }
+
+    /// Whether it is sent again when the connection is lost before it has come.
+    pub(crate) const fn is_counted(&self) -> bool {
+        !matches!(self, Self::Heartbeat { .. })
     }
 
     /// The length of the body that follows this head.
@@ -161,7 +169,7 @@ impl Frame {
                 let rest = body.0.len();
                 Self::Message { index, bytes: body.take(rest)?.to_vec() }
             }
-            6 => Self::Heartbeat,
+            6 => Self::Heartbeat { taken_in: body.u64()? },
             _ => return Err(Malformed),
         };
         body.end()?;

@@ -1,0 +1,164 @@
+//! Connections between machines that are reset while both processes live.
+
+use std::time::{Duration, Instant};
+
+use crate::faults::LIMIT;
+use crate::machines::{machines, Machines};
+use crate::silence::pause;
+use crate::support::clock_ns;
+use phalanx_comm::{Group, GroupOptions, Sum, Work};
+
+/// A lost control connection is back in this time.
+const BACK: Duration = Duration::from_secs(1);
+/// A lost data connection is an error in this time.
+const DETECTED: Duration = Duration::from_millis(500);
+/// How many elements the messages have: short ones, and some of many parts.
+const LENGTHS: [usize; 5] = [1, 1000, 0, 1_000_000, 7];
+
+/// What a rank does: it sends the other one messages and gets its own, for a while, and checks each of
+/// them. They travel on the control connection.
+pub(crate) fn rank() {
+    let mut group = Group::from_environment(GroupOptions::default()).expect("the ranks meet");
+    let (rank, peer) = (group.rank(), 1 - group.rank());
+    let value = |of: usize, step: usize, at: usize| (of * 7919 + step * 31 + at) as i64;
+    let start = Instant::now();
+    let mut go_on = [1_u8];
+    let mut step = 0;
+    while go_on == [1] {
+        let len = LENGTHS[step % LENGTHS.len()];
+        let mine: Vec<i64> = (0..len).map(|at| value(rank, step, at)).collect();
+        let mut theirs = vec![0_i64; len];
+        let sent = group.send(&mine, peer).expect("a start");
+        group.receive(&mut theirs, peer).and_then(Work::wait).expect("a message");
+        sent.wait().expect("a message");
+        let right = |(at, got): (usize, &i64)| *got == value(peer, step, at);
+        assert!(theirs.iter().enumerate().all(right), "message {step}");
+        go_on = [u8::from(start.elapsed() < Duration::from_secs(3))];
+        group.broadcast(&mut go_on[..], 0).and_then(Work::wait).expect("a word");
+        step += 1;
+        if step == 20 {
+            println!("under way");
+        }
+    }
+    println!("no error in {step} steps");
+}
+
+/// Waits until there are two connections again, one of them new; says how long that took.
+fn back(machines: &Machines, gone: &(String, String)) -> Duration {
+    let start = Instant::now();
+    loop {
+        let connections = machines.connections();
+        if connections.len() >= 2 && !connections.contains(gone) {
+            return start.elapsed();
+        }
+        assert!(start.elapsed() < LIMIT, "not back: {connections:?}");
+        pause(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_reset_data_connection_is_an_error_and_no_death() {
+    let Some(machines) = machines() else { return };
+    let mut ranks = machines.start(&[0, 1], "killed in large all-reduces");
+    ranks.wait_for_line(0, "under way");
+    let connections = machines.connections();
+    let fault_ns = clock_ns();
+    machines.reset(connections.last().expect("a data connection"));
+    for (rank, ended) in ranks.finish(LIMIT).iter().enumerate() {
+        let other = format!("connection to rank {} (host", 1 - rank);
+        let told = format!("the group failed on rank {}: connection to rank {rank}", 1 - rank);
+        let line = ended.output.lines().find(|line| line.contains("error: "));
+        let line = line.unwrap_or_default();
+        assert!(line.contains(&other) || line.contains(&told), "{}", ended.output);
+        assert!(line.contains("lost, peer alive"), "{line}");
+        let after = Duration::from_nanos(ended.error_ns().saturating_sub(fault_ns));
+        assert!(after < DETECTED, "after {after:?}");
+    }
+}
+
+#[test]
+fn a_reset_control_connection_comes_back_and_no_message_is_lost() {
+    let Some(machines) = machines() else { return };
+    let mut ranks = machines.start(&[0, 1], "messages");
+    ranks.wait_for_line(0, "under way");
+    // Collectives are few and small here: the control connection is the busy one.
+    for _ in 0..4 {
+        let connections = machines.connections();
+        assert_eq!(connections.len(), 2, "a control and a data connection: {connections:?}");
+        let control = &connections[1];
+        machines.reset(control);
+        let after = back(&machines, control);
+        assert!(after < BACK, "back after {after:?}");
+        pause(Duration::from_millis(200));
+    }
+    for ended in ranks.finish(LIMIT) {
+        assert!(ended.output.contains("no error in"), "{}", ended.output);
+    }
+}
+
+#[test]
+fn heartbeats_go_on_after_a_reset() {
+    let Some(machines) = machines() else { return };
+    // Longer than a silence that counts as death.
+    let mut ranks = machines.start(&[0, 1], "counts");
+    ranks.wait_for_line(0, "under way");
+    let control = machines.connections()[0].clone();
+    machines.reset(&control);
+    let after = back(&machines, &control);
+    assert!(after < BACK, "back after {after:?}");
+    for ended in ranks.finish(LIMIT) {
+        assert!(ended.output.contains("no error in"), "{}", ended.output);
+    }
+}
+
+/// A rank that dies while its control connection is lost, and one that dies after it came back.
+#[test]
+fn a_death_is_seen_through_a_reset() {
+    for waits in [false, true] {
+        let Some(machines) = machines() else { return };
+        let mut ranks = machines.start(&[0, 1], "killed in large all-reduces");
+        ranks.wait_for_line(0, "under way");
+        let control = machines.connections()[0].clone();
+        machines.reset(&control);
+        if waits {
+            back(&machines, &control);
+        }
+        let fault_ns = clock_ns();
+        ranks.kill(1);
+        let ended = ranks.finish(LIMIT);
+        let line = ended[0].output.lines().find(|line| line.contains("error: "));
+        assert!(line.unwrap_or_default().contains("rank 1 (host "), "{}", ended[0].output);
+        assert!(line.unwrap_or_default().contains("died"), "{}", ended[0].output);
+        let after = Duration::from_nanos(ended[0].error_ns().saturating_sub(fault_ns));
+        assert!(after < DETECTED, "after {after:?}");
+    }
+}
+
+/// What a rank does: rank 1 ends the group in the moment in which the test resets the connection.
+pub(crate) fn aborting_rank() {
+    let mut group = Group::from_environment(GroupOptions::default()).expect("the ranks meet");
+    // Enough to make the data connection the busy one.
+    let mut values = vec![1.0_f32; 100_000];
+    group.all_reduce(&mut values[..], Sum).and_then(Work::wait).expect("a sum");
+    println!("under way");
+    if group.rank() == 1 {
+        let mut line = String::new();
+        std::io::stdin().read_line(&mut line).expect("the test says when");
+        group.abort("because");
+    } else {
+        let error = group.all_reduce(&mut values[..], Sum).and_then(Work::wait);
+        println!("error: {}", error.expect_err("the group is aborted"));
+    }
+}
+
+#[test]
+fn an_abort_is_heard_through_a_reset() {
+    let Some(machines) = machines() else { return };
+    let mut ranks = machines.start(&[0, 1], "aborts");
+    ranks.wait_for_line(0, "under way");
+    ranks.wait_for_line(1, "under way");
+    machines.reset(&machines.connections()[0]);
+    ranks.say(1, "now\n");
+    let ended = ranks.finish(LIMIT);
+    assert!(ended[0].output.contains("error: rank 1 aborted the group: because"), "{ended:?}");
+}
