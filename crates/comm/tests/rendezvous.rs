@@ -220,10 +220,15 @@ fn a_program_that_talks_first_is_not_a_store() {
 #[test]
 fn a_port_in_use_names_its_owner_at_once() {
     let server = serve(ours());
-    let start = Instant::now();
-    let error = StoreServer::start(server.address(), ours()).map(drop).unwrap_err().to_string();
-    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
-    assert!(error.contains(&format!("by pid {}", std::process::id())), "{error}");
+    // A crowded machine may hold any one attempt up.
+    let attempts = (0..10).map(|_| {
+        let start = Instant::now();
+        let error = StoreServer::start(server.address(), ours()).map(drop).unwrap_err();
+        (start.elapsed(), error.to_string())
+    });
+    let (shortest, error) = attempts.min().expect("ten attempts");
+    assert!(shortest < Duration::from_millis(100), "{shortest:?}");
+    assert!(error.contains(&format!("by pid {} (", std::process::id())), "{error}");
 }
 
 #[test]
@@ -318,82 +323,44 @@ fn more_idle_strangers_than_places_do_not_keep_honest_clients_out() {
     assert_eq!(client(&server).add("n", 0).unwrap(), 20);
 }
 
-/// Does the handshake by hand and returns the authenticated stream: a client of ours, gone mad.
-fn insider(server: &StoreServer) -> TcpStream {
-    let proxy = TcpListener::bind((LOOPBACK, 0)).expect("a free port");
-    let port = proxy.local_addr().expect("an address").port();
-    let honest = thread::spawn(move || StoreClient::connect(LOOPBACK, port, ours(), soon()));
-    let (mut near, _) = proxy.accept().expect("the honest client");
-    let mut far = stranger_raw(server.address());
-    let (mut greeting, mut proof, mut verdict) = ([0; 56], [0; 64], [0; 40]);
-    far.read_exact(&mut greeting).expect("greeting");
-    near.write_all(&greeting).expect("greeting");
-    near.read_exact(&mut proof).expect("proof");
-    far.write_all(&proof).expect("proof");
-    far.read_exact(&mut verdict).expect("verdict");
-    near.write_all(&verdict).expect("verdict");
-    drop(honest.join().expect("no panic").expect("handshake"));
-    far
-}
-
-fn stranger_raw(address: SocketAddr) -> TcpStream {
-    let stream = TcpStream::connect(address).expect("the server is there");
-    stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a time-out");
-    stream
-}
-
-fn resident_kib() -> usize {
-    let status = std::fs::read_to_string("/proc/self/status").expect("/proc");
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("VmRSS");
-    line.split_whitespace().nth(1).expect("a number").parse().expect("a number")
-}
-
-#[test]
-fn giant_lengths_are_closed_without_allocating_even_from_an_insider() {
-    let server = serve(ours());
-    let store = client(&server);
-    let header = |key: u32, value: u32, expected: u32| {
-        let mut bytes = b"PHXq\x01\x00\x00\x00".to_vec();
-        for length in [key, value, expected] {
-            bytes.extend(length.to_le_bytes());
-        }
-        bytes.extend([0; 12]);
-        bytes
-    };
-    let before = resident_kib();
-    for lengths in [(u32::MAX, 0, 0), (0, 1 << 31, 0), (0, u32::MAX, u32::MAX), (8193, 0, 0)] {
-        let mut stream = insider(&server);
-        stream.write_all(&header(lengths.0, lengths.1, lengths.2)).unwrap();
-        assert!(time_to_close(&mut stream) < Duration::from_secs(1), "{lengths:?}");
-    }
-    // Announces the most that is allowed, and sends nothing of it.
-    let stalled: Vec<TcpStream> = (0..40)
-        .map(|_| {
-            let mut stream = insider(&server);
-            stream.write_all(&header(8192, 8 << 20, 0)).unwrap();
-            stream
-        })
-        .collect();
-    store.set("k", b"v").unwrap();
-    let grown = resident_kib().saturating_sub(before);
-    // Other tests of this process run meanwhile: the bound is loose, but far below 40 × 8 MiB.
-    assert!(grown < 160 << 10, "{grown} KiB");
-    drop(stalled);
+/// How often the test that `PHALANX_REPEAT` is meant for repeats its races.
+fn repetitions() -> usize {
+    let asked = std::env::var("PHALANX_REPEAT").ok().and_then(|count| count.parse().ok());
+    asked.unwrap_or(100)
 }
 
 #[test]
 fn stale_ranks_never_join_a_newer_generation() {
-    for race in 0..100 {
-        let server = serve(credentials("run", 1, "secret"));
+    let (old, new) = (credentials("run", 0, "secret"), credentials("run", 1, "secret"));
+    for race in 0..repetitions() {
+        // The old server gives way to the new one, on the same port, while ranks of both come.
+        let old_server = serve(old.clone());
+        let address = old_server.address();
+        let go = std::sync::Barrier::new(3);
+        let dial = |who: &Credentials, limit| {
+            go.wait();
+            StoreClient::connect(LOOPBACK, address.port(), who.clone(), Instant::now() + limit)
+        };
         thread::scope(|scope| {
             let stale = scope.spawn(|| {
-                dial(&server, credentials("run", 0, "secret"), Duration::from_millis(500))
+                let joined = dial(&old, Duration::from_millis(500));
+                // It may still have met the old server, which is its own.
+                joined.map(|store| store.set("stale", b"").is_ok())
             });
-            let fresh = scope
-                .spawn(|| dial(&server, credentials("run", 1, "secret"), Duration::from_secs(10)));
-            let error = stale.join().unwrap().map(drop).unwrap_err();
+            let fresh = scope.spawn(|| dial(&new, Duration::from_secs(10)));
+            go.wait();
+            drop(old_server);
+            let server = StoreServer::start(address, new.clone()).unwrap();
+            fresh.join().unwrap().unwrap().set("fresh", b"").unwrap();
+            // Whatever it met in that moment: what the new store holds shows that it was not that one.
+            drop(stale.join().unwrap());
+            // Who comes after the change is always told.
+            let error = StoreClient::connect(LOOPBACK, address.port(), old.clone(), soon());
+            let error = error.map(drop).unwrap_err();
             assert!(matches!(error, RendezvousError::WrongGeneration { .. }), "{race}: {error}");
-            fresh.join().unwrap().unwrap().set("k", b"v").unwrap();
+            let store = StoreClient::connect(LOOPBACK, address.port(), new.clone(), soon());
+            assert_eq!(store.unwrap().list("").unwrap(), ["fresh"], "{race}");
+            drop(server);
         });
     }
 }

@@ -284,6 +284,8 @@ fn logs_and_the_record_of_the_failure_are_kept() {
     let record: serde_json::Value = serde_json::from_str(record.trim()).unwrap();
     assert_eq!((&record["rank"], &record["exit_code"]), (&1.into(), &101.into()));
     assert_eq!(record["message"], finished.report());
+    let last_lines = record["last_lines"].to_string();
+    assert!(last_lines.contains("panicked at") && last_lines.contains("rank.rs:"), "{last_lines}");
 }
 
 #[test]

@@ -22,6 +22,7 @@ mod mpi;
 mod mpi_library;
 mod nccl;
 mod nccl_settings;
+mod recorder;
 mod slurm;
 mod slurm_step;
 #[cfg(test)]
@@ -37,6 +38,7 @@ pub(crate) use mpi_library::{host_link, is_started_by_mpi, launched, master_addr
 pub(crate) use nccl::is_required;
 pub(crate) use nccl::{nccl_host_id, nccl_library};
 pub use nccl_settings::{NcclSettingError, NcclSettings};
+pub(crate) use recorder::flight_recorder;
 
 /// Who started this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

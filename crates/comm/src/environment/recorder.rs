@@ -1,4 +1,4 @@
-//! Where the flight recorder keeps its record. Included by [`recorder`](crate::recorder), which alone asks.
+//! Where the flight recorder keeps its record.
 
 use std::path::PathBuf;
 

@@ -14,9 +14,6 @@
 //! | `record` | pure: reading it |
 //! | `lineup` | pure: several ranks' records side by side |
 
-// In the folder of what reads the environment.
-#[path = "../environment/recorder.rs"]
-mod environment;
 mod lineup;
 mod record;
 mod ring;
@@ -54,7 +51,7 @@ pub fn memory() -> std::io::Result<File> {
 /// the process: no job ends over that.
 fn ring() -> Option<&'static Ring> {
     let open = || {
-        let place = environment::flight_recorder();
+        let place = crate::environment::flight_recorder();
         let kept = place.as_deref().map(|place| {
             Ring::open(file(place)?).inspect_err(|error| {
                 tracing::warn!(place = %place.display(), %error, "operations are recorded in this process only");

@@ -4,11 +4,16 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// State `TCP_LISTEN` in `/proc/net/tcp`.
 const LISTEN: &str = "0A";
 
-/// Process id and program name of the listener on `port`; `None` when it is another user's or in another namespace.
+/// An error message waits no longer for the name in it: a machine may have 100 000 open files.
+const SEARCH_MAX: Duration = Duration::from_millis(80);
+
+/// Process id and program name of the listener on `port`; `None` when it is another user's or in another namespace, or
+/// was not found in time.
 pub(super) fn of_port(port: u16) -> Option<(u32, String)> {
     let sockets: Vec<String> = ["/proc/net/tcp", "/proc/net/tcp6"]
         .iter()
@@ -19,7 +24,9 @@ pub(super) fn of_port(port: u16) -> Option<(u32, String)> {
     if sockets.is_empty() {
         return None;
     }
-    fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
+    let start = Instant::now();
+    let in_time = |_: &fs::DirEntry| start.elapsed() < SEARCH_MAX;
+    fs::read_dir("/proc").ok()?.flatten().take_while(in_time).find_map(|entry| {
         let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
         has_one_open(&entry.path(), &sockets).then(|| {
             let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use rustix::process::{getpid, kill_process, Signal};
+
 use crate::support::{clock_ns, Ended, Ranks};
 use phalanx_comm::{Error, Group, GroupOptions, Sum, Work};
 
@@ -19,15 +21,16 @@ pub(crate) fn rank(role: &str) {
         "killed in large all-reduces" => work_forever(&mut group, 4 << 20),
         "killed in small all-reduces" => work_forever(&mut group, 16),
         "killed while the others wait" if victim => idle(),
-        "exits early" if victim => std::process::exit(0),
-        "panics" if victim => panic!("a bug in rank 1"),
         "leaves early" if victim => {}
+        "sums and forgets" => sum_and_forget(group),
+        "starts alone" => start_alone(group),
         "sums" => {
             let region = group.allocate::<f32>(300_000).expect("memory");
             region.write(0, &vec![group.rank() as f32; 300_000]);
             group.all_reduce(region.full(), Sum).and_then(Work::wait).expect("a sum");
             println!("sum {}", region.read(7..8)[0]);
         }
+        _ if victim => fail_by_itself(&mut group, role),
         _ => {
             let mut values = vec![1.0_f32; 1 << 20];
             group.barrier().and_then(Work::wait).ok();
@@ -35,6 +38,58 @@ pub(crate) fn rank(role: &str) {
             let error = group.tagged("bucket 3").all_reduce(&mut values[..], Sum);
             report(error.and_then(Work::wait).expect_err("nobody can finish this"));
         }
+    }
+}
+
+/// How a rank brings its own end about, after a first collective.
+pub(crate) const OWN_ENDS: [&str; 4] = ["exits early", "panics", "aborts itself", "segfaults"];
+
+fn fail_by_itself(group: &mut Group, role: &str) {
+    group.barrier().and_then(Work::wait).expect("a barrier");
+    println!("fault at {} ns", clock_ns());
+    match role {
+        "exits early" => std::process::exit(0),
+        "panics" => panic!("a bug in rank 1"),
+        "aborts itself" => std::process::abort(),
+        // The first only takes Rust's own handler away, and may be taken by another thread.
+        "segfaults" => loop {
+            kill_process(getpid(), Signal::SEGV).expect("own process");
+            crate::silence::pause(Duration::from_millis(1));
+        },
+        other => panic!("no such role: {other}"),
+    }
+}
+
+/// Starts sums that nobody of this process waits for, and forgets the group that has them: the others
+/// get them all the same.
+fn sum_and_forget(mut group: Group) {
+    let mut values = vec![1.0_f32; 1 << 20];
+    let mut small = [1.0_f32; 4];
+    let mine = group.rank() == 1;
+    group.barrier().and_then(Work::wait).expect("a barrier");
+    if mine {
+        drop(group.all_reduce(&mut values[..], Sum).expect("a start"));
+        drop(group.all_reduce(&mut small[..], Sum).expect("a start"));
+        std::mem::forget(group);
+        std::process::exit(0);
+    }
+    // The other one has exited by then, or waits for these.
+    crate::silence::pause(Duration::from_millis(200));
+    group.all_reduce(&mut values[..], Sum).and_then(Work::wait).expect("a sum");
+    group.all_reduce(&mut small[..], Sum).and_then(Work::wait).expect("a small sum");
+    assert_eq!((values[7], small[3]), (3.0, 3.0));
+    println!("summed");
+}
+
+/// Rank 1 starts what nobody joins, and its process ends with the group alive.
+fn start_alone(mut group: Group) {
+    group.barrier().and_then(Work::wait).expect("a barrier");
+    if group.rank() == 1 {
+        let mut values = vec![1.0_f32; 1 << 20];
+        drop(group.all_reduce(&mut values[..], Sum).expect("a start"));
+        std::mem::forget(group);
+    } else {
+        crate::silence::pause(Duration::from_secs(16));
     }
 }
 
@@ -108,21 +163,52 @@ fn kill_9_of_a_rank_that_the_others_wait_for() {
     killed("killed while the others wait", "auto", "idle", 1);
 }
 
-#[test]
-fn an_early_exit() {
-    let ranks = Ranks::start("exits early", 3, "auto");
+/// Rank 1 ends by itself; how long until the last survivor's error.
+pub(crate) fn own_end(role: &str, link: &str) -> Duration {
+    let what = match role {
+        "exits early" => "left the group after 1 collectives, while",
+        "panics" => "left the group after 1 collectives (it panicked)",
+        _ => "died",
+    };
+    let ranks = Ranks::start(role, 3, link);
     let pid = ranks.pid(1);
     let ended = ranks.finish(LIMIT);
-    blamed_without_time(&ended, pid, "died");
+    blamed_without_time(&ended, pid, what);
+    if role == "panics" {
+        assert!(ended[1].output.contains("a bug in rank 1"), "{}", ended[1].output);
+    }
+    let fault_ns = ended[1].time_ns("fault at ");
+    let survivors = [&ended[0], &ended[2]].map(Ended::error_ns);
+    Duration::from_nanos(survivors.into_iter().max().unwrap_or(0).saturating_sub(fault_ns))
 }
 
 #[test]
-fn a_panic() {
-    let ranks = Ranks::start("panics", 3, "auto");
-    let pid = ranks.pid(1);
-    let ended = ranks.finish(LIMIT);
-    assert!(ended[1].output.contains("a bug in rank 1"), "{}", ended[1].output);
-    blamed_without_time(&ended, pid, "left the group after 0 collectives (it panicked)");
+fn ranks_that_end_by_themselves() {
+    for role in OWN_ENDS {
+        for link in ["auto", "tcp"] {
+            let after = own_end(role, link);
+            assert!(after < DETECTED, "{role}: {after:?}");
+        }
+    }
+}
+
+#[test]
+fn what_was_started_is_finished_though_the_group_is_forgotten() {
+    for link in ["auto", "tcp"] {
+        let ended = Ranks::start("sums and forgets", 3, link).finish(LIMIT);
+        for (rank, ended) in ended.iter().enumerate() {
+            assert!(ended.status.success(), "rank {rank}: {}", ended.output);
+            assert_eq!(ended.output.contains("summed"), rank != 1, "{}", ended.output);
+        }
+    }
+}
+
+#[test]
+fn exiting_waits_ten_seconds_at_most_for_a_collective_that_nobody_joins() {
+    let ended = Ranks::start("starts alone", 2, "auto").finish(LIMIT);
+    let after = ended[1].after;
+    assert!(after > Duration::from_secs(8) && after < Duration::from_secs(15), "{after:?}");
+    assert!(ended[1].status.success(), "{}", ended[1].output);
 }
 
 #[test]

@@ -7,12 +7,15 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
+use crate::faults::{own_end, OWN_ENDS};
 use crate::machines::machines;
 use crate::support::{clock_ns, Ended, Ranks};
-use phalanx_comm::environment::JobToken;
+use phalanx_comm::environment::{HostLink, JobToken};
 use phalanx_comm::rendezvous::{
     join, Credentials, MemoryStore, RendezvousError, StoreClient, StoreServer,
 };
+use phalanx_comm::testing::run_ranks_with;
+use phalanx_comm::{Group, GroupOptions, Sum, Work};
 
 const LIMIT: Duration = Duration::from_secs(30);
 /// How long F20 and F22 wait; their figure is what comes on top.
@@ -96,6 +99,59 @@ fn unreachable_master(turn: usize) -> Duration {
     after
 }
 
+/// Three ranks over this link; the longest of the times that `rank` returns.
+fn longest(turn: usize, rank: fn(Group) -> Duration) -> Duration {
+    let link = if turn.is_multiple_of(2) { HostLink::Auto } else { HostLink::Tcp };
+    let times = run_ranks_with(3, link, GroupOptions::default(), rank);
+    times.into_iter().max().expect("three ranks")
+}
+
+/// F6 and F8: rank 1 calls something else (having skipped a collective, or by mistake); until all know.
+fn another_call(turn: usize) -> Duration {
+    longest(turn, |mut group| {
+        group.barrier().and_then(Work::wait).expect("a barrier");
+        let mut values = vec![1.0_f32; 100_000];
+        let start = Instant::now();
+        let result = if group.rank() == 1 {
+            group.all_gather(&[1.0_f32], &mut values[..3]).and_then(Work::wait)
+        } else {
+            group.all_reduce(&mut values[..], Sum).and_then(Work::wait)
+        };
+        let after = start.elapsed();
+        let error = result.expect_err("the calls differ").to_string();
+        assert!(error.contains("rank 1 called all_gather"), "{error}");
+        after
+    })
+}
+
+/// F9: rank 1 has fewer batches than the others; until they know.
+fn early_end(turn: usize) -> Duration {
+    longest(turn, |mut group| {
+        let steps = if group.rank() == 1 { 97 } else { 100 };
+        let mut values = vec![1.0_f32; 10_000];
+        for _ in 0..steps {
+            let start = Instant::now();
+            if let Err(error) = group.all_reduce(&mut values[..], Sum).and_then(Work::wait) {
+                let error = error.to_string();
+                assert!(error.contains("left the group after 97 collectives"), "{error}");
+                return start.elapsed();
+            }
+        }
+        assert_eq!(group.rank(), 1, "the others cannot finish");
+        Duration::ZERO
+    })
+}
+
+fn port_in_use() -> Duration {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("an address");
+    let start = Instant::now();
+    let error = StoreServer::start(address, credentials("ours")).map(drop).expect_err("taken");
+    let after = start.elapsed();
+    assert!(error.to_string().contains(&format!("by pid {} (", std::process::id())), "{error}");
+    after
+}
+
 /// One fault, and how long it took.
 fn once(fault: &str, turn: usize) -> Option<Duration> {
     let link = if turn.is_multiple_of(2) { "auto" } else { "tcp" };
@@ -105,6 +161,7 @@ fn once(fault: &str, turn: usize) -> Option<Duration> {
             ranks.kill(1);
             survivors(ranks, 1, None)
         }
+        "F2" => own_end(OWN_ENDS[turn % OWN_ENDS.len()], link),
         "F3" => {
             let ranks = working(link);
             ranks.signal(1, Signal::STOP);
@@ -124,6 +181,9 @@ fn once(fault: &str, turn: usize) -> Option<Duration> {
             let last = ended.iter().map(Ended::error_ns).max()?;
             Duration::from_nanos(last.saturating_sub(fault_ns))
         }
+        "F8" => another_call(turn),
+        "F9" => early_end(turn),
+        "F19" => port_in_use(),
         "F20" => unreachable_master(turn),
         "F22" => {
             let start = Instant::now();
@@ -133,7 +193,7 @@ fn once(fault: &str, turn: usize) -> Option<Duration> {
             assert!(error.to_string().contains("ranks 1,2,3"), "{error}");
             after
         }
-        _ => panic!("PHALANX_FAULT is F1, F3, F10, F20 or F22"),
+        _ => panic!("PHALANX_FAULT is F1, F2, F3, F8, F9, F10, F19, F20 or F22"),
     })
 }
 
@@ -153,6 +213,8 @@ fn repeat_a_fault() {
     let bar = match &fault[..] {
         "F3" | "F10" => Duration::from_secs(6),
         "F20" => DEADLINE / 10,
+        "F8" | "F19" => Duration::from_millis(100),
+        "F9" => Duration::from_secs(1),
         _ => Duration::from_millis(500),
     };
     assert!(*max <= bar, "the bar is {bar:?}");

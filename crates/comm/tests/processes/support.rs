@@ -33,8 +33,13 @@ pub(crate) struct Ended {
 impl Ended {
     /// When the rank got its error.
     pub(crate) fn error_ns(&self) -> u64 {
-        let text = self.output.split_once("error at ").and_then(|(_, rest)| rest.split_once(" ns"));
-        let (number, _) = text.unwrap_or_else(|| panic!("no error: {}", self.output));
+        self.time_ns("error at ")
+    }
+
+    /// The time that it printed after these words.
+    pub(crate) fn time_ns(&self, words: &str) -> u64 {
+        let text = self.output.split_once(words).and_then(|(_, rest)| rest.split_once(" ns"));
+        let (number, _) = text.unwrap_or_else(|| panic!("no {words}: {}", self.output));
         number.parse().expect("a number")
     }
 }

@@ -78,6 +78,8 @@ enum Fault {
     Error,
     /// Is stopped (by itself, so that the test needs no pid).
     Stop,
+    /// The same, but something lets it go on after three seconds.
+    Pause,
     /// Calls another collective than the others.
     Other,
     /// Goes on without a collective.
@@ -149,7 +151,7 @@ fn work(args: &Args) -> ExitCode {
             return ExitCode::from(args.code);
         }
         Act::Cascade => return cascade(&world, is_chosen),
-        Act::Group => return group(args.fault.filter(|_| is_chosen)),
+        Act::Group => return group(args.fault, is_chosen),
         Act::Kill | Act::Panic | Act::Exit => wait(),
     }
     ExitCode::SUCCESS
@@ -197,8 +199,11 @@ fn cascade(world: &World, is_chosen: bool) -> ExitCode {
 }
 
 /// Steps until something fails; a rank that sees an error of the group panics over it, as many programs do.
-fn group(fault: Option<Fault>) -> ExitCode {
-    let options = GroupOptions::default().with_timeout(Duration::from_secs(2));
+fn group(fault: Option<Fault>, is_chosen: bool) -> ExitCode {
+    // Heartbeats are missed for five seconds; the limit of a collective must not come first.
+    let limit = if matches!(fault, Some(Fault::Stop | Fault::Pause)) { 30 } else { 2 };
+    let fault = fault.filter(|_| is_chosen);
+    let options = GroupOptions::default().with_timeout(Duration::from_secs(limit));
     let mut group = Group::from_environment(options).expect("the ranks meet");
     for step in 0..1000 {
         if step == 40 {
@@ -206,10 +211,18 @@ fn group(fault: Option<Fault>) -> ExitCode {
                 None => {}
                 Some(Fault::Kill) => kill_process(getpid(), Signal::KILL).expect("own process"),
                 Some(Fault::Stop) => kill_process(getpid(), Signal::STOP).expect("own process"),
+                Some(Fault::Pause) => {
+                    let wake = format!("sleep 3; kill -CONT {}", std::process::id());
+                    let mut child =
+                        Command::new("sh").args(["-c", &wake]).spawn().expect("sh is everywhere");
+                    kill_process(getpid(), Signal::STOP).expect("own process");
+                    child.wait().expect("our own child");
+                }
                 Some(Fault::Segv) => {
-                    // The first only takes Rust's own handler away.
-                    for _ in 0..2 {
+                    // The first only takes Rust's own handler away, and may be taken by another thread.
+                    loop {
                         kill_process(getpid(), Signal::SEGV).expect("own process");
+                        pause(Duration::from_millis(1));
                     }
                 }
                 Some(Fault::Abort) => std::process::abort(),

@@ -10,6 +10,7 @@
 //! | `core`, `waiting` | starting, waiting, finishing |
 //! | `inline` | small collectives: everything in the slots |
 //! | `executor`, `reduction`, `transfer`, `links` | large ones: the algorithms on memory and sockets |
+//! | `exit` | groups that live when the process exits |
 //! | `point` | `send` and `receive` |
 
 pub(crate) mod board;
@@ -17,6 +18,7 @@ pub(crate) mod call;
 pub(crate) mod control;
 pub(crate) mod core;
 pub(crate) mod executor;
+mod exit;
 pub(crate) mod inline;
 pub(crate) mod links;
 pub(crate) mod liveness;

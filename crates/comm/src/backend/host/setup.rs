@@ -11,6 +11,7 @@ use super::board::Board;
 use super::control::Control;
 use super::core::Core;
 use super::executor::Executor;
+use super::exit;
 use super::links::{self, Links};
 use super::liveness::Liveness;
 use super::mapping::{self, Mapping};
@@ -106,7 +107,9 @@ pub(crate) fn connect(
     monitor::spawn(Arc::clone(&peers), door).map_err(system("start a thread"))?;
     let boards = share_boards(&peers, &topology, deadline)?;
     let links = Links::new(Arc::clone(&peers), streams).map_err(system("set up data sockets"))?;
-    Ok(Arc::new(Core::new(peers, topology, boards, Executor::new(links))))
+    let core = Arc::new(Core::new(peers, topology, boards, Executor::new(links)));
+    exit::look_after(&core);
+    Ok(core)
 }
 
 /// A group of one: no sockets, no threads.

@@ -186,17 +186,11 @@ impl Library {
 
     fn finalize(&'static self) {
         let doubtful = self.doubtful.load(Ordering::Acquire);
-        let deadline = Instant::now() + if doubtful { EXIT_AFTER_FAILURE_MAX } else { EXIT_MAX };
-        let until = |done: &dyn Fn() -> bool| {
-            while !done() && Instant::now() < deadline {
-                // Thread-local storage is gone by now: nothing of std that waits.
-                let limit = rustix::time::Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
-                rustix::event::poll(&mut [], Some(&limit)).ok();
-            }
-            done()
-        };
-        let spoilt = || self.spoilt.load(Ordering::Acquire);
-        if spoilt() || !until(&|| self.runner.has_no_lanes() || spoilt()) || spoilt() {
+        let limit = if doubtful { EXIT_AFTER_FAILURE_MAX } else { EXIT_MAX };
+        let deadline = Instant::now() + limit;
+        // Groups that live are closed as if they had been dropped.
+        super::close_lanes(limit);
+        if self.spoilt.load(Ordering::Acquire) || !self.runner.has_no_lanes() {
             return;
         }
         self.runner.ask(Box::new(|| {
@@ -206,13 +200,33 @@ impl Library {
             }
             self.finalized.store(true, Ordering::Release);
         }));
-        until(&|| self.finalized.load(Ordering::Acquire));
+        until(deadline, || self.finalized.load(Ordering::Acquire));
     }
+
+    /// Waits until no group is open, or nothing may be waited for.
+    pub(super) fn await_lanes(&self, limit: Duration) {
+        let spoilt = || self.spoilt.load(Ordering::Acquire);
+        until(Instant::now() + limit, || self.runner.has_no_lanes() || spoilt());
+    }
+}
+
+/// Waits, while the process exits.
+fn until(deadline: Instant, done: impl Fn() -> bool) {
+    while !done() && Instant::now() < deadline {
+        // Thread-local storage is gone by now: nothing of std that parks.
+        let limit = rustix::time::Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+        rustix::event::poll(&mut [], Some(&limit)).ok();
+    }
+}
+
+/// MPI, if it was initialised.
+pub(super) fn started() -> Option<&'static Library> {
+    LIBRARY.get()?.as_ref().ok()
 }
 
 extern "C" fn at_exit() {
     let finalize = || {
-        if let Some(Ok(library)) = LIBRARY.get() {
+        if let Some(library) = started() {
             library.finalize();
         }
     };

@@ -22,8 +22,8 @@ mod library;
 mod transport;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::Arc;
-use std::time::Instant;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use self::library::Library;
 use self::transport::MpiTransport;
@@ -39,6 +39,9 @@ type Gather<'a> = dyn FnMut(&[u8]) -> Result<Vec<Vec<u8>>> + 'a;
 static LED: AtomicU64 = AtomicU64::new(0);
 /// Tags of communicators being made; every library has these.
 const TAGS: u64 = 32_768;
+
+/// The lanes of this process.
+static LANES: Mutex<Vec<Weak<Lane>>> = Mutex::new(Vec::new());
 
 /// Connects the ranks of a group over MPI. Collective: `gather` goes over the control plane.
 pub(crate) fn open(
@@ -80,7 +83,23 @@ pub(crate) fn open(
 
 fn lane(library: &'static Library, core: &Arc<Core>, transport: MpiTransport) -> Arc<Lane> {
     let core = Arc::clone(core);
-    Lane::new(Backend::Mpi, core, &library.runner, library.multiple, Box::new(transport))
+    let lane =
+        Lane::new(Backend::Mpi, core, &library.runner, library.multiple, Box::new(transport));
+    let mut lanes = LANES.lock().unwrap_or_else(PoisonError::into_inner);
+    lanes.retain(|lane| lane.strong_count() > 0);
+    lanes.push(Arc::downgrade(&lane));
+    lane
+}
+
+/// The process exits: closes what is open, and waits until everything that was started has ended.
+pub(crate) fn close_lanes(limit: Duration) {
+    let lanes = std::mem::take(&mut *LANES.lock().unwrap_or_else(PoisonError::into_inner));
+    for lane in lanes.iter().filter_map(Weak::upgrade) {
+        lane.close();
+    }
+    if let Some(library) = library::started() {
+        library.await_lanes(limit);
+    }
 }
 
 fn trouble(error: &Error) -> String {

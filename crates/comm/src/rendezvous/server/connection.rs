@@ -12,7 +12,7 @@ pub(super) const HANDSHAKE_MAX: Duration = Duration::from_secs(2);
 /// A frame or a reply that stops moving for this long ends its connection.
 const STALL_MAX: Duration = Duration::from_secs(60);
 /// Read at a time: input buffers grow with what arrives, never with what is announced.
-const CHUNK_BYTES: usize = 64 << 10;
+const CHUNK_BYTES: usize = 16 << 10;
 
 #[derive(Debug)]
 enum Phase {
@@ -139,15 +139,12 @@ impl Connection {
                 Ok(())
             }
             Phase::Member { input } => {
-                let start = input.len();
-                input.resize(start + CHUNK_BYTES, 0);
-                let got = nonblocking(self.stream.read(&mut input[start..]));
-                let count = got.as_ref().map_or(0, |got| got.unwrap_or(0));
-                input.truncate(start + count);
-                match got? {
+                let mut chunk = [0; CHUNK_BYTES];
+                match nonblocking(self.stream.read(&mut chunk))? {
                     None => Ok(()),
                     Some(0) => Err(Closed::Gone),
-                    Some(_) => {
+                    Some(count) => {
+                        input.extend_from_slice(&chunk[..count]);
                         self.moved = now;
                         Ok(())
                     }

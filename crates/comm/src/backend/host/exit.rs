@@ -1,0 +1,64 @@
+//! Groups that live when the process exits, because they are in a static, were forgotten, or
+//! `std::process::exit` was called: what they have started is finished and the others are told, as if
+//! they had been dropped. A death by a signal and `abort` do not come by here.
+#![expect(unsafe_code, reason = "atexit")]
+
+use std::ffi::c_int;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use rustix::event::{poll, Timespec};
+
+use super::core::Core;
+
+/// How long exiting waits for collectives that were started.
+const EXIT_MAX: Duration = Duration::from_secs(10);
+
+/// This process's groups.
+static LIVE: Mutex<Vec<Weak<Core>>> = Mutex::new(Vec::new());
+/// The process that `at_exit` is registered in: a fork of it has nothing to say to the peers.
+static OWNER: OnceLock<u32> = OnceLock::new();
+
+unsafe extern "C" {
+    fn atexit(callback: extern "C" fn()) -> c_int;
+}
+
+/// Looks after a group until it is gone.
+pub(super) fn look_after(core: &Arc<Core>) {
+    OWNER.get_or_init(|| {
+        // SAFETY: a function that lives as long as the process.
+        if unsafe { atexit(at_exit) } != 0 {
+            tracing::warn!("atexit has no room: drop groups before the process exits");
+        }
+        std::process::id()
+    });
+    let mut live = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
+    live.retain(|core| core.strong_count() > 0);
+    live.push(Arc::downgrade(core));
+}
+
+extern "C" fn at_exit() {
+    if OWNER.get() == Some(&std::process::id()) {
+        // Nobody is left to hear of a panic.
+        drop(std::panic::catch_unwind(leave));
+    }
+}
+
+fn leave() {
+    #[cfg(feature = "mpi")]
+    crate::backend::mpi::close_lanes(EXIT_MAX);
+    let live = std::mem::take(&mut *LIVE.lock().unwrap_or_else(PoisonError::into_inner));
+    let live: Vec<Arc<Core>> = live.iter().filter_map(Weak::upgrade).collect();
+    for core in &live {
+        core.close();
+    }
+    let deadline = Instant::now() + EXIT_MAX;
+    for core in &live {
+        while !core.peers.is_closed() && core.peers.failure().is_none() && Instant::now() < deadline
+        {
+            // Thread-local storage is gone by now: nothing of std that parks.
+            poll(&mut [], Some(&Timespec { tv_sec: 0, tv_nsec: 1_000_000 })).ok();
+        }
+        core.peers.close();
+    }
+}
