@@ -31,6 +31,20 @@ pub(crate) fn rank(role: &str, options: GroupOptions) {
             drop(group);
             println!("let go");
         }
+        "forgets its group" => {
+            let mut values = vec![1.0_f32; 1 << 20];
+            if victim {
+                drop(group.all_reduce(&mut values[..], Sum).expect("started"));
+                std::mem::forget(group);
+                return;
+            }
+            // The other one is at its end by then.
+            let (_sender, receiver) = std::sync::mpsc::channel::<()>();
+            assert!(receiver.recv_timeout(Duration::from_millis(300)).is_err());
+            group.all_reduce(&mut values[..], Sum).and_then(Work::wait).expect("a sum");
+            assert!(values.iter().all(|value| *value == 3.0));
+            println!("summed");
+        }
         other => panic!("no such role: {other}"),
     }
 }
@@ -100,6 +114,17 @@ fn works_and_groups_may_be_dropped_before_the_end() {
     assert!(status.success(), "{status}\n{output}");
     assert_eq!(output.matches("let go").count(), 3, "{output}");
     assert!(!output.contains("mpirun"), "mpirun complains:\n{output}");
+}
+
+#[test]
+fn what_was_started_is_finished_though_the_group_is_forgotten() {
+    let Some(mut command) = mpirun(3, "forgets its group") else { return };
+    let start = Instant::now();
+    let (status, output) = Running::start(program(&mut command)).finish(LIMIT);
+    assert!(status.success(), "{status}\n{output}");
+    assert_eq!(output.matches("summed").count(), 2, "{output}");
+    assert!(!output.contains("mpirun"), "mpirun complains:\n{output}");
+    assert!(start.elapsed() < Duration::from_secs(9), "exiting has waited: {:?}", start.elapsed());
 }
 
 #[test]

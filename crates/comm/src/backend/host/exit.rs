@@ -33,7 +33,7 @@ pub(super) fn look_after(core: &Arc<Core>) {
         std::process::id()
     });
     let mut live = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
-    live.retain(|core| core.strong_count() > 0);
+    live.retain(|other| other.strong_count() > 0);
     live.push(Arc::downgrade(core));
 }
 

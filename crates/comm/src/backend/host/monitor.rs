@@ -88,9 +88,9 @@ fn watch(peers: &Arc<Peers>, mut door: Door) {
                 (!theirs.ended).then_some(theirs.taken_in)
             }));
         }
-        for returned in returned {
-            silences.heard(returned.peer);
-            go_on(peers, &mut incoming, returned);
+        for back in returned {
+            silences.heard(back.peer);
+            go_on(peers, &mut incoming, back);
         }
         // Only after everything that has come was taken in: this thread may have been kept waiting.
         let now = Instant::now();
@@ -132,29 +132,29 @@ fn wait(
         Err(rustix::io::Errno::INTR) => return Ok(Events::default()),
         Err(error) => return Err(error),
     }
-    let happened: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
-    if happened[0] {
+    let events: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+    if events[0] {
         // Only the wake-up matters, not what it says.
         rustix::io::read(&peers.wake, &mut [0_u8; 8][..]).ok();
     }
-    let (of_controls, rest) = happened[1..].split_at(listened.len());
+    let (of_controls, rest) = events[1..].split_at(listened.len());
     let (of_data, of_door) = rest.split_at(doubted.len());
-    let happened = |fds: &[(usize, BorrowedFd<'_>)], of: &[bool]| {
-        let of = fds.iter().zip(of).filter(|(_, happened)| **happened);
-        of.map(|((peer, _), _)| *peer).collect()
+    let of_whom = |watched: &[(usize, BorrowedFd<'_>)], of_these: &[bool]| {
+        let there = watched.iter().zip(of_these).filter(|(_, has_come)| **has_come);
+        there.map(|((peer, _), _)| *peer).collect()
     };
     Ok(Events {
-        ready: happened(&listened, of_controls),
-        gone: happened(&doubted, of_data),
+        ready: of_whom(&listened, of_controls),
+        gone: of_whom(&doubted, of_data),
         door: of_door.contains(&true),
     })
 }
 
 /// Tells everybody that this rank lives, and what has come from them.
 fn beat(peers: &Peers, incoming: &mut [Incoming]) {
-    for (control, incoming) in peers.controls.iter().zip(incoming) {
-        if let (Some(control), false) = (control, incoming.ended) {
-            acknowledge(control, incoming);
+    for (control, theirs) in peers.controls.iter().zip(incoming) {
+        if let (Some(control), false) = (control, theirs.ended) {
+            acknowledge(control, theirs);
         }
     }
 }
@@ -272,24 +272,24 @@ fn ended(peers: &Arc<Peers>, peer: usize, incoming: &mut Incoming, error: Option
         incoming.ended = true;
         return;
     }
-    let lost = error
+    let why = error
         .unwrap_or_else(|| std::io::Error::new(ErrorKind::UnexpectedEof, "closed by the peer"));
-    let error = match lost.kind() {
+    let verdict = match why.kind() {
         ErrorKind::ConnectionReset
         | ErrorKind::ConnectionAborted
         | ErrorKind::BrokenPipe
         | ErrorKind::UnexpectedEof => match control {
             // The sockets of a process that dies all close; the loss of one alone is something else.
-            Some(control) => return lose(peers, peer, control, incoming, lost),
+            Some(control) => return lose(peers, peer, control, incoming, why),
             None => return gone(peers, peer, incoming),
         },
         ErrorKind::TimedOut | ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => {
             peers.not_responding(peer, peers.liveness.dead_after)
         }
-        _ => peers.connection_lost(peer, "control socket", lost),
+        _ => peers.connection_lost(peer, "control socket", why),
     };
     incoming.ended = true;
-    drop(peers.fail(error));
+    drop(peers.fail(verdict));
 }
 
 /// Tries to get a lost connection back. The peer's data connection tells whether the peer lives.

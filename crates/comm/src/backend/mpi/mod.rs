@@ -86,7 +86,7 @@ fn lane(library: &'static Library, core: &Arc<Core>, transport: MpiTransport) ->
     let lane =
         Lane::new(Backend::Mpi, core, &library.runner, library.multiple, Box::new(transport));
     let mut lanes = LANES.lock().unwrap_or_else(PoisonError::into_inner);
-    lanes.retain(|lane| lane.strong_count() > 0);
+    lanes.retain(|other| other.strong_count() > 0);
     lanes.push(Arc::downgrade(&lane));
     lane
 }
