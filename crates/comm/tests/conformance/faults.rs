@@ -35,7 +35,7 @@ pub(crate) fn rank(role: &str, options: GroupOptions) {
             let mut values = vec![1.0_f32; 1 << 20];
             if victim {
                 drop(group.all_reduce(&mut values[..], Sum).expect("started"));
-                std::mem::forget(group);
+                _ = std::mem::ManuallyDrop::new(group);
                 return;
             }
             // The other one is at its end by then.

@@ -1,4 +1,5 @@
 //! libnccl: what communicators do.
+#![expect(unsafe_code, reason = "the other side of the C interfaces")]
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;

@@ -7,7 +7,8 @@
 //! every rank has come, in the order of the stream; a send ends when it is received; an abort ends all.
 //! Ranks are processes, which exchange files in the folder that the unique id names. "Memory of the
 //! GPU" is memory of the host.
-#![allow(non_snake_case, clippy::all)]
+#![warn(unsafe_code)]
+#![allow(non_snake_case)]
 
 mod calls;
 mod driver;

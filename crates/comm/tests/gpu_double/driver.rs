@@ -1,4 +1,5 @@
 //! The driver: contexts, streams, events, memory.
+#![expect(unsafe_code, reason = "the other side of the C interfaces")]
 
 use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};

@@ -1,4 +1,5 @@
 //! libnccl: ids, communicators, memory.
+#![expect(unsafe_code, reason = "the other side of the C interfaces")]
 
 use std::collections::HashMap;
 use std::ffi::{c_char, c_int};

@@ -70,7 +70,7 @@ fn sum_and_forget(mut group: Group) {
     if mine {
         drop(group.all_reduce(&mut values[..], Sum).expect("a start"));
         drop(group.all_reduce(&mut small[..], Sum).expect("a start"));
-        std::mem::forget(group);
+        _ = std::mem::ManuallyDrop::new(group);
         std::process::exit(0);
     }
     // The other one has exited by then, or waits for these.
@@ -87,7 +87,7 @@ fn start_alone(mut group: Group) {
     if group.rank() == 1 {
         let mut values = vec![1.0_f32; 1 << 20];
         drop(group.all_reduce(&mut values[..], Sum).expect("a start"));
-        std::mem::forget(group);
+        _ = std::mem::ManuallyDrop::new(group);
     } else {
         crate::silence::pause(Duration::from_secs(16));
     }
