@@ -20,8 +20,9 @@ const LENGTHS: [usize; 5] = [1, 1000, 0, 1_000_000, 7];
 pub(crate) fn rank() {
     let mut group = Group::from_environment(GroupOptions::default()).expect("the ranks meet");
     let (rank, peer) = (group.rank(), 1 - group.rank());
-    let value =
-        |of: usize, step: usize, at: usize| i64::try_from(of * 7919 + step * 31 + at).expect("small");
+    let value = |of: usize, step: usize, at: usize| {
+        i64::try_from(of * 7919 + step * 31 + at).expect("small")
+    };
     let start = Instant::now();
     let mut go_on = [1_u8];
     let mut step = 0;

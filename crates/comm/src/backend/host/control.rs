@@ -379,8 +379,8 @@ mod tests {
             control.try_send(&[9]).unwrap();
             assert!(control.socket().is_none());
             control.send(vec![5; 3], None, LIMIT).unwrap();
-            let (mut theirs, ours) = pair();
-            let resumed = control.resume(ours, taken_in.into());
+            let (mut far, near) = pair();
+            let resumed = control.resume(near, taken_in.into());
             if matches!(taken_in, 0 | 5) {
                 assert_eq!(resumed, Err(Forgotten), "0 is acknowledged, 4 was never written");
                 continue;
@@ -388,7 +388,7 @@ mod tests {
             assert_eq!(resumed, Ok(()));
             control.send(vec![6; 3], None, LIMIT).unwrap();
             let expected: Vec<u8> = (taken_in..=6).flat_map(|frame| [frame; 3]).collect();
-            assert_eq!(read(&mut theirs, expected.len()), expected);
+            assert_eq!(read(&mut far, expected.len()), expected);
             assert!(!control.is_acknowledged());
             control.acknowledge(7);
             assert!(control.is_acknowledged());
@@ -402,8 +402,8 @@ mod tests {
         control.send(vec![1], None, LIMIT).unwrap();
         control.acknowledge(2);
         assert!(!control.is_acknowledged());
-        let (_theirs, ours) = pair();
-        assert_eq!(control.resume(ours, 2), Err(Forgotten));
+        let (_far, near) = pair();
+        assert_eq!(control.resume(near, 2), Err(Forgotten));
     }
 
     #[test]
