@@ -9,8 +9,6 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 #![expect(
     clippy::cast_precision_loss,
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
     clippy::shadow_unrelated,
     reason = "checks on small whole numbers, one after the other"
 )]

@@ -301,7 +301,7 @@ fn sub_groups(group: &mut Group) -> Result<String> {
     };
     let expect = |sum: f32, is_in: &dyn Fn(usize) -> bool| {
         let expected: f32 = (0..ranks).filter(|peer| is_in(*peer)).map(|peer| peer as f32).sum();
-        ensure!(sum == expected, "{sum} is not the sum of {expected}");
+        ensure!(sum.to_bits() == expected.to_bits(), "{sum} is not the sum of {expected}");
         Ok(())
     };
     let color = u32::MAX - u32::try_from(rank % 2)?;
