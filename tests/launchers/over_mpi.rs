@@ -22,9 +22,9 @@ fn over_mpi_the_losses_are_those_of_the_host_backend() {
         let mut mpirun = Command::new(&mpirun);
         mpirun.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", ranks]);
         let over_mpi = losses(Some(&mut mpirun), &["--backend", "mpi"]);
-        for (host, over_mpi) in numbers(&host).into_iter().zip(numbers(&over_mpi)) {
-            let apart = ((host - over_mpi) / host).abs();
-            assert!(apart <= APART_MAX, "{ranks} ranks: {host} and over MPI {over_mpi}");
+        for (of_host, of_mpi) in numbers(&host).into_iter().zip(numbers(&over_mpi)) {
+            let apart = ((of_host - of_mpi) / of_host).abs();
+            assert!(apart <= APART_MAX, "{ranks} ranks: {of_host} and over MPI {of_mpi}");
         }
     }
 }
