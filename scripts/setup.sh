@@ -100,6 +100,8 @@ test_packages() {
     slurmctld:slurmctld slurmd:slurmd srun:slurm-client munged:munge \
     ip:iproute2 nft:nftables kill:procps shellcheck:shellcheck)
   has_libclang || packages+=(libclang-dev)
+  # mpicc.mpich comes without what it compiles against.
+  compgen -G '/usr/lib/*/libmpich.so' >/dev/null || packages+=(libmpich-dev)
   install optional "${packages[@]}"
 }
 

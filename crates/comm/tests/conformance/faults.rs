@@ -104,7 +104,9 @@ fn kill_9_ends_the_job() {
 fn a_rank_keeps_its_exit_code() {
     let Some(mut command) = mpirun(2, "exits with its own code") else { return };
     let (status, output) = Running::start(program(&mut command)).finish(LIMIT);
-    assert_eq!(status.code(), Some(17), "{output}");
+    assert!(!status.success(), "{output}");
+    // Hydra kills the others when a rank ends without MPI_Finalize, and may show their code instead.
+    assert!(status.code() == Some(17) || library() == Library::Mpich, "{status}\n{output}");
 }
 
 #[test]
