@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use crate::launched::{Running, ARGUMENTS, ROLE};
+use crate::launched::{free_port, Running, ARGUMENTS, ROLE};
 use crate::namespaces::{namespaces, ADDRESSES};
 
 const LIMIT: Duration = Duration::from_secs(240);
@@ -58,6 +58,8 @@ pub(crate) fn mpirun(ranks: usize, role: &str) -> Option<Command> {
             let mut command = Command::new(launcher);
             command.args(library().options()).args(["-n", &ranks.to_string()]);
             command.env(ROLE, role).env("RUST_BACKTRACE", "0");
+            // So many jobs at once: two of them may compute the same port.
+            command.env("MASTER_PORT", free_port().to_string());
             return Some(command);
         }
         (false, _) => "this test was built without --features mpi",

@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,12 @@ pub(crate) struct Control {
     /// Held while frames are written, so that frames of two threads do not mix.
     line: Mutex<Line>,
     acknowledged: Condvar,
+    /// How many frames were given to this connection, and how many of them the peer has taken in, as
+    /// far as is known: what is asked while another thread writes.
+    given: AtomicU64,
+    heard: AtomicU64,
+    /// A thread is writing, and so may be waiting for the peer.
+    writing: AtomicBool,
     /// A new socket can take the place of one that was lost.
     resumable: bool,
 }
@@ -72,7 +79,15 @@ impl Control {
     pub(crate) fn new(socket: OwnedFd, resumable: bool) -> std::io::Result<Self> {
         rustix::io::ioctl_fionbio(&socket, true)?;
         let socket = Mutex::new(Some(Arc::new(socket)));
-        Ok(Self { socket, line: Mutex::default(), acknowledged: Condvar::new(), resumable })
+        Ok(Self {
+            socket,
+            line: Mutex::default(),
+            acknowledged: Condvar::new(),
+            given: AtomicU64::new(0),
+            heard: AtomicU64::new(0),
+            writing: AtomicBool::new(false),
+            resumable,
+        })
     }
 
     pub(crate) const fn is_resumable(&self) -> bool {
@@ -104,7 +119,7 @@ impl Control {
 
     /// Whether a thread is writing, and so may be waiting for the peer.
     pub(crate) fn is_busy(&self) -> bool {
-        self.idle_line().is_none()
+        self.writing.load(Ordering::Relaxed)
     }
 
     fn place(&self) -> MutexGuard<'_, Option<Arc<OwnedFd>>> {
@@ -117,10 +132,10 @@ impl Control {
     }
 
     /// Writes an uncounted frame if nobody else writes and it fits at once: a peer that has unread
-    /// frames of ours needs no sign of life.
-    pub(crate) fn try_send(&self, frame: &[u8]) -> std::io::Result<()> {
-        let Some(mut line) = self.idle_line() else { return Ok(()) };
-        let Some(socket) = self.socket() else { return Ok(()) };
+    /// frames of ours needs no sign of life. False: another thread is writing.
+    pub(crate) fn try_send(&self, frame: &[u8]) -> std::io::Result<bool> {
+        let Some(mut line) = self.idle_line() else { return Ok(false) };
+        let Some(socket) = self.socket() else { return Ok(true) };
         let result = line.pump(&socket, None).and_then(|all_written| {
             if all_written {
                 line.rest.extend_from_slice(frame);
@@ -128,7 +143,7 @@ impl Control {
             }
             Ok(())
         });
-        self.settle(&mut line, result)
+        self.settle(&mut line, result).map(|()| true)
     }
 
     /// Writes a whole frame within `limit`, with a descriptor attached to its first byte. On a
@@ -143,8 +158,11 @@ impl Control {
         let mut line = self.line(deadline)?;
         line.kept_bytes += frame.len();
         line.kept.push_back(frame);
+        self.given.fetch_add(1, Ordering::Release);
         let Some(socket) = self.socket() else { return Ok(()) };
+        self.writing.store(true, Ordering::Relaxed);
         let result = line.write(&socket, descriptor, deadline);
+        self.writing.store(false, Ordering::Relaxed);
         self.settle(&mut line, result)
     }
 
@@ -153,7 +171,10 @@ impl Control {
     pub(crate) fn send_in_turn(&self, frame: Vec<u8>, limit: Duration) -> std::io::Result<()> {
         let deadline = Instant::now() + limit;
         let mut line = self.line(deadline)?;
-        while line.kept_bytes > KEPT_BYTES_MAX {
+        while {
+            self.forget_heard(&mut line);
+            line.kept_bytes > KEPT_BYTES_MAX
+        } {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(late("the peer does not acknowledge what it is sent"));
@@ -180,18 +201,24 @@ impl Control {
         }
     }
 
-    /// The peer has taken in so many frames. When somebody is writing, its next word will do.
+    /// The peer has taken in so many frames. Who is writing drops them later.
     pub(crate) fn acknowledge(&self, frames: u64) {
+        self.heard.fetch_max(frames, Ordering::AcqRel);
         if let Some(mut line) = self.idle_line() {
-            if line.forget(frames).is_ok() {
-                self.acknowledged.notify_all();
-            }
+            self.forget_heard(&mut line);
+            self.acknowledged.notify_all();
         }
+    }
+
+    fn forget_heard(&self, line: &mut Line) {
+        // A peer that acknowledges what was never sent is found out when it asks for the rest.
+        drop(line.forget(self.heard.load(Ordering::Acquire)));
     }
 
     /// Whether the peer has acknowledged everything.
     pub(crate) fn is_acknowledged(&self) -> bool {
-        self.idle_line().is_some_and(|line| line.kept.is_empty())
+        let given = self.given.load(Ordering::Acquire);
+        !self.resumable || self.heard.load(Ordering::Acquire) == given
     }
 
     /// The socket has ended. A thread that waits for it goes on.
@@ -376,7 +403,7 @@ mod tests {
             drop(theirs);
             // Into a socket that is gone, and while there is none.
             control.send(vec![4; 3], None, LIMIT).unwrap();
-            control.try_send(&[9]).unwrap();
+            assert!(control.try_send(&[9]).unwrap());
             assert!(control.socket().is_none());
             control.send(vec![5; 3], None, LIMIT).unwrap();
             let (mut far, near) = pair();

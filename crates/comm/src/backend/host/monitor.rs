@@ -19,6 +19,8 @@ use super::wire::{Frame, FRAME_HEAD_BYTES};
 use crate::error::Error;
 
 const READ_BYTES: usize = 1 << 16;
+/// How soon an acknowledgement is tried again when another thread was writing.
+const OWED: Duration = Duration::from_millis(2);
 
 /// What has come from a peer and is not yet a whole frame.
 #[derive(Default)]
@@ -33,6 +35,13 @@ struct Incoming {
     /// When the connection was lost and why, while it is.
     lost: Option<(Instant, Arc<std::io::Error>)>,
     ended: bool,
+}
+
+impl Incoming {
+    /// Whether the peer waits for word of what was taken in.
+    const fn owes(&self) -> bool {
+        self.unacknowledged >= ACKNOWLEDGE_BYTES
+    }
 }
 
 /// Starts the thread; it ends when the group is closed.
@@ -66,7 +75,9 @@ fn watch(peers: &Arc<Peers>, mut door: Door) {
     beat(peers, &mut incoming);
     while !peers.is_closed() {
         let beat_at = last_look + peers.liveness.heartbeat;
-        let events = match wait(peers, &incoming, &door, beat_at) {
+        let owes = incoming.iter().any(|theirs| theirs.owes() && !theirs.ended);
+        let wait_until = if owes { beat_at.min(Instant::now() + OWED) } else { beat_at };
+        let events = match wait(peers, &incoming, &door, wait_until) {
             Ok(events) => events,
             Err(error) => {
                 let error = Error::system(peers.rank, "poll", error);
@@ -77,6 +88,11 @@ fn watch(peers: &Arc<Peers>, mut door: Door) {
         for peer in events.ready {
             silences.heard(peer);
             take_in(peers, peer, &mut incoming[peer], &mut scratch);
+        }
+        for (control, theirs) in peers.controls.iter().zip(&mut incoming) {
+            if let (Some(control), true, false) = (control, theirs.owes(), theirs.ended) {
+                acknowledge(control, theirs);
+            }
         }
         for peer in events.gone {
             gone(peers, peer, &mut incoming[peer]);
@@ -160,11 +176,15 @@ fn beat(peers: &Peers, incoming: &mut [Incoming]) {
 }
 
 fn acknowledge(control: &Control, incoming: &mut Incoming) {
-    incoming.unacknowledged = 0;
-    // Why a socket failed shows when it is read.
-    if let Err(error) = control.try_send(&Frame::Heartbeat { taken_in: incoming.taken_in }.encode())
-    {
-        tracing::debug!(%error, "no heartbeat to a peer");
+    match control.try_send(&Frame::Heartbeat { taken_in: incoming.taken_in }.encode()) {
+        Ok(true) => incoming.unacknowledged = 0,
+        // Again soon.
+        Ok(false) => {}
+        // Why a socket failed shows when it is read.
+        Err(error) => {
+            incoming.unacknowledged = 0;
+            tracing::debug!(%error, "no heartbeat to a peer");
+        }
     }
 }
 
@@ -202,7 +222,7 @@ fn take_in(peers: &Arc<Peers>, peer: usize, incoming: &mut Incoming, scratch: &m
                     incoming.ended = true;
                     return;
                 }
-                if incoming.unacknowledged >= ACKNOWLEDGE_BYTES {
+                if incoming.owes() {
                     acknowledge(control, incoming);
                 }
             }
