@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use phalanx_data::{
-    permutation::Permutation, Access, Loader, LoaderOptions, MaskedText, Masking, Sample, Samples,
-    Scratch, SpecialTokens, TokenStream, TokenWriter,
+    permutation::Permutation, Access, Loader, LoaderOptions, MaskedText, Masking, Samples, Scratch,
+    SpecialTokens, TokenStream, TokenWriter,
 };
 
 const SEQUENCE_LEN: usize = 512;
@@ -36,7 +36,6 @@ fn main() -> anyhow::Result<()> {
     for access in [Access::Read, Access::Map] {
         let (name, samples) = (format!("{access:?}").to_lowercase(), open(&target, access)?);
         report(&mut out, &format!("raw rows, {name}"), sequences, raw(&samples)?)?;
-        report(&mut out, &format!("masked rows, {name}"), sequences, masked(&samples)?)?;
         for threads in [0, 1] {
             let label = format!("masked batches, {name}, {threads} prefetch threads");
             report(&mut out, &label, sequences, loader(&samples, threads)?)?;
@@ -127,26 +126,6 @@ fn raw(samples: &MaskedText) -> anyhow::Result<Measured> {
                 samples.read_unmasked(order.at(at), row, &mut scratch)?;
             }
             sum = sum.wrapping_add(batch[7]);
-        }
-        Ok(sum)
-    })
-}
-
-fn masked(samples: &MaskedText) -> anyhow::Result<Measured> {
-    let mut batch = vec![0; BATCH * SEQUENCE_LEN];
-    let mut marks = vec![0; BATCH * SEQUENCE_LEN];
-    let (mut scratch, count) = (Scratch::default(), samples.sample_count());
-    median(|epoch| {
-        let order = Permutation::new(count, 1, epoch);
-        let mut sum = 0_i64;
-        for start in (0..count).step_by(BATCH) {
-            let rows = batch.chunks_mut(SEQUENCE_LEN).zip(marks.chunks_mut(SEQUENCE_LEN));
-            for (at, (input_ids, labels)) in (start..count).zip(rows) {
-                let sample = Sample { epoch, id: order.at(at) };
-                let row = phalanx_data::Row { input_ids, labels, attention_mask: None };
-                samples.fill(sample, 1, row, &mut scratch)?;
-            }
-            sum = sum.wrapping_add(batch[7] + marks[9]);
         }
         Ok(sum)
     })

@@ -192,6 +192,22 @@ pub enum Error {
         /// How many are needed.
         global_batch: u64,
     },
+    /// A batch has no such column.
+    #[error("there is no column `{name}` of type {dtype}; there are: {}", present.join(", "))]
+    NoColumn {
+        /// The column that was asked for.
+        name: String,
+        /// The type it was asked for as.
+        dtype: &'static str,
+        /// The columns there are.
+        present: Vec<String>,
+    },
+    /// All epochs that were asked for are over.
+    #[error("the data is over after {epochs} epochs: ask for more, or stop here")]
+    EndOfData {
+        /// How many epochs were asked for.
+        epochs: u64,
+    },
     /// A sample that does not exist was asked for.
     #[error("sample {sample} does not exist: the data has {samples}")]
     NoSuchSample {

@@ -7,15 +7,16 @@ use std::path::Path;
 
 use safetensors::tensor::Dtype;
 
+use crate::batch::{Column, Rows};
 use crate::cast::{to_u64, to_usize};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
 use crate::format::bytes::Bytes;
 use crate::format::header::{Header, Span};
 use crate::format::Access;
 use crate::masking::IGNORED;
-use crate::sampler::Sample;
-use crate::samples::{Row, Samples, Scratch};
+use crate::samples::{Samples, Scratch};
 
 /// Read at once when the whole file is checked.
 const READ_BYTES: usize = 1 << 20;
@@ -30,6 +31,7 @@ pub struct FixedBatches {
     labels: u64,
     attention_mask: Option<u64>,
     id_max: i64,
+    columns: Vec<Column>,
     fingerprint: Fingerprint,
 }
 
@@ -60,6 +62,7 @@ impl FixedBatches {
         };
         let labels = alike("labels")?;
         let mask = header.has("attention_mask").then(|| alike("attention_mask")).transpose()?;
+        let names = ["input_ids", "labels"].into_iter().chain(mask.map(|_| "attention_mask"));
         let mut file = FixedBatches {
             bytes,
             rows,
@@ -68,11 +71,20 @@ impl FixedBatches {
             labels,
             attention_mask: mask,
             id_max: 0,
+            columns: names
+                .into_iter()
+                .map(|name| Column::new(name, DType::I64, [sequence_len]))
+                .collect(),
             fingerprint: Fingerprint(0),
         };
         file.check_values()?;
         file.fingerprint = file.content_fingerprint(&header)?;
         Ok(file)
+    }
+
+    /// How many tokens a sample has.
+    pub fn sequence_len(&self) -> usize {
+        self.sequence_len
     }
 
     /// The largest id among inputs and labels: a model's vocabulary must be larger.
@@ -147,28 +159,31 @@ impl Samples for FixedBatches {
         to_u64(self.rows)
     }
 
-    fn sequence_len(&self) -> usize {
-        self.sequence_len
-    }
-
-    fn has_attention_mask(&self) -> bool {
-        self.attention_mask.is_some()
+    fn columns(&self) -> &[Column] {
+        &self.columns
     }
 
     fn fingerprint(&self) -> Fingerprint {
         self.fingerprint
     }
 
-    fn fill(&self, sample: Sample, _seed: u64, row: Row<'_>, scratch: &mut Scratch) -> Result<()> {
-        if sample.id >= self.sample_count() {
-            let samples = self.sample_count();
-            return Err(Error::NoSuchSample { sample: sample.id, samples });
-        }
-        let number = to_usize(sample.id);
-        self.read_row(self.input_ids, number, row.input_ids, scratch)?;
-        self.read_row(self.labels, number, row.labels, scratch)?;
-        if let (Some(start), Some(mask)) = (self.attention_mask, row.attention_mask) {
-            self.read_row(start, number, mask, scratch)?;
+    fn fill(&self, _seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {
+        for at in 0..rows.len() {
+            let (sample, is_valid) = rows.sample(at);
+            if sample.id >= self.sample_count() {
+                let samples = self.sample_count();
+                return Err(Error::NoSuchSample { sample: sample.id, samples });
+            }
+            let number = to_usize(sample.id);
+            let starts = [Some(self.input_ids), Some(self.labels), self.attention_mask];
+            for (column, start) in starts.into_iter().flatten().enumerate() {
+                let mut row = rows.part(at..at + 1);
+                let values = row.column::<i64>(column)?;
+                self.read_row(start, number, values, scratch)?;
+                if column == 1 && !is_valid {
+                    values.fill(IGNORED);
+                }
+            }
         }
         Ok(())
     }

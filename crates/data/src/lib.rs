@@ -31,7 +31,10 @@
 //! ```
 
 mod batch;
+mod blocks;
+mod bucketing;
 mod cast;
+mod dtype;
 mod error;
 mod fingerprint;
 mod fixed;
@@ -39,10 +42,14 @@ mod format;
 mod loader;
 mod masked_text;
 mod masking;
+mod memory;
+mod mixing;
+mod mixture;
 pub mod permutation;
 mod plan;
 mod prefetch;
 pub mod progress;
+mod quality;
 mod random;
 mod sampler;
 mod samples;
@@ -50,7 +57,8 @@ mod slice;
 mod state;
 pub mod text;
 
-pub use batch::Batch;
+pub use batch::{Batch, Column, IntoBatches, MicroBatches, Rows};
+pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;
 pub use fixed::FixedBatches;
@@ -58,7 +66,10 @@ pub use format::{Access, Index, ShardEntry, SpecialTokens, TokenDType, TokenStre
 pub use loader::{Loader, LoaderOptions, Step};
 pub use masked_text::MaskedText;
 pub use masking::{Masker, Masking, IGNORED};
-pub use sampler::{Cursor, Order, Position, Sample, Sampler, Tail};
-pub use samples::{Row, Samples, Scratch};
+pub use memory::{Block, HostMemory, Memory};
+pub use mixture::Mixture;
+pub use quality::Quality;
+pub use sampler::{BatchSize, Cursor, Order, Position, Sample, Sampler, Tail};
+pub use samples::{from_fn, FromFn, Part, Samples, Scratch};
 pub use slice::{part, MicroBatch, RankSlice};
 pub use state::LoaderState;

@@ -4,13 +4,15 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::batch::{Batch, Pool};
+use crate::batch::{Batch, Column, MicroBatches, Pool};
+use crate::bucketing;
 use crate::error::{Error, Result};
+use crate::memory::{HostMemory, Memory};
 use crate::permutation;
-use crate::plan::{Job, Plan};
+use crate::plan::{Builder, Job, Plan};
 use crate::prefetch::{left, Bounds, Prefetcher};
 use crate::sampler::{Order, Position, Sampler, Tail};
-use crate::samples::{Samples, Scratch};
+use crate::samples::Samples;
 use crate::slice::{MicroBatch, RankSlice};
 use crate::state::LoaderState;
 
@@ -23,6 +25,11 @@ pub struct LoaderOptions {
     pub order: Order,
     /// What happens at the end of an epoch. The same on every rank.
     pub tail: Tail,
+    /// The data ends after so many epochs; `None`: epoch follows epoch. The same on every rank.
+    pub epochs: Option<u64>,
+    /// Samples of similar length come together: so many global batches are sorted by length. 0: they are not. The same on
+    /// every rank. Needs samples that know their length, and another tail than [`Tail::Wrap`].
+    pub bucketing: u64,
     /// Samples that all ranks compute together in a step. The same on every rank.
     pub global_batch: usize,
     /// How this rank's slice is cut.
@@ -37,6 +44,8 @@ pub struct LoaderOptions {
     pub queue_batches: usize,
     /// At most so many bytes of micro-batches wait in the queue; a single larger one is let through.
     pub queue_bytes: usize,
+    /// Where the memory of batches comes from.
+    pub memory: Arc<dyn Memory>,
     /// How long to wait for the batches of a step before that is an error.
     pub timeout: Duration,
 }
@@ -47,6 +56,8 @@ impl Default for LoaderOptions {
             seed: 0,
             order: Order::default(),
             tail: Tail::default(),
+            epochs: None,
+            bucketing: 0,
             global_batch: 32,
             micro_batch: MicroBatch::default(),
             rank: 0,
@@ -54,26 +65,58 @@ impl Default for LoaderOptions {
             threads: 1,
             queue_batches: 8,
             queue_bytes: 256 << 20,
+            memory: Arc::new(HostMemory),
             timeout: Duration::from_secs(60),
+        }
+    }
+}
+
+impl LoaderOptions {
+    /// Every sample exactly once over all ranks, in the data's order, and then the end ([`Error::EndOfData`]): for evaluation.
+    /// All ranks have the same number of steps; ranks may differ by a sample in the last one, or have one that does not count.
+    #[must_use]
+    pub fn evaluation(global_batch: usize, rank: usize, world_size: usize) -> Self {
+        LoaderOptions {
+            order: Order::Sequential,
+            tail: Tail::Exact,
+            epochs: Some(1),
+            global_batch,
+            rank,
+            world_size,
+            ..Default::default()
         }
     }
 }
 
 /// This rank's part of a global batch.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Step {
     /// Where the global batch starts in the global order.
     pub start: Position,
     /// The micro-batches, in order; their rows are this rank's slice. Never empty.
-    pub micro_batches: Vec<Batch>,
+    pub micro_batches: MicroBatches,
     /// How long the caller waited for them.
     pub data_wait: Duration,
+    /// How many of this rank's rows count.
+    pub valid: usize,
+    /// How many rows of all ranks count.
+    pub global_valid: usize,
+    /// How many ranks share the global batch.
+    pub world_size: usize,
 }
 
 impl Step {
     /// How many positions count in the loss, in all micro-batches.
     pub fn label_count(&self) -> usize {
         self.micro_batches.iter().map(Batch::label_count).sum()
+    }
+
+    /// What this rank's mean over its rows that count is to be multiplied by, so that the mean over ranks is the mean over all
+    /// samples of the global batch: 1 unless ranks differ in rows, 0 for a rank without any that counts.
+    #[expect(clippy::cast_precision_loss, reason = "rows of a batch are few")]
+    pub fn weight(&self) -> f64 {
+        (self.valid * self.world_size) as f64 / self.global_valid.max(1) as f64
     }
 }
 
@@ -93,7 +136,7 @@ pub struct Loader {
 
 enum Source {
     Threads(Prefetcher),
-    Caller(Scratch),
+    Caller(Box<Builder>),
 }
 
 impl Loader {
@@ -138,23 +181,36 @@ impl Loader {
         position: Position,
     ) -> Result<Self> {
         let LoaderOptions { seed, order, tail, global_batch, rank, world_size, .. } = options;
-        let sampler = Sampler::new(samples.sample_count(), global_batch, seed, order, tail)?;
+        let parts = samples.parts();
+        let sampler = Sampler::mixed(&parts, global_batch, seed, order, tail)?;
+        // Checks both numbers.
         let slice = RankSlice::new(rank, world_size, global_batch)?.range();
-        let micro_batches: Vec<_> = options
-            .micro_batch
-            .cut(slice.len())
-            .into_iter()
-            .map(|range| slice.start + range.start..slice.start + range.end)
-            .collect();
         if options.queue_batches == 0 {
             return Err(Error::option("queue_batches", 0, "at least one batch must fit the queue"));
         }
-        // All that wait, all of the step that the caller holds and of the one that is collected, and one in each thread's hands.
-        let live_max = options.queue_batches + 2 * micro_batches.len() + options.threads;
         let position = sampler.start(position);
-        let plan = Plan { samples, sampler, seed, micro_batches, pool: Pool::new(live_max) };
+        if options.bucketing > 0 {
+            bucketing::check(&sampler, tail == Tail::Wrap, options.bucketing, position)?;
+        }
+        // All that wait, all of the step that the caller holds and of the one that is collected, and one in each thread's hands.
+        let micro_batches = options.micro_batch.count(slice.len());
+        let live_max = options.queue_batches + 2 * micro_batches + options.threads;
+        let columns: Arc<[Column]> = samples.columns().into();
+        let pool = Pool::new(Arc::clone(&columns), Arc::clone(&options.memory), live_max);
+        let plan = Plan {
+            samples,
+            columns,
+            sampler,
+            seed,
+            rank,
+            world_size,
+            micro_batch: options.micro_batch,
+            bucketing: options.bucketing,
+            epochs: options.epochs,
+            pool,
+        };
         let source = match options.threads {
-            0 => Source::Caller(Scratch::default()),
+            0 => Source::Caller(Box::new(plan.builder())),
             threads => {
                 let bounds = Bounds { batches: options.queue_batches, bytes: options.queue_bytes };
                 let first = Job { start: position, micro: 0 };
@@ -168,8 +224,11 @@ impl Loader {
     ///
     /// # Errors
     /// What went wrong in reading a sample, [`Error::WorkerPanicked`], or [`Error::Timeout`]. After an error every call gives
-    /// [`Error::Stopped`] with the first one's message.
+    /// [`Error::Stopped`] with the first one's message. [`Error::EndOfData`] after the last epoch that was asked for.
     pub fn next_step(&mut self) -> Result<Step> {
+        if self.is_at_end() {
+            return Err(Error::EndOfData { epochs: self.options.epochs.unwrap_or(0) });
+        }
         if let Some(first) = &self.failed {
             return Err(Error::Stopped { first: first.clone() });
         }
@@ -183,15 +242,34 @@ impl Loader {
 
     fn collect(&mut self) -> Result<Step> {
         let (start, started) = (self.position, Instant::now());
-        let count = self.plan.micro_batches.len();
-        let mut micro_batches = Vec::with_capacity(count);
-        for micro in 0..count {
-            micro_batches.push(match &mut self.source {
+        let mut batches = self.plan.pool.list();
+        for micro in 0..self.plan.micro_batches(start) {
+            batches.push(match &mut self.source {
                 Source::Threads(threads) => threads.next(left(started, self.options.timeout))?,
-                Source::Caller(scratch) => self.plan.build(Job { start, micro }, scratch)?,
+                Source::Caller(builder) => self.plan.build(Job { start, micro }, builder)?,
             });
         }
-        Ok(Step { start, micro_batches, data_wait: started.elapsed() })
+        Ok(Step {
+            start,
+            micro_batches: MicroBatches::new(batches, &self.plan.pool),
+            data_wait: started.elapsed(),
+            valid: self.plan.valid(start),
+            global_valid: self.plan.sampler.size(start).valid,
+            world_size: self.plan.world_size,
+        })
+    }
+
+    /// Whether all epochs that were asked for are over.
+    pub fn is_at_end(&self) -> bool {
+        self.plan.is_end(self.position)
+    }
+
+    /// The steps up to the end of the data, or to the first error.
+    pub fn steps(&mut self) -> impl Iterator<Item = Result<Step>> + '_ {
+        std::iter::from_fn(|| {
+            let over = self.is_at_end() || self.failed.is_some();
+            (!over).then(|| self.next_step())
+        })
     }
 
     /// The place after the last step that was delivered. The same on every rank.
@@ -211,14 +289,9 @@ impl Loader {
         self.plan.sampler.batches_per_epoch()
     }
 
-    /// How many tokens a sample has.
-    pub fn sequence_len(&self) -> usize {
-        self.plan.samples.sequence_len()
-    }
-
-    /// The micro-batches of each step, as ranges within the global batch.
-    pub fn micro_batches(&self) -> &[std::ops::Range<usize>] {
-        &self.plan.micro_batches
+    /// What a batch holds.
+    pub fn columns(&self) -> &[Column] {
+        &self.plan.columns
     }
 }
 

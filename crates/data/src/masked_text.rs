@@ -7,13 +7,14 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::batch::{Column, Rows};
 use crate::cast::to_u64;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
 use crate::format::{Access, TokenStream};
-use crate::masking::{Masker, Masking};
-use crate::sampler::Sample;
-use crate::samples::{Row, Samples, Scratch};
+use crate::masking::{Masker, Masking, IGNORED};
+use crate::samples::{Samples, Scratch};
 
 /// `[CLS]` before the tokens and `[SEP]` after them.
 const FRAME: usize = 2;
@@ -24,6 +25,7 @@ pub struct MaskedText {
     stream: Arc<TokenStream>,
     masker: Masker,
     sequence_len: usize,
+    columns: [Column; 2],
     fingerprint: Fingerprint,
 }
 
@@ -59,7 +61,14 @@ impl MaskedText {
             .number(masking.mask_share.to_bits())
             .number(masking.random_share.to_bits())
             .finish();
-        Ok(MaskedText { stream, masker, sequence_len, fingerprint })
+        let columns =
+            ["input_ids", "labels"].map(|name| Column::new(name, DType::I64, [sequence_len]));
+        Ok(MaskedText { stream, masker, sequence_len, columns, fingerprint })
+    }
+
+    /// How many tokens a sample has.
+    pub fn sequence_len(&self) -> usize {
+        self.sequence_len
     }
 
     /// The stream of tokens behind the samples.
@@ -104,17 +113,25 @@ impl Samples for MaskedText {
         self.stream.token_count() / to_u64(self.sequence_len - FRAME)
     }
 
-    fn sequence_len(&self) -> usize {
-        self.sequence_len
+    fn columns(&self) -> &[Column] {
+        &self.columns
     }
 
     fn fingerprint(&self) -> Fingerprint {
         self.fingerprint
     }
 
-    fn fill(&self, sample: Sample, seed: u64, row: Row<'_>, scratch: &mut Scratch) -> Result<()> {
-        self.read_unmasked(sample.id, row.input_ids, scratch)?;
-        self.masker.apply(seed, sample, row.input_ids, row.labels);
+    fn fill(&self, seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {
+        for at in 0..rows.len() {
+            let (sample, is_valid) = rows.sample(at);
+            let mut row = rows.part(at..at + 1);
+            let [input_ids, labels] = row.columns_mut::<i64, 2>([0, 1])?;
+            self.read_unmasked(sample.id, input_ids, scratch)?;
+            self.masker.apply(seed, sample, input_ids, labels);
+            if !is_valid {
+                labels.fill(IGNORED);
+            }
+        }
         Ok(())
     }
 }

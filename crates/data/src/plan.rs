@@ -3,12 +3,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::batch::{Batch, Pool};
+use crate::batch::{bytes_max, Batch, Column, Pool};
+use crate::bucketing::Window;
 use crate::error::Result;
-use crate::sampler::{Position, Sampler};
+use crate::sampler::{Cursor, Position, Sampler};
 use crate::samples::{Samples, Scratch};
+use crate::slice::{part, MicroBatch};
 
-/// One micro-batch to be built: the `micro`-th of the global batch that starts at `start`.
+/// One micro-batch to be built: the `micro`-th of this rank in the global batch that starts at `start`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Job {
     pub(crate) start: Position,
@@ -18,38 +20,107 @@ pub(crate) struct Job {
 #[derive(Clone)]
 pub(crate) struct Plan {
     pub(crate) samples: Arc<dyn Samples>,
+    pub(crate) columns: Arc<[Column]>,
     pub(crate) sampler: Sampler,
     pub(crate) seed: u64,
-    /// This rank's micro-batches, counted within the global batch. Not empty.
-    pub(crate) micro_batches: Vec<Range<usize>>,
+    pub(crate) rank: usize,
+    pub(crate) world_size: usize,
+    pub(crate) micro_batch: MicroBatch,
+    /// Global batches of a window of similar lengths; 0: none.
+    pub(crate) bucketing: u64,
+    /// There is nothing after so many epochs.
+    pub(crate) epochs: Option<u64>,
     pub(crate) pool: Arc<Pool>,
 }
 
+/// What a thread that builds batches keeps.
+#[derive(Debug)]
+pub(crate) struct Builder {
+    cursor: Cursor,
+    window: Window,
+    scratch: Scratch,
+}
+
 impl Plan {
-    pub(crate) fn build(&self, job: Job, scratch: &mut Scratch) -> Result<Batch> {
-        let range = self.micro_batches[job.micro].clone();
-        let mut cursor = self.sampler.cursor();
-        let samples = range.map(|index| cursor.sample(job.start, index));
-        let masked = self.samples.has_attention_mask();
-        let mut batch = Batch::take(&self.pool, self.samples.sequence_len(), masked, samples);
-        for (sample, row) in batch.rows_mut() {
-            self.samples.fill(sample, self.seed, row, scratch)?;
+    pub(crate) fn builder(&self) -> Builder {
+        Builder {
+            cursor: self.sampler.cursor(),
+            window: Window::default(),
+            scratch: Scratch::default(),
         }
+    }
+
+    /// This rank's rows of a global batch. It may be that there are none.
+    pub(crate) fn slice(&self, start: Position) -> Range<usize> {
+        part(self.sampler.size(start).rows, self.rank, self.world_size)
+    }
+
+    /// How many of this rank's rows count.
+    pub(crate) fn valid(&self, start: Position) -> usize {
+        let (slice, valid) = (self.slice(start), self.sampler.size(start).valid);
+        slice.end.min(valid).saturating_sub(slice.start)
+    }
+
+    /// How many micro-batches a step has: at least one.
+    pub(crate) fn micro_batches(&self, start: Position) -> usize {
+        self.micro_batch.count(self.slice(start).len()).max(1)
+    }
+
+    /// A micro-batch's rows, counted within the global batch.
+    fn rows(&self, job: Job) -> Range<usize> {
+        let slice = self.slice(job.start);
+        let within = self.micro_batch.nth(slice.len(), job.micro);
+        slice.start + within.start..slice.start + within.end
+    }
+
+    pub(crate) fn build(&self, job: Job, builder: &mut Builder) -> Result<Batch> {
+        let Builder { cursor, window, scratch } = builder;
+        let (start, mut rows) = (job.start, self.rows(job));
+        let mut valid = self.sampler.size(start).valid;
+        if rows.is_empty() {
+            // This rank has nothing, and goes through the step with a row that does not count.
+            (rows, valid) = (0..1, 0);
+        }
+        let sorted = match self.bucketing {
+            0 => None,
+            batches => {
+                let order = (&self.sampler, &mut *cursor);
+                window.batch(order, batches, start, (&*self.samples, &mut *scratch))?
+            }
+        };
+        let mut sample_at = |index: usize| match sorted.and_then(|sorted| sorted.get(index)) {
+            Some(&(_, sample)) => sample,
+            None => cursor.sample(start, index),
+        };
+        let samples = rows.map(|index| (sample_at(index), index < valid));
+        let mut batch = Batch::take(&self.pool, samples);
+        let mut longest = 0;
+        if self.columns.iter().any(|column| column.padded) {
+            for sample in batch.samples() {
+                longest = longest.max(self.samples.sample_len(sample.id, scratch)?);
+            }
+        }
+        batch.shape_for(longest)?;
+        self.samples.fill(self.seed, &mut batch.rows_mut(), scratch)?;
         Ok(batch)
     }
 
-    /// Memory of the batch that `job` will give.
+    /// Memory of the batch that `job` will give, at most.
     pub(crate) fn bytes(&self, job: Job) -> usize {
-        let rows = self.micro_batches[job.micro].len();
-        Batch::bytes(rows, self.samples.sequence_len(), self.samples.has_attention_mask())
+        bytes_max(&self.columns, self.rows(job).len().max(1))
     }
 
     /// The micro-batch after `job`: of the same global batch, or the first one of the next.
     pub(crate) fn after(&self, job: Job) -> Job {
-        if job.micro + 1 < self.micro_batches.len() {
+        if job.micro + 1 < self.micro_batches(job.start) {
             Job { micro: job.micro + 1, ..job }
         } else {
             Job { start: self.sampler.after(job.start), micro: 0 }
         }
+    }
+
+    /// Whether nothing comes at or after a place.
+    pub(crate) fn is_end(&self, start: Position) -> bool {
+        self.epochs.is_some_and(|epochs| self.sampler.start(start).epoch >= epochs)
     }
 }

@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 use crate::plan::{Job, Plan};
-use crate::samples::Scratch;
 
 /// Threads look whether the loader is gone at least so often, should a wake-up be lost.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -154,9 +153,9 @@ impl Shared {
     }
 
     fn work(&self) {
-        let mut scratch = Scratch::default();
+        let mut builder = self.plan.builder();
         while let Some((ticket, job)) = self.claim() {
-            let built = catch_unwind(AssertUnwindSafe(|| self.plan.build(job, &mut scratch)));
+            let built = catch_unwind(AssertUnwindSafe(|| self.plan.build(job, &mut builder)));
             let result = built.unwrap_or_else(|payload| Err(panicked(job, payload.as_ref())));
             let mut queue = self.lock();
             let index = ticket - queue.taken;
@@ -171,7 +170,8 @@ impl Shared {
         self.filled.notify_all();
     }
 
-    /// The next batch to build, when there is room for it; `None` when the loader is gone.
+    /// The next batch to build, when there is room for it; `None` when the loader is gone, or at
+    /// the end of the data.
     fn claim(&self) -> Option<(u64, Job)> {
         let mut queue = self.lock();
         loop {
@@ -179,6 +179,9 @@ impl Shared {
                 return None;
             }
             let job = queue.next;
+            if self.plan.is_end(job.start) {
+                return None;
+            }
             let bytes = self.plan.bytes(job);
             let fits = queue.slots.len() < self.bounds.batches
                 && queue.bytes.saturating_add(bytes) <= self.bounds.bytes;

@@ -1,27 +1,28 @@
-//! What a loader reads from: anything that can fill the row of a sample.
+//! What a loader reads from: anything that can fill the rows of a batch.
 
+use crate::batch::{Column, Rows};
 use crate::error::Result;
 use crate::fingerprint::Fingerprint;
 use crate::sampler::Sample;
 
-/// One sample's part of a batch, to be filled completely: rows come from recycled buffers and hold old values.
-#[derive(Debug)]
-pub struct Row<'a> {
-    /// Token ids.
-    pub input_ids: &'a mut [i64],
-    /// Labels; [`IGNORED`](crate::IGNORED) where the loss does not look.
-    pub labels: &'a mut [i64],
-    /// 1 for tokens, 0 for padding; absent if [`Samples::has_attention_mask`] says so.
-    pub attention_mask: Option<&'a mut [i64]>,
-}
-
-/// Memory that a thread keeps from sample to sample, so that reading allocates nothing.
+/// Memory that a thread keeps from batch to batch, so that reading allocates nothing.
 #[derive(Debug, Default)]
 pub struct Scratch {
     pub(crate) bytes: Vec<u8>,
+    /// Samples of a mixture, numbered as in their part.
+    pub(crate) renamed: Vec<Sample>,
 }
 
-/// Samples of one length that can be read in any order, from many threads at once.
+/// A part of a mixture: how many samples it has, and its share.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Part {
+    /// How many samples.
+    pub samples: u64,
+    /// Its share of all samples that are delivered, relative to the other parts' weights.
+    pub weight: f64,
+}
+
+/// Samples that can be read in any order, from many threads at once.
 ///
 /// Whatever is random about a sample must be a function of `seed` and `sample` alone: then batches do not depend on ranks,
 /// threads or on where a run was resumed.
@@ -29,20 +30,99 @@ pub trait Samples: Send + Sync + 'static {
     /// How many samples there are.
     fn sample_count(&self) -> u64;
 
-    /// How many tokens each sample has.
-    fn sequence_len(&self) -> usize;
-
-    /// Whether batches carry an attention mask. Without one every position is a token.
-    fn has_attention_mask(&self) -> bool {
-        false
-    }
+    /// What a batch holds.
+    fn columns(&self) -> &[Column];
 
     /// Identifies the data and everything that decides about a sample but seed and epoch.
     fn fingerprint(&self) -> Fingerprint;
 
-    /// Fills the row of `sample`.
+    /// How long sample `id` is in padded columns; needed only if there are such columns, or for batches of samples of
+    /// similar length.
     ///
     /// # Errors
-    /// If the sample cannot be read, or is damaged.
-    fn fill(&self, sample: Sample, seed: u64, row: Row<'_>, scratch: &mut Scratch) -> Result<()>;
+    /// If it cannot be read.
+    fn sample_len(&self, _id: u64, _scratch: &mut Scratch) -> Result<usize> {
+        Ok(self.columns().iter().map(Column::longest_max).max().unwrap_or(0))
+    }
+
+    /// The parts that samples are drawn from by weight. One part: they are drawn as the order says.
+    fn parts(&self) -> Vec<Part> {
+        vec![Part { samples: self.sample_count(), weight: 1.0 }]
+    }
+
+    /// Fills the rows.
+    ///
+    /// # Errors
+    /// If a sample cannot be read, or is damaged.
+    fn fill(&self, seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()>;
+}
+
+/// Samples that a closure makes, row by row.
+///
+/// ```
+/// use phalanx_data::{from_fn, Column, DType};
+///
+/// // x and x²: column 0 and column 1.
+/// let columns = vec![Column::new("x", DType::F32, []), Column::new("y", DType::F32, [])];
+/// let samples = from_fn(1000, columns, "squares", |sample, _seed, row| {
+///     let x = sample.id as f32;
+///     let [xs, ys] = row.columns_mut::<f32, 2>([0, 1])?;
+///     (xs[0], ys[0]) = (x, x * x);
+///     Ok(())
+/// });
+/// # let mut loader = phalanx_data::Loader::new(std::sync::Arc::new(samples), Default::default())?;
+/// # let step = loader.next_step()?;
+/// # let (x, y) = (step.micro_batches[0].get::<f32>("x")?, step.micro_batches[0].get::<f32>("y")?);
+/// # assert!(x.iter().zip(y).all(|(x, y)| x * x == *y) && x.len() == 32);
+/// # Ok::<(), phalanx_data::Error>(())
+/// ```
+pub fn from_fn<F>(sample_count: u64, columns: Vec<Column>, version: &str, fill: F) -> FromFn<F>
+where
+    F: Fn(Sample, u64, &mut Rows<'_>) -> Result<()> + Send + Sync + 'static,
+{
+    let fingerprint = crate::fingerprint::Fingerprinter::new("from-fn 1").bytes(version.as_bytes());
+    FromFn { sample_count, columns, fingerprint: fingerprint.number(sample_count).finish(), fill }
+}
+
+/// See [`from_fn`].
+pub struct FromFn<F> {
+    sample_count: u64,
+    columns: Vec<Column>,
+    fingerprint: Fingerprint,
+    fill: F,
+}
+
+impl<F> std::fmt::Debug for FromFn<F> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let FromFn { sample_count, columns, .. } = self;
+        f.debug_struct("FromFn")
+            .field("sample_count", sample_count)
+            .field("columns", columns)
+            .finish()
+    }
+}
+
+impl<F> Samples for FromFn<F>
+where
+    F: Fn(Sample, u64, &mut Rows<'_>) -> Result<()> + Send + Sync + 'static,
+{
+    fn sample_count(&self) -> u64 {
+        self.sample_count
+    }
+
+    fn columns(&self) -> &[Column] {
+        &self.columns
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
+    }
+
+    fn fill(&self, seed: u64, rows: &mut Rows<'_>, _scratch: &mut Scratch) -> Result<()> {
+        for at in 0..rows.len() {
+            let (sample, _) = rows.sample(at);
+            (self.fill)(sample, seed, &mut rows.part(at..at + 1))?;
+        }
+        Ok(())
+    }
 }

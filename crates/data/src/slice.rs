@@ -65,16 +65,27 @@ pub enum MicroBatch {
 impl MicroBatch {
     /// The micro-batches of a slice of `len` samples, counted within the slice. None is empty.
     pub fn cut(self, len: usize) -> Vec<Range<usize>> {
+        (0..self.count(len)).map(|index| self.nth(len, index)).collect()
+    }
+
+    /// How many micro-batches a slice of `len` samples has.
+    pub(crate) fn count(self, len: usize) -> usize {
         match self {
-            MicroBatch::Whole if len == 0 => Vec::new(),
-            MicroBatch::Whole => std::iter::once(0..len).collect(),
-            MicroBatch::Size(size) => {
-                (0..len).step_by(size.get()).map(|at| at..(at + size.get()).min(len)).collect()
-            }
-            MicroBatch::Count(count) => (0..count.get())
-                .map(|index| part(len, index, count.get()))
-                .filter(|range| !range.is_empty())
-                .collect(),
+            MicroBatch::Whole => len.min(1),
+            MicroBatch::Size(size) => len.div_ceil(size.get()),
+            MicroBatch::Count(count) => count.get().min(len),
+        }
+    }
+
+    /// Micro-batch `index` of a slice of `len` samples, counted within the slice; empty if there is no such one.
+    pub(crate) fn nth(self, len: usize, index: usize) -> Range<usize> {
+        if index >= self.count(len) {
+            return len..len;
+        }
+        match self {
+            MicroBatch::Whole => 0..len,
+            MicroBatch::Size(size) => index * size.get()..((index + 1) * size.get()).min(len),
+            MicroBatch::Count(count) => part(len, index, count.get()),
         }
     }
 }

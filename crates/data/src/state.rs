@@ -9,13 +9,14 @@ use crate::sampler::{Order, Position};
 /// A loader's place: what [`Loader::resume`](crate::Loader::resume) needs.
 ///
 /// It is the same on every rank, and knows nothing of ranks, threads or batch sizes: all of them may differ when a run is
-/// resumed. Some 100 bytes as JSON.
+/// resumed. At most 100 bytes as JSON for a billion samples.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoaderState {
     /// The epoch, from 0.
     pub epoch: u64,
     /// How many samples of the epoch's order are done.
+    #[serde(rename = "next_sample", alias = "next_global_sample")]
     pub next_global_sample: u64,
     /// The seed of order and masks.
     pub seed: u64,
@@ -25,6 +26,7 @@ pub struct LoaderState {
     #[serde(default = "first_version", skip_serializing_if = "is_first_version")]
     pub version: u32,
     /// What the data was.
+    #[serde(rename = "data", alias = "fingerprint")]
     pub fingerprint: Fingerprint,
 }
 
@@ -39,7 +41,7 @@ impl LoaderState {
         let pairs = [
             ("data", self.fingerprint.to_string(), current.fingerprint.to_string()),
             ("seed", self.seed.to_string(), current.seed.to_string()),
-            ("order", format!("{:?}", self.order), format!("{:?}", current.order)),
+            ("order", self.order.to_string(), current.order.to_string()),
             ("order's version", self.version.to_string(), current.version.to_string()),
         ];
         for (what, saved, now) in pairs {

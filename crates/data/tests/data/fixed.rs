@@ -64,8 +64,8 @@ fn rows_are_delivered_as_they_are_in_the_order_of_the_file() {
             let mut loader =
                 Loader::new(Arc::clone(&samples) as Arc<dyn Samples>, options).unwrap();
             let _first = loader.next_step().unwrap();
-            let mut second = loader.next_step().unwrap();
-            slices.push(second.micro_batches.remove(0));
+            let second = loader.next_step().unwrap();
+            slices.extend(second.micro_batches.into_iter().take(1));
         }
         assert_eq!(slices[0].input_ids(), [30, 31, 32, 40, 41, 42]);
         assert_eq!(slices[0].labels(), [-100, 31, -100, -100, 41, -100]);

@@ -31,7 +31,7 @@ fn batches_come_in_order_when_threads_finish_in_another() {
         }
         Ok(())
     };
-    let samples = Arc::new(Scripted { count: 400, len: 1, script });
+    let samples = Arc::new(Scripted::new(400, 1, script));
     let mut loader = Loader::new(samples, options(4)).unwrap();
     for step in 0..100 {
         let ids: Vec<i64> = loader.next_step().unwrap().micro_batches[0].input_ids().to_vec();
@@ -46,7 +46,7 @@ fn an_error_arrives_in_its_place_and_stops_the_loader() {
             21 => Err(broken()),
             _ => Ok(()),
         };
-        let samples = Arc::new(Scripted { count: 400, len: 1, script });
+        let samples = Arc::new(Scripted::new(400, 1, script));
         let mut loader = Loader::new(samples, options(threads)).unwrap();
         for _ in 0..5 {
             loader.next_step().unwrap();
@@ -67,7 +67,7 @@ fn a_panic_in_a_thread_is_an_error_with_its_place_and_message() {
         assert!(sample.id != 13, "thirteen brings no luck");
         Ok(())
     };
-    let samples = Arc::new(Scripted { count: 400, len: 1, script });
+    let samples = Arc::new(Scripted::new(400, 1, script));
     let mut loader = Loader::new(samples, options(2)).unwrap();
     for _ in 0..3 {
         loader.next_step().unwrap();
@@ -90,7 +90,7 @@ fn slow_storage_is_an_error_after_the_timeout_not_a_hang() {
         drop(changed.wait_timeout_while(open, LONG, |open| !*open).unwrap());
         Ok(())
     };
-    let samples = Arc::new(Scripted { count: 400, len: 1, script });
+    let samples = Arc::new(Scripted::new(400, 1, script));
     let timeout = Duration::from_millis(50);
     let mut loader = Loader::new(samples, LoaderOptions { timeout, ..options(1) }).unwrap();
     let started = Instant::now();
@@ -113,7 +113,7 @@ fn the_queue_is_bounded_in_batches_and_in_bytes() {
             Ok(())
         };
         // 4 rows of one token: 4 × 2 × 8 = 64 bytes a batch.
-        let samples = Arc::new(Scripted { count: 4000, len: 1, script });
+        let samples = Arc::new(Scripted::new(4000, 1, script));
         let options = LoaderOptions { queue_batches, queue_bytes, ..options(2) };
         let mut loader = Loader::new(samples, options).unwrap();
         for taken in 0..20_u64 {
@@ -132,7 +132,7 @@ fn the_queue_is_bounded_in_batches_and_in_bytes() {
 
 #[test]
 fn a_step_of_more_micro_batches_than_the_queue_holds_is_delivered() {
-    let samples = Arc::new(Scripted { count: 400, len: 1, script: |_| Ok(()) });
+    let samples = Arc::new(Scripted::new(400, 1, |_| Ok(())));
     let one = NonZeroUsize::new(1).unwrap();
     let options = LoaderOptions {
         global_batch: 50,
@@ -174,7 +174,7 @@ fn waiting_for_data_is_reported() {
         }
         Ok(())
     };
-    let samples = Arc::new(Scripted { count: 400, len: 1, script });
+    let samples = Arc::new(Scripted::new(400, 1, script));
     for threads in [0, 1] {
         let samples = Arc::clone(&samples);
         let mut loader = Loader::new(samples, options(threads)).unwrap();
@@ -197,7 +197,7 @@ fn dropping_a_loader_ends_its_threads() {
         let _held_by_the_samples = &tell;
         Ok(())
     };
-    let samples = Arc::new(Scripted { count: 400, len: 1, script });
+    let samples = Arc::new(Scripted::new(400, 1, script));
     let mut loader = Loader::new(samples, options(3)).unwrap();
     loader.next_step().unwrap();
     drop(loader);
@@ -206,7 +206,7 @@ fn dropping_a_loader_ends_its_threads() {
 
 #[test]
 fn options_that_cannot_work_are_refused() {
-    let samples = || Arc::new(Scripted { count: 10, len: 1, script: |_| Ok(()) });
+    let samples = || Arc::new(Scripted::new(10, 1, |_| Ok(())));
     let refused = |options| Loader::new(samples(), options).unwrap_err().to_string();
     let error = refused(LoaderOptions { global_batch: 11, ..options(1) });
     assert!(error.contains("10 samples, fewer than the global batch of 11"), "{error}");

@@ -12,6 +12,7 @@ mod fixed;
 mod loader;
 mod masking;
 mod order;
+mod orders;
 mod preparing;
 mod support;
 mod tidy;

@@ -89,7 +89,7 @@ fn batches_are_bit_equal_for_all_ranks_threads_and_places_of_resuming() {
 
 #[test]
 fn four_then_three_then_four_ranks_see_every_sample_exactly_once_an_epoch() {
-    let samples: Arc<dyn Samples> = Arc::new(Scripted { count: 1003, len: 2, script: |_| Ok(()) });
+    let samples: Arc<dyn Samples> = Arc::new(Scripted::new(1003, 2, |_| Ok(())));
     let options =
         LoaderOptions { seed: 5, global_batch: 10, tail: Tail::Wrap, ..Default::default() };
     let (mut seen, mut state) = (Vec::new(), None);
@@ -110,7 +110,7 @@ fn four_then_three_then_four_ranks_see_every_sample_exactly_once_an_epoch() {
 
 #[test]
 fn a_rank_computes_its_contiguous_slice_of_the_order() {
-    let samples: Arc<dyn Samples> = Arc::new(Scripted { count: 50, len: 1, script: |_| Ok(()) });
+    let samples: Arc<dyn Samples> = Arc::new(Scripted::new(50, 1, |_| Ok(())));
     let slices = |order| {
         [0, 1, 2].map(|rank| {
             let options =
@@ -130,7 +130,7 @@ fn a_rank_computes_its_contiguous_slice_of_the_order() {
 
 #[test]
 fn a_place_in_other_data_or_another_order_is_refused() {
-    let samples = |count| Arc::new(Scripted { count, len: 1, script: |_| Ok(()) });
+    let samples = |count| Arc::new(Scripted::new(count, 1, |_| Ok(())));
     let options = LoaderOptions { seed: 3, global_batch: 4, ..Default::default() };
     let state = Loader::new(samples(50), options.clone()).unwrap().state();
     let refused = |count, options, state: &LoaderState| {
@@ -141,7 +141,7 @@ fn a_place_in_other_data_or_another_order_is_refused() {
     let error = refused(50, LoaderOptions { seed: 4, ..options.clone() }, &state);
     assert!(error.contains("its seed is 3, this run has 4"), "{error}");
     let sequential = LoaderOptions { order: Order::Sequential, ..options.clone() };
-    assert!(refused(50, sequential, &state).contains("its order is Shuffled"));
+    assert!(refused(50, sequential, &state).contains("its order is shuffled"));
     let newer = LoaderState { version: 2, ..state.clone() };
     assert!(refused(50, options.clone(), &newer).contains("order's version is 2, this run has 1"));
     // Nonsense in a saved place starts an epoch, but does not panic.

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use phalanx_data::{
-    Access, Batch, Error, Fingerprint, MaskedText, Masking, Result, Row, Sample, Samples, Scratch,
-    SpecialTokens, TokenStream, TokenWriter,
+    Access, Batch, Column, DType, Error, Fingerprint, MaskedText, Masking, Result, Rows, Sample,
+    Samples, Scratch, SpecialTokens, TokenStream, TokenWriter,
 };
 
 pub(crate) const SPECIAL: SpecialTokens = SpecialTokens { pad: 0, unk: 1, cls: 2, sep: 3, mask: 4 };
@@ -53,9 +53,17 @@ pub(crate) fn content(batch: &Batch) -> (Vec<Sample>, Vec<i64>, Vec<i64>) {
 
 /// Samples that do what a test asks for, and otherwise hold their own number.
 pub(crate) struct Scripted<F> {
-    pub(crate) count: u64,
-    pub(crate) len: usize,
-    pub(crate) script: F,
+    count: u64,
+    columns: [Column; 2],
+    script: F,
+}
+
+impl<F> Scripted<F> {
+    /// `count` samples of `len` tokens.
+    pub(crate) fn new(count: u64, len: usize, script: F) -> Self {
+        let columns = ["input_ids", "labels"].map(|name| Column::new(name, DType::I64, [len]));
+        Scripted { count, columns, script }
+    }
 }
 
 impl<F> Samples for Scripted<F>
@@ -66,18 +74,23 @@ where
         self.count
     }
 
-    fn sequence_len(&self) -> usize {
-        self.len
+    fn columns(&self) -> &[Column] {
+        &self.columns
     }
 
     fn fingerprint(&self) -> Fingerprint {
         Fingerprint(self.count)
     }
 
-    fn fill(&self, sample: Sample, _: u64, row: Row<'_>, _: &mut Scratch) -> Result<()> {
-        (self.script)(sample)?;
-        row.input_ids.fill(i64::try_from(sample.id).unwrap_or(i64::MAX));
-        row.labels.fill(0);
+    fn fill(&self, _: u64, rows: &mut Rows<'_>, _: &mut Scratch) -> Result<()> {
+        for at in 0..rows.len() {
+            let (sample, _) = rows.sample(at);
+            (self.script)(sample)?;
+            let mut row = rows.part(at..at + 1);
+            let [input_ids, labels] = row.columns_mut::<i64, 2>([0, 1])?;
+            input_ids.fill(i64::try_from(sample.id).unwrap_or(i64::MAX));
+            labels.fill(0);
+        }
         Ok(())
     }
 }

@@ -1,0 +1,111 @@
+//! Shuffling in two levels, for data that does not fit memory: a bijection of positions that is never written down.
+//!
+//! The samples, rotated by an epoch's offset, are cut into blocks of neighbours. The blocks are permuted, and so many blocks in
+//! a row are a window; the samples of a window are permuted among each other. What is left over after the last whole block
+//! belongs to the last window; the rotation makes it other samples in every epoch.
+//! Frozen together with [`crate::permutation::VERSION`].
+
+use crate::permutation::Permutation;
+use crate::random::Stream;
+
+const PURPOSE: u64 = 0x626C_6F63_6B00_0001; // "block", version 1
+
+/// The order of one epoch.
+#[derive(Clone, Debug)]
+pub(crate) struct BlockOrder {
+    count: u64,
+    block: u64,
+    /// Positions of a window.
+    window: u64,
+    windows: u64,
+    rotation: u64,
+    blocks: Permutation,
+    seed: u64,
+    current: Option<(u64, Permutation)>,
+}
+
+impl BlockOrder {
+    /// `count` samples, `block` samples a block, `window` blocks a window; none of them 0.
+    pub(crate) fn new(count: u64, block: u64, window: u64, seed: u64, epoch: u64) -> Self {
+        let mut stream = Stream::keyed(PURPOSE, &[seed, epoch, count, block, window]);
+        let (blocks_seed, seed_of_windows) = (stream.next(), stream.next());
+        let rotation = stream.next() % count.max(1);
+        let block = block.min(count.max(1));
+        let whole = count / block;
+        let window = window.min(whole);
+        BlockOrder {
+            count,
+            block,
+            window: window * block,
+            windows: (whole / window).max(1),
+            rotation,
+            blocks: Permutation::new(whole, blocks_seed, epoch),
+            seed: seed_of_windows,
+            current: None,
+        }
+    }
+
+    /// The sample at `place`, which is below the count.
+    pub(crate) fn at(&mut self, place: u64) -> u64 {
+        let number = (place / self.window).min(self.windows - 1);
+        let start = number * self.window;
+        let end = if number + 1 == self.windows { self.count } else { start + self.window };
+        let fresh = || (number, Permutation::new(end - start, self.seed, number));
+        let current = self.current.get_or_insert_with(fresh);
+        if current.0 != number {
+            *current = (number, Permutation::new(end - start, self.seed, number));
+        }
+        let within = start + current.1.at(place - start);
+        let (block, rest) = (within / self.block, within % self.block);
+        let block = if block < self.blocks.len() { self.blocks.at(block) } else { block };
+        let sample = block * self.block + rest;
+        // Both are below the count, which is below 2^62.
+        (sample + self.rotation) % self.count
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_sample_comes_once_whatever_the_sizes_are() {
+        for (count, block, window) in [
+            (1, 1, 1),
+            (10, 3, 2),
+            (100, 7, 3),
+            (1000, 64, 4),
+            (1000, 2000, 5),
+            (997, 10, 200),
+            (12, 4, 3),
+        ] {
+            for epoch in 0..3 {
+                let mut order = BlockOrder::new(count, block, window, 7, epoch);
+                let mut seen: Vec<u64> = (0..count).map(|place| order.at(place)).collect();
+                let mut jumping = BlockOrder::new(count, block, window, 7, epoch);
+                for place in (0..count).rev() {
+                    let at = usize::try_from(place).unwrap();
+                    assert_eq!(jumping.at(place), seen[at], "places are independent of each other");
+                }
+                seen.sort_unstable();
+                assert!(seen.into_iter().eq(0..count), "{count} {block} {window}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_window_touches_few_blocks_and_epochs_differ() {
+        let (count, block, window) = (100_000, 100, 10);
+        let mut order = BlockOrder::new(count, block, window, 7, 0);
+        for start in (0..count).step_by(1000) {
+            let mut touched: Vec<u64> = (start..start + 1000)
+                .map(|place| (order.at(place) + count - order.rotation) % count / block)
+                .collect();
+            touched.sort_unstable();
+            touched.dedup();
+            assert_eq!(touched.len(), 10);
+        }
+        let mut next = BlockOrder::new(count, block, window, 7, 1);
+        assert!((0..count).filter(|&place| order.at(place) == next.at(place)).count() < 20);
+    }
+}

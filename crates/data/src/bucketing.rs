@@ -1,0 +1,80 @@
+//! Global batches of samples of similar length, so that little is padded; still an order that depends on nothing but data,
+//! seed and place.
+//!
+//! A window of so many global batches is sorted by length, cut into batches, and these are permuted. Windows are counted
+//! from the epoch's beginning; a last global batch that is not whole stays as it is.
+
+use crate::cast::{to_u64, to_usize};
+use crate::error::{Error, Result};
+use crate::permutation::Permutation;
+use crate::random::Stream;
+use crate::sampler::{Cursor, Position, Sample, Sampler};
+use crate::samples::{Samples, Scratch};
+
+const PURPOSE: u64 = 0x6275_636B_0000_0001; // "buck", version 1
+
+/// The window that a thread is in.
+#[derive(Debug, Default)]
+pub(crate) struct Window {
+    /// Epoch and number of the window.
+    current: Option<(u64, u64)>,
+    /// Sorted by length.
+    samples: Vec<(usize, Sample)>,
+    batches: Option<Permutation>,
+}
+
+impl Window {
+    /// The samples of the global batch that starts at `start`. `None`: its samples are those of the order.
+    pub(crate) fn batch(
+        &mut self,
+        (sampler, cursor): (&Sampler, &mut Cursor),
+        batches: u64,
+        start: Position,
+        (data, scratch): (&dyn Samples, &mut Scratch),
+    ) -> Result<Option<&[(usize, Sample)]>> {
+        let global_batch = sampler.global_batch();
+        let whole = sampler.sample_count() / global_batch;
+        let number = start.next_global_sample / global_batch;
+        if number >= whole {
+            return Ok(None);
+        }
+        let window = number / batches;
+        let first = window * batches;
+        let in_window = batches.min(whole - first);
+        if self.current != Some((start.epoch, window)) {
+            self.current = None;
+            self.samples.clear();
+            for place in first * global_batch..(first + in_window) * global_batch {
+                let sample = cursor.at(start.epoch, place);
+                self.samples.push((data.sample_len(sample.id, scratch)?, sample));
+            }
+            // Equal lengths stay in the order's order: the sort is stable.
+            self.samples.sort_by_key(|&(len, _)| len);
+            let seed = Stream::keyed(PURPOSE, &[sampler.seed(), window]).next();
+            self.batches = Some(Permutation::new(in_window, seed, start.epoch));
+            self.current = Some((start.epoch, window));
+        }
+        let batch = self.batches.as_ref().map_or(0, |order| order.at(number - first));
+        let at = to_usize(batch * global_batch);
+        Ok(self.samples.get(at..at + to_usize(global_batch)))
+    }
+}
+
+/// Whether batches of similar length can be made from here on.
+pub(crate) fn check(sampler: &Sampler, wraps: bool, batches: u64, start: Position) -> Result<()> {
+    let refuse = |reason: &str| Err(Error::option("bucketing", batches, reason));
+    if wraps {
+        return refuse(
+            "batches of similar length need an epoch that ends: take another tail than wrap",
+        );
+    }
+    if !start.next_global_sample.is_multiple_of(sampler.global_batch()) {
+        return refuse(
+            "the saved position is not at the beginning of a global batch: go on with the global batch of the run that saved it",
+        );
+    }
+    if batches.saturating_mul(sampler.global_batch()) > to_u64(1 << 24) {
+        return refuse("a window may have 16 777 216 samples at most");
+    }
+    Ok(())
+}

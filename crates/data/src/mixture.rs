@@ -1,0 +1,112 @@
+//! Several data sets as one, drawn from by weight.
+
+use std::sync::Arc;
+
+use crate::batch::{Column, Rows};
+use crate::error::{Error, Result};
+use crate::fingerprint::{Fingerprint, Fingerprinter};
+use crate::samples::{Part, Samples, Scratch};
+
+/// A mixture: at every place of the order each part has its share of the samples, to less than one sample. Samples of a part
+/// come in the loader's order; when all have come, the next round begins in another order.
+///
+/// All parts have the same columns. A loader needs [`Tail::Wrap`](crate::Tail::Wrap). An epoch is as many samples as all parts
+/// have together; samples of an epoch are not each one exactly once.
+pub struct Mixture {
+    parts: Vec<(Arc<dyn Samples>, f64)>,
+    /// The number of each part's first sample, and of the one after the last.
+    starts: Vec<u64>,
+    columns: Vec<Column>,
+    fingerprint: Fingerprint,
+}
+
+impl std::fmt::Debug for Mixture {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mixture").field("starts", &self.starts).finish_non_exhaustive()
+    }
+}
+
+impl Mixture {
+    /// Parts and their weights: 0.7 and 0.3, or 7 and 3.
+    ///
+    /// # Errors
+    /// [`Error::InvalidOption`] for no part, or parts of different columns.
+    pub fn new(parts: Vec<(Arc<dyn Samples>, f64)>) -> Result<Self> {
+        let Some((first, _)) = parts.first() else {
+            return Err(Error::option("parts", 0, "a mixture has at least one part"));
+        };
+        let columns = first.columns().to_vec();
+        let mut sum = Fingerprinter::new("mixture 1");
+        let (mut starts, mut end) = (vec![0], 0_u64);
+        for (number, (part, weight)) in parts.iter().enumerate() {
+            if part.columns() != columns {
+                let reason =
+                    "its columns differ from those of part 0: names, types and shapes must agree";
+                return Err(Error::option("parts", format!("part {number}"), reason));
+            }
+            end = end.saturating_add(part.sample_count());
+            starts.push(end);
+            sum = sum.number(part.fingerprint().0).number(weight.to_bits());
+        }
+        Ok(Mixture { parts, starts, columns, fingerprint: sum.finish() })
+    }
+
+    /// The part of a sample, and the sample's number there.
+    fn place(&self, id: u64) -> Result<(usize, u64)> {
+        let part = self.starts.partition_point(|&start| start <= id).saturating_sub(1);
+        if part >= self.parts.len() {
+            return Err(Error::NoSuchSample { sample: id, samples: self.sample_count() });
+        }
+        Ok((part, id - self.starts[part]))
+    }
+}
+
+impl Samples for Mixture {
+    fn sample_count(&self) -> u64 {
+        self.starts.last().copied().unwrap_or(0)
+    }
+
+    fn columns(&self) -> &[Column] {
+        &self.columns
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
+    }
+
+    fn sample_len(&self, id: u64, scratch: &mut Scratch) -> Result<usize> {
+        let (part, own) = self.place(id)?;
+        self.parts[part].0.sample_len(own, scratch)
+    }
+
+    fn parts(&self) -> Vec<Part> {
+        let part = |(samples, weight): &(Arc<dyn Samples>, f64)| Part {
+            samples: samples.sample_count(),
+            weight: *weight,
+        };
+        self.parts.iter().map(part).collect()
+    }
+
+    fn fill(&self, seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {
+        let mut renamed = std::mem::take(&mut scratch.renamed);
+        let mut start = 0;
+        while start < rows.len() {
+            // Neighbours of the same part go together.
+            let (part, _) = self.place(rows.sample(start).0.id)?;
+            renamed.clear();
+            for sample in &rows.samples()[start..] {
+                let (other, own) = self.place(sample.id)?;
+                if other != part {
+                    break;
+                }
+                renamed.push(crate::sampler::Sample { id: own, ..*sample });
+            }
+            let end = start + renamed.len();
+            let mut of_part = rows.part(start..end);
+            self.parts[part].0.fill(seed, &mut of_part.renamed(&renamed), scratch)?;
+            start = end;
+        }
+        scratch.renamed = renamed;
+        Ok(())
+    }
+}
