@@ -311,14 +311,14 @@ pub struct Rows<'a> {
     longest: usize,
 }
 
-impl Rows<'_> {
+impl<'a> Rows<'a> {
     /// Which sample each row is to hold.
-    pub fn samples(&self) -> &[Sample] {
+    pub fn samples(&self) -> &'a [Sample] {
         self.samples
     }
 
     /// Which rows count. The others are filled as well; their labels should be [`IGNORED`].
-    pub fn valid(&self) -> &[bool] {
+    pub fn valid(&self) -> &'a [bool] {
         self.valid
     }
 
@@ -333,7 +333,7 @@ impl Rows<'_> {
     }
 
     /// The columns.
-    pub fn columns(&self) -> &[Column] {
+    pub fn columns(&self) -> &'a [Column] {
         self.columns
     }
 

@@ -15,6 +15,7 @@ use crate::fingerprint::{Fingerprint, Fingerprinter};
 use crate::format::{Access, TokenStream};
 use crate::masking::{Masker, Masking, IGNORED};
 use crate::samples::{Samples, Scratch};
+use crate::whole_words::Continuations;
 
 /// `[CLS]` before the tokens and `[SEP]` after them.
 const FRAME: usize = 2;
@@ -53,14 +54,19 @@ impl MaskedText {
             return Err(Error::option("sequence_len", sequence_len, reason));
         }
         let index = stream.index();
-        let masker = Masker::new(masking, index.vocab_size, index.special)?;
-        let fingerprint = Fingerprinter::new("masked-text 1")
+        let mut masker = Masker::new(masking, index.vocab_size, index.special)?;
+        let mut sum = Fingerprinter::new("masked-text 1")
             .number(index.fingerprint.0)
             .number(to_u64(sequence_len))
             .number(masking.probability.to_bits())
             .number(masking.mask_share.to_bits())
-            .number(masking.random_share.to_bits())
-            .finish();
+            .number(masking.random_share.to_bits());
+        if masking.whole_words {
+            let words = Continuations::of_tokenizer(stream.folder(), index.vocab_size)?;
+            sum = sum.bytes(b"whole words").number(words.fingerprint().0);
+            masker = masker.with_words(words);
+        }
+        let fingerprint = sum.finish();
         let columns =
             ["input_ids", "labels"].map(|name| Column::new(name, DType::I64, [sequence_len]));
         Ok(MaskedText { stream, masker, sequence_len, columns, fingerprint })
@@ -122,10 +128,13 @@ impl Samples for MaskedText {
     }
 
     fn fill(&self, seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {
-        for at in 0..rows.len() {
-            let (sample, is_valid) = rows.sample(at);
-            let mut row = rows.part(at..at + 1);
-            let [input_ids, labels] = row.columns_mut::<i64, 2>([0, 1])?;
+        let (samples, valid) = (rows.samples(), rows.valid());
+        let [all_ids, all_labels] = rows.columns_mut::<i64, 2>([0, 1])?;
+        let rows_of = |all| <[i64]>::chunks_exact_mut(all, self.sequence_len);
+        let places = samples.iter().zip(valid);
+        for ((&sample, &is_valid), (input_ids, labels)) in
+            places.zip(rows_of(all_ids).zip(rows_of(all_labels)))
+        {
             self.read_unmasked(sample.id, input_ids, scratch)?;
             self.masker.apply(seed, sample, input_ids, labels);
             if !is_valid {

@@ -8,6 +8,8 @@
 //! Probabilities are held in 1/65 536: 15 % is 9 830/65 536. Positions are chosen 64 at a time, without a branch for each.
 //! Source: Devlin et al., "BERT" (2018), section 3.1.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::cast::{to_u64, to_usize};
@@ -15,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::format::SpecialTokens;
 use crate::random::{below, high_half, Stream};
 use crate::sampler::Sample;
+use crate::whole_words::Continuations;
 
 /// The label of positions that do not count in the loss (PyTorch's `ignore_index`).
 pub const IGNORED: i64 = -100;
@@ -39,12 +42,15 @@ pub struct Masking {
     pub mask_share: f64,
     /// Share of the chosen positions that become a random token.
     pub random_share: f64,
+    /// Words are chosen with `probability`, not tokens: all tokens of a chosen word are, and each of them is replaced or kept
+    /// for itself. Needs a tokenizer that marks where words begin or go on.
+    pub whole_words: bool,
 }
 
 impl Default for Masking {
     /// BERT's: 15 %, of these 80 % masked, 10 % random, 10 % kept.
     fn default() -> Self {
-        Masking { probability: 0.15, mask_share: 0.8, random_share: 0.1 }
+        Masking { probability: 0.15, mask_share: 0.8, random_share: 0.1, whole_words: false }
     }
 }
 
@@ -56,6 +62,8 @@ pub struct Masker {
     random_below: u32,
     vocab_size: u32,
     special: SpecialTokens,
+    /// For whole words.
+    words: Option<Arc<Continuations>>,
 }
 
 impl Masker {
@@ -64,7 +72,7 @@ impl Masker {
     /// # Errors
     /// [`Error::InvalidOption`] for probabilities outside 0..=1, a probability of 0, or shares that exceed 1 together.
     pub fn new(masking: Masking, vocab_size: u32, special: SpecialTokens) -> Result<Self> {
-        let Masking { probability, mask_share, random_share } = masking;
+        let Masking { probability, mask_share, random_share, whole_words: _ } = masking;
         if !(probability > 0.0 && probability <= 1.0) {
             let reason = "it must be above 0 and at most 1 (BERT: 0.15)";
             return Err(Error::option("masking.probability", probability, reason));
@@ -83,7 +91,15 @@ impl Masker {
             random_below: in_65536ths(mask_share + random_share),
             vocab_size,
             special,
+            words: None,
         })
+    }
+
+    /// Masks whole words from now on.
+    #[must_use]
+    pub fn with_words(mut self, words: Continuations) -> Self {
+        self.words = Some(Arc::new(words));
+        self
     }
 
     /// Masks `input_ids` in place and writes `labels`. Both have the sample's length.
@@ -96,6 +112,9 @@ impl Masker {
         let mut choice = Stream::keyed(PURPOSE_CHOICE, &key);
         let mut replacement = Stream::keyed(PURPOSE_REPLACEMENT, &key);
         labels.fill(IGNORED);
+        if let Some(words) = &self.words {
+            return self.apply_to_words(&key, words, input_ids, labels);
+        }
         let mut chosen_count = 0;
         for (ids, marks) in input_ids.chunks_mut(64).zip(labels.chunks_mut(64)) {
             let mut chosen = self.choose_64(&mut choice);
@@ -115,6 +134,62 @@ impl Masker {
         }
         if chosen_count == 0 {
             self.choose_one(&key, input_ids, labels, &mut replacement);
+        }
+    }
+
+    fn apply_to_words(
+        &self,
+        key: &[u64; 3],
+        words: &Continuations,
+        input_ids: &mut [i64],
+        labels: &mut [i64],
+    ) {
+        let mut choice = Stream::keyed(PURPOSE_CHOICE, key);
+        let mut replacement = Stream::keyed(PURPOSE_REPLACEMENT, key);
+        // Whether the current word is chosen; `None` between words.
+        let mut word = None;
+        let mut any = false;
+        for (ids, marks) in input_ids.chunks_mut(64).zip(labels.chunks_mut(64)) {
+            let chosen = self.choose_64(&mut choice);
+            for (at, (id, mark)) in ids.iter_mut().zip(marks).enumerate() {
+                if self.special.contains(*id) {
+                    word = None;
+                    continue;
+                }
+                let is_chosen = match word {
+                    Some(is_chosen) if words.continues(*id) => is_chosen,
+                    _ => chosen >> at & 1 == 1,
+                };
+                word = Some(is_chosen);
+                if is_chosen {
+                    *mark = *id;
+                    *id = self.replace(*id, &mut replacement);
+                    any = true;
+                }
+            }
+        }
+        if any {
+            return;
+        }
+        // One word, by the place of one of its tokens.
+        self.choose_one(key, input_ids, labels, &mut replacement);
+        let Some(at) = labels.iter().position(|&label| label != IGNORED) else { return };
+        let is_inside = |id: i64| !self.special.contains(id) && words.continues(id);
+        let original = labels[at];
+        let mut first = at;
+        // The chosen token itself may have been replaced: ask what it was.
+        let mut goes_back = words.continues(original);
+        while goes_back && first > 0 && !self.special.contains(input_ids[first - 1]) {
+            first -= 1;
+            goes_back = words.continues(input_ids[first]);
+        }
+        let mut end = at + 1;
+        while end < input_ids.len() && is_inside(input_ids[end]) {
+            end += 1;
+        }
+        for place in (first..at).chain(at + 1..end) {
+            labels[place] = input_ids[place];
+            input_ids[place] = self.replace(input_ids[place], &mut replacement);
         }
     }
 

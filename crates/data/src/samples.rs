@@ -9,6 +9,8 @@ use crate::sampler::Sample;
 #[derive(Debug, Default)]
 pub struct Scratch {
     pub(crate) bytes: Vec<u8>,
+    /// Tokens before they become rows.
+    pub(crate) tokens: Vec<i64>,
     /// Samples of a mixture, numbered as in their part.
     pub(crate) renamed: Vec<Sample>,
 }

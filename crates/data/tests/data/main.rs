@@ -6,6 +6,7 @@
     reason = "a failed unwrap is a failed test, in a function that tests call too; each case has its own `error`"
 )]
 
+mod causal;
 mod damage;
 mod end_to_end;
 mod fixed;

@@ -132,7 +132,7 @@ fn at_least_one_position_is_chosen_if_there_is_one() {
 
 #[test]
 fn extremes_of_the_shares_are_exact() {
-    let all = Masking { probability: 1.0, mask_share: 1.0, random_share: 0.0 };
+    let all = Masking { probability: 1.0, mask_share: 1.0, random_share: 0.0, whole_words: false };
     let (ids, labels) = apply(all, 1, Sample::default());
     let original = row(0);
     for at in 0..LEN {
@@ -142,11 +142,12 @@ fn extremes_of_the_shares_are_exact() {
             assert_eq!((ids[at], labels[at]), (i64::from(SPECIAL.mask), original[at]));
         }
     }
-    let keep = Masking { probability: 0.5, mask_share: 0.0, random_share: 0.0 };
+    let keep = Masking { probability: 0.5, mask_share: 0.0, random_share: 0.0, whole_words: false };
     assert_eq!(apply(keep, 1, Sample::default()).0, original);
     // A vocabulary of special tokens has no random token to offer.
     let tiny = SpecialTokens { pad: 0, unk: 1, cls: 2, sep: 3, mask: 4 };
-    let random = Masking { probability: 1.0, mask_share: 0.0, random_share: 1.0 };
+    let random =
+        Masking { probability: 1.0, mask_share: 0.0, random_share: 1.0, whole_words: false };
     let masker = Masker::new(random, 5, tiny).unwrap();
     let (mut ids, mut labels) = ([2, 6, 3], [0; 3]);
     masker.apply(1, Sample::default(), &mut ids, &mut labels);

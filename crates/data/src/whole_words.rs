@@ -1,0 +1,159 @@
+//! Which tokens of a vocabulary go on with a word that a token before them began.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::cast::to_usize;
+use crate::error::{Error, Result};
+use crate::fingerprint::{Fingerprint, Fingerprinter};
+
+/// One bit for each token: set if it continues a word.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Continuations {
+    bits: Vec<u64>,
+}
+
+/// How a vocabulary marks words.
+enum Marks<'a> {
+    /// Tokens that go on begin with this (`##`).
+    Continuing(&'a str),
+    /// Tokens that begin a word begin with one of these (`Ġ`, `▁`); others go on, if they are letters or digits.
+    Beginning,
+}
+
+impl Continuations {
+    /// From a `tokenizer.json` in `folder`: WordPiece by its prefix of continuing tokens, BPE and Unigram by their marks of
+    /// beginning ones.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and [`Error::Tokenizer`] for a tokenizer that has no such marks, or a file that is none.
+    pub fn of_tokenizer(folder: &Path, vocab_size: u32) -> Result<Self> {
+        let path = folder.join("tokenizer.json");
+        let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        let failed = |message: &str| Error::Tokenizer {
+            action: "find the words for whole-word masking",
+            message: format!("{}: {message}", path.display()),
+        };
+        let json: Value = serde_json::from_slice(&text).map_err(|e| failed(&e.to_string()))?;
+        let model = &json["model"];
+        let marks = match model["type"].as_str() {
+            Some("WordPiece") => {
+                Marks::Continuing(model["continuing_subword_prefix"].as_str().unwrap_or("##"))
+            }
+            Some("BPE" | "Unigram") => Marks::Beginning,
+            _ => return Err(failed("a model of WordPiece, BPE or Unigram is needed")),
+        };
+        let mut words =
+            Continuations { bits: vec![0; to_usize(u64::from(vocab_size)).div_ceil(64)] };
+        let mut entry = |token: &str, id: u64| words.set(id, continues(token, &marks));
+        let mut entries = 0;
+        if let Some(vocabulary) = model["vocab"].as_object() {
+            for (token, id) in vocabulary {
+                let id = id.as_u64().ok_or_else(|| failed("an entry without a number"))?;
+                entry(token, id);
+                entries += 1;
+            }
+        } else if let Some(pieces) = model["vocab"].as_array() {
+            for (id, piece) in (0..).zip(pieces) {
+                let token = piece[0].as_str().ok_or_else(|| failed("a piece without text"))?;
+                entry(token, id);
+                entries += 1;
+            }
+        }
+        let any = words.bits.iter().any(|&bits| bits != 0);
+        if entries == 0 || !any {
+            return Err(failed("no token of its vocabulary continues a word"));
+        }
+        Ok(words)
+    }
+
+    /// From the tokens themselves: those for which `continues` says so.
+    pub fn from_fn(vocab_size: u32, continues: impl Fn(u32) -> bool) -> Self {
+        let mut words =
+            Continuations { bits: vec![0; to_usize(u64::from(vocab_size)).div_ceil(64)] };
+        for id in 0..vocab_size {
+            words.set(u64::from(id), continues(id));
+        }
+        words
+    }
+
+    fn set(&mut self, id: u64, continues: bool) {
+        if let Some(bits) = self.bits.get_mut(to_usize(id / 64)) {
+            *bits |= u64::from(continues) << (id % 64);
+        }
+    }
+
+    /// Whether token `id` goes on with a word.
+    #[inline]
+    pub fn continues(&self, id: i64) -> bool {
+        let Ok(id) = usize::try_from(id) else { return false };
+        self.bits.get(id / 64).is_some_and(|bits| bits >> (id % 64) & 1 == 1)
+    }
+
+    /// Identifies it: masks depend on it.
+    pub fn fingerprint(&self) -> Fingerprint {
+        let sum = Fingerprinter::new("continuations 1");
+        self.bits.iter().fold(sum, |sum, &bits| sum.number(bits)).finish()
+    }
+}
+
+fn continues(token: &str, marks: &Marks<'_>) -> bool {
+    match marks {
+        Marks::Continuing(prefix) => token.len() > prefix.len() && token.starts_with(prefix),
+        Marks::Beginning => {
+            // Bytes that are no letters of their own are shown by letters in byte-level vocabularies.
+            let begins =
+                |c: char| matches!(c, 'Ġ' | '▁' | 'Ċ' | 'ĉ' | ' ') || c.is_ascii_punctuation();
+            token.chars().next().is_some_and(|first| !begins(first)) && !is_special(token)
+        }
+    }
+}
+
+fn is_special(token: &str) -> bool {
+    token.len() > 2
+        && (token.starts_with('<') && token.ends_with('>')
+            || token.starts_with('[') && token.ends_with(']'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(json: &str) -> Result<Continuations> {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("tokenizer.json"), json).unwrap();
+        Continuations::of_tokenizer(folder.path(), 100)
+    }
+
+    fn continuing(words: &Continuations) -> Vec<i64> {
+        (-1..200).filter(|&id| words.continues(id)).collect()
+    }
+
+    #[test]
+    fn each_kind_of_vocabulary_marks_words_in_its_own_way() {
+        let pieces = r###"{"model": {"type": "WordPiece", "continuing_subword_prefix": "##",
+            "vocab": {"[CLS]": 0, "run": 1, "##ning": 2, "##s": 70, "##": 5, "far": 4000}}}"###;
+        assert_eq!(continuing(&of(pieces).unwrap()), [2, 70]);
+        let bpe = r#"{"model": {"type": "BPE",
+            "vocab": {"<|endoftext|>": 0, "Ġrun": 1, "ning": 2, ",": 3, "Ċ": 4, "Ġ": 5}}}"#;
+        assert_eq!(continuing(&of(bpe).unwrap()), [2]);
+        let unigram = r#"{"model": {"type": "Unigram",
+            "vocab": [["<unk>", 0.0], ["▁run", -1.0], ["ning", -2.0], [".", -3.0]]}}"#;
+        assert_eq!(continuing(&of(unigram).unwrap()), [2]);
+    }
+
+    #[test]
+    fn tokenizers_without_words_are_refused() {
+        for json in [
+            "{",
+            "{}",
+            r#"{"model": {"type": "WordLevel", "vocab": {"a": 1}}}"#,
+            r#"{"model": {"type": "WordPiece", "vocab": {"a": 1}}}"#,
+            r#"{"model": {"type": "WordPiece", "vocab": {"a": "b"}}}"#,
+        ] {
+            let error = of(json).unwrap_err().to_string();
+            assert!(error.contains("whole-word masking"), "{error}");
+        }
+    }
+}
