@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use phalanx_data::{
-    permutation::Permutation, Access, Loader, LoaderOptions, MaskedText, Masking, Samples, Scratch,
-    SpecialTokens, TokenStream, TokenWriter,
+    permutation::Permutation, Access, CausalText, Documents, Loader, LoaderOptions, MaskedText,
+    Masking, Samples, Scratch, SpecialTokens, TokenStream, TokenWriter,
 };
 
 const SEQUENCE_LEN: usize = 512;
@@ -36,6 +36,14 @@ fn main() -> anyhow::Result<()> {
     for access in [Access::Read, Access::Map] {
         let (name, samples) = (format!("{access:?}").to_lowercase(), open(&target, access)?);
         report(&mut out, &format!("raw rows, {name}"), sequences, raw(&samples)?)?;
+        let causal: Arc<dyn Samples> = Arc::new(CausalText::new(
+            open_stream(&target, access)?,
+            SEQUENCE_LEN,
+            Documents::Joined,
+        )?);
+        let causal_label = format!("causal batches, {name}, 0 prefetch threads");
+        report(&mut out, &causal_label, sequences, loader(&causal, 0)?)?;
+        let samples: Arc<dyn Samples> = samples;
         for threads in [0, 1] {
             let label = format!("masked batches, {name}, {threads} prefetch threads");
             report(&mut out, &label, sequences, loader(&samples, threads)?)?;
@@ -61,8 +69,12 @@ fn write(target: &Path, sequences: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn open_stream(target: &Path, access: Access) -> anyhow::Result<Arc<TokenStream>> {
+    Ok(Arc::new(TokenStream::open(target, access)?))
+}
+
 fn open(target: &Path, access: Access) -> anyhow::Result<Arc<MaskedText>> {
-    let stream = Arc::new(TokenStream::open(target, access)?);
+    let stream = open_stream(target, access)?;
     Ok(Arc::new(MaskedText::new(stream, SEQUENCE_LEN, Masking::default())?))
 }
 
@@ -121,9 +133,18 @@ fn raw(samples: &MaskedText) -> anyhow::Result<Measured> {
     median(|epoch| {
         let order = Permutation::new(count, 1, epoch);
         let mut sum = 0_i64;
+        let content = SEQUENCE_LEN as u64 - 2;
+        let mut ids = [0; BATCH];
         for start in (0..count).step_by(BATCH) {
-            for (at, row) in (start..count).zip(batch.chunks_mut(SEQUENCE_LEN)) {
-                samples.read_unmasked(order.at(at), row, &mut scratch)?;
+            for (at, id) in (start..count).zip(&mut ids) {
+                *id = order.at(at);
+            }
+            let rows = batch.chunks_mut(SEQUENCE_LEN).take(usize::try_from(count - start)?);
+            for (number, row) in rows.enumerate() {
+                if let Some(later) = ids.get(number + 2) {
+                    samples.stream().expect(later * content, SEQUENCE_LEN - 2);
+                }
+                samples.read_unmasked(ids[number], row, &mut scratch)?;
             }
             sum = sum.wrapping_add(batch[7]);
         }
@@ -131,10 +152,9 @@ fn raw(samples: &MaskedText) -> anyhow::Result<Measured> {
     })
 }
 
-fn loader(samples: &Arc<MaskedText>, threads: usize) -> anyhow::Result<Measured> {
+fn loader(samples: &Arc<dyn Samples>, threads: usize) -> anyhow::Result<Measured> {
     let options = LoaderOptions { global_batch: BATCH, threads, ..Default::default() };
-    let samples: Arc<dyn Samples> = Arc::<MaskedText>::clone(samples);
-    let mut loader = Loader::new(samples, options)?;
+    let mut loader = Loader::new(Arc::clone(samples), options)?;
     median(|_| {
         let mut sum = 0_i64;
         for _ in 0..loader.steps_per_epoch() {

@@ -16,6 +16,9 @@ use crate::format::{Access, TokenStream};
 use crate::masking::IGNORED;
 use crate::samples::{Samples, Scratch};
 
+/// Rows that the processor is asked for before they are read.
+const AHEAD: usize = 2;
+
 /// What a model is told of documents that share a sample.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Documents {
@@ -134,6 +137,9 @@ impl Samples for CausalText {
                 return Err(Error::NoSuchSample { sample: sample.id, samples });
             }
             let start = sample.id * to_u64(len);
+            if let Some(later) = rows.samples().get(at + AHEAD) {
+                self.stream.expect(later.id.saturating_mul(to_u64(len)), len + 1);
+            }
             let reading = format_args!("sample {}", sample.id);
             self.stream.read(start, &mut tokens, scratch, &reading).map_err(
                 |error| match error {

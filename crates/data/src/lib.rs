@@ -49,6 +49,7 @@ mod mixture;
 pub mod permutation;
 mod plan;
 mod prefetch;
+mod prefetch_lines;
 pub mod progress;
 mod quality;
 mod random;

@@ -17,6 +17,9 @@ use crate::masking::{Masker, Masking, IGNORED};
 use crate::samples::{Samples, Scratch};
 use crate::whole_words::Continuations;
 
+/// Rows that the processor is asked for before they are read.
+const AHEAD: usize = 2;
+
 /// `[CLS]` before the tokens and `[SEP]` after them.
 const FRAME: usize = 2;
 
@@ -132,9 +135,14 @@ impl Samples for MaskedText {
         let [all_ids, all_labels] = rows.columns_mut::<i64, 2>([0, 1])?;
         let rows_of = |all| <[i64]>::chunks_exact_mut(all, self.sequence_len);
         let places = samples.iter().zip(valid);
-        for ((&sample, &is_valid), (input_ids, labels)) in
-            places.zip(rows_of(all_ids).zip(rows_of(all_labels)))
+        let content = self.sequence_len - FRAME;
+        for (at, ((&sample, &is_valid), (input_ids, labels))) in
+            places.zip(rows_of(all_ids).zip(rows_of(all_labels))).enumerate()
         {
+            // Memory is slow to answer: the row after the next one is asked for now.
+            if let Some(later) = samples.get(at + AHEAD) {
+                self.stream.expect(later.id.saturating_mul(to_u64(content)), content);
+            }
             self.read_unmasked(sample.id, input_ids, scratch)?;
             self.masker.apply(seed, sample, input_ids, labels);
             if !is_valid {

@@ -62,6 +62,8 @@ pub struct Masker {
     random_below: u32,
     vocab_size: u32,
     special: SpecialTokens,
+    /// The largest special token: what is above needs no closer look.
+    special_max: i64,
     /// For whole words.
     words: Option<Arc<Continuations>>,
 }
@@ -91,6 +93,7 @@ impl Masker {
             random_below: in_65536ths(mask_share + random_share),
             vocab_size,
             special,
+            special_max: special.all().into_iter().map(i64::from).max().unwrap_or(-1),
             words: None,
         })
     }
@@ -125,7 +128,7 @@ impl Masker {
                     break;
                 }
                 let id = ids[at];
-                if !self.special.contains(id) {
+                if !self.is_special(id) {
                     marks[at] = id;
                     ids[at] = self.replace(id, &mut replacement);
                     chosen_count += 1;
@@ -152,7 +155,7 @@ impl Masker {
         for (ids, marks) in input_ids.chunks_mut(64).zip(labels.chunks_mut(64)) {
             let chosen = self.choose_64(&mut choice);
             for (at, (id, mark)) in ids.iter_mut().zip(marks).enumerate() {
-                if self.special.contains(*id) {
+                if self.is_special(*id) {
                     word = None;
                     continue;
                 }
@@ -174,12 +177,12 @@ impl Masker {
         // One word, by the place of one of its tokens.
         self.choose_one(key, input_ids, labels, &mut replacement);
         let Some(at) = labels.iter().position(|&label| label != IGNORED) else { return };
-        let is_inside = |id: i64| !self.special.contains(id) && words.continues(id);
+        let is_inside = |id: i64| !self.is_special(id) && words.continues(id);
         let original = labels[at];
         let mut first = at;
         // The chosen token itself may have been replaced: ask what it was.
         let mut goes_back = words.continues(original);
-        while goes_back && first > 0 && !self.special.contains(input_ids[first - 1]) {
+        while goes_back && first > 0 && !self.is_special(input_ids[first - 1]) {
             first -= 1;
             goes_back = words.continues(input_ids[first]);
         }
@@ -191,6 +194,11 @@ impl Masker {
             labels[place] = input_ids[place];
             input_ids[place] = self.replace(input_ids[place], &mut replacement);
         }
+    }
+
+    #[inline]
+    fn is_special(&self, id: i64) -> bool {
+        id <= self.special_max && self.special.contains(id)
     }
 
     /// 64 bits, each set with the probability that a position is chosen.
@@ -220,35 +228,43 @@ impl Masker {
         labels: &mut [i64],
         replacement: &mut Stream,
     ) {
-        let maskable = input_ids.iter().filter(|&&id| !self.special.contains(id)).count();
+        let maskable = input_ids.iter().filter(|&&id| !self.is_special(id)).count();
         if maskable == 0 {
             return;
         }
         let random = Stream::keyed(PURPOSE_FALLBACK, key).next();
         let nth = to_usize(random % to_u64(maskable));
-        let mut positions =
-            (0..input_ids.len()).filter(|&at| !self.special.contains(input_ids[at]));
+        let mut positions = (0..input_ids.len()).filter(|&at| !self.is_special(input_ids[at]));
         if let Some(at) = positions.nth(nth) {
             labels[at] = input_ids[at];
             input_ids[at] = self.replace(input_ids[at], replacement);
         }
     }
 
+    #[inline]
     fn replace(&self, original: i64, stream: &mut Stream) -> i64 {
         let word = stream.next();
         let draw = u32::from((word & 0xFFFF) as u16);
-        if draw < self.mask_below {
-            return i64::from(self.special.mask);
+        let candidate = i64::from(below(high_half(word), self.vocab_size));
+        // Chance decides: selections, which a processor need not guess as it must with branches.
+        let changed = if draw < self.mask_below { i64::from(self.special.mask) } else { candidate };
+        let result = if draw >= self.random_below { original } else { changed };
+        let is_random = (draw >= self.mask_below) & (draw < self.random_below);
+        if is_random & (candidate <= self.special_max) {
+            return self.draw_again(candidate, stream);
         }
-        if draw >= self.random_below {
-            return original;
-        }
-        let mut candidate = i64::from(below(high_half(word), self.vocab_size));
+        result
+    }
+
+    /// A random token that is not special, beginning with `candidate`.
+    #[cold]
+    fn draw_again(&self, candidate: i64, stream: &mut Stream) -> i64 {
+        let mut drawn = candidate;
         for _ in 0..DRAWS_MAX {
-            if !self.special.contains(candidate) {
-                return candidate;
+            if !self.is_special(drawn) {
+                return drawn;
             }
-            candidate = i64::from(below(high_half(stream.next()), self.vocab_size));
+            drawn = i64::from(below(high_half(stream.next()), self.vocab_size));
         }
         i64::from(self.special.mask)
     }

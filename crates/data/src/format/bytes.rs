@@ -98,6 +98,13 @@ impl Bytes {
         }
     }
 
+    /// The bytes themselves where they are in memory and the range exists.
+    pub(crate) fn mapped(&self, offset: u64, len: usize) -> Option<&[u8]> {
+        let Source::Map(map) = &self.source else { return None };
+        let start = to_usize(offset);
+        map.get(start..start.checked_add(len)?)
+    }
+
     /// Why a read failed: cut off since it was opened, or what the system said.
     fn short(&self, cause: std::io::Error, file: &File) -> Error {
         let path = self.path.clone();

@@ -12,6 +12,7 @@ use super::header::Header;
 use super::index::{ShardEntry, TokenDType, BLOCK_BYTES};
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
+use crate::prefetch_lines::prefetch_lines;
 use crate::samples::Scratch;
 
 #[derive(Debug)]
@@ -102,6 +103,16 @@ impl Shard {
                 tokens.iter().map(|le| u32::from_le_bytes(*le)).max().unwrap_or(0)
             }
         })
+    }
+
+    /// Has the processor load tokens that will be read soon. Only where they are mapped.
+    #[inline]
+    pub(crate) fn expect(&self, start: u64, len: usize) {
+        let element = self.dtype.bytes();
+        let offset = self.token_start + start * to_u64(element);
+        if let Some(bytes) = self.bytes.mapped(offset, len * element) {
+            prefetch_lines(bytes);
+        }
     }
 
     /// Verifies the blocks under a range of bytes that nobody has verified yet.

@@ -72,7 +72,7 @@ impl TokenStream {
         if end.is_none() {
             return Err(Error::NoSuchSample { sample: start, samples: self.token_count() });
         }
-        let mut shard = self.starts.partition_point(|&begin| begin <= start).saturating_sub(1);
+        let mut shard = self.shard_of(start);
         let (mut at, mut rest) = (start, out);
         while !rest.is_empty() {
             let available = to_usize((self.starts[shard + 1] - at).min(to_u64(rest.len())));
@@ -87,6 +87,21 @@ impl TokenStream {
             shard += 1;
         }
         Ok(())
+    }
+
+    /// Has the processor load `len` tokens from `start` on, which will be read soon. Costs little where that is of no use.
+    #[inline]
+    pub fn expect(&self, start: u64, len: usize) {
+        let shard = self.shard_of(start);
+        if let Some(of_start) = self.shards.get(shard) {
+            of_start.expect(start - self.starts[shard], len);
+        }
+    }
+
+    /// The shard that holds token `start`.
+    #[inline]
+    fn shard_of(&self, start: u64) -> usize {
+        self.starts.partition_point(|&begin| begin <= start).saturating_sub(1)
     }
 
     /// The first token of `tokens` that is no entry of the vocabulary. They start at `at`, the read started at `start`.
