@@ -35,6 +35,7 @@ mod region;
 pub mod rendezvous;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+mod upload;
 mod work;
 
 pub use backend::Backend;
@@ -46,4 +47,5 @@ pub use group::{Group, GroupOptions};
 pub use mark::Mark;
 pub use reduce_op::{Avg, Max, Min, Product, ReduceOp, ScaledSum, Sum};
 pub use region::{Buffer, DeviceSlice, Region, RegionRange, Stream};
+pub use upload::{PinnedMemory, Upload, Uploader};
 pub use work::Work;

@@ -15,6 +15,9 @@ pub enum Error {
     /// A collective or the group failed.
     #[error(transparent)]
     Comm(#[from] phalanx_comm::Error),
+    /// Reading data failed.
+    #[error(transparent)]
+    Data(#[from] phalanx_data::Error),
     /// libtorch refused, called through tch.
     #[error("libtorch: {0}")]
     Tch(#[from] tch::TchError),

@@ -14,6 +14,7 @@ pub mod checkpoint;
 mod ddp;
 mod device;
 mod error;
+pub mod feed;
 mod ffi;
 mod flat;
 pub mod optim;

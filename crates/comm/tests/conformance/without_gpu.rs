@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use cudarc::driver::result;
 use cudarc::driver::sys::CUdeviceptr;
-use phalanx_comm::{Backend, DeviceSlice, Group, GroupOptions, Stream, Sum, Work};
+use phalanx_comm::{Backend, DeviceSlice, Group, GroupOptions, Stream, Sum, Uploader, Work};
 
 use crate::device;
 use crate::launched::{ranks, Running};
@@ -31,6 +31,7 @@ pub(crate) fn rank(role: &str) {
             let options = nccl().with_timeout(Duration::from_secs(1));
             absent(Group::from_environment(options).expect("the ranks meet"));
         }
+        "nccl uploads" => uploads(),
         "nccl abort" => abort(Group::from_environment(nccl()).expect("the ranks meet")),
         "nccl at once" => ends_at_once(Group::from_environment(nccl()).expect("the ranks meet")),
         "nccl refused" => match Group::from_environment(nccl()) {
@@ -95,6 +96,50 @@ fn streams(mut group: Group) {
         }
     }
     println!("in order");
+}
+
+/// Copies to the GPU come after what its memory was used for before, and before what is ordered after them.
+fn uploads() {
+    const BYTES: usize = 5000;
+    let uploader = Uploader::open(0).expect("a GPU");
+    result::init().expect("a driver");
+    let gpu = result::device::get(0).expect("a GPU");
+    // SAFETY: never released; the process ends soon.
+    let context = unsafe { result::primary_ctx::retain(gpu) }.expect("a context");
+    // SAFETY: retained just now.
+    unsafe { result::ctx::set_current(context) }.expect("current");
+    let kind = result::stream::StreamKind::NonBlocking;
+    let stream = result::stream::create(kind).expect("a stream");
+    let caller = Stream(stream as usize);
+    let mut pinned = [uploader.pinned(BYTES).expect("memory"), uploader.pinned(7).expect("memory")];
+    assert!(pinned[0].bytes().iter().all(|byte| *byte == 0));
+    for round in 0..10_u8 {
+        pinned[0].bytes_mut().fill(round + 1);
+        pinned[1].bytes_mut().fill(round + 101);
+        // SAFETY: memory of the device, freed when everything on it is done; the pinned memory is written
+        // again only when the copies are done.
+        unsafe {
+            let memory: CUdeviceptr = result::malloc_sync(BYTES + 7).expect("memory");
+            let copy: CUdeviceptr = result::malloc_sync(BYTES + 7).expect("memory");
+            // Somebody used the memory before: that comes first.
+            result::memset_d8_async(memory, 77, BYTES + 7, stream).expect("memset");
+            let to = [memory, memory + BYTES as u64];
+            let copies = [(pinned[0].bytes(), to[0]), (pinned[1].bytes(), to[1])];
+            let upload = uploader.copy(&copies, caller).expect("started");
+            upload.order(caller).expect("ordered");
+            result::memcpy_dtod_async(copy, memory, BYTES + 7, stream).expect("copy");
+            upload.wait(Duration::from_secs(10)).expect("done");
+            assert!(upload.is_done().expect("done"));
+            result::stream::synchronize(stream).expect("the stream");
+            let mut bytes = vec![0_u8; BYTES + 7];
+            result::memcpy_dtoh_sync(&mut bytes, copy).expect("read");
+            assert!(bytes[..BYTES].iter().all(|byte| *byte == round + 1), "{round}");
+            assert!(bytes[BYTES..].iter().all(|byte| *byte == round + 101), "{round}");
+            result::free_sync(memory).expect("free");
+            result::free_sync(copy).expect("free");
+        }
+    }
+    println!("uploaded");
 }
 
 fn complain(start: Instant, error: &phalanx_comm::Error) -> ! {
@@ -264,6 +309,13 @@ fn older_versions_serve_too() {
         for (code, output) in world_with(2, "nccl suite", old) {
             assert!(code == Some(0) && output.contains("all passed"), "{version}: {output}");
         }
+    }
+}
+
+#[test]
+fn copies_to_the_gpu_are_in_order_with_the_callers_stream() {
+    for (code, output) in world(1, "nccl uploads") {
+        assert!(code == Some(0) && output.contains("uploaded"), "{output}");
     }
 }
 

@@ -119,6 +119,8 @@ pub(crate) struct OwnStream {
 
 // SAFETY: streams may be used from every thread.
 unsafe impl Send for OwnStream {}
+// SAFETY: as for Send.
+unsafe impl Sync for OwnStream {}
 
 impl OwnStream {
     pub(crate) fn new(device: &Arc<Device>) -> Result<Self> {
@@ -290,4 +292,40 @@ pub(crate) fn write(device: &Device, to: u64, from: &[u8]) -> Result<()> {
     // SAFETY: the caller has checked the range.
     unsafe { result::memcpy_htod_sync(to, from) }.map_err(failed("cuMemcpyHtoD"))?;
     result::ctx::synchronize().map_err(failed("cuCtxSynchronize"))
+}
+
+/// Zeroed page-locked memory of the host, for all contexts.
+pub(crate) fn allocate_host(device: &Device, bytes: usize) -> Result<*mut u8> {
+    let _current = device.current()?;
+    // SAFETY: freed with free_host.
+    let memory = unsafe { result::malloc_host(bytes.max(1), sys::CU_MEMHOSTALLOC_PORTABLE) };
+    let at = memory.map_err(failed("cuMemHostAlloc"))?.cast::<u8>();
+    // SAFETY: of so many bytes, and nobody else's.
+    unsafe { at.write_bytes(0, bytes) };
+    Ok(at)
+}
+
+pub(crate) fn free_host(device: &Device, at: *mut u8) {
+    let Ok(_current) = device.current() else { return };
+    // SAFETY: from allocate_host, and nobody uses it any more.
+    if let Err(error) = unsafe { result::free_host(at.cast()) } {
+        tracing::warn!(?error, "cuMemFreeHost");
+    }
+}
+
+/// Copies to the device, in `stream`'s order.
+///
+/// # Safety
+///
+/// The bytes stay, and the address belongs to as many bytes of the device, until the copy is done.
+pub(crate) unsafe fn write_later(
+    device: &Device,
+    to: u64,
+    from: &[u8],
+    stream: Stream,
+) -> Result<()> {
+    let _current = device.current()?;
+    // SAFETY: as the caller promises.
+    unsafe { result::memcpy_htod_async(to, from, stream.0 as sys::CUstream) }
+        .map_err(failed("cuMemcpyHtoDAsync"))
 }

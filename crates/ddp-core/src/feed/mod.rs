@@ -1,0 +1,209 @@
+//! Batches as tensors, on the device, before they are asked for.
+//!
+//! On a GPU batches are built in page-locked memory and copied on a stream of their own while the GPU computes the
+//! step before; the caller's stream waits for the copy, the caller does not.
+
+mod gpu;
+mod tensors;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use phalanx_data::{Batch, Loader, LoaderOptions, LoaderState, Position, Sample, Samples};
+use tch::{Device, Tensor};
+
+use crate::error::Result;
+use gpu::Copies;
+
+/// A micro-batch as tensors.
+#[derive(Debug)]
+pub struct TensorBatch {
+    columns: Vec<(String, Tensor)>,
+    samples: Vec<Sample>,
+    valid: Vec<bool>,
+    label_count: usize,
+}
+
+impl TensorBatch {
+    /// The tensor of a column, `[rows, …]`.
+    ///
+    /// # Errors
+    /// [`phalanx_data::Error::NoColumn`] if there is none of that name.
+    pub fn get(&self, name: &str) -> Result<&Tensor> {
+        let found = self.columns.iter().find(|(own, _)| own == name);
+        found.map(|(_, tensor)| tensor).ok_or_else(|| {
+            let present = self.columns.iter().map(|(own, _)| own.clone()).collect();
+            phalanx_data::Error::NoColumn { name: name.to_owned(), dtype: "any", present }.into()
+        })
+    }
+
+    /// All columns with their names.
+    pub fn columns(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.columns.iter().map(|(name, tensor)| (&name[..], tensor))
+    }
+
+    /// Which sample each row is.
+    pub fn samples(&self) -> &[Sample] {
+        &self.samples
+    }
+
+    /// Which rows count.
+    pub fn valid(&self) -> &[bool] {
+        &self.valid
+    }
+
+    /// How many positions of column `labels` count in the loss.
+    pub fn label_count(&self) -> usize {
+        self.label_count
+    }
+
+    fn new(batch: &Batch, tensors: Vec<Tensor>) -> Self {
+        let names = batch.columns().iter().map(|column| column.name.to_string());
+        TensorBatch {
+            columns: names.zip(tensors).collect(),
+            samples: batch.samples().to_vec(),
+            valid: batch.valid().to_vec(),
+            label_count: batch.label_count(),
+        }
+    }
+}
+
+/// This rank's part of a global batch, as tensors.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct TensorStep {
+    /// Where the global batch starts in the global order.
+    pub start: Position,
+    /// The micro-batches, in order. Never empty.
+    pub micro_batches: Vec<TensorBatch>,
+    /// How long the caller waited for data: building, not copying.
+    pub data_wait: Duration,
+    /// What this rank's mean loss is multiplied by: see [`phalanx_data::Step::weight`].
+    pub weight: f64,
+}
+
+impl TensorStep {
+    /// How many positions count in the loss, in all micro-batches.
+    pub fn label_count(&self) -> usize {
+        self.micro_batches.iter().map(TensorBatch::label_count).sum()
+    }
+}
+
+/// A [`Loader`] that delivers tensors on a device.
+#[derive(Debug)]
+pub struct Feed {
+    loader: Loader,
+    device: Device,
+    /// The place after the last step that was delivered.
+    state: LoaderState,
+    /// Only for a GPU.
+    copies: Option<Copies>,
+    /// Steps on their way to the GPU, and the place after each.
+    ahead: VecDeque<(TensorStep, LoaderState, gpu::Arrival)>,
+}
+
+/// Steps that are copied before they are asked for.
+const AHEAD: usize = 1;
+
+impl Feed {
+    /// From the beginning of the data.
+    ///
+    /// # Errors
+    /// As [`Loader::new`]; [`crate::Error::Comm`] if the GPU cannot be used.
+    pub fn new(samples: Arc<dyn Samples>, options: LoaderOptions, device: Device) -> Result<Self> {
+        let (options, copies) = Self::prepare(options, device)?;
+        Self::of(Loader::new(samples, options)?, device, copies)
+    }
+
+    /// From where `state` was taken.
+    ///
+    /// # Errors
+    /// As [`Loader::resume`] and [`Feed::new`].
+    pub fn resume(
+        samples: Arc<dyn Samples>,
+        options: LoaderOptions,
+        state: &LoaderState,
+        device: Device,
+    ) -> Result<Self> {
+        let (options, copies) = Self::prepare(options, device)?;
+        Self::of(Loader::resume(samples, options, state)?, device, copies)
+    }
+
+    fn prepare(
+        mut options: LoaderOptions,
+        device: Device,
+    ) -> Result<(LoaderOptions, Option<Copies>)> {
+        let Device::Cuda(ordinal) = device else { return Ok((options, None)) };
+        let copies = Copies::open(ordinal)?;
+        options.memory = copies.memory();
+        Ok((options, Some(copies)))
+    }
+
+    fn of(loader: Loader, device: Device, copies: Option<Copies>) -> Result<Self> {
+        tensors::check(loader.columns())?;
+        let state = loader.state();
+        Ok(Feed { loader, device, state, copies, ahead: VecDeque::new() })
+    }
+
+    /// The next step. Waits at most the loader's timeout for data; on a GPU its tensors are ready for what the current
+    /// stream is asked from now on.
+    ///
+    /// # Errors
+    /// As [`Loader::next_step`]; [`crate::Error::Tch`] or [`crate::Error::Comm`] if a tensor cannot be made or copied.
+    pub fn next_step(&mut self) -> Result<TensorStep> {
+        let Some(copies) = &self.copies else {
+            let step = self.loader.next_step()?;
+            self.state = self.loader.state();
+            let of = |batch: &Batch| Ok(TensorBatch::new(batch, tensors::on_cpu(batch)?));
+            return Ok(TensorStep {
+                start: step.start,
+                data_wait: step.data_wait,
+                weight: step.weight(),
+                micro_batches: step.micro_batches.iter().map(of).collect::<Result<_>>()?,
+            });
+        };
+        let mut waited = Duration::ZERO;
+        while self.ahead.len() <= AHEAD && !(self.loader.is_at_end() && !self.ahead.is_empty()) {
+            let step = self.loader.next_step()?;
+            waited += step.data_wait;
+            let state = self.loader.state();
+            let (step, arrival) = copies.start(step, self.device)?;
+            self.ahead.push_back((step, state, arrival));
+        }
+        let Some((mut step, state, arrival)) = self.ahead.pop_front() else {
+            return Err(phalanx_data::Error::Stopped { first: "no step".to_owned() }.into());
+        };
+        copies.order(&arrival, self.device)?;
+        copies.keep(arrival);
+        step.data_wait = waited;
+        self.state = state;
+        Ok(step)
+    }
+
+    /// The place after the last step that was delivered. The same on every rank.
+    pub fn state(&self) -> LoaderState {
+        self.state.clone()
+    }
+
+    /// Whether all epochs that were asked for were delivered.
+    pub fn is_at_end(&self) -> bool {
+        self.loader.is_at_end() && self.ahead.is_empty()
+    }
+
+    /// How many steps an epoch has.
+    pub fn steps_per_epoch(&self) -> u64 {
+        self.loader.steps_per_epoch()
+    }
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        if let Some(copies) = &self.copies {
+            // Before their tensors and their page-locked memory go.
+            for (_, _, arrival) in self.ahead.drain(..) {
+                copies.finish(arrival);
+            }
+        }
+    }
+}

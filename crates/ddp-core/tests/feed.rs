@@ -1,0 +1,110 @@
+//! Batches as tensors.
+
+use std::sync::Arc;
+
+use phalanx_data::{from_fn, Column, DType, LoaderOptions, Order, Samples, Tail};
+use phalanx_ddp_core::feed::Feed;
+use phalanx_ddp_core::Error;
+use tch::{Device, Kind, Tensor};
+
+fn samples(count: u64) -> Arc<dyn Samples> {
+    let columns = vec![
+        Column::new("image", DType::U8, [3, 2]),
+        Column::new("features", DType::F32, [4]),
+        Column::new("half", DType::BF16, [2]),
+        Column::new("flag", DType::Bool, []),
+        Column::new("labels", DType::I64, []),
+    ];
+    Arc::new(from_fn(count, columns, "v1", |sample, _, row| {
+        let byte = u8::try_from(sample.id).expect("small");
+        row.column::<u8>(0)?.copy_from_slice(&[byte, 1, 2, 3, 4, 5]);
+        row.column::<f32>(1)?.fill(f32::from(byte) / 2.0);
+        row.column::<half::bf16>(2)?.fill(half::bf16::from_f32(f32::from(byte)));
+        row.column::<u8>(3)?.fill(byte % 2);
+        row.column::<i64>(4)?.fill(i64::from(byte));
+        Ok(())
+    }))
+}
+
+fn options() -> LoaderOptions {
+    LoaderOptions {
+        order: Order::Sequential,
+        tail: Tail::Exact,
+        epochs: Some(1),
+        global_batch: 8,
+        rank: 1,
+        world_size: 2,
+        ..Default::default()
+    }
+}
+
+#[test]
+fn every_column_is_a_tensor_of_its_kind_and_shape() {
+    let mut feed = Feed::new(samples(50), options(), Device::Cpu).unwrap();
+    let step = feed.next_step().unwrap();
+    let batch = &step.micro_batches[0];
+    let expected = [
+        ("image", Kind::Uint8, vec![4, 3, 2]),
+        ("features", Kind::Float, vec![4, 4]),
+        ("half", Kind::BFloat16, vec![4, 2]),
+        ("flag", Kind::Bool, vec![4]),
+        ("labels", Kind::Int64, vec![4]),
+    ];
+    for ((name, tensor), (own, kind, shape)) in batch.columns().zip(expected) {
+        assert_eq!((name, tensor.kind(), tensor.size()), (own, kind, shape));
+    }
+    let ids = Tensor::from_slice(&[4_i64, 5, 6, 7]);
+    assert_eq!(batch.get("labels").unwrap(), &ids);
+    assert_eq!(batch.get("flag").unwrap(), &ids.remainder(2).to_kind(Kind::Bool));
+    assert_eq!(
+        batch.get("features").unwrap(),
+        &(ids.unsqueeze(1).expand([4, 4], false) / 2.0).to_kind(Kind::Float)
+    );
+    let half = ids.unsqueeze(1).expand([4, 2], false).to_kind(Kind::BFloat16);
+    assert_eq!(batch.get("half").unwrap(), &half);
+    let image = Vec::<i64>::try_from(
+        &batch.get("image").unwrap().get(1).flatten(0, 1).to_kind(Kind::Int64),
+    );
+    assert_eq!(image.unwrap(), [5, 1, 2, 3, 4, 5]);
+    assert_eq!(batch.samples()[0].id, 4);
+    let error = batch.get("picture").unwrap_err().to_string();
+    assert!(error.contains("no column `picture`") && error.contains("features"), "{error}");
+}
+
+#[test]
+fn a_tensor_stays_as_it_is_when_its_memory_is_used_again() {
+    let mut feed = Feed::new(samples(50), options(), Device::Cpu).unwrap();
+    let first = feed.next_step().unwrap().micro_batches[0].get("labels").unwrap().shallow_clone();
+    for _ in 0..5 {
+        drop(feed.next_step().unwrap());
+    }
+    assert_eq!(Vec::<i64>::try_from(&first).unwrap(), [4, 5, 6, 7]);
+}
+
+#[test]
+fn a_feed_ends_resumes_and_weighs() {
+    let mut feed = Feed::new(samples(50), options(), Device::Cpu).unwrap();
+    let mut all = Vec::new();
+    let mut middle = None;
+    while !feed.is_at_end() {
+        let step = feed.next_step().unwrap();
+        // The last two samples are one for each rank.
+        assert!((step.weight - 1.0).abs() < 1e-12);
+        all.push(step.micro_batches[0].samples().to_vec());
+        if all.len() == 3 {
+            middle = Some(feed.state());
+        }
+    }
+    assert_eq!(all.len(), 7);
+    assert!(matches!(feed.next_step(), Err(Error::Data(phalanx_data::Error::EndOfData { .. }))));
+    let mut resumed = Feed::resume(samples(50), options(), &middle.unwrap(), Device::Cpu).unwrap();
+    assert_eq!(resumed.next_step().unwrap().micro_batches[0].samples(), all[3]);
+}
+
+#[test]
+fn columns_that_libtorch_has_not_are_refused_at_once() {
+    let columns = vec![Column::new("tokens", DType::U16, [4])];
+    let samples = Arc::new(from_fn(9, columns, "v1", |_, _, _| Ok(())));
+    let error = Feed::new(samples, options(), Device::Cpu).unwrap_err().to_string();
+    assert!(error.contains("tokens (U16)") && error.contains("wider"), "{error}");
+}
