@@ -20,7 +20,7 @@ use tch::Device;
 const LEN: usize = 512;
 const BATCH: usize = 32;
 const VOCAB_SIZE: u32 = 8192;
-const SPECIAL: SpecialTokens = SpecialTokens { pad: 0, unk: 1, cls: 2, sep: 3, mask: 4 };
+const SPECIAL: SpecialTokens = SpecialTokens::bert(0, 1, 2, 3, 4);
 
 fn main() -> anyhow::Result<()> {
     tch::set_num_threads(1);

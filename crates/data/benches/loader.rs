@@ -18,7 +18,8 @@ use phalanx_data::{
 const SEQUENCE_LEN: usize = 512;
 const BATCH: usize = 32;
 const VOCAB_SIZE: u32 = 8192;
-const SPECIAL: SpecialTokens = SpecialTokens { pad: 0, unk: 1, cls: 2, sep: 3, mask: 4 };
+const SPECIAL: SpecialTokens = SpecialTokens::bert(0, 1, 2, SEP, 4);
+const SEP: u32 = 3;
 const RUNS: usize = 5;
 
 fn main() -> anyhow::Result<()> {
@@ -61,7 +62,7 @@ fn write(target: &Path, sequences: u64) -> anyhow::Result<()> {
         for (token, at) in document.iter_mut().zip(0..) {
             *token = u32::try_from(order.at(at))? + 5;
         }
-        document[SEQUENCE_LEN - 3] = SPECIAL.sep;
+        document[SEQUENCE_LEN - 3] = SEP;
         writer.tokens(&document)?;
         writer.end_document()?;
     }

@@ -19,6 +19,9 @@ use crate::samples::{Samples, Scratch};
 /// Rows that the processor is asked for before they are read.
 const AHEAD: usize = 2;
 
+/// No token: what is compared with it is never equal.
+const NO_TOKEN: i64 = -1;
+
 /// What a model is told of documents that share a sample.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Documents {
@@ -70,7 +73,7 @@ impl CausalText {
             return Err(Error::option("sequence_len", 0, "a sample has at least one token"));
         }
         let index = stream.index();
-        let end = i64::from(index.special.sep);
+        let end = index.special.document_end().map_or(NO_TOKEN, i64::from);
         let sum = Fingerprinter::new("causal-text 1").number(index.fingerprint.0);
         let fingerprint = sum
             .number(to_u64(sequence_len))

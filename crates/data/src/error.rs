@@ -29,6 +29,50 @@ pub enum Error {
         /// The path that was given.
         path: PathBuf,
     },
+    /// A path holds no prepared data.
+    #[error("{} is not a prepared folder: it has no index.json; `phalanx data convert` makes one", path.display())]
+    NotPrepared {
+        /// The path that was given.
+        path: PathBuf,
+    },
+    /// There is nothing to convert.
+    #[error("there is nothing to convert at {}: give a file, or a folder with files that end in: {expected}", path.display())]
+    NoInput {
+        /// The path that was given.
+        path: PathBuf,
+        /// The extensions that are looked for.
+        expected: String,
+    },
+    /// A line of input cannot be used.
+    #[error("{}, line {line}: {reason}; correct the line, or leave such lines out with --skip-bad-lines", path.display())]
+    BadLine {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1 (of Parquet: the row).
+        line: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A conversion would write over something.
+    #[error("{} is there already and holds something else: choose another output, or remove it", path.display())]
+    OutputExists {
+        /// The output that was asked for.
+        path: PathBuf,
+    },
+    /// A conversion with the same output, of other input or with other options, was left half done.
+    #[error("{} holds a conversion of other input or with other options, half done: repeat that command to go on with it, or drop it with --restart", path.display())]
+    OtherConversion {
+        /// Where it lies.
+        path: PathBuf,
+    },
+    /// Something that this program was built without.
+    #[error("this program was built without {what}: build it with `--features {feature}`")]
+    NotCompiledIn {
+        /// What is missing.
+        what: &'static str,
+        /// The cargo feature that brings it.
+        feature: &'static str,
+    },
     /// The folder holds no text.
     #[error("no .txt file under {}: put UTF-8 text files there, or give the path of one text file", path.display())]
     NoText {

@@ -13,7 +13,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
 use crate::format::{Access, TokenStream};
-use crate::masking::{Masker, Masking, IGNORED};
+use crate::masking::{missing, Masker, Masking, IGNORED};
 use crate::samples::{Samples, Scratch};
 use crate::whole_words::Continuations;
 
@@ -29,6 +29,8 @@ pub struct MaskedText {
     stream: Arc<TokenStream>,
     masker: Masker,
     sequence_len: usize,
+    /// `[CLS]` and `[SEP]`.
+    frame: [i64; 2],
     columns: [Column; 2],
     fingerprint: Fingerprint,
 }
@@ -37,7 +39,8 @@ impl MaskedText {
     /// Opens a prepared folder (see [`prepare`](crate::text::prepare)).
     ///
     /// # Errors
-    /// As [`TokenStream::open`], and [`Error::InvalidOption`] for a sequence length below 3 or a masking that cannot be.
+    /// As [`TokenStream::open`], and [`Error::InvalidOption`] for a sequence length below 3 a masking that cannot be, or a vocabulary
+    /// without `[CLS]`, `[SEP]` or `[MASK]`.
     pub fn open(
         folder: &Path,
         sequence_len: usize,
@@ -50,13 +53,16 @@ impl MaskedText {
     /// Samples of an open stream; several may share it.
     ///
     /// # Errors
-    /// [`Error::InvalidOption`] for a sequence length below 3 or a masking that cannot be.
+    /// [`Error::InvalidOption`] for a sequence length below 3 a masking that cannot be, or a vocabulary
+    /// without `[CLS]`, `[SEP]` or `[MASK]`.
     pub fn new(stream: Arc<TokenStream>, sequence_len: usize, masking: Masking) -> Result<Self> {
         if sequence_len <= FRAME {
             let reason = "[CLS] and [SEP] take two positions: it must be at least 3";
             return Err(Error::option("sequence_len", sequence_len, reason));
         }
         let index = stream.index();
+        let token = |id: Option<u32>, name| id.map(i64::from).ok_or_else(|| missing(name));
+        let frame = [token(index.special.cls, "[CLS]")?, token(index.special.sep, "[SEP]")?];
         let mut masker = Masker::new(masking, index.vocab_size, index.special)?;
         let mut sum = Fingerprinter::new("masked-text 1")
             .number(index.fingerprint.0)
@@ -72,7 +78,7 @@ impl MaskedText {
         let fingerprint = sum.finish();
         let columns =
             ["input_ids", "labels"].map(|name| Column::new(name, DType::I64, [sequence_len]));
-        Ok(MaskedText { stream, masker, sequence_len, columns, fingerprint })
+        Ok(MaskedText { stream, masker, sequence_len, frame, columns, fingerprint })
     }
 
     /// How many tokens a sample has.
@@ -99,7 +105,6 @@ impl MaskedText {
             return Err(Error::NoSuchSample { sample: id, samples });
         }
         let window = self.sequence_len - FRAME;
-        let special = self.stream.index().special;
         let start = id * to_u64(window);
         let reading = SampleName(id);
         self.stream.read(start, &mut out[1..=window], scratch, &reading).map_err(|error| {
@@ -111,8 +116,8 @@ impl MaskedText {
                 other => other,
             }
         })?;
-        out[0] = i64::from(special.cls);
-        out[window + 1] = i64::from(special.sep);
+        out[0] = self.frame[0];
+        out[window + 1] = self.frame[1];
         Ok(())
     }
 }

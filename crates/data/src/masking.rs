@@ -62,19 +62,28 @@ pub struct Masker {
     random_below: u32,
     vocab_size: u32,
     special: SpecialTokens,
+    mask: i64,
     /// The largest special token: what is above needs no closer look.
     special_max: i64,
     /// For whole words.
     words: Option<Arc<Continuations>>,
 }
 
+/// A vocabulary lacks what masking needs.
+pub(crate) fn missing(token: &'static str) -> Error {
+    let reason = "masked training needs it: take another tokenizer, or train on the next token";
+    Error::option(token, "not in the vocabulary", reason)
+}
+
 impl Masker {
     /// Checks the options against a vocabulary.
     ///
     /// # Errors
-    /// [`Error::InvalidOption`] for probabilities outside 0..=1, a probability of 0, or shares that exceed 1 together.
+    /// [`Error::InvalidOption`] for probabilities outside 0..=1, a probability of 0, or shares that exceed 1 together, or a vocabulary
+    /// without `[MASK]`.
     pub fn new(masking: Masking, vocab_size: u32, special: SpecialTokens) -> Result<Self> {
         let Masking { probability, mask_share, random_share, whole_words: _ } = masking;
+        let mask = special.mask.ok_or_else(|| missing("[MASK]"))?;
         if !(probability > 0.0 && probability <= 1.0) {
             let reason = "it must be above 0 and at most 1 (BERT: 0.15)";
             return Err(Error::option("masking.probability", probability, reason));
@@ -93,7 +102,8 @@ impl Masker {
             random_below: in_65536ths(mask_share + random_share),
             vocab_size,
             special,
-            special_max: special.all().into_iter().map(i64::from).max().unwrap_or(-1),
+            mask: i64::from(mask),
+            special_max: special.all().map(i64::from).max().unwrap_or(-1),
             words: None,
         })
     }
@@ -247,7 +257,7 @@ impl Masker {
         let draw = u32::from((word & 0xFFFF) as u16);
         let candidate = i64::from(below(high_half(word), self.vocab_size));
         // Chance decides: selections, which a processor need not guess as it must with branches.
-        let changed = if draw < self.mask_below { i64::from(self.special.mask) } else { candidate };
+        let changed = if draw < self.mask_below { self.mask } else { candidate };
         let result = if draw >= self.random_below { original } else { changed };
         let is_random = (draw >= self.mask_below) & (draw < self.random_below);
         if is_random & (candidate <= self.special_max) {
@@ -266,7 +276,7 @@ impl Masker {
             }
             drawn = i64::from(below(high_half(stream.next()), self.vocab_size));
         }
-        i64::from(self.special.mask)
+        self.mask
     }
 }
 

@@ -16,6 +16,8 @@ pub enum Stage {
     Training,
     /// Turning text into tokens and writing shards.
     Encoding,
+    /// Comparing checksums.
+    Verifying,
     /// Another process prepares the same data.
     Waiting,
 }
@@ -26,6 +28,7 @@ impl Stage {
             Stage::Counting => "reading text",
             Stage::Training => "training the vocabulary",
             Stage::Encoding => "tokenising",
+            Stage::Verifying => "comparing checksums",
             Stage::Waiting => "waiting for another process that prepares the same data",
         }
     }
@@ -91,7 +94,7 @@ pub struct Terminal {
 #[derive(Debug)]
 enum Shown {
     Bar(Option<ProgressBar>),
-    Lines { done_bytes: u64, total_bytes: u64, last: Instant },
+    Lines(Lines),
 }
 
 impl Terminal {
@@ -100,7 +103,7 @@ impl Terminal {
         let shown = if std::io::stderr().is_terminal() {
             Shown::Bar(None)
         } else {
-            Shown::Lines { done_bytes: 0, total_bytes: 0, last: Instant::now() }
+            Shown::Lines(Lines::default())
         };
         Terminal { shown: Mutex::new(shown) }
     }
@@ -111,9 +114,7 @@ impl Progress for Terminal {
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *shown {
             Shown::Bar(current) => show(event, current),
-            Shown::Lines { done_bytes, total_bytes, last } => {
-                write_lines(event, done_bytes, total_bytes, last);
-            }
+            Shown::Lines(lines) => lines.write(event),
         }
     }
 }
@@ -149,28 +150,69 @@ fn bar(stage: Stage, total_bytes: u64) -> ProgressBar {
     }
 }
 
-fn write_lines(event: Event<'_>, done: &mut u64, total: &mut u64, last: &mut Instant) {
-    match event {
-        Event::Begin { stage, total_bytes } => {
-            (*done, *total, *last) = (0, total_bytes, Instant::now());
-            match total_bytes {
-                0 => line(stage.describe()),
-                _ => line(&format!("{} ({total_bytes} bytes)", stage.describe())),
-            }
-        }
-        Event::Advance { stage, bytes } => {
-            *done += bytes;
-            if last.elapsed() >= LINE_INTERVAL {
-                *last = Instant::now();
-                line(&format!("{}: {done} of {total} bytes", stage.describe()));
-            }
-        }
-        Event::End { .. } => {}
-        Event::Notice(text) => line(text),
+/// A stage as plain lines.
+#[derive(Debug)]
+struct Lines {
+    done_bytes: u64,
+    total_bytes: u64,
+    began: Instant,
+    last: Instant,
+}
+
+impl Default for Lines {
+    fn default() -> Self {
+        Lines { done_bytes: 0, total_bytes: 0, began: Instant::now(), last: Instant::now() }
     }
+}
+
+impl Lines {
+    fn write(&mut self, event: Event<'_>) {
+        match event {
+            Event::Begin { stage, total_bytes } => {
+                *self = Lines { total_bytes, ..Lines::default() };
+                match total_bytes {
+                    0 => line(stage.describe()),
+                    _ => line(&format!("{} ({total_bytes} bytes)", stage.describe())),
+                }
+            }
+            Event::Advance { stage, bytes } => {
+                self.done_bytes += bytes;
+                if self.last.elapsed() >= LINE_INTERVAL {
+                    self.last = Instant::now();
+                    let state = state(self.done_bytes, self.total_bytes, self.began.elapsed());
+                    line(&format!("{}: {state}", stage.describe()));
+                }
+            }
+            Event::End { .. } => {}
+            Event::Notice(text) => line(text),
+        }
+    }
+}
+
+/// How far a stage is, how fast it goes and how long it will take at this rate.
+fn state(done: u64, total: u64, elapsed: Duration) -> String {
+    let seconds = elapsed.as_secs().max(1);
+    let rate = done / seconds;
+    let left = total.saturating_sub(done).checked_div(rate);
+    let eta = left.map_or_else(String::new, |left| format!(", {left} s left"));
+    let megabytes = rate / 100_000;
+    format!("{done} of {total} bytes, {}.{} MB/s{eta}", megabytes / 10, megabytes % 10)
 }
 
 fn line(text: &str) {
     // A closed standard error is no reason to stop preparing data.
     drop(writeln!(std::io::stderr().lock(), "data: {text}"));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_says_how_fast_it_goes_and_how_long_it_will_take() {
+        let text = state(30_000_000, 90_000_000, Duration::from_secs(10));
+        assert_eq!(text, "30000000 of 90000000 bytes, 3.0 MB/s, 20 s left");
+        let unknown = state(0, 5, Duration::ZERO);
+        assert_eq!(unknown, "0 of 5 bytes, 0.0 MB/s", "no rate, no forecast");
+    }
 }

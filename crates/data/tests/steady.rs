@@ -40,7 +40,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-const SPECIAL: SpecialTokens = SpecialTokens { pad: 0, unk: 1, cls: 2, sep: 3, mask: 4 };
+const SPECIAL: SpecialTokens = SpecialTokens::bert(0, 1, 2, 3, 4);
 
 fn write(target: &Path) -> phalanx_data::Result<()> {
     let mut writer = TokenWriter::create(target, b"{}", 500, SPECIAL, 200_000)?;

@@ -9,7 +9,7 @@
 //! tokens-00001.safetensors    …
 //! ```
 //!
-//! `tokens` is the text, document after document, each closed by `[SEP]`. `doc_offsets[i]..doc_offsets[i + 1]` is document i of
+//! `tokens` is the text, document after document, each closed by `[SEP]` or what the vocabulary has for it. `doc_offsets[i]..doc_offsets[i + 1]` is document i of
 //! the shard. Samples are cut out of the stream when it is read, so one folder serves every sequence length.
 
 pub(crate) mod bytes;
@@ -21,5 +21,7 @@ mod writer;
 
 pub use bytes::Access;
 pub use index::{Index, ShardEntry, SpecialTokens, TokenDType};
+pub(crate) use index::{BLOCK_BYTES, TOKENIZER_FILE};
 pub use tokens::TokenStream;
+pub(crate) use writer::partial_path;
 pub use writer::TokenWriter;

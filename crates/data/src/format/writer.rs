@@ -15,6 +15,8 @@ use crate::cast::to_u64;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
 
+const SHARD_EXTENSION: &str = "safetensors";
+
 /// Writes a prepared folder.
 ///
 /// The folder appears under its name when [`finish`](Self::finish) succeeds, complete and synced to disk; until then, and if
@@ -26,7 +28,7 @@ use crate::fingerprint::{Fingerprint, Fingerprinter};
 /// # fn main() -> phalanx_data::Result<()> {
 /// # let folder = tempfile::tempdir().unwrap();
 /// # let target = folder.path().join("corpus");
-/// let special = SpecialTokens { pad: 0, unk: 1, cls: 2, sep: 3, mask: 4 };
+/// let special = SpecialTokens::bert(0, 1, 2, 3, 4);
 /// let mut writer = TokenWriter::create(&target, b"{}", 100, special, 1 << 20)?;
 /// for document in [[7, 8, 9, 3], [10, 11, 12, 3]] {
 ///     writer.tokens(&document)?;
@@ -44,7 +46,14 @@ pub struct TokenWriter {
     about: ShardInfo,
     current: Option<ShardWriter>,
     done: Vec<ShardEntry>,
-    finished: bool,
+    on_drop: OnDrop,
+}
+
+/// What becomes of the hidden folder when its writer is dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum OnDrop {
+    Remove,
+    Keep,
 }
 
 impl TokenWriter {
@@ -74,13 +83,53 @@ impl TokenWriter {
             about: ShardInfo { vocab_size, special, tokenizer, shard_bytes },
             current: None,
             done: Vec::new(),
-            finished: false,
+            on_drop: OnDrop::Remove,
         };
         write_synced(&writer.partial.join(TOKENIZER_FILE), tokenizer_json)?;
         Ok(writer)
     }
 
-    /// Appends tokens to the current document. Its last token should be `[SEP]`.
+    /// Goes on with what an earlier writer of the same target left half done: these shards are whole, any others are removed.
+    /// Dropped before it is finished, this writer leaves what is done to the next.
+    pub(crate) fn resume(
+        target: &Path,
+        tokenizer_json: &[u8],
+        (vocab_size, special): (u32, SpecialTokens),
+        shard_bytes: u64,
+        done: Vec<ShardEntry>,
+    ) -> Result<Self> {
+        if done.is_empty() {
+            let mut fresh = Self::create(target, tokenizer_json, vocab_size, special, shard_bytes)?;
+            fresh.on_drop = OnDrop::Keep;
+            return Ok(fresh);
+        }
+        let partial = partial_path(target);
+        for entry in fs::read_dir(&partial).map_err(Error::io("list", &partial))? {
+            let entry = entry.map_err(Error::io("list", &partial))?;
+            let is_shard = entry.path().extension().is_some_and(|end| end == SHARD_EXTENSION);
+            let name = entry.file_name();
+            if is_shard && !done.iter().any(|shard| name == *shard.file) {
+                fs::remove_file(entry.path()).map_err(Error::io("remove", &entry.path()))?;
+            }
+        }
+        let tokenizer = Fingerprinter::new(TOKENIZER_FILE).bytes(tokenizer_json).finish();
+        let about = ShardInfo { vocab_size, special, tokenizer, shard_bytes };
+        let target = target.to_path_buf();
+        Ok(TokenWriter { partial, target, about, current: None, done, on_drop: OnDrop::Keep })
+    }
+
+    /// Where shards gather until the folder is complete.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.partial
+    }
+
+    /// The shards that are closed.
+    pub(crate) fn shards(&self) -> &[ShardEntry] {
+        &self.done
+    }
+
+    /// Appends tokens to the current document. Its last token should be the one that closes documents
+    /// ([`SpecialTokens::document_end`]).
     ///
     /// # Errors
     /// [`Error::Io`], and [`Error::BadValue`] for a token outside the vocabulary.
@@ -121,13 +170,14 @@ impl TokenWriter {
             fs::remove_dir_all(&self.target).map_err(Error::io("remove", &self.target))?;
         }
         fs::rename(&self.partial, &self.target).map_err(Error::io("rename", &self.partial))?;
-        self.finished = true;
+        self.on_drop = OnDrop::Keep;
         let parent = self.target.parent().filter(|parent| !parent.as_os_str().is_empty());
         sync_folder(parent.unwrap_or(Path::new(".")))?;
         Ok(index)
     }
 
-    fn close_shard(&mut self) -> Result<()> {
+    /// Closes the current shard, however small it is.
+    pub(crate) fn close_shard(&mut self) -> Result<()> {
         if let Some(shard) = self.current.take() {
             self.done.push(shard.finish(&self.about)?);
         }
@@ -137,14 +187,15 @@ impl TokenWriter {
 
 impl Drop for TokenWriter {
     fn drop(&mut self) {
-        if !self.finished {
+        if self.on_drop == OnDrop::Remove {
             // What cannot be removed is removed by the next writer, or reported by it.
             drop(fs::remove_dir_all(&self.partial));
         }
     }
 }
 
-fn partial_path(target: &Path) -> PathBuf {
+/// Where what will be `target` is written.
+pub(crate) fn partial_path(target: &Path) -> PathBuf {
     let mut name = std::ffi::OsString::from(".");
     name.push(target.file_name().unwrap_or_default());
     name.push(".partial");
@@ -185,7 +236,7 @@ struct ShardWriter {
 
 impl ShardWriter {
     fn create(folder: &Path, number: usize, dtype: TokenDType) -> Result<Self> {
-        let name = format!("tokens-{number:05}.safetensors");
+        let name = format!("tokens-{number:05}.{SHARD_EXTENSION}");
         let path = folder.join(&name);
         let file = OpenOptions::new()
             .create_new(true)
@@ -251,7 +302,10 @@ impl ShardWriter {
                 ("creator", concat!("phalanx-data ", env!("CARGO_PKG_VERSION")).to_owned()),
                 ("tokenizer", about.tokenizer.to_string()),
                 ("vocab_size", about.vocab_size.to_string()),
-                ("sep_token_id", special.sep.to_string()),
+                (
+                    "sep_token_id",
+                    special.document_end().map_or_else(String::new, |id| id.to_string()),
+                ),
             ],
         );
         if header.len() != DATA_START {

@@ -1,11 +1,9 @@
 //! From text files to a prepared folder: vocabulary, tokens, shards.
 
-mod chunk;
-mod encode;
-mod lock;
+pub(crate) mod decode;
 mod prepare;
-mod source;
-mod vocabulary;
-mod words;
+pub(crate) mod split;
+pub(crate) mod vocabulary;
 
+pub use decode::Detokenizer;
 pub use prepare::{prepare, PrepareOptions, Prepared};

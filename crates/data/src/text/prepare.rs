@@ -7,14 +7,17 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::encode::{count_words, Encoder};
-use super::lock;
-use super::source::{self, TextFile};
-use super::vocabulary::{self, Vocabulary, SPECIAL_IDS, VOCAB_SIZE_MIN};
-use crate::cast::to_u64;
+use super::vocabulary::{self, Vocabulary, Wanted, SEP, SPECIAL_IDS, UNK, VOCAB_SIZE_MIN};
+use crate::convert::encoder::Encoder;
+use crate::convert::input::{self, InputFile};
+use crate::convert::pipeline::Input;
+use crate::convert::sink::Sink;
+use crate::convert::{count_words, encode_all, BadLines, Counts, Document, Format, Place};
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
 use crate::format::{Index, SpecialTokens, TokenWriter};
+use crate::lock;
+use crate::pool::in_pool;
 use crate::progress::{Event, Progress, Stage};
 
 /// Folder for prepared data inside the data folder.
@@ -124,7 +127,7 @@ pub fn prepare(path: &Path, options: &PrepareOptions, progress: &dyn Progress) -
         let reason = format!("at least {VOCAB_SIZE_MIN} entries are needed for the letters");
         return Err(Error::option("vocab_size", options.vocab_size, reason));
     }
-    let files = source::list(path)?;
+    let files = input::list_text(path)?;
     let cache = match &options.cache_dir {
         Some(folder) => folder.clone(),
         None if path.is_dir() => path.join(CACHE_FOLDER),
@@ -154,7 +157,7 @@ pub fn prepare(path: &Path, options: &PrepareOptions, progress: &dyn Progress) -
     Ok(Prepared::new(&target, &index, false))
 }
 
-fn key(files: &[TextFile], options: &PrepareOptions) -> Fingerprint {
+fn key(files: &[InputFile], options: &PrepareOptions) -> Fingerprint {
     let sum = Fingerprinter::new(KEY_VERSION)
         .number(u64::from(options.vocab_size))
         .number(options.min_frequency)
@@ -163,25 +166,23 @@ fn key(files: &[TextFile], options: &PrepareOptions) -> Fingerprint {
     files.iter().fold(sum, |sum, file| file.add_to(sum)).finish()
 }
 
-fn in_pool<T: Send>(threads: Option<NonZeroUsize>, work: impl FnOnce() -> T + Send) -> Result<T> {
-    // 0 is rayon's word for all processors.
-    let count = threads.map_or(0, NonZeroUsize::get);
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(count).build().map_err(|error| {
-        Error::option("threads", count, format!("the threads cannot be started: {error}"))
-    })?;
-    Ok(pool.install(work))
-}
-
 /// Does the work, under the lock.
 fn write(
     path: &Path,
     target: &Path,
-    files: &[TextFile],
+    files: &[InputFile],
     options: &PrepareOptions,
     progress: &dyn Progress,
 ) -> Result<Index> {
-    let source_bytes = files.iter().map(|file| file.bytes).sum();
-    let vocabulary = train(path, files, options, source_bytes, progress)?;
+    let input = Input {
+        files: files.to_vec(),
+        format: Format::Text,
+        unit: Document::File,
+        field: String::new(),
+        bad_lines: BadLines::Refuse,
+    };
+    let source_bytes = input.bytes();
+    let vocabulary = train(path, &input, options, progress)?;
     let mut writer = TokenWriter::create(
         target,
         vocabulary.json.as_bytes(),
@@ -190,9 +191,19 @@ fn write(
         options.shard_bytes,
     )?;
     progress.report(Event::Begin { stage: Stage::Encoding, total_bytes: source_bytes });
-    let unknown = encode(&mut writer, files, &vocabulary, options.lowercase, progress)?;
+    let encoder = Encoder::words(vocabulary.model, options.lowercase);
+    let mut sink = Sink {
+        writer: &mut writer,
+        journal: None,
+        end_token: SEP,
+        unknown: Some(UNK),
+        counts: Counts::default(),
+        is_open: false,
+    };
+    encode_all(&input, &encoder, Place::default(), &mut sink, progress)?;
+    let unknown = sink.counts.unknown_tokens;
     progress.report(Event::End { stage: Stage::Encoding });
-    files.iter().try_for_each(TextFile::check_unchanged)?;
+    files.iter().try_for_each(InputFile::check_unchanged)?;
     let index = writer.finish(source_bytes)?;
     let (tokens, documents, size) = (index.token_count, index.document_count, vocabulary.size);
     progress.report(Event::Notice(&format!(
@@ -209,58 +220,14 @@ fn write(
 
 fn train(
     path: &Path,
-    files: &[TextFile],
+    input: &Input,
     options: &PrepareOptions,
-    source_bytes: u64,
     progress: &dyn Progress,
 ) -> Result<Vocabulary> {
-    progress.report(Event::Begin { stage: Stage::Counting, total_bytes: source_bytes });
-    let counts = count_words(files, options.lowercase, progress)?;
-    progress.report(Event::End { stage: Stage::Counting });
+    let counts = count_words(input, options.lowercase, progress)?;
     if counts.is_empty() {
         return Err(Error::EmptyText { path: path.to_path_buf() });
     }
-    progress.report(Event::Begin { stage: Stage::Training, total_bytes: 0 });
     let PrepareOptions { vocab_size, min_frequency, lowercase, .. } = *options;
-    // The trainer splits each of its thousands of merges over the pool: on a busy machine it waits for a thread each time.
-    // Alone it needs less processor time in all.
-    let alone = Some(NonZeroUsize::MIN);
-    let work = || vocabulary::train(&counts, vocab_size, min_frequency, lowercase);
-    let vocabulary = in_pool(alone, work)??;
-    progress.report(Event::End { stage: Stage::Training });
-    if vocabulary.size < vocab_size {
-        progress.report(Event::Notice(&format!(
-            "the text yields a vocabulary of {} entries, fewer than the {vocab_size} asked for",
-            vocabulary.size
-        )));
-    }
-    Ok(vocabulary)
-}
-
-/// Encodes all files; gives the number of words that became `[UNK]`.
-fn encode(
-    writer: &mut TokenWriter,
-    files: &[TextFile],
-    vocabulary: &Vocabulary,
-    lowercase: bool,
-    progress: &dyn Progress,
-) -> Result<u64> {
-    let encoder = Encoder::new(&vocabulary.model, lowercase);
-    let mut unknown = 0;
-    for file in files {
-        let mut is_empty = true;
-        encoder.file(file, progress, |tokens| {
-            if tokens.is_empty() {
-                return Ok(());
-            }
-            is_empty = false;
-            unknown += to_u64(tokens.iter().filter(|&&token| token == SPECIAL_IDS.unk).count());
-            writer.tokens(tokens)
-        })?;
-        if !is_empty {
-            writer.tokens(&[SPECIAL_IDS.sep])?;
-            writer.end_document()?;
-        }
-    }
-    Ok(unknown)
+    vocabulary::train_alone(&counts, Wanted { vocab_size, min_frequency, lowercase }, progress)
 }

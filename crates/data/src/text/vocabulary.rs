@@ -6,6 +6,7 @@
 //! Source: `tokenizers` 0.22, `models/bpe/trainer.rs` and `models/wordpiece/trainer.rs`.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 
 use tokenizers::decoders::wordpiece::WordPiece as WordPieceDecoder;
 use tokenizers::models::bpe::{BpeTrainer, BPE};
@@ -14,19 +15,24 @@ use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
 use tokenizers::processors::bert::BertProcessing;
 use tokenizers::{AddedToken, Tokenizer};
 
-use super::words::{normalizer, tokenizer_error};
+use super::split::{normalizer, tokenizer_error};
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 use crate::format::SpecialTokens;
+use crate::pool::in_pool;
+use crate::progress::{Event, Progress, Stage};
 
 /// The special tokens; their place is their id.
 const SPECIAL: [&str; 5] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];
 
-pub(super) const SPECIAL_IDS: SpecialTokens =
-    SpecialTokens { pad: 0, unk: 1, cls: 2, sep: 3, mask: 4 };
+/// Their ids.
+pub(crate) const UNK: u32 = 1;
+pub(crate) const CLS: u32 = 2;
+pub(crate) const SEP: u32 = 3;
+pub(crate) const SPECIAL_IDS: SpecialTokens = SpecialTokens::bert(0, UNK, CLS, SEP, 4);
 
 /// Fewer entries would hold little more than the letters.
-pub(super) const VOCAB_SIZE_MIN: u32 = 64;
+pub(crate) const VOCAB_SIZE_MIN: u32 = 64;
 
 const CONTINUATION: &str = "##";
 
@@ -43,19 +49,19 @@ const COUNT_SUM_MAX: u64 = 1 << 31;
 const LETTER_PAIRS: u64 = 4;
 
 /// How often each word occurs.
-pub(super) type WordCounts = BTreeMap<String, u64>;
+pub(crate) type WordCounts = BTreeMap<String, u64>;
 
 /// A trained tokenizer.
 #[derive(Clone, Debug)]
-pub(super) struct Vocabulary {
-    pub(super) model: WordPiece,
-    pub(super) size: u32,
+pub(crate) struct Vocabulary {
+    pub(crate) model: WordPiece,
+    pub(crate) size: u32,
     /// `tokenizer.json`
-    pub(super) json: String,
+    pub(crate) json: String,
 }
 
 /// Trains a vocabulary of at most `vocab_size` entries; a small text yields fewer.
-pub(super) fn train(
+pub(crate) fn train(
     counts: &WordCounts,
     vocab_size: u32,
     min_frequency: u64,
@@ -99,6 +105,37 @@ pub(super) fn train(
     finish(WordPiece::from_bpe(&bpe), lowercase)
 }
 
+/// What a vocabulary is to be like.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wanted {
+    pub(crate) vocab_size: u32,
+    pub(crate) min_frequency: u64,
+    pub(crate) lowercase: bool,
+}
+
+/// Trains a vocabulary on one thread and tells how it goes.
+///
+/// The trainer splits each of its thousands of merges over the pool: on a busy machine it waits for a thread each time. Alone
+/// it needs less processor time in all.
+pub(crate) fn train_alone(
+    counts: &WordCounts,
+    wanted: Wanted,
+    progress: &dyn Progress,
+) -> Result<Vocabulary> {
+    let Wanted { vocab_size, min_frequency, lowercase } = wanted;
+    progress.report(Event::Begin { stage: Stage::Training, total_bytes: 0 });
+    let work = || train(counts, vocab_size, min_frequency, lowercase);
+    let vocabulary = in_pool(Some(NonZeroUsize::MIN), work)??;
+    progress.report(Event::End { stage: Stage::Training });
+    if vocabulary.size < vocab_size {
+        progress.report(Event::Notice(&format!(
+            "the text yields a vocabulary of {} entries, fewer than the {vocab_size} asked for",
+            vocabulary.size
+        )));
+    }
+    Ok(vocabulary)
+}
+
 /// The most frequent characters, in the order of their code points.
 fn alphabet(counts: &WordCounts, vocab_size: u32) -> Vec<char> {
     let mut frequencies: BTreeMap<char, u64> = BTreeMap::new();
@@ -119,7 +156,7 @@ fn alphabet(counts: &WordCounts, vocab_size: u32) -> Vec<char> {
 /// Wraps the model in a tokenizer that other programs can use.
 fn finish(model: WordPiece, lowercase: bool) -> Result<Vocabulary> {
     let mut tokenizer = Tokenizer::new(model.clone());
-    let [cls, sep] = [("[CLS]", SPECIAL_IDS.cls), ("[SEP]", SPECIAL_IDS.sep)];
+    let [cls, sep] = [("[CLS]", CLS), ("[SEP]", SEP)];
     tokenizer
         .with_normalizer(Some(normalizer(lowercase)))
         .with_pre_tokenizer(Some(BertPreTokenizer))
@@ -149,7 +186,7 @@ mod tests {
 
     fn counts(text: &str) -> WordCounts {
         let mut counts = WordCounts::new();
-        super::super::words::for_each(text, true, |word| {
+        super::super::split::for_each(text, true, |word| {
             *counts.entry(word.to_owned()).or_default() += 1;
             Ok(())
         })

@@ -7,7 +7,7 @@ use phalanx_data::{
     Sample, Samples, Scratch, SpecialTokens, Tail, TokenStream, IGNORED,
 };
 
-use crate::support::{write_tokens, SPECIAL};
+use crate::support::{special_id, write_tokens, SPECIAL};
 
 const LEN: usize = 33;
 
@@ -58,7 +58,7 @@ fn labels_are_the_next_tokens_and_nothing_is_left_out() {
 #[test]
 fn documents_are_told_apart() {
     let (tokens, rows) = batches(Documents::Apart);
-    let end = i64::from(SPECIAL.sep);
+    let end = special_id(SPECIAL.sep);
     let mut several = 0;
     for (number, [inputs, labels, positions, documents]) in rows.iter().enumerate() {
         let mut expected = (0, 0);
@@ -77,7 +77,7 @@ fn documents_are_told_apart() {
 
 #[test]
 fn whole_words_are_masked_or_left_alone() {
-    let special = SpecialTokens { pad: 0, unk: 1, cls: 2, sep: 3, mask: 4 };
+    let special = SpecialTokens::bert(0, 1, 2, 3, 4);
     // Every token from 300 on continues a word.
     let words = Continuations::from_fn(500, |id| id >= 300);
     let masking = Masking { whole_words: true, ..Default::default() };

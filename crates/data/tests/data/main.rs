@@ -7,6 +7,7 @@
 )]
 
 mod causal;
+mod converting;
 mod damage;
 mod end_to_end;
 mod fixed;

@@ -2,7 +2,7 @@
 
 use phalanx_data::{Masker, Masking, Sample, SpecialTokens, IGNORED};
 
-use crate::support::SPECIAL;
+use crate::support::{special_id, SPECIAL};
 
 const VOCAB_SIZE: u32 = 1000;
 const LEN: usize = 128;
@@ -11,11 +11,11 @@ fn row(id: u64) -> Vec<i64> {
     let mut row: Vec<i64> = (0..LEN as u64)
         .map(|at| 5 + ((id * 7919 + at * 104_729) % u64::from(VOCAB_SIZE - 5)).cast_signed())
         .collect();
-    row[0] = i64::from(SPECIAL.cls);
-    row[40] = i64::from(SPECIAL.unk);
-    row[77] = i64::from(SPECIAL.sep);
-    row[LEN - 2] = i64::from(SPECIAL.sep);
-    row[LEN - 1] = i64::from(SPECIAL.pad);
+    row[0] = special_id(SPECIAL.cls);
+    row[40] = special_id(SPECIAL.unk);
+    row[77] = special_id(SPECIAL.sep);
+    row[LEN - 2] = special_id(SPECIAL.sep);
+    row[LEN - 1] = special_id(SPECIAL.pad);
     row
 }
 
@@ -55,7 +55,7 @@ fn shares_are_those_of_bert() {
             chosen += 1;
             by_position[at] += 1;
             match ids[at] {
-                id if id == i64::from(SPECIAL.mask) => masked += 1,
+                id if id == special_id(SPECIAL.mask) => masked += 1,
                 id if id == original[at] => kept += 1,
                 id => {
                     assert!((5..i64::from(VOCAB_SIZE)).contains(&id));
@@ -139,13 +139,13 @@ fn extremes_of_the_shares_are_exact() {
         if SPECIAL.contains(original[at]) {
             assert_eq!(labels[at], IGNORED);
         } else {
-            assert_eq!((ids[at], labels[at]), (i64::from(SPECIAL.mask), original[at]));
+            assert_eq!((ids[at], labels[at]), (special_id(SPECIAL.mask), original[at]));
         }
     }
     let keep = Masking { probability: 0.5, mask_share: 0.0, random_share: 0.0, whole_words: false };
     assert_eq!(apply(keep, 1, Sample::default()).0, original);
     // A vocabulary of special tokens has no random token to offer.
-    let tiny = SpecialTokens { pad: 0, unk: 1, cls: 2, sep: 3, mask: 4 };
+    let tiny = SpecialTokens::bert(0, 1, 2, 3, 4);
     let random =
         Masking { probability: 1.0, mask_share: 0.0, random_share: 1.0, whole_words: false };
     let masker = Masker::new(random, 5, tiny).unwrap();

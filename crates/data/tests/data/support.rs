@@ -8,7 +8,13 @@ use phalanx_data::{
     Samples, Scratch, SpecialTokens, TokenStream, TokenWriter,
 };
 
-pub(crate) const SPECIAL: SpecialTokens = SpecialTokens { pad: 0, unk: 1, cls: 2, sep: 3, mask: 4 };
+pub(crate) const SPECIAL: SpecialTokens = SpecialTokens::bert(0, 1, 2, 3, 4);
+pub(crate) const SEP: u32 = 3;
+
+/// The id of a special token that the vocabulary has.
+pub(crate) fn special_id(id: Option<u32>) -> i64 {
+    i64::from(id.expect("the vocabulary has it"))
+}
 
 /// Sentences of varied words, the same on every run.
 pub(crate) fn write_text(folder: &Path, files: usize, sentences: usize) {
@@ -33,7 +39,7 @@ pub(crate) fn write_tokens(target: &Path, documents: u32, vocab_size: u32, shard
         let len = 90 + document % 21;
         let tokens: Vec<u32> = (0..len)
             .map(|at| 5 + (document * 1009 + at * at * 31) % (vocab_size - 5))
-            .chain([SPECIAL.sep])
+            .chain([SEP])
             .collect();
         writer.tokens(&tokens).expect("write tokens");
         writer.end_document().expect("end a document");

@@ -14,12 +14,12 @@ const POLL: Duration = Duration::from_millis(20);
 
 /// The lock, until it is dropped.
 #[derive(Debug)]
-pub(super) struct Lock {
+pub(crate) struct Lock {
     _file: File,
 }
 
 /// Takes the lock at `path`. Calls `waiting` once if somebody else holds it.
-pub(super) fn acquire(path: &Path, timeout: Duration, waiting: impl FnOnce()) -> Result<Lock> {
+pub(crate) fn acquire(path: &Path, timeout: Duration, waiting: impl FnOnce()) -> Result<Lock> {
     let not_writable = |cause| Error::CacheNotWritable { path: path.to_path_buf(), cause };
     let mut file = OpenOptions::new()
         .create(true)

@@ -13,12 +13,12 @@ use tokenizers::{
 use crate::error::{Error, Result};
 
 /// The normaliser, as it is also written to `tokenizer.json`.
-pub(super) fn normalizer(lowercase: bool) -> BertNormalizer {
+pub(crate) fn normalizer(lowercase: bool) -> BertNormalizer {
     BertNormalizer::new(true, true, None, lowercase)
 }
 
 /// Calls `word` for each word of `text`.
-pub(super) fn for_each(
+pub(crate) fn for_each(
     text: &str,
     lowercase: bool,
     mut word: impl FnMut(&str) -> Result<()>,
@@ -72,7 +72,7 @@ fn unicode(piece: &str, lowercase: bool, word: &mut impl FnMut(&str) -> Result<(
 }
 
 /// Closure for `map_err`: an error of the tokenizers crate.
-pub(super) fn tokenizer_error(
+pub(crate) fn tokenizer_error(
     action: &'static str,
 ) -> impl Fn(Box<dyn std::error::Error + Send + Sync>) -> Error {
     move |error| Error::Tokenizer { action, message: error.to_string() }

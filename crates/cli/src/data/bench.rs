@@ -1,0 +1,153 @@
+//! `phalanx data bench`: what the loader delivers from a folder when the model costs nothing.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use phalanx_data::{
+    CausalText, Documents, Loader, LoaderOptions, MaskedText, Masking, Samples, TokenStream,
+};
+use serde_json::json;
+
+use super::{AccessFlag, Folder};
+use crate::report::{self, count, real};
+
+#[derive(Args, Debug)]
+pub(crate) struct BenchArgs {
+    #[command(flatten)]
+    folder: Folder,
+    /// Tokens of a sequence.
+    #[arg(long, value_name = "L", default_value_t = 512)]
+    seq_len: usize,
+    /// Sequences of a batch.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    batch: usize,
+    /// Threads that build batches ahead; 0: the caller builds them.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    threads: usize,
+    /// What a sequence is for.
+    #[arg(long, value_enum, default_value_t = SamplesFlag::Masked)]
+    samples: SamplesFlag,
+    /// How files are read.
+    #[arg(long, value_enum, default_value_t = AccessFlag::Read)]
+    access: AccessFlag,
+    /// How long to run.
+    #[arg(long, value_name = "S", default_value_t = 5.0, value_parser = seconds, allow_negative_numbers = true)]
+    seconds: f64,
+    /// Seed of order and masks.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Write one JSON object instead of lines.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is trained on.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum SamplesFlag {
+    /// Masked tokens, as BERT is trained.
+    Masked,
+    /// The next token, as GPT is trained.
+    Next,
+}
+
+/// A time that can be waited for.
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value > 0.0 && value <= 86_400.0 => Ok(value),
+        _ => Err("give a number of seconds above 0 and at most 86400".to_owned()),
+    }
+}
+
+pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
+    let folder = args.folder.checked()?;
+    let opened = Instant::now();
+    let samples = open(folder, args)?;
+    let measured = measure(samples, args, opened)?;
+    if args.json {
+        report::print_json(&json!({
+            "sequences_per_second": measured.rate(args.batch),
+            "tokens_per_second": measured.rate(args.batch * args.seq_len),
+            "first_batch_ms": measured.first_batch.as_secs_f64() * 1e3,
+            "data_wait_us_mean": measured.wait_us(),
+            "steps": measured.steps, "seconds": measured.elapsed.as_secs_f64(),
+            "seq_len": args.seq_len, "batch": args.batch, "threads": args.threads,
+        }))?;
+    } else {
+        report::print(&measured.as_lines(args))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn open(folder: &Path, args: &BenchArgs) -> Result<Arc<dyn Samples>> {
+    let stream = Arc::new(TokenStream::open(folder, args.access.into())?);
+    Ok(match args.samples {
+        SamplesFlag::Masked => Arc::new(MaskedText::new(stream, args.seq_len, Masking::default())?),
+        SamplesFlag::Next => Arc::new(CausalText::new(stream, args.seq_len, Documents::Joined)?),
+    })
+}
+
+/// What one run gave.
+struct Measured {
+    steps: u64,
+    elapsed: Duration,
+    /// From opening the folder to the first batch.
+    first_batch: Duration,
+    waited: Duration,
+}
+
+fn measure(samples: Arc<dyn Samples>, args: &BenchArgs, opened: Instant) -> Result<Measured> {
+    let options = LoaderOptions {
+        seed: args.seed,
+        global_batch: args.batch,
+        threads: args.threads,
+        ..LoaderOptions::default()
+    };
+    let mut loader = Loader::new(samples, options)?;
+    drop(loader.next_step()?);
+    let first_batch = opened.elapsed();
+    let (started, limit) = (Instant::now(), Duration::from_secs_f64(args.seconds));
+    let (mut steps, mut waited) = (0, Duration::ZERO);
+    while started.elapsed() < limit {
+        waited += loader.next_step()?.data_wait;
+        steps += 1;
+    }
+    Ok(Measured { steps, elapsed: started.elapsed(), first_batch, waited })
+}
+
+impl Measured {
+    /// Things a second, of which each step has `per_step`.
+    fn rate(&self, per_step: usize) -> f64 {
+        let per_step = u64::try_from(per_step).unwrap_or(u64::MAX);
+        real(self.steps) * real(per_step) / self.elapsed.as_secs_f64().max(1e-9)
+    }
+
+    fn wait_us(&self) -> f64 {
+        self.waited.as_secs_f64() * 1e6 / real(self.steps.max(1))
+    }
+
+    fn as_lines(&self, args: &BenchArgs) -> String {
+        let whole = |rate: f64| {
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate")]
+            let rounded = rate.round() as u64;
+            count(rounded)
+        };
+        let BenchArgs { seq_len, batch, threads, .. } = args;
+        format!(
+            "batches of {batch} sequences of {seq_len} tokens, {threads} prefetch threads, {} steps in {:.1} s\n\
+             sequences/s  {}\n\
+             tokens/s     {}\n\
+             first batch  {:.2} ms after opening\n\
+             data wait    {:.1} µs a step (nothing is computed between steps)\n",
+            count(self.steps),
+            self.elapsed.as_secs_f64(),
+            whole(self.rate(*batch)),
+            whole(self.rate(batch * seq_len)),
+            self.first_batch.as_secs_f64() * 1e3,
+            self.wait_us(),
+        )
+    }
+}

@@ -1,0 +1,170 @@
+//! `phalanx data convert`: text to shards of tokens.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use phalanx_data::convert::{convert, BadLines, ConvertOptions, Document, Format, Vocabulary};
+use serde_json::json;
+
+use super::{ProgressFlag, Threads};
+use crate::report::{self, bytes, count, real};
+
+#[derive(Args, Debug)]
+pub(crate) struct ConvertArgs {
+    /// Files, or folders whose files of a known kind are taken (.txt; .jsonl, .ndjson; .parquet).
+    #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
+    input: Vec<PathBuf>,
+    /// The folder to make. It appears when it is complete.
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    #[command(flatten)]
+    vocabulary: VocabularyArgs,
+    #[command(flatten)]
+    reading: ReadingArgs,
+    /// A shard is closed at the first end of a document after so many bytes of tokens.
+    #[arg(long, value_name = "BYTES", default_value_t = 256 << 20)]
+    shard_bytes: u64,
+    #[command(flatten)]
+    threads: Threads,
+    /// Drop what another command with this output left half done.
+    #[arg(long)]
+    restart: bool,
+    #[command(flatten)]
+    progress: ProgressFlag,
+    #[command(flatten)]
+    report: ReportArgs,
+}
+
+/// How the result is told.
+#[derive(Args, Debug)]
+struct ReportArgs {
+    /// Write one JSON object instead of lines.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Where the vocabulary comes from.
+#[derive(Args, Debug)]
+struct VocabularyArgs {
+    /// A tokenizer.json of Hugging Face's tokenizers.
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    /// Train a WordPiece vocabulary of so many entries on the text (8192 if neither is given).
+    #[arg(long, value_name = "N", conflicts_with = "tokenizer")]
+    vocab_size: Option<u32>,
+    /// Keep upper and lower case apart when training the vocabulary.
+    #[arg(long, conflicts_with = "tokenizer")]
+    keep_case: bool,
+    /// The token that closes each document, by name. Found by itself where the tokenizer has [SEP], </s>, <|endoftext|> or the like.
+    #[arg(long, value_name = "TOKEN")]
+    end_token: Option<String>,
+}
+
+/// How files are read.
+#[derive(Args, Debug)]
+struct ReadingArgs {
+    /// The kind of the files; told from their names if not given.
+    #[arg(long, value_enum)]
+    format: Option<FormatFlag>,
+    /// Where JSON objects and Parquet rows have their text: a field or column, or a path of fields (page.body).
+    #[arg(long, value_name = "NAME", default_value = "text")]
+    field: String,
+    /// What a document is in plain text.
+    #[arg(long, value_enum, default_value_t = DocumentFlag::File)]
+    document: DocumentFlag,
+    /// Leave lines out that are no JSON or lack the field, and say how many, instead of ending.
+    #[arg(long)]
+    skip_bad_lines: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum FormatFlag {
+    /// UTF-8 text.
+    Text,
+    /// A JSON object a line.
+    Jsonl,
+    /// Apache Parquet (needs the cargo feature `parquet`).
+    Parquet,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum DocumentFlag {
+    /// Each file.
+    File,
+    /// Each line.
+    Line,
+    /// Lines up to an empty one.
+    BlankLine,
+}
+
+impl ConvertArgs {
+    fn options(&self) -> ConvertOptions {
+        let vocabulary = match &self.vocabulary.tokenizer {
+            Some(path) => Vocabulary::File(path.clone()),
+            None => Vocabulary::Train {
+                vocab_size: self.vocabulary.vocab_size.unwrap_or(8192),
+                min_frequency: 2,
+                lowercase: !self.vocabulary.keep_case,
+            },
+        };
+        ConvertOptions {
+            vocabulary,
+            format: self.reading.format.map(|format| match format {
+                FormatFlag::Text => Format::Text,
+                FormatFlag::Jsonl => Format::JsonLines,
+                FormatFlag::Parquet => Format::Parquet,
+            }),
+            field: self.reading.field.clone(),
+            document: match self.reading.document {
+                DocumentFlag::File => Document::File,
+                DocumentFlag::Line => Document::Line,
+                DocumentFlag::BlankLine => Document::BlankLine,
+            },
+            end_token: self.vocabulary.end_token.clone(),
+            bad_lines: if self.reading.skip_bad_lines { BadLines::Skip } else { BadLines::Refuse },
+            shard_bytes: self.shard_bytes,
+            threads: self.threads.threads,
+            restart: self.restart,
+        }
+    }
+}
+
+pub(crate) fn run(args: &ConvertArgs) -> Result<ExitCode> {
+    let started = Instant::now();
+    let progress = args.progress.reporter();
+    let made = convert(&args.input, &args.output, &args.options(), &*progress)?;
+    let (index, seconds) = (&made.index, started.elapsed().as_secs_f64());
+    if args.report.json {
+        report::print_json(&json!({
+            "output": args.output, "tokens": index.token_count, "documents": index.document_count,
+            "vocab_size": index.vocab_size, "shards": index.shards.len(),
+            "source_bytes": index.source_bytes, "fingerprint": index.fingerprint,
+            "skipped_lines": made.skipped_lines, "resumed_shards": made.resumed_shards,
+            "reused": made.reused, "seconds": seconds,
+        }))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let done = if made.reused {
+        "was converted before".to_owned()
+    } else {
+        let rate = real(index.source_bytes) / seconds.max(1e-9) / 1e6;
+        format!("{seconds:.1} s, {rate:.1} MB/s")
+    };
+    report::print(&format!(
+        "{} in {} documents are {} tokens of a vocabulary of {} in {} ({} shards, fingerprint {}): {done}\n",
+        bytes(index.source_bytes),
+        count(index.document_count),
+        count(index.token_count),
+        count(index.vocab_size.into()),
+        args.output.display(),
+        index.shards.len(),
+        index.fingerprint,
+    ))?;
+    if made.skipped_lines > 0 {
+        report::print(&format!("{} bad lines were left out\n", count(made.skipped_lines)))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,56 @@
+//! `phalanx data verify`: every checksum of a folder, on all processors.
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::Args;
+use phalanx_data::{verify, Verified};
+use serde_json::json;
+
+use super::{Folder, ProgressFlag, Threads};
+use crate::failure;
+use crate::report::{self, bytes, count, real};
+
+#[derive(Args, Debug)]
+pub(crate) struct VerifyArgs {
+    #[command(flatten)]
+    folder: Folder,
+    #[command(flatten)]
+    threads: Threads,
+    /// Write one JSON object instead of lines.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    progress: ProgressFlag,
+}
+
+pub(crate) fn run(args: &VerifyArgs) -> Result<ExitCode> {
+    let folder = args.folder.checked()?;
+    let started = Instant::now();
+    let found = verify(folder, args.threads.threads, &*args.progress.reporter())?;
+    let seconds = started.elapsed().as_secs_f64();
+    if args.json {
+        let damage: Vec<String> = found.damage.iter().map(ToString::to_string).collect();
+        report::print_json(&json!({
+            "good": damage.is_empty(), "files": found.file_count, "blocks": found.block_count,
+            "bytes": found.bytes, "seconds": seconds, "damage": damage,
+        }))?;
+    } else {
+        report::print(&as_lines(&found, seconds))?;
+    }
+    Ok(ExitCode::from(if found.damage.is_empty() { 0 } else { failure::DATA }))
+}
+
+fn as_lines(found: &Verified, seconds: f64) -> String {
+    let mut out: String = found.damage.iter().map(|error| format!("damaged: {error}\n")).collect();
+    let rate = real(found.bytes) / seconds.max(1e-9) / 1e6;
+    let (files, blocks, size) = (found.file_count, count(found.block_count), bytes(found.bytes));
+    let result = match found.damage.len() {
+        0 => "all good".to_owned(),
+        1 => "1 of them is damaged".to_owned(),
+        n => format!("{n} of them are damaged"),
+    };
+    out += &format!("{files} files, {blocks} blocks, {size} at {rate:.0} MB/s: {result}\n");
+    out
+}

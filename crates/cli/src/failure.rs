@@ -1,0 +1,51 @@
+//! Errors as the user meets them: one message and an exit code.
+//!
+//! Codes follow BSD's `sysexits.h`, so that a job script can tell a wrong flag from a damaged file.
+
+use std::error::Error;
+use std::io;
+
+/// The command line contradicts itself or asks for what does not exist.
+pub(crate) const USAGE: u8 = 64;
+/// A file is not what it should be.
+pub(crate) const DATA: u8 = 65;
+/// What no other code fits.
+pub(crate) const FAILED: u8 = 70;
+/// Reading or writing failed.
+pub(crate) const IO: u8 = 74;
+/// Somebody else works on it: try again later.
+pub(crate) const BUSY: u8 = 75;
+/// Something did not come in time; `timeout(1)` ends with it too.
+pub(crate) const TIMEOUT: u8 = 124;
+
+/// The whole chain of causes on one line; a cause that its parent already quotes is left out.
+pub(crate) fn message(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
+/// The code for an error, by the first cause that has one.
+pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
+    error.chain().find_map(code_of).unwrap_or(FAILED)
+}
+
+fn code_of(cause: &(dyn Error + 'static)) -> Option<u8> {
+    use phalanx_data::Error as E;
+    if let Some(error) = cause.downcast_ref::<E>() {
+        return Some(match error {
+            E::Io { .. } | E::CacheNotWritable { .. } => IO,
+            E::InvalidOption { .. } | E::NotCompiledIn { .. } => USAGE,
+            E::LockTimeout { .. } => BUSY,
+            E::Timeout { .. } => TIMEOUT,
+            _ => DATA,
+        });
+    }
+    cause.is::<io::Error>().then_some(IO)
+}

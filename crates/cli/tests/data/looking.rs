@@ -1,0 +1,121 @@
+//! inspect, verify and bench.
+
+use std::fs;
+
+use crate::support::{damage, phalanx, prepared, refused, text};
+
+#[test]
+fn inspect_shows_what_is_there_and_some_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = prepared(folder.path());
+    let index = phalanx_data::Index::read(&target).unwrap();
+    assert!(index.shards.len() > 1, "several shards");
+    let out = phalanx(&["data", "inspect", text(&target), "--sample", "3"]).good();
+    for part in [
+        "phalanx-tokens 1, by phalanx-data",
+        "documents    4\n",
+        "cls 2",
+        "sep 3",
+        &index.fingerprint.to_string(),
+        "tokens-00001.safetensors",
+        "token 0: the king loves",
+        "[SEP]\n",
+    ] {
+        assert!(out.contains(part), "{part} in:\n{out}");
+    }
+
+    let json = phalanx(&["data", "inspect", text(&target), "--json", "--sample", "2"]).json();
+    assert_eq!(json["tokens"], index.token_count);
+    assert_eq!(json["vocab_size"], index.vocab_size);
+    assert_eq!(json["special"]["mask"], 4);
+    assert_eq!(json["fingerprint"], index.fingerprint.to_string());
+    assert_eq!(json["shards"].as_array().unwrap().len(), index.shards.len());
+    let samples = json["samples"].as_array().unwrap();
+    assert_eq!(samples.len(), 2);
+    let (at, len) = (&samples[1]["at"], samples[1]["tokens"].as_array().unwrap().len() as u64);
+    assert_eq!(at.as_u64().unwrap() + len, index.token_count, "the last one is at the end");
+}
+
+#[test]
+fn verify_finds_good_data_good_and_names_every_damaged_block() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = prepared(folder.path());
+    let out = phalanx(&["data", "verify", text(&target)]).good();
+    assert!(out.contains("all good"), "{out}");
+
+    damage(&target.join("tokens-00000.safetensors"), 9000);
+    damage(&target.join("tokens-00001.safetensors"), 5000);
+    let found = phalanx(&["data", "verify", text(&target), "--threads", "2"]);
+    assert_eq!(found.code, Some(65), "{found:?}");
+    for part in [
+        "tokens-00000.safetensors is damaged at offset 0 (block 0)",
+        "tokens-00001.safetensors is damaged at offset 0 (block 0)",
+        "2 of them are damaged",
+    ] {
+        assert!(found.out.contains(part), "{part} in:\n{}", found.out);
+    }
+    let quiet = phalanx(&["data", "verify", text(&target), "--json", "--quiet"]);
+    let json: serde_json::Value = serde_json::from_str(&quiet.out).unwrap();
+    assert_eq!((quiet.code, json["good"].as_bool()), (Some(65), Some(false)));
+    assert_eq!(json["damage"].as_array().unwrap().len(), 2);
+    assert_eq!(quiet.err, "");
+}
+
+#[test]
+fn verify_names_files_that_are_gone_or_cut_off() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = prepared(folder.path());
+    fs::remove_file(target.join("tokens-00000.safetensors")).unwrap();
+    let shard = target.join("tokens-00001.safetensors");
+    fs::OpenOptions::new().write(true).open(&shard).unwrap().set_len(5000).unwrap();
+    let found = phalanx(&["data", "verify", text(&target)]);
+    assert_eq!(found.code, Some(65));
+    assert!(found.out.contains("cannot open"), "{}", found.out);
+    assert!(found.out.contains("has 5000 bytes, expected"), "{}", found.out);
+}
+
+#[test]
+fn bench_measures_the_loader() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = prepared(folder.path());
+    let run = |extra: &[&str]| {
+        let mut args = vec!["data", "bench", text(&target), "--seconds", "0.2", "--seq-len", "64"];
+        args.extend_from_slice(extra);
+        phalanx(&args)
+    };
+    for access in ["read", "map"] {
+        let json = run(&["--json", "--batch", "8", "--access", access, "--threads", "0"]).json();
+        let sequences = json["sequences_per_second"].as_f64().unwrap();
+        let tokens = json["tokens_per_second"].as_f64().unwrap();
+        assert!(sequences > 100.0, "{json}");
+        assert!((tokens / sequences - 64.0).abs() < 0.01, "{json}");
+        assert!(json["first_batch_ms"].as_f64().unwrap() > 0.0, "{json}");
+        assert!(json["data_wait_us_mean"].as_f64().unwrap() > 0.0, "{json}");
+    }
+    let out = run(&["--threads", "2"]).good();
+    assert!(out.contains("sequences/s") && out.contains("data wait"), "{out}");
+}
+
+#[test]
+fn bad_input_is_one_message_and_a_code() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = text(folder.path());
+    let missing = format!("{path}/none");
+    for command in ["inspect", "verify", "bench"] {
+        refused(&["data", command, path], 65, "is not a prepared folder");
+        refused(&["data", command, &missing], 65, "does not exist");
+        refused(&["data", command], 64, "DIR");
+    }
+    fs::write(folder.path().join("index.json"), "{\"format\":").unwrap();
+    refused(&["data", "verify", path], 65, "error: ");
+    refused(&["data", "bench", path, "--seconds", "-1"], 64, "above 0");
+
+    let data = folder.path().join("text");
+    fs::create_dir(&data).unwrap();
+    let target = prepared(&data);
+    refused(&["data", "bench", text(&target), "--seq-len", "2"], 64, "sequence_len is 2");
+    let many = ["data", "bench", text(&target), "--batch", "100000000"];
+    refused(&many, 65, "fewer than the global batch");
+    assert_eq!(phalanx(&["data", "--help"]).code, Some(0));
+    assert_eq!(phalanx(&["data", "nonsense"]).code, Some(64));
+}

@@ -1,0 +1,5 @@
+//! `phalanx data …` as its user runs it: the real program, its output and its exit codes.
+
+mod converting;
+mod looking;
+mod support;

@@ -1,0 +1,193 @@
+//! From a block to documents: pure functions of its text.
+
+use std::borrow::Cow;
+
+use super::options::Document;
+
+/// A document, or a part of one.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Segment<'a> {
+    pub(crate) text: Cow<'a, str>,
+    /// Where the block goes on after it and what separates it from the next.
+    pub(crate) end: usize,
+    /// Lines of the block up to `end`.
+    pub(crate) lines: u64,
+    pub(crate) ends_document: bool,
+}
+
+/// Calls `each` for every segment of a block of plain text.
+pub(crate) fn of_text<E>(
+    text: &str,
+    unit: Document,
+    mut each: impl FnMut(Segment<'_>) -> Result<(), E>,
+) -> Result<(), E> {
+    match unit {
+        Document::File => {
+            let (end, lines) = (text.len(), 0);
+            each(Segment { text: text.into(), end, lines, ends_document: false })
+        }
+        Document::Line => {
+            let (mut at, mut number) = (0, 0);
+            for line in text.split_inclusive('\n') {
+                at += line.len();
+                number += 1;
+                if !line.trim_ascii().is_empty() {
+                    let line = line.trim_end_matches(['\n', '\r']).into();
+                    each(Segment { text: line, end: at, lines: number, ends_document: true })?;
+                }
+            }
+            Ok(())
+        }
+        Document::BlankLine => paragraphs(text, each),
+    }
+}
+
+/// Runs of lines between empty ones.
+fn paragraphs<E>(text: &str, mut each: impl FnMut(Segment<'_>) -> Result<(), E>) -> Result<(), E> {
+    // The paragraph is `text[begin..close]`; `close == begin` while there is none.
+    let (mut begin, mut close, mut at, mut number, mut gap) = (0, 0, 0, 0_u64, false);
+    for line in text.split_inclusive('\n') {
+        let is_blank = line.trim_ascii().is_empty();
+        if !is_blank && gap {
+            let paragraph = text[begin..close].trim_end_matches(['\n', '\r']).into();
+            each(Segment { text: paragraph, end: at, lines: number, ends_document: true })?;
+            (begin, close, gap) = (at, at, false);
+        }
+        at += line.len();
+        number += 1;
+        if !is_blank {
+            close = at;
+        } else if close == begin {
+            (begin, close) = (at, at);
+        } else {
+            gap = true;
+        }
+    }
+    if close == begin {
+        return Ok(());
+    }
+    // Without an empty line after it the paragraph may go on in the next block: its last line break belongs to it.
+    let last = &text[begin..close];
+    let last = if gap { last.trim_end_matches(['\n', '\r']) } else { last };
+    each(Segment { text: last.into(), end: at, lines: number, ends_document: gap })
+}
+
+/// Calls `each` for every line of a block of JSON objects: its text, or what is wrong with the line.
+pub(crate) fn of_json_lines<E>(
+    text: &str,
+    field: &str,
+    mut each: impl FnMut(Result<Segment<'_>, BadJson>) -> Result<(), E>,
+) -> Result<(), E> {
+    let (mut at, mut number) = (0, 0);
+    for line in text.split_inclusive('\n') {
+        at += line.len();
+        number += 1;
+        if line.trim_ascii().is_empty() {
+            continue;
+        }
+        let found = json_text(line, field).map(|found| Segment {
+            text: found,
+            end: at,
+            lines: number,
+            ends_document: true,
+        });
+        each(found.map_err(|reason| BadJson { line: number, reason }))?;
+    }
+    Ok(())
+}
+
+/// What is wrong with a line.
+#[derive(Debug)]
+pub(crate) struct BadJson {
+    /// From 1, in the block.
+    pub(crate) line: u64,
+    pub(crate) reason: String,
+}
+
+/// The string at a path of fields (`text`, `page.body`) of an object.
+fn json_text(line: &str, field: &str) -> Result<Cow<'static, str>, String> {
+    let mut value: serde_json::Value =
+        serde_json::from_str(line).map_err(|error| format!("it is not JSON: {error}"))?;
+    for name in field.split('.') {
+        value = match value.get_mut(name) {
+            Some(inner) => inner.take(),
+            None => return Err(format!("it has no field `{field}`; choose another with --field")),
+        };
+    }
+    match value {
+        serde_json::Value::String(text) => Ok(text.into()),
+        other => {
+            let kind = match other {
+                serde_json::Value::Null => "null",
+                serde_json::Value::Bool(_) => "a truth value",
+                serde_json::Value::Number(_) => "a number",
+                serde_json::Value::Array(_) => "a list",
+                _ => "an object",
+            };
+            Err(format!("its field `{field}` is {kind}, not a string"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(text: &str, unit: Document) -> Vec<(String, usize, bool)> {
+        let mut found = Vec::new();
+        let done: Result<(), ()> = of_text(text, unit, |segment| {
+            found.push((segment.text.into_owned(), segment.end, segment.ends_document));
+            Ok(())
+        });
+        done.unwrap();
+        found
+    }
+
+    #[test]
+    fn lines_are_documents_and_empty_ones_are_not() {
+        let found = text("one\r\n\n two \nthree", Document::Line);
+        let expected = [
+            ("one".to_owned(), 5, true),
+            (" two ".to_owned(), 12, true),
+            ("three".to_owned(), 17, true),
+        ];
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn paragraphs_end_at_empty_lines() {
+        let found = text("a\nb\n\n \nc\r\n\r\nd\n", Document::BlankLine);
+        let expected = [
+            ("a\nb".to_owned(), 7, true),
+            ("c".to_owned(), 12, true),
+            ("d\n".to_owned(), 14, false),
+        ];
+        assert_eq!(found, expected);
+        assert_eq!(text("\n \n", Document::BlankLine), []);
+        assert_eq!(text("\n\na\n\n\n", Document::BlankLine), [("a".to_owned(), 6, true)]);
+    }
+
+    #[test]
+    fn a_file_is_one_document() {
+        assert_eq!(text("a\n\nb", Document::File), [("a\n\nb".to_owned(), 4, false)]);
+    }
+
+    #[test]
+    fn fields_of_json_are_found_and_what_is_wrong_is_said() {
+        let text = "{\"a\":{\"b\":\"x\\ny\"}}\n\n{\"a\":1}\n{\"a\":{\"b\":[1]}}\nno\n";
+        let mut found = Vec::new();
+        let done: Result<(), ()> = of_json_lines(text, "a.b", |segment| {
+            found.push(match segment {
+                Ok(segment) => format!("{} until {}", segment.text, segment.lines),
+                Err(bad) => format!("{}: {}", bad.line, bad.reason),
+            });
+            Ok(())
+        });
+        done.unwrap();
+        assert_eq!(found[0], "x\ny until 1");
+        assert!(found[1].starts_with("3: it has no field `a.b`"), "{found:?}");
+        assert_eq!(found[2], "4: its field `a.b` is a list, not a string");
+        assert!(found[3].starts_with("5: it is not JSON"), "{found:?}");
+        assert_eq!(found.len(), 4);
+    }
+}

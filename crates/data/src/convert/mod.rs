@@ -1,0 +1,42 @@
+//! From files of text to a prepared folder: [`convert`], with any tokenizer, resumable.
+//!
+//! ```
+//! use phalanx_data::convert::{convert, ConvertOptions, Vocabulary};
+//! use phalanx_data::progress::Silent;
+//!
+//! # fn main() -> phalanx_data::Result<()> {
+//! # let folder = tempfile::tempdir().unwrap();
+//! # let (lines, target) = (folder.path().join("pages.jsonl"), folder.path().join("tokens"));
+//! # std::fs::write(&lines, "{\"text\":\"It was a dark and stormy night.\"}\n".repeat(50)).unwrap();
+//! // `lines` is a file with an object a line: {"text":"It was a dark …"}
+//! let vocabulary = Vocabulary::Train { vocab_size: 100, min_frequency: 2, lowercase: true };
+//! let options = ConvertOptions { vocabulary, ..Default::default() };
+//! let made = convert(&[lines], &target, &options, &Silent)?;
+//! assert_eq!(made.index.document_count, 50);
+//! # Ok(())
+//! # }
+//! ```
+
+mod block;
+mod documents;
+pub(crate) mod encoder;
+pub(crate) mod input;
+mod journal;
+mod options;
+pub(crate) mod pipeline;
+#[cfg(feature = "parquet")]
+#[path = "rows.rs"]
+mod rows;
+#[cfg(not(feature = "parquet"))]
+#[path = "rows_off.rs"]
+mod rows;
+mod run;
+pub(crate) mod sink;
+mod special;
+mod words;
+
+pub(crate) use block::Place;
+pub(crate) use journal::Counts;
+pub use options::{BadLines, ConvertOptions, Document, Format, Vocabulary};
+pub use run::{convert, Converted};
+pub(crate) use run::{count_words, encode_all};

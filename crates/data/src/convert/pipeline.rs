@@ -1,0 +1,136 @@
+//! Input in blocks, worked on by all threads, handed on in order.
+//!
+//! As many blocks as keep all threads busy are read, worked on in parallel, and handed on; then the next. Memory is bounded by
+//! that, and the result does not depend on the number of threads.
+
+use rayon::prelude::*;
+
+use super::block::{Block, Blocks, Content, Cut, Place};
+use super::documents::{self, Segment};
+use super::input::InputFile;
+use super::options::{BadLines, Document, Format};
+use super::rows::Rows;
+use crate::error::{Error, Result};
+
+/// Blocks in flight for each thread: enough that a slow one does not make the others wait, few enough to bound memory.
+const BLOCKS_PER_THREAD: usize = 16;
+
+/// Bytes in flight for each thread, if blocks are large.
+const BYTES_PER_THREAD: u64 = 16 << 20;
+
+/// What is read, and how it is told apart.
+#[derive(Clone, Debug)]
+pub(crate) struct Input {
+    pub(crate) files: Vec<InputFile>,
+    pub(crate) format: Format,
+    pub(crate) unit: Document,
+    pub(crate) field: String,
+    pub(crate) bad_lines: BadLines,
+}
+
+impl Input {
+    pub(crate) fn bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.bytes).sum()
+    }
+
+    /// Calls `work` on all blocks from `place` on, in parallel, and `take` on what it gave, in order. Must run in a rayon pool.
+    pub(crate) fn for_each<T: Send>(
+        &self,
+        place: Place,
+        cut: Cut,
+        work: impl Fn(&Block) -> Result<T> + Sync,
+        mut take: impl FnMut(T) -> Result<()>,
+    ) -> Result<()> {
+        let threads = rayon::current_num_threads();
+        let (count, bytes) =
+            (threads * BLOCKS_PER_THREAD, crate::cast::to_u64(threads) * BYTES_PER_THREAD);
+        let mut waiting = Vec::with_capacity(count);
+        let mut waiting_bytes = 0;
+        let mut hand_on = |blocks: &mut Vec<Block>| -> Result<()> {
+            // In order up to the first error, so that the same one is reported whatever the threads do.
+            let done: Vec<Result<T>> = blocks.par_iter().map(&work).collect();
+            blocks.clear();
+            done.into_iter().try_for_each(|result| take(result?))
+        };
+        for (number, file) in self.files.iter().enumerate().skip(place.file) {
+            let start = if number == place.file {
+                place
+            } else {
+                Place { file: number, ..Place::default() }
+            };
+            let mut reader = self.open(file, cut, start)?;
+            while let Some(block) = reader.next()? {
+                waiting_bytes += block.bytes;
+                waiting.push(block);
+                if waiting.len() >= count || waiting_bytes >= bytes {
+                    hand_on(&mut waiting)?;
+                    waiting_bytes = 0;
+                }
+            }
+        }
+        hand_on(&mut waiting)
+    }
+
+    fn open(&self, file: &InputFile, cut: Cut, start: Place) -> Result<Reader> {
+        Ok(match self.format {
+            Format::Text => Reader::Blocks(Blocks::open(&file.path, cut, start)?),
+            Format::JsonLines => Reader::Blocks(Blocks::open(&file.path, Cut::Line, start)?),
+            Format::Parquet => Reader::Rows(Rows::open(&file.path, &self.field, start)?),
+        })
+    }
+
+    /// Calls `each` for every segment of a block; gives how many bad lines were left out before each.
+    pub(crate) fn segments(
+        &self,
+        block: &Block,
+        mut each: impl FnMut(Segment<'_>, u64) -> Result<()>,
+    ) -> Result<u64> {
+        let bytes = match &block.content {
+            Content::End => return Ok(0),
+            Content::Bytes(bytes) => bytes,
+            Content::Rows(rows) => {
+                for (at, row) in rows.iter().enumerate() {
+                    let (end, lines) = (at + 1, crate::cast::to_u64(at + 1));
+                    each(Segment { text: row.into(), end, lines, ends_document: true }, 0)?;
+                }
+                return Ok(0);
+            }
+        };
+        let text = std::str::from_utf8(bytes).map_err(|error| Error::InvalidUtf8 {
+            path: self.files[block.start.file].path.clone(),
+            offset: block.start.offset + crate::cast::to_u64(error.valid_up_to()),
+        })?;
+        if self.format == Format::Text {
+            documents::of_text(text, self.unit, |segment| each(segment, 0))?;
+            return Ok(0);
+        }
+        let mut skipped = 0;
+        documents::of_json_lines(text, &self.field, |found| match found {
+            Ok(segment) => each(segment, skipped),
+            Err(_) if self.bad_lines == BadLines::Skip => {
+                skipped += 1;
+                Ok(())
+            }
+            Err(bad) => {
+                let path = self.files[block.start.file].path.clone();
+                Err(Error::BadLine { path, line: block.start.line + bad.line, reason: bad.reason })
+            }
+        })?;
+        Ok(skipped)
+    }
+}
+
+/// A file being read.
+enum Reader {
+    Blocks(Blocks),
+    Rows(Rows),
+}
+
+impl Reader {
+    fn next(&mut self) -> Result<Option<Block>> {
+        match self {
+            Reader::Blocks(blocks) => blocks.next(),
+            Reader::Rows(rows) => rows.next(),
+        }
+    }
+}

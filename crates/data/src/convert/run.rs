@@ -1,0 +1,360 @@
+//! [`convert`]: the whole of a conversion.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::block::{Cut, Place};
+use super::encoder::{self, Encoder};
+use super::input;
+use super::journal::{self, Counts, Entry, Found, Journal};
+use super::options::{BadLines, ConvertOptions, Document, Format, Vocabulary};
+use super::pipeline::Input;
+use super::sink::{self, Sink};
+use super::{special, words};
+use crate::error::{Error, Result};
+use crate::fingerprint::{Fingerprint, Fingerprinter};
+use crate::format::{partial_path, Index, SpecialTokens, TokenWriter, TOKENIZER_FILE};
+use crate::lock;
+use crate::pool::in_pool;
+use crate::progress::{Event, Progress, Stage};
+use crate::text::decode::read_bounded;
+use crate::text::vocabulary::{self, WordCounts, SPECIAL_IDS, VOCAB_SIZE_MIN};
+
+/// Part of every key: raised when the same input and options give other tokens.
+const KEY_VERSION: &str = "convert 1";
+
+/// One unknown token in so many is worth a notice.
+const UNKNOWN_WORTH_A_NOTICE: u64 = 50;
+
+/// What [`convert`] made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Converted {
+    /// What the folder holds.
+    pub index: Index,
+    /// Lines that were left out because they are bad.
+    pub skipped_lines: u64,
+    /// Shards that an interrupted run of the same conversion had finished.
+    pub resumed_shards: u64,
+    /// Whether all of it was there already.
+    pub reused: bool,
+}
+
+/// Converts text to a prepared folder at `output`: JSON lines, Parquet or plain text, with any `tokenizer.json` or a vocabulary
+/// that is trained on the text.
+///
+/// The folder appears when it is complete. Until then shards gather in a hidden folder beside it; after a crash or an error
+/// the same call goes on behind the last finished shard, and the result has the bytes of a run without interruption. Of
+/// several processes with one output the first converts and the others fail.
+///
+/// Documents longer than 256 KiB are encoded in pieces, cut after a line where there is one. Special tokens that stand in
+/// the text are text.
+///
+/// Memory: some tens of MiB for each thread, and the words of the text while a vocabulary is trained.
+///
+/// # Determinism
+/// The same input and options give the same bytes, whatever the number of threads.
+///
+/// # Errors
+/// [`Error::NoInput`], [`Error::InvalidUtf8`], [`Error::BadLine`], [`Error::EmptyText`], [`Error::TextChanged`],
+/// [`Error::OutputExists`], [`Error::OtherConversion`], [`Error::LockTimeout`] if another process converts to the same output,
+/// [`Error::Tokenizer`], [`Error::InvalidOption`], [`Error::NotCompiledIn`], [`Error::CacheNotWritable`] and [`Error::Io`].
+pub fn convert(
+    inputs: &[PathBuf],
+    output: &Path,
+    options: &ConvertOptions,
+    progress: &dyn Progress,
+) -> Result<Converted> {
+    check(options)?;
+    let (files, format) = input::list(inputs, options.format)?;
+    let unit = match format {
+        Format::Text => options.document,
+        // Their rows are documents.
+        Format::JsonLines | Format::Parquet => Document::Line,
+    };
+    let (field, bad_lines) = (options.field.clone(), options.bad_lines);
+    let input = Input { files, format, unit, field, bad_lines };
+    let tokenizer = match &options.vocabulary {
+        Vocabulary::File(path) => Some(read_bounded(path)?),
+        Vocabulary::Train { .. } => None,
+    };
+    let key = key(&input, options, tokenizer.as_deref());
+    let parent = output.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let not_writable = |cause| Error::CacheNotWritable { path: output.to_path_buf(), cause };
+    if output.file_name().is_none() {
+        return Err(Error::option("output", output.display(), "give the name of a new folder"));
+    }
+    fs::create_dir_all(parent.unwrap_or(Path::new("."))).map_err(not_writable)?;
+    let _lock = lock::acquire(&lock_path(output), Duration::ZERO, || {})?;
+    if let Some(done) = finished(output, key)? {
+        return Ok(done);
+    }
+    let done = half_done(output, key, options.restart, progress)?;
+    let work = Work { input: &input, output, options, key, progress };
+    in_pool(options.threads, || work.run(tokenizer, &done))?
+}
+
+fn check(options: &ConvertOptions) -> Result<()> {
+    if let Vocabulary::Train { vocab_size, .. } = options.vocabulary {
+        if vocab_size < VOCAB_SIZE_MIN {
+            let reason = format!("at least {VOCAB_SIZE_MIN} entries are needed for the letters");
+            return Err(Error::option("vocab_size", vocab_size, reason));
+        }
+        if let Some(name) = &options.end_token {
+            let reason = "a vocabulary that is trained has [SEP]; this is for --tokenizer";
+            return Err(Error::option("end_token", name, reason));
+        }
+    }
+    if options.shard_bytes == 0 {
+        return Err(Error::option("shard_bytes", 0, "a shard holds at least one byte"));
+    }
+    Ok(())
+}
+
+fn lock_path(output: &Path) -> PathBuf {
+    let mut name = std::ffi::OsString::from(".");
+    name.push(output.file_name().unwrap_or_default());
+    name.push(".lock");
+    output.with_file_name(name)
+}
+
+/// All that decides about the result.
+fn key(input: &Input, options: &ConvertOptions, tokenizer: Option<&[u8]>) -> Fingerprint {
+    let mut sum = Fingerprinter::new(KEY_VERSION)
+        .bytes(format!("{:?} {:?}", input.format, input.unit).as_bytes())
+        .bytes(options.field.as_bytes())
+        .bytes(options.end_token.as_deref().unwrap_or_default().as_bytes())
+        .number(u64::from(options.bad_lines == BadLines::Skip))
+        .number(options.shard_bytes);
+    sum = match (&options.vocabulary, tokenizer) {
+        (Vocabulary::Train { vocab_size, min_frequency, lowercase }, _) => {
+            sum.number(u64::from(*vocab_size)).number(*min_frequency).number(u64::from(*lowercase))
+        }
+        (Vocabulary::File(_), json) => sum.bytes(json.unwrap_or_default()),
+    };
+    input.files.iter().fold(sum, |sum, file| file.add_to(sum)).finish()
+}
+
+/// The output, if it is there and of the same conversion.
+fn finished(output: &Path, key: Fingerprint) -> Result<Option<Converted>> {
+    let is_free = match fs::read_dir(output) {
+        Ok(mut entries) => entries.next().is_none(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => true,
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => false,
+        Err(error) => return Err(Error::io("open", output)(error)),
+    };
+    if is_free {
+        return Ok(None);
+    }
+    let exists = || Error::OutputExists { path: output.to_path_buf() };
+    if !Index::is_in(output) {
+        return Err(exists());
+    }
+    let Found::Shards(entries) = journal::read(output, key)? else { return Err(exists()) };
+    let index = Index::read(output)?;
+    let skipped_lines = entries.last().map_or(0, |entry| entry.counts.skipped_lines);
+    Ok(Some(Converted { index, skipped_lines, resumed_shards: 0, reused: true }))
+}
+
+/// What an earlier run of the same conversion has done.
+fn half_done(
+    output: &Path,
+    key: Fingerprint,
+    restart: bool,
+    progress: &dyn Progress,
+) -> Result<Vec<Entry>> {
+    let partial = partial_path(output);
+    match journal::read(&partial, key)? {
+        Found::Shards(entries) if partial.join(TOKENIZER_FILE).is_file() && !restart => {
+            if !entries.is_empty() {
+                let shards = journal::count(&entries);
+                progress.report(Event::Notice(&format!(
+                    "going on after {shards} shards that an interrupted run has finished"
+                )));
+            }
+            Ok(entries)
+        }
+        Found::Other if !restart => Err(Error::OtherConversion { path: partial }),
+        _ => {
+            match fs::remove_dir_all(&partial) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(Error::io("remove", &partial)(error));
+                }
+                _ => {}
+            }
+            Ok(Vec::new())
+        }
+    }
+}
+
+/// A conversion under its lock.
+struct Work<'a> {
+    input: &'a Input,
+    output: &'a Path,
+    options: &'a ConvertOptions,
+    key: Fingerprint,
+    progress: &'a dyn Progress,
+}
+
+/// What text is encoded with.
+struct Language {
+    json: Vec<u8>,
+    encoder: Encoder,
+    special: SpecialTokens,
+    vocab_size: u32,
+}
+
+impl Work<'_> {
+    /// Must run in a rayon pool.
+    fn run(&self, tokenizer: Option<Vec<u8>>, done: &[Entry]) -> Result<Converted> {
+        let language = self.language(tokenizer)?;
+        let end_token = language.special.document_end().ok_or_else(|| {
+            Error::option("end_token", "not given", "documents need a token that closes them")
+        })?;
+        let shards = done.iter().map(|entry| entry.shard.clone()).collect();
+        let mut writer = TokenWriter::resume(
+            self.output,
+            &language.json,
+            (language.vocab_size, language.special),
+            self.options.shard_bytes,
+            shards,
+        )?;
+        let mut journal = Journal::create(writer.folder(), self.key, done)?;
+        let counts = self.encode(&language, &mut writer, &mut journal, (end_token, done))?;
+        self.input.files.iter().try_for_each(input::InputFile::check_unchanged)?;
+        if writer.shards().is_empty() {
+            return Err(Error::EmptyText { path: self.input.files[0].path.clone() });
+        }
+        let index = writer.finish(self.input.bytes())?;
+        self.tell(&index, counts, &language);
+        let (skipped_lines, resumed_shards) = (counts.skipped_lines, journal::count(done));
+        Ok(Converted { index, skipped_lines, resumed_shards, reused: false })
+    }
+
+    fn language(&self, given: Option<Vec<u8>>) -> Result<Language> {
+        let (json, trained) = match (given, &self.options.vocabulary) {
+            (Some(json), _) => (json, false),
+            (None, Vocabulary::Train { vocab_size, min_frequency, lowercase }) => {
+                // An interrupted run may have trained it.
+                let found = partial_path(self.output).join(TOKENIZER_FILE);
+                let json = if found.is_file() {
+                    read_bounded(&found)?
+                } else {
+                    self.train(*vocab_size, *min_frequency, *lowercase)?
+                };
+                (json, true)
+            }
+            (None, Vocabulary::File(path)) => (read_bounded(path)?, false),
+        };
+        let tokenizer = encoder::read(&json)?;
+        let special = if trained {
+            SPECIAL_IDS
+        } else {
+            special::find(self.options.end_token.as_deref(), |name| tokenizer.token_to_id(name))?
+        };
+        let vocab_size = encoder::vocab_size(&tokenizer)?;
+        Ok(Language { json, encoder: Encoder::new(tokenizer)?, special, vocab_size })
+    }
+
+    fn train(&self, vocab_size: u32, min_frequency: u64, lowercase: bool) -> Result<Vec<u8>> {
+        let counts = count_words(self.input, lowercase, self.progress)?;
+        if counts.is_empty() {
+            return Err(Error::EmptyText { path: self.input.files[0].path.clone() });
+        }
+        let wanted = vocabulary::Wanted { vocab_size, min_frequency, lowercase };
+        Ok(vocabulary::train_alone(&counts, wanted, self.progress)?.json.into_bytes())
+    }
+
+    fn encode(
+        &self,
+        language: &Language,
+        writer: &mut TokenWriter,
+        journal: &mut Journal,
+        (end_token, done): (u32, &[Entry]),
+    ) -> Result<Counts> {
+        let (place, counts) =
+            done.last().map_or_else(Default::default, |last| (last.next, last.counts));
+        let sizes: Vec<u64> = self.input.files.iter().map(|file| file.bytes).collect();
+        let done_bytes = done.last().map_or(0, |last| last.bytes_done(&sizes));
+        let total_bytes = self.input.bytes().saturating_sub(done_bytes);
+        self.progress.report(Event::Begin { stage: Stage::Encoding, total_bytes });
+        let unknown = language.special.unk;
+        let journal = Some(journal);
+        let mut sink = Sink { writer, journal, end_token, unknown, counts, is_open: false };
+        encode_all(self.input, &language.encoder, place, &mut sink, self.progress)?;
+        let end = Place { file: self.input.files.len(), ..Place::default() };
+        let total = sink.finish(end)?;
+        self.progress.report(Event::End { stage: Stage::Encoding });
+        Ok(total)
+    }
+
+    fn tell(&self, index: &Index, counts: Counts, language: &Language) {
+        let Counts { skipped_lines, unknown_tokens } = counts;
+        if skipped_lines > 0 {
+            let text = format!("{skipped_lines} bad lines were left out");
+            self.progress.report(Event::Notice(&text));
+        }
+        if language.special.unk.is_some()
+            && unknown_tokens.saturating_mul(UNKNOWN_WORTH_A_NOTICE) > index.token_count
+        {
+            self.progress.report(Event::Notice(&format!(
+                "{unknown_tokens} of {} tokens stand for what the vocabulary lacks, which teaches nothing: \
+                 take another one",
+                index.token_count
+            )));
+        }
+    }
+}
+
+/// Encodes the input from `place` on into shards. Must run in a rayon pool.
+pub(crate) fn encode_all(
+    input: &Input,
+    encoder: &Encoder,
+    place: Place,
+    sink: &mut Sink<'_>,
+    progress: &dyn Progress,
+) -> Result<()> {
+    input.for_each(
+        place,
+        encoder.cut(input.unit),
+        |block| {
+            let encoded = sink::encode(input, encoder, block);
+            progress.report(Event::Advance { stage: Stage::Encoding, bytes: block.bytes });
+            encoded
+        },
+        |encoded| sink.take(&encoded),
+    )
+}
+
+/// Counts the words of all input. Must run in a rayon pool.
+pub(crate) fn count_words(
+    input: &Input,
+    lowercase: bool,
+    progress: &dyn Progress,
+) -> Result<WordCounts> {
+    progress.report(Event::Begin { stage: Stage::Counting, total_bytes: input.bytes() });
+    let mut total = WordCounts::new();
+    let cut = match input.unit {
+        Document::File => Cut::Space,
+        Document::Line | Document::BlankLine => Cut::Line,
+    };
+    input.for_each(
+        Place::default(),
+        cut,
+        |block| {
+            let mut counts = words::Counts::default();
+            input.segments(block, |segment, _| counts.add(&segment.text, lowercase))?;
+            progress.report(Event::Advance { stage: Stage::Counting, bytes: block.bytes });
+            Ok(counts)
+        },
+        |counts| {
+            for (word, count) in counts.into_parts() {
+                *total.entry(word).or_default() += count;
+            }
+            Ok(())
+        },
+    )?;
+    progress.report(Event::End { stage: Stage::Counting });
+    Ok(total)
+}
