@@ -20,7 +20,8 @@ use tch::Device;
 const LEN: usize = 512;
 const BATCH: usize = 32;
 const VOCAB_SIZE: u32 = 8192;
-const SPECIAL: SpecialTokens = SpecialTokens::bert(0, 1, 2, 3, 4);
+const SPECIAL: SpecialTokens = SpecialTokens::bert(0, 1, 2, SEP, 4);
+const SEP: u32 = 3;
 
 fn main() -> anyhow::Result<()> {
     tch::set_num_threads(1);
@@ -83,7 +84,7 @@ fn write(target: &Path, sequences: u64) -> anyhow::Result<()> {
         for (token, at) in document.iter_mut().zip(0..) {
             *token = u32::try_from(order.at(at))? + 5;
         }
-        document[LEN - 3] = SPECIAL.sep;
+        document[LEN - 3] = SEP;
         writer.tokens(&document)?;
         writer.end_document()?;
     }
