@@ -70,7 +70,9 @@ pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;
 pub use fixed::FixedBatches;
-pub use format::{Access, Index, ShardEntry, SpecialTokens, TokenDType, TokenStream, TokenWriter};
+pub use format::{
+    Access, Index, MegatronTokens, ShardEntry, SpecialTokens, TokenDType, TokenStream, TokenWriter,
+};
 pub use loader::{Loader, LoaderOptions, Step};
 pub use masked_text::MaskedText;
 pub use masking::{Masker, Masking, IGNORED};

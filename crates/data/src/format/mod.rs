@@ -15,6 +15,7 @@
 pub(crate) mod bytes;
 pub(crate) mod header;
 mod index;
+mod megatron;
 mod shard;
 mod tokens;
 mod writer;
@@ -22,6 +23,7 @@ mod writer;
 pub use bytes::Access;
 pub use index::{Index, ShardEntry, SpecialTokens, TokenDType};
 pub(crate) use index::{BLOCK_BYTES, TOKENIZER_FILE};
+pub use megatron::MegatronTokens;
 pub use tokens::TokenStream;
 pub(crate) use writer::partial_path;
 pub use writer::TokenWriter;

@@ -13,6 +13,7 @@ mod end_to_end;
 mod fixed;
 mod loader;
 mod masking;
+mod megatron;
 mod order;
 mod orders;
 mod preparing;

@@ -164,7 +164,7 @@ impl Feed {
             });
         };
         let mut waited = Duration::ZERO;
-        while self.ahead.len() <= AHEAD && !(self.loader.is_at_end() && !self.ahead.is_empty()) {
+        while self.ahead.len() <= AHEAD && (self.ahead.is_empty() || !self.loader.is_at_end()) {
             let step = self.loader.next_step()?;
             waited += step.data_wait;
             let state = self.loader.state();

@@ -1,0 +1,376 @@
+//! Tokens as Megatron-LM keeps them: `PREFIX.bin` holds them, `PREFIX.idx` says where each sequence and document is.
+//!
+//! ```text
+//! PREFIX.idx   "MMIDIDX\0\0", u64 version 1, u8 type, u64 sequences n, u64 entries d of the document index,
+//!              i32 lengths [n], i64 offsets in PREFIX.bin [n], i64 first sequence of each document, and n at last [d]
+//! ```
+//!
+//! All numbers are little-endian. Multimodal files have i8 modes [n] after that; they are passed over. Megatron itself does not
+//! check any of it; here everything is checked when a file is opened, and nothing is kept in memory where sequences lie one
+//! behind the other, as Megatron's own tools write them.
+//! Source: <https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/datasets/indexed_dataset.py>.
+
+use std::fmt::Display;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use super::bytes::{Access, Bytes};
+use crate::cast::{to_u64, to_usize};
+use crate::error::{Error, Result};
+use crate::fingerprint::{Fingerprint, Fingerprinter};
+use crate::samples::Scratch;
+
+const MAGIC: &[u8; 9] = b"MMIDIDX\0\0";
+const HEADER_BYTES: u64 = 34;
+/// Read at once while the index is checked.
+const READ_ENTRIES: u64 = 1 << 16;
+
+/// What tokens are on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    U8,
+    I8,
+    I16,
+    U16,
+    I32,
+    I64,
+}
+
+impl Kind {
+    fn of_code(code: u8) -> std::result::Result<Self, String> {
+        Ok(match code {
+            1 => Kind::U8,
+            2 => Kind::I8,
+            3 => Kind::I16,
+            4 => Kind::I32,
+            5 => Kind::I64,
+            8 => Kind::U16,
+            6 | 7 => {
+                return Err(format!("type code {code} is that of real numbers, not of tokens"))
+            }
+            _ => return Err(format!("type code {code} is none of 1, 2, 3, 4, 5, 8")),
+        })
+    }
+
+    const fn bytes(self) -> usize {
+        match self {
+            Kind::U8 | Kind::I8 => 1,
+            Kind::I16 | Kind::U16 => 2,
+            Kind::I32 => 4,
+            Kind::I64 => 8,
+        }
+    }
+}
+
+/// The tokens of a Megatron file pair as one stream, readable in any order from many threads.
+#[derive(Debug)]
+pub struct MegatronTokens {
+    bin: Bytes,
+    idx: Bytes,
+    kind: Kind,
+    sequences: u64,
+    /// Entries of the document index: one more than there are documents.
+    document_entries: u64,
+    token_count: u64,
+    vocab_size: u32,
+    /// Where sequences start in the stream, and where the last one ends; only where there is other data between them.
+    starts: Option<Vec<u64>>,
+    fingerprint: Fingerprint,
+}
+
+/// `PREFIX.idx` or `PREFIX.bin`; a prefix may hold dots.
+fn with_suffix(prefix: &Path, suffix: &str) -> PathBuf {
+    let mut name = prefix.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+impl MegatronTokens {
+    /// Opens `PREFIX.bin` and `PREFIX.idx`, and reads the index once to check it. `vocab_size`: tokens are below it; the
+    /// files do not say.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and [`Error::BadIndex`] that says which number is wrong.
+    pub fn open(prefix: &Path, vocab_size: u32, access: Access) -> Result<Self> {
+        let idx = Bytes::open(&with_suffix(prefix, ".idx"), access, None)?;
+        let bin = Bytes::open(&with_suffix(prefix, ".bin"), access, None)?;
+        let bad = |reason: String| Error::BadIndex { path: idx.path().to_path_buf(), reason };
+        if idx.len() < HEADER_BYTES {
+            return Err(bad(format!("{} bytes are too few for a header", idx.len())));
+        }
+        let mut scratch = Vec::new();
+        let header = idx.read(0, to_usize(HEADER_BYTES), &mut scratch)?;
+        let word = |at: usize| {
+            let mut bytes = [0; 8];
+            bytes.copy_from_slice(&header[at..at + 8]);
+            u64::from_le_bytes(bytes)
+        };
+        if header[..9] != MAGIC[..] {
+            return Err(bad("it does not begin as a Megatron index (MMIDIDX)".to_owned()));
+        }
+        if word(9) != 1 {
+            return Err(bad(format!("version {} is not 1", word(9))));
+        }
+        let kind = Kind::of_code(header[17]).map_err(bad)?;
+        let (sequences, document_entries) = (word(18), word(26));
+        let bytes = |extra: u64| {
+            let of_sequences = sequences.checked_mul(12 + extra)?;
+            let of_documents = document_entries.checked_mul(8)?;
+            HEADER_BYTES.checked_add(of_sequences)?.checked_add(of_documents)
+        };
+        if bytes(0) != Some(idx.len()) && bytes(1) != Some(idx.len()) {
+            let (is, len) =
+                (format!("{sequences} sequences and {document_entries} documents"), idx.len());
+            return Err(bad(format!("{is} do not fit its {len} bytes: it was cut off")));
+        }
+        let sum = Fingerprinter::new("megatron 1").number(bin.len()).number(u64::from(vocab_size));
+        let mut tokens = MegatronTokens {
+            bin,
+            idx,
+            kind,
+            sequences,
+            document_entries,
+            token_count: 0,
+            vocab_size,
+            starts: None,
+            fingerprint: Fingerprint(0),
+        };
+        let sum = tokens.check_sequences(sum)?;
+        tokens.fingerprint = tokens.check_documents(sum)?.finish();
+        Ok(tokens)
+    }
+
+    fn bad(&self, reason: String) -> Error {
+        Error::BadIndex { path: self.idx.path().to_path_buf(), reason }
+    }
+
+    fn offsets_at(&self) -> u64 {
+        HEADER_BYTES + 4 * self.sequences
+    }
+
+    fn documents_at(&self) -> u64 {
+        self.offsets_at() + 8 * self.sequences
+    }
+
+    /// Checks that sequences follow each other inside the .bin, and counts tokens.
+    fn check_sequences(&mut self, mut sum: Fingerprinter) -> Result<Fingerprinter> {
+        let size = to_u64(self.kind.bytes());
+        let (mut lengths, mut offsets) = (Vec::new(), Vec::new());
+        let (mut end, mut tokens, mut has_gaps) = (0_u64, 0_u64, false);
+        for first in (0..self.sequences).step_by(to_usize(READ_ENTRIES)) {
+            let count = READ_ENTRIES.min(self.sequences - first);
+            let lengths =
+                self.idx.read(HEADER_BYTES + 4 * first, to_usize(4 * count), &mut lengths)?;
+            let offsets =
+                self.idx.read(self.offsets_at() + 8 * first, to_usize(8 * count), &mut offsets)?;
+            sum = sum.number(u64::from(crc32c::crc32c(lengths)));
+            sum = sum.number(u64::from(crc32c::crc32c(offsets)));
+            let entries = lengths.as_chunks::<4>().0.iter().zip(offsets.as_chunks::<8>().0);
+            for (sequence, (length, offset)) in (first..).zip(entries) {
+                let (length, offset) = (i32::from_le_bytes(*length), i64::from_le_bytes(*offset));
+                let (Ok(length), Ok(offset)) = (u64::try_from(length), u64::try_from(offset))
+                else {
+                    let what = format!("sequence {sequence} has {length} tokens at {offset}");
+                    return Err(self.bad(what));
+                };
+                let is_apart = offset < end || !offset.is_multiple_of(size);
+                let upto = offset.checked_add(length * size).filter(|&upto| upto <= self.bin.len());
+                let (Some(upto), false) = (upto, is_apart) else {
+                    return Err(self.bad(format!(
+                        "sequence {sequence}, {length} tokens at {offset}, does not lie behind the one before (which ends at {end}) inside the {} bytes of the .bin",
+                        self.bin.len()
+                    )));
+                };
+                has_gaps |= offset != end;
+                tokens += length;
+                end = upto;
+            }
+        }
+        self.token_count = tokens;
+        if has_gaps {
+            let mut starts = Vec::with_capacity(to_usize(self.sequences) + 1);
+            let mut start = 0;
+            let mut entry = Vec::new();
+            for sequence in 0..self.sequences {
+                starts.push(start);
+                start += self.length(sequence, &mut entry)?;
+            }
+            starts.push(start);
+            self.starts = Some(starts);
+        }
+        Ok(sum)
+    }
+
+    /// Checks that documents begin at sequences, one after the other.
+    fn check_documents(&self, mut sum: Fingerprinter) -> Result<Fingerprinter> {
+        let mut buffer = Vec::new();
+        let mut before = 0;
+        for first in (0..self.document_entries).step_by(to_usize(READ_ENTRIES)) {
+            let count = READ_ENTRIES.min(self.document_entries - first);
+            let at = self.documents_at() + 8 * first;
+            let bytes = self.idx.read(at, to_usize(8 * count), &mut buffer)?;
+            sum = sum.number(u64::from(crc32c::crc32c(bytes)));
+            for (document, entry) in (first..).zip(bytes.as_chunks::<8>().0) {
+                let sequence = i64::from_le_bytes(*entry);
+                let good = u64::try_from(sequence).ok().filter(|&sequence| {
+                    sequence <= self.sequences
+                        && if document == 0 { sequence == 0 } else { sequence >= before }
+                });
+                let Some(good) = good else {
+                    return Err(self.bad(format!(
+                        "document {document} begins at sequence {sequence}, the one before at {before}, and there are {}",
+                        self.sequences
+                    )));
+                };
+                before = good;
+            }
+        }
+        if before != self.sequences {
+            let have = self.sequences;
+            return Err(self.bad(format!("its documents end at sequence {before} of {have}")));
+        }
+        Ok(sum)
+    }
+
+    fn length(&self, sequence: u64, scratch: &mut Vec<u8>) -> Result<u64> {
+        let mut bytes = [0; 4];
+        bytes.copy_from_slice(self.idx.read(HEADER_BYTES + 4 * sequence, 4, scratch)?);
+        Ok(u64::from(i32::from_le_bytes(bytes).unsigned_abs()))
+    }
+
+    fn word(&self, at: u64, scratch: &mut Vec<u8>) -> Result<u64> {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(self.idx.read(at, 8, scratch)?);
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// Where a sequence begins in the stream.
+    fn start(&self, sequence: u64, scratch: &mut Vec<u8>) -> Result<u64> {
+        if sequence == self.sequences {
+            return Ok(self.token_count);
+        }
+        match &self.starts {
+            Some(starts) => Ok(starts[to_usize(sequence)]),
+            None => {
+                let offset = self.word(self.offsets_at() + 8 * sequence, scratch)?;
+                Ok(offset / to_u64(self.kind.bytes()))
+            }
+        }
+    }
+
+    /// How many tokens there are.
+    pub fn token_count(&self) -> u64 {
+        self.token_count
+    }
+
+    /// How many sequences there are: what was one line of text, or one sentence.
+    pub fn sequence_count(&self) -> u64 {
+        self.sequences
+    }
+
+    /// How many documents there are.
+    pub fn document_count(&self) -> u64 {
+        self.document_entries.saturating_sub(1)
+    }
+
+    /// Tokens are below this.
+    pub fn vocab_size(&self) -> u32 {
+        self.vocab_size
+    }
+
+    /// Identifies the files: their index and sizes.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
+    }
+
+    /// The tokens of a document, counted in the stream.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchSample`] and [`Error::Io`].
+    pub fn document(&self, document: u64, scratch: &mut Scratch) -> Result<Range<u64>> {
+        let samples = self.document_count();
+        if document >= samples {
+            return Err(Error::NoSuchSample { sample: document, samples });
+        }
+        let at = self.documents_at() + 8 * document;
+        let first = self.word(at, &mut scratch.bytes)?;
+        let after = self.word(at + 8, &mut scratch.bytes)?;
+        Ok(self.start(first, &mut scratch.bytes)?..self.start(after, &mut scratch.bytes)?)
+    }
+
+    /// Reads tokens from `start` on, as many as `out` holds. `reading` names them in errors.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchSample`] beyond the end, [`Error::WrongSize`], [`Error::Io`], and [`Error::BadValue`] for tokens that are
+    /// no entry of the vocabulary.
+    pub fn read(
+        &self,
+        start: u64,
+        out: &mut [i64],
+        scratch: &mut Scratch,
+        reading: &dyn Display,
+    ) -> Result<()> {
+        let end = start.checked_add(to_u64(out.len())).filter(|&end| end <= self.token_count);
+        if end.is_none() {
+            return Err(Error::NoSuchSample { sample: start, samples: self.token_count });
+        }
+        let size = to_u64(self.kind.bytes());
+        let Some(starts) = &self.starts else {
+            return self.read_at(start * size, start, out, scratch, reading);
+        };
+        let mut sequence = starts.partition_point(|&begin| begin <= start).saturating_sub(1);
+        let (mut at, mut rest) = (start, out);
+        while !rest.is_empty() {
+            let there = to_usize((starts[sequence + 1] - at).min(to_u64(rest.len())));
+            let (now, later) = rest.split_at_mut(there);
+            let offset = self.word(self.offsets_at() + 8 * to_u64(sequence), &mut scratch.bytes)?;
+            let offset = offset + (at - starts[sequence]) * size;
+            self.read_at(offset, at, now, scratch, reading)?;
+            at += to_u64(there);
+            rest = later;
+            sequence += 1;
+        }
+        Ok(())
+    }
+
+    /// Reads tokens that lie one behind the other; the first is token `at` of the stream.
+    fn read_at(
+        &self,
+        offset: u64,
+        at: u64,
+        out: &mut [i64],
+        scratch: &mut Scratch,
+        reading: &dyn Display,
+    ) -> Result<()> {
+        let bytes = self.bin.read(offset, out.len() * self.kind.bytes(), &mut scratch.bytes)?;
+        match self.kind {
+            Kind::U8 => copy(out, bytes.as_chunks().0, |le| i64::from(u8::from_le_bytes(le))),
+            Kind::I8 => copy(out, bytes.as_chunks().0, |le| i64::from(i8::from_le_bytes(le))),
+            Kind::I16 => copy(out, bytes.as_chunks().0, |le| i64::from(i16::from_le_bytes(le))),
+            Kind::U16 => copy(out, bytes.as_chunks().0, |le| i64::from(u16::from_le_bytes(le))),
+            Kind::I32 => copy(out, bytes.as_chunks().0, |le| i64::from(i32::from_le_bytes(le))),
+            Kind::I64 => copy(out, bytes.as_chunks().0, i64::from_le_bytes),
+        }
+        let range = 0..i64::from(self.vocab_size);
+        match out.iter().position(|token| !range.contains(token)) {
+            None => Ok(()),
+            Some(position) => Err(Error::BadValue {
+                path: self.bin.path().to_path_buf(),
+                sample: at,
+                position,
+                value: out[position],
+                reason: format!(
+                    "found while reading {reading}; the vocabulary has {} entries: give the size of the tokenizer's",
+                    self.vocab_size
+                ),
+            }),
+        }
+    }
+}
+
+/// Widens numbers of `N` bytes.
+fn copy<const N: usize>(out: &mut [i64], from: &[[u8; N]], widen: impl Fn([u8; N]) -> i64) {
+    for (token, le) in out.iter_mut().zip(from) {
+        *token = widen(*le);
+    }
+}
