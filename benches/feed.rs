@@ -62,8 +62,8 @@ fn main() -> anyhow::Result<()> {
     }
     let python = std::env::var("PHALANX_PYTHON").unwrap_or_else(|_unset| "python3".to_owned());
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/bench_dataloader.py");
-    let arguments = [script.as_os_str(), target.as_os_str()];
-    match Command::new(&python).args(arguments).output() {
+    let of_script = [script.as_os_str(), target.as_os_str()];
+    match Command::new(&python).args(of_script).output() {
         Ok(output) if output.status.success() => out.write_all(&output.stdout)?,
         Ok(output) => {
             let said = String::from_utf8_lossy(&output.stderr);

@@ -107,8 +107,9 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
     if root {
         announce(settings, &group, batching, threads, &source.description);
     }
-    let loader = data::loader(&source, config, batching, (world.rank, world.world_size))?;
-    let vs = nn::VarStore::new(group.device().map_or(Device::Cpu, Device::Cuda));
+    let device = group.device().map_or(Device::Cpu, Device::Cuda);
+    let feed = data::feed(&source, config, batching, (world.rank, world.world_size), device)?;
+    let vs = nn::VarStore::new(device);
     let network = model::build(&vs, &config.model, config.train.seed, world.rank)?;
     if let Some(path) = flags.init_weights.as_ref().filter(|_| root) {
         weights::check(path, &config.model)?;
@@ -118,7 +119,7 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
         }
     }
     let exchange = !flags.no_exchange;
-    let mut trainer = Trainer::new(network, &vs, &mut group, loader, (config, batching, exchange))?;
+    let mut trainer = Trainer::new(network, &vs, &mut group, feed, (config, batching, exchange))?;
     for step in 1..=config.train.steps {
         let record = trainer.step(step, &mut group)?;
         if let Some(journal) = &mut journal {

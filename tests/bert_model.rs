@@ -71,10 +71,11 @@ impl Fixture {
         let mut group = Group::single(GroupOptions::default()).expect("a group");
         let batching = Batching { global_batch: 8, micro_batch: 4, accumulate: 2, cut: Cut::Parts };
         let source = data::open(&config, &Silent).expect("the batches");
-        let loader = data::loader(&source, &config, batching, (0, 1)).expect("a loader");
+        let feed =
+            data::feed(&source, &config, batching, (0, 1), tch::Device::Cpu).expect("a feed");
         let settings = (&config, batching, true);
         let mut trainer =
-            Trainer::new(network, &vs, &mut group, loader, settings).expect("a trainer");
+            Trainer::new(network, &vs, &mut group, feed, settings).expect("a trainer");
         (1..=10).map(|step| trainer.step(step, &mut group).expect("a step")).collect()
     }
 

@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use phalanx_data::progress::Progress;
-use phalanx_data::{text, Access, Batch, FixedBatches, Loader, LoaderOptions, MaskedText};
+use phalanx_data::{text, Access, FixedBatches, LoaderOptions, MaskedText};
 use phalanx_data::{Masking, MicroBatch, Order, Samples};
-use tch::{Device, TchError, Tensor};
+use phalanx_ddp_core::feed::{Feed, TensorBatch};
+use tch::{Device, Kind, Tensor};
 
 use super::batching::{Batching, Cut};
 use super::config::{Config, ConfigError, Data};
@@ -87,13 +88,14 @@ fn invalid(message: String) -> anyhow::Error {
     ConfigError::Invalid { origin: "data".into(), message }.into()
 }
 
-/// This rank's batches.
-pub(crate) fn loader(
+/// This rank's batches, as tensors on `device`.
+pub(crate) fn feed(
     source: &Source,
     config: &Config,
     batching: Batching,
     (rank, world_size): (usize, usize),
-) -> Result<Loader> {
+    device: Device,
+) -> Result<Feed> {
     let count = |n: usize| NonZeroUsize::new(n).unwrap_or(NonZeroUsize::MIN);
     let options = LoaderOptions {
         seed: config.train.seed,
@@ -109,7 +111,7 @@ pub(crate) fn loader(
         timeout: Duration::from_secs(config.ddp.timeout_s),
         ..Default::default()
     };
-    Loader::new(Arc::clone(&source.samples), options).context("opening the loader")
+    Feed::new(Arc::clone(&source.samples), options, device).context("opening the loader")
 }
 
 /// A micro-batch as tensors.
@@ -123,19 +125,17 @@ pub(crate) struct Tensors {
 }
 
 impl Tensors {
-    /// Copies a batch to a device; the batch's memory goes back to the loader.
-    pub(crate) fn of(batch: &Batch, device: Device) -> Result<Tensors, TchError> {
-        let matrix = |values: &[i64]| {
-            Tensor::f_from_slice(values)?.f_view(batch.shape())?.f_to_device(device)
-        };
-        // A mask of ones is left out: attention without a mask takes the fast path.
-        let mask = batch.attention_mask().filter(|values| values.contains(&0));
-        let seen = |values: &[i64]| values.iter().filter(|&&value| value != 0).count();
-        Ok(Tensors {
-            ids: matrix(batch.input_ids())?,
-            labels: matrix(batch.labels())?,
-            attention_mask: mask.map(matrix).transpose()?,
-            token_count: mask.map_or(batch.input_ids().len(), seen),
-        })
+    /// The tensors of a batch.
+    pub(crate) fn of(batch: &TensorBatch) -> Result<Tensors> {
+        let column = |name: &str| batch.get(name).map(Tensor::shallow_clone);
+        let ids = column("input_ids")?;
+        let (mut attention_mask, mut token_count) = (None, ids.numel());
+        if let Ok(mask) = batch.get("attention_mask") {
+            let seen = i64::try_from(mask.f_sum(Kind::Int64)?)?;
+            token_count = usize::try_from(seen)?;
+            // A mask of ones is left out: attention without a mask takes the fast path.
+            attention_mask = (token_count != mask.numel()).then(|| mask.shallow_clone());
+        }
+        Ok(Tensors { ids, labels: column("labels")?, attention_mask, token_count })
     }
 }

@@ -51,16 +51,12 @@ fn code_of(cause: &(dyn Error + 'static)) -> Option<u8> {
         });
     }
     if let Some(error) = cause.downcast_ref::<phalanx_data::Error>() {
-        return Some(match error {
-            phalanx_data::Error::Io { .. } | phalanx_data::Error::CacheNotWritable { .. } => IO,
-            phalanx_data::Error::InvalidOption { .. } => USAGE,
-            phalanx_data::Error::LockTimeout { .. } => TIMEOUT,
-            _ => DATA,
-        });
+        return Some(code_of_data(error));
     }
     if let Some(error) = cause.downcast_ref::<phalanx_ddp_core::Error>() {
         return Some(match error {
             phalanx_ddp_core::Error::Comm(error) => code_of_group(error),
+            phalanx_ddp_core::Error::Data(error) => code_of_data(error),
             phalanx_ddp_core::Error::Io { .. } => IO,
             phalanx_ddp_core::Error::Safetensors { .. }
             | phalanx_ddp_core::Error::WeightsMismatch { .. } => DATA,
@@ -70,6 +66,9 @@ fn code_of(cause: &(dyn Error + 'static)) -> Option<u8> {
     if let Some(error) = cause.downcast_ref::<phalanx_launch::LaunchError>() {
         return Some(error.exit_code());
     }
+    if cause.is::<phalanx_comm::environment::EnvironmentError>() {
+        return Some(USAGE);
+    }
     if cause.is::<WeightsError>() {
         return Some(DATA);
     }
@@ -78,6 +77,16 @@ fn code_of(cause: &(dyn Error + 'static)) -> Option<u8> {
     }
     let of_group = cause.downcast_ref::<phalanx_comm::Error>().map(code_of_group);
     of_group.or_else(|| cause.is::<io::Error>().then_some(IO))
+}
+
+fn code_of_data(error: &phalanx_data::Error) -> u8 {
+    use phalanx_data::Error as E;
+    match error {
+        E::Io { .. } | E::CacheNotWritable { .. } => IO,
+        E::InvalidOption { .. } => USAGE,
+        E::LockTimeout { .. } => TIMEOUT,
+        _ => DATA,
+    }
 }
 
 fn code_of_group(error: &phalanx_comm::Error) -> u8 {

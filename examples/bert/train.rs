@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context as _, Result};
 use phalanx_comm::{Group, Sum};
-use phalanx_data::Loader;
+use phalanx_ddp_core::feed::Feed;
 use phalanx_ddp_core::optim::{AdamW, Lamb, Optimizer, OptimizerConfig};
 use phalanx_ddp_core::schedule::LinearWarmup;
 use phalanx_ddp_core::{amp, Ddp, DdpOptions, Sync, Zero};
@@ -22,7 +22,7 @@ pub(crate) struct Trainer {
     network: BertForMaskedLm,
     ddp: Ddp,
     optimizer: Optimizer,
-    loader: Loader,
+    feed: Feed,
     schedule: LinearWarmup,
     plan: Plan,
 }
@@ -54,7 +54,7 @@ impl Trainer {
         network: BertForMaskedLm,
         vs: &nn::VarStore,
         group: &mut Group,
-        loader: Loader,
+        feed: Feed,
         (config, batching, exchange): (&Config, Batching, bool),
     ) -> Result<Trainer> {
         let options = DdpOptions { exchange, ..options(&config.ddp) };
@@ -70,7 +70,7 @@ impl Trainer {
             network,
             ddp,
             optimizer,
-            loader,
+            feed,
             schedule: LinearWarmup { peak: config.optimizer.lr, warmup_steps, total_steps },
             plan: Plan {
                 seed: config.train.seed,
@@ -85,12 +85,12 @@ impl Trainer {
     /// One optimizer step, from 1. Collective.
     pub(crate) fn step(&mut self, step: u64, group: &mut Group) -> Result<StepRecord> {
         let start = Instant::now();
-        let batches = self.loader.next_step()?;
+        let batches = self.feed.next_step()?;
         let mut sums = Sums::default();
         let last = batches.micro_batches.len() - 1;
         for (index, batch) in batches.micro_batches.iter().enumerate() {
             let sync = if index == last { Sync::Reduce } else { Sync::Accumulate };
-            let tensors = Tensors::of(batch, self.plan.device)?;
+            let tensors = Tensors::of(batch)?;
             self.micro_batch(&tensors, (step, index), sync, &mut sums)?;
         }
         let exposed = self.ddp.step_times()?.exposed_comm;

@@ -15,6 +15,7 @@ use crate::fingerprint::{Fingerprint, Fingerprinter};
 use crate::format::{Access, TokenStream};
 use crate::masking::IGNORED;
 use crate::samples::{Samples, Scratch};
+use crate::tokens::Tokens;
 
 /// Rows that the processor is asked for before they are read.
 const AHEAD: usize = 2;
@@ -37,7 +38,7 @@ pub enum Documents {
 /// Next-token samples of one length, cut out of prepared text.
 #[derive(Clone, Debug)]
 pub struct CausalText {
-    stream: Arc<TokenStream>,
+    stream: Arc<dyn Tokens>,
     sequence_len: usize,
     documents: Documents,
     /// The token that closes a document.
@@ -64,17 +65,12 @@ impl CausalText {
     ///
     /// # Errors
     /// [`Error::InvalidOption`] for a sequence length of 0.
-    pub fn new(
-        stream: Arc<TokenStream>,
-        sequence_len: usize,
-        documents: Documents,
-    ) -> Result<Self> {
+    pub fn new(stream: Arc<dyn Tokens>, sequence_len: usize, documents: Documents) -> Result<Self> {
         if sequence_len == 0 {
             return Err(Error::option("sequence_len", 0, "a sample has at least one token"));
         }
-        let index = stream.index();
-        let end = index.special.document_end().map_or(NO_TOKEN, i64::from);
-        let sum = Fingerprinter::new("causal-text 1").number(index.fingerprint.0);
+        let end = stream.special().document_end().map_or(NO_TOKEN, i64::from);
+        let sum = Fingerprinter::new("causal-text 1").number(stream.fingerprint().0);
         let fingerprint = sum
             .number(to_u64(sequence_len))
             .number(u64::from(documents == Documents::Apart))
@@ -94,8 +90,8 @@ impl CausalText {
     }
 
     /// The stream of tokens behind the samples.
-    pub fn stream(&self) -> &TokenStream {
-        &self.stream
+    pub fn stream(&self) -> &dyn Tokens {
+        &*self.stream
     }
 
     /// Tells the documents of one sample apart.

@@ -61,6 +61,7 @@ mod samples;
 mod slice;
 mod state;
 pub mod text;
+mod tokens;
 mod verify;
 mod whole_words;
 
@@ -83,5 +84,6 @@ pub use sampler::{BatchSize, Cursor, Order, Position, Sample, Sampler, Tail};
 pub use samples::{from_fn, FromFn, Part, Samples, Scratch};
 pub use slice::{part, MicroBatch, RankSlice};
 pub use state::LoaderState;
+pub use tokens::Tokens;
 pub use verify::{verify, Verified};
 pub use whole_words::Continuations;

@@ -15,7 +15,7 @@ use crate::fingerprint::{Fingerprint, Fingerprinter};
 use crate::format::{Access, TokenStream};
 use crate::masking::{missing, Masker, Masking, IGNORED};
 use crate::samples::{Samples, Scratch};
-use crate::whole_words::Continuations;
+use crate::tokens::Tokens;
 
 /// Rows that the processor is asked for before they are read.
 const AHEAD: usize = 2;
@@ -26,7 +26,7 @@ const FRAME: usize = 2;
 /// Masked-LM samples of one length, cut out of prepared text.
 #[derive(Clone, Debug)]
 pub struct MaskedText {
-    stream: Arc<TokenStream>,
+    stream: Arc<dyn Tokens>,
     masker: Masker,
     sequence_len: usize,
     /// `[CLS]` and `[SEP]`.
@@ -55,23 +55,23 @@ impl MaskedText {
     /// # Errors
     /// [`Error::InvalidOption`] for a sequence length below 3 a masking that cannot be, or a vocabulary
     /// without `[CLS]`, `[SEP]` or `[MASK]`.
-    pub fn new(stream: Arc<TokenStream>, sequence_len: usize, masking: Masking) -> Result<Self> {
+    pub fn new(stream: Arc<dyn Tokens>, sequence_len: usize, masking: Masking) -> Result<Self> {
         if sequence_len <= FRAME {
             let reason = "[CLS] and [SEP] take two positions: it must be at least 3";
             return Err(Error::option("sequence_len", sequence_len, reason));
         }
-        let index = stream.index();
+        let special = stream.special();
         let token = |id: Option<u32>, name| id.map(i64::from).ok_or_else(|| missing(name));
-        let frame = [token(index.special.cls, "[CLS]")?, token(index.special.sep, "[SEP]")?];
-        let mut masker = Masker::new(masking, index.vocab_size, index.special)?;
+        let frame = [token(special.cls, "[CLS]")?, token(special.sep, "[SEP]")?];
+        let mut masker = Masker::new(masking, stream.vocab_size(), special)?;
         let mut sum = Fingerprinter::new("masked-text 1")
-            .number(index.fingerprint.0)
+            .number(stream.fingerprint().0)
             .number(to_u64(sequence_len))
             .number(masking.probability.to_bits())
             .number(masking.mask_share.to_bits())
             .number(masking.random_share.to_bits());
         if masking.whole_words {
-            let words = Continuations::of_tokenizer(stream.folder(), index.vocab_size)?;
+            let words = stream.continuations()?;
             sum = sum.bytes(b"whole words").number(words.fingerprint().0);
             masker = masker.with_words(words);
         }
@@ -87,14 +87,14 @@ impl MaskedText {
     }
 
     /// The stream of tokens behind the samples.
-    pub fn stream(&self) -> &TokenStream {
-        &self.stream
+    pub fn stream(&self) -> &dyn Tokens {
+        &*self.stream
     }
 
     /// Reads sample `id` without masks. `out` has the sequence length.
     ///
     /// # Errors
-    /// As [`TokenStream::read`], and [`Error::InvalidOption`] if `out` has another length.
+    /// As [`Tokens::read`], and [`Error::InvalidOption`] if `out` has another length.
     pub fn read_unmasked(&self, id: u64, out: &mut [i64], scratch: &mut Scratch) -> Result<()> {
         if out.len() != self.sequence_len {
             let reason = format!("a sample has {} tokens", self.sequence_len);

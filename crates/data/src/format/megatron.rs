@@ -15,6 +15,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::bytes::{Access, Bytes};
+use super::index::SpecialTokens;
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
@@ -73,6 +74,7 @@ pub struct MegatronTokens {
     document_entries: u64,
     token_count: u64,
     vocab_size: u32,
+    special: SpecialTokens,
     /// Where sequences start in the stream, and where the last one ends; only where there is other data between them.
     starts: Option<Vec<u64>>,
     fingerprint: Fingerprint,
@@ -132,6 +134,7 @@ impl MegatronTokens {
             document_entries,
             token_count: 0,
             vocab_size,
+            special: SpecialTokens::default(),
             starts: None,
             fingerprint: Fingerprint(0),
         };
@@ -276,6 +279,24 @@ impl MegatronTokens {
     /// Tokens are below this.
     pub fn vocab_size(&self) -> u32 {
         self.vocab_size
+    }
+
+    /// Says which tokens are no text: the files do not.
+    ///
+    /// # Errors
+    /// [`Error::InvalidOption`] for a token outside the vocabulary.
+    pub fn with_special(mut self, special: SpecialTokens) -> Result<Self> {
+        if let Some(id) = special.all().find(|&id| id >= self.vocab_size) {
+            let reason = format!("the vocabulary has {} entries", self.vocab_size);
+            return Err(Error::option("special", id, reason));
+        }
+        self.special = special;
+        Ok(self)
+    }
+
+    /// The tokens that are no text, as far as they were given.
+    pub fn special(&self) -> SpecialTokens {
+        self.special
     }
 
     /// Identifies the files: their index and sizes.

@@ -3,7 +3,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use phalanx_data::{Access, Error, MegatronTokens, Scratch};
+use std::sync::Arc;
+
+use phalanx_data::{
+    Access, CausalText, Documents, Error, Loader, LoaderOptions, MegatronTokens, Order, Scratch,
+    SpecialTokens, IGNORED,
+};
 use proptest::prelude::*;
 
 /// A pair of files, byte by byte as the format is published.
@@ -177,6 +182,26 @@ fn wrong_numbers_are_named() {
     fs::remove_file(folder.path().join("my.corpus.bin")).unwrap();
     let error = MegatronTokens::open(&prefix, 50, Access::Read).unwrap_err().to_string();
     assert!(error.starts_with("cannot open") && error.contains("my.corpus.bin"), "{error}");
+}
+
+#[test]
+fn samples_are_cut_out_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let prefix = Files::small().write(folder.path());
+    let tokens = MegatronTokens::open(&prefix, 50, Access::Map).unwrap();
+    let special = SpecialTokens { eos: Some(14), ..Default::default() };
+    let tokens = Arc::new(tokens.with_special(special).unwrap());
+    let samples = CausalText::new(tokens, 6, Documents::Apart).unwrap();
+    let options = LoaderOptions { order: Order::Sequential, global_batch: 3, ..Default::default() };
+    let mut loader = Loader::new(Arc::new(samples), options).unwrap();
+    let step = loader.next_step().unwrap();
+    let batch = &step.micro_batches[0];
+    assert_eq!(batch.input_ids()[..6], [0, 7, 14, 21, 28, 35]);
+    assert_eq!(batch.labels()[..6], [7, 14, IGNORED, 28, 35, 42]);
+    assert_eq!(batch.get::<i64>("document_ids").unwrap()[..6], [0, 0, 0, 1, 1, 1]);
+    let tokens = MegatronTokens::open(&prefix, 50, Access::Map).unwrap();
+    let special = SpecialTokens { eos: Some(50), ..Default::default() };
+    assert!(matches!(tokens.with_special(special), Err(Error::InvalidOption { .. })));
 }
 
 proptest! {

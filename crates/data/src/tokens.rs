@@ -1,0 +1,113 @@
+//! What text samples are cut out of: a stream of tokens, whatever files it lies in.
+
+use std::fmt::{Debug, Display};
+
+use crate::error::{Error, Result};
+use crate::fingerprint::Fingerprint;
+use crate::format::{MegatronTokens, SpecialTokens, TokenStream};
+use crate::samples::Scratch;
+use crate::whole_words::Continuations;
+
+/// A stream of tokens that can be read at any place, from many threads.
+pub trait Tokens: Debug + Send + Sync + 'static {
+    /// How many tokens there are.
+    fn token_count(&self) -> u64;
+
+    /// Tokens are below this.
+    fn vocab_size(&self) -> u32;
+
+    /// The tokens that are no text.
+    fn special(&self) -> SpecialTokens;
+
+    /// Identifies the data.
+    fn fingerprint(&self) -> Fingerprint;
+
+    /// Reads tokens from `start` on, as many as `out` holds. `reading` names them in errors.
+    ///
+    /// # Errors
+    /// If they do not exist, cannot be read, or are no tokens of the vocabulary.
+    fn read(
+        &self,
+        start: u64,
+        out: &mut [i64],
+        scratch: &mut Scratch,
+        reading: &dyn Display,
+    ) -> Result<()>;
+
+    /// `len` tokens from `start` on will be read soon.
+    fn expect(&self, _start: u64, _len: usize) {}
+
+    /// Which tokens continue a word, for whole-word masks.
+    ///
+    /// # Errors
+    /// [`Error::InvalidOption`] where that is not known.
+    fn continuations(&self) -> Result<Continuations> {
+        let reason =
+            "nothing is known of the words of this data: take data prepared with a tokenizer";
+        Err(Error::option("masking.whole_words", true, reason))
+    }
+}
+
+impl Tokens for TokenStream {
+    fn token_count(&self) -> u64 {
+        TokenStream::token_count(self)
+    }
+
+    fn vocab_size(&self) -> u32 {
+        self.index().vocab_size
+    }
+
+    fn special(&self) -> SpecialTokens {
+        self.index().special
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        self.index().fingerprint
+    }
+
+    fn read(
+        &self,
+        start: u64,
+        out: &mut [i64],
+        scratch: &mut Scratch,
+        reading: &dyn Display,
+    ) -> Result<()> {
+        TokenStream::read(self, start, out, scratch, reading)
+    }
+
+    fn expect(&self, start: u64, len: usize) {
+        TokenStream::expect(self, start, len);
+    }
+
+    fn continuations(&self) -> Result<Continuations> {
+        Continuations::of_tokenizer(self.folder(), self.index().vocab_size)
+    }
+}
+
+impl Tokens for MegatronTokens {
+    fn token_count(&self) -> u64 {
+        MegatronTokens::token_count(self)
+    }
+
+    fn vocab_size(&self) -> u32 {
+        MegatronTokens::vocab_size(self)
+    }
+
+    fn special(&self) -> SpecialTokens {
+        MegatronTokens::special(self)
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        MegatronTokens::fingerprint(self)
+    }
+
+    fn read(
+        &self,
+        start: u64,
+        out: &mut [i64],
+        scratch: &mut Scratch,
+        reading: &dyn Display,
+    ) -> Result<()> {
+        MegatronTokens::read(self, start, out, scratch, reading)
+    }
+}
