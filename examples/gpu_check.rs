@@ -17,11 +17,14 @@
 mod device;
 
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context as _, Result};
 use clap::Parser;
 use phalanx::comm::{Backend, Sum};
+use phalanx::data::{from_fn, Column, DType, LoaderOptions};
+use phalanx::ddp::feed::Feed;
 use phalanx::ddp::optim::{AdamW, Optimizer, OptimizerConfig};
 use phalanx::ddp::{load_cuda, Cuda};
 use phalanx::launch::{launch_or_join, Joined, LaunchArgs};
@@ -68,6 +71,7 @@ fn check(flags: &Flags) -> Result<ExitCode> {
     }
     report.line("training, zero 0", training(&mut group, Zero::Off));
     report.line("training, zero 1", training(&mut group, Zero::One));
+    report.line("batches on the GPU", feeding(&group));
     report.line("all_reduce 64 MiB", speed(&mut group));
     if group.world_size() == 1 {
         report.line("step with Ddp ÷ bare", step_cost(&mut group, flags.steps));
@@ -122,6 +126,58 @@ impl GeluPlain for Tensor {
     fn gelu_plain(&self) -> Tensor {
         self.gelu("none")
     }
+}
+
+/// Batches that are copied ahead hold what the samples are, while the GPU is busy and memory is used again and again; and what
+/// the copying costs beside computing alone.
+fn feeding(group: &Group) -> Result<String> {
+    const ROWS: usize = 64;
+    const LEN: usize = 16_384;
+    let device = Device::Cuda(group.device().context("a group with a GPU")?);
+    let columns = vec![
+        Column::new("x", DType::F32, [LEN]),
+        Column::new("labels", DType::I64, []),
+        Column::new("flags", DType::U8, [3]),
+    ];
+    let samples = Arc::new(from_fn(10_000, columns, "feeding", |sample, _, row| {
+        let number = f32::from(u16::try_from(sample.id).unwrap_or(0));
+        row.column::<f32>(0)?.fill(number);
+        row.column::<i64>(1)?.fill(sample.id.cast_signed());
+        row.column::<u8>(2)?.fill(7);
+        Ok(())
+    }));
+    let options = LoaderOptions {
+        global_batch: ROWS * group.world_size(),
+        rank: group.rank(),
+        world_size: group.world_size(),
+        ..LoaderOptions::default()
+    };
+    let mut feed = Feed::new(samples, options, device)?;
+    let weight = Tensor::ones([LEN as i64, 512], (Kind::Float, device)) / LEN as f64;
+    let mut time = |fed: bool| -> Result<Duration> {
+        let mut step = feed.next_step()?;
+        let start = Instant::now();
+        for _ in 0..100 {
+            let batch = &step.micro_batches[0];
+            // Its mean is the sample's number: any byte of another batch would show.
+            let mean = batch.get("x")?.matmul(&weight).mean_dim(1, false, Kind::Float);
+            let off = (mean - batch.get("labels")?).abs().max();
+            let flags = batch.get("flags")?.eq(7).all();
+            if fed {
+                step = feed.next_step()?;
+            }
+            let off = f64::try_from(off)?;
+            ensure!(
+                off < 0.5 && i64::try_from(flags)? == 1,
+                "a batch holds something else: off by {off}"
+            );
+        }
+        Ok(start.elapsed())
+    };
+    time(true)?;
+    let (alone, fed) = (time(false)?, time(true)?);
+    let ratio = fed.as_secs_f64() / alone.as_secs_f64();
+    Ok(format!("300 batches of 4 MiB are right; a step with a new batch ÷ without {ratio:.3}"))
 }
 
 /// A few steps on the GPU beside the same on the CPU over the host's memory.
