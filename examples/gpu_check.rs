@@ -153,7 +153,7 @@ fn feeding(group: &Group) -> Result<String> {
         ..LoaderOptions::default()
     };
     let mut feed = Feed::new(samples, options, device)?;
-    let weight = Tensor::ones([LEN as i64, 512], (Kind::Float, device)) / LEN as f64;
+    let weight = Tensor::ones([i64::try_from(LEN)?, 512], (Kind::Float, device)) / LEN as f64;
     let mut time = |fed: bool| -> Result<Duration> {
         let mut step = feed.next_step()?;
         let start = Instant::now();

@@ -37,6 +37,7 @@ fn main() -> anyhow::Result<()> {
     for access in [Access::Read, Access::Map] {
         let (name, samples) = (format!("{access:?}").to_lowercase(), open(&target, access)?);
         report(&mut out, &format!("raw rows, {name}"), sequences, raw(&samples)?)?;
+        prompt(&mut out, &target, access)?;
         let causal: Arc<dyn Samples> = Arc::new(CausalText::new(
             open_stream(&target, access)?,
             SEQUENCE_LEN,
@@ -126,6 +127,33 @@ fn order(sequences: u64) -> anyhow::Result<Measured> {
         let order = Permutation::new(sequences, 1, epoch);
         Ok((0..sequences).fold(0, |sum, at| sum ^ order.at(at)).cast_signed())
     })
+}
+
+/// From opening the folder to the first batch, and the same where a run at 99 % of an epoch is resumed: medians.
+fn prompt(out: &mut impl std::io::Write, target: &Path, access: Access) -> anyhow::Result<()> {
+    let options = LoaderOptions { global_batch: BATCH, threads: 0, ..Default::default() };
+    let mut state = Loader::new(open(target, access)?, options.clone())?.state();
+    let count = open(target, access)?.sample_count();
+    let mut times = [Vec::new(), Vec::new()];
+    for _ in 0..11 {
+        for (place, of_place) in [0, count / 100 * 99].into_iter().zip(&mut times) {
+            state.next_global_sample = place;
+            let started = Instant::now();
+            let mut loader = Loader::resume(open(target, access)?, options.clone(), &state)?;
+            drop(loader.next_step()?);
+            of_place.push(started.elapsed().as_secs_f64() * 1e3);
+        }
+    }
+    let [first, resumed] = times.map(|mut of_place| {
+        of_place.sort_by(f64::total_cmp);
+        of_place[of_place.len() / 2]
+    });
+    let name = format!("{access:?}").to_lowercase();
+    writeln!(
+        out,
+        "first batch after open, {name}: {first:.2} ms; at 99 % of an epoch: {resumed:.2} ms"
+    )?;
+    Ok(())
 }
 
 fn raw(samples: &MaskedText) -> anyhow::Result<Measured> {
