@@ -214,6 +214,16 @@ pub enum Error {
         /// What was being read.
         reading: String,
     },
+    /// A document's bounds cannot be.
+    #[error("{}: document {document} is {reason}; prepare or copy the file again", path.display())]
+    BadDocument {
+        /// The file.
+        path: PathBuf,
+        /// The document, counted within the file.
+        document: u64,
+        /// Its bounds, and what they should lie in.
+        reason: String,
+    },
     /// A value in the data is not an entry of the vocabulary.
     #[error("{}: sample {sample} holds value {value} at position {position}: {reason}", path.display())]
     BadValue {

@@ -98,6 +98,7 @@ fn check_block(file: &Bytes, block: usize, expected: u32, scratch: &mut Vec<u8>)
     let offset = to_u64(block * BLOCK_BYTES);
     let len = to_usize((file.len() - offset).min(to_u64(BLOCK_BYTES)));
     let actual = crc32c::crc32c(file.read(offset, len, scratch)?);
+    file.check(offset..offset + to_u64(len))?;
     if actual == expected {
         return Ok(());
     }

@@ -1,117 +1,102 @@
-//! Reading ranges of a file: by `pread`, or through a memory map.
-#![expect(unsafe_code, reason = "memory-mapping a file is unsafe: somebody else may change it")]
+//! Ranges of a source whose size was checked when it was opened.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-
-use memmap2::Mmap;
-use serde::{Deserialize, Serialize};
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
 
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
+pub use crate::source::Access;
+use crate::source::{open_file, Source};
 
-/// How files are read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Access {
-    /// `pread` into memory of the reading thread. A file that is cut off while it is open gives an error. Right for network
-    /// filesystems and for data that somebody may touch.
-    #[default]
-    Read,
-    /// A memory map: no copy. If somebody cuts the file off while it is mapped, the system kills the process (`SIGBUS`):
-    /// for local data that nobody writes to.
-    Map,
-}
-
-/// A file whose size was checked when it was opened.
-#[derive(Debug)]
+/// A source and its size.
+#[derive(Clone, Debug)]
 pub(crate) struct Bytes {
-    path: PathBuf,
+    source: Arc<dyn Source>,
     len: u64,
-    source: Source,
-}
-
-#[derive(Debug)]
-enum Source {
-    File(File),
-    Map(Mmap),
 }
 
 impl Bytes {
-    /// Opens a file. If `expected_len` is given, any other size is an error.
+    /// Opens a file of this machine. If `expected_len` is given, any other size is an error.
     pub(crate) fn open(path: &Path, access: Access, expected_len: Option<u64>) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io("open", path))?;
-        let metadata = file.metadata().map_err(Error::io("read the size of", path))?;
-        let len = metadata.len();
-        if !metadata.is_file() {
-            let cause = std::io::Error::other("not a regular file");
-            return Err(Error::Io { action: "open", path: path.to_path_buf(), cause });
-        }
+        Self::of(open_file(path, access)?, expected_len)
+    }
+
+    /// A source that is open. If `expected_len` is given, any other size is an error.
+    pub(crate) fn of(source: Arc<dyn Source>, expected_len: Option<u64>) -> Result<Self> {
+        let len = source.size();
         if let Some(expected) = expected_len.filter(|&expected| expected != len) {
-            return Err(Error::WrongSize { path: path.to_path_buf(), expected, actual: len });
+            let path = source.name().to_path_buf();
+            return Err(Error::WrongSize { path, expected, actual: len });
         }
-        let source = match access {
-            Access::Read => Source::File(file),
-            // An empty file cannot be mapped.
-            Access::Map if len == 0 => Source::File(file),
-            Access::Map => {
-                // SAFETY: the map is only read, as plain bytes. Prepared files are renamed into place and never written
-                // again; the documentation of `Access::Map` names what happens if somebody does.
-                let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
-                Source::Map(map)
-            }
-        };
-        Ok(Bytes { path: path.to_path_buf(), len, source })
+        Ok(Bytes { source, len })
     }
 
     pub(crate) fn path(&self) -> &Path {
-        &self.path
+        self.source.name()
     }
 
     pub(crate) fn len(&self) -> u64 {
         self.len
     }
 
-    /// `len` bytes from `offset`; they may lie in `scratch`.
+    /// `len` bytes from `offset`; they may lie in `scratch`. When they were used, [`check`](Self::check) says whether they were
+    /// the file's.
     pub(crate) fn read<'a>(
         &'a self,
         offset: u64,
         len: usize,
         scratch: &'a mut Vec<u8>,
     ) -> Result<&'a [u8]> {
-        let end = offset.checked_add(to_u64(len)).filter(|&end| end <= self.len);
-        let Some(end) = end else {
-            let expected = offset.saturating_add(to_u64(len));
-            return Err(Error::WrongSize { path: self.path.clone(), expected, actual: self.len });
-        };
-        match &self.source {
-            Source::Map(map) => Ok(&map[to_usize(offset)..to_usize(end)]),
-            Source::File(file) => {
-                if scratch.len() < len {
-                    scratch.resize(len, 0);
-                }
-                let bytes = &mut scratch[..len];
-                file.read_exact_at(bytes, offset).map_err(|cause| self.short(cause, file))?;
-                Ok(bytes)
-            }
+        if offset.checked_add(to_u64(len)).is_none_or(|end| end > self.len) {
+            return Err(self.short(offset, len));
         }
+        if self.source.mapped().is_some() {
+            return self.mapped(offset, len).ok_or_else(|| self.short(offset, len));
+        }
+        if scratch.len() < len {
+            scratch.resize(len, 0);
+        }
+        self.source.read_at(offset, &mut scratch[..len])?;
+        Ok(&scratch[..len])
+    }
+
+    /// To be called when bytes were used: a mapped file may have been cut off meanwhile.
+    #[inline]
+    pub(crate) fn check(&self, range: Range<u64>) -> Result<()> {
+        self.source.check_mapped(range)
+    }
+
+    /// Lets go of local copies. `true`: reading again may give other bytes.
+    pub(crate) fn forget(&self, range: Range<u64>) -> bool {
+        self.source.forget(range)
     }
 
     /// The bytes themselves where they are in memory and the range exists.
+    #[inline]
     pub(crate) fn mapped(&self, offset: u64, len: usize) -> Option<&[u8]> {
-        let Source::Map(map) = &self.source else { return None };
         let start = to_usize(offset);
-        map.get(start..start.checked_add(len)?)
+        self.source.mapped()?.get(start..start.checked_add(len)?)
     }
 
-    /// Why a read failed: cut off since it was opened, or what the system said.
-    fn short(&self, cause: std::io::Error, file: &File) -> Error {
-        let path = self.path.clone();
-        let actual = file.metadata().map_or(self.len, |metadata| metadata.len());
-        if actual < self.len {
-            return Error::WrongSize { path, expected: self.len, actual };
+    /// A small array from `offset`.
+    pub(crate) fn array<const N: usize>(&self, offset: u64) -> Result<[u8; N]> {
+        if offset.checked_add(to_u64(N)).is_none_or(|end| end > self.len) {
+            return Err(self.short(offset, N));
         }
-        Error::Io { action: "read", path, cause }
+        let mut array = [0; N];
+        match self.mapped(offset, N) {
+            Some(bytes) => {
+                array.copy_from_slice(bytes);
+                self.check(offset..offset + to_u64(N))?;
+            }
+            None => self.source.read_at(offset, &mut array)?,
+        }
+        Ok(array)
+    }
+
+    fn short(&self, offset: u64, len: usize) -> Error {
+        let expected = offset.saturating_add(to_u64(len));
+        Error::WrongSize { path: self.path().to_path_buf(), expected, actual: self.len }
     }
 }

@@ -55,9 +55,10 @@ impl Header {
             return Err(bad(format!("its header claims {length} bytes of {available}")));
         }
         let header = bytes.read(to_u64(LENGTH_BYTES), to_usize(length), &mut scratch)?;
-        let metadata: Metadata =
-            serde_json::from_slice(header).map_err(|error| bad(format!("its header: {error}")))?;
         let header = header.to_vec();
+        bytes.check(0..to_u64(LENGTH_BYTES) + length)?;
+        let metadata: Metadata =
+            serde_json::from_slice(&header).map_err(|error| bad(format!("its header: {error}")))?;
         let data_bytes = data_bytes(&metadata);
         if data_bytes != available - length {
             let found = available - length;

@@ -1,13 +1,14 @@
 //! `index.json`: what a prepared folder holds.
 
-use std::fs;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::cast::to_u64;
+use super::bytes::Bytes;
+use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
+use crate::source::{Access, Folder, LocalFolder};
 
 /// The index of a prepared folder.
 pub(crate) const INDEX_FILE: &str = "index.json";
@@ -213,15 +214,25 @@ impl Index {
     /// # Errors
     /// [`Error::Io`] if it cannot be read, [`Error::BadIndex`] if it contradicts itself or has another version.
     pub fn read(folder: &Path) -> Result<Self> {
-        let path = folder.join(INDEX_FILE);
-        let bad = |reason: String| Error::BadIndex { path: path.clone(), reason };
-        let metadata = fs::metadata(&path).map_err(Error::io("open", &path))?;
-        if metadata.len() > INDEX_BYTES_MAX {
-            return Err(bad(format!("{} bytes are too many for an index", metadata.len())));
+        Self::read_from(&LocalFolder::new(folder, Access::Read))
+    }
+
+    /// Reads and checks the index of a prepared folder, wherever it lies.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), and what the folder says.
+    pub fn read_from(folder: &dyn Folder) -> Result<Self> {
+        let file = Bytes::of(folder.open(INDEX_FILE)?, None)?;
+        let bad = |reason: String| Error::BadIndex { path: file.path().to_path_buf(), reason };
+        let len = file.len();
+        if len > INDEX_BYTES_MAX {
+            return Err(bad(format!("{len} bytes are too many for an index")));
         }
-        let text = fs::read(&path).map_err(Error::io("read", &path))?;
-        let index: Index =
-            serde_json::from_slice(&text).map_err(|error| bad(format!("not an index: {error}")))?;
+        let mut scratch = Vec::new();
+        let text = file.read(0, to_usize(len), &mut scratch)?;
+        let index = serde_json::from_slice(text);
+        file.check(0..len)?;
+        let index: Index = index.map_err(|error| bad(format!("not an index: {error}")))?;
         index.check().map_err(bad)?;
         Ok(index)
     }

@@ -20,6 +20,7 @@ use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
 use crate::samples::Scratch;
+use crate::source::Folder;
 
 const MAGIC: &[u8; 9] = b"MMIDIDX\0\0";
 const HEADER_BYTES: u64 = 34;
@@ -96,6 +97,20 @@ impl MegatronTokens {
     pub fn open(prefix: &Path, vocab_size: u32, access: Access) -> Result<Self> {
         let idx = Bytes::open(&with_suffix(prefix, ".idx"), access, None)?;
         let bin = Bytes::open(&with_suffix(prefix, ".bin"), access, None)?;
+        Self::of(bin, idx, vocab_size)
+    }
+
+    /// Opens `NAME.bin` and `NAME.idx` of a folder, wherever it lies.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), and what the folder says.
+    pub fn open_from(folder: &dyn Folder, name: &str, vocab_size: u32) -> Result<Self> {
+        let idx = Bytes::of(folder.open(&format!("{name}.idx"))?, None)?;
+        let bin = Bytes::of(folder.open(&format!("{name}.bin"))?, None)?;
+        Self::of(bin, idx, vocab_size)
+    }
+
+    fn of(bin: Bytes, idx: Bytes, vocab_size: u32) -> Result<Self> {
         let bad = |reason: String| Error::BadIndex { path: idx.path().to_path_buf(), reason };
         if idx.len() < HEADER_BYTES {
             return Err(bad(format!("{} bytes are too few for a header", idx.len())));
@@ -193,10 +208,9 @@ impl MegatronTokens {
         if has_gaps {
             let mut starts = Vec::with_capacity(to_usize(self.sequences) + 1);
             let mut start = 0;
-            let mut entry = Vec::new();
             for sequence in 0..self.sequences {
                 starts.push(start);
-                start += self.length(sequence, &mut entry)?;
+                start += self.length(sequence)?;
             }
             starts.push(start);
             self.starts = Some(starts);
@@ -228,6 +242,7 @@ impl MegatronTokens {
                 before = good;
             }
         }
+        self.idx.check(0..self.idx.len())?;
         if before != self.sequences {
             let have = self.sequences;
             return Err(self.bad(format!("its documents end at sequence {before} of {have}")));
@@ -235,27 +250,26 @@ impl MegatronTokens {
         Ok(sum)
     }
 
-    fn length(&self, sequence: u64, scratch: &mut Vec<u8>) -> Result<u64> {
-        let mut bytes = [0; 4];
-        bytes.copy_from_slice(self.idx.read(HEADER_BYTES + 4 * sequence, 4, scratch)?);
+    fn length(&self, sequence: u64) -> Result<u64> {
+        let bytes = self.idx.array(HEADER_BYTES + 4 * sequence)?;
         Ok(u64::from(i32::from_le_bytes(bytes).unsigned_abs()))
     }
 
-    fn word(&self, at: u64, scratch: &mut Vec<u8>) -> Result<u64> {
-        let mut bytes = [0; 8];
-        bytes.copy_from_slice(self.idx.read(at, 8, scratch)?);
-        Ok(u64::from_le_bytes(bytes))
+    fn word(&self, at: u64) -> Result<u64> {
+        Ok(u64::from_le_bytes(self.idx.array(at)?))
     }
 
     /// Where a sequence begins in the stream.
-    fn start(&self, sequence: u64, scratch: &mut Vec<u8>) -> Result<u64> {
+    fn start(&self, sequence: u64) -> Result<u64> {
         if sequence == self.sequences {
             return Ok(self.token_count);
         }
         match &self.starts {
-            Some(starts) => Ok(starts[to_usize(sequence)]),
+            Some(starts) => starts.get(to_usize(sequence)).copied().ok_or_else(|| {
+                self.bad(format!("there is no sequence {sequence}: it changed since it was opened"))
+            }),
             None => {
-                let offset = self.word(self.offsets_at() + 8 * sequence, scratch)?;
+                let offset = self.word(self.offsets_at() + 8 * sequence)?;
                 Ok(offset / to_u64(self.kind.bytes()))
             }
         }
@@ -308,15 +322,15 @@ impl MegatronTokens {
     ///
     /// # Errors
     /// [`Error::NoSuchSample`] and [`Error::Io`].
-    pub fn document(&self, document: u64, scratch: &mut Scratch) -> Result<Range<u64>> {
+    pub fn document(&self, document: u64, _scratch: &mut Scratch) -> Result<Range<u64>> {
         let samples = self.document_count();
         if document >= samples {
             return Err(Error::NoSuchSample { sample: document, samples });
         }
         let at = self.documents_at() + 8 * document;
-        let first = self.word(at, &mut scratch.bytes)?;
-        let after = self.word(at + 8, &mut scratch.bytes)?;
-        Ok(self.start(first, &mut scratch.bytes)?..self.start(after, &mut scratch.bytes)?)
+        let first = self.word(at)?;
+        let after = self.word(at + 8)?;
+        Ok(self.start(first)?..self.start(after)?)
     }
 
     /// Reads tokens from `start` on, as many as `out` holds. `reading` names them in errors.
@@ -344,7 +358,7 @@ impl MegatronTokens {
         while !rest.is_empty() {
             let there = to_usize((starts[sequence + 1] - at).min(to_u64(rest.len())));
             let (now, later) = rest.split_at_mut(there);
-            let offset = self.word(self.offsets_at() + 8 * to_u64(sequence), &mut scratch.bytes)?;
+            let offset = self.word(self.offsets_at() + 8 * to_u64(sequence))?;
             let offset = offset + (at - starts[sequence]) * size;
             self.read_at(offset, at, now, scratch, reading)?;
             at += to_u64(there);
@@ -372,6 +386,7 @@ impl MegatronTokens {
             Kind::I32 => copy(out, bytes.as_chunks().0, |le| i64::from(i32::from_le_bytes(le))),
             Kind::I64 => copy(out, bytes.as_chunks().0, i64::from_le_bytes),
         }
+        self.bin.check(offset..offset + to_u64(out.len() * self.kind.bytes()))?;
         let range = 0..i64::from(self.vocab_size);
         match out.iter().position(|token| !range.contains(token)) {
             None => Ok(()),

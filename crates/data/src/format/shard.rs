@@ -7,13 +7,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use safetensors::tensor::Dtype;
 
-use super::bytes::{Access, Bytes};
+use super::bytes::Bytes;
 use super::header::Header;
 use super::index::{ShardEntry, TokenDType, BLOCK_BYTES};
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 use crate::prefetch_lines::prefetch_lines;
 use crate::samples::Scratch;
+use crate::source::Folder;
 
 #[derive(Debug)]
 pub(crate) struct Shard {
@@ -21,6 +22,8 @@ pub(crate) struct Shard {
     dtype: TokenDType,
     token_start: u64,
     token_count: u64,
+    offset_start: u64,
+    document_count: u64,
     crc32c: Vec<u32>,
     /// Which blocks were found good. Two threads may verify the same block; they come to the same result.
     verified: Vec<AtomicBool>,
@@ -28,14 +31,9 @@ pub(crate) struct Shard {
 
 impl Shard {
     /// Opens a shard and compares it with what the index says of it. Reads the header, but no tokens.
-    pub(crate) fn open(
-        folder: &Path,
-        entry: &ShardEntry,
-        dtype: TokenDType,
-        access: Access,
-    ) -> Result<Self> {
-        let path = folder.join(&entry.file);
-        let bytes = Bytes::open(&path, access, Some(entry.file_bytes))?;
+    pub(crate) fn open(folder: &dyn Folder, entry: &ShardEntry, dtype: TokenDType) -> Result<Self> {
+        let bytes = Bytes::of(folder.open(&entry.file)?, Some(entry.file_bytes))?;
+        let path = bytes.path().to_path_buf();
         let header = Header::read(&bytes)?;
         let tokens = header.tensor("tokens")?;
         if tokens.dtype != safetensors_dtype(dtype) {
@@ -47,25 +45,52 @@ impl Shard {
             let (name, actual) = ("doc_offsets".to_owned(), format!("{:?}", offsets.dtype));
             return Err(Error::WrongDType { path, name, expected: "U64", actual });
         }
-        let tensors = [
-            (tokens, "tokens", entry.token_count),
-            (offsets, "doc_offsets", entry.document_count + 1),
-        ];
-        let mut token_start = 0;
-        for (span, name, len) in tensors.into_iter().rev() {
+        let documents = entry.document_count.saturating_add(1);
+        let tensors =
+            [(&tokens, "tokens", entry.token_count), (&offsets, "doc_offsets", documents)];
+        for (span, name, len) in tensors {
             if span.shape != [to_usize(len)] {
                 let (name, expected) = (name.to_owned(), format!("[{len}]"));
-                return Err(Error::WrongShape { path, name, expected, actual: span.shape });
+                let actual = span.shape.clone();
+                return Err(Error::WrongShape { path, name, expected, actual });
             }
-            token_start = span.start;
         }
         let verified = entry.crc32c.iter().map(|_| AtomicBool::new(false)).collect();
         let (token_count, crc32c) = (entry.token_count, entry.crc32c.clone());
-        Ok(Shard { bytes, dtype, token_start, token_count, crc32c, verified })
+        Ok(Shard {
+            bytes,
+            dtype,
+            token_start: tokens.start,
+            token_count,
+            offset_start: offsets.start,
+            document_count: entry.document_count,
+            crc32c,
+            verified,
+        })
     }
 
     pub(crate) fn token_count(&self) -> u64 {
         self.token_count
+    }
+
+    pub(crate) fn document_count(&self) -> u64 {
+        self.document_count
+    }
+
+    /// The tokens of a document, counted within the shard.
+    pub(crate) fn document(&self, document: u64, scratch: &mut Scratch) -> Result<Range<u64>> {
+        let offset = self.offset_start + document * to_u64(size_of::<u64>());
+        let ends = offset..offset + to_u64(2 * size_of::<u64>());
+        self.verify(ends, scratch, &format_args!("the bounds of document {document}"))?;
+        let bytes: [u8; 16] = self.bytes.array(offset)?;
+        let (pair, _) = bytes.as_chunks::<8>();
+        let (start, end) = (u64::from_le_bytes(pair[0]), u64::from_le_bytes(pair[1]));
+        if start > end || end > self.token_count {
+            let path = self.path().to_path_buf();
+            let reason = format!("tokens {start} to {end} of {}", self.token_count);
+            return Err(Error::BadDocument { path, document, reason });
+        }
+        Ok(start..end)
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -85,7 +110,7 @@ impl Shard {
         let len = out.len() * element;
         self.verify(offset..offset + to_u64(len), scratch, reading)?;
         let bytes = self.bytes.read(offset, len, &mut scratch.bytes)?;
-        Ok(match self.dtype {
+        let largest = match self.dtype {
             TokenDType::U16 => {
                 let tokens = bytes.as_chunks::<2>().0;
                 // Two plain loops: each becomes a few vector instructions.
@@ -102,7 +127,9 @@ impl Shard {
                 }
                 tokens.iter().map(|le| u32::from_le_bytes(*le)).max().unwrap_or(0)
             }
-        })
+        };
+        self.bytes.check(offset..offset + to_u64(len))?;
+        Ok(largest)
     }
 
     /// Has the processor load tokens that will be read soon. Only where they are mapped.
@@ -131,8 +158,12 @@ impl Shard {
             }
             let offset = block * block_bytes;
             let len = block_bytes.min(self.bytes.len() - offset);
-            let bytes = self.bytes.read(offset, to_usize(len), &mut scratch.bytes)?;
-            let (actual, expected) = (crc32c::crc32c(bytes), self.crc32c[index]);
+            let whole = offset..offset + len;
+            let expected = self.crc32c[index];
+            let mut actual = self.checksum(whole.clone(), scratch)?;
+            if actual != expected && self.bytes.forget(whole.clone()) {
+                actual = self.checksum(whole, scratch)?;
+            }
             if actual != expected {
                 let (path, reading) = (self.path().to_path_buf(), reading.to_string());
                 return Err(Error::Damaged { path, block, offset, expected, actual, reading });
@@ -140,6 +171,13 @@ impl Shard {
             verified.store(true, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    fn checksum(&self, range: Range<u64>, scratch: &mut Scratch) -> Result<u32> {
+        let len = to_usize(range.end - range.start);
+        let sum = crc32c::crc32c(self.bytes.read(range.start, len, &mut scratch.bytes)?);
+        self.bytes.check(range)?;
+        Ok(sum)
     }
 
     pub(crate) fn file_bytes(&self) -> u64 {

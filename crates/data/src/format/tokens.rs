@@ -1,14 +1,15 @@
 //! All shards of a prepared folder as one stream of tokens.
 
 use std::fmt::Display;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use super::bytes::Access;
 use super::index::Index;
 use super::shard::Shard;
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 use crate::samples::Scratch;
+use crate::source::{Access, Folder, LocalFolder};
 
 /// The tokens of a prepared folder, readable in any order from many threads.
 #[derive(Debug)]
@@ -18,6 +19,8 @@ pub struct TokenStream {
     shards: Vec<Shard>,
     /// Where each shard starts in the stream, and where the last one ends.
     starts: Vec<u64>,
+    /// The same of documents.
+    document_starts: Vec<u64>,
 }
 
 impl TokenStream {
@@ -26,19 +29,29 @@ impl TokenStream {
     /// # Errors
     /// [`Error::Io`], [`Error::BadIndex`], or what is wrong with a shard: its size, header, dtype or shape.
     pub fn open(folder: &Path, access: Access) -> Result<Self> {
-        let index = Index::read(folder)?;
+        Self::open_from(&LocalFolder::new(folder, access))
+    }
+
+    /// Opens a prepared folder wherever it lies.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), and what the folder says.
+    pub fn open_from(folder: &dyn Folder) -> Result<Self> {
+        let index = Index::read_from(folder)?;
         let shards: Vec<Shard> = index
             .shards
             .iter()
-            .map(|entry| Shard::open(folder, entry, index.dtype, access))
+            .map(|entry| Shard::open(folder, entry, index.dtype))
             .collect::<Result<_>>()?;
-        let mut starts = vec![0];
-        let mut end = 0;
-        for shard in &shards {
-            end += shard.token_count();
-            starts.push(end);
-        }
-        Ok(TokenStream { folder: folder.to_path_buf(), index, shards, starts })
+        let token_starts = running_sums(shards.iter().map(Shard::token_count));
+        let document_starts = running_sums(shards.iter().map(Shard::document_count));
+        Ok(TokenStream {
+            folder: folder.name().to_path_buf(),
+            index,
+            shards,
+            starts: token_starts,
+            document_starts,
+        })
     }
 
     /// What the folder says it holds.
@@ -89,6 +102,29 @@ impl TokenStream {
         Ok(())
     }
 
+    /// How many documents there are.
+    pub fn document_count(&self) -> u64 {
+        self.document_starts.last().copied().unwrap_or(0)
+    }
+
+    /// The tokens of a document. Its bounds are read where they are stored: no list of them is kept in memory.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchSample`] for a document that does not exist, [`Error::BadDocument`], [`Error::Damaged`],
+    /// [`Error::WrongSize`], [`Error::Io`].
+    pub fn document(&self, document: u64, scratch: &mut Scratch) -> Result<Range<u64>> {
+        let samples = self.document_count();
+        if document >= samples {
+            return Err(Error::NoSuchSample { sample: document, samples });
+        }
+        let after = self.document_starts.partition_point(|&begin| begin <= document);
+        let shard = after.saturating_sub(1);
+        let within =
+            self.shards[shard].document(document - self.document_starts[shard], scratch)?;
+        let start = self.starts[shard];
+        Ok(start + within.start..start + within.end)
+    }
+
     /// Has the processor load `len` tokens from `start` on, which will be read soon. Costs little where that is of no use.
     #[inline]
     pub fn expect(&self, start: u64, len: usize) {
@@ -128,4 +164,15 @@ impl TokenStream {
         }
         Ok(())
     }
+}
+
+/// Where each part starts, and where the last one ends. The index has checked that the sums do not overflow.
+fn running_sums(counts: impl Iterator<Item = u64>) -> Vec<u64> {
+    let mut sums = vec![0];
+    let mut end = 0_u64;
+    for count in counts {
+        end = end.saturating_add(count);
+        sums.push(end);
+    }
+    sums
 }

@@ -9,6 +9,7 @@
 mod causal;
 mod converting;
 mod damage;
+mod documents;
 mod end_to_end;
 mod fixed;
 mod loader;

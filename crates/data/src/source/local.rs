@@ -1,0 +1,65 @@
+//! Files of this machine.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::file::ReadFile;
+use super::map::MappedFile;
+use super::{Folder, Source};
+use crate::error::{Error, Result};
+
+/// How files are read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Access {
+    /// `pread` into memory of the reading thread. Right for network filesystems.
+    #[default]
+    Read,
+    /// A memory map: no copy. The first map installs a handler for `SIGBUS`: a file that somebody cuts off while it is mapped is
+    /// an error, not the end of the process. A handler that your program installs later must pass on to the one before it.
+    /// Bytes that somebody writes over after they were verified are not noticed.
+    Map,
+}
+
+/// A folder of this machine.
+#[derive(Clone, Debug)]
+pub struct LocalFolder {
+    path: PathBuf,
+    access: Access,
+}
+
+impl LocalFolder {
+    /// The folder `path`, whose files are read as `access` says.
+    pub fn new(path: &Path, access: Access) -> Self {
+        LocalFolder { path: path.to_path_buf(), access }
+    }
+}
+
+impl Folder for LocalFolder {
+    fn name(&self) -> &Path {
+        &self.path
+    }
+
+    fn open(&self, name: &str) -> Result<Arc<dyn Source>> {
+        open_file(&self.path.join(name), self.access)
+    }
+}
+
+/// Opens a regular file.
+pub(crate) fn open_file(path: &Path, access: Access) -> Result<Arc<dyn Source>> {
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    let metadata = file.metadata().map_err(Error::io("read the size of", path))?;
+    if !metadata.is_file() {
+        let cause = std::io::Error::other("not a regular file");
+        return Err(Error::Io { action: "open", path: path.to_path_buf(), cause });
+    }
+    let file = ReadFile { path: path.to_path_buf(), file, size: metadata.len() };
+    match access {
+        // An empty file cannot be mapped.
+        Access::Map if file.size > 0 => Ok(Arc::new(MappedFile::new(file)?)),
+        Access::Map | Access::Read => Ok(Arc::new(file)),
+    }
+}
