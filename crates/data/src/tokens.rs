@@ -1,6 +1,7 @@
 //! What text samples are cut out of: a stream of tokens, whatever files it lies in.
 
 use std::fmt::{Debug, Display};
+use std::ops::Range;
 
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
@@ -34,6 +35,19 @@ pub trait Tokens: Debug + Send + Sync + 'static {
         reading: &dyn Display,
     ) -> Result<()>;
 
+    /// How many documents there are; 0 where nothing is known of documents.
+    fn document_count(&self) -> u64 {
+        0
+    }
+
+    /// The tokens of a document.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchSample`] for a document that does not exist, or what kept its bounds from being read.
+    fn document(&self, document: u64, _scratch: &mut Scratch) -> Result<Range<u64>> {
+        Err(Error::NoSuchSample { sample: document, samples: self.document_count() })
+    }
+
     /// `len` tokens from `start` on will be read soon.
     fn expect(&self, _start: u64, _len: usize) {}
 
@@ -49,6 +63,14 @@ pub trait Tokens: Debug + Send + Sync + 'static {
 }
 
 impl Tokens for TokenStream {
+    fn document_count(&self) -> u64 {
+        TokenStream::document_count(self)
+    }
+
+    fn document(&self, document: u64, scratch: &mut Scratch) -> Result<Range<u64>> {
+        TokenStream::document(self, document, scratch)
+    }
+
     fn token_count(&self) -> u64 {
         TokenStream::token_count(self)
     }
@@ -85,6 +107,14 @@ impl Tokens for TokenStream {
 }
 
 impl Tokens for MegatronTokens {
+    fn document_count(&self) -> u64 {
+        MegatronTokens::document_count(self)
+    }
+
+    fn document(&self, document: u64, scratch: &mut Scratch) -> Result<Range<u64>> {
+        MegatronTokens::document(self, document, scratch)
+    }
+
     fn token_count(&self) -> u64 {
         MegatronTokens::token_count(self)
     }

@@ -17,6 +17,7 @@ mod masking;
 mod megatron;
 mod order;
 mod orders;
+mod padded;
 mod preparing;
 mod support;
 mod tidy;
