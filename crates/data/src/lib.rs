@@ -87,7 +87,7 @@ pub use sampler::{BatchSize, Cursor, Order, Position, Sample, Sampler, Tail};
 pub use samples::{from_fn, FromFn, Part, Samples, Scratch};
 pub use slice::{part, MicroBatch, RankSlice};
 pub use source::{Folder, LocalFolder, Source};
-pub use state::LoaderState;
+pub use state::{Buckets, LoaderState};
 pub use tokens::Tokens;
 pub use verify::{verify, Verified};
 pub use whole_words::Continuations;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::batch::{Batch, Column, MicroBatches, Pool};
 use crate::bucketing;
+use crate::cast::to_u64;
 use crate::error::{Error, Result};
 use crate::memory::{HostMemory, Memory};
 use crate::permutation;
@@ -14,7 +15,7 @@ use crate::prefetch::{left, Bounds, Prefetcher};
 use crate::sampler::{Order, Position, Sampler, Tail};
 use crate::samples::Samples;
 use crate::slice::{MicroBatch, RankSlice};
-use crate::state::LoaderState;
+use crate::state::{Buckets, LoaderState};
 
 /// What a [`Loader`] delivers, and how.
 #[derive(Clone, Debug)]
@@ -72,6 +73,11 @@ impl Default for LoaderOptions {
 }
 
 impl LoaderOptions {
+    fn buckets(&self) -> Option<Buckets> {
+        let global_batch = to_u64(self.global_batch);
+        (self.bucketing > 0).then_some(Buckets { batches: self.bucketing, global_batch })
+    }
+
     /// Every sample exactly once over all ranks, in the data's order, and then the end ([`Error::EndOfData`]): for evaluation.
     /// All ranks have the same number of steps; ranks may differ by a sample in the last one, or have one that does not count.
     #[must_use]
@@ -150,10 +156,11 @@ impl Loader {
 
     /// A loader that goes on where `state` was taken. Constant cost, wherever that was.
     ///
-    /// Rank, world size, batch sizes, tail and threads may differ from those of then.
+    /// Rank, world size, batch sizes, tail and threads may differ from those of then; the global batch only without
+    /// [`LoaderOptions::bucketing`].
     ///
     /// # Errors
-    /// [`Error::StateMismatch`] if data, seed or order differ; and as [`Loader::new`].
+    /// [`Error::StateMismatch`] if data, seed, order or batches of similar length differ; and as [`Loader::new`].
     pub fn resume(
         samples: Arc<dyn Samples>,
         options: LoaderOptions,
@@ -164,6 +171,7 @@ impl Loader {
             next_global_sample: 0,
             seed: options.seed,
             order: options.order,
+            buckets: options.buckets(),
             version: permutation::VERSION,
             fingerprint: samples.fingerprint(),
         };
@@ -279,6 +287,7 @@ impl Loader {
             next_global_sample: self.position.next_global_sample,
             seed: self.options.seed,
             order: self.options.order,
+            buckets: self.options.buckets(),
             version: permutation::VERSION,
             fingerprint: self.plan.samples.fingerprint(),
         }

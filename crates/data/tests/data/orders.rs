@@ -4,8 +4,8 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use phalanx_data::{
-    from_fn, Batch, Column, DType, Error, FromFn, Loader, LoaderOptions, LoaderState, MicroBatch,
-    Mixture, Order, Rows, Sample, Samples, Scratch, Tail,
+    from_fn, Batch, Buckets, Column, DType, Error, FromFn, Loader, LoaderOptions, LoaderState,
+    MicroBatch, Mixture, Order, Rows, Sample, Samples, Scratch, Tail,
 };
 use proptest::prelude::*;
 
@@ -209,8 +209,16 @@ fn similar_length_needs_whole_batches_and_an_end() {
     assert!(matches!(Loader::new(Arc::clone(&samples), wraps), Err(Error::InvalidOption { .. })));
     let mut loader = Loader::new(Arc::clone(&samples), options.clone()).unwrap();
     drop(loader.next_step().unwrap());
-    let other = LoaderOptions { global_batch: 20, ..options };
-    let error = Loader::resume(samples, other, &loader.state()).unwrap_err().to_string();
+    let other = LoaderOptions { global_batch: 20, ..options.clone() };
+    let resume = |options: LoaderOptions, state: &LoaderState| {
+        Loader::resume(Arc::clone(&samples), options, state).unwrap_err().to_string()
+    };
+    let error = resume(other, &loader.state());
+    assert!(error.contains("batches of similar length is 4x32, this run has 4x20"), "{error}");
+    let plain = LoaderOptions { bucketing: 0, ..options.clone() };
+    assert!(resume(plain, &loader.state()).contains("is 4x32, this run has none"));
+    let inside = LoaderState { next_global_sample: 33, ..loader.state() };
+    let error = resume(options, &inside);
     assert!(error.contains("the global batch of the run that saved it"), "{error}");
 }
 
@@ -310,11 +318,20 @@ fn orders_are_written_and_read_and_checked() {
         next_global_sample: 999_999_999,
         seed: 4_294_967_295,
         order: Order::Blocks { block: 65_536, window: 16 },
+        buckets: None,
         version: 1,
         fingerprint: phalanx_data::Fingerprint(u64::MAX),
     };
-    let json = serde_json::to_string(&state).unwrap();
-    assert!(json.len() <= 100, "{} bytes: {json}", json.len());
+    let sorted = LoaderState {
+        order: Order::Shuffled,
+        buckets: Some(Buckets { batches: 16, global_batch: 1024 }),
+        ..state.clone()
+    };
+    for state in [state, sorted] {
+        let json = serde_json::to_string(&state).unwrap();
+        assert!(json.len() <= 100, "{} bytes: {json}", json.len());
+        assert_eq!(serde_json::from_str::<LoaderState>(&json).unwrap(), state);
+    }
     for order in [Order::Blocks { block: 0, window: 1 }, Order::Blocks { block: 1, window: 0 }] {
         let options = LoaderOptions { order, ..Default::default() };
         assert!(Loader::new(numbers(100, "a"), options).is_err());
