@@ -214,6 +214,22 @@ pub enum Error {
         /// What was being read.
         reading: String,
     },
+    /// A web server does not give what is needed.
+    #[error("cannot read {url}: {reason}")]
+    Http {
+        /// The file.
+        url: String,
+        /// What the server or the connection did, and what to do.
+        reason: String,
+    },
+    /// A file on a web server is not the one that was opened.
+    #[error("{url} changed since it was opened: {reason}; start again when nobody writes to it")]
+    Changed {
+        /// The file.
+        url: String,
+        /// What differs.
+        reason: String,
+    },
     /// A document's bounds cannot be.
     #[error("{}: document {document} is {reason}; prepare or copy the file again", path.display())]
     BadDocument {

@@ -1,6 +1,10 @@
 //! Where bytes come from: files that are read or mapped, files of a web server, and whatever else implements [`Source`].
 
+#[cfg(feature = "http")]
+mod answer;
 mod file;
+#[cfg(feature = "http")]
+mod http;
 mod local;
 mod map;
 mod sigbus;
@@ -12,6 +16,8 @@ use std::sync::Arc;
 
 use crate::error::Result;
 
+#[cfg(feature = "http")]
+pub use http::{HttpFolder, HttpOptions};
 pub(crate) use local::open_file;
 pub use local::{Access, LocalFolder};
 

@@ -1,0 +1,302 @@
+//! Data on a web server: a real one, of this test, on loopback.
+#![expect(
+    clippy::unwrap_used,
+    clippy::shadow_unrelated,
+    reason = "a failed unwrap is a failed test; a thread's handle has the name of what it is a handle of"
+)]
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use phalanx_data::{
+    Access, Error, Folder, HttpFolder, HttpOptions, Scratch, SpecialTokens, TokenStream,
+    TokenWriter,
+};
+
+/// What a server does with a request.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Answer {
+    Good,
+    Status(u16),
+    /// Half of the body, then the connection is closed.
+    Cut,
+    /// The connection is closed at once.
+    Close,
+    /// Nothing, for a second.
+    Silence,
+    /// Another version.
+    Etag(&'static str),
+    Whole,
+    /// Bytes that are no HTTP.
+    Garbage,
+    WrongRange,
+}
+
+type Script = dyn Fn(usize, &str) -> Answer + Send + Sync;
+
+struct Server {
+    address: SocketAddr,
+    requests: Arc<AtomicUsize>,
+    connections: Arc<AtomicUsize>,
+    is_over: Arc<AtomicBool>,
+    accepting: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Serves the files of a folder; `script` is asked with the number of the request and the file's name.
+    fn start(
+        folder: PathBuf,
+        script: impl Fn(usize, &str) -> Answer + Send + Sync + 'static,
+    ) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (requests, connections) =
+            (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
+        let is_over = Arc::<AtomicBool>::default();
+        let script: Arc<Script> = Arc::new(script);
+        let (r, c, o) = (Arc::clone(&requests), Arc::clone(&connections), Arc::clone(&is_over));
+        let accepting = std::thread::spawn(move || {
+            let mut serving = Vec::new();
+            for stream in listener.incoming() {
+                if o.load(Ordering::SeqCst) {
+                    break;
+                }
+                c.fetch_add(1, Ordering::SeqCst);
+                let (folder, script) = (folder.clone(), Arc::clone(&script));
+                let (requests, is_over) = (Arc::clone(&r), Arc::clone(&o));
+                serving.push(std::thread::spawn(move || {
+                    drop(serve(&stream.unwrap(), &folder, &*script, &requests, &is_over));
+                }));
+            }
+            for thread in serving {
+                thread.join().unwrap();
+            }
+        });
+        Server { address, requests, connections, is_over, accepting: Some(accepting) }
+    }
+
+    fn folder(&self, timeout: Duration) -> HttpFolder {
+        let options = HttpOptions { timeout, attempt_timeout: Duration::from_millis(300) };
+        HttpFolder::new(&format!("http://{}/data/", self.address), options).unwrap()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::SeqCst);
+        drop(TcpStream::connect(self.address));
+        if let Some(thread) = self.accepting.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+/// Requests of one connection, until it is closed or the server ends.
+fn serve(
+    mut stream: &TcpStream,
+    folder: &std::path::Path,
+    script: &Script,
+    requests: &AtomicUsize,
+    is_over: &AtomicBool,
+) -> std::io::Result<()> {
+    stream.set_read_timeout(Some(Duration::from_millis(50)))?;
+    let mut lines = BufReader::new(stream);
+    loop {
+        let mut head = String::new();
+        while !head.ends_with("\r\n\r\n") {
+            match lines.read_line(&mut head) {
+                Ok(0) => return Ok(()),
+                Ok(_) => {}
+                Err(_) if is_over.load(Ordering::SeqCst) => return Ok(()),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let number = requests.fetch_add(1, Ordering::SeqCst);
+        let name = head.split(' ').nth(1).unwrap().strip_prefix("/data/").unwrap().to_owned();
+        let answer = script(number, &name);
+        let Ok(bytes) = std::fs::read(folder.join(&name)) else {
+            stream.write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")?;
+            continue;
+        };
+        let lower = head.to_ascii_lowercase();
+        let range = lower.split("range: bytes=").nth(1).unwrap().split("\r\n").next().unwrap();
+        let (first, last) = range.split_once('-').unwrap();
+        let (first, last): (usize, usize) = (first.parse().unwrap(), last.parse().unwrap());
+        let last = last.min(bytes.len().saturating_sub(1));
+        let etag = if let Answer::Etag(etag) = answer { etag } else { "\"1\"" };
+        match answer {
+            Answer::Status(status) => {
+                write!(stream, "HTTP/1.1 {status} X\r\nContent-Length: 0\r\n\r\n")?;
+            }
+            Answer::Close => return Ok(()),
+            Answer::Garbage => {
+                stream.write_all(&[0x16, 0x03, b'\r', b'\n', b'\r', b'\n'])?;
+                return Ok(());
+            }
+            Answer::Silence => std::thread::park_timeout(Duration::from_secs(1)),
+            Answer::Whole => {
+                write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", bytes.len())?;
+                stream.write_all(&bytes)?;
+            }
+            _ if bytes.is_empty() => {
+                stream.write_all(b"HTTP/1.1 416 X\r\nContent-Range: bytes */0\r\nETag: \"1\"\r\nContent-Length: 0\r\n\r\n")?;
+            }
+            Answer::Good | Answer::Cut | Answer::Etag(_) | Answer::WrongRange => {
+                let body = &bytes[first..=last];
+                let said = if answer == Answer::WrongRange { first + 1 } else { first };
+                write!(
+                    stream,
+                    "HTTP/1.1 206 Partial Content\r\nContent-Length: {}\r\nContent-Range: bytes {said}-{last}/{}\r\nETag: {etag}\r\n\r\n",
+                    body.len(),
+                    bytes.len()
+                )?;
+                if answer == Answer::Cut {
+                    stream.write_all(&body[..body.len() / 2])?;
+                    return Ok(());
+                }
+                stream.write_all(body)?;
+            }
+        }
+    }
+}
+
+fn prepared() -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("tokens");
+    let special = SpecialTokens::bert(0, 1, 2, 3, 4);
+    let mut writer = TokenWriter::create(&target, b"{}", 60_000, special, 1 << 20).unwrap();
+    for document in 0..1000 {
+        let tokens: Vec<u32> = (0..1500).map(|at| 257 + (document * 77 + at) % 50_000).collect();
+        writer.tokens(&tokens).unwrap();
+        writer.end_document().unwrap();
+    }
+    writer.finish(0).unwrap();
+    (folder, target)
+}
+
+const LONG: Duration = Duration::from_secs(20);
+
+#[test]
+fn tokens_are_those_of_the_local_folder_over_one_connection() {
+    let (_keep, target) = prepared();
+    let server = Server::start(target.clone(), |_, _| Answer::Good);
+    let far = TokenStream::open_from(&server.folder(LONG)).unwrap();
+    let near = TokenStream::open(&target, Access::Read).unwrap();
+    assert_eq!(far.index(), near.index());
+    let (mut a, mut b, mut scratch) = ([0; 700], [0; 700], Scratch::default());
+    for start in (0..far.token_count() - 700).step_by(9973) {
+        far.read(start, &mut a, &mut scratch, &"a sample").unwrap();
+        near.read(start, &mut b, &mut scratch, &"a sample").unwrap();
+        assert_eq!(a, b);
+    }
+    far.verify().unwrap();
+    assert!(server.requests.load(Ordering::SeqCst) > 100);
+    assert_eq!(server.connections.load(Ordering::SeqCst), 1, "the connection is kept");
+}
+
+#[test]
+fn what_fails_for_the_moment_is_asked_for_again() {
+    let (_keep, target) = prepared();
+    let bad = [Answer::Status(503), Answer::Cut, Answer::Close, Answer::Silence, Answer::Garbage];
+    // Every second request of a file fails, in all ways in turn.
+    let server = Server::start(target.clone(), move |number, _| {
+        if number % 2 == 0 {
+            bad[number / 2 % bad.len()]
+        } else {
+            Answer::Good
+        }
+    });
+    let far = TokenStream::open_from(&server.folder(LONG)).unwrap();
+    far.verify().unwrap();
+    assert!(server.requests.load(Ordering::SeqCst) > 10);
+}
+
+#[test]
+fn a_cut_answer_goes_on_from_where_it_ended() {
+    let folder = tempfile::tempdir().unwrap();
+    let content: Vec<u8> =
+        (0..100_000_u32).map(|at| at.to_le_bytes()[0] ^ at.to_le_bytes()[1]).collect();
+    std::fs::write(folder.path().join("f"), &content).unwrap();
+    let server = Server::start(folder.path().to_path_buf(), |number, _| {
+        if (1..5).contains(&number) {
+            Answer::Cut
+        } else {
+            Answer::Good
+        }
+    });
+    let file = server.folder(LONG).open("f").unwrap();
+    let mut out = vec![0; content.len()];
+    file.read_at(0, &mut out).unwrap();
+    assert_eq!(out, content);
+    assert!(file.read_at(99_999, &mut [0; 2]).is_err(), "behind the end");
+}
+
+#[test]
+fn a_server_that_stays_silent_is_an_error_at_the_deadline() {
+    let (_keep, target) = prepared();
+    let server =
+        Server::start(target, |number, _| if number > 3 { Answer::Silence } else { Answer::Good });
+    let started = Instant::now();
+    let error = TokenStream::open_from(&server.folder(Duration::from_secs(2))).unwrap_err();
+    assert!(matches!(&error, Error::Http { reason, .. } if reason.contains("attempts")), "{error}");
+    assert!(started.elapsed() < Duration::from_secs(6), "{:?}", started.elapsed());
+}
+
+#[test]
+fn a_file_that_changes_on_the_server_is_an_error() {
+    let (_keep, target) = prepared();
+    let is_new = Arc::new(Mutex::new(false));
+    let changed = Arc::clone(&is_new);
+    let server = Server::start(target, move |_, _| {
+        if *changed.lock().unwrap() {
+            Answer::Etag("\"2\"")
+        } else {
+            Answer::Good
+        }
+    });
+    let far = TokenStream::open_from(&server.folder(LONG)).unwrap();
+    *is_new.lock().unwrap() = true;
+    let error = far.verify().unwrap_err();
+    assert!(matches!(error, Error::Changed { .. }), "{error}");
+}
+
+#[test]
+fn what_will_not_get_better_is_an_error_at_once() {
+    let (_keep, target) = prepared();
+    let cases = [
+        (Answer::Whole, "range requests"),
+        (Answer::Status(403), "403"),
+        (Answer::WrongRange, "it sent bytes"),
+    ];
+    for (answer, text) in cases {
+        let server = Server::start(target.clone(), move |_, _| answer);
+        let started = Instant::now();
+        let error = TokenStream::open_from(&server.folder(LONG)).unwrap_err();
+        assert!(matches!(error, Error::Http { .. }), "{error}");
+        assert!(error.to_string().contains(text), "{error}");
+        assert!(started.elapsed() < Duration::from_secs(5));
+    }
+    let server = Server::start(target, |_, _| Answer::Good);
+    let error = server.folder(LONG).open("absent file").unwrap_err();
+    assert!(
+        error.to_string().contains("absent%20file") && error.to_string().contains("404"),
+        "{error}"
+    );
+    assert!(HttpFolder::new("ftp://a/b", HttpOptions::default()).is_err());
+}
+
+#[test]
+fn an_empty_file_has_no_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("f"), b"").unwrap();
+    let server = Server::start(folder.path().to_path_buf(), |_, _| Answer::Good);
+    let file = server.folder(LONG).open("f").unwrap();
+    assert_eq!(file.size(), 0);
+    file.read_at(0, &mut []).unwrap();
+}
