@@ -57,6 +57,7 @@ mod prefetch_lines;
 pub mod progress;
 mod quality;
 mod random;
+pub mod records;
 mod sampler;
 mod samples;
 mod slice;

@@ -8,9 +8,11 @@ use rayon::prelude::*;
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 use crate::format::bytes::{Access, Bytes};
-use crate::format::{Index, TokenStream, BLOCK_BYTES};
+use crate::format::files::Listed;
+use crate::format::{Index, ShardEntry, TokenStream, BLOCK_BYTES};
 use crate::pool::in_pool;
 use crate::progress::{Event, Progress, Stage};
+use crate::records::{RecordIndex, RecordShard, Records};
 
 /// What [`verify`] read and what it found wrong.
 #[derive(Debug, Default)]
@@ -26,15 +28,7 @@ pub struct Verified {
     pub damage: Vec<Error>,
 }
 
-/// A file with the checksums of its blocks, as an index names it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Listed<'a> {
-    pub(crate) file: &'a str,
-    pub(crate) file_bytes: u64,
-    pub(crate) crc32c: &'a [u32],
-}
-
-/// Reads every shard of a prepared folder once, on all processors, and compares all checksums. Damage does not end it:
+/// Reads every shard of a prepared folder (of tokens or records) once, on all processors, and compares all checksums. Damage does not end it:
 /// everything that is wrong is listed. If no block is damaged, headers are checked as well.
 ///
 /// # Errors
@@ -44,12 +38,17 @@ pub fn verify(
     threads: Option<NonZeroUsize>,
     progress: &dyn Progress,
 ) -> Result<Verified> {
+    if RecordIndex::is_in(folder) {
+        let index = RecordIndex::read(folder)?;
+        let listed: Vec<_> = index.shards.iter().map(RecordShard::listed).collect();
+        let mut found = in_pool(threads, || check(folder, &listed, progress))?;
+        if found.damage.is_empty() {
+            found.damage.extend(Records::open(folder, Access::Read).err());
+        }
+        return Ok(found);
+    }
     let index = Index::read(folder)?;
-    let listed: Vec<Listed<'_>> = index
-        .shards
-        .iter()
-        .map(|s| Listed { file: &s.file, file_bytes: s.file_bytes, crc32c: &s.crc32c })
-        .collect();
+    let listed: Vec<_> = index.shards.iter().map(ShardEntry::listed).collect();
     let mut found = in_pool(threads, || check(folder, &listed, progress))?;
     if found.damage.is_empty() {
         found.damage.extend(TokenStream::open(folder, Access::Read).err());

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
+use phalanx_data::records::{RecordIndex, RecordSamples, Records};
 use phalanx_data::{
     CausalText, Documents, Loader, LoaderOptions, MaskedText, Masking, Samples, TokenStream,
 };
@@ -67,6 +68,9 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
     let opened = Instant::now();
     let samples = open(folder, args)?;
     let measured = measure(samples, args, opened)?;
+    if RecordIndex::is_in(folder) {
+        return measured.tell_records(args);
+    }
     if args.json {
         report::print_json(&json!({
             "sequences_per_second": measured.rate(args.batch),
@@ -83,6 +87,10 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
 }
 
 fn open(folder: &Path, args: &BenchArgs) -> Result<Arc<dyn Samples>> {
+    if RecordIndex::is_in(folder) {
+        let records = Records::open(folder, args.access.into())?;
+        return Ok(Arc::new(RecordSamples::new(records)?));
+    }
     let stream = Arc::new(TokenStream::open(folder, args.access.into())?);
     Ok(match args.samples {
         SamplesFlag::Masked => Arc::new(MaskedText::new(stream, args.seq_len, Masking::default())?),
@@ -127,6 +135,31 @@ impl Measured {
 
     fn wait_us(&self) -> f64 {
         self.waited.as_secs_f64() * 1e6 / real(self.steps.max(1))
+    }
+
+    /// The same of records, which have no tokens.
+    fn tell_records(&self, args: &BenchArgs) -> Result<ExitCode> {
+        let (rate, first) = (self.rate(args.batch), self.first_batch.as_secs_f64() * 1e3);
+        if args.json {
+            report::print_json(&json!({
+                "records_per_second": rate, "first_batch_ms": first,
+                "data_wait_us_mean": self.wait_us(), "steps": self.steps,
+                "seconds": self.elapsed.as_secs_f64(), "batch": args.batch, "threads": args.threads,
+            }))?;
+        } else {
+            report::print(&format!(
+                "batches of {} records, {} prefetch threads, {} steps in {:.1} s\n\
+                 records/s    {rate:.0}\n\
+                 first batch  {first:.2} ms after opening\n\
+                 data wait    {:.1} µs a step (nothing is computed between steps)\n",
+                args.batch,
+                args.threads,
+                count(self.steps),
+                self.elapsed.as_secs_f64(),
+                self.wait_us(),
+            ))?;
+        }
+        Ok(ExitCode::SUCCESS)
     }
 
     fn as_lines(&self, args: &BenchArgs) -> String {

@@ -7,6 +7,8 @@ use std::time::Instant;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use phalanx_data::convert::{convert, BadLines, ConvertOptions, Document, Format, Vocabulary};
+use phalanx_data::progress::Progress;
+use phalanx_data::records::convert_safetensors;
 use serde_json::json;
 
 use super::{ProgressFlag, Threads};
@@ -14,7 +16,8 @@ use crate::report::{self, bytes, count, real};
 
 #[derive(Args, Debug)]
 pub(crate) struct ConvertArgs {
-    /// Files, or folders whose files of a known kind are taken (.txt; .jsonl, .ndjson; .parquet).
+    /// Files, or folders whose files of a known kind are taken (.txt; .jsonl, .ndjson; .parquet). Files .safetensors with arrays
+    /// become records.
     #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
     input: Vec<PathBuf>,
     /// The folder to make. It appears when it is complete.
@@ -88,6 +91,8 @@ enum FormatFlag {
     Jsonl,
     /// Apache Parquet (needs the cargo feature `parquet`).
     Parquet,
+    /// Arrays [N, …] in safetensors files, to records.
+    Safetensors,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -101,6 +106,14 @@ enum DocumentFlag {
 }
 
 impl ConvertArgs {
+    fn is_arrays(&self) -> bool {
+        let named = || {
+            let mut names = self.input.iter();
+            names.all(|path| path.extension().is_some_and(|end| end == "safetensors"))
+        };
+        self.reading.format.map_or_else(named, |format| matches!(format, FormatFlag::Safetensors))
+    }
+
     fn options(&self) -> ConvertOptions {
         let vocabulary = match &self.vocabulary.tokenizer {
             Some(path) => Vocabulary::File(path.clone()),
@@ -112,10 +125,11 @@ impl ConvertArgs {
         };
         ConvertOptions {
             vocabulary,
-            format: self.reading.format.map(|format| match format {
-                FormatFlag::Text => Format::Text,
-                FormatFlag::Jsonl => Format::JsonLines,
-                FormatFlag::Parquet => Format::Parquet,
+            format: self.reading.format.and_then(|format| match format {
+                FormatFlag::Text => Some(Format::Text),
+                FormatFlag::Jsonl => Some(Format::JsonLines),
+                FormatFlag::Parquet => Some(Format::Parquet),
+                FormatFlag::Safetensors => None,
             }),
             field: self.reading.field.clone(),
             document: match self.reading.document {
@@ -132,9 +146,31 @@ impl ConvertArgs {
     }
 }
 
+/// Arrays become records, which need no vocabulary.
+fn arrays(args: &ConvertArgs, progress: &dyn Progress) -> Result<ExitCode> {
+    let index = convert_safetensors(&args.input, &args.output, args.shard_bytes, progress)?;
+    let (records, output) = (index.record_count, args.output.display());
+    if args.report.json {
+        report::print_json(&json!({
+            "output": args.output, "records": records, "shards": index.shards.len(),
+            "fingerprint": index.fingerprint,
+        }))?;
+    } else {
+        let (shards, fingerprint) = (index.shards.len(), index.fingerprint);
+        report::print(&format!(
+            "{} records in {output} ({shards} shards, fingerprint {fingerprint})\n",
+            count(records)
+        ))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 pub(crate) fn run(args: &ConvertArgs) -> Result<ExitCode> {
     let started = Instant::now();
     let progress = args.progress.reporter();
+    if args.is_arrays() {
+        return arrays(args, &*progress);
+    }
     let made = convert(&args.input, &args.output, &args.options(), &*progress)?;
     let (index, seconds) = (&made.index, started.elapsed().as_secs_f64());
     if args.report.json {

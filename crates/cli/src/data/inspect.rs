@@ -6,11 +6,12 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Args;
+use phalanx_data::records::RecordIndex;
 use phalanx_data::text::Detokenizer;
 use phalanx_data::{Access, Index, Scratch, TokenStream};
 use serde_json::{json, Value};
 
-use super::Folder;
+use super::{records, Folder};
 use crate::report::{self, bytes, count, real};
 
 /// Tokens of a sample.
@@ -30,7 +31,11 @@ pub(crate) struct InspectArgs {
 
 pub(crate) fn run(args: &InspectArgs) -> Result<ExitCode> {
     let folder = args.folder.checked()?;
-    tokens(folder, args)?;
+    if RecordIndex::is_in(folder) {
+        records::inspect(folder, args.json, args.sample)?;
+    } else {
+        tokens(folder, args)?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 

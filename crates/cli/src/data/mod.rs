@@ -3,6 +3,7 @@
 mod bench;
 mod convert;
 mod inspect;
+mod records;
 mod verify;
 
 use std::num::NonZeroUsize;

@@ -2,4 +2,5 @@
 
 mod converting;
 mod looking;
+mod records;
 mod support;

@@ -92,7 +92,7 @@ impl Header {
         &self.bytes
     }
 
-    fn names(&self) -> Vec<String> {
+    pub(crate) fn names(&self) -> Vec<String> {
         self.metadata.offset_keys()
     }
 }
@@ -103,20 +103,26 @@ fn data_bytes(metadata: &Metadata) -> u64 {
     metadata.tensors().values().map(|info| end(info)).max().unwrap_or(0)
 }
 
-/// A header for tensors in the order of their data, padded with spaces so that data start at [`DATA_START`].
-pub(crate) fn encode(
-    tensors: &[(&str, &str, usize, usize)],
-    metadata: &[(&str, String)],
-) -> Vec<u8> {
+/// A tensor to be written.
+#[derive(Clone, Debug)]
+pub(crate) struct Tensor {
+    pub(crate) name: String,
+    pub(crate) dtype: &'static str,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) element_bytes: usize,
+}
+
+/// A header for tensors in the order of their data, padded with spaces so that data start at a multiple of [`DATA_START`].
+pub(crate) fn encode(tensors: &[Tensor], metadata: &[(&str, String)]) -> Vec<u8> {
     let mut fields = serde_json::Map::new();
     let about: serde_json::Map<String, serde_json::Value> =
         metadata.iter().map(|(key, value)| ((*key).to_owned(), value.as_str().into())).collect();
     fields.insert("__metadata__".to_owned(), about.into());
     let mut at = 0;
-    for (name, dtype, len, element_bytes) in tensors {
-        let end = at + len * element_bytes;
-        let info = serde_json::json!({ "dtype": dtype, "shape": [len], "data_offsets": [at, end] });
-        fields.insert((*name).to_owned(), info);
+    for Tensor { name, dtype, shape, element_bytes } in tensors {
+        let end = at + shape.iter().product::<usize>() * element_bytes;
+        let info = serde_json::json!({ "dtype": dtype, "shape": shape, "data_offsets": [at, end] });
+        fields.insert(name.clone(), info);
         at = end;
     }
     let mut json = serde_json::Value::Object(fields).to_string().into_bytes();

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::bytes::Bytes;
+use super::files::Listed;
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
@@ -24,7 +25,7 @@ const VERSION: u32 = 1;
 pub(crate) const BLOCK_BYTES: usize = 1 << 20;
 
 /// An index of so many bytes describes some 10^13 tokens; more is not an index.
-const INDEX_BYTES_MAX: u64 = 256 << 20;
+pub(crate) const INDEX_BYTES_MAX: u64 = 256 << 20;
 
 /// Element type of tokens on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -145,6 +146,12 @@ pub struct ShardEntry {
     pub crc32c: Vec<u32>,
 }
 
+impl ShardEntry {
+    pub(crate) fn listed(&self) -> Listed<'_> {
+        Listed { file: &self.file, file_bytes: self.file_bytes, crc32c: &self.crc32c }
+    }
+}
+
 /// What a prepared folder holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Index {
@@ -262,18 +269,7 @@ impl Index {
         }
         let mut tokens = 0_u64;
         for shard in &self.shards {
-            let plain = Path::new(&shard.file).file_name().is_some_and(|name| name == &*shard.file);
-            if !plain {
-                return Err(format!("shard `{}` is not a plain file name", shard.file));
-            }
-            let blocks = shard.file_bytes.div_ceil(self.block_bytes);
-            if to_u64(shard.crc32c.len()) != blocks {
-                let found = shard.crc32c.len();
-                return Err(format!(
-                    "shard `{}` has {found} checksums, expected {blocks}",
-                    shard.file
-                ));
-            }
+            shard.listed().check()?;
             let sum = tokens.checked_add(shard.token_count);
             tokens = sum.ok_or_else(|| "the token counts overflow".to_owned())?;
         }
@@ -295,9 +291,7 @@ impl Index {
         for shard in &self.shards {
             sum =
                 sum.number(shard.file_bytes).number(shard.token_count).number(shard.document_count);
-            for &crc in &shard.crc32c {
-                sum = sum.number(u64::from(crc));
-            }
+            sum = shard.listed().add_checksums(sum);
         }
         sum.finish()
     }

@@ -13,6 +13,8 @@
 //! the shard. Samples are cut out of the stream when it is read, so one folder serves every sequence length.
 
 pub(crate) mod bytes;
+pub(crate) mod checked;
+pub(crate) mod files;
 pub(crate) mod header;
 mod index;
 mod megatron;
@@ -21,9 +23,9 @@ mod tokens;
 mod writer;
 
 pub use bytes::Access;
+pub(crate) use files::partial_path;
 pub use index::{Index, ShardEntry, SpecialTokens, TokenDType};
-pub(crate) use index::{BLOCK_BYTES, TOKENIZER_FILE};
+pub(crate) use index::{BLOCK_BYTES, INDEX_BYTES_MAX, INDEX_FILE, TOKENIZER_FILE};
 pub use megatron::MegatronTokens;
 pub use tokens::TokenStream;
-pub(crate) use writer::partial_path;
 pub use writer::TokenWriter;

@@ -3,13 +3,13 @@
 use std::fmt::Display;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use safetensors::tensor::Dtype;
 
 use super::bytes::Bytes;
+use super::checked::Checked;
 use super::header::Header;
-use super::index::{ShardEntry, TokenDType, BLOCK_BYTES};
+use super::index::{ShardEntry, TokenDType};
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 use crate::prefetch_lines::prefetch_lines;
@@ -18,15 +18,12 @@ use crate::source::Folder;
 
 #[derive(Debug)]
 pub(crate) struct Shard {
-    bytes: Bytes,
+    checked: Checked,
     dtype: TokenDType,
     token_start: u64,
     token_count: u64,
     offset_start: u64,
     document_count: u64,
-    crc32c: Vec<u32>,
-    /// Which blocks were found good. Two threads may verify the same block; they come to the same result.
-    verified: Vec<AtomicBool>,
 }
 
 impl Shard {
@@ -55,17 +52,13 @@ impl Shard {
                 return Err(Error::WrongShape { path, name, expected, actual });
             }
         }
-        let verified = entry.crc32c.iter().map(|_| AtomicBool::new(false)).collect();
-        let (token_count, crc32c) = (entry.token_count, entry.crc32c.clone());
         Ok(Shard {
-            bytes,
+            checked: Checked::new(bytes, &entry.crc32c),
             dtype,
             token_start: tokens.start,
-            token_count,
+            token_count: entry.token_count,
             offset_start: offsets.start,
             document_count: entry.document_count,
-            crc32c,
-            verified,
         })
     }
 
@@ -82,7 +75,7 @@ impl Shard {
         let offset = self.offset_start + document * to_u64(size_of::<u64>());
         let ends = offset..offset + to_u64(2 * size_of::<u64>());
         self.verify(ends, scratch, &format_args!("the bounds of document {document}"))?;
-        let bytes: [u8; 16] = self.bytes.array(offset)?;
+        let bytes: [u8; 16] = self.checked.bytes.array(offset)?;
         let (pair, _) = bytes.as_chunks::<8>();
         let (start, end) = (u64::from_le_bytes(pair[0]), u64::from_le_bytes(pair[1]));
         if start > end || end > self.token_count {
@@ -94,7 +87,7 @@ impl Shard {
     }
 
     pub(crate) fn path(&self) -> &Path {
-        self.bytes.path()
+        self.checked.bytes.path()
     }
 
     /// Tokens from `start` on, as many as `out` holds; gives the largest. `reading` names the sample in errors.
@@ -109,7 +102,7 @@ impl Shard {
         let offset = self.token_start + start * to_u64(element);
         let len = out.len() * element;
         self.verify(offset..offset + to_u64(len), scratch, reading)?;
-        let bytes = self.bytes.read(offset, len, &mut scratch.bytes)?;
+        let bytes = self.checked.bytes.read(offset, len, &mut scratch.bytes)?;
         let largest = match self.dtype {
             TokenDType::U16 => {
                 let tokens = bytes.as_chunks::<2>().0;
@@ -128,7 +121,7 @@ impl Shard {
                 tokens.iter().map(|le| u32::from_le_bytes(*le)).max().unwrap_or(0)
             }
         };
-        self.bytes.check(offset..offset + to_u64(len))?;
+        self.checked.bytes.check(offset..offset + to_u64(len))?;
         Ok(largest)
     }
 
@@ -137,7 +130,7 @@ impl Shard {
     pub(crate) fn expect(&self, start: u64, len: usize) {
         let element = self.dtype.bytes();
         let offset = self.token_start + start * to_u64(element);
-        if let Some(bytes) = self.bytes.mapped(offset, len * element) {
+        if let Some(bytes) = self.checked.bytes.mapped(offset, len * element) {
             prefetch_lines(bytes);
         }
     }
@@ -149,39 +142,11 @@ impl Shard {
         scratch: &mut Scratch,
         reading: &dyn Display,
     ) -> Result<()> {
-        let block_bytes = to_u64(BLOCK_BYTES);
-        for block in range.start / block_bytes..range.end.div_ceil(block_bytes) {
-            let index = to_usize(block);
-            let Some(verified) = self.verified.get(index) else { break };
-            if verified.load(Ordering::Relaxed) {
-                continue;
-            }
-            let offset = block * block_bytes;
-            let len = block_bytes.min(self.bytes.len() - offset);
-            let whole = offset..offset + len;
-            let expected = self.crc32c[index];
-            let mut actual = self.checksum(whole.clone(), scratch)?;
-            if actual != expected && self.bytes.forget(whole.clone()) {
-                actual = self.checksum(whole, scratch)?;
-            }
-            if actual != expected {
-                let (path, reading) = (self.path().to_path_buf(), reading.to_string());
-                return Err(Error::Damaged { path, block, offset, expected, actual, reading });
-            }
-            verified.store(true, Ordering::Relaxed);
-        }
-        Ok(())
-    }
-
-    fn checksum(&self, range: Range<u64>, scratch: &mut Scratch) -> Result<u32> {
-        let len = to_usize(range.end - range.start);
-        let sum = crc32c::crc32c(self.bytes.read(range.start, len, &mut scratch.bytes)?);
-        self.bytes.check(range)?;
-        Ok(sum)
+        self.checked.verify(range, &mut scratch.bytes, reading)
     }
 
     pub(crate) fn file_bytes(&self) -> u64 {
-        self.bytes.len()
+        self.checked.bytes.len()
     }
 }
 

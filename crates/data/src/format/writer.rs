@@ -4,14 +4,15 @@
 //! folder that nobody reads; the next writer of the same data removes it.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{BufWriter, Seek, Write};
 use std::path::{Path, PathBuf};
 
-use super::header::{self, DATA_START};
+use super::files::{checksums, partial_path, publish, write_synced};
+use super::header::{self, Tensor, DATA_START};
 use super::index::{
     Index, ShardEntry, SpecialTokens, TokenDType, BLOCK_BYTES, INDEX_FILE, TOKENIZER_FILE,
 };
-use crate::cast::to_u64;
+use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
 
@@ -165,14 +166,8 @@ impl TokenWriter {
         let shards = std::mem::take(&mut self.done);
         let index = Index::new(vocab_size, special, tokenizer, source_bytes, shards);
         write_synced(&self.partial.join(INDEX_FILE), &index.to_json())?;
-        sync_folder(&self.partial)?;
-        if self.target.exists() {
-            fs::remove_dir_all(&self.target).map_err(Error::io("remove", &self.target))?;
-        }
-        fs::rename(&self.partial, &self.target).map_err(Error::io("rename", &self.partial))?;
+        publish(&self.partial, &self.target)?;
         self.on_drop = OnDrop::Keep;
-        let parent = self.target.parent().filter(|parent| !parent.as_os_str().is_empty());
-        sync_folder(parent.unwrap_or(Path::new(".")))?;
         Ok(index)
     }
 
@@ -192,26 +187,6 @@ impl Drop for TokenWriter {
             drop(fs::remove_dir_all(&self.partial));
         }
     }
-}
-
-/// Where what will be `target` is written.
-pub(crate) fn partial_path(target: &Path) -> PathBuf {
-    let mut name = std::ffi::OsString::from(".");
-    name.push(target.file_name().unwrap_or_default());
-    name.push(".partial");
-    target.with_file_name(name)
-}
-
-fn write_synced(path: &Path, content: &[u8]) -> Result<()> {
-    let mut file = File::create(path).map_err(Error::io("create", path))?;
-    file.write_all(content).map_err(Error::io("write", path))?;
-    file.sync_all().map_err(Error::io("sync", path))
-}
-
-/// Makes renames and new names in a folder durable.
-fn sync_folder(folder: &Path) -> Result<()> {
-    let file = File::open(folder).map_err(Error::io("open", folder))?;
-    file.sync_all().map_err(Error::io("sync", folder))
 }
 
 /// What all shards of a folder have in common.
@@ -288,16 +263,20 @@ impl ShardWriter {
         let offsets: Vec<u8> = self.doc_offsets.iter().flat_map(|at| at.to_le_bytes()).collect();
         self.file.write_all(&offsets).map_err(Error::io("write", &self.path))?;
         let special = about.special;
+        let tokens = Tensor {
+            name: "tokens".to_owned(),
+            dtype: self.dtype.name(),
+            shape: vec![to_usize(self.token_count)],
+            element_bytes: self.dtype.bytes(),
+        };
+        let offsets_tensor = Tensor {
+            name: "doc_offsets".to_owned(),
+            dtype: "U64",
+            shape: vec![self.doc_offsets.len()],
+            element_bytes: size_of::<u64>(),
+        };
         let header = header::encode(
-            &[
-                (
-                    "tokens",
-                    self.dtype.name(),
-                    crate::cast::to_usize(self.token_count),
-                    self.dtype.bytes(),
-                ),
-                ("doc_offsets", "U64", self.doc_offsets.len(), size_of::<u64>()),
-            ],
+            &[tokens, offsets_tensor],
             &[
                 ("creator", concat!("phalanx-data ", env!("CARGO_PKG_VERSION")).to_owned()),
                 ("tokenizer", about.tokenizer.to_string()),
@@ -325,21 +304,5 @@ impl ShardWriter {
             document_count: to_u64(self.doc_offsets.len()) - 1,
             crc32c,
         })
-    }
-}
-
-/// Size and block checksums of a file, as they are read back.
-fn checksums(file: &mut File, path: &Path) -> Result<(u64, Vec<u32>)> {
-    file.seek(SeekFrom::Start(0)).map_err(Error::io("read", path))?;
-    let (mut total, mut sums, mut block) = (0, Vec::new(), Vec::with_capacity(BLOCK_BYTES));
-    loop {
-        block.clear();
-        let read = Read::by_ref(file).take(to_u64(BLOCK_BYTES)).read_to_end(&mut block);
-        let read = read.map_err(Error::io("read", path))?;
-        if read == 0 {
-            return Ok((total, sums));
-        }
-        total += to_u64(read);
-        sums.push(crc32c::crc32c(&block));
     }
 }

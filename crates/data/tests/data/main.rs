@@ -19,5 +19,6 @@ mod order;
 mod orders;
 mod padded;
 mod preparing;
+mod records;
 mod support;
 mod tidy;

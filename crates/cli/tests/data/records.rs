@@ -1,0 +1,77 @@
+//! Records: arrays are converted, shown, checked and timed.
+
+use std::fs;
+use std::path::Path;
+
+use phalanx_data::records::{ColumnValue, Field, RecordWriter};
+use phalanx_data::DType;
+
+use crate::support::{damage, phalanx, refused, text};
+
+fn records(target: &Path) {
+    let fields = vec![Field::fixed("x", DType::I64, [4]), Field::variable("y", DType::U8)];
+    let mut writer = RecordWriter::create(target, fields, 3000).expect("create");
+    for record in 0..400_i64 {
+        let length = usize::try_from(record % 5).expect("small");
+        let x = [record, record + 1, record + 2, record + 3];
+        let y = vec![7_u8; length];
+        let values = [ColumnValue::of(&x), ColumnValue::of(&y)];
+        writer.push(&values).expect("push");
+    }
+    writer.finish().expect("finish");
+}
+
+#[test]
+fn records_are_shown_checked_and_timed() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("records");
+    records(&target);
+    let path = text(&target);
+    let shown = phalanx(&["data", "inspect", path, "--sample", "2"]).good();
+    for part in [
+        "phalanx-records 1",
+        "records      400\n",
+        "x I64 [4]",
+        "y U8 of any length",
+        "record 1: y 1 elements 07\n",
+    ] {
+        assert!(shown.contains(part), "{part} in:\n{shown}");
+    }
+    let json = phalanx(&["data", "inspect", path, "--json"]).json();
+    assert_eq!((&json["records"], &json["fields"][1]["shape"]), (&400.into(), &"variable".into()));
+    assert!(phalanx(&["data", "verify", path]).good().contains("all good"));
+    let timed = phalanx(&["data", "bench", path, "--seconds", "0.1", "--json"]).json();
+    assert!(timed["records_per_second"].as_f64().unwrap() > 100.0, "{timed}");
+
+    damage(&target.join("records-00001.safetensors"), 4200);
+    let found = phalanx(&["data", "verify", path]);
+    assert_eq!(found.code, Some(65));
+    assert!(found.out.contains("records-00001.safetensors is damaged"), "{}", found.out);
+}
+
+#[test]
+fn arrays_become_records() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    records(&at("records"));
+    // A shard is itself a file of arrays; the variable field's offsets have another length than its values.
+    let shard = at("records").join("records-00000.safetensors");
+    let output = at("out");
+    let args = ["data", "convert", "--input", text(&shard), "--output", text(&output)];
+    refused(&args, 65, "rows, as the other tensors");
+    assert!(!output.exists());
+
+    let fields = vec![Field::fixed("x", DType::F32, [2]), Field::fixed("y", DType::U8, [])];
+    let mut writer = RecordWriter::create(&at("fixed"), fields, 1 << 20).unwrap();
+    for _ in 0..50 {
+        writer.push(&[ColumnValue::of(&[1.0_f32, 2.0]), ColumnValue::of(&[3_u8])]).unwrap();
+    }
+    writer.finish().unwrap();
+    let input = at("arrays.safetensors");
+    fs::copy(at("fixed").join("records-00000.safetensors"), &input).unwrap();
+    let json = ["data", "convert", "--input", text(&input), "--output", text(&output), "--json"];
+    assert_eq!(phalanx(&json).json()["records"], 50);
+    let shown = phalanx(&["data", "inspect", text(&output)]).good();
+    assert!(shown.contains("x F32 [2]") && shown.contains("y U8 []"), "{shown}");
+    refused(&args[..4], 64, "--output");
+}

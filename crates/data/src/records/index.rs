@@ -1,0 +1,151 @@
+//! `index.json` of a folder of records.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::field::{self, Field};
+use crate::cast::to_u64;
+use crate::error::{Error, Result};
+use crate::fingerprint::{Fingerprint, Fingerprinter};
+use crate::format::bytes::{Access, Bytes};
+use crate::format::files::Listed;
+use crate::format::{BLOCK_BYTES, INDEX_BYTES_MAX, INDEX_FILE};
+
+const FORMAT: &str = "phalanx-records";
+const VERSION: u32 = 1;
+
+/// One shard of records.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecordShard {
+    /// File name in the folder.
+    pub file: String,
+    /// Size of the file.
+    pub file_bytes: u64,
+    /// Records in it.
+    pub record_count: u64,
+    /// CRC-32C of each block of the file; the last one may be shorter.
+    pub crc32c: Vec<u32>,
+}
+
+impl RecordShard {
+    pub(crate) fn listed(&self) -> Listed<'_> {
+        Listed { file: &self.file, file_bytes: self.file_bytes, crc32c: &self.crc32c }
+    }
+}
+
+/// What a folder of records holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecordIndex {
+    /// Always `phalanx-records`.
+    pub format: String,
+    /// Version of the format.
+    pub version: u32,
+    /// Program and version that wrote it.
+    pub creator: String,
+    /// The columns.
+    pub fields: Vec<Field>,
+    /// Records in all shards.
+    pub record_count: u64,
+    /// Bytes of a block with a checksum of its own.
+    pub block_bytes: u64,
+    /// The shards, in order.
+    pub shards: Vec<RecordShard>,
+    /// Fingerprint of the content.
+    pub fingerprint: Fingerprint,
+}
+
+impl RecordIndex {
+    pub(crate) fn new(fields: Vec<Field>, shards: Vec<RecordShard>) -> Self {
+        let mut index = RecordIndex {
+            format: FORMAT.to_owned(),
+            version: VERSION,
+            creator: concat!("phalanx-data ", env!("CARGO_PKG_VERSION")).to_owned(),
+            fields,
+            record_count: shards.iter().map(|shard| shard.record_count).sum(),
+            block_bytes: to_u64(BLOCK_BYTES),
+            shards,
+            fingerprint: Fingerprint(0),
+        };
+        index.fingerprint = index.content_fingerprint();
+        index
+    }
+
+    /// Whether the folder's index says that it holds records.
+    pub fn is_in(folder: &Path) -> bool {
+        /// The only part of any index that is read for this.
+        #[derive(Deserialize)]
+        struct Kind {
+            format: String,
+        }
+        let kind = read_json::<Kind>(&folder.join(INDEX_FILE));
+        kind.is_ok_and(|kind| kind.format == FORMAT)
+    }
+
+    /// Reads and checks the index of a folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be read, [`Error::BadIndex`] if it contradicts itself or has another version.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join(INDEX_FILE);
+        let index: Self = read_json(&path)?;
+        index.check().map_err(|reason| Error::BadIndex { path, reason })?;
+        Ok(index)
+    }
+
+    pub(crate) fn to_json(&self) -> Vec<u8> {
+        let mut json = serde_json::to_vec_pretty(self).unwrap_or_default();
+        json.push(b'\n');
+        json
+    }
+
+    fn check(&self) -> std::result::Result<(), String> {
+        let RecordIndex { format, version, block_bytes, .. } = self;
+        if format != FORMAT || *version != VERSION {
+            let ours = format!("this program reads {FORMAT} version {VERSION}");
+            return Err(format!("format {format} version {version}, {ours}"));
+        }
+        if *block_bytes != to_u64(BLOCK_BYTES) {
+            return Err(format!("blocks of {block_bytes} bytes, expected {BLOCK_BYTES}"));
+        }
+        field::check(&self.fields)?;
+        let mut total = 0_u64;
+        for shard in &self.shards {
+            shard.listed().check()?;
+            let sum = total.checked_add(shard.record_count);
+            total = sum.ok_or_else(|| "the record counts overflow".to_owned())?;
+        }
+        if total != self.record_count {
+            return Err(format!("{} records, its shards have {total}", self.record_count));
+        }
+        let expected = self.content_fingerprint();
+        if expected != self.fingerprint {
+            return Err(format!("fingerprint {}, expected {expected}", self.fingerprint));
+        }
+        Ok(())
+    }
+
+    fn content_fingerprint(&self) -> Fingerprint {
+        let mut sum = Fingerprinter::new("phalanx-records 1");
+        for field in &self.fields {
+            sum = sum.bytes(field.name.as_bytes()).bytes(field.dtype.name().as_bytes());
+            sum = sum.bytes(format!("{:?}", field.shape).as_bytes());
+        }
+        for shard in &self.shards {
+            sum = sum.number(shard.file_bytes).number(shard.record_count);
+            sum = shard.listed().add_checksums(sum);
+        }
+        sum.finish()
+    }
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
+    let bad = |reason: String| Error::BadIndex { path: path.to_path_buf(), reason };
+    let file = Bytes::open(path, Access::Read, None)?;
+    if file.len() > INDEX_BYTES_MAX {
+        return Err(bad(format!("{} bytes are too many for an index", file.len())));
+    }
+    let mut scratch = Vec::new();
+    let text = file.read(0, crate::cast::to_usize(file.len()), &mut scratch)?;
+    serde_json::from_slice(text).map_err(|error| bad(format!("not an index: {error}")))
+}

@@ -1,0 +1,269 @@
+//! Reading records, in any order, from many threads.
+
+use std::fmt::Display;
+use std::ops::Range;
+use std::path::Path;
+
+use super::field::{Field, FieldShape};
+use super::index::{RecordIndex, RecordShard};
+use crate::cast::{to_u64, to_usize};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::fingerprint::Fingerprint;
+use crate::format::bytes::{Access, Bytes};
+use crate::format::checked::Checked;
+use crate::format::header::{Header, Span};
+use crate::samples::Scratch;
+
+/// The records of a folder.
+#[derive(Debug)]
+pub struct Records {
+    index: RecordIndex,
+    shards: Vec<Shard>,
+    /// Where each shard starts, and where the last one ends.
+    starts: Vec<u64>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    checked: Checked,
+    columns: Vec<Place>,
+}
+
+/// Where a column lies in a shard, in bytes from the file's beginning.
+#[derive(Debug)]
+enum Place {
+    Fixed { start: u64, row_bytes: u64 },
+    Variable { start: u64, offsets: u64, total: u64 },
+}
+
+impl Records {
+    /// Opens a folder: index, sizes and headers are checked; values are verified when they are first touched.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::BadIndex`], or what is wrong with a shard: its size, header, dtype or shape.
+    pub fn open(folder: &Path, access: Access) -> Result<Self> {
+        let index = RecordIndex::read(folder)?;
+        let shards: Vec<Shard> = index
+            .shards
+            .iter()
+            .map(|entry| Shard::open(folder, entry, &index.fields, access))
+            .collect::<Result<_>>()?;
+        let mut starts = vec![0];
+        let mut end = 0;
+        for shard in &index.shards {
+            end += shard.record_count;
+            starts.push(end);
+        }
+        Ok(Records { index, shards, starts })
+    }
+
+    /// What the folder says it holds.
+    pub fn index(&self) -> &RecordIndex {
+        &self.index
+    }
+
+    /// How many records there are.
+    pub fn record_count(&self) -> u64 {
+        self.index.record_count
+    }
+
+    /// The columns.
+    pub fn fields(&self) -> &[Field] {
+        &self.index.fields
+    }
+
+    /// Fingerprint of the content.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.index.fingerprint
+    }
+
+    /// How many elements a record has in field number `field`. Costs nothing unless the field is variable.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchSample`], [`Error::NoColumn`], and as [`read`](Self::read) for variable fields.
+    pub fn elements(&self, record: u64, field: usize, scratch: &mut Scratch) -> Result<usize> {
+        let about = self.field(field)?;
+        let (shard, row) = self.find(record)?;
+        match about.elements() {
+            Some(count) => Ok(count),
+            None => {
+                let range = shard.elements(field, row, record, scratch)?;
+                Ok(to_usize(range.end - range.start))
+            }
+        }
+    }
+
+    /// Reads field number `field` of a record into `out`: little-endian values, as many bytes as its elements have.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchSample`], [`Error::NoColumn`], [`Error::InvalidOption`] if `out` has another length, [`Error::Damaged`],
+    /// [`Error::WrongSize`], [`Error::Io`], and [`Error::BadValue`] for bounds or truth values that cannot be.
+    pub fn read(
+        &self,
+        record: u64,
+        field: usize,
+        out: &mut [u8],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let about = self.field(field)?;
+        let (shard, row) = self.find(record)?;
+        let range = shard.bytes(field, row, record, about.dtype, scratch)?;
+        let len = to_usize(range.end - range.start);
+        if out.len() != len {
+            let reason = format!("`{}` of record {record} has {len} bytes", about.name);
+            return Err(Error::option("out.len()", out.len(), reason));
+        }
+        let reading = format_args!("record {record}");
+        shard.copy(range, out, scratch, &reading)?;
+        let bad = (about.dtype == DType::Bool).then(|| out.iter().position(|&byte| byte > 1));
+        if let Some(position) = bad.flatten() {
+            return Err(Error::BadValue {
+                path: shard.checked.path().to_path_buf(),
+                sample: record,
+                position,
+                value: i64::from(out[position]),
+                reason: "a bool is 0 or 1; write the data again".to_owned(),
+            });
+        }
+        Ok(())
+    }
+
+    fn field(&self, field: usize) -> Result<&Field> {
+        self.index.fields.get(field).ok_or_else(|| Error::NoColumn {
+            name: format!("number {field}"),
+            dtype: "any",
+            present: self.index.fields.iter().map(|one| one.name.clone()).collect(),
+        })
+    }
+
+    /// The shard of a record, and its row there.
+    fn find(&self, record: u64) -> Result<(&Shard, u64)> {
+        let at = self.starts.partition_point(|&start| start <= record);
+        match (at.checked_sub(1), self.shards.get(at.wrapping_sub(1))) {
+            (Some(at), Some(shard)) => Ok((shard, record - self.starts[at])),
+            _ => Err(Error::NoSuchSample { sample: record, samples: self.record_count() }),
+        }
+    }
+}
+
+impl Shard {
+    fn open(folder: &Path, entry: &RecordShard, fields: &[Field], access: Access) -> Result<Self> {
+        let path = folder.join(&entry.file);
+        let bytes = Bytes::open(&path, access, Some(entry.file_bytes))?;
+        let header = Header::read(&bytes)?;
+        let tensor = |name: &str, dtype: &'static str, rest: &[usize], rows: Option<u64>| {
+            let span = header.tensor(name)?;
+            expect(&path, name, &span, dtype, (rows, rest))?;
+            Ok::<Span, Error>(span)
+        };
+        let columns = fields
+            .iter()
+            .map(|field| {
+                let (name, dtype) = (&field.name, field.dtype.name());
+                match &field.shape {
+                    FieldShape::Fixed(shape) => {
+                        let span = tensor(name, dtype, shape, Some(entry.record_count))?;
+                        let row = field.elements().unwrap_or(0) * field.dtype.bytes();
+                        Ok(Place::Fixed { start: span.start, row_bytes: to_u64(row) })
+                    }
+                    FieldShape::Variable => {
+                        let values = tensor(name, dtype, &[], None)?;
+                        let rows = entry.record_count.saturating_add(1);
+                        let offsets = tensor(&field.offsets_name(), "U64", &[], Some(rows))?;
+                        let total = to_u64(values.shape[0]);
+                        Ok(Place::Variable { start: values.start, offsets: offsets.start, total })
+                    }
+                }
+            })
+            .collect::<Result<_>>()?;
+        Ok(Shard { checked: Checked::new(bytes, &entry.crc32c), columns })
+    }
+
+    /// The elements of a record in a variable column, counted within the shard.
+    fn elements(
+        &self,
+        field: usize,
+        row: u64,
+        record: u64,
+        scratch: &mut Scratch,
+    ) -> Result<Range<u64>> {
+        let Place::Variable { offsets, total, .. } = &self.columns[field] else { return Ok(0..0) };
+        let at = offsets + row * to_u64(size_of::<u64>());
+        let mut ends = [0; 16];
+        let reading = format_args!("the bounds of record {record}");
+        self.copy(at..at + to_u64(ends.len()), &mut ends, scratch, &reading)?;
+        let (pair, _) = ends.as_chunks::<8>();
+        let (start, end) = (u64::from_le_bytes(pair[0]), u64::from_le_bytes(pair[1]));
+        if start > end || end > *total {
+            return Err(Error::BadValue {
+                path: self.checked.path().to_path_buf(),
+                sample: record,
+                position: field,
+                value: i64::try_from(end).unwrap_or(i64::MAX),
+                reason: format!("elements {start} to {end} of {total}; write the data again"),
+            });
+        }
+        Ok(start..end)
+    }
+
+    /// Where the bytes of a record lie.
+    fn bytes(
+        &self,
+        field: usize,
+        row: u64,
+        record: u64,
+        dtype: DType,
+        scratch: &mut Scratch,
+    ) -> Result<Range<u64>> {
+        Ok(match &self.columns[field] {
+            Place::Fixed { start, row_bytes } => {
+                let at = start + row * row_bytes;
+                at..at + row_bytes
+            }
+            Place::Variable { start, .. } => {
+                let range = self.elements(field, row, record, scratch)?;
+                let element = to_u64(dtype.bytes());
+                start + range.start * element..start + range.end * element
+            }
+        })
+    }
+
+    fn copy(
+        &self,
+        range: Range<u64>,
+        out: &mut [u8],
+        scratch: &mut Scratch,
+        reading: &dyn Display,
+    ) -> Result<()> {
+        self.checked.verify(range.clone(), &mut scratch.bytes, reading)?;
+        let bytes = self.checked.bytes.read(range.start, out.len(), &mut scratch.bytes)?;
+        out.copy_from_slice(bytes);
+        self.checked.bytes.check(range)
+    }
+}
+
+/// A tensor must be `[rows, rest…]`; `rows` is free if not given.
+fn expect(
+    path: &Path,
+    name: &str,
+    span: &Span,
+    dtype: &'static str,
+    (rows, rest): (Option<u64>, &[usize]),
+) -> Result<()> {
+    let (path, name) = (path.to_path_buf(), name.to_owned());
+    let actual = format!("{:?}", span.dtype);
+    if actual != dtype {
+        return Err(Error::WrongDType { path, name, expected: dtype, actual });
+    }
+    let good = match span.shape.split_first() {
+        Some((&first, tail)) => rows.is_none_or(|rows| to_u64(first) == rows) && tail == rest,
+        None => false,
+    };
+    if !good {
+        let rows = rows.map_or_else(|| "any".to_owned(), |rows| rows.to_string());
+        let expected = format!("{rows} rows of {rest:?}");
+        return Err(Error::WrongShape { path, name, expected, actual: span.shape.clone() });
+    }
+    Ok(())
+}

@@ -1,0 +1,205 @@
+//! Writing records: columns gather in memory, and become a shard when there are enough of them.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use super::field::{self, ColumnValue, Field};
+use super::index::{RecordIndex, RecordShard};
+use crate::cast::to_u64;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::format::files::{checksums, partial_path, publish, write_synced};
+use crate::format::header::{self, Tensor};
+use crate::format::INDEX_FILE;
+
+/// Writes a folder of records.
+///
+/// The folder appears under its name when [`finish`](Self::finish) succeeds, complete and synced to disk; until then, and if the
+/// writer is dropped, nothing is there. Memory: the bytes of one shard.
+#[derive(Debug)]
+pub struct RecordWriter {
+    partial: PathBuf,
+    target: PathBuf,
+    shard_bytes: u64,
+    columns: Vec<Column>,
+    records: u64,
+    bytes: u64,
+    done: Vec<RecordShard>,
+    finished: bool,
+}
+
+/// The records of the current shard.
+#[derive(Debug)]
+struct Column {
+    field: Field,
+    values: Vec<u8>,
+    /// Of a variable column: where each record ends, in elements, after a 0.
+    ends: Vec<u64>,
+}
+
+impl RecordWriter {
+    /// A shard size that is read well and fits any memory.
+    pub const SHARD_BYTES: u64 = 64 << 20;
+
+    /// Starts a folder that will be renamed to `folder`. A shard is closed after so many bytes of values.
+    ///
+    /// # Errors
+    /// [`Error::OutputExists`] if something is there, [`Error::InvalidOption`] for fields that cannot be, and
+    /// [`Error::CacheNotWritable`].
+    pub fn create(folder: &Path, fields: Vec<Field>, shard_bytes: u64) -> Result<Self> {
+        field::check(&fields).map_err(|reason| Error::option("fields", fields.len(), reason))?;
+        let is_free = fs::read_dir(folder).map_or(!folder.exists(), |mut it| it.next().is_none());
+        if !is_free {
+            return Err(Error::OutputExists { path: folder.to_path_buf() });
+        }
+        let partial = partial_path(folder);
+        let failed = |cause| Error::CacheNotWritable { path: partial.clone(), cause };
+        if partial.exists() {
+            fs::remove_dir_all(&partial).map_err(failed)?;
+        }
+        fs::create_dir_all(&partial).map_err(failed)?;
+        let column = |field| Column { field, values: Vec::new(), ends: vec![0] };
+        Ok(RecordWriter {
+            partial,
+            target: folder.to_path_buf(),
+            shard_bytes,
+            columns: fields.into_iter().map(column).collect(),
+            records: 0,
+            bytes: 0,
+            done: Vec::new(),
+            finished: false,
+        })
+    }
+
+    /// Appends a record: a value for each field, in the order of the fields.
+    ///
+    /// # Errors
+    /// [`Error::InvalidOption`] if the values do not fit the fields (nothing was appended then), and [`Error::Io`].
+    pub fn push(&mut self, values: &[ColumnValue<'_>]) -> Result<()> {
+        if values.len() != self.columns.len() {
+            let reason = format!("a record has {} fields", self.columns.len());
+            return Err(Error::option("values.len()", values.len(), reason));
+        }
+        for (column, value) in self.columns.iter().zip(values) {
+            column.check(value)?;
+        }
+        for (column, value) in self.columns.iter_mut().zip(values) {
+            column.values.extend_from_slice(value.bytes);
+            let end = to_u64(column.values.len() / column.field.dtype.bytes());
+            column.ends.push(end);
+            self.bytes += to_u64(value.bytes.len());
+        }
+        self.records += 1;
+        if self.bytes >= self.shard_bytes {
+            self.close_shard()?;
+        }
+        Ok(())
+    }
+
+    /// Writes the index and moves the folder to its place.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn finish(mut self) -> Result<RecordIndex> {
+        if self.records > 0 {
+            self.close_shard()?;
+        }
+        let fields = self.columns.iter().map(|column| column.field.clone()).collect();
+        let index = RecordIndex::new(fields, std::mem::take(&mut self.done));
+        write_synced(&self.partial.join(INDEX_FILE), &index.to_json())?;
+        publish(&self.partial, &self.target)?;
+        self.finished = true;
+        Ok(index)
+    }
+
+    fn close_shard(&mut self) -> Result<()> {
+        let file = format!("records-{:05}.safetensors", self.done.len());
+        let path = self.partial.join(&file);
+        let failed = |cause| Error::Io { action: "write", path: path.clone(), cause };
+        let mut tensors = Vec::new();
+        for column in &self.columns {
+            column.tensors(self.records, &mut tensors);
+        }
+        // Larger elements first: each tensor then starts at a multiple of its element's size.
+        tensors.sort_by_key(|(tensor, _)| std::cmp::Reverse(tensor.element_bytes));
+        let heads: Vec<Tensor> = tensors.iter().map(|(tensor, _)| tensor.clone()).collect();
+        let creator = concat!("phalanx-data ", env!("CARGO_PKG_VERSION")).to_owned();
+        let header = header::encode(&heads, &[("creator", creator)]);
+        let mut out = OpenOptions::new()
+            .create_new(true)
+            .read(true)
+            .write(true)
+            .open(&path)
+            .map_err(Error::io("create", &path))?;
+        out.write_all(&header).map_err(failed)?;
+        for (_, bytes) in &tensors {
+            out.write_all(bytes).map_err(failed)?;
+        }
+        out.sync_all().map_err(Error::io("sync", &path))?;
+        let (file_bytes, crc32c) = checksums(&mut out, &path)?;
+        self.done.push(RecordShard { file, file_bytes, record_count: self.records, crc32c });
+        for column in &mut self.columns {
+            column.values.clear();
+            column.ends.truncate(1);
+        }
+        (self.records, self.bytes) = (0, 0);
+        Ok(())
+    }
+}
+
+impl Column {
+    fn check(&self, value: &ColumnValue<'_>) -> Result<()> {
+        let Field { name, dtype, .. } = &self.field;
+        let count = value.bytes.len() / dtype.bytes();
+        let wrong = |reason: String| Err(Error::option("value", format!("for `{name}`"), reason));
+        if value.dtype != *dtype {
+            return wrong(format!("it is of {}, the field of {dtype}", value.dtype));
+        }
+        if let Some(expected) = self.field.elements().filter(|&expected| expected != count) {
+            return wrong(format!("it has {count} elements, the field {expected}"));
+        }
+        if *dtype == DType::Bool && value.bytes.iter().any(|&byte| byte > 1) {
+            return wrong("a bool is 0 or 1".to_owned());
+        }
+        Ok(())
+    }
+
+    /// The tensors of a column and their bytes.
+    fn tensors(&self, records: u64, out: &mut Vec<(Tensor, Vec<u8>)>) {
+        let Field { name, dtype, shape } = &self.field;
+        let count = crate::cast::to_usize(records);
+        let rows = match shape {
+            super::FieldShape::Fixed(row) => {
+                std::iter::once(count).chain(row.iter().copied()).collect()
+            }
+            super::FieldShape::Variable => {
+                let ends: Vec<u8> = self.ends.iter().flat_map(|end| end.to_le_bytes()).collect();
+                let offsets = Tensor {
+                    name: self.field.offsets_name(),
+                    dtype: "U64",
+                    shape: vec![self.ends.len()],
+                    element_bytes: 8,
+                };
+                out.push((offsets, ends));
+                vec![self.values.len() / dtype.bytes()]
+            }
+        };
+        let tensor = Tensor {
+            name: name.clone(),
+            dtype: dtype.name(),
+            shape: rows,
+            element_bytes: dtype.bytes(),
+        };
+        out.push((tensor, self.values.clone()));
+    }
+}
+
+impl Drop for RecordWriter {
+    fn drop(&mut self) {
+        if !self.finished {
+            // What cannot be removed is removed by the next writer, or reported by it.
+            drop(fs::remove_dir_all(&self.partial));
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! Folders of records: what was pushed is read, by us and by any safetensors reader; damage is an error.
+
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
+    reason = "made-up values"
+)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use phalanx_data::progress::Silent;
+use phalanx_data::records::{
+    convert_safetensors, ColumnValue, Field, RecordIndex, RecordSamples, RecordWriter, Records,
+};
+use phalanx_data::{verify, Access, DType, Error, Loader, LoaderOptions, Scratch};
+use proptest::prelude::*;
+
+const COUNT: u64 = 1000;
+
+fn fields() -> Vec<Field> {
+    vec![
+        Field::fixed("image", DType::U8, [3, 4, 5]),
+        Field::fixed("label", DType::I64, []),
+        Field::variable("boxes", DType::F32),
+        Field::fixed("good", DType::Bool, [1]),
+    ]
+}
+
+fn image(record: u64) -> Vec<u8> {
+    (0..60).map(|at| (record * 7 + at) as u8).collect()
+}
+
+fn boxes(record: u64) -> Vec<f32> {
+    (0..record % 13).map(|at| (record + at) as f32 / 2.0).collect()
+}
+
+fn write(target: &Path, shard_bytes: u64) -> RecordIndex {
+    let mut writer = RecordWriter::create(target, fields(), shard_bytes).expect("create");
+    for record in 0..COUNT {
+        let good = [u8::from(record.is_multiple_of(3))];
+        writer
+            .push(&[
+                ColumnValue::of(&image(record)),
+                ColumnValue::of(&[record.cast_signed() - 5]),
+                ColumnValue::of(&boxes(record)),
+                ColumnValue::from_bytes(DType::Bool, &good).expect("a whole number"),
+            ])
+            .expect("push");
+    }
+    writer.finish().expect("finish")
+}
+
+fn read(records: &Records, record: u64, field: usize, scratch: &mut Scratch) -> Vec<u8> {
+    let count = records.elements(record, field, scratch).expect("elements");
+    let mut out = vec![0xAA; count * records.fields()[field].dtype.bytes()];
+    records.read(record, field, &mut out, scratch).expect("read");
+    out
+}
+
+#[test]
+fn what_was_pushed_is_read_in_any_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("records");
+    let index = write(&target, 20_000);
+    assert!(index.shards.len() > 2, "several shards");
+    for access in [Access::Read, Access::Map] {
+        let records = Records::open(&target, access).unwrap();
+        assert_eq!((records.record_count(), records.fields()), (COUNT, &fields()[..]));
+        assert_eq!(records.fingerprint(), index.fingerprint);
+        let mut scratch = Scratch::default();
+        for step in 0..COUNT {
+            let record = step * 377 % COUNT;
+            assert_eq!(read(&records, record, 0, &mut scratch), image(record));
+            let label = record.cast_signed() - 5;
+            assert_eq!(read(&records, record, 1, &mut scratch), label.to_le_bytes());
+            let values: Vec<u8> = boxes(record).iter().flat_map(|v| v.to_le_bytes()).collect();
+            assert_eq!(read(&records, record, 2, &mut scratch), values);
+            assert_eq!(
+                read(&records, record, 3, &mut scratch),
+                [u8::from(record.is_multiple_of(3))]
+            );
+        }
+        let mut four = [0; 4];
+        let beyond = records.read(COUNT, 1, &mut four, &mut scratch).unwrap_err();
+        assert!(matches!(beyond, Error::NoSuchSample { .. }), "{beyond}");
+        let short = records.read(0, 1, &mut four, &mut scratch).unwrap_err();
+        assert!(short.to_string().contains("`label` of record 0 has 8 bytes"), "{short}");
+        assert!(records.elements(0, 4, &mut scratch).is_err());
+    }
+    assert!(verify(&target, None, &Silent).unwrap().damage.is_empty());
+}
+
+#[test]
+fn any_safetensors_reader_reads_a_shard() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("records");
+    write(&target, 1 << 30);
+    let bytes = fs::read(target.join("records-00000.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let image_tensor = tensors.tensor("image").unwrap();
+    assert_eq!(image_tensor.shape(), [1000, 3, 4, 5]);
+    assert_eq!(image_tensor.data()[60..120], image(1));
+    assert_eq!(tensors.tensor("label").unwrap().shape(), [1000]);
+    let offsets = tensors.tensor("boxes.offsets").unwrap();
+    assert_eq!((offsets.dtype(), offsets.shape()), (safetensors::Dtype::U64, &[1001][..]));
+    for name in ["label", "boxes", "boxes.offsets"] {
+        let data = tensors.tensor(name).unwrap().data().as_ptr() as usize - bytes.as_ptr() as usize;
+        assert!(data.is_multiple_of(4) && data >= 4096, "{name} starts at {data}");
+    }
+}
+
+#[test]
+fn damage_is_an_error_that_names_the_record() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("records");
+    write(&target, 1 << 30);
+    let path = target.join("records-00000.safetensors");
+    let good = fs::read(&path).unwrap();
+    let mut bad = good.clone();
+    bad[50_000] ^= 4;
+    fs::write(&path, &bad).unwrap();
+    let records = Records::open(&target, Access::Read).unwrap();
+    let mut out = [0; 60];
+    let error = records.read(7, 0, &mut out, &mut Scratch::default()).unwrap_err();
+    assert!(error.to_string().contains("while reading record 7"), "{error}");
+    assert_eq!(verify(&target, None, &Silent).unwrap().damage.len(), 1);
+    fs::write(&path, &good[..good.len() - 1]).unwrap();
+    assert!(matches!(Records::open(&target, Access::Map), Err(Error::WrongSize { .. })));
+}
+
+#[test]
+fn values_that_do_not_fit_are_refused_and_nothing_is_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("records");
+    let mut writer = RecordWriter::create(&target, fields(), 1 << 20).unwrap();
+    let (label, none) = ([1_i64], ColumnValue::of::<f32>(&[]));
+    let flag = ColumnValue::from_bytes(DType::Bool, &[2]).unwrap();
+    let image = image(0);
+    let cases = [
+        (vec![ColumnValue::of(&label)], "a record has 4 fields"),
+        (vec![ColumnValue::of(&image[1..]), ColumnValue::of(&label), none, flag], "59 elements"),
+        (vec![ColumnValue::of(&label), ColumnValue::of(&label), none, flag], "the field of U8"),
+        (vec![ColumnValue::of(&image), ColumnValue::of(&label), none, flag], "a bool is 0 or 1"),
+    ];
+    for (values, part) in cases {
+        let error = writer.push(&values).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+    assert!(ColumnValue::from_bytes(DType::F32, &[0; 3]).is_err());
+    drop(writer);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    fs::create_dir(&target).unwrap();
+    fs::write(target.join("mine"), "x").unwrap();
+    let refused = RecordWriter::create(&target, fields(), 1 << 20).unwrap_err();
+    assert!(matches!(refused, Error::OutputExists { .. }), "{refused}");
+}
+
+#[test]
+fn a_loader_delivers_records_and_pads_variable_ones() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("records");
+    write(&target, 20_000);
+    let samples = RecordSamples::new(Records::open(&target, Access::Map).unwrap()).unwrap();
+    let options = LoaderOptions { global_batch: 8, ..LoaderOptions::default() };
+    let mut loader = Loader::new(Arc::new(samples), options).unwrap();
+    for _ in 0..20 {
+        let step = loader.next_step().unwrap();
+        let batch = &step.micro_batches[0];
+        let longest = batch.column_shape(2)[1] as usize;
+        let values = batch.get::<f32>("boxes").unwrap();
+        for (row, sample) in batch.samples().iter().enumerate() {
+            let images = &batch.get::<u8>("image").unwrap()[row * 60..][..60];
+            assert_eq!(images, image(sample.id));
+            assert_eq!(batch.get::<i64>("label").unwrap()[row], sample.id.cast_signed() - 5);
+            let len = batch.get::<i64>("boxes_len").unwrap()[row] as usize;
+            let padded = &values[row * longest..][..longest];
+            assert_eq!(padded[..len], boxes(sample.id));
+            assert!(padded[len..].iter().all(|&value| value == 0.0));
+        }
+    }
+}
+
+fn arrays(path: &Path, rows: usize, first: u8) -> PathBuf {
+    let x: Vec<u8> = (0..rows * 6).map(|at| first.wrapping_add(at as u8)).collect();
+    let y: Vec<u8> = (0..rows * 4).map(|at| at as u8).collect();
+    let view =
+        |dtype, shape, data| safetensors::tensor::TensorView::new(dtype, shape, data).unwrap();
+    let tensors = [
+        ("x", view(safetensors::Dtype::U8, vec![rows, 2, 3], &x)),
+        ("y", view(safetensors::Dtype::F32, vec![rows], &y)),
+    ];
+    fs::write(path, safetensors::serialize(tensors, None).unwrap()).unwrap();
+    path.to_path_buf()
+}
+
+#[test]
+fn arrays_become_records_and_must_agree() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let inputs = [arrays(&at("a.safetensors"), 5, 0), arrays(&at("b.safetensors"), 7, 100)];
+    let index = convert_safetensors(&inputs, &at("out"), 50, &Silent).unwrap();
+    assert_eq!(index.record_count, 12);
+    let records = Records::open(&at("out"), Access::Read).unwrap();
+    let mut out = [0; 6];
+    records.read(6, 0, &mut out, &mut Scratch::default()).unwrap();
+    assert_eq!(out, [106, 107, 108, 109, 110, 111]);
+
+    let x = [0_u8; 8];
+    let view =
+        safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![4, 2], &x).unwrap();
+    fs::write(at("c.safetensors"), safetensors::serialize([("x", view)], None).unwrap()).unwrap();
+    let inputs = [inputs[0].clone(), at("c.safetensors")];
+    let error = convert_safetensors(&inputs, &at("other"), 50, &Silent).unwrap_err();
+    assert!(error.to_string().contains("it holds x U8"), "{error}");
+    assert!(!at("other").exists());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Whatever stands in an index or shard: an error or a value, never a panic.
+    #[test]
+    fn damaged_folders_never_panic(at in any::<prop::sample::Index>(), byte in any::<u8>(), index in any::<bool>()) {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("records");
+        let mut writer = RecordWriter::create(&target, fields(), 1 << 20).unwrap();
+        for record in 0..20 {
+            writer.push(&[
+                ColumnValue::of(&image(record)),
+                ColumnValue::of(&[1_i64]),
+                ColumnValue::of(&boxes(record)),
+                ColumnValue::from_bytes(DType::Bool, &[1]).unwrap(),
+            ]).unwrap();
+        }
+        writer.finish().unwrap();
+        let name = if index { "index.json" } else { "records-00000.safetensors" };
+        let mut bytes = fs::read(target.join(name)).unwrap();
+        let place = at.index(bytes.len());
+        let is_same = bytes[place] == byte;
+        bytes[place] = byte;
+        fs::write(target.join(name), &bytes).unwrap();
+        let mut scratch = Scratch::default();
+        let mut out = [0; 60];
+        let result = Records::open(&target, Access::Read)
+            .and_then(|records| records.read(3, 0, &mut out, &mut scratch));
+        prop_assert!(result.is_err() || index || is_same);
+    }
+}
