@@ -41,7 +41,7 @@ fn code_of(cause: &(dyn Error + 'static)) -> Option<u8> {
     if let Some(error) = cause.downcast_ref::<E>() {
         return Some(match error {
             E::Io { .. } | E::CacheNotWritable { .. } => IO,
-            E::InvalidOption { .. } | E::NotCompiledIn { .. } => USAGE,
+            E::InvalidOption { .. } => USAGE,
             E::LockTimeout { .. } => BUSY,
             E::Timeout { .. } => TIMEOUT,
             _ => DATA,

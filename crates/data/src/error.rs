@@ -48,7 +48,7 @@ pub enum Error {
     BadLine {
         /// The file.
         path: PathBuf,
-        /// The line, from 1 (of Parquet: the row).
+        /// The line, from 1.
         line: u64,
         /// What is wrong with it.
         reason: String,
@@ -64,14 +64,6 @@ pub enum Error {
     OtherConversion {
         /// Where it lies.
         path: PathBuf,
-    },
-    /// Something that this program was built without.
-    #[error("this program was built without {what}: build it with `--features {feature}`")]
-    NotCompiledIn {
-        /// What is missing.
-        what: &'static str,
-        /// The cargo feature that brings it.
-        feature: &'static str,
     },
     /// The folder holds no text.
     #[error("no .txt file under {}: put UTF-8 text files there, or give the path of one text file", path.display())]

@@ -16,7 +16,7 @@ use crate::report::{self, bytes, count, real};
 
 #[derive(Args, Debug)]
 pub(crate) struct ConvertArgs {
-    /// Files, or folders whose files of a known kind are taken (.txt; .jsonl, .ndjson; .parquet). Files .safetensors with arrays
+    /// Files, or folders whose files of a known kind are taken (.txt; .jsonl, .ndjson). Files .safetensors with arrays
     /// become records.
     #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
     input: Vec<PathBuf>,
@@ -72,7 +72,7 @@ struct ReadingArgs {
     /// The kind of the files; told from their names if not given.
     #[arg(long, value_enum)]
     format: Option<FormatFlag>,
-    /// Where JSON objects and Parquet rows have their text: a field or column, or a path of fields (page.body).
+    /// Where JSON objects have their text: a field, or a path of fields (page.body).
     #[arg(long, value_name = "NAME", default_value = "text")]
     field: String,
     /// What a document is in plain text.
@@ -89,8 +89,6 @@ enum FormatFlag {
     Text,
     /// A JSON object a line.
     Jsonl,
-    /// Apache Parquet (needs the cargo feature `parquet`).
-    Parquet,
     /// Arrays [N, …] in safetensors files, to records.
     Safetensors,
 }
@@ -128,7 +126,6 @@ impl ConvertArgs {
             format: self.reading.format.and_then(|format| match format {
                 FormatFlag::Text => Some(Format::Text),
                 FormatFlag::Jsonl => Some(Format::JsonLines),
-                FormatFlag::Parquet => Some(Format::Parquet),
                 FormatFlag::Safetensors => None,
             }),
             field: self.reading.field.clone(),

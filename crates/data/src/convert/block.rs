@@ -29,7 +29,7 @@ const LINE_BYTES_MAX: usize = 256 << 20;
 pub(crate) struct Place {
     /// Number of the file.
     pub(crate) file: usize,
-    /// Bytes, or rows in a file of rows.
+    /// Bytes.
     pub(crate) offset: u64,
     /// Lines before it.
     pub(crate) line: u64,
@@ -52,9 +52,6 @@ pub(crate) struct Block {
 pub(crate) enum Content {
     /// Bytes of the file.
     Bytes(Vec<u8>),
-    /// Whole documents, one a row.
-    #[cfg_attr(not(feature = "parquet"), expect(dead_code, reason = "only Parquet has rows"))]
-    Rows(Vec<String>),
     /// Nothing: the file ends here.
     End,
 }
@@ -261,7 +258,6 @@ mod tests {
                     all.push(String::from_utf8(bytes).unwrap());
                 }
                 Content::End => has_ended = true,
-                Content::Rows(rows) => panic!("{rows:?}"),
             }
         }
         assert!(has_ended, "the last block says that the file ends");

@@ -24,12 +24,6 @@ pub(crate) mod input;
 mod journal;
 mod options;
 pub(crate) mod pipeline;
-#[cfg(feature = "parquet")]
-#[path = "rows.rs"]
-mod rows;
-#[cfg(not(feature = "parquet"))]
-#[path = "rows_off.rs"]
-mod rows;
 mod run;
 pub(crate) mod sink;
 mod special;

@@ -11,18 +11,15 @@ pub enum Format {
     Text,
     /// A JSON object a line: `.jsonl`, `.ndjson`. Each is a document.
     JsonLines,
-    /// Apache Parquet: `.parquet`. Each row is a document. Needs the cargo feature `parquet`.
-    Parquet,
 }
 
 impl Format {
-    pub(crate) const ALL: [Format; 3] = [Format::Text, Format::JsonLines, Format::Parquet];
+    pub(crate) const ALL: [Format; 2] = [Format::Text, Format::JsonLines];
 
     pub(crate) fn extensions(self) -> &'static [&'static str] {
         match self {
             Format::Text => &["txt"],
             Format::JsonLines => &["jsonl", "ndjson"],
-            Format::Parquet => &["parquet"],
         }
     }
 }
@@ -74,7 +71,7 @@ pub struct ConvertOptions {
     pub vocabulary: Vocabulary,
     /// The kind of the files; told from their names if not given.
     pub format: Option<Format>,
-    /// Where an object or row has its text: a field, or a path of them (`page.body`). A column of Parquet.
+    /// Where an object has its text: a field, or a path of them (`page.body`).
     pub field: String,
     /// What a document is in plain text.
     pub document: Document,

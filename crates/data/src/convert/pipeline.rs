@@ -9,7 +9,6 @@ use super::block::{Block, Blocks, Content, Cut, Place};
 use super::documents::{self, Segment};
 use super::input::InputFile;
 use super::options::{BadLines, Document, Format};
-use super::rows::Rows;
 use crate::error::{Error, Result};
 
 /// Blocks in flight for each thread: enough that a slow one does not make the others wait, few enough to bound memory.
@@ -71,12 +70,12 @@ impl Input {
         hand_on(&mut waiting)
     }
 
-    fn open(&self, file: &InputFile, cut: Cut, start: Place) -> Result<Reader> {
-        Ok(match self.format {
-            Format::Text => Reader::Blocks(Blocks::open(&file.path, cut, start)?),
-            Format::JsonLines => Reader::Blocks(Blocks::open(&file.path, Cut::Line, start)?),
-            Format::Parquet => Reader::Rows(Rows::open(&file.path, &self.field, start)?),
-        })
+    fn open(&self, file: &InputFile, cut: Cut, start: Place) -> Result<Blocks> {
+        let cut = match self.format {
+            Format::Text => cut,
+            Format::JsonLines => Cut::Line,
+        };
+        Blocks::open(&file.path, cut, start)
     }
 
     /// Calls `each` for every segment of a block; gives how many bad lines were left out before each.
@@ -88,13 +87,6 @@ impl Input {
         let bytes = match &block.content {
             Content::End => return Ok(0),
             Content::Bytes(bytes) => bytes,
-            Content::Rows(rows) => {
-                for (at, row) in rows.iter().enumerate() {
-                    let (end, lines) = (at + 1, crate::cast::to_u64(at + 1));
-                    each(Segment { text: row.into(), end, lines, ends_document: true }, 0)?;
-                }
-                return Ok(0);
-            }
         };
         let text = std::str::from_utf8(bytes).map_err(|error| Error::InvalidUtf8 {
             path: self.files[block.start.file].path.clone(),
@@ -117,20 +109,5 @@ impl Input {
             }
         })?;
         Ok(skipped)
-    }
-}
-
-/// A file being read.
-enum Reader {
-    Blocks(Blocks),
-    Rows(Rows),
-}
-
-impl Reader {
-    fn next(&mut self) -> Result<Option<Block>> {
-        match self {
-            Reader::Blocks(blocks) => blocks.next(),
-            Reader::Rows(rows) => rows.next(),
-        }
     }
 }

@@ -41,7 +41,7 @@ pub struct Converted {
     pub reused: bool,
 }
 
-/// Converts text to a prepared folder at `output`: JSON lines, Parquet or plain text, with any `tokenizer.json` or a vocabulary
+/// Converts text to a prepared folder at `output`: JSON lines or plain text, with any `tokenizer.json` or a vocabulary
 /// that is trained on the text.
 ///
 /// The folder appears when it is complete. Until then shards gather in a hidden folder beside it; after a crash or an error
@@ -59,7 +59,7 @@ pub struct Converted {
 /// # Errors
 /// [`Error::NoInput`], [`Error::InvalidUtf8`], [`Error::BadLine`], [`Error::EmptyText`], [`Error::TextChanged`],
 /// [`Error::OutputExists`], [`Error::OtherConversion`], [`Error::LockTimeout`] if another process converts to the same output,
-/// [`Error::Tokenizer`], [`Error::InvalidOption`], [`Error::NotCompiledIn`], [`Error::CacheNotWritable`] and [`Error::Io`].
+/// [`Error::Tokenizer`], [`Error::InvalidOption`], [`Error::CacheNotWritable`] and [`Error::Io`].
 pub fn convert(
     inputs: &[PathBuf],
     output: &Path,
@@ -71,7 +71,7 @@ pub fn convert(
     let unit = match format {
         Format::Text => options.document,
         // Their rows are documents.
-        Format::JsonLines | Format::Parquet => Document::Line,
+        Format::JsonLines => Document::Line,
     };
     let (field, bad_lines) = (options.field.clone(), options.bad_lines);
     let input = Input { files, format, unit, field, bad_lines };
