@@ -11,7 +11,8 @@ usage: scripts/setup.sh [--cuda] [--test-extras] [--use-python-torch]
   (nothing)           C++ compiler, CPU libtorch 2.11.0, training text
   --cuda              also the CUDA 13.0 libraries (2.4 GB to download, 3.6 GB unpacked)
   --test-extras       also what some tests and checks use: OpenMPI, libclang (feature mpi), MPICH, Slurm and munge, iproute2,
-                      nftables, procps, shellcheck; torchrun (1 GB, of the wheel that libtorch comes from)
+                      nftables, procps, shellcheck; torchrun (1 GB, of the wheel that libtorch comes from);
+                      libnccl (200 MB)
   --use-python-torch  link the torch 2.11.0 installed for $PHALANX_PYTHON (default python3)
   --print-test-features  say which optional features of the workspace can be tested here, and do nothing else
 
@@ -142,7 +143,8 @@ stamp() { printf 'recipe %s\n' "$recipe" && cat "$pins/$1"; }
 nothing_to_fetch() {
   is_current "$cache/libtorch-$torch_version-cpu" libtorch-cpu.txt && is_current "$text" text.txt &&
     { [[ $cuda == no ]] || is_current "$cache/libtorch-$torch_version-cuda" libtorch-cuda.txt; } &&
-    { [[ $test_extras == no ]] || is_current "$cache/torch-python-$torch_version" torch-python.txt; }
+    { [[ $test_extras == no ]] || { is_current "$cache/torch-python-$torch_version" torch-python.txt &&
+      is_current "$cache/nccl" nccl.txt; }; }
 }
 
 # publish NEW PIN FOLDER: stamps NEW and moves it to FOLDER, both by rename.
@@ -261,6 +263,31 @@ torch_python() {
   link "$tree" torch-python
   say "torchrun $torch_version is in $tree/bin"
 }
+
+# ---------------------------------------------------------------- libnccl
+
+# The real library: the tests of its loader, its ids and its texts need no GPU. No program finds it by itself.
+nccl() {
+  local tree=$cache/nccl pin=nccl.txt wheels=$partial/wheels-nccl new=$partial/nccl
+  if is_current "$tree" "$pin"; then
+    say "libnccl is there"
+  elif [[ $(uname -sm) != "Linux x86_64" ]]; then
+    unavailable optional "libnccl is fetched for x86-64 Linux only"
+    return
+  else
+    room_for 700
+    [[ ! -d $cache/wheels ]] || wheels=$cache/wheels
+    say "fetching libnccl"
+    download_wheels "$pin" "$wheels"
+    python3 "$root/scripts/unpack_libtorch.py" cuda "$pins/$pin" "$wheels" "$new" 9>&-
+    publish "$new" "$pin" "$tree"
+    rm -rf "$partial/wheels-nccl"
+    say "libnccl is in $tree/lib"
+  fi
+  link "$tree" nccl
+}
+
+# ---------------------------------------------------------------- parts of torchrun
 
 launcher() {
   cat <<SCRIPT
@@ -385,6 +412,9 @@ if [[ $cuda == yes ]]; then
   libtorch_tree cuda 9000
   link "$cache/libtorch-$torch_version-cuda" libtorch-cuda
 fi
-[[ $test_extras == no ]] || torch_python
+if [[ $test_extras == yes ]]; then
+  torch_python
+  nccl
+fi
 training_text
 say "done"
