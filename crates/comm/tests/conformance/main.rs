@@ -30,10 +30,11 @@ use phalanx_comm::Group;
 /// What a rank checks with a group of its own.
 type Check = fn(Group);
 
-const CHECKS: [(&str, Check); 15] = [
+const CHECKS: [(&str, Check); 16] = [
     ("reductions of every type", matrix::every_type),
     ("near the oracle", matrix::near_the_oracle),
     ("movement", matrix::movement),
+    ("large messages cross", matrix::large_messages_cross),
     ("slices meet regions", matrix::slices_meet_regions),
     ("ranges", matrix::ranges),
     ("many in flight", matrix::many_in_flight),

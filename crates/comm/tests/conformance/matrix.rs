@@ -234,9 +234,34 @@ pub(crate) fn movement(mut group: Group) {
             let (next, previous) = ((rank + 1) % world, (rank + world - 1) % world);
             let sent = group.send(&mine, next).unwrap();
             let received = group.receive(&mut output[..], previous).unwrap();
-            received.wait().unwrap();
-            sent.wait().unwrap();
+            received.wait().unwrap_or_else(|error| panic!("{len} from {previous}: {error}"));
+            sent.wait().unwrap_or_else(|error| panic!("{len} to {next}: {error}"));
             assert_eq!(output, inputs::<i64>(previous, len));
+        }
+    }
+}
+
+/// All ranks wait for what they have sent before they ask for what has come: more than the sockets hold.
+pub(crate) fn large_messages_cross(mut group: Group) {
+    let (world, rank) = (group.world_size(), group.rank());
+    if world == 1 {
+        return;
+    }
+    let mine = inputs::<i64>(rank, 3 << 20);
+    let mut output = vec![0; mine.len()];
+    let (next, previous) = ((rank + 1) % world, (rank + world - 1) % world);
+    let received = group.receive(&mut output[..], previous).unwrap();
+    let sent = group.send(&mine, next).unwrap();
+    sent.wait().unwrap_or_else(|error| panic!("to {next}: {error}"));
+    received.wait().unwrap_or_else(|error| panic!("from {previous}: {error}"));
+    assert_eq!(output, inputs::<i64>(previous, mine.len()));
+}
+
+#[test]
+fn large_messages_in_both_directions_do_not_wait_for_each_other() {
+    for link in [HostLink::Auto, HostLink::Tcp] {
+        for world in [2, 3] {
+            run_ranks_with(world, link, GroupOptions::default(), large_messages_cross);
         }
     }
 }

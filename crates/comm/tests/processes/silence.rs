@@ -37,6 +37,38 @@ pub(crate) fn rank() {
     println!("no error in {steps} steps");
 }
 
+/// Rank 0 sends a message when it is told to, and leaves; rank 1 receives it.
+pub(crate) fn leaving_rank() {
+    let mut group = Group::from_environment(GroupOptions::default()).expect("the ranks meet");
+    let mut values = vec![1_u8; 5 << 20];
+    if group.rank() == 0 {
+        std::io::stdin().read_line(&mut String::new()).expect("a word");
+        group.send(&values, 1).and_then(Work::wait).expect("sent");
+        drop(group);
+        println!("left");
+    } else {
+        values.fill(0);
+        let received = group.receive(&mut values[..], 0).expect("started");
+        println!("waits");
+        received.wait().expect("received");
+        assert!(values.iter().all(|value| *value == 1));
+        println!("received");
+    }
+}
+
+#[test]
+fn a_rank_that_sleeps_while_another_one_leaves_misses_nothing() {
+    let mut ranks = Ranks::start("leaves", 2, "tcp");
+    ranks.wait_for_line(1, "waits");
+    ranks.signal(1, Signal::STOP);
+    ranks.say(0, "go\n");
+    pause(Duration::from_millis(3500));
+    ranks.signal(1, Signal::CONT);
+    let ended = ranks.finish(LIMIT);
+    assert!(ended[0].output.contains("left"), "{}", ended[0].output);
+    assert!(ended[1].output.contains("received"), "{}", ended[1].output);
+}
+
 /// Waits without anything that could come.
 pub(crate) fn pause(time: Duration) {
     let (_sender, receiver) = std::sync::mpsc::channel::<()>();

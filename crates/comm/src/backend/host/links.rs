@@ -123,7 +123,7 @@ impl Links {
 
     /// Receives exactly `into`, sending meanwhile what was kept.
     pub(crate) fn receive(&mut self, peer: usize, into: &mut [u8], wait: Wait<'_>) -> Result<()> {
-        let mut filled = 0;
+        let (mut filled, mut waited) = (0, false);
         while filled < into.len() {
             let link = self.link(peer)?;
             match link.stream.read(&mut into[filled..]) {
@@ -135,10 +135,15 @@ impl Links {
                 Ok(count) => filled += count,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    self.peers.await_data(Some(peer));
+                    waited = true;
                     self.wait_ready(Some(peer), wait)?;
                 }
                 Err(error) => return Err(self.broken(peer, "receive", error)),
             }
+        }
+        if waited {
+            self.peers.await_data(None);
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -40,11 +40,14 @@ impl Journal {
 }
 
 const STAYS: u64 = u64::MAX;
+const NOBODY: usize = usize::MAX;
 /// A peer that takes no news for so long hears them when it reads that our socket is closed.
 const BROADCAST_LIMIT: Duration = Duration::from_millis(300);
 
-/// How long a rank that leaves waits until those on other machines know.
-const FAREWELL_MAX: Duration = Duration::from_secs(1);
+/// How long a rank that leaves waits until those on other machines know: as long as they may be silent
+/// without being dead, but no longer than this. A process that ends sooner may take with it what the
+/// kernel has not yet sent, and looks like one that died.
+const FAREWELL_MAX: Duration = Duration::from_secs(10);
 /// The same for a failure, where a connection is lost at that moment.
 const FAREWELL_AFTER_FAILURE_MAX: Duration = Duration::from_millis(300);
 
@@ -95,6 +98,8 @@ pub(crate) struct Peers {
     parcel_came: Condvar,
     returned: Mutex<Vec<Returned>>,
     journal: Mutex<Journal>,
+    /// The rank of another machine whose data is waited for; [`NOBODY`].
+    awaited: AtomicUsize,
     leaving: AtomicBool,
     closed: AtomicBool,
 }
@@ -138,6 +143,7 @@ impl Peers {
             parcel_came: Condvar::new(),
             returned: Mutex::default(),
             journal: Mutex::default(),
+            awaited: AtomicUsize::new(NOBODY),
             leaving: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         })
@@ -351,7 +357,10 @@ impl Peers {
         let mut parcels = lock(&self.parcels);
         loop {
             let failure = self.failure();
-            let limit = if failure.is_some() { FAREWELL_AFTER_FAILURE_MAX } else { FAREWELL_MAX };
+            let limit = match failure {
+                Some(_) => FAREWELL_AFTER_FAILURE_MAX,
+                None => self.liveness.dead_after.min(FAREWELL_MAX),
+            };
             let blamed = failure.as_ref().and_then(Error::blamed);
             let listens = |peer: usize, control: &Control| {
                 // After a failure others end as well: only who could not be told yet is waited for.
@@ -410,6 +419,15 @@ impl Peers {
     pub(crate) fn during_failure(&self) -> Error {
         let unnamed = || Error::PeerFailed { rank: self.rank, message: "unknown".to_owned() };
         self.failure().unwrap_or_else(unnamed)
+    }
+
+    /// Says of which rank of another machine data is waited for; `None`: it has come.
+    pub(crate) fn await_data(&self, peer: Option<usize>) {
+        self.awaited.store(peer.unwrap_or(NOBODY), Ordering::Relaxed);
+    }
+
+    pub(crate) fn awaited(&self) -> Option<usize> {
+        Some(self.awaited.load(Ordering::Relaxed)).filter(|peer| *peer != NOBODY)
     }
 
     /// The error for a call whose time is over; `absent` are the ranks that were waited for.

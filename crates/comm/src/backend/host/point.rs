@@ -173,17 +173,21 @@ fn transmit(peers: &Peers, send: &Open, expected: &CallRecord) -> Result<()> {
             theirs: Box::new(expected.clone()),
         });
     }
-    let state = send.call.lock();
-    let Memory::Private(buffer) = &state.memory else { return Ok(()) };
-    // An empty message is one empty part.
-    let mut parts = buffer.chunks(PART_BYTES);
-    let mut part = parts.next().unwrap_or_default();
+    let mut at = 0;
     loop {
-        let frame = Frame::Message { index: send.index, bytes: part.to_vec() };
-        peers.send(send.peer, &frame, None)?;
-        match parts.next() {
-            Some(next) => part = next,
-            None => return Ok(()),
+        // The call stays locked for a copy only: sending may wait for the peer, and the peer for this
+        // rank's monitor, which must not wait for us.
+        let (part, is_last) = {
+            let state = send.call.lock();
+            let Memory::Private(buffer) = &state.memory else { return Ok(()) };
+            let end = buffer.len().min(at + PART_BYTES);
+            (buffer[at..end].to_vec(), end == buffer.len())
+        };
+        at += part.len();
+        // An empty message is one empty part.
+        peers.send(send.peer, &Frame::Message { index: send.index, bytes: part }, None)?;
+        if is_last {
+            return Ok(());
         }
     }
 }

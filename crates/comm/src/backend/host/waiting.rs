@@ -126,8 +126,8 @@ impl Core {
         }
     }
 
-    /// The time-out of a call on this machine: names the ranks that have not come, or, when all
-    /// have, those that have not finished it.
+    /// The time-out of a call: names the ranks of this machine that have not come; when all have, the rank
+    /// of another machine that the data connections wait for, or those of this one that have not finished.
     pub(crate) fn late(&self, call: &Call) -> Error {
         let seq = call.seq();
         let came = |rank: &usize| self.board(*rank).published(seq).load(Ordering::Acquire) > seq;
@@ -135,6 +135,9 @@ impl Core {
             self.board(*rank).consumed().load(Ordering::Acquire) > seq || *rank == self.rank
         };
         let mut absent: Vec<usize> = self.locals.iter().copied().filter(|r| !came(r)).collect();
+        if let (true, Some(remote)) = (absent.is_empty(), self.peers.awaited()) {
+            return self.peers.late(call, &[(remote, None)]);
+        }
         if absent.is_empty() {
             absent = self.locals.iter().copied().filter(|r| !finished(r)).collect();
         }
