@@ -32,30 +32,47 @@ const TRAINING: &[&str] = &[
 /// The losses of each step, as written, when `launcher` starts the trainer with `flags`.
 fn losses(launcher: Option<&mut Command>, flags: &[&str]) -> Vec<String> {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let metrics = folder.path().join("metrics.jsonl");
-    let program = example("bert_large");
-    let mut alone = Command::new(&program);
+    let mut alone = Command::new(example("bert_large"));
     let command = match launcher {
-        Some(launcher) => launcher.arg(&program),
-        None => &mut alone,
+        Some(launcher) => training(launcher, folder.path(), flags),
+        None => with_flags(&mut alone, folder.path(), flags),
     };
+    finished(Owned::start(command));
+    let wanted = if flags.contains(&"mpi") { "mpi" } else { "host" };
+    written_losses(&folder.path().join("metrics.jsonl"), wanted)
+}
+
+/// Adds the trainer and its flags to what starts it; it writes into `folder`.
+fn training<'a>(launcher: &'a mut Command, folder: &Path, flags: &[&str]) -> &'a mut Command {
+    with_flags(launcher.arg(example("bert_large")), folder, flags)
+}
+
+fn with_flags<'a>(command: &'a mut Command, folder: &Path, flags: &[&str]) -> &'a mut Command {
     command.current_dir(env!("CARGO_MANIFEST_DIR")).args(TRAINING).args(flags);
-    command.arg("--metrics").arg(&metrics).arg("--output").arg(folder.path().join("out"));
-    command.stdout(Stdio::piped()).stderr(Stdio::piped());
-    let output = Owned::start(command).finish(DEADLINE);
+    command.arg("--metrics").arg(folder.join("metrics.jsonl"));
+    command.arg("--output").arg(folder.join("out"));
+    command.stdout(Stdio::piped()).stderr(Stdio::piped())
+}
+
+/// Waits for a good end.
+fn finished(started: Owned) {
+    let output = started.finish(DEADLINE);
     let text = [output.stdout, output.stderr].concat();
     let text = String::from_utf8_lossy(&text);
     assert!(output.status.success(), "{:?}\n{text}", output.status);
-    let written = fs::read_to_string(&metrics).expect("metrics");
+}
+
+/// The losses in a file of metrics; the run was to use `backend`.
+fn written_losses(metrics: &Path, backend: &str) -> Vec<String> {
+    let written = fs::read_to_string(metrics).expect("metrics");
     let parse = |line: &str| serde_json::from_str::<Value>(line).expect("a JSON object a line");
     let lines: Vec<Value> = written.lines().map(parse).collect();
     let steps = lines.iter().filter(|step| step.get("loss").is_some());
     // As text: a float that is written shortest is equal exactly when its bits are.
     let losses: Vec<String> = steps.map(|step| step["loss"].to_string()).collect();
     assert_eq!(losses.len(), 3, "{written}");
-    let backend = &lines.last().expect("counted above")["summary"]["backend"];
-    let wanted = if flags.contains(&"mpi") { "mpi" } else { "host" };
-    assert_eq!(backend, wanted, "{written}");
+    let used = &lines.last().expect("counted above")["summary"]["backend"];
+    assert_eq!(used, backend, "{written}");
     losses
 }
 
@@ -82,13 +99,17 @@ fn program(name: &str) -> Option<PathBuf> {
     std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file())
 }
 
-fn torchrun() -> Option<Command> {
+fn torchrun_file() -> Option<PathBuf> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("third_party/torch-python/bin/torchrun");
     if !file.is_file() {
         skip("torchrun", "no third_party/torch-python");
         return None;
     }
-    let mut command = Command::new(file);
+    Some(file)
+}
+
+fn torchrun() -> Option<Command> {
+    let mut command = Command::new(torchrun_file()?);
     command.args(["--no-python", "--standalone", "--nproc-per-node", "8"]);
     Some(command)
 }
@@ -164,6 +185,35 @@ fn a_batch_file_starts_ranks_by_srun_and_mpirun_in_it_is_not_misled() {
     };
     assert_eq!(read("srun"), read("mpirun"));
     assert_eq!(read("srun").len(), 3);
+}
+
+/// The file that users are given, as it is.
+#[test]
+fn the_example_batch_file_gives_the_losses_of_our_launcher() {
+    let Some(cluster) = slurm::Cluster::start() else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let programs = folder.path().join("target/release/examples");
+    fs::create_dir_all(&programs).expect("a folder");
+    let link = std::os::unix::fs::symlink::<PathBuf, PathBuf>;
+    link(example("bert_large"), programs.join("bert_large")).expect("a link");
+    for name in ["configs", "third_party"] {
+        link(root.join(name), folder.path().join(name)).expect("a link");
+    }
+    let mut sbatch = cluster.client("sbatch");
+    sbatch.current_dir(folder.path()).args(["--wait", "--ntasks-per-node=2", "--cpus-per-task=1"]);
+    // Slurm's pmix needs machines of their own for several nodes.
+    sbatch.env("SLURM_MPI_TYPE", "pmi2").env_remove("PHALANX_JOB_TOKEN");
+    sbatch.arg(root.join("examples/slurm/bert_large.sbatch")).args(TRAINING);
+    sbatch.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let output = Owned::start(&mut sbatch).finish(DEADLINE);
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let job = said.trim().rsplit(' ').next().unwrap_or_default();
+    let log = folder.path().join(format!("bert_large-{job}.log"));
+    let log = fs::read_to_string(log).unwrap_or_default();
+    assert!(output.status.success(), "{output:?}\n{log}");
+    let metrics = folder.path().join(format!("runs/bert_large-{job}.jsonl"));
+    assert_eq!(written_losses(&metrics, "host"), of_eight());
 }
 
 #[test]
