@@ -1,6 +1,10 @@
 //! The trainer under each launcher: equal world size, equal losses, bit for bit.
 
+#[path = "../../crates/comm/tests/support/namespaces.rs"]
+#[expect(clippy::print_stderr, reason = "a skipped test is loud")]
+mod namespaces;
 mod over_mpi;
+mod several_machines;
 mod slurm;
 #[path = "../support/mod.rs"]
 mod support;
