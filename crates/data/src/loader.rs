@@ -4,11 +4,12 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::batch::{Batch, Column, MicroBatches, Pool};
+use crate::batch::{Batch, Column, Pool};
 use crate::bucketing;
 use crate::cast::to_u64;
 use crate::error::{Error, Result};
 use crate::memory::{HostMemory, Memory};
+use crate::micro_batches::MicroBatches;
 use crate::permutation;
 use crate::plan::{Builder, Job, Plan};
 use crate::prefetch::{left, Bounds, Prefetcher};
