@@ -381,6 +381,20 @@ fn a_message_need_not_be_received_before_the_next_collective() {
     run_ranks(3, messages_beside_collectives);
 }
 
+/// The receiver has everything and leaves, often before the sender's own thread has noted the end.
+#[test]
+fn a_receiver_may_leave_as_soon_as_it_has_its_message() {
+    for _ in 0..300 {
+        run_ranks(4, |mut group| {
+            let (rank, mut message) = (group.rank(), vec![1_u8; 3]);
+            match rank {
+                0 | 1 => group.send(&message, rank + 2).unwrap().wait().unwrap(),
+                _ => group.receive(&mut message[..], rank - 2).unwrap().wait().unwrap(),
+            }
+        });
+    }
+}
+
 pub(crate) fn parts(mut group: Group) {
     let (rank, ranks) = (group.rank(), group.world_size());
     let color = if rank == 3 { None } else { Some((rank % 2) as u32) };

@@ -143,7 +143,10 @@ fn send_all(peers: &Peers) {
             continue;
         };
         drop(table);
-        let result = transmit(peers, &send, &expected);
+        let result = transmit(peers, &send, &expected).map_err(|error| {
+            let during = send.call.record.to_string();
+            peers.gone_before(send.peer, u64::MAX - 1, &during).unwrap_or(error)
+        });
         send.call.finish(result.map_err(|error| peers.fail(error)));
         peers.points.wake();
         table = peers.points.table();
@@ -151,6 +154,12 @@ fn send_all(peers: &Peers) {
 }
 
 impl Table {
+    /// Whether the peer has yet to do its part of `call`.
+    fn waits(&self, call: &Call) -> bool {
+        let open = self.sends.iter().chain(&self.receives);
+        open.into_iter().any(|open| std::ptr::eq(Arc::as_ptr(&open.call), call))
+    }
+
     /// A message whose receiver is ready, and what that one expects.
     fn take_ready(&mut self) -> Option<(Open, CallRecord)> {
         let Self { sends, ready, .. } = self;
@@ -203,7 +212,8 @@ pub(crate) fn wait(peers: &Peers, peer: usize, call: &Call) -> Result<()> {
         if let Some(error) = peers.failure() {
             return Err(error);
         }
-        if peers.has_departed(peer) {
+        // A message that is being sent ends by itself: the peer may have left because it has it all.
+        if peers.has_departed(peer) && table.waits(call) {
             drop(table);
             let during = call.record.to_string();
             let gone = peers.gone_before(peer, u64::MAX - 1, &during);
