@@ -4,12 +4,12 @@
 
 use std::fs;
 use std::io::Read as _;
-use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
+
+use phalanx_comm::testing::free_ports;
 
 use super::support::Owned;
 use super::{program, skip};
@@ -164,7 +164,7 @@ fn configuration(folder: &Path) -> String {
     let host = host.trim().split('.').next().expect("a first part").to_owned();
     let user = Command::new("id").arg("-un").output().expect("id").stdout;
     let user = String::from_utf8_lossy(&user).trim().to_owned();
-    let port = free_port(1 + u16::try_from(NODES).expect("few"));
+    let port = free_ports(1 + u16::try_from(NODES).expect("few"));
     let (first, last) = (port + 1, port + u16::try_from(NODES).expect("few"));
     format!(
         "ClusterName=virtual\n\
@@ -195,17 +195,4 @@ fn configuration(folder: &Path) -> String {
          NodeName=127.0.0.[1-{NODES}] NodeHostname={host} Port=[{first}-{last}] CPUs=8\n\
          PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
     )
-}
-
-/// The first of `count` ports in a row that nobody listens on, below those that the kernel hands out.
-fn free_port(count: u16) -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    // Processes of neighbouring numbers look at the same time: each has ports of its own to begin with.
-    let start = u16::try_from(std::process::id() % 300).expect("small") * 6;
-    loop {
-        let port = 18_000 + (start + NEXT.fetch_add(count, Ordering::Relaxed)) % 2000;
-        if (port..port + count).all(|port| TcpListener::bind(("0.0.0.0", port)).is_ok()) {
-            return port;
-        }
-    }
 }

@@ -2,25 +2,11 @@
 
 mod support;
 
-use std::net::TcpListener;
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
+use phalanx_comm::testing::free_port;
 use rustix::process::Signal;
 use support::{command, sorted, Finished, Job, LIMIT};
-
-/// A port that nobody listens on. Below the range that the kernel hands out by itself (from 32768), so that
-/// no connection made meanwhile can take it before the program under test binds it.
-fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let start = u16::try_from(std::process::id() % 10_000).expect("below 10 000");
-    loop {
-        let port = 20_000 + (start + NEXT.fetch_add(1, Ordering::Relaxed)) % 10_000;
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
-}
 
 #[test]
 fn two_launchers_make_one_job() {

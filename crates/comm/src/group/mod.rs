@@ -362,6 +362,7 @@ impl Drop for Group {
             // Where this rank hosts it: no waiting for ranks that may never come back.
             store.cancel();
         }
+        self.core.peers.note_panic();
         let Some(lane) = &self.lane else { return self.core.close() };
         lane.close();
         if self.gpu.is_some() && !std::thread::panicking() {

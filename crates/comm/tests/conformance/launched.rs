@@ -1,11 +1,10 @@
 //! Ranks as processes of this test's own: the whole suite over the host backend's links.
 
 use std::io::Read;
-use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
+use phalanx_comm::testing::free_port;
 use phalanx_comm::{Backend, Group, GroupOptions, Work};
 
 use crate::CHECKS;
@@ -90,17 +89,6 @@ impl Drop for Running {
         drop(self.0.kill());
         drop(self.0.wait());
     }
-}
-
-/// Below the range that the kernel hands out by itself, so that no connection takes it meanwhile.
-pub(crate) fn free_port() -> u16 {
-    /// No two tests of this process get the same.
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let start = u16::try_from(std::process::id() % 2000).expect("below 2000");
-    (0..2000)
-        .map(|_| 30_000 + (start + NEXT.fetch_add(1, Ordering::Relaxed)) % 2000)
-        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
-        .expect("a free port")
 }
 
 /// Starts the ranks of a world of this machine; `add` completes a rank's command.

@@ -3,7 +3,9 @@
 use std::process::Command;
 use std::time::Duration;
 
-use crate::launched::{free_port, Running, ARGUMENTS, ROLE};
+use phalanx_comm::testing::free_port;
+
+use crate::launched::{Running, ARGUMENTS, ROLE};
 use crate::namespaces::{namespaces, ADDRESSES};
 
 const LIMIT: Duration = Duration::from_secs(240);

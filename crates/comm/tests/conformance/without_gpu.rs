@@ -255,7 +255,7 @@ impl Exchange {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let base = Path::new("/dev/shm");
         let base = if base.is_dir() { base.to_owned() } else { std::env::temp_dir() };
-        let folder = base.join(format!("phalanx-double-{}-{number}", std::process::id()));
+        let folder = base.join(format!("nccl-double-{}-{number}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder");
         Self(folder)
     }

@@ -89,16 +89,3 @@ fn read_all(pipe: Option<impl Read>) -> String {
     }
     String::from_utf8_lossy(&all).into_owned()
 }
-
-/// A port that nobody listens on, below the range that the kernel hands out by itself (from 32768).
-pub(crate) fn free_port() -> u16 {
-    use std::sync::atomic::{AtomicU16, Ordering};
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let start = u16::try_from(std::process::id() % 10_000).expect("below 10 000");
-    loop {
-        let port = 20_000 + (start + NEXT.fetch_add(1, Ordering::Relaxed)) % 10_000;
-        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
-}

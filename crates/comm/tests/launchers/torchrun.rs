@@ -56,7 +56,7 @@ const C10D: &[&str] = &["--standalone", "--nproc-per-node", "3"];
 #[test]
 fn static_rendezvous_and_its_restart() {
     let Some(bin) = torch() else { return };
-    let port = super::support::free_port().to_string();
+    let port = phalanx_comm::testing::free_port().to_string();
     let options = ["--nproc-per-node", "3", "--max-restarts", "1", "--master-port", &port];
     let text = torchrun(&bin, &options, &[("PHALANX_TEST_FAIL", "1")]);
     assert_attempt(&text, 0, true);
@@ -85,7 +85,7 @@ fn c10d_rendezvous_and_its_restart_without_the_agents_store() {
 #[test]
 fn rank_0_can_be_told_a_port_of_its_own() {
     let Some(bin) = torch() else { return };
-    let port = super::support::free_port().to_string();
+    let port = phalanx_comm::testing::free_port().to_string();
     let text = torchrun(&bin, C10D, &[("PHALANX_STORE_PORT", &port)]);
     assert_attempt(&text, 0, false);
 }

@@ -1,11 +1,10 @@
 //! Ranks as processes: this test binary started again, once for each rank, to run `rank_process`.
 
 use std::io::{Read, Write as _};
-use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
+use phalanx_comm::testing::free_port;
 use rustix::process::{kill_process, Pid, Signal};
 
 /// What a rank's process runs: the value of this variable.
@@ -41,19 +40,6 @@ impl Ended {
         let text = self.output.split_once(words).and_then(|(_, rest)| rest.split_once(" ns"));
         let (number, _) = text.unwrap_or_else(|| panic!("no {words}: {}", self.output));
         number.parse().expect("a number")
-    }
-}
-
-/// A port that nobody listens on. Below the range that the kernel hands out by itself (from 32768), so that
-/// no connection made meanwhile can take it before the program under test binds it.
-pub(crate) fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let start = u16::try_from(std::process::id() % 10_000).expect("below 10 000");
-    loop {
-        let port = 20_000 + (start + NEXT.fetch_add(1, Ordering::Relaxed)) % 10_000;
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
     }
 }
 

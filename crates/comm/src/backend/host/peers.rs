@@ -100,6 +100,8 @@ pub(crate) struct Peers {
     journal: Mutex<Journal>,
     /// The rank of another machine whose data is waited for; [`NOBODY`].
     awaited: AtomicUsize,
+    /// This rank's owner let the group go while it unwound from a panic.
+    panicked: AtomicBool,
     leaving: AtomicBool,
     closed: AtomicBool,
 }
@@ -144,6 +146,7 @@ impl Peers {
             returned: Mutex::default(),
             journal: Mutex::default(),
             awaited: AtomicUsize::new(NOBODY),
+            panicked: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         })
@@ -334,6 +337,13 @@ impl Peers {
         }
     }
 
+    /// The owner lets the group go. Any thread may say goodbye later: what this one is in goes along.
+    pub(crate) fn note_panic(&self) {
+        if std::thread::panicking() {
+            self.panicked.store(true, Ordering::Release);
+        }
+    }
+
     /// Says goodbye, once, and waits briefly until those on other machines have heard it: what is under
     /// way to them would be lost with the sockets of a process that ends. The group's calls are over.
     pub(crate) fn close(&self) {
@@ -341,7 +351,7 @@ impl Peers {
             return;
         }
         let completed = self.journal().completed();
-        let panicking = std::thread::panicking();
+        let panicking = self.panicked.load(Ordering::Acquire);
         match self.failure() {
             // Who has heard of it from nobody yet must not take our closed socket for the cause.
             Some(error) => self.broadcast(&Frame::Failed(error).encode()),

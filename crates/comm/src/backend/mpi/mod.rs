@@ -74,8 +74,12 @@ pub(crate) fn open(
         let peers = Arc::clone(&core.peers);
         let gives_up = move || peers.failure();
         let part = library.set_up(rank, deadline, gives_up, move || world.part(&members, tag))?;
-        // Whoever has it may fail its first call, which must not end the set-up of those who have not.
-        gather(&[])?;
+        // Whoever has it may fail its first call, which must not end the set-up of those who have not:
+        // they wait here for each other. A failure while they do is such a call's, of one who has
+        // heard from all already, and is the answer to this rank's first call.
+        if let Err(error) = gather(&[]) {
+            tracing::debug!(rank, %error, "the group failed while it was set up");
+        }
         part
     };
     Ok(lane(library, core, MpiTransport::new(library, core, communicator)))
