@@ -76,6 +76,15 @@ struct Parts {
     blocks: Vec<Option<Box<dyn Block>>>,
     samples: Vec<Sample>,
     valid: Vec<bool>,
+    counted: Counted,
+}
+
+/// What was counted while rows were filled.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counted {
+    /// The rows whose labels were counted.
+    rows: usize,
+    labels: usize,
 }
 
 /// Takes back the memory of dropped batches.
@@ -142,6 +151,7 @@ impl Batch {
         let mut parts = pool.take();
         parts.samples.clear();
         parts.valid.clear();
+        parts.counted = Counted::default();
         for (sample, valid) in samples {
             parts.samples.push(sample);
             parts.valid.push(valid);
@@ -175,6 +185,11 @@ impl Batch {
         &self.pool.columns
     }
 
+    /// The same, shared by all batches of a loader.
+    pub fn shared_columns(&self) -> Arc<[Column]> {
+        Arc::clone(&self.pool.columns)
+    }
+
     /// The elements of a column, row after row: `[rows, …shape of a row]`.
     ///
     /// # Errors
@@ -192,6 +207,17 @@ impl Batch {
             return &[];
         };
         &block.bytes()[..about.row_bytes(self.longest) * self.rows()]
+    }
+
+    /// The bytes of column number `column`, to be changed. Empty if there is no such column.
+    pub fn column_bytes_mut(&mut self, column: usize) -> &mut [u8] {
+        let rows = self.rows();
+        let (Some(Some(block)), Some(about)) =
+            (self.parts.blocks.get_mut(column), self.pool.columns.get(column))
+        else {
+            return &mut [];
+        };
+        &mut block.bytes_mut()[..about.row_bytes(self.longest) * rows]
     }
 
     /// The block that column number `column` lies in, for who has made the [`Memory`].
@@ -258,14 +284,17 @@ impl Batch {
 
     /// How many positions of `labels` count in the loss: the weight of this batch's mean loss.
     pub fn label_count(&self) -> usize {
+        if self.parts.counted.rows == self.rows() {
+            return self.parts.counted.labels;
+        }
         self.labels().iter().filter(|&&label| label != IGNORED).count()
     }
 
     /// The rows, to be filled.
     pub(crate) fn rows_mut(&mut self) -> Rows<'_> {
-        let Parts { blocks, samples, valid } = &mut self.parts;
+        let Parts { blocks, samples, valid, counted } = &mut self.parts;
         let (columns, longest) = (&self.pool.columns[..], self.longest);
-        Rows { columns, blocks, samples, valid, start: 0, longest }
+        Rows { columns, blocks, samples, valid, counted, start: 0, longest }
     }
 }
 
@@ -307,6 +336,7 @@ pub struct Rows<'a> {
     blocks: &'a mut [Option<Box<dyn Block>>],
     samples: &'a [Sample],
     valid: &'a [bool],
+    counted: &'a mut Counted,
     start: usize,
     longest: usize,
 }
@@ -345,6 +375,13 @@ impl<'a> Rows<'a> {
     /// Elements of one row of column number `column`.
     pub fn row_elements(&self, column: usize) -> usize {
         self.columns.get(column).map_or(0, |about| about.row_elements(self.longest))
+    }
+
+    /// All of these rows are filled, and so many of their labels are not [`IGNORED`]: who has just made them knows without
+    /// reading them again. Where nobody says it, [`Batch::label_count`] counts.
+    pub fn set_label_count(&mut self, labels: usize) {
+        self.counted.rows += self.len();
+        self.counted.labels += labels;
     }
 
     /// The sample of row `at` and whether it counts.
@@ -435,6 +472,7 @@ impl<'a> Rows<'a> {
             start: self.start + range.start,
             longest: self.longest,
             blocks: self.blocks,
+            counted: self.counted,
         }
     }
 
@@ -448,6 +486,7 @@ impl<'a> Rows<'a> {
             start: self.start,
             longest: self.longest,
             blocks: self.blocks,
+            counted: self.counted,
         }
     }
 }

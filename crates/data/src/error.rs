@@ -199,7 +199,7 @@ pub enum Error {
         block: u64,
         /// Where the block starts in the file.
         offset: u64,
-        /// The checksum in the index.
+        /// The checksum that was recorded.
         expected: u32,
         /// The checksum of what was read.
         actual: u32,

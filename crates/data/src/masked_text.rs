@@ -141,6 +141,7 @@ impl Samples for MaskedText {
         let rows_of = |all| <[i64]>::chunks_exact_mut(all, self.sequence_len);
         let places = samples.iter().zip(valid);
         let content = self.sequence_len - FRAME;
+        let mut label_count = 0;
         for (at, ((&sample, &is_valid), (input_ids, labels))) in
             places.zip(rows_of(all_ids).zip(rows_of(all_labels))).enumerate()
         {
@@ -149,11 +150,14 @@ impl Samples for MaskedText {
                 self.stream.expect(later.id.saturating_mul(to_u64(content)), content);
             }
             self.read_unmasked(sample.id, input_ids, scratch)?;
-            self.masker.apply(seed, sample, input_ids, labels);
-            if !is_valid {
+            let count = self.masker.apply(seed, sample, input_ids, labels);
+            if is_valid {
+                label_count += count;
+            } else {
                 labels.fill(IGNORED);
             }
         }
+        rows.set_label_count(label_count);
         Ok(())
     }
 }

@@ -115,18 +115,26 @@ impl Masker {
         self
     }
 
-    /// Masks `input_ids` in place and writes `labels`. Both have the sample's length.
+    /// Masks `input_ids` in place and writes `labels`. Both have the sample's length. Gives the number of labels that are not
+    /// [`IGNORED`].
     ///
     /// # Determinism
     /// A pure function of the arguments.
-    pub fn apply(&self, seed: u64, sample: Sample, input_ids: &mut [i64], labels: &mut [i64]) {
+    pub fn apply(
+        &self,
+        seed: u64,
+        sample: Sample,
+        input_ids: &mut [i64],
+        labels: &mut [i64],
+    ) -> usize {
         debug_assert_eq!(input_ids.len(), labels.len());
         let key = [seed, sample.epoch, sample.id];
         let mut choice = Stream::keyed(PURPOSE_CHOICE, &key);
         let mut replacement = Stream::keyed(PURPOSE_REPLACEMENT, &key);
         labels.fill(IGNORED);
         if let Some(words) = &self.words {
-            return self.apply_to_words(&key, words, input_ids, labels);
+            self.apply_to_words(&key, words, input_ids, labels);
+            return labels.iter().filter(|&&label| label != IGNORED).count();
         }
         let mut chosen_count = 0;
         for (ids, marks) in input_ids.chunks_mut(64).zip(labels.chunks_mut(64)) {
@@ -147,7 +155,9 @@ impl Masker {
         }
         if chosen_count == 0 {
             self.choose_one(&key, input_ids, labels, &mut replacement);
+            return labels.iter().filter(|&&label| label != IGNORED).count();
         }
+        chosen_count
     }
 
     fn apply_to_words(

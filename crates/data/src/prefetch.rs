@@ -7,6 +7,7 @@
 use std::any::Any;
 use std::collections::VecDeque;
 use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -20,6 +21,10 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// A thread in the middle of a read is given so long to finish when the loader is dropped; then it is left to itself.
 const CLOSING_MAX: Duration = Duration::from_secs(5);
+
+/// A consumer looks for so long before it sleeps: waking takes as long as a batch is in the making. Between two looks others
+/// may run.
+const LOOKS_MAX: Duration = Duration::from_micros(100);
 
 /// Bounds of the queue.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +41,8 @@ struct Shared {
     filled: Condvar,
     /// A batch was taken, or the loader is gone.
     taken: Condvar,
+    /// The batch that is taken next is there. Says what the queue says, for who does not hold it.
+    ready: AtomicBool,
 }
 
 struct Queue {
@@ -47,6 +54,9 @@ struct Queue {
     taken: u64,
     bytes: usize,
     threads: usize,
+    /// Consumers and threads that sleep: who changes something wakes nobody else.
+    consumers_asleep: usize,
+    threads_asleep: usize,
     closed: bool,
 }
 
@@ -71,6 +81,8 @@ impl Prefetcher {
             taken: 0,
             bytes: 0,
             threads: 0,
+            consumers_asleep: 0,
+            threads_asleep: 0,
             closed: false,
         };
         let shared = Arc::new(Shared {
@@ -79,6 +91,7 @@ impl Prefetcher {
             queue: Mutex::new(queue),
             filled: Condvar::new(),
             taken: Condvar::new(),
+            ready: AtomicBool::new(false),
         });
         let mut prefetcher = Prefetcher { shared, threads: Vec::with_capacity(threads) };
         for number in 0..threads {
@@ -101,14 +114,20 @@ impl Prefetcher {
 
     /// The next batch, in order. Waits at most `timeout`.
     pub(crate) fn next(&self, timeout: Duration) -> Result<Batch> {
-        let waiting =
-            |queue: &mut Queue| queue.slots.front().is_none_or(|slot| slot.result.is_none());
-        let queue = self.shared.lock();
-        let (mut queue, _) = self
-            .shared
-            .filled
-            .wait_timeout_while(queue, timeout, waiting)
-            .unwrap_or_else(PoisonError::into_inner);
+        let looking = Instant::now();
+        let limit = LOOKS_MAX.min(timeout);
+        while !self.shared.ready.load(Ordering::Acquire) && looking.elapsed() < limit {
+            std::thread::yield_now();
+        }
+        let mut queue = self.shared.lock();
+        if !queue.is_ready() {
+            queue.consumers_asleep += 1;
+            let rest = left(looking, timeout);
+            let waited =
+                self.shared.filled.wait_timeout_while(queue, rest, |queue| !queue.is_ready());
+            queue = waited.unwrap_or_else(PoisonError::into_inner).0;
+            queue.consumers_asleep -= 1;
+        }
         let done = match queue.slots.front_mut() {
             Some(slot) => slot.result.take().map(|result| (slot.job, result)),
             None => None,
@@ -121,8 +140,20 @@ impl Prefetcher {
         queue.slots.pop_front();
         queue.taken += 1;
         queue.bytes -= self.shared.plan.bytes(job);
-        self.shared.taken.notify_one();
+        self.shared.ready.store(queue.is_ready(), Ordering::Release);
+        let asleep = queue.threads_asleep;
+        drop(queue);
+        if asleep > 0 {
+            self.shared.taken.notify_one();
+        }
         result
+    }
+}
+
+impl Queue {
+    /// Whether the batch that is taken next is there.
+    fn is_ready(&self) -> bool {
+        self.slots.front().is_some_and(|slot| slot.result.is_some())
     }
 }
 
@@ -163,7 +194,12 @@ impl Shared {
                 slot.result = Some(result);
             }
             if index == 0 {
-                self.filled.notify_all();
+                self.ready.store(true, Ordering::Release);
+                let asleep = queue.consumers_asleep;
+                drop(queue);
+                if asleep > 0 {
+                    self.filled.notify_all();
+                }
             }
         }
         self.lock().threads -= 1;
@@ -191,8 +227,10 @@ impl Shared {
                 queue.slots.push_back(Slot { job, result: None });
                 return Some((queue.taken + crate::cast::to_u64(queue.slots.len()) - 1, job));
             }
+            queue.threads_asleep += 1;
             let waited = self.taken.wait_timeout(queue, LOOK_AGAIN);
             queue = waited.unwrap_or_else(PoisonError::into_inner).0;
+            queue.threads_asleep -= 1;
         }
     }
 }

@@ -5,11 +5,11 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
-use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 use crate::format::bytes::{Access, Bytes};
+use crate::format::checked::Checked;
 use crate::format::files::Listed;
-use crate::format::{Index, ShardEntry, TokenStream, BLOCK_BYTES};
+use crate::format::{Index, ShardEntry, TokenStream};
 use crate::pool::in_pool;
 use crate::progress::{Event, Progress, Stage};
 use crate::records::{RecordIndex, RecordShard, Records};
@@ -59,49 +59,50 @@ pub fn verify(
 /// Compares all blocks of all files. Must run in a rayon pool.
 fn check(folder: &Path, listed: &[Listed<'_>], progress: &dyn Progress) -> Verified {
     let total_bytes = listed.iter().map(|file| file.file_bytes).sum();
-    let block_count = listed.iter().map(|file| to_u64(file.crc32c.len())).sum();
     progress.report(Event::Begin { stage: Stage::Verifying, total_bytes });
-    let opened: Vec<Result<Bytes>> = listed
+    let opened: Vec<Result<Checked>> = listed
         .iter()
-        .map(|file| Bytes::open(&folder.join(file.file), Access::Read, Some(file.file_bytes)))
+        .map(|file| {
+            let path = folder.join(file.file);
+            let bytes = Bytes::open(&path, Access::Read, Some(file.file_bytes))?;
+            Ok(Checked::new(bytes, file.crc32c))
+        })
         .collect();
-    let blocks: Vec<(usize, usize)> = listed
+    let blocks: Vec<(usize, &Checked, u64)> = opened
         .iter()
         .enumerate()
-        .filter(|(at, _)| opened[*at].is_ok())
-        .flat_map(|(at, file)| (0..file.crc32c.len()).map(move |block| (at, block)))
+        .filter_map(|(at, file)| Some((at, file.as_ref().ok()?)))
+        .flat_map(|(at, file)| (0..file.block_count()).map(move |block| (at, file, block)))
         .collect();
-    let damaged: Vec<(usize, Error)> = blocks
+    let mut damage: Vec<(usize, Error)> = blocks
         .par_iter()
-        .map_init(Vec::new, |scratch, &(at, block)| {
-            let Ok(file) = &opened[at] else { return None };
-            let error = check_block(file, block, listed[at].crc32c[block], scratch).err();
-            let start = to_u64(block * BLOCK_BYTES);
-            let bytes = file.len().saturating_sub(start).min(to_u64(BLOCK_BYTES));
+        .map_init(Vec::new, |scratch, &(at, file, block)| {
+            let error = file.check_block(block, scratch, &"everything").err();
+            let range = file.block(block);
+            let bytes = range.end - range.start;
             progress.report(Event::Advance { stage: Stage::Verifying, bytes });
             error.map(|error| (at, error))
         })
         .flatten_iter()
         .collect();
     progress.report(Event::End { stage: Stage::Verifying });
-    let mut damage = damaged;
+    let block_count = crate::cast::to_u64(blocks.len());
     let unopened = opened.into_iter().enumerate();
     damage.extend(unopened.filter_map(|(at, file)| file.err().map(|error| (at, error))));
     // Stable: blocks of one file stay in their order.
     damage.sort_by_key(|(at, _)| *at);
+    // A page of checksums is found damaged by each of its blocks.
+    damage.dedup_by(|(at, error), (before_at, before)| {
+        at == before_at && place(error).is_some() && place(error) == place(before)
+    });
     let damage = damage.into_iter().map(|(_, error)| error).collect();
     Verified { file_count: listed.len(), block_count, bytes: total_bytes, damage }
 }
 
-fn check_block(file: &Bytes, block: usize, expected: u32, scratch: &mut Vec<u8>) -> Result<()> {
-    let offset = to_u64(block * BLOCK_BYTES);
-    let len = to_usize((file.len() - offset).min(to_u64(BLOCK_BYTES)));
-    let actual = crc32c::crc32c(file.read(offset, len, scratch)?);
-    file.check(offset..offset + to_u64(len))?;
-    if actual == expected {
-        return Ok(());
+/// Where a damaged block begins.
+fn place(error: &Error) -> Option<u64> {
+    match error {
+        Error::Damaged { offset, .. } => Some(*offset),
+        _ => None,
     }
-    let (path, block) = (file.path().to_path_buf(), to_u64(block));
-    let reading = "everything".to_owned();
-    Err(Error::Damaged { path, block, offset, expected, actual, reading })
 }

@@ -98,13 +98,19 @@ pub(crate) fn current_stream(device: Device) -> Result<Stream> {
     Ok(Stream(usize::try_from(handle).unwrap_or(0)))
 }
 
-/// `c10::ScalarType`'s number of a kind that the flat storage holds.
+/// `c10::ScalarType`'s number of a kind that flat storage or a column of data holds.
 fn scalar_type(kind: Kind) -> i32 {
     match kind {
+        Kind::Uint8 => 0,
+        Kind::Int8 => 1,
+        Kind::Int16 => 2,
+        Kind::Int => 3,
+        Kind::Int64 => 4,
         Kind::Half => 5,
         Kind::Double => 7,
+        Kind::Bool => 11,
         Kind::BFloat16 => 15,
-        _ => 6, // f32: `Flat` lets only these four through
+        _ => 6, // f32: `Flat` and `feed` let no others through
     }
 }
 

@@ -78,7 +78,21 @@ fn a_tensor_stays_as_it_is_when_its_memory_is_used_again() {
     for _ in 0..5 {
         drop(feed.next_step().unwrap());
     }
+    drop(feed);
     assert_eq!(Vec::<i64>::try_from(&first).unwrap(), [4, 5, 6, 7]);
+}
+
+#[test]
+fn what_is_done_to_a_tensor_stays_in_it() {
+    let mut feed = Feed::new(samples(50), options(), Device::Cpu).unwrap();
+    let step = feed.next_step().unwrap();
+    let batch = &step.micro_batches[0];
+    drop(batch.get("labels").unwrap().shallow_clone().fill_(-1));
+    assert_eq!(batch.get("labels").unwrap(), &Tensor::from_slice(&[-1_i64; 4]));
+    assert_eq!(batch.get("features").unwrap().double_value(&[1, 3]), 2.5);
+    let next = feed.next_step().unwrap();
+    let labels = Vec::<i64>::try_from(next.micro_batches[0].get("labels").unwrap());
+    assert_eq!(labels.unwrap(), [12, 13, 14, 15]);
 }
 
 #[test]

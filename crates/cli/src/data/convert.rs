@@ -28,7 +28,7 @@ pub(crate) struct ConvertArgs {
     #[command(flatten)]
     reading: ReadingArgs,
     /// A shard is closed at the first end of a document after so many bytes of tokens.
-    #[arg(long, value_name = "BYTES", default_value_t = 256 << 20)]
+    #[arg(long, value_name = "BYTES", default_value_t = 1 << 30)]
     shard_bytes: u64,
     #[command(flatten)]
     threads: Threads,

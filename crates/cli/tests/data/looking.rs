@@ -12,7 +12,7 @@ fn inspect_shows_what_is_there_and_some_of_it() {
     assert!(index.shards.len() > 1, "several shards");
     let out = phalanx(&["data", "inspect", text(&target), "--sample", "3"]).good();
     for part in [
-        "phalanx-tokens 1, by phalanx-data",
+        "phalanx-tokens 2, by phalanx-data",
         "documents    4\n",
         "cls 2",
         "sep 3",

@@ -29,7 +29,7 @@ fn records_are_shown_checked_and_timed() {
     let path = text(&target);
     let shown = phalanx(&["data", "inspect", path, "--sample", "2"]).good();
     for part in [
-        "phalanx-records 1",
+        "phalanx-records 2",
         "records      400\n",
         "x I64 [4]",
         "y U8 of any length",

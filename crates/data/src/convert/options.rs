@@ -96,7 +96,7 @@ impl Default for ConvertOptions {
             document: Document::File,
             end_token: None,
             bad_lines: BadLines::Refuse,
-            shard_bytes: 256 << 20,
+            shard_bytes: 1 << 30,
             threads: None,
             restart: false,
         }

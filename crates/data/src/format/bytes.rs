@@ -51,8 +51,9 @@ impl Bytes {
         if offset.checked_add(to_u64(len)).is_none_or(|end| end > self.len) {
             return Err(self.short(offset, len));
         }
-        if self.source.mapped().is_some() {
-            return self.mapped(offset, len).ok_or_else(|| self.short(offset, len));
+        if let Some(all) = self.source.mapped() {
+            let start = to_usize(offset);
+            return all.get(start..start + len).ok_or_else(|| self.short(offset, len));
         }
         if scratch.len() < len {
             scratch.resize(len, 0);

@@ -112,6 +112,32 @@ pub(crate) struct Tensor {
     pub(crate) element_bytes: usize,
 }
 
+/// As [`encode`], for a file whose tensors of `data_bytes` are followed by the checksums of its blocks. Their number depends on the
+/// length of the header and the header on their number: it grows until they agree.
+pub(crate) fn encode_sealed(
+    tensors: &mut Vec<Tensor>,
+    metadata: &[(&str, String)],
+    data_bytes: u64,
+) -> Vec<u8> {
+    let mut start = DATA_START;
+    loop {
+        tensors.push(super::files::checksum_tensor(to_u64(start) + data_bytes));
+        let header = encode(tensors, metadata);
+        if header.len() <= start {
+            return padded(header, start);
+        }
+        tensors.pop();
+        start = header.len();
+    }
+}
+
+/// The header with more spaces at its end, so that data start at `start`.
+fn padded(mut header: Vec<u8>, start: usize) -> Vec<u8> {
+    header.resize(start, b' ');
+    header[..LENGTH_BYTES].copy_from_slice(&to_u64(start - LENGTH_BYTES).to_le_bytes());
+    header
+}
+
 /// A header for tensors in the order of their data, padded with spaces so that data start at a multiple of [`DATA_START`].
 pub(crate) fn encode(tensors: &[Tensor], metadata: &[(&str, String)]) -> Vec<u8> {
     let mut fields = serde_json::Map::new();

@@ -18,14 +18,13 @@ pub(crate) const INDEX_FILE: &str = "index.json";
 pub(crate) const TOKENIZER_FILE: &str = "tokenizer.json";
 
 const FORMAT: &str = "phalanx-tokens";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
-/// Bytes of a block with a checksum of its own: small enough to verify on first touch, large enough that the index stays small
-/// (4 bytes per MiB).
+/// Bytes of a block with a checksum of its own: small enough to verify on first touch.
 pub(crate) const BLOCK_BYTES: usize = 1 << 20;
 
-/// An index of so many bytes describes some 10^13 tokens; more is not an index.
-pub(crate) const INDEX_BYTES_MAX: u64 = 256 << 20;
+/// An index has some hundred bytes a shard; more is not an index.
+pub(crate) const INDEX_BYTES_MAX: u64 = 64 << 20;
 
 /// Element type of tokens on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -142,7 +141,7 @@ pub struct ShardEntry {
     pub token_count: u64,
     /// Documents in it.
     pub document_count: u64,
-    /// CRC-32C of each block of the file; the last one may be shorter.
+    /// CRC-32C of each 4096 bytes of the file's last tensor, which holds the CRC-32C of each block of the file before it.
     pub crc32c: Vec<u32>,
 }
 
@@ -284,7 +283,7 @@ impl Index {
     }
 
     fn content_fingerprint(&self) -> Fingerprint {
-        let mut sum = Fingerprinter::new("phalanx-tokens 1")
+        let mut sum = Fingerprinter::new("phalanx-tokens 2")
             .number(u64::from(self.vocab_size))
             .number(self.tokenizer.0);
         sum = self.special.add_to(sum);

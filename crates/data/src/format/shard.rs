@@ -42,6 +42,8 @@ impl Shard {
             let (name, actual) = ("doc_offsets".to_owned(), format!("{:?}", offsets.dtype));
             return Err(Error::WrongDType { path, name, expected: "U64", actual });
         }
+        let checked = Checked::new(bytes, &entry.crc32c);
+        checked.check_header(&header)?;
         let documents = entry.document_count.saturating_add(1);
         let tensors =
             [(&tokens, "tokens", entry.token_count), (&offsets, "doc_offsets", documents)];
@@ -53,7 +55,7 @@ impl Shard {
             }
         }
         Ok(Shard {
-            checked: Checked::new(bytes, &entry.crc32c),
+            checked,
             dtype,
             token_start: tokens.start,
             token_count: entry.token_count,

@@ -7,7 +7,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{BufWriter, Seek, Write};
 use std::path::{Path, PathBuf};
 
-use super::files::{checksums, partial_path, publish, write_synced};
+use super::files::{partial_path, publish, seal, write_synced};
 use super::header::{self, Tensor, DATA_START};
 use super::index::{
     Index, ShardEntry, SpecialTokens, TokenDType, BLOCK_BYTES, INDEX_FILE, TOKENIZER_FILE,
@@ -275,8 +275,10 @@ impl ShardWriter {
             shape: vec![self.doc_offsets.len()],
             element_bytes: size_of::<u64>(),
         };
-        let header = header::encode(
-            &[tokens, offsets_tensor],
+        let element = to_u64(self.dtype.bytes());
+        let data_bytes = self.token_count * element + to_u64(offsets.len());
+        let header = header::encode_sealed(
+            &mut vec![tokens, offsets_tensor],
             &[
                 ("creator", concat!("phalanx-data ", env!("CARGO_PKG_VERSION")).to_owned()),
                 ("tokenizer", about.tokenizer.to_string()),
@@ -286,6 +288,7 @@ impl ShardWriter {
                     special.document_end().map_or_else(String::new, |id| id.to_string()),
                 ),
             ],
+            data_bytes,
         );
         if header.len() != DATA_START {
             let reason = format!("a header of {} bytes does not fit {DATA_START}", header.len());
@@ -295,8 +298,7 @@ impl ShardWriter {
         let mut file = self.file.into_inner().map_err(|error| failed(error.into_error()))?;
         file.rewind().map_err(failed)?;
         file.write_all(&header).map_err(failed)?;
-        file.sync_all().map_err(Error::io("sync", &self.path))?;
-        let (file_bytes, crc32c) = checksums(&mut file, &self.path)?;
+        let (file_bytes, crc32c) = seal(&mut file, &self.path)?;
         Ok(ShardEntry {
             file: self.name,
             file_bytes,

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
+use crate::format::checked::CHECKSUMS;
 
 #[cfg(not(target_endian = "little"))]
 compile_error!("records are written as they lie in memory, and files are little-endian");
@@ -63,7 +64,7 @@ pub(crate) fn check(fields: &[Field]) -> std::result::Result<(), String> {
     }
     let mut names = Vec::new();
     for field in fields {
-        if field.name.is_empty() || field.name == "__metadata__" {
+        if ["", "__metadata__", CHECKSUMS].contains(&&*field.name) {
             return Err(format!("`{}` cannot be the name of a field", field.name));
         }
         let bytes = field.elements().and_then(|count| count.checked_mul(field.dtype.bytes()));
@@ -125,7 +126,9 @@ mod tests {
         refused(&[image(), image()], "two fields are called `image`");
         let clash = [Field::variable("a", DType::U8), Field::fixed("a.offsets", DType::U8, [])];
         refused(&clash, "a.offsets");
-        refused(&[Field::fixed("", DType::U8, [])], "cannot be the name");
+        for name in ["", "block_crc32c"] {
+            refused(&[Field::fixed(name, DType::U8, [])], "cannot be the name");
+        }
         refused(&[Field::fixed("x", DType::U8, [usize::MAX, 2])], "too large");
         assert_eq!(Field::fixed("x", DType::U8, []).elements(), Some(1));
     }

@@ -13,7 +13,7 @@ use crate::format::files::Listed;
 use crate::format::{BLOCK_BYTES, INDEX_BYTES_MAX, INDEX_FILE};
 
 const FORMAT: &str = "phalanx-records";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// One shard of records.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,7 +24,7 @@ pub struct RecordShard {
     pub file_bytes: u64,
     /// Records in it.
     pub record_count: u64,
-    /// CRC-32C of each block of the file; the last one may be shorter.
+    /// CRC-32C of each 4096 bytes of the file's last tensor, which holds the CRC-32C of each block of the file before it.
     pub crc32c: Vec<u32>,
 }
 
@@ -126,7 +126,7 @@ impl RecordIndex {
     }
 
     fn content_fingerprint(&self) -> Fingerprint {
-        let mut sum = Fingerprinter::new("phalanx-records 1");
+        let mut sum = Fingerprinter::new("phalanx-records 2");
         for field in &self.fields {
             sum = sum.bytes(field.name.as_bytes()).bytes(field.dtype.name().as_bytes());
             sum = sum.bytes(format!("{:?}", field.shape).as_bytes());

@@ -177,7 +177,9 @@ impl Shard {
                 }
             })
             .collect::<Result<_>>()?;
-        Ok(Shard { checked: Checked::new(bytes, &entry.crc32c), columns })
+        let checked = Checked::new(bytes, &entry.crc32c);
+        checked.check_header(&header)?;
+        Ok(Shard { checked, columns })
     }
 
     /// The elements of a record in a variable column, counted within the shard.

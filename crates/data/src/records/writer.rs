@@ -9,7 +9,7 @@ use super::index::{RecordIndex, RecordShard};
 use crate::cast::to_u64;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::format::files::{checksums, partial_path, publish, write_synced};
+use crate::format::files::{partial_path, publish, seal, write_synced};
 use crate::format::header::{self, Tensor};
 use crate::format::INDEX_FILE;
 
@@ -123,9 +123,10 @@ impl RecordWriter {
         }
         // Larger elements first: each tensor then starts at a multiple of its element's size.
         tensors.sort_by_key(|(tensor, _)| std::cmp::Reverse(tensor.element_bytes));
-        let heads: Vec<Tensor> = tensors.iter().map(|(tensor, _)| tensor.clone()).collect();
+        let mut heads: Vec<Tensor> = tensors.iter().map(|(tensor, _)| tensor.clone()).collect();
         let creator = concat!("phalanx-data ", env!("CARGO_PKG_VERSION")).to_owned();
-        let header = header::encode(&heads, &[("creator", creator)]);
+        let value_bytes: u64 = tensors.iter().map(|(_, bytes)| to_u64(bytes.len())).sum();
+        let header = header::encode_sealed(&mut heads, &[("creator", creator)], value_bytes);
         let mut out = OpenOptions::new()
             .create_new(true)
             .read(true)
@@ -136,8 +137,7 @@ impl RecordWriter {
         for (_, bytes) in &tensors {
             out.write_all(bytes).map_err(failed)?;
         }
-        out.sync_all().map_err(Error::io("sync", &path))?;
-        let (file_bytes, crc32c) = checksums(&mut out, &path)?;
+        let (file_bytes, crc32c) = seal(&mut out, &path)?;
         self.done.push(RecordShard { file, file_bytes, record_count: self.records, crc32c });
         for column in &mut self.columns {
             column.values.clear();

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::process::Resource;
 use serde::{Deserialize, Serialize};
 
 use super::file::ReadFile;
@@ -48,9 +49,23 @@ impl Folder for LocalFolder {
     }
 }
 
+/// Opens a file. A large data set has more shards than a process may have open by default: the limit is raised when it is met.
+fn open_one_more(path: &Path) -> std::io::Result<File> {
+    let too_many = rustix::io::Errno::MFILE.raw_os_error();
+    match File::open(path) {
+        Err(error) if error.raw_os_error() == Some(too_many) => {
+            let mut limit = rustix::process::getrlimit(Resource::Nofile);
+            limit.current = limit.maximum;
+            rustix::process::setrlimit(Resource::Nofile, limit)?;
+            File::open(path)
+        }
+        result => result,
+    }
+}
+
 /// Opens a regular file.
 pub(crate) fn open_file(path: &Path, access: Access) -> Result<Arc<dyn Source>> {
-    let file = File::open(path).map_err(Error::io("open", path))?;
+    let file = open_one_more(path).map_err(Error::io("open", path))?;
     let metadata = file.metadata().map_err(Error::io("read the size of", path))?;
     if !metadata.is_file() {
         let cause = std::io::Error::other("not a regular file");

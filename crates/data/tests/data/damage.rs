@@ -66,6 +66,29 @@ fn a_flipped_bit_is_an_error_that_names_shard_block_and_sample() {
 }
 
 #[test]
+fn damaged_checksums_are_told_apart_from_damaged_tokens() {
+    for access in [Access::Read, Access::Map] {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("tokens");
+        write_tokens(&target, 15_000, 500, 1 << 30);
+        let path = shard(&target, 0);
+        let len = fs::metadata(&path).unwrap().len();
+        let byte = *fs::read(&path).unwrap().last().unwrap();
+        overwrite(&path, len - 1, &[byte ^ 1]);
+        match first_error(&target, access) {
+            Some((0, Error::Damaged { path: named, offset, reading, .. })) => {
+                assert_eq!(named, path);
+                assert_eq!(offset, len - len.div_ceil(1 << 20) * 4);
+                assert_eq!(reading, "the checksums of other blocks");
+            }
+            other => panic!("{other:?}"),
+        }
+        let found = phalanx_data::verify(&target, None, &phalanx_data::progress::Silent).unwrap();
+        assert_eq!(found.damage.len(), 1, "{:?}", found.damage);
+    }
+}
+
+#[test]
 fn a_damaged_block_reaches_the_trainer_through_the_loader() {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("tokens");
@@ -138,8 +161,8 @@ fn an_index_that_contradicts_itself_is_refused_with_a_reason() {
     let path = target.join("index.json");
     let good = fs::read_to_string(&path).unwrap();
     let cases = [
-        ("phalanx-tokens", "other-tokens", "format other-tokens version 1"),
-        ("\"version\": 1", "\"version\": 9", "version 9"),
+        ("phalanx-tokens", "other-tokens", "format other-tokens version 2"),
+        ("\"version\": 2", "\"version\": 9", "version 9"),
         ("\"dtype\": \"U16\"", "\"dtype\": \"U32\"", "does not fit a vocabulary"),
         ("\"mask\": 4", "\"mask\": 4000", "outside the vocabulary"),
         ("\"block_bytes\": 1048576", "\"block_bytes\": 0", "blocks of 0 bytes"),

@@ -79,7 +79,7 @@ impl Copies {
         let mut micro_batches = Vec::with_capacity(source.len());
         let (mut targets, mut copies) = (Vec::new(), Vec::new());
         for batch in &source {
-            let mut columns = Vec::with_capacity(batch.columns().len());
+            let mut of_batch = Vec::with_capacity(batch.columns().len());
             for (at, column) in batch.columns().iter().enumerate() {
                 let options = (tensors::kind(column)?, device);
                 let tensor = Tensor::f_empty(batch.column_shape(at), options)?;
@@ -87,9 +87,9 @@ impl Copies {
                 debug_assert!(batch.block(at).is_none_or(is_pinned));
                 copies.push((bytes, tensor.data_ptr() as u64));
                 targets.push(tensor.shallow_clone());
-                columns.push(tensor);
+                of_batch.push(tensor);
             }
-            micro_batches.push(TensorBatch::new(batch, columns));
+            micro_batches.push(TensorBatch { tensors: of_batch, ..TensorBatch::about(batch) });
         }
         let stream = current_stream(device)?;
         // SAFETY: the batches and the tensors' memory, of exactly these sizes, are kept in the arrival until the upload is

@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use phalanx_data::{Batch, Loader, LoaderOptions, LoaderState, Position, Sample, Samples};
+use phalanx_data::{Batch, Column, Loader, LoaderOptions, LoaderState, Position, Sample, Samples};
 use tch::{Device, Tensor};
 
 use crate::error::Result;
@@ -19,7 +19,8 @@ use gpu::Copies;
 /// A micro-batch as tensors.
 #[derive(Debug)]
 pub struct TensorBatch {
-    columns: Vec<(String, Tensor)>,
+    columns: Arc<[Column]>,
+    tensors: Vec<Tensor>,
     samples: Vec<Sample>,
     valid: Vec<bool>,
     label_count: usize,
@@ -31,16 +32,16 @@ impl TensorBatch {
     /// # Errors
     /// [`phalanx_data::Error::NoColumn`] if there is none of that name.
     pub fn get(&self, name: &str) -> Result<&Tensor> {
-        let found = self.columns.iter().find(|(own, _)| own == name);
+        let found = self.columns().find(|(own, _)| *own == name);
         found.map(|(_, tensor)| tensor).ok_or_else(|| {
-            let present = self.columns.iter().map(|(own, _)| own.clone()).collect();
+            let present = self.columns().map(|(own, _)| own.to_owned()).collect();
             phalanx_data::Error::NoColumn { name: name.to_owned(), dtype: "any", present }.into()
         })
     }
 
     /// All columns with their names.
     pub fn columns(&self) -> impl Iterator<Item = (&str, &Tensor)> {
-        self.columns.iter().map(|(name, tensor)| (&name[..], tensor))
+        self.columns.iter().map(|column| &*column.name).zip(&self.tensors)
     }
 
     /// Which sample each row is.
@@ -58,10 +59,11 @@ impl TensorBatch {
         self.label_count
     }
 
-    fn new(batch: &Batch, tensors: Vec<Tensor>) -> Self {
-        let names = batch.columns().iter().map(|column| column.name.to_string());
+    /// All but the tensors.
+    fn about(batch: &Batch) -> Self {
         TensorBatch {
-            columns: names.zip(tensors).collect(),
+            columns: batch.shared_columns(),
+            tensors: Vec::new(),
             samples: batch.samples().to_vec(),
             valid: batch.valid().to_vec(),
             label_count: batch.label_count(),
@@ -155,13 +157,13 @@ impl Feed {
         let Some(copies) = &self.copies else {
             let step = self.loader.next_step()?;
             self.state = self.loader.state();
-            let of = |batch: &Batch| Ok(TensorBatch::new(batch, tensors::on_cpu(batch)?));
-            return Ok(TensorStep {
-                start: step.start,
-                data_wait: step.data_wait,
-                weight: step.weight(),
-                micro_batches: step.micro_batches.iter().map(of).collect::<Result<_>>()?,
-            });
+            let (start, data_wait, weight) = (step.start, step.data_wait, step.weight());
+            let of = |batch: Batch| {
+                let about = TensorBatch::about(&batch);
+                Ok(TensorBatch { tensors: tensors::on_cpu(batch)?, ..about })
+            };
+            let micro_batches = step.micro_batches.into_iter().map(of).collect::<Result<_>>()?;
+            return Ok(TensorStep { start, data_wait, weight, micro_batches });
         };
         let mut waited = Duration::ZERO;
         while self.ahead.len() <= AHEAD && (self.ahead.is_empty() || !self.loader.is_at_end()) {

@@ -1,9 +1,14 @@
 //! Columns as tensors.
+#![expect(unsafe_code, reason = "gate: tensors over the memory of batches")]
+
+use std::any::Any;
+use std::sync::Arc;
 
 use phalanx_data::{Batch, Column, DType};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
+use crate::shim::tensor_over_memory;
 
 /// The kind of tensor that holds a column.
 pub(super) fn kind(column: &Column) -> Result<Kind> {
@@ -35,11 +40,24 @@ pub(super) fn check(columns: &[Column]) -> Result<()> {
     columns.iter().try_for_each(|column| kind(column).map(drop))
 }
 
-/// Copies a batch into tensors.
-pub(super) fn on_cpu(batch: &Batch) -> Result<Vec<Tensor>> {
+/// A batch as tensors over its own memory, which goes back to the loader when the last of them is gone.
+pub(super) fn on_cpu(mut batch: Batch) -> Result<Vec<Tensor>> {
+    let memory: Vec<(*mut u8, usize)> = (0..batch.columns().len())
+        .map(|at| {
+            let bytes = batch.column_bytes_mut(at);
+            (bytes.as_mut_ptr(), bytes.len())
+        })
+        .collect();
+    let batch = Arc::new(batch);
     let tensor = |(at, column): (usize, &Column)| {
-        let shape = batch.column_shape(at);
-        Ok(Tensor::f_from_data_size(batch.column_bytes(at), &shape, kind(column)?)?)
+        let ((start, bytes), kind) = (memory[at], kind(column)?);
+        let keep_alive: Box<dyn Any + Send> = Box::new(Arc::clone(&batch));
+        let len = bytes / column.dtype.bytes();
+        // SAFETY: the memory of the column, aligned to 64 bytes, of exactly this size. It stays where it is while the batch
+        // lives, which `keep_alive` sees to, and nobody reads or writes it but through the tensor: the batch itself is
+        // in nobody else's hands.
+        let flat = unsafe { tensor_over_memory(start.cast(), len, kind, Device::Cpu, keep_alive) }?;
+        Ok(flat.f_view(&batch.column_shape(at)[..])?)
     };
     batch.columns().iter().enumerate().map(tensor).collect()
 }
