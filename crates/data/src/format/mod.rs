@@ -20,6 +20,7 @@ mod index;
 mod megatron;
 mod shard;
 mod tokens;
+mod widen;
 mod writer;
 
 pub use bytes::Access;

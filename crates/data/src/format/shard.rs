@@ -10,6 +10,7 @@ use super::bytes::Bytes;
 use super::checked::Checked;
 use super::header::Header;
 use super::index::{ShardEntry, TokenDType};
+use super::widen::widen_u16;
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 use crate::prefetch_lines::prefetch_lines;
@@ -106,15 +107,7 @@ impl Shard {
         self.verify(offset..offset + to_u64(len), scratch, reading)?;
         let bytes = self.checked.bytes.read(offset, len, &mut scratch.bytes)?;
         let largest = match self.dtype {
-            TokenDType::U16 => {
-                let tokens = bytes.as_chunks::<2>().0;
-                // Two plain loops: each becomes a few vector instructions.
-                let largest = tokens.iter().map(|le| u16::from_le_bytes(*le)).max();
-                for (token, le) in out.iter_mut().zip(tokens) {
-                    *token = i64::from(u16::from_le_bytes(*le));
-                }
-                u32::from(largest.unwrap_or(0))
-            }
+            TokenDType::U16 => u32::from(widen_u16(bytes.as_chunks::<2>().0, out)),
             TokenDType::U32 => {
                 let tokens = bytes.as_chunks::<4>().0;
                 for (token, le) in out.iter_mut().zip(tokens) {
