@@ -55,7 +55,7 @@ impl Order {
 }
 
 fn entropy(shares: impl Iterator<Item = f64>) -> f64 {
-    -shares.filter(|&share| share > 0.0).map(|share| share * share.ln()).sum::<f64>()
+    0.0 - shares.filter(|&share| share > 0.0).map(|share| share * share.ln()).sum::<f64>()
 }
 
 #[cfg(test)]

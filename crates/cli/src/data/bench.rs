@@ -9,7 +9,8 @@ use anyhow::Result;
 use clap::{Args, ValueEnum};
 use phalanx_data::records::{RecordIndex, RecordSamples, Records};
 use phalanx_data::{
-    CausalText, Documents, Loader, LoaderOptions, MaskedText, Masking, Samples, TokenStream,
+    CausalText, Documents, Loader, LoaderOptions, MaskedText, Masking, Order, Quality, Samples,
+    TokenStream,
 };
 use serde_json::json;
 
@@ -35,6 +36,10 @@ pub(crate) struct BenchArgs {
     /// How files are read.
     #[arg(long, value_enum, default_value_t = AccessFlag::Read)]
     access: AccessFlag,
+    /// The order: `shuffled`, `sequential`, or two levels for data larger than memory: `b65536x16` reads blocks of 65536 samples
+    /// in random order and shuffles 16 of them together.
+    #[arg(long, default_value_t = Order::Shuffled)]
+    order: Order,
     /// How long to run.
     #[arg(long, value_name = "S", default_value_t = 5.0, value_parser = seconds, allow_negative_numbers = true)]
     seconds: f64,
@@ -79,6 +84,8 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
             "data_wait_us_mean": measured.wait_us(),
             "steps": measured.steps, "seconds": measured.elapsed.as_secs_f64(),
             "seq_len": args.seq_len, "batch": args.batch, "threads": args.threads,
+            "order": args.order.to_string(), "order_distance": measured.quality.distance,
+            "order_entropy": measured.quality.entropy,
         }))?;
     } else {
         report::print(&measured.as_lines(args))?;
@@ -105,15 +112,19 @@ struct Measured {
     /// From opening the folder to the first batch.
     first_batch: Duration,
     waited: Duration,
+    /// Of the order.
+    quality: Quality,
 }
 
 fn measure(samples: Arc<dyn Samples>, args: &BenchArgs, opened: Instant) -> Result<Measured> {
     let options = LoaderOptions {
         seed: args.seed,
+        order: args.order,
         global_batch: args.batch,
         threads: args.threads,
         ..LoaderOptions::default()
     };
+    let sample_count = samples.sample_count();
     let mut loader = Loader::new(samples, options)?;
     drop(loader.next_step()?);
     let first_batch = opened.elapsed();
@@ -123,7 +134,9 @@ fn measure(samples: Arc<dyn Samples>, args: &BenchArgs, opened: Instant) -> Resu
         waited += loader.next_step()?.data_wait;
         steps += 1;
     }
-    Ok(Measured { steps, elapsed: started.elapsed(), first_batch, waited })
+    let elapsed = started.elapsed();
+    let quality = args.order.quality(sample_count, args.seed)?;
+    Ok(Measured { steps, elapsed, first_batch, waited, quality })
 }
 
 impl Measured {
@@ -145,18 +158,23 @@ impl Measured {
                 "records_per_second": rate, "first_batch_ms": first,
                 "data_wait_us_mean": self.wait_us(), "steps": self.steps,
                 "seconds": self.elapsed.as_secs_f64(), "batch": args.batch, "threads": args.threads,
+                "order": args.order.to_string(), "order_distance": self.quality.distance,
+                "order_entropy": self.quality.entropy,
             }))?;
         } else {
             report::print(&format!(
                 "batches of {} records, {} prefetch threads, {} steps in {:.1} s\n\
                  records/s    {rate:.0}\n\
                  first batch  {first:.2} ms after opening\n\
-                 data wait    {:.1} µs a step (nothing is computed between steps)\n",
+                 data wait    {:.1} µs a step (nothing is computed between steps)\n\
+                 order        {}: {}\n",
                 args.batch,
                 args.threads,
                 count(self.steps),
                 self.elapsed.as_secs_f64(),
                 self.wait_us(),
+                args.order,
+                self.quality,
             ))?;
         }
         Ok(ExitCode::SUCCESS)
@@ -174,13 +192,16 @@ impl Measured {
              sequences/s  {}\n\
              tokens/s     {}\n\
              first batch  {:.2} ms after opening\n\
-             data wait    {:.1} µs a step (nothing is computed between steps)\n",
+             data wait    {:.1} µs a step (nothing is computed between steps)\n\
+             order        {}: {}\n",
             count(self.steps),
             self.elapsed.as_secs_f64(),
             whole(self.rate(*batch)),
             whole(self.rate(batch * seq_len)),
             self.first_batch.as_secs_f64() * 1e3,
             self.wait_us(),
+            args.order,
+            self.quality,
         )
     }
 }

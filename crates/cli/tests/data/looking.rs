@@ -94,6 +94,13 @@ fn bench_measures_the_loader() {
     }
     let out = run(&["--threads", "2"]).good();
     assert!(out.contains("sequences/s") && out.contains("data wait"), "{out}");
+    assert!(out.contains("order        shuffled: distance 1.0"), "{out}");
+    let blocks = run(&["--order", "b64x4", "--json"]).json();
+    assert_eq!(blocks["order"], "b64x4");
+    let distance = blocks["order_distance"].as_f64().unwrap();
+    assert!(distance > 0.1 && distance < 0.9, "{blocks}");
+    let sequential = run(&["--order", "sequential"]).good();
+    assert!(sequential.contains("sequential: distance 0.00, entropy 0.00"), "{sequential}");
 }
 
 #[test]
