@@ -4,6 +4,7 @@
 //! input j. Documents are packed: each is closed by its end token in the stream, and a sample may hold several. With
 //! [`Documents::Apart`] batches say which is which.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -123,6 +124,14 @@ impl Samples for CausalText {
 
     fn fingerprint(&self) -> Fingerprint {
         self.fingerprint
+    }
+
+    fn damaged(&self) -> Result<Vec<Range<u64>>> {
+        let len = to_u64(self.sequence_len);
+        // A sample's last label is the next one's first token.
+        let of =
+            |tokens: &Range<u64>| tokens.start.saturating_sub(1) / len..tokens.end.div_ceil(len);
+        Ok(self.stream.damaged().iter().map(of).collect())
     }
 
     fn fill(&self, _seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {

@@ -36,6 +36,7 @@ mod bucketing;
 mod cast;
 mod causal_text;
 pub mod convert;
+mod damage;
 mod dtype;
 mod error;
 mod fingerprint;
@@ -71,6 +72,7 @@ mod whole_words;
 
 pub use batch::{Batch, Column, Rows};
 pub use causal_text::{CausalText, Documents};
+pub use damage::{record_damage, DamagedBlock, OnDamage};
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;

@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 use crate::batch::{Batch, Column, Pool};
 use crate::bucketing;
 use crate::cast::to_u64;
+use crate::damage::{Holes, OnDamage};
 use crate::error::{Error, Result};
 use crate::memory::{HostMemory, Memory};
 use crate::micro_batches::MicroBatches;
 use crate::permutation;
 use crate::plan::{Builder, Job, Plan};
 use crate::prefetch::{left, Bounds, Prefetcher};
-use crate::sampler::{Order, Position, Sampler, Tail};
+use crate::sampler::{Cursor, Order, Position, Sampler, Tail};
 use crate::samples::Samples;
 use crate::slice::{MicroBatch, RankSlice};
 use crate::state::{Buckets, LoaderState};
@@ -34,6 +35,8 @@ pub struct LoaderOptions {
     pub bucketing: u64,
     /// Samples that all ranks compute together in a step. The same on every rank.
     pub global_batch: usize,
+    /// What is done about data that is known to be damaged. The same on every rank.
+    pub on_damage: OnDamage,
     /// How this rank's slice is cut.
     pub micro_batch: MicroBatch,
     /// This rank.
@@ -61,6 +64,7 @@ impl Default for LoaderOptions {
             epochs: None,
             bucketing: 0,
             global_batch: 32,
+            on_damage: OnDamage::default(),
             micro_batch: MicroBatch::default(),
             rank: 0,
             world_size: 1,
@@ -136,6 +140,8 @@ pub struct Loader {
     plan: Plan,
     options: LoaderOptions,
     source: Source,
+    /// Where samples are left out: to count them.
+    cursor: Option<Cursor>,
     /// Where the next step starts.
     position: Position,
     failed: Option<String>,
@@ -206,6 +212,14 @@ impl Loader {
         let live_max = options.queue_batches + 2 * micro_batches + options.threads;
         let columns: Arc<[Column]> = samples.columns().into();
         let pool = Pool::new(Arc::clone(&columns), Arc::clone(&options.memory), live_max);
+        let holes = match options.on_damage {
+            OnDamage::Fail => Holes::default(),
+            OnDamage::Skip => Holes::new(samples.damaged()?, samples.sample_count())?,
+        };
+        if options.bucketing > 0 && !holes.is_empty() {
+            let reason = "the lengths of damaged samples are not known: take 0 to leave them out";
+            return Err(Error::option("bucketing", options.bucketing, reason));
+        }
         let plan = Plan {
             samples,
             columns,
@@ -217,6 +231,7 @@ impl Loader {
             bucketing: options.bucketing,
             epochs: options.epochs,
             pool,
+            holes: Arc::new(holes),
         };
         let source = match options.threads {
             0 => Source::Caller(Box::new(plan.builder())),
@@ -226,7 +241,8 @@ impl Loader {
                 Source::Threads(Prefetcher::start(plan.clone(), first, threads, bounds)?)
             }
         };
-        Ok(Loader { plan, options, source, position, failed: None })
+        let cursor = (!plan.holes.is_empty()).then(|| plan.sampler.cursor());
+        Ok(Loader { plan, options, source, cursor, position, failed: None })
     }
 
     /// The next step. Waits at most the loader's timeout.
@@ -258,12 +274,19 @@ impl Loader {
                 Source::Caller(builder) => self.plan.build(Job { start, micro }, builder)?,
             });
         }
+        let (mut valid, mut global_valid) =
+            (self.plan.valid(start), self.plan.sampler.size(start).valid);
+        if let Some(cursor) = &mut self.cursor {
+            let first = self.plan.slice(start).start;
+            valid -= self.plan.left_out(start, first..first + valid, cursor);
+            global_valid -= self.plan.left_out(start, 0..global_valid, cursor);
+        }
         Ok(Step {
             start,
             micro_batches: MicroBatches::new(batches, &self.plan.pool),
             data_wait: started.elapsed(),
-            valid: self.plan.valid(start),
-            global_valid: self.plan.sampler.size(start).valid,
+            valid,
+            global_valid,
             world_size: self.plan.world_size,
         })
     }

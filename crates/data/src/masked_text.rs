@@ -4,6 +4,7 @@
 //! `[SEP]` in the stream, so a sample may hold the end of one and the beginning of the next, and ends in two `[SEP]` where a
 //! document ends with it. The tokens after the last whole sample are left out. There is no padding.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -133,6 +134,12 @@ impl Samples for MaskedText {
 
     fn fingerprint(&self) -> Fingerprint {
         self.fingerprint
+    }
+
+    fn damaged(&self) -> Result<Vec<Range<u64>>> {
+        let window = to_u64(self.sequence_len - FRAME);
+        let of = |tokens: &Range<u64>| tokens.start / window..tokens.end.div_ceil(window);
+        Ok(self.stream.damaged().iter().map(of).collect())
     }
 
     fn fill(&self, seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {

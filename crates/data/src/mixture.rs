@@ -1,5 +1,6 @@
 //! Several data sets as one, drawn from by weight.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::batch::{Column, Rows};
@@ -85,6 +86,15 @@ impl Samples for Mixture {
             weight: *weight,
         };
         self.parts.iter().map(part).collect()
+    }
+
+    fn damaged(&self) -> Result<Vec<Range<u64>>> {
+        let mut all = Vec::new();
+        for ((part, _), start) in self.parts.iter().zip(&self.starts) {
+            let of_part = part.damaged()?.into_iter();
+            all.extend(of_part.map(|range| start + range.start..start + range.end));
+        }
+        Ok(all)
     }
 
     fn fill(&self, seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {

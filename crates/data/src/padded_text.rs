@@ -4,6 +4,7 @@
 //! `attention_mask` (1 for tokens, 0 for padding), `labels`. Little is padded with
 //! [`LoaderOptions::bucketing`](crate::LoaderOptions::bucketing).
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::batch::{Column, Rows};
@@ -96,6 +97,15 @@ impl Samples for PaddedText {
 
     fn sample_len(&self, id: u64, scratch: &mut Scratch) -> Result<usize> {
         self.place(id, scratch).map(|(_, len)| len)
+    }
+
+    fn damaged(&self) -> Result<Vec<Range<u64>>> {
+        if self.stream.damaged().is_empty() {
+            return Ok(Vec::new());
+        }
+        let reason =
+            "which documents lie in damaged blocks is not known: copy or prepare the data again";
+        Err(Error::option("on_damage", "skip", reason))
     }
 
     fn fill(&self, seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use crate::batch::{bytes_max, Batch, Column, Pool};
 use crate::bucketing::Window;
+use crate::damage::Holes;
 use crate::error::Result;
-use crate::sampler::{Cursor, Position, Sampler};
+use crate::sampler::{Cursor, Position, Sample, Sampler};
 use crate::samples::{Samples, Scratch};
 use crate::slice::{part, MicroBatch};
 
@@ -31,6 +32,8 @@ pub(crate) struct Plan {
     /// There is nothing after so many epochs.
     pub(crate) epochs: Option<u64>,
     pub(crate) pool: Arc<Pool>,
+    /// Samples that are left out.
+    pub(crate) holes: Arc<Holes>,
 }
 
 /// What a thread that builds batches keeps.
@@ -59,6 +62,16 @@ impl Plan {
     pub(crate) fn valid(&self, start: Position) -> usize {
         let (slice, valid) = (self.slice(start), self.sampler.size(start).valid);
         slice.end.min(valid).saturating_sub(slice.start)
+    }
+
+    /// How many of these rows of a global batch are left out.
+    pub(crate) fn left_out(
+        &self,
+        start: Position,
+        rows: Range<usize>,
+        cursor: &mut Cursor,
+    ) -> usize {
+        rows.filter(|&row| self.holes.instead(cursor.sample(start, row).id).is_some()).count()
     }
 
     /// How many micro-batches a step has: at least one.
@@ -92,7 +105,13 @@ impl Plan {
             Some(&(_, sample)) => sample,
             None => cursor.sample(start, index),
         };
-        let samples = rows.map(|index| (sample_at(index), index < valid));
+        let samples = rows.map(|index| {
+            let sample = sample_at(index);
+            match self.holes.instead(sample.id) {
+                None => (sample, index < valid),
+                Some(id) => (Sample { id, ..sample }, false),
+            }
+        });
         let mut batch = Batch::take(&self.pool, samples);
         let mut longest = 0;
         if self.columns.iter().any(|column| column.padded) {

@@ -1,5 +1,7 @@
 //! What a loader reads from: anything that can fill the rows of a batch.
 
+use std::ops::Range;
+
 use crate::batch::{Column, Rows};
 use crate::error::Result;
 use crate::fingerprint::Fingerprint;
@@ -50,6 +52,15 @@ pub trait Samples: Send + Sync + 'static {
     /// The parts that samples are drawn from by weight. One part: they are drawn as the order says.
     fn parts(&self) -> Vec<Part> {
         vec![Part { samples: self.sample_count(), weight: 1.0 }]
+    }
+
+    /// Samples that lie in blocks that are known to be damaged, as ranges in any order: a loader with
+    /// [`OnDamage::Skip`](crate::OnDamage::Skip) leaves them out.
+    ///
+    /// # Errors
+    /// If blocks are damaged and it cannot be said which samples lie in them.
+    fn damaged(&self) -> Result<Vec<Range<u64>>> {
+        Ok(Vec::new())
     }
 
     /// Fills the rows.

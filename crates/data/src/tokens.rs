@@ -48,6 +48,11 @@ pub trait Tokens: Debug + Send + Sync + 'static {
         Err(Error::NoSuchSample { sample: document, samples: self.document_count() })
     }
 
+    /// Tokens that lie in blocks that are known to be damaged: ascending.
+    fn damaged(&self) -> &[Range<u64>] {
+        &[]
+    }
+
     /// `len` tokens from `start` on will be read soon.
     fn expect(&self, _start: u64, _len: usize) {}
 
@@ -95,6 +100,10 @@ impl Tokens for TokenStream {
         reading: &dyn Display,
     ) -> Result<()> {
         TokenStream::read(self, start, out, scratch, reading)
+    }
+
+    fn damaged(&self) -> &[Range<u64>] {
+        TokenStream::damaged(self)
     }
 
     fn expect(&self, start: u64, len: usize) {

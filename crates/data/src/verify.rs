@@ -5,6 +5,7 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
+use crate::damage::DamagedBlock;
 use crate::error::{Error, Result};
 use crate::format::bytes::{Access, Bytes};
 use crate::format::checked::Checked;
@@ -26,6 +27,8 @@ pub struct Verified {
     pub bytes: u64,
     /// What is wrong, in the order of the files: damaged blocks, missing files, files of another size. Empty: all is good.
     pub damage: Vec<Error>,
+    /// The damaged blocks among that, and those whose checksums are damaged.
+    pub blocks: Vec<DamagedBlock>,
 }
 
 /// Reads every shard of a prepared folder (of tokens or records) once, on all processors, and compares all checksums. Damage does not end it:
@@ -74,19 +77,27 @@ fn check(folder: &Path, listed: &[Listed<'_>], progress: &dyn Progress) -> Verif
         .filter_map(|(at, file)| Some((at, file.as_ref().ok()?)))
         .flat_map(|(at, file)| (0..file.block_count()).map(move |block| (at, file, block)))
         .collect();
-    let mut damage: Vec<(usize, Error)> = blocks
+    let found: Vec<(usize, u64, Error)> = blocks
         .par_iter()
         .map_init(Vec::new, |scratch, &(at, file, block)| {
             let error = file.check_block(block, scratch, &"everything").err();
             let range = file.block(block);
             let bytes = range.end - range.start;
             progress.report(Event::Advance { stage: Stage::Verifying, bytes });
-            error.map(|error| (at, error))
+            error.map(|error| (at, block, error))
         })
         .flatten_iter()
         .collect();
     progress.report(Event::End { stage: Stage::Verifying });
     let block_count = crate::cast::to_u64(blocks.len());
+    let is_damaged = |error: &Error| matches!(error, Error::Damaged { .. });
+    let damaged_blocks = found
+        .iter()
+        .filter(|(_, _, error)| is_damaged(error))
+        .map(|(at, block, _)| DamagedBlock { file: listed[*at].file.to_owned(), block: *block })
+        .collect();
+    let mut damage: Vec<(usize, Error)> =
+        found.into_iter().map(|(at, _, error)| (at, error)).collect();
     let unopened = opened.into_iter().enumerate();
     damage.extend(unopened.filter_map(|(at, file)| file.err().map(|error| (at, error))));
     // Stable: blocks of one file stay in their order.
@@ -96,7 +107,8 @@ fn check(folder: &Path, listed: &[Listed<'_>], progress: &dyn Progress) -> Verif
         at == before_at && place(error).is_some() && place(error) == place(before)
     });
     let damage = damage.into_iter().map(|(_, error)| error).collect();
-    Verified { file_count: listed.len(), block_count, bytes: total_bytes, damage }
+    let file_count = listed.len();
+    Verified { file_count, block_count, bytes: total_bytes, damage, blocks: damaged_blocks }
 }
 
 /// Where a damaged block begins.

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use clap::Args;
-use phalanx_data::{verify, Verified};
+use phalanx_data::{record_damage, verify, Verified};
 use serde_json::json;
 
 use super::{Folder, ProgressFlag, Threads};
@@ -13,11 +13,16 @@ use crate::failure;
 use crate::report::{self, bytes, count, real};
 
 #[derive(Args, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "flags")]
 pub(crate) struct VerifyArgs {
     #[command(flatten)]
     folder: Folder,
     #[command(flatten)]
     threads: Threads,
+    /// Write the damaged blocks to DIR/damage.json, for training that leaves them out (`on_damage: skip`); a list that is there is
+    /// replaced, or removed if nothing is damaged.
+    #[arg(long)]
+    record: bool,
     /// Write one JSON object instead of lines.
     #[arg(long)]
     json: bool,
@@ -30,6 +35,9 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<ExitCode> {
     let started = Instant::now();
     let found = verify(folder, args.threads.threads, &*args.progress.reporter())?;
     let seconds = started.elapsed().as_secs_f64();
+    if args.record {
+        record_damage(folder, &found)?;
+    }
     if args.json {
         let damage: Vec<String> = found.damage.iter().map(ToString::to_string).collect();
         report::print_json(&json!({

@@ -58,6 +58,18 @@ fn verify_finds_good_data_good_and_names_every_damaged_block() {
     let json: serde_json::Value = serde_json::from_str(&quiet.out).unwrap();
     assert_eq!((quiet.code, json["good"].as_bool()), (Some(65), Some(false)));
     assert_eq!(json["damage"].as_array().unwrap().len(), 2);
+
+    let list = target.join("damage.json");
+    assert!(!list.exists(), "only when it is asked for");
+    assert_eq!(phalanx(&["data", "verify", text(&target), "--record"]).code, Some(65));
+    let recorded: serde_json::Value = serde_json::from_slice(&fs::read(&list).unwrap()).unwrap();
+    assert_eq!(recorded["blocks"][1]["file"], "tokens-00001.safetensors");
+    assert_eq!(recorded["blocks"].as_array().unwrap().len(), 2);
+    for (shard, at) in [("tokens-00000.safetensors", 9000), ("tokens-00001.safetensors", 5000)] {
+        damage(&target.join(shard), at);
+    }
+    phalanx(&["data", "verify", text(&target), "--record"]).good();
+    assert!(!list.exists(), "nothing is damaged any more");
     assert_eq!(quiet.err, "");
 }
 

@@ -140,6 +140,19 @@ impl Shard {
         self.checked.verify(range, &mut scratch.bytes, reading)
     }
 
+    /// The tokens of a block, counted within the shard. None if it holds the header or bounds of documents only.
+    pub(crate) fn tokens_of(&self, block: u64) -> Range<u64> {
+        let bytes = self.checked.block(block);
+        let element = to_u64(self.dtype.bytes());
+        let start = bytes.start.saturating_sub(self.token_start) / element;
+        let end = bytes.end.saturating_sub(self.token_start).div_ceil(element);
+        start.min(self.token_count)..end.min(self.token_count)
+    }
+
+    pub(crate) fn block_count(&self) -> u64 {
+        self.checked.block_count()
+    }
+
     pub(crate) fn file_bytes(&self) -> u64 {
         self.checked.bytes.len()
     }

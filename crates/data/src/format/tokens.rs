@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use super::index::Index;
 use super::shard::Shard;
 use crate::cast::{to_u64, to_usize};
+use crate::damage::{self, DamagedBlock};
 use crate::error::{Error, Result};
 use crate::samples::Scratch;
 use crate::source::{Access, Folder, LocalFolder};
@@ -21,6 +22,8 @@ pub struct TokenStream {
     starts: Vec<u64>,
     /// The same of documents.
     document_starts: Vec<u64>,
+    /// Tokens that are known to be damaged.
+    damaged: Vec<Range<u64>>,
 }
 
 impl TokenStream {
@@ -45,13 +48,40 @@ impl TokenStream {
             .collect::<Result<_>>()?;
         let token_starts = running_sums(shards.iter().map(Shard::token_count));
         let document_starts = running_sums(shards.iter().map(Shard::document_count));
-        Ok(TokenStream {
+        let mut stream = TokenStream {
             folder: folder.name().to_path_buf(),
             index,
             shards,
             starts: token_starts,
             document_starts,
-        })
+            damaged: Vec::new(),
+        };
+        stream.damaged = stream.damaged_tokens(&damage::read(folder, stream.index.fingerprint)?)?;
+        Ok(stream)
+    }
+
+    fn damaged_tokens(&self, blocks: &[DamagedBlock]) -> Result<Vec<Range<u64>>> {
+        let place = |listed: &DamagedBlock| {
+            let at = self.index.shards.iter().position(|shard| shard.file == listed.file);
+            match at.filter(|&at| listed.block < self.shards[at].block_count()) {
+                Some(at) => Ok((at, listed.block)),
+                None => Err(Error::BadIndex {
+                    path: self.folder.join(damage::DAMAGE_FILE),
+                    reason: format!("there is no block {} of `{}`", listed.block, listed.file),
+                }),
+            }
+        };
+        let tokens = blocks.iter().map(|listed| {
+            let (at, block) = place(listed)?;
+            let (within, start) = (self.shards[at].tokens_of(block), self.starts[at]);
+            Ok(start + within.start..start + within.end)
+        });
+        Ok(damage::merged(tokens.collect::<Result<_>>()?))
+    }
+
+    /// Tokens that lie in blocks that are known to be damaged (see [`record_damage`](crate::record_damage)): ascending.
+    pub fn damaged(&self) -> &[Range<u64>] {
+        &self.damaged
     }
 
     /// What the folder says it holds.

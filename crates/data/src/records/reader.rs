@@ -7,6 +7,7 @@ use std::path::Path;
 use super::field::{Field, FieldShape};
 use super::index::{RecordIndex, RecordShard};
 use crate::cast::{to_u64, to_usize};
+use crate::damage::{self, DamagedBlock};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
@@ -14,6 +15,7 @@ use crate::format::bytes::{Access, Bytes};
 use crate::format::checked::Checked;
 use crate::format::header::{Header, Span};
 use crate::samples::Scratch;
+use crate::source::LocalFolder;
 
 /// The records of a folder.
 #[derive(Debug)]
@@ -22,6 +24,7 @@ pub struct Records {
     shards: Vec<Shard>,
     /// Where each shard starts, and where the last one ends.
     starts: Vec<u64>,
+    blocks: Vec<DamagedBlock>,
 }
 
 #[derive(Debug)]
@@ -55,7 +58,8 @@ impl Records {
             end += shard.record_count;
             starts.push(end);
         }
-        Ok(Records { index, shards, starts })
+        let blocks = damage::read(&LocalFolder::new(folder, access), index.fingerprint)?;
+        Ok(Records { index, shards, starts, blocks })
     }
 
     /// What the folder says it holds.
@@ -127,6 +131,35 @@ impl Records {
             });
         }
         Ok(())
+    }
+
+    /// Records that lie in blocks that are known to be damaged (see [`record_damage`](crate::record_damage)), in any order.
+    ///
+    /// # Errors
+    /// [`Error::InvalidOption`] if there are such blocks and a field is variable: where its records lie cannot be said then.
+    pub fn damaged(&self) -> Result<Vec<Range<u64>>> {
+        let mut ranges = Vec::new();
+        for DamagedBlock { file, block } in &self.blocks {
+            let at = self.index.shards.iter().position(|shard| shard.file == *file);
+            let Some(at) = at.filter(|&at| *block < self.shards[at].checked.block_count()) else {
+                let reason = format!("there is no block {block} of `{file}`: verify again");
+                return Err(Error::option("on_damage", "skip", reason));
+            };
+            let (bytes, start) = (self.shards[at].checked.block(*block), self.starts[at]);
+            let count = self.index.shards[at].record_count;
+            for column in &self.shards[at].columns {
+                let Place::Fixed { start: first, row_bytes } = column else {
+                    let reason =
+                        "records with variable fields cannot be left out: copy or write the data again";
+                    return Err(Error::option("on_damage", "skip", reason));
+                };
+                let row_bytes = (*row_bytes).max(1);
+                let begin = (bytes.start.saturating_sub(*first) / row_bytes).min(count);
+                let end = bytes.end.saturating_sub(*first).div_ceil(row_bytes).min(count);
+                ranges.push(start + begin..start + end);
+            }
+        }
+        Ok(ranges)
     }
 
     fn field(&self, field: usize) -> Result<&Field> {

@@ -3,6 +3,8 @@
 //! Variable fields become padded columns, filled up with zeros; the column `<name>_len` (I64) says how many elements count.
 //! Opening measures the longest record of each, so that a batch's memory is bounded.
 
+use std::ops::Range;
+
 use super::field::{Field, FieldShape};
 use super::reader::Records;
 use crate::batch::{Column, Rows};
@@ -103,6 +105,10 @@ impl Samples for RecordSamples {
             }
         }
         Ok(longest)
+    }
+
+    fn damaged(&self) -> Result<Vec<Range<u64>>> {
+        self.records.damaged()
     }
 
     fn fill(&self, _seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {

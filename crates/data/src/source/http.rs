@@ -99,6 +99,11 @@ impl Folder for HttpFolder {
         (file.size, file.version) = file.again_and_again(HttpFile::look)?;
         Ok(Arc::new(file))
     }
+
+    /// None: what a folder may lack is not looked for. Damaged bytes are asked for again instead.
+    fn find(&self, _name: &str) -> Result<Option<Arc<dyn Source>>> {
+        Ok(None)
+    }
 }
 
 /// What a server says of a file's version.

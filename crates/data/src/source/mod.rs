@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 #[cfg(feature = "http")]
 pub use http::{HttpFolder, HttpOptions};
@@ -122,4 +122,18 @@ pub trait Folder: Send + Sync + Debug {
     /// # Errors
     /// If it is not there or cannot be opened.
     fn open(&self, name: &str) -> Result<Arc<dyn Source>>;
+
+    /// Opens the file `name`, if there is one.
+    ///
+    /// # Errors
+    /// If it is there and cannot be opened.
+    fn find(&self, name: &str) -> Result<Option<Arc<dyn Source>>> {
+        match self.open(name) {
+            Ok(source) => Ok(Some(source)),
+            Err(Error::Io { cause, .. }) if cause.kind() == std::io::ErrorKind::NotFound => {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
 }

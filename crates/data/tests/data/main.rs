@@ -20,5 +20,6 @@ mod orders;
 mod padded;
 mod preparing;
 mod records;
+mod skipping;
 mod support;
 mod tidy;

@@ -1,0 +1,247 @@
+//! Samples in damaged blocks that are left out, alike on all ranks.
+
+use std::fs::{self, OpenOptions};
+use std::num::NonZeroUsize;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use phalanx_data::progress::Silent;
+use phalanx_data::records::{ColumnValue, Field, RecordSamples, RecordWriter, Records};
+use phalanx_data::{
+    record_damage, verify, Access, CausalText, DType, Documents, Error, Loader, LoaderOptions,
+    MaskedText, Masking, OnDamage, Order, Samples, Tail, TokenStream, IGNORED,
+};
+
+use crate::support::write_tokens;
+
+const LEN: usize = 34;
+
+fn flip(path: &Path, at: u64) {
+    let file = OpenOptions::new().read(true).write(true).open(path).expect("open the shard");
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).expect("a byte");
+    file.write_all_at(&[byte[0] ^ 1], at).expect("damage");
+}
+
+fn record(folder: &Path) -> usize {
+    let found = verify(folder, NonZeroUsize::new(2), &Silent).expect("it can be verified");
+    record_damage(folder, &found).expect("the list");
+    found.blocks.len()
+}
+
+fn masked(folder: &Path) -> Arc<dyn Samples> {
+    let masking = Masking::default();
+    Arc::new(MaskedText::open(folder, LEN, masking, Access::Read).expect("samples"))
+}
+
+/// What the ranks of a world deliver in an epoch: sample, whether it counts, whether it has labels.
+fn epoch(
+    samples: &Arc<dyn Samples>,
+    world_size: usize,
+    threads: usize,
+    order: Order,
+) -> Vec<(u64, bool, bool)> {
+    let mut ranks: Vec<Loader> = (0..world_size)
+        .map(|rank| {
+            let options = LoaderOptions {
+                on_damage: OnDamage::Skip,
+                order,
+                tail: Tail::Exact,
+                epochs: Some(1),
+                global_batch: 48,
+                seed: 5,
+                rank,
+                world_size,
+                threads,
+                ..Default::default()
+            };
+            Loader::new(Arc::clone(samples), options).expect("a loader")
+        })
+        .collect();
+    let mut all = Vec::new();
+    while !ranks[0].is_at_end() {
+        let (mut valid, mut global_valid) = (0, Vec::new());
+        for rank in &mut ranks {
+            let step = rank.next_step().expect("a step");
+            assert_eq!(
+                step.valid,
+                step.micro_batches.iter().map(phalanx_data::Batch::valid_count).sum::<usize>()
+            );
+            valid += step.valid;
+            global_valid.push(step.global_valid);
+            for batch in &step.micro_batches {
+                for (row, (sample, &is_valid)) in
+                    batch.samples().iter().zip(batch.valid()).enumerate()
+                {
+                    let labels = &batch.labels()[row * LEN..(row + 1) * LEN];
+                    let has_labels = labels.iter().any(|&label| label != IGNORED);
+                    all.push((sample.id, is_valid, has_labels));
+                }
+            }
+        }
+        assert!(global_valid.iter().all(|&one| one == valid), "{global_valid:?} of {valid}");
+    }
+    all
+}
+
+#[test]
+fn samples_in_listed_blocks_do_not_count_on_any_number_of_ranks() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("tokens");
+    write_tokens(&target, 15_000, 500, 1 << 30);
+    let good = masked(&target);
+    flip(&target.join("tokens-00000.safetensors"), 2_300_000);
+    assert_eq!(record(&target), 1);
+    let samples = masked(&target);
+    assert_eq!(samples.fingerprint(), good.fingerprint(), "saved states stay good");
+
+    // Block 2 holds these bytes of the file, of which tokens are two each after the header.
+    let window = LEN as u64 - 2;
+    let tokens = ((2 << 20) - 4096) / 2..((3 << 20) - 4096) / 2;
+    let is_damaged = |id: u64| id * window < tokens.end && (id + 1) * window > tokens.start;
+    let expected_damage = (0..samples.sample_count()).filter(|&id| is_damaged(id)).count();
+    let mut reference = None;
+    for order in [Order::Sequential, Order::Shuffled, Order::Blocks { block: 512, window: 4 }] {
+        for (world_size, threads) in [(1, 0), (2, 1), (3, 2)] {
+            let all = epoch(&samples, world_size, threads, order);
+            // A rank that has nothing in the last step goes through it with a row that does not count.
+            assert!(all.len() as u64 - samples.sample_count() <= world_size as u64);
+            assert!(all.iter().all(|(id, ..)| !is_damaged(*id)), "another one stands in");
+            assert!(all.iter().all(|(_, valid, labels)| valid == labels));
+            let mut counted: Vec<u64> =
+                all.iter().filter(|(_, valid, _)| *valid).map(|(id, ..)| *id).collect();
+            counted.sort_unstable();
+            assert_eq!(
+                counted.len() + expected_damage,
+                usize::try_from(samples.sample_count()).unwrap()
+            );
+            let reference: &mut Vec<u64> = reference.get_or_insert_with(|| counted.clone());
+            assert_eq!(&counted, reference, "every good sample once");
+        }
+    }
+}
+
+#[test]
+fn the_next_token_of_a_sample_before_a_damaged_block_is_not_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("tokens");
+    write_tokens(&target, 15_000, 500, 1 << 30);
+    flip(&target.join("tokens-00000.safetensors"), 1_500_000);
+    record(&target);
+    // 32 tokens are 64 bytes: a sample ends where the block begins.
+    let stream = Arc::new(TokenStream::open(&target, Access::Map).unwrap());
+    let samples = CausalText::new(stream, 32, Documents::Joined).unwrap();
+    let (first, end) = (((1_u64 << 20) - 4096) / 64, ((2_u64 << 20) - 4096) / 64);
+    let damaged = samples.damaged().unwrap();
+    assert_eq!((damaged.len(), &damaged[0]), (1, &(first - 1..end)));
+    let options = LoaderOptions {
+        on_damage: OnDamage::Skip,
+        order: Order::Sequential,
+        epochs: Some(1),
+        ..Default::default()
+    };
+    let mut loader = Loader::new(Arc::new(samples), options).unwrap();
+    assert!(loader.steps().all(|step| step.is_ok()));
+}
+
+#[test]
+fn without_the_option_or_the_list_damage_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("tokens");
+    write_tokens(&target, 15_000, 500, 1 << 30);
+    let path = target.join("tokens-00000.safetensors");
+    flip(&path, 2_300_000);
+    let first_error = |on_damage| {
+        let options = LoaderOptions { on_damage, epochs: Some(1), ..Default::default() };
+        let mut loader = Loader::new(masked(&target), options).unwrap();
+        let error = loader.steps().find_map(Result::err);
+        error
+    };
+    let error = first_error(OnDamage::Skip);
+    assert!(matches!(error, Some(Error::Damaged { block: 2, .. })), "not listed yet: {error:?}");
+    record(&target);
+    let error = first_error(OnDamage::Fail);
+    assert!(matches!(error, Some(Error::Damaged { block: 2, .. })), "{error:?}");
+    assert!(first_error(OnDamage::Skip).is_none());
+
+    // Another block goes bad later.
+    flip(&path, 700_000);
+    let error = first_error(OnDamage::Skip);
+    assert!(matches!(error, Some(Error::Damaged { block: 0, .. })), "{error:?}");
+    assert_eq!(record(&target), 2);
+    assert!(first_error(OnDamage::Skip).is_none());
+
+    // The shard is copied again: the list goes.
+    flip(&path, 2_300_000);
+    flip(&path, 700_000);
+    assert_eq!(record(&target), 0);
+    assert!(!target.join("damage.json").exists());
+    assert!(first_error(OnDamage::Skip).is_none());
+}
+
+#[test]
+fn what_cannot_be_left_out_is_refused_with_a_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("tokens");
+    write_tokens(&target, 15_000, 500, 1 << 30);
+    let path = target.join("tokens-00000.safetensors");
+    let skip = || LoaderOptions { on_damage: OnDamage::Skip, ..Default::default() };
+    flip(&path, 2_300_000);
+    record(&target);
+    let bucketing = LoaderOptions { bucketing: 4, ..skip() };
+    let error = Loader::new(masked(&target), bucketing).unwrap_err().to_string();
+    assert!(error.contains("lengths of damaged samples"), "{error}");
+
+    // Without their checksums all blocks are unknown.
+    let len = fs::metadata(&path).unwrap().len();
+    flip(&path, len - 1);
+    record(&target);
+    let error = Loader::new(masked(&target), skip()).unwrap_err().to_string();
+    assert!(error.contains("every sample is damaged"), "{error}");
+
+    let list = target.join("damage.json");
+    let good = fs::read_to_string(&list).unwrap();
+    let error = |text: &str| {
+        fs::write(&list, text).unwrap();
+        TokenStream::open(&target, Access::Read).unwrap_err().to_string()
+    };
+    assert!(error("{").contains("not a list of damage"));
+    assert!(error(&good.replace("phalanx-damage", "other")).contains("format other"));
+    assert!(error(&good.replace("tokens-00000", "tokens-00009")).contains("there is no block"));
+    let fingerprint = phalanx_data::Index::read(&target).unwrap().fingerprint.to_string();
+    let other = good.replace(&fingerprint, "0123456789abcdef");
+    assert!(error(&other).contains("it is of the data"));
+
+    fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(5000).unwrap();
+    let found = verify(&target, None, &Silent).unwrap();
+    let error = record_damage(&target, &found).unwrap_err().to_string();
+    assert!(error.contains("only damaged blocks can be left out"), "{error}");
+}
+
+#[test]
+fn records_of_fixed_fields_are_left_out_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("records");
+    let fields =
+        vec![Field::fixed("image", DType::U8, [1000]), Field::fixed("label", DType::I64, [])];
+    let mut writer = RecordWriter::create(&target, fields, 1 << 30).unwrap();
+    for record in 0..4000_i64 {
+        let image = vec![u8::try_from(record % 251).unwrap(); 1000];
+        writer.push(&[ColumnValue::of(&image), ColumnValue::of(&[record])]).unwrap();
+    }
+    writer.finish().unwrap();
+    flip(&target.join("records-00000.safetensors"), 2_500_000);
+    assert_eq!(record(&target), 1);
+    let records = RecordSamples::new(Records::open(&target, Access::Read).unwrap()).unwrap();
+    let ranges = records.damaged().unwrap();
+    // Labels come first (8 bytes each), images after them.
+    let (first, end) = ((2_u64 << 20) - 4096 - 32_000, (3_u64 << 20) - 4096 - 32_000);
+    assert!(ranges.contains(&(first / 1000..end.div_ceil(1000))), "{ranges:?}");
+    let options =
+        LoaderOptions { on_damage: OnDamage::Skip, epochs: Some(1), ..Default::default() };
+    let mut loader = Loader::new(Arc::new(records), options).unwrap();
+    let counted: usize = loader.steps().map(|step| step.unwrap().valid).sum();
+    let damaged = usize::try_from(end.div_ceil(1000) - first / 1000).unwrap();
+    assert_eq!(counted, 4000 - damaged);
+}
