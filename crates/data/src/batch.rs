@@ -212,6 +212,7 @@ impl Batch {
     /// The bytes of column number `column`, to be changed. Empty if there is no such column.
     pub fn column_bytes_mut(&mut self, column: usize) -> &mut [u8] {
         let rows = self.rows();
+        self.parts.counted = Counted::default();
         let (Some(Some(block)), Some(about)) =
             (self.parts.blocks.get_mut(column), self.pool.columns.get(column))
         else {
@@ -378,7 +379,7 @@ impl<'a> Rows<'a> {
     }
 
     /// All of these rows are filled, and so many of their labels are not [`IGNORED`]: who has just made them knows without
-    /// reading them again. Where nobody says it, [`Batch::label_count`] counts.
+    /// reading them again. Where nobody says it, or a column is taken once more afterwards, [`Batch::label_count`] counts.
     pub fn set_label_count(&mut self, labels: usize) {
         self.counted.rows += self.len();
         self.counted.labels += labels;
@@ -411,6 +412,7 @@ impl<'a> Rows<'a> {
                 Error::option("column", name, "a column can be taken once at a time")
             })
         };
+        *self.counted = Counted::default();
         let (start, rows, longest) = (self.start, self.samples.len(), self.longest);
         for at in columns {
             if !self.columns.get(at).is_some_and(|column| is::<T>(column.dtype)) {
@@ -446,6 +448,7 @@ impl<'a> Rows<'a> {
     /// # Errors
     /// [`Error::NoColumn`] if there is no such column.
     pub fn bytes(&mut self, column: usize) -> Result<&mut [u8]> {
+        *self.counted = Counted::default();
         let (start, rows) = (self.start, self.samples.len());
         match (self.columns.get(column), self.blocks.get_mut(column)) {
             (Some(about), Some(Some(block))) => {

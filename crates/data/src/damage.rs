@@ -92,7 +92,7 @@ pub fn record_damage(folder: &Path, found: &Verified) -> Result<()> {
 pub(crate) fn read(folder: &dyn Folder, fingerprint: Fingerprint) -> Result<Vec<DamagedBlock>> {
     let Some(source) = folder.find(DAMAGE_FILE)? else { return Ok(Vec::new()) };
     let file = Bytes::of(source, None)?;
-    let bad = |reason: String| Error::BadIndex { path: file.path().to_path_buf(), reason };
+    let bad = |reason: String| Error::BadDamageList { path: file.path().to_path_buf(), reason };
     if file.len() > INDEX_BYTES_MAX {
         return Err(bad(format!("{} bytes are too many for a list of damage", file.len())));
     }
@@ -108,9 +108,7 @@ pub(crate) fn read(folder: &dyn Folder, fingerprint: Fingerprint) -> Result<Vec<
     }
     if list.fingerprint != fingerprint {
         let theirs = list.fingerprint;
-        return Err(bad(format!(
-            "it is of the data {theirs}, not of {fingerprint}: remove it, or verify again"
-        )));
+        return Err(bad(format!("it is of the data {theirs}, not of {fingerprint}")));
     }
     Ok(list.blocks)
 }

@@ -187,6 +187,17 @@ pub enum Error {
         /// The size that was found.
         actual: u64,
     },
+    /// `damage.json` does not fit its folder.
+    #[error(
+        "{}: {reason}; remove it, and run `phalanx data verify --record` where blocks are damaged",
+        path.display()
+    )]
+    BadDamageList {
+        /// The list.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A block of a shard does not have the checksum that was recorded when it was written.
     #[error(
         "shard {} is damaged at offset {offset} (block {block}): checksum {actual:08x}, expected {expected:08x}; found while reading {reading}; prepare or copy it again",

@@ -4,6 +4,7 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs;
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -39,19 +40,31 @@ unsafe impl GlobalAlloc for Largest {
 /// What buffers of the libraries take, whatever the file.
 const SMALL: usize = 64 << 10;
 
+/// A prepared folder of one shard, whose first block is listed as damaged.
+fn write(target: &Path) -> anyhow::Result<()> {
+    let special = SpecialTokens::bert(0, 1, 2, 3, 4);
+    let mut writer = TokenWriter::create(target, b"{}", 500, special, 1 << 20)?;
+    for document in 0..40_u32 {
+        writer.tokens(&[5 + document; 50])?;
+        writer.end_document()?;
+    }
+    let index = writer.finish(0)?;
+    let list = serde_json::json!({
+        "format": "phalanx-damage", "version": 1, "fingerprint": index.fingerprint,
+        "blocks": [{"file": "tokens-00000.safetensors", "block": 0}],
+    });
+    fs::write(target.join("damage.json"), list.to_string())?;
+    Ok(())
+}
+
 #[test]
 fn any_change_of_a_prepared_folder_is_tokens_or_an_error_within_twice_the_file() {
     let seconds = std::env::var("PHALANX_FUZZ_SECONDS").map_or(3, |text| text.parse().unwrap());
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("tokens");
-    let special = SpecialTokens::bert(0, 1, 2, 3, 4);
-    let mut writer = TokenWriter::create(&target, b"{}", 500, special, 1 << 20).unwrap();
-    for document in 0..40_u32 {
-        writer.tokens(&[5 + document; 50]).unwrap();
-        writer.end_document().unwrap();
-    }
-    writer.finish(0).unwrap();
-    let names = ["index.json", "tokens-00000.safetensors"];
+    write(&target).unwrap();
+    assert_eq!(TokenStream::open(&target, Access::Read).unwrap().damaged().len(), 1);
+    let names = ["index.json", "tokens-00000.safetensors", "damage.json"];
     let originals = names.map(|name| fs::read(target.join(name)).unwrap());
     let (started, mut round, mut errors) = (Instant::now(), 0_u64, 0_u64);
     while started.elapsed() < Duration::from_secs(seconds) {
@@ -60,7 +73,7 @@ fn any_change_of_a_prepared_folder_is_tokens_or_an_error_within_twice_the_file()
             let at = Permutation::new(below as u64, round, purpose).at(0);
             usize::try_from(at).unwrap()
         };
-        let which = draw(0, 2);
+        let which = draw(0, names.len());
         let mut bytes = originals[which].clone();
         // Most of the interest is in the first bytes: lengths, the header.
         let near = if draw(1, 2) == 0 { 400.min(bytes.len()) } else { bytes.len() };

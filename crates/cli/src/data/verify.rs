@@ -19,7 +19,7 @@ pub(crate) struct VerifyArgs {
     folder: Folder,
     #[command(flatten)]
     threads: Threads,
-    /// Write the damaged blocks to DIR/damage.json, for training that leaves them out (`on_damage: skip`); a list that is there is
+    /// Write the damaged blocks to DIR/damage.json, for loaders that leave them out (`OnDamage::Skip`); a list that is there is
     /// replaced, or removed if nothing is damaged.
     #[arg(long)]
     record: bool,
@@ -35,9 +35,6 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<ExitCode> {
     let started = Instant::now();
     let found = verify(folder, args.threads.threads, &*args.progress.reporter())?;
     let seconds = started.elapsed().as_secs_f64();
-    if args.record {
-        record_damage(folder, &found)?;
-    }
     if args.json {
         let damage: Vec<String> = found.damage.iter().map(ToString::to_string).collect();
         report::print_json(&json!({
@@ -46,6 +43,9 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<ExitCode> {
         }))?;
     } else {
         report::print(&as_lines(&found, seconds))?;
+    }
+    if args.record {
+        record_damage(folder, &found)?;
     }
     Ok(ExitCode::from(if found.damage.is_empty() { 0 } else { failure::DATA }))
 }

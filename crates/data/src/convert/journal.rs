@@ -22,7 +22,7 @@ pub(crate) const JOURNAL_FILE: &str = "conversion.jsonl";
 const FORMAT: &str = "phalanx-conversion";
 const VERSION: u32 = 1;
 
-/// A journal has some hundred bytes and four a MiB for each shard; more is not one.
+/// A journal has some hundred bytes and four a GiB for each shard; more is not one.
 const JOURNAL_BYTES_MAX: u64 = 256 << 20;
 
 #[derive(Debug, Serialize, Deserialize)]

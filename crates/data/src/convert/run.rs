@@ -21,7 +21,7 @@ use crate::progress::{Event, Progress, Stage};
 use crate::text::decode::read_bounded;
 use crate::text::vocabulary::{self, WordCounts, SPECIAL_IDS, VOCAB_SIZE_MIN};
 
-/// Part of every key: raised when the same input and options give other tokens.
+/// Part of every key: raised when the same input and options give other files.
 const KEY_VERSION: &str = "convert 2";
 
 /// One unknown token in so many is worth a notice.

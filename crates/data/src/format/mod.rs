@@ -5,7 +5,7 @@
 //! ```text
 //! index.json                  what is here: counts, sizes, checksums, vocabulary, fingerprint
 //! tokenizer.json              the tokenizer, as the `tokenizers` libraries read it
-//! tokens-00000.safetensors    `tokens` U16 or U32 [n], `doc_offsets` U64 [documents + 1]; data start at byte 4096
+//! tokens-00000.safetensors    `tokens` U16 or U32 [n], `doc_offsets` U64 [documents + 1], `block_crc32c` U32 [blocks]; data start at 4096
 //! tokens-00001.safetensors    …
 //! ```
 //!

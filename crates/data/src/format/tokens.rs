@@ -65,7 +65,7 @@ impl TokenStream {
             let at = self.index.shards.iter().position(|shard| shard.file == listed.file);
             match at.filter(|&at| listed.block < self.shards[at].block_count()) {
                 Some(at) => Ok((at, listed.block)),
-                None => Err(Error::BadIndex {
+                None => Err(Error::BadDamageList {
                     path: self.folder.join(damage::DAMAGE_FILE),
                     reason: format!("there is no block {} of `{}`", listed.block, listed.file),
                 }),

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::field::{Field, FieldShape};
 use super::index::{RecordIndex, RecordShard};
@@ -24,6 +24,8 @@ pub struct Records {
     shards: Vec<Shard>,
     /// Where each shard starts, and where the last one ends.
     starts: Vec<u64>,
+    folder: PathBuf,
+    /// Listed as damaged.
     blocks: Vec<DamagedBlock>,
 }
 
@@ -59,7 +61,7 @@ impl Records {
             starts.push(end);
         }
         let blocks = damage::read(&LocalFolder::new(folder, access), index.fingerprint)?;
-        Ok(Records { index, shards, starts, blocks })
+        Ok(Records { index, shards, starts, folder: folder.to_path_buf(), blocks })
     }
 
     /// What the folder says it holds.
@@ -142,8 +144,10 @@ impl Records {
         for DamagedBlock { file, block } in &self.blocks {
             let at = self.index.shards.iter().position(|shard| shard.file == *file);
             let Some(at) = at.filter(|&at| *block < self.shards[at].checked.block_count()) else {
-                let reason = format!("there is no block {block} of `{file}`: verify again");
-                return Err(Error::option("on_damage", "skip", reason));
+                return Err(Error::BadDamageList {
+                    path: self.folder.join(damage::DAMAGE_FILE),
+                    reason: format!("there is no block {block} of `{file}`"),
+                });
             };
             let (bytes, start) = (self.shards[at].checked.block(*block), self.starts[at]);
             let count = self.index.shards[at].record_count;

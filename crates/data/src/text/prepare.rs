@@ -26,7 +26,7 @@ const CACHE_FOLDER: &str = ".phalanx";
 /// One `[UNK]` in so many tokens is worth a notice.
 const UNKNOWN_WORTH_A_NOTICE: u64 = 50;
 
-/// Part of every key: raised when the same text and options give other tokens.
+/// Part of every key: raised when the same text and options give other files.
 const KEY_VERSION: &str = "prepare 2";
 
 /// How text is prepared.

@@ -1,8 +1,13 @@
 //! Masks: how many, of what kind, and that they depend on nothing but seed, epoch and sample.
 
-use phalanx_data::{Masker, Masking, Sample, SpecialTokens, IGNORED};
+use std::sync::Arc;
 
-use crate::support::{special_id, SPECIAL};
+use phalanx_data::{
+    Access, Column, Fingerprint, Loader, LoaderOptions, MaskedText, Masker, Masking, Result, Rows,
+    Sample, Samples, Scratch, SpecialTokens, IGNORED,
+};
+
+use crate::support::{special_id, write_tokens, SPECIAL};
 
 const VOCAB_SIZE: u32 = 1000;
 const LEN: usize = 128;
@@ -168,4 +173,48 @@ fn masking_that_cannot_be_is_refused() {
         let error = Masker::new(masking, VOCAB_SIZE, SPECIAL).unwrap_err().to_string();
         assert!(error.starts_with("masking."), "{error}");
     }
+}
+
+/// Masked text of which somebody leaves out the first half of every row.
+struct Halved(MaskedText);
+
+impl Samples for Halved {
+    fn sample_count(&self) -> u64 {
+        self.0.sample_count()
+    }
+
+    fn columns(&self) -> &[Column] {
+        self.0.columns()
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        self.0.fingerprint()
+    }
+
+    fn fill(&self, seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {
+        self.0.fill(seed, rows, scratch)?;
+        let len = rows.row_elements(1);
+        for row in rows.column::<i64>(1)?.chunks_mut(len) {
+            row[..len / 2].fill(IGNORED);
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn labels_are_counted_as_they_are_whoever_has_changed_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("tokens");
+    write_tokens(&target, 200, 500, 1 << 30);
+    let masked = || MaskedText::open(&target, 34, Masking::default(), Access::Read).unwrap();
+    let all: [Arc<dyn Samples>; 2] = [Arc::new(masked()), Arc::new(Halved(masked()))];
+    let counts = all.map(|samples| {
+        let mut loader = Loader::new(samples, LoaderOptions::default()).unwrap();
+        let step = loader.next_step().unwrap();
+        let labels = step.micro_batches[0].labels();
+        let counted = labels.iter().filter(|&&label| label != IGNORED).count();
+        assert_eq!(step.label_count(), counted);
+        counted
+    });
+    assert!(counts[1] > 0 && counts[1] < counts[0], "{counts:?}");
 }
