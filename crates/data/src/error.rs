@@ -53,6 +53,18 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A row of a table cannot be used.
+    #[error("{}, row {row}, column `{column}`: {reason}; correct it, or leave such rows of text out with --skip-bad-lines", path.display())]
+    BadRow {
+        /// The file.
+        path: PathBuf,
+        /// The row, from 1.
+        row: u64,
+        /// The column.
+        column: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A conversion would write over something.
     #[error("{} is there already and holds something else: choose another output, or remove it", path.display())]
     OutputExists {
@@ -138,6 +150,14 @@ pub enum Error {
     /// A safetensors header cannot be used.
     #[error("{} is not a usable safetensors file: {reason}", path.display())]
     BadHeader {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A Parquet or Arrow file cannot be used.
+    #[error("{} is not a usable table: {reason}", path.display())]
+    BadTable {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.

@@ -65,6 +65,8 @@ mod samples;
 mod slice;
 mod source;
 mod state;
+#[cfg(feature = "parquet")]
+mod table;
 pub mod text;
 mod tokens;
 mod verify;

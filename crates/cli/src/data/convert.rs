@@ -8,7 +8,7 @@ use anyhow::Result;
 use clap::{Args, ValueEnum};
 use phalanx_data::convert::{convert, BadLines, ConvertOptions, Document, Format, Vocabulary};
 use phalanx_data::progress::Progress;
-use phalanx_data::records::convert_safetensors;
+use phalanx_data::records::{convert_safetensors, RecordIndex};
 use serde_json::json;
 
 use super::{ProgressFlag, Threads};
@@ -16,8 +16,8 @@ use crate::report::{self, bytes, count, real};
 
 #[derive(Args, Debug)]
 pub(crate) struct ConvertArgs {
-    /// Files, or folders whose files of a known kind are taken (.txt; .jsonl, .ndjson). Files .safetensors with arrays
-    /// become records.
+    /// Files, or folders whose files of a known kind are taken (.txt; .jsonl, .ndjson; .parquet; .arrow, .feather). Files
+    /// .safetensors with arrays become records, tables with --columns too.
     #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
     input: Vec<PathBuf>,
     /// The folder to make. It appears when it is complete.
@@ -27,6 +27,9 @@ pub(crate) struct ConvertArgs {
     vocabulary: VocabularyArgs,
     #[command(flatten)]
     reading: ReadingArgs,
+    /// Make records of these columns of Parquet or Arrow files instead of tokens: names (page.body: inside another), or * for all.
+    #[arg(long, value_name = "NAME", value_delimiter = ',', num_args = 1.., conflicts_with_all = ["tokenizer", "vocab_size", "keep_case", "end_token", "field", "document", "skip_bad_lines"])]
+    columns: Vec<String>,
     /// A shard is closed at the first end of a document after so many bytes of tokens.
     #[arg(long, value_name = "BYTES", default_value_t = 1 << 30)]
     shard_bytes: u64,
@@ -72,13 +75,13 @@ struct ReadingArgs {
     /// The kind of the files; told from their names if not given.
     #[arg(long, value_enum)]
     format: Option<FormatFlag>,
-    /// Where JSON objects have their text: a field, or a path of fields (page.body).
+    /// Where JSON objects or rows have their text: a field or column, or a path of them (page.body).
     #[arg(long, value_name = "NAME", default_value = "text")]
     field: String,
     /// What a document is in plain text.
     #[arg(long, value_enum, default_value_t = DocumentFlag::File)]
     document: DocumentFlag,
-    /// Leave lines out that are no JSON or lack the field, and say how many, instead of ending.
+    /// Leave lines out that are no JSON or lack the field, and rows without text, and say how many, instead of ending.
     #[arg(long)]
     skip_bad_lines: bool,
 }
@@ -89,6 +92,10 @@ enum FormatFlag {
     Text,
     /// A JSON object a line.
     Jsonl,
+    /// A column of strings in Parquet files.
+    Parquet,
+    /// A column of strings in Arrow files or streams.
+    Arrow,
     /// Arrays [N, …] in safetensors files, to records.
     Safetensors,
 }
@@ -126,6 +133,8 @@ impl ConvertArgs {
             format: self.reading.format.and_then(|format| match format {
                 FormatFlag::Text => Some(Format::Text),
                 FormatFlag::Jsonl => Some(Format::JsonLines),
+                FormatFlag::Parquet => Some(Format::Parquet),
+                FormatFlag::Arrow => Some(Format::Arrow),
                 FormatFlag::Safetensors => None,
             }),
             field: self.reading.field.clone(),
@@ -143,9 +152,35 @@ impl ConvertArgs {
     }
 }
 
+/// The columns of tables become records.
+#[cfg(feature = "parquet")]
+fn columns(args: &ConvertArgs, progress: &dyn Progress) -> Result<ExitCode> {
+    let all = args.columns == ["*"];
+    let columns = if all { &[] } else { &*args.columns };
+    let ConvertArgs { input, output, shard_bytes, .. } = args;
+    let index =
+        phalanx_data::records::convert_columns(input, output, columns, *shard_bytes, progress)?;
+    tell_records(args, &index)
+}
+
+#[cfg(not(feature = "parquet"))]
+fn columns(args: &ConvertArgs, _progress: &dyn Progress) -> Result<ExitCode> {
+    Err(phalanx_data::Error::InvalidOption {
+        option: "columns",
+        value: args.columns.join(","),
+        reason: "this program was built without tables: install it with --features parquet"
+            .to_owned(),
+    }
+    .into())
+}
+
 /// Arrays become records, which need no vocabulary.
 fn arrays(args: &ConvertArgs, progress: &dyn Progress) -> Result<ExitCode> {
     let index = convert_safetensors(&args.input, &args.output, args.shard_bytes, progress)?;
+    tell_records(args, &index)
+}
+
+fn tell_records(args: &ConvertArgs, index: &RecordIndex) -> Result<ExitCode> {
     let (records, output) = (index.record_count, args.output.display());
     if args.report.json {
         report::print_json(&json!({
@@ -165,6 +200,9 @@ fn arrays(args: &ConvertArgs, progress: &dyn Progress) -> Result<ExitCode> {
 pub(crate) fn run(args: &ConvertArgs) -> Result<ExitCode> {
     let started = Instant::now();
     let progress = args.progress.reporter();
+    if !args.columns.is_empty() {
+        return columns(args, &*progress);
+    }
     if args.is_arrays() {
         return arrays(args, &*progress);
     }

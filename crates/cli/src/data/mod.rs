@@ -18,7 +18,7 @@ use phalanx_data::{Access, Error, Index};
 /// What to do with data.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Turns text (plain, JSON lines) into shards of tokens, and arrays into records. Repeat the command after an interruption: it goes on.
+    /// Turns text (plain, JSON lines, tables) into shards of tokens, and arrays and columns into records. Repeat the command after an interruption: it goes on.
     Convert(convert::ConvertArgs),
     /// Shows what a folder holds: shards, tokens, documents, vocabulary, fingerprint, and some of it.
     Inspect(inspect::InspectArgs),

@@ -4,3 +4,4 @@ mod converting;
 mod looking;
 mod records;
 mod support;
+mod tables;

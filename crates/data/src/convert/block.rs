@@ -52,8 +52,48 @@ pub(crate) struct Block {
 pub(crate) enum Content {
     /// Bytes of the file.
     Bytes(Vec<u8>),
+    /// Rows of a table.
+    #[cfg(feature = "parquet")]
+    Rows(Texts),
     /// Nothing: the file ends here.
     End,
+}
+
+/// The texts of rows, one behind the other.
+#[cfg(feature = "parquet")]
+#[derive(Debug, Default)]
+pub(crate) struct Texts {
+    text: String,
+    /// Where each row's text ends, or why it has none.
+    ends: Vec<(usize, Option<&'static str>)>,
+}
+
+#[cfg(feature = "parquet")]
+impl Texts {
+    /// Adds a row: its text, or why it has none.
+    pub(crate) fn push(&mut self, text: std::result::Result<&str, &'static str>) {
+        self.text.push_str(text.unwrap_or_default());
+        self.ends.push((self.text.len(), text.err()));
+    }
+
+    /// Bytes of all rows.
+    pub(crate) fn bytes(&self) -> usize {
+        self.text.len()
+    }
+
+    /// How many rows there are.
+    pub(crate) fn rows(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Each row's text, or why it has none.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = std::result::Result<&str, &'static str>> {
+        let starts = std::iter::once(0).chain(self.ends.iter().map(|(end, _)| *end));
+        starts.zip(&self.ends).map(|(start, (end, bad))| match bad {
+            None => Ok(&self.text[start..*end]),
+            Some(reason) => Err(*reason),
+        })
+    }
 }
 
 /// Where blocks may end.
@@ -257,6 +297,8 @@ mod tests {
                     assert!(!bytes.is_empty());
                     all.push(String::from_utf8(bytes).unwrap());
                 }
+                #[cfg(feature = "parquet")]
+                Content::Rows(_) => panic!("text has no rows"),
                 Content::End => has_ended = true,
             }
         }

@@ -24,6 +24,8 @@ pub(crate) mod input;
 mod journal;
 mod options;
 pub(crate) mod pipeline;
+#[cfg(feature = "parquet")]
+mod rows;
 mod run;
 pub(crate) mod sink;
 mod special;

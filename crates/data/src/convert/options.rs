@@ -11,16 +11,28 @@ pub enum Format {
     Text,
     /// A JSON object a line: `.jsonl`, `.ndjson`. Each is a document.
     JsonLines,
+    /// A column of strings in Parquet files: `.parquet`. Each row is a document. Needs the feature `parquet`.
+    Parquet,
+    /// A column of strings in Arrow files or streams: `.arrow`, `.feather`. Each row is a document. Needs the feature `parquet`.
+    Arrow,
 }
 
 impl Format {
-    pub(crate) const ALL: [Format; 2] = [Format::Text, Format::JsonLines];
+    pub(crate) const ALL: [Format; 4] =
+        [Format::Text, Format::JsonLines, Format::Parquet, Format::Arrow];
 
     pub(crate) fn extensions(self) -> &'static [&'static str] {
         match self {
             Format::Text => &["txt"],
             Format::JsonLines => &["jsonl", "ndjson"],
+            Format::Parquet => &["parquet"],
+            Format::Arrow => &["arrow", "feather"],
         }
+    }
+
+    /// Whether it has rows and columns.
+    pub(crate) fn is_table(self) -> bool {
+        matches!(self, Format::Parquet | Format::Arrow)
     }
 }
 
@@ -71,13 +83,13 @@ pub struct ConvertOptions {
     pub vocabulary: Vocabulary,
     /// The kind of the files; told from their names if not given.
     pub format: Option<Format>,
-    /// Where an object has its text: a field, or a path of them (`page.body`).
+    /// Where an object or a row has its text: a field or column, or a path of them (`page.body`).
     pub field: String,
     /// What a document is in plain text.
     pub document: Document,
     /// The token that closes each document; found by name if not given: `[SEP]`, or the end of text.
     pub end_token: Option<String>,
-    /// What happens to lines that are no JSON or lack the field.
+    /// What happens to lines that are no JSON or lack the field, and to rows without text.
     pub bad_lines: BadLines,
     /// A shard is closed at the first end of a document after so many bytes of tokens.
     pub shard_bytes: u64,

@@ -5,10 +5,15 @@
 
 use rayon::prelude::*;
 
+#[cfg(feature = "parquet")]
+use super::block::Texts;
 use super::block::{Block, Blocks, Content, Cut, Place};
 use super::documents::{self, Segment};
 use super::input::InputFile;
 use super::options::{BadLines, Document, Format};
+#[cfg(feature = "parquet")]
+use super::rows::Rows;
+use crate::cast::to_u64;
 use crate::error::{Error, Result};
 
 /// Blocks in flight for each thread: enough that a slow one does not make the others wait, few enough to bound memory.
@@ -41,8 +46,7 @@ impl Input {
         mut take: impl FnMut(T) -> Result<()>,
     ) -> Result<()> {
         let threads = rayon::current_num_threads();
-        let (count, bytes) =
-            (threads * BLOCKS_PER_THREAD, crate::cast::to_u64(threads) * BYTES_PER_THREAD);
+        let (count, bytes) = (threads * BLOCKS_PER_THREAD, to_u64(threads) * BYTES_PER_THREAD);
         let mut waiting = Vec::with_capacity(count);
         let mut waiting_bytes = 0;
         let mut hand_on = |blocks: &mut Vec<Block>| -> Result<()> {
@@ -70,12 +74,16 @@ impl Input {
         hand_on(&mut waiting)
     }
 
-    fn open(&self, file: &InputFile, cut: Cut, start: Place) -> Result<Blocks> {
+    fn open(&self, file: &InputFile, cut: Cut, start: Place) -> Result<Reader> {
         let cut = match self.format {
+            #[cfg(feature = "parquet")]
+            Format::Parquet | Format::Arrow => {
+                return Ok(Reader::Rows(Rows::open(&file.path, &self.field, start)?));
+            }
             Format::Text => cut,
-            Format::JsonLines => Cut::Line,
+            _ => Cut::Line,
         };
-        Blocks::open(&file.path, cut, start)
+        Ok(Reader::Text(Blocks::open(&file.path, cut, start)?))
     }
 
     /// Calls `each` for every segment of a block; gives how many bad lines were left out before each.
@@ -86,11 +94,13 @@ impl Input {
     ) -> Result<u64> {
         let bytes = match &block.content {
             Content::End => return Ok(0),
+            #[cfg(feature = "parquet")]
+            Content::Rows(texts) => return self.rows(block, texts, each),
             Content::Bytes(bytes) => bytes,
         };
         let text = std::str::from_utf8(bytes).map_err(|error| Error::InvalidUtf8 {
             path: self.files[block.start.file].path.clone(),
-            offset: block.start.offset + crate::cast::to_u64(error.valid_up_to()),
+            offset: block.start.offset + to_u64(error.valid_up_to()),
         })?;
         if self.format == Format::Text {
             documents::of_text(text, self.unit, |segment| each(segment, 0))?;
@@ -109,5 +119,49 @@ impl Input {
             }
         })?;
         Ok(skipped)
+    }
+
+    #[cfg(feature = "parquet")]
+    /// The same of rows, each of which is a document.
+    fn rows(
+        &self,
+        block: &Block,
+        texts: &Texts,
+        mut each: impl FnMut(Segment<'_>, u64) -> Result<()>,
+    ) -> Result<u64> {
+        let mut skipped = 0;
+        for (end, found) in (1..).zip(texts.iter()) {
+            let lines = to_u64(end);
+            match found {
+                Ok(text) => {
+                    let text = text.into();
+                    each(Segment { text, end, lines, ends_document: true }, skipped)?;
+                }
+                Err(_) if self.bad_lines == BadLines::Skip => skipped += 1,
+                Err(reason) => {
+                    let path = self.files[block.start.file].path.clone();
+                    let (row, reason) = (block.start.line + lines, reason.to_owned());
+                    return Err(Error::BadRow { path, row, column: self.field.clone(), reason });
+                }
+            }
+        }
+        Ok(skipped)
+    }
+}
+
+/// The blocks of one file.
+enum Reader {
+    Text(Blocks),
+    #[cfg(feature = "parquet")]
+    Rows(Rows),
+}
+
+impl Reader {
+    fn next(&mut self) -> Result<Option<Block>> {
+        match self {
+            Reader::Text(blocks) => blocks.next(),
+            #[cfg(feature = "parquet")]
+            Reader::Rows(rows) => rows.next(),
+        }
     }
 }

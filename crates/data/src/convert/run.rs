@@ -41,7 +41,8 @@ pub struct Converted {
     pub reused: bool,
 }
 
-/// Converts text to a prepared folder at `output`: JSON lines or plain text, with any `tokenizer.json` or a vocabulary
+/// Converts text to a prepared folder at `output`: plain text, JSON lines, or a column of Parquet or Arrow
+/// files, with any `tokenizer.json` or a vocabulary
 /// that is trained on the text.
 ///
 /// The folder appears when it is complete. Until then shards gather in a hidden folder beside it; after a crash or an error
@@ -57,7 +58,7 @@ pub struct Converted {
 /// The same input and options give the same bytes, whatever the number of threads.
 ///
 /// # Errors
-/// [`Error::NoInput`], [`Error::InvalidUtf8`], [`Error::BadLine`], [`Error::EmptyText`], [`Error::TextChanged`],
+/// [`Error::NoInput`], [`Error::InvalidUtf8`], [`Error::BadLine`], [`Error::BadRow`], [`Error::BadTable`], [`Error::EmptyText`], [`Error::TextChanged`],
 /// [`Error::OutputExists`], [`Error::OtherConversion`], [`Error::LockTimeout`] if another process converts to the same output,
 /// [`Error::Tokenizer`], [`Error::InvalidOption`], [`Error::CacheNotWritable`] and [`Error::Io`].
 pub fn convert(
@@ -71,8 +72,12 @@ pub fn convert(
     let unit = match format {
         Format::Text => options.document,
         // Their rows are documents.
-        Format::JsonLines => Document::Line,
+        _ => Document::Line,
     };
+    if format.is_table() && !cfg!(feature = "parquet") {
+        let reason = "this program was built without tables: build it with --features parquet";
+        return Err(Error::option("format", format!("{format:?}").to_lowercase(), reason));
+    }
     let (field, bad_lines) = (options.field.clone(), options.bad_lines);
     let input = Input { files, format, unit, field, bad_lines };
     let tokenizer = match &options.vocabulary {

@@ -35,6 +35,8 @@
 //! ```
 
 mod arrays;
+#[cfg(feature = "parquet")]
+mod columns;
 mod field;
 mod index;
 mod reader;
@@ -42,6 +44,8 @@ mod samples;
 mod writer;
 
 pub use arrays::convert_safetensors;
+#[cfg(feature = "parquet")]
+pub use columns::convert_columns;
 pub use field::{ColumnValue, Field, FieldShape};
 pub use index::{RecordIndex, RecordShard};
 pub use reader::Records;

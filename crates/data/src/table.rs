@@ -1,0 +1,220 @@
+//! Tables of Parquet and Arrow files: columns by name, in batches of rows.
+//!
+//! A panic of the libraries over a malformed file is an error here.
+
+use std::fs::File;
+use std::io::{BufReader, Read, Seek};
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arrow_array::cast::AsArray;
+use arrow_array::{Array, ArrayRef, RecordBatch};
+use arrow_buffer::NullBuffer;
+use arrow_ipc::reader::{FileReader, StreamReader};
+use arrow_schema::{ArrowError, DataType, Fields, Schema, SchemaRef};
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::arrow::ProjectionMask;
+
+use crate::cast::{to_u64, to_usize};
+use crate::error::{Error, Result};
+
+/// Rows of a batch of Parquet. Those of Arrow are as large as they were written.
+const BATCH_ROWS: usize = 128;
+
+type Batches = Box<dyn Iterator<Item = std::result::Result<RecordBatch, ArrowError>>>;
+
+/// The rows of one file.
+pub(crate) struct Table {
+    path: PathBuf,
+    batches: Batches,
+    bytes: u64,
+    /// As far as the file says it.
+    row_count: Option<u64>,
+    /// Rows that are passed over.
+    skip: u64,
+}
+
+/// How a file is laid out.
+enum Layout {
+    Parquet(ParquetRecordBatchReaderBuilder<File>),
+    File(FileReader<BufReader<File>>),
+    Stream(StreamReader<BufReader<File>>),
+}
+
+impl Layout {
+    fn open(path: &Path, columns: Option<Vec<usize>>) -> Result<Self> {
+        let mut file = File::open(path).map_err(Error::io("open", path))?;
+        let mut magic = Vec::new();
+        let read = (&mut file).take(6).read_to_end(&mut magic).and_then(|_| file.rewind());
+        read.map_err(Error::io("read", path))?;
+        caught(path, || {
+            Ok(match &*magic {
+                [b'P', b'A', b'R', b'1', ..] => {
+                    let opened = ParquetRecordBatchReaderBuilder::try_new(file);
+                    Layout::Parquet(opened.map_err(|error| error.to_string())?)
+                }
+                b"ARROW1" => {
+                    let opened = FileReader::try_new(BufReader::new(file), columns);
+                    Layout::File(opened.map_err(|error| error.to_string())?)
+                }
+                [b'F', b'E', b'A', b'1', ..] => {
+                    return Err("Feather of version 1 is not read: write version 2".to_owned());
+                }
+                _ => {
+                    let opened = StreamReader::try_new(BufReader::new(file), columns);
+                    Layout::Stream(opened.map_err(|error| {
+                        format!("it is neither Parquet nor an Arrow file or stream: {error}")
+                    })?)
+                }
+            })
+        })
+    }
+
+    fn schema(&self) -> SchemaRef {
+        match self {
+            Layout::Parquet(reader) => Arc::clone(reader.schema()),
+            Layout::File(reader) => reader.schema(),
+            Layout::Stream(reader) => reader.schema(),
+        }
+    }
+}
+
+/// The columns of a file.
+pub(crate) fn schema(path: &Path) -> Result<SchemaRef> {
+    Ok(Layout::open(path, None)?.schema())
+}
+
+/// The type of the column at a path of names (`page.body`), or the names that there are.
+pub(crate) fn column_type(path: &Path, schema: &Schema, column: &str) -> Result<DataType> {
+    let missing = || {
+        let names: Vec<&str> = schema.fields().iter().map(|field| &**field.name()).collect();
+        let reason = format!("it has no column `{column}`; it has: {}", names.join(", "));
+        Error::BadTable { path: path.to_path_buf(), reason }
+    };
+    if let Ok(field) = schema.field_with_name(column) {
+        return Ok(field.data_type().clone());
+    }
+    let none = &Fields::empty();
+    let mut fields = schema.fields();
+    let mut found = None;
+    for name in column.split('.') {
+        let field = fields.iter().find(|field| field.name() == name).ok_or_else(missing)?;
+        found = Some(field.data_type());
+        if let DataType::Struct(inner) = field.data_type() {
+            fields = inner;
+        } else {
+            fields = none;
+        }
+    }
+    found.cloned().ok_or_else(missing)
+}
+
+impl Table {
+    /// Opens a file at some row, for some of its columns, which exist.
+    pub(crate) fn open(path: &Path, columns: &[String], first_row: u64) -> Result<Self> {
+        let bytes = std::fs::metadata(path).map_err(Error::io("open", path))?.len();
+        let schema = schema(path)?;
+        let root = |column: &String| {
+            let first = column.split('.').next().unwrap_or(column);
+            schema.index_of(column).or_else(|_| schema.index_of(first)).ok()
+        };
+        let mut roots: Vec<usize> = columns.iter().filter_map(root).collect();
+        roots.sort_unstable();
+        roots.dedup();
+        let (mut row_count, mut skip) = (None, first_row);
+        let batches: Batches = match Layout::open(path, Some(roots))? {
+            Layout::File(reader) => Box::new(reader),
+            Layout::Stream(reader) => Box::new(reader),
+            Layout::Parquet(builder) => {
+                let rows = builder.metadata().file_metadata().num_rows();
+                row_count = u64::try_from(rows).ok();
+                skip = 0;
+                let first = to_usize(first_row);
+                caught(path, || {
+                    let mask = projection(&builder, &schema, columns);
+                    let builder = builder.with_projection(mask).with_batch_size(BATCH_ROWS);
+                    let reader = builder.with_offset(first).build();
+                    Ok(Box::new(reader.map_err(|error| error.to_string())?))
+                })?
+            }
+        };
+        Ok(Table { path: path.to_path_buf(), batches, bytes, row_count, skip })
+    }
+
+    /// The next rows.
+    pub(crate) fn next(&mut self) -> Result<Option<RecordBatch>> {
+        loop {
+            let batches = &mut self.batches;
+            let next = caught(&self.path, || {
+                batches.next().transpose().map_err(|error| error.to_string())
+            })?;
+            let Some(batch) = next else { return Ok(None) };
+            let rows = to_u64(batch.num_rows());
+            if rows <= self.skip {
+                self.skip -= rows;
+                continue;
+            }
+            let first = to_usize(std::mem::take(&mut self.skip));
+            return Ok(Some(batch.slice(first, batch.num_rows() - first)));
+        }
+    }
+
+    /// Bytes of the file that some rows stand for, of `bytes` in memory.
+    pub(crate) fn share(&self, rows: usize, bytes: usize) -> u64 {
+        let of_file = |count: u64| {
+            let share = u128::from(self.bytes) * rows as u128 / u128::from(count.max(1));
+            u64::try_from(share).unwrap_or(self.bytes)
+        };
+        self.row_count.map_or(to_u64(bytes), of_file)
+    }
+}
+
+/// Of Parquet, inner columns are read alone.
+fn projection(
+    builder: &ParquetRecordBatchReaderBuilder<File>,
+    schema: &Schema,
+    columns: &[String],
+) -> ProjectionMask {
+    let about = builder.parquet_schema();
+    let mut mask = ProjectionMask::none(about.num_columns());
+    for column in columns {
+        mask.union(&match schema.index_of(column) {
+            Ok(root) => ProjectionMask::roots(about, [root]),
+            Err(_) => ProjectionMask::columns(about, [&**column]),
+        });
+    }
+    mask
+}
+
+/// The column at a path of names, and which rows have no value: in it, or in what it lies in.
+pub(crate) fn column(batch: &RecordBatch, path: &str) -> Option<(ArrayRef, Option<NullBuffer>)> {
+    if let Some(array) = batch.column_by_name(path) {
+        return Some((plain(array), array.logical_nulls()));
+    }
+    let mut names = path.split('.');
+    let mut array = Arc::clone(batch.column_by_name(names.next()?)?);
+    let mut nulls = array.logical_nulls();
+    for name in names {
+        let inner = Arc::clone(array.as_struct_opt()?.column_by_name(name)?);
+        nulls = NullBuffer::union(nulls.as_ref(), inner.logical_nulls().as_ref());
+        array = inner;
+    }
+    Some((plain(&array), nulls))
+}
+
+/// A dictionary's values, row by row.
+fn plain(array: &ArrayRef) -> ArrayRef {
+    let values = array.as_any_dictionary_opt().and_then(|dictionary| {
+        arrow_select::take::take(dictionary.values(), dictionary.keys(), None).ok()
+    });
+    values.unwrap_or_else(|| Arc::clone(array))
+}
+
+/// What the libraries give, their errors and their panics.
+fn caught<T>(path: &Path, call: impl FnOnce() -> std::result::Result<T, String>) -> Result<T> {
+    // What a panic leaves behind is dropped with the table.
+    let done = catch_unwind(AssertUnwindSafe(call));
+    let done = done.unwrap_or_else(|_| Err("its content contradicts itself".to_owned()));
+    done.map_err(|reason| Error::BadTable { path: path.to_path_buf(), reason })
+}
