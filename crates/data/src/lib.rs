@@ -93,7 +93,7 @@ pub use quality::Quality;
 pub use sampler::{BatchSize, Cursor, Order, Position, Sample, Sampler, Tail};
 pub use samples::{from_fn, FromFn, Part, Samples, Scratch};
 pub use slice::{part, MicroBatch, RankSlice};
-pub use source::{Folder, LocalFolder, Source};
+pub use source::{CachedFolder, Folder, LocalFolder, Source};
 #[cfg(feature = "http")]
 pub use source::{HttpFolder, HttpOptions};
 pub use state::{Buckets, LoaderState};

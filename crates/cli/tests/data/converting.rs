@@ -204,7 +204,7 @@ fn bad_input_is_one_message_and_a_code() {
     convert("a.txt", &["--end-token", "</s>"], 64, "this is for --tokenizer");
     convert("a.txt", &["--shard-bytes", "0"], 64, "at least one byte");
     convert("a.txt", &["--format", "jsonl"], 65, "line 1: it is not JSON");
-    convert("a.txt", &["--format", "parquet"], 64, "possible values");
+    convert("a.txt", &["--format", "pdf"], 64, "possible values");
     let full = at("full");
     let input = at("a.txt");
     let args = ["data", "convert", "--input", &input, "--output", &full];

@@ -38,7 +38,7 @@ impl Default for HttpOptions {
 
 /// A folder on a web server that supports range requests. No proxy is used.
 ///
-/// Each read is one request: read whole blocks, or samples that lie close together, where the server is far away.
+/// Each read is one request. A [`CachedFolder`](crate::CachedFolder) around it fetches blocks of 1 MiB once and keeps them on this machine.
 #[derive(Debug)]
 pub struct HttpFolder {
     address: PathBuf,
@@ -239,6 +239,13 @@ impl Source for HttpFile {
 
     fn size(&self) -> u64 {
         self.size
+    }
+
+    fn version(&self) -> Option<String> {
+        let Version { etag, modified } = &self.version;
+        // What is compared weakly may be other bytes.
+        let strong = etag.as_ref().filter(|etag| !etag.starts_with("W/"));
+        strong.or(modified.as_ref()).cloned()
     }
 
     fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {

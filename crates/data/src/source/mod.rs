@@ -2,6 +2,7 @@
 
 #[cfg(feature = "http")]
 mod answer;
+mod cache;
 mod file;
 #[cfg(feature = "http")]
 mod http;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 
+pub use cache::CachedFolder;
 #[cfg(feature = "http")]
 pub use http::{HttpFolder, HttpOptions};
 pub(crate) use local::open_file;
@@ -50,6 +52,12 @@ pub trait Source: Send + Sync + Debug {
     /// If the file was cut off or the storage failed meanwhile.
     fn check_mapped(&self, _range: Range<u64>) -> Result<()> {
         Ok(())
+    }
+
+    /// What tells this content from another of the same name and size: an `ETag`, a time of change. `None`: nothing is known;
+    /// such files are not kept by a [`CachedFolder`].
+    fn version(&self) -> Option<String> {
+        None
     }
 
     /// Lets go of local copies of a range that turned out damaged. `true`: reading again may give other bytes.

@@ -1,0 +1,338 @@
+//! Blocks of far files, kept in a folder of this machine.
+//!
+//! A file `<fingerprint>.blocks` for each version of a far file:
+//!
+//! ```text
+//! one page     what it is of: name, size, version
+//! table        u64 for each block: 0, or 2^32 + the CRC-32C of the block
+//! blocks       each at its place; holes where none was fetched
+//! ```
+//!
+//! A block is written before its entry, and compared with it when a process first uses it: what a crash left unwritten is
+//! fetched again. Several processes share a folder without talking: they write the same bytes. Files are removed whole, to make
+//! room, and not while a process has them open (`flock`).
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use rustix::fs::{flock, FlockOperation};
+
+use super::{Folder, Source};
+use crate::cast::{to_u64, to_usize};
+use crate::error::{Error, Result};
+use crate::fingerprint::Fingerprinter;
+
+const MAGIC: &str = "phalanx-blocks 1";
+const EXTENSION: &str = "blocks";
+const PAGE: u64 = 4096;
+
+/// What is fetched at once: what has a checksum of its own in prepared folders.
+const BLOCK_BYTES: u64 = 1 << 20;
+
+const ENTRY_BYTES: u64 = 8;
+const PRESENT: u64 = 1 << 32;
+
+/// Threads that fetch different blocks of a file at once.
+const LOCKS: usize = 16;
+
+/// The size of the folder is counted again after so many bytes: other processes write to it as well.
+const COUNT_AGAIN: u64 = 64 * BLOCK_BYTES;
+
+/// A folder whose files are kept on this machine, block by block, as they are read: each block of 1 MiB is fetched once, also for
+/// later runs and other processes.
+///
+/// Files are known again by name, size and [`Source::version`]; those without a version are not kept. If the folder is full
+/// (see [`new`](Self::new)) or the disk is, what is not kept is read from afar.
+#[derive(Debug)]
+pub struct CachedFolder<F> {
+    inner: F,
+    cache: Arc<Cache>,
+}
+
+impl<F: Folder> CachedFolder<F> {
+    /// Keeps what is read of `inner` in `folder`, about `max_bytes` of it: when that is full, files that no process has open
+    /// are removed, those first that were opened longest ago.
+    ///
+    /// # Errors
+    /// [`Error::CacheNotWritable`].
+    pub fn new(inner: F, folder: &Path, max_bytes: u64) -> Result<Self> {
+        let failed = |cause| Error::CacheNotWritable { path: folder.to_path_buf(), cause };
+        fs::create_dir_all(folder).map_err(failed)?;
+        let cache = Cache {
+            folder: folder.to_path_buf(),
+            max_bytes,
+            used: AtomicU64::new(0),
+            uncounted: AtomicU64::new(0),
+            is_full: AtomicBool::new(false),
+        };
+        cache.count().map_err(failed)?;
+        Ok(CachedFolder { inner, cache: Arc::new(cache) })
+    }
+
+    fn keep(&self, source: Arc<dyn Source>) -> Result<Arc<dyn Source>> {
+        let Some(version) = source.version().filter(|_| source.size() > 0) else {
+            return Ok(source);
+        };
+        let head = format!("{MAGIC}\n{}\n{}\n{version}\n", source.name().display(), source.size());
+        if to_u64(head.len()) > PAGE {
+            return Ok(source);
+        }
+        let cache = Arc::clone(&self.cache);
+        let failed = |cause| Error::CacheNotWritable { path: cache.folder.clone(), cause };
+        let blocks = source.size().div_ceil(BLOCK_BYTES);
+        let data_at = (PAGE + blocks * ENTRY_BYTES).next_multiple_of(PAGE);
+        let file = cache.open(&head, data_at + source.size()).map_err(failed)?;
+        let words = blocks.div_ceil(u64::from(u64::BITS));
+        Ok(Arc::new(CachedFile {
+            size: source.size(),
+            inner: source,
+            file,
+            data_at,
+            good: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            fetching: Default::default(),
+            cache,
+        }))
+    }
+}
+
+impl<F: Folder> Folder for CachedFolder<F> {
+    fn name(&self) -> &Path {
+        self.inner.name()
+    }
+
+    fn open(&self, name: &str) -> Result<Arc<dyn Source>> {
+        self.keep(self.inner.open(name)?)
+    }
+
+    fn find(&self, name: &str) -> Result<Option<Arc<dyn Source>>> {
+        self.inner.find(name)?.map(|source| self.keep(source)).transpose()
+    }
+}
+
+/// A folder of files of blocks.
+#[derive(Debug)]
+struct Cache {
+    folder: PathBuf,
+    max_bytes: u64,
+    /// Bytes on the disk, as last counted, and what this process has added.
+    used: AtomicU64,
+    uncounted: AtomicU64,
+    /// Whether room was looked for in vain.
+    is_full: AtomicBool,
+}
+
+impl Cache {
+    /// The files and what they take on the disk, those first that were opened longest ago.
+    fn files(&self) -> io::Result<Vec<(SystemTime, PathBuf, u64)>> {
+        let mut files = Vec::new();
+        for entry in fs::read_dir(&self.folder)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|end| end == EXTENSION) {
+                // Another process may have removed it.
+                if let Ok(metadata) = fs::metadata(&path) {
+                    files.push((metadata.modified()?, path, metadata.blocks() * 512));
+                }
+            }
+        }
+        files.sort();
+        Ok(files)
+    }
+
+    fn count(&self) -> io::Result<()> {
+        let used = self.files()?.iter().map(|(_, _, bytes)| bytes).sum();
+        self.used.store(used, Ordering::Relaxed);
+        self.uncounted.store(0, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Whether there is room for so many bytes; counts them if so.
+    fn take(&self, bytes: u64) -> bool {
+        let fits = || self.used.load(Ordering::Relaxed) + bytes <= self.max_bytes;
+        let is_old = self.uncounted.load(Ordering::Relaxed) > COUNT_AGAIN;
+        if (is_old && self.count().is_err()) || (!fits() && !self.make_room(bytes)) {
+            return false;
+        }
+        self.used.fetch_add(bytes, Ordering::Relaxed);
+        self.uncounted.fetch_add(bytes, Ordering::Relaxed);
+        true
+    }
+
+    /// Opens the file for `head`, or makes it.
+    fn open(&self, head: &str, size: u64) -> io::Result<File> {
+        let name = Fingerprinter::new("blocks").bytes(head.as_bytes()).finish();
+        let path = self.folder.join(format!("{name}.{EXTENSION}"));
+        let mut page = vec![0; to_usize(PAGE)];
+        page[..head.len()].copy_from_slice(head.as_bytes());
+        self.is_full.store(false, Ordering::Relaxed);
+        // Held as long as the file is open: it is in use.
+        let in_use = |file: &File| flock(file, FlockOperation::NonBlockingLockShared).is_ok();
+        if let Ok(file) = OpenOptions::new().read(true).write(true).open(&path) {
+            let mut found = vec![0; page.len()];
+            let is_same = file.read_exact_at(&mut found, 0).is_ok() && found == page;
+            if is_same && file.metadata()?.len() == size {
+                in_use(&file);
+                file.set_modified(SystemTime::now())?;
+                return Ok(file);
+            }
+        }
+        // Complete before it has its name. Of two processes that do so at once, one keeps a file of its own.
+        let new = self.folder.join(format!(".{name}.{}", std::process::id()));
+        let options =
+            OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&new);
+        let file = options?;
+        in_use(&file);
+        file.write_all_at(&page, 0)?;
+        file.set_len(size)?;
+        fs::rename(&new, &path)?;
+        Ok(file)
+    }
+
+    /// Removes files that nobody has open, those first that were opened longest ago, until so many bytes fit. `false`: they do not.
+    fn make_room(&self, bytes: u64) -> bool {
+        if self.is_full.load(Ordering::Relaxed) || self.count().is_err() {
+            return false;
+        }
+        let fits = || self.used.load(Ordering::Relaxed) + bytes <= self.max_bytes;
+        for (_, path, freed) in self.files().unwrap_or_default() {
+            if fits() {
+                break;
+            }
+            let exclusive = FlockOperation::NonBlockingLockExclusive;
+            let is_free = File::open(&path).is_ok_and(|file| flock(&file, exclusive).is_ok());
+            if is_free && fs::remove_file(&path).is_ok() {
+                self.used
+                    .fetch_sub(freed.min(self.used.load(Ordering::Relaxed)), Ordering::Relaxed);
+            }
+        }
+        // Until another file is opened nobody looks again.
+        self.is_full.store(!fits(), Ordering::Relaxed);
+        fits()
+    }
+}
+
+#[derive(Debug)]
+struct CachedFile {
+    inner: Arc<dyn Source>,
+    size: u64,
+    file: File,
+    /// Where the blocks begin.
+    data_at: u64,
+    /// A bit for each block that this process has fetched or compared.
+    good: Box<[AtomicU64]>,
+    fetching: [Mutex<()>; LOCKS],
+    cache: Arc<Cache>,
+}
+
+impl CachedFile {
+    fn bit(&self, block: u64) -> (&AtomicU64, u64) {
+        let bits = u64::from(u64::BITS);
+        (&self.good[to_usize(block / bits)], 1 << (block % bits))
+    }
+
+    fn is_good(&self, block: u64) -> bool {
+        let (word, bit) = self.bit(block);
+        word.load(Ordering::Acquire) & bit != 0
+    }
+
+    fn range(&self, block: u64) -> Range<u64> {
+        let start = block * BLOCK_BYTES;
+        start..(start + BLOCK_BYTES).min(self.size)
+    }
+
+    /// Sees to it that a block is there. `false`: it is not kept.
+    fn ensure(&self, block: u64) -> Result<bool> {
+        if self.is_good(block) {
+            return Ok(true);
+        }
+        let lock = &self.fetching[to_usize(block) % LOCKS];
+        let _only = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.is_good(block) {
+            return Ok(true);
+        }
+        let range = self.range(block);
+        let mut bytes = vec![0; to_usize(range.end - range.start)];
+        if !self.is_there(block, &mut bytes) {
+            if !self.cache.take(to_u64(bytes.len())) {
+                return Ok(false);
+            }
+            self.inner.read_at(range.start, &mut bytes)?;
+            if self.write(block, &bytes).is_err() {
+                // The disk is full, or worse: the bytes are read from afar.
+                return Ok(false);
+            }
+        }
+        let (word, bit) = self.bit(block);
+        word.fetch_or(bit, Ordering::Release);
+        Ok(true)
+    }
+
+    /// Whether an earlier run has kept the block, unharmed.
+    fn is_there(&self, block: u64, bytes: &mut [u8]) -> bool {
+        let mut entry = [0; 8];
+        let read = self.file.read_exact_at(&mut entry, PAGE + block * ENTRY_BYTES);
+        let entry = u64::from_le_bytes(entry);
+        read.is_ok()
+            && entry & PRESENT != 0
+            && self.file.read_exact_at(bytes, self.data_at + block * BLOCK_BYTES).is_ok()
+            && entry == PRESENT + u64::from(crc32c::crc32c(bytes))
+    }
+
+    fn write(&self, block: u64, bytes: &[u8]) -> io::Result<()> {
+        let entry = PRESENT + u64::from(crc32c::crc32c(bytes));
+        self.file.write_all_at(bytes, self.data_at + block * BLOCK_BYTES)?;
+        self.file.write_all_at(&entry.to_le_bytes(), PAGE + block * ENTRY_BYTES)
+    }
+}
+
+impl Source for CachedFile {
+    fn name(&self) -> &Path {
+        self.inner.name()
+    }
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn version(&self) -> Option<String> {
+        self.inner.version()
+    }
+
+    fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        let end = offset.saturating_add(to_u64(out.len()));
+        if end > self.size {
+            let path = self.name().to_path_buf();
+            return Err(Error::WrongSize { path, expected: end, actual: self.size });
+        }
+        let (mut at, mut rest) = (offset, out);
+        while !rest.is_empty() {
+            let block = at / BLOCK_BYTES;
+            let len = to_usize(self.range(block).end - at).min(rest.len());
+            let (part, later) = rest.split_at_mut(len);
+            let kept =
+                self.ensure(block)? && self.file.read_exact_at(part, self.data_at + at).is_ok();
+            if !kept {
+                self.inner.read_at(at, part)?;
+            }
+            at += to_u64(len);
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn forget(&self, range: Range<u64>) -> bool {
+        for block in range.start / BLOCK_BYTES..range.end.min(self.size).div_ceil(BLOCK_BYTES) {
+            let (word, bit) = self.bit(block);
+            word.fetch_and(!bit, Ordering::AcqRel);
+            // An entry that cannot be taken back is one whose checksum says that the block is good.
+            drop(self.file.write_all_at(&[0; 8], PAGE + block * ENTRY_BYTES));
+        }
+        self.inner.forget(range);
+        true
+    }
+}
