@@ -9,12 +9,12 @@ use anyhow::Result;
 use clap::{Args, ValueEnum};
 use phalanx_data::records::{RecordIndex, RecordSamples, Records};
 use phalanx_data::{
-    CausalText, Documents, Loader, LoaderOptions, MaskedText, Masking, Order, Quality, Samples,
-    TokenStream,
+    CausalText, Documents, Error, Loader, LoaderOptions, MaskedText, Masking, Order, Quality,
+    Samples, TokenStream,
 };
 use serde_json::json;
 
-use super::{AccessFlag, Folder};
+use super::{megatron, AccessFlag, Data, Folder};
 use crate::report::{self, count, real};
 
 #[derive(Args, Debug)]
@@ -30,9 +30,9 @@ pub(crate) struct BenchArgs {
     /// Threads that build batches ahead; 0: the caller builds them.
     #[arg(long, value_name = "N", default_value_t = 1)]
     threads: usize,
-    /// What a sequence is for.
-    #[arg(long, value_enum, default_value_t = SamplesFlag::Masked)]
-    samples: SamplesFlag,
+    /// What a sequence is for: masked unless the data is Megatron's, which does not know its mask.
+    #[arg(long, value_enum)]
+    samples: Option<SamplesFlag>,
     /// How files are read.
     #[arg(long, value_enum, default_value_t = AccessFlag::Read)]
     access: AccessFlag,
@@ -69,11 +69,14 @@ fn seconds(text: &str) -> Result<f64, String> {
 }
 
 pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
-    let folder = args.folder.checked()?;
+    let data = args.folder.checked()?;
     let opened = Instant::now();
-    let samples = open(folder, args)?;
+    let samples = match &data {
+        Data::Folder(folder) => open(folder, args)?,
+        Data::Megatron(prefix) => open_megatron(prefix, args)?,
+    };
     let measured = measure(samples, args, opened)?;
-    if RecordIndex::is_in(folder) {
+    if matches!(data, Data::Folder(folder) if RecordIndex::is_in(folder)) {
         return measured.tell_records(args);
     }
     if args.json {
@@ -99,10 +102,20 @@ fn open(folder: &Path, args: &BenchArgs) -> Result<Arc<dyn Samples>> {
         return Ok(Arc::new(RecordSamples::new(records)?));
     }
     let stream = Arc::new(TokenStream::open(folder, args.access.into())?);
-    Ok(match args.samples {
+    Ok(match args.samples.unwrap_or(SamplesFlag::Masked) {
         SamplesFlag::Masked => Arc::new(MaskedText::new(stream, args.seq_len, Masking::default())?),
         SamplesFlag::Next => Arc::new(CausalText::new(stream, args.seq_len, Documents::Joined)?),
     })
+}
+
+fn open_megatron(prefix: &Path, args: &BenchArgs) -> Result<Arc<dyn Samples>> {
+    if let Some(SamplesFlag::Masked) = args.samples {
+        let (option, value) = ("samples", "masked".to_owned());
+        let reason = "Megatron's files do not say which token is the mask: use --samples next";
+        return Err(Error::InvalidOption { option, value, reason: reason.to_owned() }.into());
+    }
+    let tokens = Arc::new(megatron::open(prefix, args.access.into())?);
+    Ok(Arc::new(CausalText::new(tokens, args.seq_len, Documents::Joined)?))
 }
 
 /// What one run gave.

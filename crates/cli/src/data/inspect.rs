@@ -11,7 +11,7 @@ use phalanx_data::text::Detokenizer;
 use phalanx_data::{Access, Index, Scratch, TokenStream};
 use serde_json::{json, Value};
 
-use super::{records, Folder};
+use super::{megatron, records, Data, Folder};
 use crate::report::{self, bytes, count, real};
 
 /// Tokens of a sample.
@@ -30,7 +30,13 @@ pub(crate) struct InspectArgs {
 }
 
 pub(crate) fn run(args: &InspectArgs) -> Result<ExitCode> {
-    let folder = args.folder.checked()?;
+    let folder = match args.folder.checked()? {
+        Data::Folder(folder) => folder,
+        Data::Megatron(prefix) => {
+            megatron::inspect(&prefix, args.json, args.sample)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
     if RecordIndex::is_in(folder) {
         records::inspect(folder, args.json, args.sample)?;
     } else {

@@ -3,6 +3,7 @@
 mod bench;
 mod convert;
 mod inspect;
+mod megatron;
 mod records;
 mod verify;
 
@@ -41,22 +42,32 @@ pub(crate) fn run(command: &Command) -> Result<ExitCode> {
 /// A folder of prepared data.
 #[derive(Args, Debug)]
 pub(crate) struct Folder {
-    /// A prepared folder: it holds `index.json` and shards.
+    /// A prepared folder (it holds `index.json` and shards), or the prefix of Megatron's files PREFIX.bin and PREFIX.idx.
     #[arg(value_name = "DIR")]
     path: PathBuf,
 }
 
 impl Folder {
-    /// The path, or what to do if it is no prepared folder.
-    fn checked(&self) -> Result<&Path> {
+    /// What it is, or what to do if it is no prepared folder.
+    fn checked(&self) -> Result<Data<'_>> {
+        if let Some(prefix) = megatron::prefix(&self.path) {
+            return Ok(Data::Megatron(prefix));
+        }
         if !self.path.exists() {
             return Err(Error::DataMissing { path: self.path.clone() }.into());
         }
         if !Index::is_in(&self.path) {
             return Err(Error::NotPrepared { path: self.path.clone() }.into());
         }
-        Ok(&self.path)
+        Ok(Data::Folder(&self.path))
     }
+}
+
+/// What a path stands for.
+enum Data<'a> {
+    Folder(&'a Path),
+    /// Megatron's files with this prefix.
+    Megatron(PathBuf),
 }
 
 /// How many threads work.

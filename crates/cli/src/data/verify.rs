@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use anyhow::Result;
 use clap::Args;
-use phalanx_data::{record_damage, verify, Verified};
+use phalanx_data::{record_damage, verify, Error, Verified};
 use serde_json::json;
 
-use super::{Folder, ProgressFlag, Threads};
+use super::{megatron, Data, Folder, ProgressFlag, Threads};
 use crate::failure;
 use crate::report::{self, bytes, count, real};
 
@@ -31,7 +31,18 @@ pub(crate) struct VerifyArgs {
 }
 
 pub(crate) fn run(args: &VerifyArgs) -> Result<ExitCode> {
-    let folder = args.folder.checked()?;
+    let folder = match args.folder.checked()? {
+        Data::Folder(folder) => folder,
+        Data::Megatron(_) if args.record => {
+            let reason = "Megatron's files have no checksums, so no damage is found in them";
+            let (option, value) = ("record", "true".to_owned());
+            return Err(Error::InvalidOption { option, value, reason: reason.to_owned() }.into());
+        }
+        Data::Megatron(prefix) => {
+            megatron::verify(&prefix, args.json)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
     let started = Instant::now();
     let found = verify(folder, args.threads.threads, &*args.progress.reporter())?;
     let seconds = started.elapsed().as_secs_f64();

@@ -138,3 +138,42 @@ fn bad_input_is_one_message_and_a_code() {
     assert_eq!(phalanx(&["data", "--help"]).code, Some(0));
     assert_eq!(phalanx(&["data", "nonsense"]).code, Some(64));
 }
+
+/// Two documents of 1500 and 2500 tokens, byte by byte as the format is published.
+fn megatron(folder: &std::path::Path) -> std::path::PathBuf {
+    let mut idx = b"MMIDIDX\0\0".to_vec();
+    idx.extend(1_u64.to_le_bytes());
+    idx.push(8);
+    idx.extend([2_u64, 3].iter().flat_map(|count| count.to_le_bytes()));
+    idx.extend([1500_i32, 2500].iter().flat_map(|length| length.to_le_bytes()));
+    idx.extend([0_i64, 3000].iter().flat_map(|offset| offset.to_le_bytes()));
+    idx.extend([0_i64, 1, 2].iter().flat_map(|first| first.to_le_bytes()));
+    let bin: Vec<u8> = (0..4000_u16).flat_map(|at| (at % 777).to_le_bytes()).collect();
+    fs::write(folder.join("my.corpus.idx"), idx).expect("write the index");
+    fs::write(folder.join("my.corpus.bin"), bin).expect("write the tokens");
+    folder.join("my.corpus")
+}
+
+#[test]
+fn megatrons_files_are_shown_checked_and_timed() {
+    let folder = tempfile::tempdir().unwrap();
+    let prefix = megatron(folder.path());
+    let index = folder.path().join("my.corpus.idx");
+    for path in [&prefix, &index] {
+        let shown = phalanx(&["data", "inspect", text(path), "--sample", "2"]).good();
+        for part in ["tokens       4 000\n", "documents    2\n", "token 0: [0, 1, 2", "103, 114]\n"]
+        {
+            let part = part.replace("103, 114]", "113, 114]");
+            assert!(shown.contains(&part), "{part} in:\n{shown}");
+        }
+    }
+    let json = phalanx(&["data", "verify", text(&prefix), "--json"]).json();
+    assert_eq!((&json["largest_token"], &json["tokens"]), (&776.into(), &4000.into()));
+    let args = ["data", "bench", text(&prefix), "--seq-len", "64", "--seconds", "0.1", "--json"];
+    let timed = phalanx(&args).json();
+    assert!(timed["sequences_per_second"].as_f64().unwrap() > 100.0, "{timed}");
+    refused(&[&args[..], &["--samples", "masked"]].concat(), 64, "--samples next");
+    refused(&["data", "verify", text(&prefix), "--record"], 64, "no checksums");
+    fs::write(folder.path().join("my.corpus.bin"), [0; 5000]).unwrap();
+    refused(&["data", "verify", text(&prefix)], 65, "sequence 1, 2500 tokens at 3000");
+}

@@ -86,8 +86,9 @@ impl Source for MappedFile {
         }
         if range.end > self.last_page {
             let (path, expected) = (&self.file.path, self.file.size);
-            let metadata =
-                self.file.file.metadata().map_err(Error::io("read the size of", path))?;
+            let metadata = self.file.file.metadata();
+            // The path is copied only where something is wrong.
+            let metadata = metadata.map_err(|cause| Error::io("read the size of", path)(cause))?;
             let actual = metadata.len();
             if actual < expected {
                 return Err(Error::WrongSize { path: path.clone(), expected, actual });
