@@ -1,6 +1,11 @@
-//! Changed files of a prepared folder: tokens or an error, no panic, no signal, and no allocation beyond twice the file. For three
-//! seconds; `PHALANX_FUZZ_SECONDS` says otherwise.
+//! Changed files of a prepared folder, of Megatron and of fixed batches: tokens or an error, no panic, no signal, and no allocation
+//! beyond twice the file. For three seconds each; `PHALANX_FUZZ_SECONDS` says otherwise.
 #![expect(unsafe_code, reason = "an allocator that measures implements an unsafe trait")]
+#![expect(
+    clippy::panic_in_result_fn,
+    clippy::shadow_unrelated,
+    reason = "a failed assertion is a failed test; each kind of file has its own counts"
+)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs;
@@ -9,7 +14,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use phalanx_data::permutation::Permutation;
-use phalanx_data::{Access, Scratch, SpecialTokens, TokenStream, TokenWriter};
+use phalanx_data::{
+    Access, FixedBatches, MegatronTokens, Scratch, SpecialTokens, TokenStream, TokenWriter, Tokens,
+};
+use safetensors::tensor::{Dtype, TensorView};
 
 /// Remembers the largest allocation.
 struct Largest(AtomicUsize);
@@ -57,21 +65,50 @@ fn write(target: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-#[test]
-fn any_change_of_a_prepared_folder_is_tokens_or_an_error_within_twice_the_file() {
-    let seconds = std::env::var("PHALANX_FUZZ_SECONDS").map_or(3, |text| text.parse().unwrap());
-    let folder = tempfile::tempdir().unwrap();
-    let target = folder.path().join("tokens");
-    write(&target).unwrap();
-    assert_eq!(TokenStream::open(&target, Access::Read).unwrap().damaged().len(), 1);
-    let names = ["index.json", "tokens-00000.safetensors", "damage.json"];
-    let originals = names.map(|name| fs::read(target.join(name)).unwrap());
+/// Two documents of 1500 and 2500 tokens, byte by byte as the format is published.
+fn write_megatron(folder: &Path) -> std::io::Result<()> {
+    let mut idx = b"MMIDIDX\0\0".to_vec();
+    idx.extend(1_u64.to_le_bytes());
+    idx.push(8);
+    idx.extend([2_u64, 3].iter().flat_map(|count| count.to_le_bytes()));
+    idx.extend([1500_i32, 2500].iter().flat_map(|length| length.to_le_bytes()));
+    idx.extend([0_i64, 3000].iter().flat_map(|offset| offset.to_le_bytes()));
+    idx.extend([0_i64, 1, 2].iter().flat_map(|first| first.to_le_bytes()));
+    let bin: Vec<u8> = (0..4000_u16).flat_map(|at| (at % 777).to_le_bytes()).collect();
+    fs::write(folder.join("corpus.idx"), idx)?;
+    fs::write(folder.join("corpus.bin"), bin)
+}
+
+/// Some tokens, all documents.
+fn read_some(tokens: &dyn Tokens) -> phalanx_data::Result<()> {
+    let (mut scratch, mut out) = (Scratch::default(), [0; 64]);
+    for start in (0..tokens.token_count().min(5000)).step_by(64) {
+        let len = usize::try_from(tokens.token_count() - start).map_or(64, |left| left.min(64));
+        tokens.read(start, &mut out[..len], &mut scratch, &"a sample")?;
+    }
+    for document in 0..tokens.document_count().min(100) {
+        tokens.document(document, &mut scratch)?;
+    }
+    Ok(())
+}
+
+/// Changes one of some files of a folder, over and over, and reads; gives the rounds and the errors.
+fn change(
+    folder: &Path,
+    names: &[&str],
+    read: impl Fn(Access) -> phalanx_data::Result<()>,
+) -> std::io::Result<(u64, u64)> {
+    let seconds = std::env::var("PHALANX_FUZZ_SECONDS").ok().and_then(|text| text.parse().ok());
+    let limit = Duration::from_secs(seconds.unwrap_or(3));
+    let originals: Vec<Vec<u8>> =
+        names.iter().map(|name| fs::read(folder.join(name))).collect::<std::io::Result<_>>()?;
+    let largest_file = originals.iter().map(Vec::len).max().unwrap_or(0);
     let (started, mut round, mut errors) = (Instant::now(), 0_u64, 0_u64);
-    while started.elapsed() < Duration::from_secs(seconds) {
+    while started.elapsed() < limit {
         round += 1;
         let draw = |purpose, below: usize| {
             let at = Permutation::new(below as u64, round, purpose).at(0);
-            usize::try_from(at).unwrap()
+            usize::try_from(at).unwrap_or(0)
         };
         let which = draw(0, names.len());
         let mut bytes = originals[which].clone();
@@ -93,32 +130,57 @@ fn any_change_of_a_prepared_folder_is_tokens_or_an_error_within_twice_the_file()
                 bytes.splice(at..at + digits, number.bytes());
             }
         }
-        let path = target.join(names[which]);
-        fs::write(&path, &bytes).unwrap();
-        let file_bytes = bytes.len().max(originals[1].len());
+        let path = folder.join(names[which]);
+        fs::write(&path, &bytes)?;
+        let file_bytes = bytes.len().max(largest_file);
         LARGEST.0.store(0, Ordering::Relaxed);
         for access in [Access::Read, Access::Map] {
-            let read = TokenStream::open(&target, access).and_then(|stream| {
-                let mut scratch = Scratch::default();
-                let mut tokens = [0; 64];
-                for start in (0..stream.token_count().min(5000)).step_by(64) {
-                    let len = usize::try_from(stream.token_count() - start).unwrap().min(64);
-                    stream.read(start, &mut tokens[..len], &mut scratch, &"a sample")?;
-                }
-                for document in 0..stream.document_count().min(100) {
-                    stream.document(document, &mut scratch)?;
-                }
-                stream.verify()
-            });
-            errors += u64::from(read.is_err());
+            errors += u64::from(read(access).is_err());
         }
         let largest = LARGEST.0.load(Ordering::Relaxed);
         assert!(
             largest <= 2 * file_bytes + SMALL,
             "round {round}: {largest} of {file_bytes} bytes"
         );
-        fs::write(&path, &originals[which]).unwrap();
+        fs::write(&path, &originals[which])?;
     }
-    assert!(errors > round, "{errors} errors in {round} rounds");
+    Ok((round, errors))
+}
+
+/// One test: the allocations of another one would be measured as well.
+#[test]
+fn any_change_of_files_is_tokens_or_an_error_within_twice_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("tokens");
+    write(&target).unwrap();
+    assert_eq!(TokenStream::open(&target, Access::Read).unwrap().damaged().len(), 1);
+    let names = ["index.json", "tokens-00000.safetensors", "damage.json"];
+    let (rounds, errors) = change(&target, &names, |access| {
+        let stream = TokenStream::open(&target, access)?;
+        read_some(&stream)?;
+        stream.verify()
+    })
+    .unwrap();
+    assert!(errors > rounds, "{errors} errors in {rounds} rounds");
     TokenStream::open(&target, Access::Map).unwrap().verify().unwrap();
+
+    write_megatron(folder.path()).unwrap();
+    let prefix = folder.path().join("corpus");
+    let (rounds, errors) = change(folder.path(), &["corpus.idx", "corpus.bin"], |access| {
+        read_some(&MegatronTokens::open(&prefix, 777, access)?)
+    })
+    .unwrap();
+    assert!(errors > rounds / 4, "{errors} errors in {rounds} rounds");
+
+    // Batches made elsewhere.
+    let values: Vec<u8> = (0..64 * 32_i64).flat_map(|at| (at % 100).to_le_bytes()).collect();
+    let tensor = TensorView::new(Dtype::I64, vec![64, 32], &values).unwrap();
+    let labels = TensorView::new(Dtype::I64, vec![64, 32], &values).unwrap();
+    let file = folder.path().join("batches.safetensors");
+    let bytes = safetensors::serialize([("input_ids", tensor), ("labels", labels)], None).unwrap();
+    fs::write(&file, bytes).unwrap();
+    let (rounds, errors) =
+        change(folder.path(), &["batches.safetensors"], |_| FixedBatches::open(&file).map(drop))
+            .unwrap();
+    assert!(errors > rounds / 4, "{errors} errors in {rounds} rounds");
 }
