@@ -106,9 +106,15 @@ test_packages() {
   install optional "${packages[@]}"
 }
 
-# For the bindings of the feature mpi: a library, not a command.
+# For the bindings of the feature mpi: a library, not a command. libclang-cpp is another one, which does not do.
 has_libclang() {
-  compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null || compgen -G '/usr/lib64/libclang*.so*' >/dev/null
+  local folder
+  for folder in /usr/lib/llvm-* /usr/lib64 /usr/lib/*-linux-gnu; do
+    [[ ! -d $folder/lib ]] || folder=$folder/lib
+    ! compgen -G "$folder/libclang.so*" >/dev/null || return 0
+    ! compgen -G "$folder/libclang-[0-9]*.so*" >/dev/null || return 0
+  done
+  return 1
 }
 
 # The features of the workspace that can be built and tested here.
