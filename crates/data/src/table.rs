@@ -111,10 +111,14 @@ pub(crate) fn column_type(path: &Path, schema: &Schema, column: &str) -> Result<
 }
 
 impl Table {
-    /// Opens a file at some row, for some of its columns, which exist.
-    pub(crate) fn open(path: &Path, columns: &[String], first_row: u64) -> Result<Self> {
+    /// Opens a file of that schema at some row, for some of its columns, which exist.
+    pub(crate) fn open(
+        path: &Path,
+        schema: &Schema,
+        columns: &[String],
+        first_row: u64,
+    ) -> Result<Self> {
         let bytes = std::fs::metadata(path).map_err(Error::io("open", path))?.len();
-        let schema = schema(path)?;
         let root = |column: &String| {
             let first = column.split('.').next().unwrap_or(column);
             schema.index_of(column).or_else(|_| schema.index_of(first)).ok()
@@ -132,7 +136,7 @@ impl Table {
                 skip = 0;
                 let first = to_usize(first_row);
                 caught(path, || {
-                    let mask = projection(&builder, &schema, columns);
+                    let mask = projection(&builder, schema, columns);
                     let builder = builder.with_projection(mask).with_batch_size(BATCH_ROWS);
                     let reader = builder.with_offset(first).build();
                     Ok(Box::new(reader.map_err(|error| error.to_string())?))

@@ -376,6 +376,32 @@ fn what_is_kept_is_fetched_once() {
 }
 
 #[test]
+fn many_may_open_the_same_new_file_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, kept) = (folder.path().join("data"), folder.path().join("kept"));
+    std::fs::create_dir(&data).unwrap();
+    std::fs::write(data.join("f"), [5; 3000]).unwrap();
+    let server = Server::start(data, |_, _| Answer::Good);
+    for round in 0..20 {
+        let kept = kept.join(round.to_string());
+        // As ranks do: each a folder of its own, or threads that share one.
+        let folders =
+            [(); 2].map(|()| CachedFolder::new(server.folder(LONG), &kept, 1 << 30).unwrap());
+        std::thread::scope(|scope| {
+            for number in 0..8 {
+                let folder = &folders[number % 2];
+                scope.spawn(move || {
+                    let mut out = [0; 3000];
+                    folder.open("f").unwrap().read_at(0, &mut out).unwrap();
+                    assert_eq!(out, [5; 3000]);
+                });
+            }
+        });
+        assert_eq!(std::fs::read_dir(&kept).unwrap().count(), 1, "nothing is left over");
+    }
+}
+
+#[test]
 fn another_version_is_fetched_anew() {
     let folder = tempfile::tempdir().unwrap();
     let (data, kept) = (folder.path().join("data"), folder.path().join("kept"));

@@ -98,8 +98,9 @@ fn change(
     names: &[&str],
     read: impl Fn(Access) -> phalanx_data::Result<()>,
 ) -> std::io::Result<(u64, u64)> {
-    let seconds = std::env::var("PHALANX_FUZZ_SECONDS").ok().and_then(|text| text.parse().ok());
-    let limit = Duration::from_secs(seconds.unwrap_or(3));
+    let seconds = std::env::var("PHALANX_FUZZ_SECONDS")
+        .map_or(3, |text| text.parse().expect("PHALANX_FUZZ_SECONDS is a whole number"));
+    let limit = Duration::from_secs(seconds);
     let originals: Vec<Vec<u8>> =
         names.iter().map(|name| fs::read(folder.join(name))).collect::<std::io::Result<_>>()?;
     let largest_file = originals.iter().map(Vec::len).max().unwrap_or(0);

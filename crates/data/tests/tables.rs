@@ -23,7 +23,7 @@ use arrow_schema::{DataType, Field, Fields};
 use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
-use phalanx_data::convert::{convert, BadLines, ConvertOptions, Vocabulary};
+use phalanx_data::convert::{convert, BadLines, ConvertOptions, Format, Vocabulary};
 use phalanx_data::progress::Silent;
 use phalanx_data::records::{convert_columns, FieldShape, Records};
 use phalanx_data::{Access, DType, Error, Scratch};
@@ -183,11 +183,31 @@ fn what_is_wrong_with_a_table_is_said() {
 
     let columns = |names: &[&str]| {
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-        convert_columns(&inputs, &at("records"), &names, 1 << 20, &Silent).unwrap_err().to_string()
+        convert_columns(&inputs, &at("records"), None, &names, 1 << 20, &Silent)
+            .unwrap_err()
+            .to_string()
     };
     assert!(columns(&["text"]).contains("row 2, column `text`: it is null"));
     assert!(columns(&["id"]).contains("of type UInt64, which no field has"));
     assert!(columns(&["none"]).contains("no column `none`"));
+
+    // A null inside a list is named by its row; a format that is given need not be told from the name.
+    let mut lists = ListBuilder::new(Int32Builder::new());
+    for row in 0..5 {
+        lists.values().append_value(row);
+        lists.values().append_option((row != 3).then_some(row));
+        lists.append(true);
+    }
+    write_arrow(&at("lists"), &batch(vec![("ids", Arc::new(lists.finish()) as ArrayRef)]), true);
+    let lists = |format| {
+        convert_columns(&[at("lists")], &at("records"), format, &[], 1 << 20, &Silent)
+            .unwrap_err()
+            .to_string()
+    };
+    let told = lists(Some(Format::Arrow));
+    assert!(told.contains("row 4, column `ids`: its list holds a null"), "{told}");
+    assert!(lists(None).contains("--format"));
+    assert!(lists(Some(Format::Text)).contains("columns are those of Parquet and Arrow"));
 
     fs::write(at("b.parquet"), b"nothing of that kind").unwrap();
     let error = convert(&[at("b.parquet")], &at("out"), &options("text"), &Silent).unwrap_err();
@@ -229,7 +249,7 @@ fn columns_become_fields_of_records() {
     let inputs: [Vec<PathBuf>; 2] = [vec![at("a.parquet"), at("b.parquet")], vec![at("a.arrow")]];
     for (number, inputs) in inputs.iter().enumerate() {
         let output = at(&format!("records-{number}"));
-        let index = convert_columns(inputs, &output, &[], 8000, &Silent).unwrap();
+        let index = convert_columns(inputs, &output, None, &[], 8000, &Silent).unwrap();
         assert!(index.shards.len() > 2);
         let records = Records::open(&output, Access::Read).unwrap();
         assert_eq!(records.record_count(), ROWS as u64);
@@ -263,7 +283,7 @@ fn columns_become_fields_of_records() {
         }
     }
     let some = ["pair".to_owned(), "label".to_owned()];
-    let index = convert_columns(&inputs[0], &at("some"), &some, 8000, &Silent).unwrap();
+    let index = convert_columns(&inputs[0], &at("some"), None, &some, 8000, &Silent).unwrap();
     let names: Vec<&str> = index.fields.iter().map(|field| &*field.name).collect();
     assert_eq!(names, ["pair", "label"]);
 }
@@ -299,7 +319,7 @@ fn any_change_of_a_table_is_rows_or_an_error() {
             );
             drop(fs::remove_dir_all(&output));
             drop(fs::remove_dir_all(at(".out.partial")));
-            let columns = convert_columns(&[changed], &output, &[], 1 << 20, &Silent);
+            let columns = convert_columns(&[changed], &output, None, &[], 1 << 20, &Silent);
             errors += usize::from(columns.is_err());
             drop(fs::remove_dir_all(&output));
         }

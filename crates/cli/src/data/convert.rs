@@ -119,6 +119,17 @@ impl ConvertArgs {
         self.reading.format.map_or_else(named, |format| matches!(format, FormatFlag::Safetensors))
     }
 
+    /// What the flag says, of the formats that have text or columns.
+    fn format(&self) -> Option<Format> {
+        self.reading.format.and_then(|format| match format {
+            FormatFlag::Text => Some(Format::Text),
+            FormatFlag::Jsonl => Some(Format::JsonLines),
+            FormatFlag::Parquet => Some(Format::Parquet),
+            FormatFlag::Arrow => Some(Format::Arrow),
+            FormatFlag::Safetensors => None,
+        })
+    }
+
     fn options(&self) -> ConvertOptions {
         let vocabulary = match &self.vocabulary.tokenizer {
             Some(path) => Vocabulary::File(path.clone()),
@@ -130,13 +141,7 @@ impl ConvertArgs {
         };
         ConvertOptions {
             vocabulary,
-            format: self.reading.format.and_then(|format| match format {
-                FormatFlag::Text => Some(Format::Text),
-                FormatFlag::Jsonl => Some(Format::JsonLines),
-                FormatFlag::Parquet => Some(Format::Parquet),
-                FormatFlag::Arrow => Some(Format::Arrow),
-                FormatFlag::Safetensors => None,
-            }),
+            format: self.format(),
             field: self.reading.field.clone(),
             document: match self.reading.document {
                 DocumentFlag::File => Document::File,
@@ -158,8 +163,14 @@ fn columns(args: &ConvertArgs, progress: &dyn Progress) -> Result<ExitCode> {
     let all = args.columns == ["*"];
     let columns = if all { &[] } else { &*args.columns };
     let ConvertArgs { input, output, shard_bytes, .. } = args;
-    let index =
-        phalanx_data::records::convert_columns(input, output, columns, *shard_bytes, progress)?;
+    let index = phalanx_data::records::convert_columns(
+        input,
+        output,
+        args.format(),
+        columns,
+        *shard_bytes,
+        progress,
+    )?;
     tell_records(args, &index)
 }
 

@@ -44,7 +44,7 @@ impl Rows {
             );
             return Err(Error::BadTable { path: path.to_path_buf(), reason });
         }
-        let table = Table::open(path, &[column.to_owned()], place.line)?;
+        let table = Table::open(path, &schema, &[column.to_owned()], place.line)?;
         Ok(Rows { table, column: column.to_owned(), place, current: None, ended: false })
     }
 

@@ -5,19 +5,20 @@ use std::path::{Path, PathBuf};
 use arrow_array::cast::AsArray;
 use arrow_array::{Array, OffsetSizeTrait, RecordBatch};
 use arrow_buffer::NullBuffer;
-use arrow_schema::DataType;
+use arrow_schema::{DataType, Schema, SchemaRef};
 
 use super::field::{ColumnValue, Field};
 use super::index::RecordIndex;
 use super::writer::RecordWriter;
 use crate::cast::to_u64;
-use crate::convert::input;
+use crate::convert::{input, Format};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::progress::{Event, Progress, Stage};
 use crate::table::{self, Table};
 
-/// Converts Parquet or Arrow files, or folders of them, to a folder of records at `output`. Each row is a record and each of
+/// Converts Parquet or Arrow files, or folders of them, to a folder of records at `output`; `format` says which if their names do
+/// not. Each row is a record and each of
 /// `columns` (names, or paths of them: `page.body`; all columns if empty) a field:
 ///
 /// | column | field |
@@ -35,19 +36,23 @@ use crate::table::{self, Table};
 pub fn convert_columns(
     inputs: &[PathBuf],
     output: &Path,
+    format: Option<Format>,
     columns: &[String],
     shard_bytes: u64,
     progress: &dyn Progress,
 ) -> Result<RecordIndex> {
-    let (files, format) = input::list(inputs, None)?;
+    let (files, format) = input::list(inputs, format)?;
     if !format.is_table() {
         let reason = "columns are those of Parquet and Arrow files (.parquet, .arrow, .feather)";
         return Err(Error::option("columns", columns.join(","), reason));
     }
-    let (first, names) = (&files[0].path, names(&files[0].path, columns)?);
-    let fields = fields(first, &names)?;
-    for file in &files[1..] {
-        let other = self::fields(&file.path, &names)?;
+    let first = &files[0].path;
+    let schemas: Vec<SchemaRef> =
+        files.iter().map(|file| table::schema(&file.path)).collect::<Result<_>>()?;
+    let names = names(&schemas[0], columns);
+    let fields = fields(first, &schemas[0], &names)?;
+    for (file, schema) in files.iter().zip(&schemas).skip(1) {
+        let other = self::fields(&file.path, schema, &names)?;
         if let Some((ours, theirs)) = other.iter().zip(&fields).find(|(a, b)| a != b) {
             let reason = format!("its column is {ours:?}, that of {} {theirs:?}", first.display());
             return Err(Error::BadTable { path: file.path.clone(), reason });
@@ -56,8 +61,8 @@ pub fn convert_columns(
     let total_bytes = files.iter().map(|file| file.bytes).sum();
     progress.report(Event::Begin { stage: Stage::Encoding, total_bytes });
     let mut writer = RecordWriter::create(output, fields.clone(), shard_bytes)?;
-    for file in &files {
-        let mut table = Table::open(&file.path, &names, 0)?;
+    for (file, schema) in files.iter().zip(&schemas) {
+        let mut table = Table::open(&file.path, schema, &names, 0)?;
         let mut row = 0;
         while let Some(batch) = table.next()? {
             push(&batch, &fields, (&file.path, row), &mut writer)?;
@@ -71,17 +76,16 @@ pub fn convert_columns(
     writer.finish()
 }
 
-fn names(path: &Path, columns: &[String]) -> Result<Vec<String>> {
-    if !columns.is_empty() {
-        return Ok(columns.to_vec());
+fn names(schema: &Schema, columns: &[String]) -> Vec<String> {
+    if columns.is_empty() {
+        return schema.fields().iter().map(|field| field.name().clone()).collect();
     }
-    Ok(table::schema(path)?.fields().iter().map(|field| field.name().clone()).collect())
+    columns.to_vec()
 }
 
-fn fields(path: &Path, names: &[String]) -> Result<Vec<Field>> {
-    let schema = table::schema(path)?;
+fn fields(path: &Path, schema: &Schema, names: &[String]) -> Result<Vec<Field>> {
     let one = |name: &String| {
-        let kind = table::column_type(path, &schema, name)?;
+        let kind = table::column_type(path, schema, name)?;
         field(name, &kind).ok_or_else(|| {
             let reason = format!(
                 "its column `{name}` is of type {kind}, which no field has; leave it out, or write it as numbers of up to 64 bits (signed), lists of them, strings or bytes"
@@ -156,7 +160,10 @@ fn push(
         if let Some(row) = first_null(nulls.as_ref()) {
             return Err(bad(row, "it is null"));
         }
-        let column = Packed::of(&*array, *dtype).ok_or_else(|| bad(0, "a list in it has nulls"))?;
+        let column = Packed::of(&*array, *dtype).ok_or_else(|| {
+            let has_null = |row: &usize| Packed::of(&*array.slice(*row, 1), *dtype).is_none();
+            bad((0..array.len()).find(has_null).unwrap_or(0), "its list holds a null")
+        })?;
         packed.push((*dtype, column));
     }
     for row in 0..batch.num_rows() {

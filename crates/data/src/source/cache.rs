@@ -70,6 +70,7 @@ impl<F: Folder> CachedFolder<F> {
             used: AtomicU64::new(0),
             uncounted: AtomicU64::new(0),
             is_full: AtomicBool::new(false),
+            created: AtomicU64::new(0),
         };
         cache.count().map_err(failed)?;
         Ok(CachedFolder { inner, cache: Arc::new(cache) })
@@ -125,6 +126,8 @@ struct Cache {
     uncounted: AtomicU64,
     /// Whether room was looked for in vain.
     is_full: AtomicBool,
+    /// Files made, for their names.
+    created: AtomicU64,
 }
 
 impl Cache {
@@ -181,16 +184,26 @@ impl Cache {
                 return Ok(file);
             }
         }
-        // Complete before it has its name. Of two processes that do so at once, one keeps a file of its own.
-        let new = self.folder.join(format!(".{name}.{}", std::process::id()));
-        let options =
-            OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&new);
-        let file = options?;
+        // Complete before it has its name. Of several that do so at once, all but one keep a file of their own.
+        let (new, file) = self.create_beside(&path)?;
         in_use(&file);
         file.write_all_at(&page, 0)?;
         file.set_len(size)?;
         fs::rename(&new, &path)?;
         Ok(file)
+    }
+
+    /// Makes a file beside `path` that nobody else makes: not another thread, nor another folder in this process.
+    fn create_beside(&self, path: &Path) -> io::Result<(PathBuf, File)> {
+        loop {
+            let number = self.created.fetch_add(1, Ordering::Relaxed);
+            let new = path.with_extension(format!("{}-{number}.new", std::process::id()));
+            match OpenOptions::new().read(true).write(true).create_new(true).open(&new) {
+                Ok(file) => return Ok((new, file)),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// Removes files that nobody has open, those first that were opened longest ago, until so many bytes fit. `false`: they do not.
