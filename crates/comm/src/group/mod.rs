@@ -259,9 +259,12 @@ impl Group {
         self.agree(Op::Allocate, T::DTYPE, len)?;
         self.regions += 1;
         let bytes = len * T::DTYPE.size_bytes();
-        let memory = setup::share_region(&self.core, self.number, self.regions, bytes, deadline)
-            .map_err(|error| self.core.peers.fail(error))?;
-        Ok(Region::new(memory, len))
+        let memory = match self.options.backend {
+            #[cfg(feature = "mpi")]
+            Backend::Mpi => setup::own_region(&self.core, self.number, self.regions, bytes),
+            _ => setup::share_region(&self.core, self.number, self.regions, bytes, deadline),
+        };
+        Ok(Region::new(memory.map_err(|error| self.core.peers.fail(error))?, len))
     }
 
     fn tracked(mut self, track: Track) -> Self {

@@ -207,3 +207,13 @@ pub(crate) fn share_region(
     parts[rank] = Some(own);
     Ok(RegionMemory { id, group, rank, parts, device: None })
 }
+
+/// Memory of this rank for region `id`, which no peer maps: another library moves its data.
+#[cfg(feature = "mpi")]
+pub(crate) fn own_region(core: &Core, group: u64, id: u64, bytes: usize) -> Result<RegionMemory> {
+    let rank = core.rank;
+    let own = mapping::private(bytes).map_err(|error| Error::system(rank, "mmap", error))?;
+    let mut parts: Vec<Option<Mapping>> = (0..core.world_size()).map(|_| None).collect();
+    parts[rank] = Some(own);
+    Ok(RegionMemory { id, group, rank, parts, device: None })
+}

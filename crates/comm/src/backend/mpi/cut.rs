@@ -8,9 +8,9 @@
 use std::ops::Range;
 
 /// What a rank has in memory for the pieces under way, over all peers.
-const STAGED_BYTES: usize = 4 << 20;
+const STAGED_BYTES: usize = 8 << 20;
 const PIECE_BYTES_MIN: usize = 64 << 10;
-const PIECE_BYTES_MAX: usize = 1 << 20;
+const PIECE_BYTES_MAX: usize = 2 << 20;
 /// Bounds the tags of a call.
 pub(super) const PIECES_MAX: usize = 2048;
 /// Segments start on cache lines.

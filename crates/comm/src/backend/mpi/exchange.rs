@@ -9,8 +9,9 @@
 use std::collections::VecDeque;
 
 use super::cut::Cut;
-use super::ffi::{Communicator, Place, Request, Result};
+use super::ffi::{Communicator, MpiError, Place, Request, Result};
 use super::fold::fold;
+use crate::backend::host::mapping::{self, Mapping};
 use crate::dtype::DType;
 use crate::reduce_op::Reduction;
 
@@ -24,21 +25,25 @@ pub(super) struct Context {
     pub(super) rank: usize,
     pub(super) ranks: usize,
     /// Memory for what is received, used again: fresh pages cost as much as the copy into them.
-    pub(super) spare: Vec<Vec<u8>>,
+    pub(super) spare: Vec<Mapping>,
 }
 
 impl Context {
     /// Memory of at least `bytes`.
-    pub(super) fn staging(&mut self, bytes: usize) -> Vec<u8> {
-        match self.spare.iter().position(|spare| spare.len() >= bytes) {
-            Some(at) => self.spare.swap_remove(at),
-            None => vec![0; bytes],
+    fn staging(&mut self, bytes: usize) -> Result<Mapping> {
+        if let Some(at) = self.spare.iter().position(|spare| spare.bytes() >= bytes) {
+            return Ok(self.spare.swap_remove(at));
         }
+        mapping::private(bytes).map_err(|error| MpiError {
+            call: "mmap",
+            code: error.raw_os_error().unwrap_or(0),
+            what: format!("no {bytes} bytes for what other ranks send: {error}"),
+        })
     }
 
-    pub(super) fn give_back(&mut self, staging: Vec<u8>) {
+    fn give_back(&mut self, staging: Mapping) {
         const KEPT_BYTES_MAX: usize = 8 << 20;
-        if self.spare.len() < WINDOW && staging.len() <= KEPT_BYTES_MAX {
+        if self.spare.len() < WINDOW && staging.bytes() <= KEPT_BYTES_MAX {
             self.spare.push(staging);
         }
     }
@@ -79,7 +84,7 @@ struct Piece {
     /// Of the requests, those from here on may not have ended.
     ended: usize,
     /// What the others sent: `ranks` − 1 times the part's length, by rank.
-    staging: Vec<u8>,
+    staging: Option<Mapping>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,7 +140,7 @@ impl Task {
             stage: Stage::Gathering,
             requests: Vec::with_capacity(2 * context.ranks),
             ended: 0,
-            staging: Vec::new(),
+            staging: None,
         };
         if self.reduction.is_none() {
             return Ok(piece);
@@ -155,8 +160,8 @@ impl Task {
         let tag = self.tag(Stage::Gathering, index);
         let own = self.cut.part(context.rank, index);
         if !own.is_empty() {
-            piece.staging = context.staging(own.len() * (context.ranks - 1));
-            let staging = Place(piece.staging.as_mut_ptr());
+            let staging = context.staging(own.len() * (context.ranks - 1))?;
+            let staging = Place(piece.staging.insert(staging).base());
             for peer in context.others() {
                 let to = staging.at(slot(context.rank, peer) * own.len());
                 let request = context.communicator.receive(to, own.len(), peer, tag)?;
@@ -202,18 +207,20 @@ impl Task {
 
     fn fold(&self, context: &mut Context, piece: &mut Piece) {
         let own = self.cut.part(context.rank, piece.index);
-        let (Some(reduction), false) = (self.reduction, own.is_empty()) else { return };
+        let (Some(reduction), Some(staging)) = (self.reduction, piece.staging.take()) else {
+            return;
+        };
         let target = self.at.at(own.start);
         let sources: Vec<*const u8> = (0..context.ranks)
             .map(|rank| {
                 if rank == context.rank {
                     return target.0.cast_const();
                 }
-                piece.staging[slot(context.rank, rank) * own.len()..].as_ptr()
+                staging.base().wrapping_add(slot(context.rank, rank) * own.len()).cast_const()
             })
             .collect();
         fold(reduction, &sources, target, own.len());
-        context.give_back(std::mem::take(&mut piece.staging));
+        context.give_back(staging);
     }
 
     /// Sends everybody what this rank has reduced, and receives what they have.

@@ -27,6 +27,8 @@ const EXCHANGES_MAX: usize = 4;
 const _: () = assert!((EXCHANGES_MAX + 1) * 2 * PIECES_MAX < TAG_MAX);
 /// Up to so many bytes from all ranks together, a buffer is gathered by everybody in one round.
 const GATHERED_BYTES_MAX: usize = 64 << 10;
+/// Up to so many bytes two ranks exchange whole buffers: one round, but twice the sums and the staging.
+const ONE_ROUND_BYTES_MAX: usize = 64 << 10;
 /// One message of a library collective.
 const MESSAGE_BYTES_MAX: usize = i32::MAX as usize;
 /// What one broadcast moves at a time.
@@ -167,7 +169,7 @@ impl MpiTransport {
         let bytes = call.bytes_on(rank);
         let Some(reduction) = call.reduction else { return Ok(Moving::Done) };
         let reduction = (call.dtype, reduction);
-        let everyone = ranks == 2 && call.op() == Op::AllReduce;
+        let everyone = ranks == 2 && call.op() == Op::AllReduce && bytes <= ONE_ROUND_BYTES_MAX;
         if !everyone && bytes * ranks <= GATHERED_BYTES_MAX {
             let mut keep = vec![0; bytes * ranks];
             let request = communicator.all_gather(at, Place(keep.as_mut_ptr()), bytes)?;
