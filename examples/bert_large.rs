@@ -38,6 +38,7 @@ fn main() -> ExitCode {
         Err(code) => return ExitCode::from(code),
     };
     launch::record_panics();
+    bert::log_to_stderr();
     run(&flags).unwrap_or_else(|error| {
         let message = failure::message(&error);
         launch::record_failure(&message);
@@ -87,6 +88,8 @@ fn check(flags: &Flags, settings: &Settings, world: usize, local_ranks: usize) -
 /// The life of one rank.
 fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
     let config = &settings.config;
+    // First of all that libtorch is asked: it finds CUDA in its first look, or never.
+    let cuda = ddp::load_cuda();
     let root = world.rank == 0;
     // Our own launcher has checked for all ranks of this machine. Of other launchers' ranks the
     // first of a machine does, before any of them takes memory.
@@ -103,7 +106,7 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
     let mut journal = root
         .then(|| Journal::open(config, &settings.name, flags.metrics.as_deref()))
         .transpose()?;
-    let mut group = join(config)?;
+    let mut group = join(config, cuda)?;
     if root {
         announce(settings, &group, batching, threads, &source.description);
     }
@@ -149,7 +152,7 @@ fn set_threads(config: &Config, world: &World) -> usize {
     threads
 }
 
-fn join(config: &Config) -> Result<Group> {
+fn join(config: &Config, cuda: &Cuda) -> Result<Group> {
     let timeout = Duration::from_secs(config.ddp.timeout_s);
     let options = GroupOptions::default().with_timeout(timeout);
     let options = match config.ddp.backend {
@@ -158,9 +161,8 @@ fn join(config: &Config) -> Result<Group> {
         Backend::Mpi => options.with_backend(comm::Backend::Mpi),
         Backend::Auto => options.with_backend(comm::Backend::Auto),
     };
-    let cuda = ddp::load_cuda();
     if !matches!(config.ddp.backend, Backend::Host | Backend::Mpi)
-        && matches!(cuda, Cuda::Available { .. })
+        && matches!(cuda, Cuda::Available { device_count: 1.. })
     {
         let seen = config.nccl.apply().context("the configuration's NCCL settings")?;
         for (name, value, was_set) in seen {
@@ -169,15 +171,20 @@ fn join(config: &Config) -> Result<Group> {
         }
     }
     // libtorch's half of CUDA: without it the group must not choose the GPU.
-    let options = match (config.ddp.backend, cuda) {
-        (Backend::Host | Backend::Mpi, _) | (_, Cuda::Available { .. } | Cuda::NoDriver) => options,
-        (Backend::Auto, Cuda::NoLibtorchCuda { message }) => options.with_gpu_trouble(format!(
+    let trouble = match cuda {
+        Cuda::Available { device_count: 1.. } | Cuda::NoDriver => None,
+        Cuda::Available { .. } => {
+            Some("libtorch sees no GPU: look at nvidia-smi and CUDA_VISIBLE_DEVICES".to_owned())
+        }
+        Cuda::NoLibtorchCuda { message } => Some(format!(
             "libtorch's CUDA support cannot be loaded ({message}): run scripts/setup.sh --cuda, or put \
              the torch/lib folder of the full wheel on LD_LIBRARY_PATH"
         )),
-        (_, Cuda::NoLibtorchCuda { message }) => {
-            bail!("--backend nccl: libtorch's CUDA support cannot be loaded ({message}): run scripts/setup.sh --cuda, or put the torch/lib folder of the full wheel on LD_LIBRARY_PATH")
-        }
+    };
+    let options = match (config.ddp.backend, trouble) {
+        (Backend::Auto, Some(trouble)) => options.with_gpu_trouble(trouble),
+        (Backend::Nccl, Some(trouble)) => bail!("--backend nccl: {trouble}"),
+        _ => options,
     };
     Ok(Group::from_environment(options)?)
 }

@@ -42,6 +42,10 @@ struct Flags {
 
 fn main() -> ExitCode {
     let flags = Flags::parse();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_max_level(tracing::Level::INFO)
+        .init();
     let run = || match launch_or_join(&flags.launch)? {
         Joined::Finished(report) => Ok(report.exit_code()),
         Joined::Worker => check(&flags),

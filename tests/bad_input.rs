@@ -1,11 +1,15 @@
 //! What goes wrong at the user's end: each mistake gets one clear message, an exit code that is
 //! not 0, and leaves nothing running.
 
+#[path = "support/mod.rs"]
+mod support;
 mod trial;
 
 use std::fs;
+use std::io::BufRead as _;
 use std::net::TcpListener;
-use std::time::Duration;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use trial::{signal, Trial};
 
@@ -103,6 +107,36 @@ fn a_port_in_use_is_named() {
     let port = taken.local_addr().expect("bound").port().to_string();
     let ended = tiny(&["--master-port", &port], SOON).end();
     ended.assert_failed_saying(&[&port, "in use"]);
+}
+
+/// Every ten seconds; the launcher that started this rank knows nothing of phalanx.
+#[test]
+fn a_rank_that_waits_for_others_says_for_whom() {
+    let port = phalanx_comm::testing::free_ports(1).to_string();
+    let mut command = Command::new(support::example("bert_large"));
+    command.args(["--config", "configs/bert_tiny.json", "--steps", "1", "--output"]);
+    command.arg(std::env::temp_dir().join(format!("phalanx-waits-{}", std::process::id())));
+    command.current_dir(env!("CARGO_MANIFEST_DIR"));
+    command.envs([("RANK", "0"), ("WORLD_SIZE", "3"), ("LOCAL_RANK", "0")]);
+    command.envs([("LOCAL_WORLD_SIZE", "3"), ("MASTER_ADDR", "127.0.0.1")]);
+    command.env("MASTER_PORT", port).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut waiting = support::Owned::start(&mut command);
+    let stderr = waiting.0.stderr.take().expect("piped");
+    let (sender, lines) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for line in std::io::BufReader::new(stderr).lines().map_while(Result::ok) {
+            drop(sender.send(line));
+        }
+    });
+    let mut said = String::new();
+    let end = Instant::now() + Duration::from_secs(60);
+    while !said.contains("waiting for ranks 1,2 (joined 1/3)") {
+        let left = end.saturating_duration_since(Instant::now());
+        let line = lines.recv_timeout(left);
+        said += &line.unwrap_or_else(|_| panic!("it does not say so:\n{said}"));
+        said.push('\n');
+    }
+    waiting.signal("-KILL");
 }
 
 #[test]

@@ -15,3 +15,9 @@ pub(crate) mod progress;
 pub(crate) mod report;
 pub(crate) mod train;
 pub(crate) mod weights;
+
+/// Shows what the libraries have to say (who is waited for, strangers at the port, lost connections).
+pub(crate) fn log_to_stderr() {
+    let log = tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false);
+    log.with_max_level(tracing::Level::INFO).compact().init();
+}

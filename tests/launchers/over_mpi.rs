@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use super::{losses, program, skip};
+use super::{losses, program, skip, slurm};
 
 /// How much further from the host backend's a loss may be, of itself.
 const APART_MAX: f64 = 1e-6;
@@ -22,9 +22,25 @@ fn over_mpi_the_losses_are_those_of_the_host_backend() {
         let mut mpirun = Command::new(&mpirun);
         mpirun.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", ranks]);
         let over_mpi = losses(Some(&mut mpirun), &["--backend", "mpi"]);
-        for (of_host, of_mpi) in numbers(&host).into_iter().zip(numbers(&over_mpi)) {
-            let apart = ((of_host - of_mpi) / of_host).abs();
-            assert!(apart <= APART_MAX, "{ranks} ranks: {of_host} and over MPI {of_mpi}");
-        }
+        compare(&host, &over_mpi);
+    }
+}
+
+/// On four nodes of Slurm, whose pmix plugin brings Open MPI's ranks together.
+#[test]
+fn over_mpi_under_srun_the_losses_are_those_of_the_host_backend() {
+    if cfg!(not(feature = "mpi")) {
+        return skip("mpi", "this test was built without --features mpi");
+    }
+    let Some(cluster) = slurm::Cluster::start() else { return };
+    let mut srun = cluster.srun(&["--mpi=pmix", "-N4", "-n4", "--ntasks-per-node=1"]);
+    let over_mpi = losses(Some(&mut srun), &["--backend", "mpi"]);
+    compare(&losses(None, &["--nnodes", "4"]), &over_mpi);
+}
+
+fn compare(host: &[String], over_mpi: &[String]) {
+    for (of_host, of_mpi) in numbers(host).into_iter().zip(numbers(over_mpi)) {
+        let apart = ((of_host - of_mpi) / of_host).abs();
+        assert!(apart <= APART_MAX, "{of_host} and over MPI {of_mpi}");
     }
 }

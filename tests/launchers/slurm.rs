@@ -122,7 +122,7 @@ impl Cluster {
         fs::write(folder.join("munge.key"), key).expect("written");
         fs::set_permissions(folder.join("munge.key"), fs::Permissions::from_mode(0o600))
             .expect("our own file");
-        for name in ["state".to_owned()].into_iter().chain((1..=NODES).map(spool)) {
+        for name in ["state".to_owned()].into_iter().chain((1..=NODES).flat_map(places)) {
             fs::create_dir(folder.join(name)).expect("a folder");
         }
         fs::write(folder.join("slurm.conf"), configuration(folder)).expect("written");
@@ -154,8 +154,9 @@ impl Drop for Cluster {
     }
 }
 
-fn spool(node: usize) -> String {
-    format!("spool-127.0.0.{node}")
+/// What each node would have to itself on a machine of its own. The pmix plugin keeps its sockets in `TmpFS`.
+fn places(node: usize) -> [String; 2] {
+    ["spool", "tmp"].map(|name| format!("{name}-127.0.0.{node}"))
 }
 
 fn configuration(folder: &Path) -> String {
@@ -188,6 +189,7 @@ fn configuration(folder: &Path) -> String {
          KillWait=3\n\
          StateSaveLocation={folder}/state\n\
          SlurmdSpoolDir={folder}/spool-%n\n\
+         TmpFS={folder}/tmp-%n\n\
          SlurmctldPidFile={folder}/slurmctld.pid\n\
          SlurmdPidFile={folder}/slurmd-%n.pid\n\
          SlurmctldLogFile={folder}/slurmctld.log\n\

@@ -24,8 +24,9 @@ pub enum Cuda {
     },
 }
 
-/// Loads libtorch's CUDA support if a driver is there. Call it before the first use of a CUDA device; later
-/// calls return the first answer.
+/// Loads libtorch's CUDA support if a driver is there. Call it before anything else of tch (`tch::Cuda`, a seed, a
+/// tensor): libtorch asks once in its life whether there is CUDA, and an answer from before stays. Call it before a
+/// [`Group`](phalanx_comm::Group) as well, so that both use the libnccl that libtorch brings. Later calls return the first answer.
 ///
 /// `libtorch_cuda.so` is looked for as the loader does (`LD_LIBRARY_PATH`, the program's run-time path):
 /// put the `torch/lib` folder of the full wheel there, or run `scripts/setup.sh --cuda`.
@@ -35,9 +36,7 @@ pub fn load_cuda() -> &'static Cuda {
 }
 
 fn load() -> Cuda {
-    if tch::Cuda::is_available() {
-        return Cuda::Available { device_count: tch::Cuda::device_count() };
-    }
+    // tch::Cuda must not be asked first: libtorch would remember that there is none.
     if open("libcuda.so.1", RTLD_NOW).is_err() {
         return Cuda::NoDriver;
     }
