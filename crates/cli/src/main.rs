@@ -4,6 +4,7 @@
 
 mod data;
 mod failure;
+mod flight;
 mod report;
 
 use std::process::ExitCode;
@@ -23,6 +24,8 @@ enum Command {
     /// Training data: convert text and arrays, look at what is there, check it, time the loader.
     #[command(subcommand)]
     Data(data::Command),
+    /// Where each rank of a job was: lines up the flight records that the ranks left in a folder.
+    Flight(flight::FlightArgs),
 }
 
 fn main() -> ExitCode {
@@ -37,6 +40,7 @@ fn main() -> ExitCode {
     };
     let done = match cli.command {
         Command::Data(command) => data::run(&command),
+        Command::Flight(args) => flight::run(&args),
     };
     done.unwrap_or_else(|error| {
         eprintln!("error: {}", failure::message(&error));

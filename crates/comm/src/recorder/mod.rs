@@ -2,7 +2,7 @@
 //!
 //! Our launcher makes the memory (a memfd that it keeps) and names it in `PHALANX_FLIGHT_RECORDER`, so
 //! that it can be read after `kill -9`. The variable may also name a folder, where each process then
-//! keeps `flight-<pid>`; without it the record lives in the process, for
+//! keeps `flight-<host>-<pid>`; without it the record lives in the process, for
 //! [`Group::flight_record`](crate::Group::flight_record).
 //!
 //! Cost: a start is a fetch-add, a coarse clock and two cache lines; an end is one word, and the clock
@@ -71,7 +71,9 @@ fn file(place: &Path) -> std::io::Result<OwnedFd> {
     if !place.is_dir() {
         return Ok(OpenOptions::new().read(true).write(true).open(place)?.into());
     }
-    let path = place.join(format!("flight-{}", std::process::id()));
+    // Machines may share the folder, and process ids are each machine's own.
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let path = place.join(format!("flight-{host}-{}", std::process::id()));
     let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path)?;
     // Allocated now: a full disk would be a SIGBUS later.
     let flags = rustix::fs::FallocateFlags::empty();

@@ -1,0 +1,77 @@
+//! `phalanx flight`, on what the ranks of a real job left behind.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use phalanx_comm::{Group, GroupOptions, Sum};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// What the other test starts twice: rank 1 is gone after its second collective.
+#[test]
+#[ignore = "a rank of the other test"]
+fn rank() {
+    let mut group = Group::from_environment(GroupOptions::default()).expect("a group");
+    for _ in 0..2 {
+        let mut values = [1.0_f32; 4];
+        group.all_reduce(&mut values[..], Sum).and_then(|work| work.wait()).expect("both call");
+    }
+    if group.rank() == 1 {
+        std::process::abort();
+    }
+    let mut values = [1.0_f32; 4];
+    let error = group.all_reduce(&mut values[..], Sum).and_then(|work| work.wait());
+    assert!(error.is_err(), "rank 1 is gone");
+}
+
+fn start(rank: usize, port: u16, folder: &std::path::Path) -> Child {
+    let mut command = Command::new(std::env::current_exe().expect("this test"));
+    command.args(["--ignored", "--exact", "rank"]);
+    command.envs([("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")]);
+    command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
+    command.env("MASTER_PORT", port.to_string()).env("PHALANX_FLIGHT_RECORDER", folder);
+    command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("it starts")
+}
+
+fn await_end(mut child: Child) {
+    let end = Instant::now() + DEADLINE;
+    while child.try_wait().expect("our own child").is_none() {
+        if Instant::now() > end {
+            drop(child.kill());
+            panic!("a rank has not ended");
+        }
+        std::thread::park_timeout(Duration::from_millis(10));
+    }
+}
+
+fn flight(place: &std::path::Path) -> (bool, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_phalanx"));
+    let output = command.arg("flight").arg(place).output().expect("the command starts");
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8_lossy(&text).into_owned())
+}
+
+#[test]
+fn the_records_of_a_failed_job_are_lined_up() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (done, text) = flight(folder.path());
+    assert!(!done && text.contains("PHALANX_FLIGHT_RECORDER"), "{text}");
+
+    let port = phalanx_comm::testing::free_ports(1);
+    let children = [0, 1].map(|rank| start(rank, port, folder.path()));
+    children.into_iter().for_each(await_end);
+    let (done, text) = flight(folder.path());
+    assert!(done, "{text}");
+    assert!(text.contains("records of 2 of 2 ranks\n"), "{text}");
+    assert!(text.contains("rank 1 after all_reduce"), "{text}");
+    assert!(text.contains("crates/cli/tests/flight.rs"), "{text}");
+    assert!(text.contains("rank 0 of 2"), "{text}");
+
+    // Of one machine out of two there is a record as well.
+    let of_rank_1 = std::fs::read_dir(folder.path())
+        .expect("a folder")
+        .flatten()
+        .find(|entry| flight(&entry.path()).1.contains("rank 1 of 2"));
+    let (done, text) = flight(&of_rank_1.expect("two records").path());
+    assert!(done && text.contains("records of 1 of 2 ranks; none of 0"), "{text}");
+}
