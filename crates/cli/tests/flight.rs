@@ -3,7 +3,7 @@
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use phalanx_comm::{Group, GroupOptions, Sum};
+use phalanx_comm::{Group, GroupOptions, Sum, Work};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -14,13 +14,13 @@ fn rank() {
     let mut group = Group::from_environment(GroupOptions::default()).expect("a group");
     for _ in 0..2 {
         let mut values = [1.0_f32; 4];
-        group.all_reduce(&mut values[..], Sum).and_then(|work| work.wait()).expect("both call");
+        group.all_reduce(&mut values[..], Sum).and_then(Work::wait).expect("both call");
     }
     if group.rank() == 1 {
         std::process::abort();
     }
     let mut values = [1.0_f32; 4];
-    let error = group.all_reduce(&mut values[..], Sum).and_then(|work| work.wait());
+    let error = group.all_reduce(&mut values[..], Sum).and_then(Work::wait);
     assert!(error.is_err(), "rank 1 is gone");
 }
 
@@ -54,8 +54,8 @@ fn flight(place: &std::path::Path) -> (bool, String) {
 #[test]
 fn the_records_of_a_failed_job_are_lined_up() {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let (done, text) = flight(folder.path());
-    assert!(!done && text.contains("PHALANX_FLIGHT_RECORDER"), "{text}");
+    let (found, explanation) = flight(folder.path());
+    assert!(!found && explanation.contains("PHALANX_FLIGHT_RECORDER"), "{explanation}");
 
     let port = phalanx_comm::testing::free_ports(1);
     let children = [0, 1].map(|rank| start(rank, port, folder.path()));
@@ -72,6 +72,6 @@ fn the_records_of_a_failed_job_are_lined_up() {
         .expect("a folder")
         .flatten()
         .find(|entry| flight(&entry.path()).1.contains("rank 1 of 2"));
-    let (done, text) = flight(&of_rank_1.expect("two records").path());
-    assert!(done && text.contains("records of 1 of 2 ranks; none of 0"), "{text}");
+    let (_, of_one) = flight(&of_rank_1.expect("two records").path());
+    assert!(of_one.contains("records of 1 of 2 ranks; none of 0"), "{of_one}");
 }
