@@ -23,7 +23,7 @@ impl Group {
     ///
     /// # Errors
     ///
-    /// As [`Group::all_to_all`]; a buffer is not on the GPU.
+    /// As [`Group::all_to_all`]; a buffer is not on the GPU; they overlap.
     #[track_caller]
     pub fn all_to_all_on_device<'b, T: Element>(
         &mut self,
@@ -188,6 +188,10 @@ impl Group {
 
     /// As [`Group::send`], of GPU memory, which must stay as it is until the work was waited for.
     ///
+    /// NCCL's messages are in order with collectives and with each other, on both sides, and carry no
+    /// header: length and type must be the receiver's, or the message hangs until its time is over, or
+    /// gives nonsense. A receiver on a GPU waits its whole time limit for a peer that has left.
+    ///
     /// # Errors
     ///
     /// As [`Group::send`]; the memory is not on the GPU.
@@ -240,6 +244,7 @@ impl Group {
                         Backend::Nccl";
             return Err(self.argument(Error::DeviceMemory { op: op.name(), what }));
         }
+        let lengths = (input.as_ref().map_or(0, Bytes::len) as u64, output.len() as u64);
         let mut keep = Vec::new();
         let mut address = |group: &mut Self, bytes| match bytes {
             Bytes::Region { memory, offset, .. } if memory.device.is_some() => {
@@ -253,6 +258,20 @@ impl Group {
         };
         let at = address(self, output)?;
         let from = input.map(|input| address(self, input)).transpose()?;
+        if let Some(from) = from.filter(|from| *from < at + lengths.1 && at < *from + lengths.0) {
+            // Where the result begins is where NCCL's own in-place forms have the segment.
+            let own = self.rank() as u64;
+            let in_place = match op {
+                Op::AllGather => from == at + own * lengths.0,
+                Op::ReduceScatter => at == from + own * lengths.1,
+                _ => false,
+            };
+            if !in_place {
+                let what = "input and output overlap: one would be overwritten while it is read; \
+                            use two buffers, or the form that works in place";
+                return Err(self.argument(Error::DeviceMemory { op: op.name(), what }));
+            }
+        }
         Ok(Memory::Device { at, from, keep })
     }
 
