@@ -95,10 +95,8 @@ impl<'b> Work<'b> {
         if let Some(lane) = lane {
             lane.flush();
             match &call.on_device {
-                Some(on_device) => on_device
-                    .order(&call, stream)
-                    .map_err(|error| crate::backend::nccl::cuda_error(core.rank, error))?,
-                None => lane.wait(&call),
+                Some(on_device) => on_device.order(&call, &lane, stream)?,
+                None => lane.wait(&call)?,
             }
         } else if let Some(peer) = peer {
             point::wait(&core.peers, peer, &call)?;
@@ -129,7 +127,7 @@ impl<'b> Work<'b> {
     pub fn synchronize(self) -> Result<()> {
         if let Some(lane) = &self.lane {
             lane.flush();
-            lane.wait(&self.call);
+            lane.wait(&self.call)?;
         }
         self.wait()
     }

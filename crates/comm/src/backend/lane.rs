@@ -12,14 +12,18 @@ use std::sync::atomic::{AtomicBool, AtomicI8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use smallvec::{smallvec, SmallVec};
+use smallvec::smallvec;
 
 use super::host::call::{Call, Memory};
 use super::host::core::Core;
+use super::patience::Patience;
 use super::runner::{lock, Runner};
+use super::unit::{Held, Unit};
 use super::Backend;
 use crate::error::{Error, Result};
 use crate::fingerprint::Op;
+
+pub(crate) use super::unit::Submitted;
 
 /// Moves the data of a group's calls. Only one thread at a time calls it.
 pub(crate) trait Transport: Send + std::fmt::Debug {
@@ -77,34 +81,6 @@ pub(crate) struct Lane {
     closed: AtomicBool,
     /// By the size's order of magnitude: positive when callers wait at once.
     habits: [AtomicI8; 64],
-}
-
-/// A call and, for collectives, its header's way over the control plane.
-#[derive(Debug)]
-pub(crate) struct Submitted {
-    pub(crate) call: Arc<Call>,
-    check: Option<Arc<Call>>,
-}
-
-/// What starts together: one call, mostly.
-#[derive(Debug)]
-struct Unit {
-    calls: SmallVec<[Submitted; 1]>,
-    /// How many of them are known to be called by all ranks.
-    checked: usize,
-}
-
-impl Unit {
-    fn is_message(&self) -> bool {
-        matches!(&self.calls[..], [Submitted { check: None, .. }])
-    }
-}
-
-/// Calls that wait for others to start with.
-#[derive(Debug, Default)]
-struct Held {
-    depth: usize,
-    calls: SmallVec<[Submitted; 1]>,
 }
 
 #[derive(Debug)]
@@ -236,11 +212,21 @@ impl Lane {
         habit.store(value, Ordering::Relaxed);
     }
 
+    /// How long a caller goes on waiting for `call`.
+    pub(crate) fn patience<'a>(&'a self, call: &'a Call) -> Patience<'a> {
+        Patience::new(&self.core, &self.runner, self.backend, call)
+    }
+
     /// Blocks until `call` has ended, well or not: its time limit makes it end.
-    pub(crate) fn wait(&self, call: &Call) {
+    ///
+    /// # Errors
+    ///
+    /// It has not ended, and the thread that would end it is stuck in the library.
+    pub(crate) fn wait(&self, call: &Call) -> Result<()> {
         if self.callers_drive {
             self.learn(call);
         }
+        let mut patience = self.patience(call);
         while !call.is_done() {
             if self.callers_drive {
                 match self.state.try_lock() {
@@ -265,8 +251,10 @@ impl Lane {
                 drop(
                     self.ended.wait_timeout(incoming, LOOK).unwrap_or_else(PoisonError::into_inner),
                 );
+                patience.check()?;
             }
         }
+        Ok(())
     }
 
     /// Waits until nothing is under way; whether it came to that before the deadline.
@@ -328,7 +316,9 @@ impl Lane {
             None => self.advance(state),
         };
         let moved = result.unwrap_or_else(|error| {
-            let error = self.core.peers.fail(error);
+            // A library that has lost a peer says so without naming it; the control plane names it.
+            let named = matches!(error, Error::Backend { .. }).then(|| self.core.peers.verdict());
+            let error = self.core.peers.fail(named.flatten().unwrap_or(error));
             self.abandon(state, &error);
             true
         });
@@ -454,9 +444,6 @@ impl Lane {
     }
 
     fn abandon(&self, state: &mut State, error: &Error) {
-        if !std::mem::replace(&mut state.abandoned, true) {
-            state.transport.abandon(error);
-        }
         state.ended.clear();
         for call in state.moving.drain(..) {
             // The library may still write there.
@@ -469,6 +456,10 @@ impl Lane {
         }
         drop(lock(&self.incoming));
         self.ended.notify_all();
+        // Last: an abort may wait for the device, and those who wait for the calls must not.
+        if !std::mem::replace(&mut state.abandoned, true) {
+            state.transport.abandon(error);
+        }
     }
 
     /// Lets go of the group when it was closed and nothing is under way; whether it did.

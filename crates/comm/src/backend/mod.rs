@@ -8,7 +8,9 @@ pub(crate) mod mpi;
 #[path = "mpi_off.rs"]
 pub(crate) mod mpi;
 pub(crate) mod nccl;
+mod patience;
 pub(crate) mod runner;
+mod unit;
 
 /// Who moves a group's data.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

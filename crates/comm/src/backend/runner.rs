@@ -1,6 +1,7 @@
 //! The thread that works on lanes, so that data moves while callers compute.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -43,6 +44,8 @@ pub(crate) struct Runner {
     jobs: Mutex<VecDeque<Job>>,
     rest: Mutex<(Rest, Called)>,
     work_came: Condvar,
+    /// How many times it has looked at all lanes.
+    looks: AtomicU64,
     /// Whether it ends with its last lane.
     ends: bool,
 }
@@ -65,6 +68,7 @@ impl Runner {
             jobs: Mutex::default(),
             rest: Mutex::default(),
             work_came: Condvar::new(),
+            looks: AtomicU64::new(0),
             ends,
         });
         let ours = Arc::clone(&runner);
@@ -92,6 +96,11 @@ impl Runner {
     #[cfg(feature = "mpi")]
     pub(crate) fn has_no_lanes(&self) -> bool {
         lock(&self.lanes).is_empty()
+    }
+
+    /// How many times it has looked at all lanes: a number that stands still tells that it is stuck.
+    pub(super) fn looks(&self) -> u64 {
+        self.looks.load(Ordering::Relaxed)
     }
 
     pub(super) fn wake(&self) {
@@ -129,6 +138,7 @@ impl Runner {
             if idle {
                 polled = Instant::now();
             }
+            self.looks.fetch_add(1, Ordering::Relaxed);
             let mut busy = false;
             for lane in &lanes {
                 let look = lane.look(idle);

@@ -11,7 +11,8 @@ use crate::error::{Error, Result};
 impl Group {
     /// Divides the group: ranks of equal `color` form one, ordered by `key` and then by rank; `None`
     /// joins none. Collective. The new group is independent: the failure of one does not end the
-    /// other, but a rank that dies ends both.
+    /// other, but a rank that dies ends both. With NCCL a group that fails takes the GPU side of all groups
+    /// of the process with it: NCCL asks that all communicators are aborted together.
     ///
     /// # Errors
     ///
@@ -99,7 +100,7 @@ impl Group {
         }
         let color = c_int::try_from(color).unwrap_or(c_int::MAX);
         let core = part.as_ref().map(|part| (&part.core, color));
-        let divided = nccl::divide(rank, gpu, core, deadline);
+        let divided = nccl::divide(&self.core, gpu, core, deadline);
         let divided = divided.map_err(|error| self.core.peers.fail(error))?;
         if let (Some(part), Some((of_part, its_gpu))) = (&mut part, divided) {
             (part.lane, part.gpu) = (Some(of_part), Some(its_gpu));

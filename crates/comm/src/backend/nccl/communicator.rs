@@ -1,18 +1,19 @@
 //! A communicator: every call checked, none of them waits without a deadline.
 //!
 //! Communicators are made non-blocking: a call that NCCL has not finished says *in progress*, and
-//! [`Communicator::settle`] asks until it has, or gives up. After an error all communicators of the
+//! [`Communicator::settle_until`] asks until it has, or gives up. After an error all communicators of the
 //! process are aborted inside one group call, as NCCL asks for (one by one they can wait for each other).
 #![expect(unsafe_code, reason = "gate: calls of libnccl")]
 
+use std::cell::Cell;
 use std::ffi::{c_int, c_void};
-use std::mem::offset_of;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclConfig_t, ncclUniqueId};
+use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclUniqueId};
 
+use super::config::config;
 use super::library::{Nccl, IN_PROGRESS, SUCCESS};
 use crate::dtype::DType;
 
@@ -25,8 +26,6 @@ pub(crate) struct NcclError {
 
 type Result<T> = std::result::Result<T, NcclError>;
 
-/// How long NCCL may take to accept a call (not: to carry it out).
-const SETTLE: Duration = Duration::from_secs(20);
 /// How long an orderly end may take before it becomes an abort.
 const FINALIZE: Duration = Duration::from_secs(5);
 /// Between two questions.
@@ -34,6 +33,11 @@ const PAUSE: Duration = Duration::from_micros(100);
 
 /// The communicators of this process, for [`abort_all`].
 static ALIVE: Mutex<Vec<Handle>> = Mutex::new(Vec::new());
+
+thread_local! {
+    /// Whether this thread is inside a group call, and so holds the list.
+    static IN_GROUP: Cell<bool> = const { Cell::new(false) };
+}
 
 /// Why [`abort_all`] was called last.
 static CAUSE: Mutex<String> = Mutex::new(String::new());
@@ -52,52 +56,18 @@ pub(crate) struct Communicator {
     raw: Handle,
 }
 
-/// `ncclConfig_t` with everything undefined (`NCCL_CONFIG_INITIALIZER`), but not blocking, and no
-/// longer than the library knows it.
-fn config(version: i32) -> ncclConfig_t {
-    const UNDEFINED: c_int = c_int::MIN;
-    const MAGIC: u32 = 0xcafe_beef;
-    let size = match version {
-        23_000.. => size_of::<ncclConfig_t>(),
-        22_900.. => offset_of!(ncclConfig_t, maxP2pPeers),
-        22_800.. => offset_of!(ncclConfig_t, graphUsageMode),
-        22_700.. => offset_of!(ncclConfig_t, nChannelsPerNetPeer),
-        22_600.. => offset_of!(ncclConfig_t, commName),
-        _ => offset_of!(ncclConfig_t, trafficClass),
-    };
-    ncclConfig_t {
-        size: size.next_multiple_of(align_of::<ncclConfig_t>()),
-        magic: MAGIC,
-        version: u32::try_from(version).unwrap_or(0),
-        blocking: 0,
-        cgaClusterSize: UNDEFINED,
-        minCTAs: UNDEFINED,
-        maxCTAs: UNDEFINED,
-        netName: std::ptr::null(),
-        splitShare: UNDEFINED,
-        trafficClass: UNDEFINED,
-        commName: std::ptr::null(),
-        collnetEnable: UNDEFINED,
-        CTAPolicy: UNDEFINED,
-        shrinkShare: UNDEFINED,
-        nvlsCTAs: UNDEFINED,
-        nChannelsPerNetPeer: UNDEFINED,
-        nvlinkCentricSched: UNDEFINED,
-        graphUsageMode: UNDEFINED,
-        numRmaCtx: UNDEFINED,
-        maxP2pPeers: UNDEFINED,
-    }
-}
-
 impl Communicator {
-    /// Joins the communicator of `id` on the current device, until `deadline`.
+    /// Joins the communicator of `id` on the current device, until `deadline` or until the caller
+    /// gives up.
     pub(crate) fn join(
         nccl: &'static Nccl,
         id: ncclUniqueId,
         rank: usize,
         world_size: usize,
         deadline: Instant,
+        gives_up: &dyn Fn() -> bool,
     ) -> Result<Self> {
+        const CALL: &str = "ncclCommInitRankConfig";
         let mut config = config(nccl.version_number());
         let mut raw: ncclComm_t = std::ptr::null_mut();
         let (rank, world_size) = (number(rank), number(world_size));
@@ -105,9 +75,13 @@ impl Communicator {
         // SAFETY: NCCL writes the handle, and copies the configuration before it returns.
         let code = unsafe { init(&raw mut raw, world_size, id, rank, &raw mut config) };
         let communicator = Self { nccl, raw: Handle(raw) };
-        communicator.accepted("ncclCommInitRankConfig", code)?;
+        communicator.accepted(CALL, code)?;
         lock_alive().push(communicator.raw);
-        communicator.settle_until("ncclCommInitRankConfig", deadline)?;
+        if let Err(error) = communicator.settle_until(CALL, deadline, gives_up) {
+            // Alone: the process's other groups have nothing to do with it.
+            communicator.abort(&error.what);
+            return Err(error);
+        }
         Ok(communicator)
     }
 
@@ -118,6 +92,7 @@ impl Communicator {
         color: Option<c_int>,
         key: c_int,
         deadline: Instant,
+        gives_up: &dyn Fn() -> bool,
     ) -> Result<Option<Self>> {
         const CALL: &str = "ncclCommSplit";
         const NO_COLOR: c_int = -1;
@@ -131,7 +106,7 @@ impl Communicator {
             // SAFETY: a live communicator; the place stays; the configuration is copied.
             unsafe { split(comm, color.unwrap_or(NO_COLOR), key, place.as_ptr(), &raw mut config) }
         })?;
-        self.settle_until(CALL, deadline)?;
+        self.settle_until(CALL, deadline, gives_up)?;
         let raw: ncclComm_t = place.load(Ordering::Acquire);
         if color.is_none() {
             return Ok(None);
@@ -141,7 +116,7 @@ impl Communicator {
         }
         let part = Self { nccl: self.nccl, raw: Handle(raw) };
         lock_alive().push(part.raw);
-        part.settle_until(CALL, deadline)?;
+        part.settle_until(CALL, deadline, gives_up)?;
         Ok(Some(part))
     }
 
@@ -159,12 +134,12 @@ impl Communicator {
         call: &'static str,
         make: impl FnOnce(ncclComm_t) -> c_int,
     ) -> Result<()> {
-        let alive = lock_alive();
-        if !alive.contains(&self.raw) {
-            let why = CAUSE.lock().unwrap_or_else(PoisonError::into_inner);
-            let what = format!("aborted, because a group of this process has failed: {why}");
-            return Err(NcclError { call, what });
+        if IN_GROUP.get() {
+            // This thread holds the list, and has looked.
+            return self.accepted(call, make(self.raw.0));
         }
+        let alive = lock_alive();
+        self.check_alive(call, &alive)?;
         let code = make(self.raw.0);
         drop(alive);
         self.accepted(call, code)
@@ -181,9 +156,19 @@ impl Communicator {
         Ok((state == SUCCESS).then_some(()))
     }
 
-    fn settle_until(&self, call: &'static str, deadline: Instant) -> Result<()> {
+    /// Waits until NCCL has taken the calls before: no new one may be made earlier.
+    pub(crate) fn settle_until(
+        &self,
+        call: &'static str,
+        deadline: Instant,
+        gives_up: &dyn Fn() -> bool,
+    ) -> Result<()> {
         let mut looks = 0_u32;
         while self.state(call)?.is_none() {
+            if gives_up() {
+                let what = "given up: the group has failed meanwhile".to_owned();
+                return Err(NcclError { call, what });
+            }
             if Instant::now() >= deadline {
                 let what = "NCCL did not finish this call in time: not all ranks made it, or they \
                             cannot reach each other (NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO)";
@@ -199,9 +184,41 @@ impl Communicator {
         Ok(())
     }
 
-    /// Waits until NCCL has taken the calls before: no new one may be made earlier.
-    pub(crate) fn settle(&self, call: &'static str) -> Result<()> {
-        self.settle_until(call, Instant::now() + SETTLE)
+    /// Makes a call when nothing is in progress on the communicator, and lets nobody start anything during
+    /// it; for what NCCL does not guard against its own launches. `None`: it is in progress until `deadline`.
+    pub(crate) fn when_settled(
+        &self,
+        call: &'static str,
+        deadline: Instant,
+        make: impl FnOnce(ncclComm_t) -> c_int,
+    ) -> Result<Option<()>> {
+        loop {
+            let alive = lock_alive();
+            self.check_alive(call, &alive)?;
+            let mut state = SUCCESS;
+            // SAFETY: a live communicator; writes one number.
+            let code = unsafe { (self.nccl.functions.get_async_error)(self.raw.0, &raw mut state) };
+            self.accepted(call, code).and_then(|()| self.accepted(call, state))?;
+            if state == SUCCESS {
+                let made = make(self.raw.0);
+                drop(alive);
+                return self.accepted(call, made).map(Some);
+            }
+            drop(alive);
+            if Instant::now() >= deadline {
+                return Ok(None);
+            }
+            std::thread::park_timeout(PAUSE);
+        }
+    }
+
+    fn check_alive(&self, call: &'static str, alive: &[Handle]) -> Result<()> {
+        if alive.contains(&self.raw) {
+            return Ok(());
+        }
+        let why = CAUSE.lock().unwrap_or_else(PoisonError::into_inner);
+        let what = format!("aborted, because a group of this process has failed: {why}");
+        Err(NcclError { call, what })
     }
 
     pub(crate) fn all_reduce(
@@ -311,14 +328,24 @@ impl Communicator {
         })
     }
 
-    /// Runs `body`, whose calls NCCL carries out as one.
+    /// Runs `body`, whose calls NCCL carries out as one. Nobody aborts the communicator meanwhile: the end
+    /// of a group works on it too.
     pub(crate) fn grouped(&self, body: impl FnOnce() -> Result<()>) -> Result<()> {
+        const START: &str = "ncclGroupStart";
         let functions = &self.nccl.functions;
+        let outermost = !IN_GROUP.get();
+        let alive = outermost.then(lock_alive);
+        if let Some(alive) = &alive {
+            self.check_alive(START, alive)?;
+        }
         // SAFETY: takes nothing.
-        self.accepted("ncclGroupStart", unsafe { (functions.group_start)() })?;
+        self.accepted(START, unsafe { (functions.group_start)() })?;
+        IN_GROUP.set(true);
         let result = body();
+        IN_GROUP.set(!outermost);
         // SAFETY: takes nothing; a started group is always ended.
         let ended = self.accepted("ncclGroupEnd", unsafe { (functions.group_end)() });
+        drop(alive);
         result.and(ended)
     }
 
@@ -338,6 +365,29 @@ impl Communicator {
         Ok(op)
     }
 
+    /// Lets go of a scaled sum, whose calls NCCL has all taken.
+    pub(crate) fn forget_sum(&self, op: c_int) -> Result<()> {
+        self.checked("ncclRedOpDestroy", |comm| {
+            // SAFETY: made by scaled_sum of this communicator, and let go once.
+            unsafe { (self.nccl.functions.destroy_sum)(op, comm) }
+        })
+    }
+
+    /// Aborts this communicator alone, because of `cause`.
+    fn abort(&self, cause: &str) {
+        let mut alive = lock_alive();
+        let before = alive.len();
+        alive.retain(|handle| *handle != self.raw);
+        let ours = alive.len() < before;
+        drop(alive);
+        if ours {
+            cause.clone_into(&mut CAUSE.lock().unwrap_or_else(PoisonError::into_inner));
+            // SAFETY: taken off the list by us; never used again.
+            let code = unsafe { (self.nccl.functions.abort)(self.raw.0) };
+            tracing::debug!(code, "ncclCommAbort");
+        }
+    }
+
     /// Ends the communicator in good order, or aborts it when that takes too long.
     pub(crate) fn end(&self) {
         let functions = &self.nccl.functions;
@@ -346,12 +396,16 @@ impl Communicator {
             // SAFETY: a live communicator; only its own lane ends it.
             unsafe { (functions.finalize)(comm) }
         });
-        let result = asked.and_then(|()| self.settle_until(call, Instant::now() + FINALIZE));
+        let result =
+            asked.and_then(|()| self.settle_until(call, Instant::now() + FINALIZE, &|| false));
         // Whoever takes the handle off the list frees it.
         let mut alive = lock_alive();
         let before = alive.len();
         alive.retain(|handle| *handle != self.raw);
-        if alive.len() == before {
+        let ours = alive.len() < before;
+        // Other groups go on while this one is taken apart.
+        drop(alive);
+        if !ours {
             return;
         }
         let code = match result {
@@ -366,7 +420,6 @@ impl Communicator {
                 unsafe { (functions.abort)(self.raw.0) }
             }
         };
-        drop(alive);
         if code != SUCCESS && code != IN_PROGRESS {
             tracing::debug!(what = self.nccl.describe(code), "the end of a communicator");
         }
@@ -387,15 +440,17 @@ pub(crate) fn abort_all(nccl: &Nccl, cause: &str) {
             Err(std::sync::TryLockError::WouldBlock) => break None,
         }
     };
-    let Some(list) = &mut list else {
+    let Some(taken) = &mut list else {
         tracing::error!("a call of NCCL hangs; its communicators cannot be aborted");
         return;
     };
-    let alive = std::mem::take(&mut **list);
+    let alive = std::mem::take(&mut **taken);
     if alive.is_empty() {
         return;
     }
     cause.clone_into(&mut CAUSE.lock().unwrap_or_else(PoisonError::into_inner));
+    // An abort may wait for the device; the other groups hear at once that theirs are gone.
+    drop(list.take());
     let functions = &nccl.functions;
     // SAFETY: takes nothing.
     let started = unsafe { (functions.group_start)() };

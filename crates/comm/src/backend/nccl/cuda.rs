@@ -263,11 +263,20 @@ pub(crate) fn allocate(device: &Device, bytes: usize) -> Result<u64> {
     unsafe { result::malloc_sync(bytes.max(1)) }.map_err(failed("cuMemAlloc"))
 }
 
-/// Sets memory of a device to zero.
+/// Sets memory of a device to zero, and waits for it: the driver's call returns before, and streams that
+/// do not block are in no order with it.
 pub(crate) fn zero(device: &Device, pointer: u64, bytes: usize) -> Result<()> {
     let _current = device.current()?;
     // SAFETY: the caller allocated so many bytes there.
-    unsafe { result::memset_d8_sync(pointer, 0, bytes) }.map_err(failed("cuMemsetD8"))
+    unsafe { result::memset_d8_sync(pointer, 0, bytes) }.map_err(failed("cuMemsetD8"))?;
+    // SAFETY: the default stream, which is always there.
+    unsafe { result::stream::synchronize(std::ptr::null_mut()) }
+        .map_err(failed("cuStreamSynchronize"))
+}
+
+/// Waits for all that the current device was asked for.
+pub(crate) fn synchronize() -> Result<()> {
+    result::ctx::synchronize().map_err(failed("cuCtxSynchronize"))
 }
 
 pub(crate) fn free(device: &Device, pointer: u64) {

@@ -79,6 +79,7 @@ functions! {
         group_end = b"ncclGroupEnd\0" ();
         create_scaled_sum = b"ncclRedOpCreatePreMulSum\0"
             (*mut c_int, *mut c_void, c_int, c_int, ncclComm_t);
+        destroy_sum = b"ncclRedOpDestroy\0" (c_int, ncclComm_t);
     }
     optional {
         mem_alloc = b"ncclMemAlloc\0" (*mut *mut c_void, usize);
@@ -267,7 +268,8 @@ mod tests {
         let Some(nccl) = real() else { return };
         let id = nccl.unique_id().unwrap();
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
-        let error = super::super::communicator::Communicator::join(nccl, id, 0, 1, deadline);
+        let error =
+            super::super::communicator::Communicator::join(nccl, id, 0, 1, deadline, &|| false);
         let error = error.expect_err("there is no GPU");
         assert_eq!(error.call, "ncclCommInitRankConfig");
         assert!(error.what.contains("CUDA"), "{}", error.what);

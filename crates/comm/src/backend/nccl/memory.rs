@@ -4,11 +4,15 @@
 
 use std::ffi::c_void;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::cuda;
 use super::library::SUCCESS;
 use super::{cuda_error, Gpu};
 use crate::error::Result;
+
+/// How long NCCL may be busy with a call before memory goes unregistered.
+const REGISTER: Duration = Duration::from_secs(5);
 
 /// Memory of one GPU, freed when dropped.
 #[derive(Debug)]
@@ -51,12 +55,13 @@ impl DeviceMemory {
         let register = self.gpu.nccl.functions.register?;
         let _current = self.gpu.device.current().ok()?;
         let mut handle: *mut c_void = std::ptr::null_mut();
-        let registered = self.gpu.communicator.checked("ncclCommRegister", |comm| {
+        let deadline = Instant::now() + REGISTER;
+        let registered = self.gpu.communicator.when_settled("ncclCommRegister", deadline, |comm| {
             // SAFETY: our own memory of so many bytes; the registration ends before it is freed.
             unsafe { register(comm, self.at(), self.bytes, &raw mut handle) }
         });
-        match registered.and_then(|()| self.gpu.communicator.settle("ncclCommRegister")) {
-            Ok(()) => Some(handle as usize),
+        match registered {
+            Ok(registered) => registered.map(|()| handle as usize),
             Err(error) => {
                 tracing::debug!(what = error.what, "memory is not registered with NCCL");
                 None
@@ -90,28 +95,85 @@ fn from_nccl(gpu: &Gpu, bytes: usize) -> Option<u64> {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
+        let freed = Freed {
+            pointer: self.pointer,
+            from_nccl: self.from_nccl,
+            registration: self.registration,
+            gpu: Arc::clone(&self.gpu),
+        };
+        reaper::take(freed);
+    }
+}
+
+/// Memory whose owner has let it go; the device may still work on it.
+#[derive(Debug)]
+struct Freed {
+    pointer: u64,
+    from_nccl: bool,
+    registration: Option<usize>,
+    gpu: Arc<Gpu>,
+}
+
+impl Freed {
+    /// Frees it when the device is done with what it was asked for; waits for that.
+    fn free(self) {
         let Ok(_current) = self.gpu.device.current() else { return };
+        // NCCL unmaps memory without a look at what still works on it.
+        if let Err(error) = cuda::synchronize() {
+            return tracing::warn!(what = error.what, "memory of the device is not freed");
+        }
         if let (Some(handle), Some(deregister)) =
             (self.registration, self.gpu.nccl.functions.deregister)
         {
-            // Fails where the communicator has ended, and the registration with it.
-            let ended = self.gpu.communicator.checked("ncclCommDeregister", |comm| {
+            let deadline = Instant::now() + REGISTER;
+            let call = "ncclCommDeregister";
+            let ended = self.gpu.communicator.when_settled(call, deadline, |comm| {
                 // SAFETY: the handle is from register, of the same communicator.
                 unsafe { deregister(comm, std::ptr::without_provenance_mut(handle)) }
             });
-            if let Err(error) = ended {
-                tracing::debug!(what = error.what, "ncclCommDeregister");
+            match ended {
+                Ok(Some(())) => {}
+                // What is registered must stay.
+                Ok(None) => return tracing::warn!("NCCL is busy: memory is not freed"),
+                // Fails where the communicator has ended, and the registration with it.
+                Err(error) => tracing::debug!(what = error.what, "ncclCommDeregister"),
             }
         }
         match self.gpu.nccl.functions.mem_free {
             Some(free) if self.from_nccl => {
+                let at = usize::try_from(self.pointer).unwrap_or(0);
                 // SAFETY: from ncclMemAlloc, and nobody uses it any more.
-                let code = unsafe { free(self.at()) };
+                let code = unsafe { free(std::ptr::without_provenance_mut(at)) };
                 if code != SUCCESS {
                     tracing::warn!(what = self.gpu.nccl.describe(code), "ncclMemFree");
                 }
             }
             _ => cuda::free(&self.gpu.device, self.pointer),
         }
+    }
+}
+
+/// The thread that waits for the device before it frees memory: the last owner is often the runner, which
+/// must never wait. Where the device never gets there the memory stays.
+mod reaper {
+    use std::sync::mpsc::{channel, Sender};
+    use std::sync::OnceLock;
+
+    use super::Freed;
+
+    pub(super) fn take(freed: Freed) {
+        static TO: OnceLock<Option<Sender<Freed>>> = OnceLock::new();
+        let to = TO.get_or_init(|| {
+            let (to, from) = channel::<Freed>();
+            let named = std::thread::Builder::new().name("phalanx-nccl-free".to_owned());
+            // Not joined: what it has not freed goes with the process.
+            named.spawn(move || from.into_iter().for_each(Freed::free)).ok().map(|_thread| to)
+        });
+        // Without the thread the memory stays: to free it here could wait for ever.
+        let kept = match to {
+            Some(to) => to.send(freed).err().map(|error| error.0),
+            None => Some(freed),
+        };
+        _ = std::mem::ManuallyDrop::new(kept);
     }
 }

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `library` | finds and loads libnccl; versions; error texts |
 //! | `cuda` | contexts, streams, events, memory: the driver's calls |
+//! | `config` | a communicator's settings, by version |
 //! | `communicator` | NCCL's calls, checked, with deadlines; abort of all |
 //! | `transport` | a group's calls on its stream |
 //! | `memory` | registered GPU memory |
@@ -13,6 +14,7 @@
 //! all ranks launch the same one.
 
 pub(crate) mod communicator;
+mod config;
 pub(crate) mod cuda;
 pub(crate) mod library;
 pub(crate) mod memory;
@@ -25,7 +27,7 @@ use std::time::Instant;
 
 use cudarc::nccl::sys::ncclUniqueId;
 
-use self::communicator::Communicator;
+use self::communicator::{Communicator, NcclError};
 use self::cuda::{CudaError, Device, OwnStream};
 use self::library::Nccl;
 use self::transport::NcclTransport;
@@ -120,12 +122,21 @@ pub(crate) fn open(
                 .to_owned(),
         })?;
     let current = device.current().map_err(|error| cuda_error(rank, error))?;
-    let joined = Communicator::join(nccl, id, rank, world_size, deadline);
-    let communicator = Arc::new(joined.map_err(|error| {
-        communicator::abort_all(nccl, &error.what);
-        Error::Backend { rank, backend: "nccl", call: error.call.to_owned(), what: error.what }
-    })?);
+    let gives_up = || core.peers.failure().is_some();
+    let joined = Communicator::join(nccl, id, rank, world_size, deadline, &gives_up);
+    // Who gave up because of a peer says what became of the peer.
+    let told = |error: NcclError| {
+        let what = error.what;
+        let own = Error::Backend { rank, backend: "nccl", call: error.call.to_owned(), what };
+        core.peers.failure().unwrap_or(own)
+    };
+    let communicator = Arc::new(joined.map_err(told)?);
     drop(current);
+    // Whoever is ready may fail its first call, which must not end the joining of those who are not:
+    // they wait here for each other.
+    if let Err(error) = gather(&[]) {
+        tracing::debug!(rank, %error, "the group failed while it was set up");
+    }
     tracing::info!(rank, nccl = nccl.version(), gpu = device.name(), "an NCCL group is ready");
     carried(core, Gpu { nccl, device, communicator })
 }
@@ -135,6 +146,7 @@ fn carried(core: &Arc<Core>, gpu: Gpu) -> Result<(Arc<Lane>, Arc<Gpu>)> {
     let (rank, world_size) = (core.rank, core.world_size());
     let stream = OwnStream::new(&gpu.device).map_err(|error| cuda_error(rank, error))?;
     let transport = NcclTransport {
+        core: Arc::clone(core),
         rank,
         world_size,
         nccl: gpu.nccl,
@@ -142,7 +154,7 @@ fn carried(core: &Arc<Core>, gpu: Gpu) -> Result<(Arc<Lane>, Arc<Gpu>)> {
         communicator: Arc::clone(&gpu.communicator),
         stream,
         moving: VecDeque::new(),
-        scaled: None,
+        scaled: Vec::new(),
     };
     let runner = Runner::spawn(format!("phalanx-nccl-{rank}"), true, || ())
         .map_err(|error| Error::system(rank, "start a thread", error))?;
@@ -154,17 +166,21 @@ fn carried(core: &Arc<Core>, gpu: Gpu) -> Result<(Arc<Lane>, Arc<Gpu>)> {
 /// Divides the communicator of `gpu`, on which nothing is under way: `part` is this rank's part of the
 /// group, with its color's number. Collective for the undivided group.
 pub(crate) fn divide(
-    rank: usize,
+    undivided: &Core,
     gpu: &Gpu,
     part: Option<(&Arc<Core>, c_int)>,
     deadline: Instant,
 ) -> Result<Option<(Arc<Lane>, Arc<Gpu>)>> {
+    let rank = undivided.rank;
     let current = gpu.device.current().map_err(|error| cuda_error(rank, error))?;
+    let gives_up = || undivided.peers.failure().is_some();
     let key = part.map_or(0, |(core, _)| c_int::try_from(core.rank).unwrap_or(c_int::MAX));
-    let divided = gpu.communicator.split(part.map(|(_, color)| color), key, deadline);
+    let divided = gpu.communicator.split(part.map(|(_, color)| color), key, deadline, &gives_up);
     let communicator = divided.map_err(|error| {
         communicator::abort_all(gpu.nccl, &error.what);
-        Error::Backend { rank, backend: "nccl", call: error.call.to_owned(), what: error.what }
+        let what = error.what;
+        let own = Error::Backend { rank, backend: "nccl", call: error.call.to_owned(), what };
+        undivided.peers.failure().unwrap_or(own)
     })?;
     drop(current);
     let (Some((core, _)), Some(communicator)) = (part, communicator) else { return Ok(None) };

@@ -4,15 +4,17 @@
 use std::collections::VecDeque;
 use std::ffi::{c_int, c_void};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
 
 use super::communicator::{abort_all, Communicator, NcclError};
 use super::cuda::{CudaError, Device, Event, OwnStream};
+use super::cuda_error;
 use super::library::Nccl;
 use crate::backend::host::call::{Call, Memory};
-use crate::backend::lane::{Submitted, Transport};
+use crate::backend::host::core::Core;
+use crate::backend::lane::{Lane, Submitted, Transport};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::fingerprint::Op;
@@ -45,19 +47,24 @@ impl OnDevice {
         self.launched.notify_all();
     }
 
-    /// Orders `stream`, or the one that the call was made on, after the call. Waits on the host only until it is launched, or has
-    /// failed.
-    pub(crate) fn order(&self, call: &Call, stream: Option<Stream>) -> Result<(), CudaError> {
+    /// Orders `stream`, or the one that the call was made on, after the call. Waits on the host only until
+    /// it is launched, or has failed.
+    pub(crate) fn order(&self, call: &Call, lane: &Lane, stream: Option<Stream>) -> Result<()> {
+        let mut patience = lane.patience(call);
         let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             if let Some(done) = &*done {
-                return done.order(stream.unwrap_or(self.stream));
+                let ordered = done.order(stream.unwrap_or(self.stream));
+                return ordered.map_err(|error| cuda_error(lane.core.rank, error));
             }
             if call.is_done() {
                 return Ok(()); // failed before it was launched
             }
             let waited = self.launched.wait_timeout(done, LOOK);
             done = waited.unwrap_or_else(PoisonError::into_inner).0;
+            if done.is_none() {
+                patience.check()?;
+            }
         }
     }
 }
@@ -65,6 +72,7 @@ impl OnDevice {
 /// Moves a group's data with NCCL.
 #[derive(Debug)]
 pub(crate) struct NcclTransport {
+    pub(crate) core: Arc<Core>,
     pub(crate) rank: usize,
     pub(crate) world_size: usize,
     pub(crate) nccl: &'static Nccl,
@@ -72,8 +80,8 @@ pub(crate) struct NcclTransport {
     pub(crate) communicator: Arc<Communicator>,
     pub(crate) stream: OwnStream,
     pub(crate) moving: VecDeque<Arc<Event>>,
-    /// The scaled sum made last: steps use one factor over and over.
-    pub(crate) scaled: Option<(u64, DType, c_int)>,
+    /// The scaled sums of the calls made last: their factors' bits, types and operations.
+    pub(crate) scaled: Vec<(u64, DType, c_int)>,
 }
 
 impl NcclTransport {
@@ -104,18 +112,37 @@ impl NcclTransport {
             (Fold::Min, _) => Ok(MIN),
             (Fold::Sum, Finish::Scale(factor)) => {
                 let key = (factor.to_bits(), dtype);
-                if let Some((bits, of, op)) = self.scaled {
-                    if (bits, of) == key {
-                        return Ok(op);
-                    }
+                if let Some(known) = self.scaled.iter().find(|(bits, of, _)| (*bits, *of) == key) {
+                    return Ok(known.2);
                 }
-                // The one before stays: calls that use it may be under way. NCCL frees all with the
-                // communicator.
                 let op = self.communicator.scaled_sum(&factor_bytes(factor, dtype), dtype)?;
-                self.scaled = Some((key.0, key.1, op));
+                self.scaled.push((key.0, key.1, op));
                 Ok(op)
             }
         }
+    }
+
+    /// Lets go of the scaled sums that none of `calls` uses: a step may have a factor of its own. NCCL has
+    /// taken the calls before, and a call keeps what it needs of its operation.
+    fn forget_scaled(&mut self, calls: &[(&Call, &OnDevice, u64, Option<u64>)]) {
+        let communicator = &self.communicator;
+        self.scaled.retain(|(bits, dtype, op)| {
+            let uses = |call: &Call| match call.reduction.map(|reduction| reduction.finish) {
+                Some(Finish::Scale(factor)) => factor.to_bits() == *bits && call.dtype == *dtype,
+                _ => false,
+            };
+            // The factor of the step may return with the next call: only another one replaces it.
+            let replaced = calls.iter().any(|(call, ..)| {
+                matches!(call.reduction.map(|one| one.finish), Some(Finish::Scale(_)))
+            });
+            let kept = !replaced || calls.iter().any(|(call, ..)| uses(call));
+            if !kept {
+                if let Err(error) = communicator.forget_sum(*op) {
+                    tracing::debug!(what = error.what, "ncclRedOpDestroy");
+                }
+            }
+            kept
+        });
     }
 
     /// Asks NCCL for one call on memory `at`, or from `from` to `at`; `op` is its reduction.
@@ -167,11 +194,19 @@ impl NcclTransport {
         }
     }
 
+    /// Waits until NCCL has taken the call: no longer than the call may last, nor than the group lives.
+    fn settle(&self, call: &Call) -> Result<(), NcclError> {
+        let deadline = Instant::now() + call.timeout;
+        let gives_up = || self.core.peers.failure().is_some();
+        self.communicator.settle_until(call.op().name(), deadline, &gives_up)
+    }
+
     /// Starts calls, of which NCCL is to make one.
     fn start_all(&mut self, calls: &[(&Call, &OnDevice, u64, Option<u64>)]) -> Result<()> {
         let device = Arc::clone(&self.device);
         let _current = device.current().map_err(|error| self.cuda_error(error))?;
         let stream = self.stream.as_stream();
+        self.forget_scaled(calls);
         let mut ops = SmallVec::<[c_int; 1]>::new();
         for (call, on_device, ..) in calls {
             on_device.ready.order(stream).map_err(|error| self.cuda_error(error))?;
@@ -187,9 +222,7 @@ impl NcclTransport {
             [_] => launch_each(),
             _ => self.communicator.grouped(launch_each),
         };
-        launched
-            .and_then(|()| self.communicator.settle(calls[0].0.op().name()))
-            .map_err(|error| self.nccl_error(error))?;
+        launched.and_then(|()| self.settle(calls[0].0)).map_err(|error| self.nccl_error(error))?;
         let done = Event::record(&device, stream).map_err(|error| self.cuda_error(error))?;
         let done = Arc::new(done);
         for (_, on_device, ..) in calls {
@@ -234,6 +267,11 @@ impl Transport for NcclTransport {
     }
 
     fn abandon(&mut self, cause: &Error) {
+        // NCCL frees memory of the device when it aborts.
+        let current = self.device.current();
+        if let Err(error) = &current {
+            tracing::warn!(what = error.what, "the device of an abort");
+        }
         abort_all(self.nccl, &cause.to_string());
         self.moving.clear();
     }

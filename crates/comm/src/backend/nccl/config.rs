@@ -1,0 +1,43 @@
+//! What a communicator is asked to be, in the form that each version of NCCL knows.
+
+use std::ffi::c_int;
+use std::mem::offset_of;
+
+use cudarc::nccl::sys::ncclConfig_t;
+
+/// `ncclConfig_t` with everything undefined (`NCCL_CONFIG_INITIALIZER`), but not blocking, and no
+/// longer than the library knows it.
+pub(super) fn config(version: i32) -> ncclConfig_t {
+    const UNDEFINED: c_int = c_int::MIN;
+    const MAGIC: u32 = 0xcafe_beef;
+    let size = match version {
+        23_000.. => size_of::<ncclConfig_t>(),
+        22_900.. => offset_of!(ncclConfig_t, maxP2pPeers),
+        22_800.. => offset_of!(ncclConfig_t, graphUsageMode),
+        22_700.. => offset_of!(ncclConfig_t, nChannelsPerNetPeer),
+        22_600.. => offset_of!(ncclConfig_t, commName),
+        _ => offset_of!(ncclConfig_t, trafficClass),
+    };
+    ncclConfig_t {
+        size: size.next_multiple_of(align_of::<ncclConfig_t>()),
+        magic: MAGIC,
+        version: u32::try_from(version).unwrap_or(0),
+        blocking: 0,
+        cgaClusterSize: UNDEFINED,
+        minCTAs: UNDEFINED,
+        maxCTAs: UNDEFINED,
+        netName: std::ptr::null(),
+        splitShare: UNDEFINED,
+        trafficClass: UNDEFINED,
+        commName: std::ptr::null(),
+        collnetEnable: UNDEFINED,
+        CTAPolicy: UNDEFINED,
+        shrinkShare: UNDEFINED,
+        nvlsCTAs: UNDEFINED,
+        nChannelsPerNetPeer: UNDEFINED,
+        nvlinkCentricSched: UNDEFINED,
+        graphUsageMode: UNDEFINED,
+        numRmaCtx: UNDEFINED,
+        maxP2pPeers: UNDEFINED,
+    }
+}
