@@ -16,6 +16,7 @@
 
 mod device;
 mod faults;
+mod gpu_faults;
 mod launched;
 mod matrix;
 mod misuse;

@@ -14,8 +14,8 @@ use cudarc::driver::result;
 use cudarc::driver::sys::CUdeviceptr;
 use phalanx_comm::{Backend, DeviceSlice, Group, GroupOptions, Stream, Sum, Uploader, Work};
 
-use crate::device;
 use crate::launched::{ranks, Running};
+use crate::{device, gpu_faults};
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -33,6 +33,16 @@ pub(crate) fn rank(role: &str) {
         }
         "nccl uploads" => uploads(),
         "nccl abort" => abort(Group::from_environment(nccl()).expect("the ranks meet")),
+        "nccl factors" => {
+            gpu_faults::factors(Group::from_environment(nccl()).expect("the ranks meet"));
+        }
+        "nccl hang" => gpu_faults::hang(Group::from_environment(nccl()).expect("the ranks meet")),
+        "nccl unnamed" => {
+            gpu_faults::unnamed(Group::from_environment(nccl()).expect("the ranks meet"));
+        }
+        "nccl memory" => {
+            gpu_faults::memory(Group::from_environment(nccl()).expect("the ranks meet"));
+        }
         "nccl at once" => ends_at_once(Group::from_environment(nccl()).expect("the ranks meet")),
         "nccl refused" => match Group::from_environment(nccl()) {
             Ok(group) => panic!("a group of {}", group.world_size()),
@@ -142,7 +152,7 @@ fn uploads() {
     println!("uploaded");
 }
 
-fn complain(start: Instant, error: &phalanx_comm::Error) -> ! {
+pub(crate) fn complain(start: Instant, error: &phalanx_comm::Error) -> ! {
     println!("error after {} ms: {error}", start.elapsed().as_millis());
     std::process::exit(3);
 }
@@ -217,7 +227,8 @@ fn libraries() -> &'static Path {
     FOLDER.get_or_init(|| {
         let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gpu_double");
         let mut hash = DefaultHasher::new();
-        for name in ["double.rs", "driver.rs", "library.rs", "calls.rs", "numbers.rs"] {
+        for name in ["double.rs", "driver.rs", "errors.rs", "library.rs", "calls.rs", "numbers.rs"]
+        {
             std::fs::read(sources.join(name)).expect("its source").hash(&mut hash);
         }
         let folder = format!("gpu_double-{:x}", hash.finish());
@@ -268,7 +279,7 @@ impl Drop for Exchange {
 }
 
 /// Runs a world on the stand-in: exit status and output by rank.
-fn world_with(
+pub(crate) fn world_with(
     world: usize,
     role: &str,
     add: impl Fn(&mut Command, usize),
@@ -287,7 +298,7 @@ fn world_with(
     running.into_iter().map(finish).collect()
 }
 
-fn world(ranks: usize, role: &str) -> Vec<(Option<i32>, String)> {
+pub(crate) fn world(ranks: usize, role: &str) -> Vec<(Option<i32>, String)> {
     world_with(ranks, role, |_, _| ())
 }
 
@@ -327,7 +338,7 @@ fn calls_are_in_order_with_the_callers_stream() {
 }
 
 /// The survivors' errors, which come within `limit_ms`.
-fn complaints(all: &[(Option<i32>, String)], limit_ms: u64) -> Vec<String> {
+pub(crate) fn complaints(all: &[(Option<i32>, String)], limit_ms: u64) -> Vec<String> {
     let said = all.iter().flat_map(|(_, output)| output.lines());
     let lines: Vec<String> =
         said.filter(|line| line.contains("error after")).map(str::to_owned).collect();

@@ -7,9 +7,9 @@ use std::ffi::c_int;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex};
 
-use crate::driver::{gpu, is_inside, CONTEXT, CURRENT};
+use crate::driver::{gpu, is_inside, must_be_inside, CONTEXT, CURRENT};
 use crate::library::{
-    failure, ready, Comm, INTERNAL, INVALID_ARGUMENT, INVALID_USAGE, IN_PROGRESS, SUCCESS,
+    failure, is_wished, ready, Comm, INTERNAL, INVALID_ARGUMENT, INVALID_USAGE, IN_PROGRESS, SUCCESS,
 };
 use crate::numbers::{bytes_of, number_of, size_of};
 use crate::{a_while, lock};
@@ -36,6 +36,7 @@ pub(crate) struct Operation {
     to: u64,
     /// In the communicator's order, or the pair's.
     number: u64,
+    factor: Option<f64>,
 }
 
 thread_local! {
@@ -64,6 +65,9 @@ extern "C" fn ncclGroupEnd() -> c_int {
 /// All of a group run together; the communicators say *in progress* for a moment.
 pub(crate) fn launch(operations: Vec<Operation>) -> c_int {
     let Some(first) = operations.first() else { return SUCCESS };
+    while is_wished(&format!("hang-{}", first.comm.rank)) {
+        a_while(10_000);
+    }
     let stream = gpu().streams.get(&first.stream).cloned();
     let Some(stream) = stream else { return failure(INVALID_ARGUMENT, "no such stream") };
     let mut touched: Vec<Arc<Comm>> = Vec::new();
@@ -136,7 +140,9 @@ pub(crate) fn call(
         _ => 0,
     };
     let known = (0..5).contains(&op)
-        || lock(&comm.factors).get(op.wrapping_sub(100) as usize).is_some_and(|f| f.0 == dtype);
+        || lock(&comm.factors).get(op.wrapping_sub(100) as usize).is_some_and(|f| {
+            f.as_ref().is_some_and(|f| f.0 == dtype)
+        });
     let peer = match kind {
         Kind::Send(peer) | Kind::Receive(peer) | Kind::Broadcast(peer) | Kind::Reduce(_, peer) => {
             peer
@@ -157,7 +163,12 @@ pub(crate) fn call(
         Kind::Receive(_) => next(&comm.received),
         _ => comm.collectives.fetch_add(1, SeqCst),
     };
-    let operation = Operation { comm, stream, kind, dtype, count, from, to, number };
+    // The factor goes along: the operation may be destroyed when the call is taken.
+    let factor = lock(&comm.factors)
+        .get(op.wrapping_sub(100) as usize)
+        .and_then(Option::as_ref)
+        .map(|(dtype, bytes)| number_of(*dtype, bytes).0);
+    let operation = Operation { comm, stream, kind, dtype, count, from, to, number, factor };
     if DEPTH.get() > 0 {
         GROUPED.with_borrow_mut(|grouped| grouped.push(operation));
         return SUCCESS;
@@ -188,10 +199,12 @@ impl Operation {
     }
 
     unsafe fn input(&self, bytes: usize) -> &[u8] {
+        must_be_inside(self.from, bytes);
         std::slice::from_raw_parts(self.from as *const u8, bytes)
     }
 
     unsafe fn output(&self, bytes: usize) -> &mut [u8] {
+        must_be_inside(self.to, bytes);
         std::slice::from_raw_parts_mut(self.to as *mut u8, bytes)
     }
 
@@ -279,10 +292,7 @@ impl Operation {
 
     pub(crate) fn fold(&self, op: c_int, parts: &[Vec<u8>]) -> Vec<u8> {
         let size = size_of(self.dtype);
-        let factors = lock(&self.comm.factors);
-        let factor = factors
-            .get(op.wrapping_sub(100) as usize)
-            .map(|(dtype, bytes)| number_of(*dtype, bytes).0);
+        let factor = self.factor;
         let mut result = Vec::new();
         for at in (0..parts[0].len()).step_by(size) {
             let mut values = parts.iter().map(|part| number_of(self.dtype, &part[at..at + size]));

@@ -12,6 +12,7 @@
 
 mod calls;
 mod driver;
+mod errors;
 mod library;
 mod numbers;
 

@@ -348,6 +348,14 @@ pub(crate) fn is_inside(at: u64, bytes: usize) -> bool {
         || gpu().memory.iter().any(|(start, size)| *start <= at && end <= start + *size as u64)
 }
 
+/// An access of the GPU's to memory that was freed ends the process, as it ends the real one's context.
+pub(crate) fn must_be_inside(at: u64, bytes: usize) {
+    if !is_inside(at, bytes) {
+        eprintln!("an illegal memory access was encountered");
+        std::process::abort();
+    }
+}
+
 #[no_mangle]
 unsafe extern "C" fn cuMemAlloc_v2(at: *mut u64, bytes: usize) -> c_int {
     in_context!();
@@ -373,20 +381,25 @@ unsafe extern "C" fn cuMemsetD8_v2(at: u64, value: u8, bytes: usize) -> c_int {
     if !is_inside(at, bytes) {
         return NO_VALUE;
     }
-    std::ptr::write_bytes(at as *mut u8, value, bytes);
+    // As the driver's own: it returns before, in the order of the default stream alone.
+    memset(at, value, bytes, 0)
+}
+
+unsafe fn memset(at: u64, value: u8, bytes: usize, stream: usize) -> c_int {
+    let found = gpu().streams.get(&stream).cloned();
+    let Some(stream) = found.filter(|_| is_inside(at, bytes)) else { return NO_VALUE };
+    stream.push(move || {
+        a_while(3000);
+        must_be_inside(at, bytes);
+        std::ptr::write_bytes(at as *mut u8, value, bytes);
+    });
     OK
 }
 
 #[no_mangle]
 unsafe extern "C" fn cuMemsetD8Async(at: u64, value: u8, bytes: usize, stream: usize) -> c_int {
     in_context!();
-    let found = gpu().streams.get(&stream).cloned();
-    let Some(stream) = found.filter(|_| is_inside(at, bytes)) else { return NO_VALUE };
-    stream.push(move || {
-        a_while(3000);
-        std::ptr::write_bytes(at as *mut u8, value, bytes);
-    });
-    OK
+    memset(at, value, bytes, stream)
 }
 
 #[no_mangle]
@@ -425,24 +438,6 @@ unsafe extern "C" fn cuMemcpyHtoD_v2(to: u64, from: *const u8, bytes: usize) -> 
         return NO_VALUE;
     }
     std::ptr::copy_nonoverlapping(from, to as *mut u8, bytes);
-    OK
-}
-
-#[no_mangle]
-unsafe extern "C" fn cuGetErrorString(code: c_int, text: *mut *const c_char) -> c_int {
-    *text = match code {
-        NO_VALUE => c"invalid argument",
-        NO_CONTEXT => c"invalid device context",
-        NOT_READY => c"not ready",
-        _ => c"an error",
-    }
-    .as_ptr();
-    OK
-}
-
-#[no_mangle]
-unsafe extern "C" fn cuGetErrorName(_code: c_int, text: *mut *const c_char) -> c_int {
-    *text = c"CUDA_ERROR".as_ptr();
     OK
 }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
-use crate::driver::{cuCtxSynchronize, fresh, give, is_inside, setting, take, CONTEXT, CURRENT};
+use crate::driver::{fresh, give, is_inside, setting, take, CONTEXT, CURRENT};
 use crate::numbers::size_of;
 use crate::{a_while, lock, wander};
 
@@ -34,6 +34,11 @@ pub(crate) fn failure(code: c_int, what: &str) -> c_int {
     code
 }
 
+/// Whether the test has put a file of this name where the ranks meet.
+pub(crate) fn is_wished(name: &str) -> bool {
+    setting("DOUBLE_FOLDER").is_some_and(|folder| PathBuf::from(folder).join(name).exists())
+}
+
 pub(crate) struct Comm {
     pub(crate) folder: PathBuf,
     pub(crate) rank: usize,
@@ -44,7 +49,7 @@ pub(crate) struct Comm {
     pub(crate) collectives: AtomicU64,
     pub(crate) sent: Mutex<HashMap<usize, u64>>,
     pub(crate) received: Mutex<HashMap<usize, u64>>,
-    pub(crate) factors: Mutex<Vec<(c_int, Vec<u8>)>>,
+    pub(crate) factors: Mutex<Vec<Option<(c_int, Vec<u8>)>>>,
     pub(crate) splits: AtomicU64,
     /// Files of this rank's that others may still read.
     pub(crate) kept: Mutex<Vec<String>>,
@@ -216,6 +221,9 @@ unsafe extern "C" fn ncclCommInitRankConfig(
     if rank < 0 || rank >= ranks || end == 0 {
         return failure(INVALID_ARGUMENT, "a rank outside of the world, or no id");
     }
+    if setting("DOUBLE_INIT").as_deref() == Some("fails") {
+        return failure(INTERNAL, "as the test wants it");
+    }
     *comm = join(folder, rank as usize, ranks as usize);
     IN_PROGRESS
 }
@@ -289,7 +297,7 @@ unsafe extern "C" fn ncclCommGetAsyncError(comm: usize, state: *mut c_int) -> c_
     let Some(comm) = comm_of(comm) else {
         return failure(INVALID_ARGUMENT, "no such communicator");
     };
-    *state = comm.state.load(SeqCst);
+    *state = if is_wished("dies") { REMOTE } else { comm.state.load(SeqCst) };
     SUCCESS
 }
 
@@ -321,6 +329,12 @@ extern "C" fn ncclCommDestroy(comm: usize) -> c_int {
 
 #[no_mangle]
 extern "C" fn ncclCommAbort(comm: usize) -> c_int {
+    if CURRENT.get() != CONTEXT {
+        return failure(1, "no current device");
+    }
+    // It waits for what is under way.
+    let waits = setting("DOUBLE_ABORT_MS").and_then(|n| n.parse().ok()).unwrap_or(0);
+    std::thread::sleep(Duration::from_millis(waits));
     let Some(comm) = comms().remove(&comm) else {
         return failure(INVALID_ARGUMENT, "aborted twice");
     };
@@ -344,9 +358,22 @@ unsafe extern "C" fn ncclRedOpCreatePreMulSum(
         return failure(INVALID_ARGUMENT, "the factor is on the host");
     }
     let mut factors = lock(&comm.factors);
-    factors.push((dtype, std::slice::from_raw_parts(factor, size_of(dtype)).to_vec()));
+    if factors.iter().flatten().count() >= 8 {
+        return failure(INVALID_USAGE, "so many operations that nobody destroys");
+    }
+    factors.push(Some((dtype, std::slice::from_raw_parts(factor, size_of(dtype)).to_vec())));
     *op = 100 + factors.len() as c_int - 1;
     SUCCESS
+}
+
+#[no_mangle]
+extern "C" fn ncclRedOpDestroy(op: c_int, comm: usize) -> c_int {
+    let comm = match ready(comm) {
+        Ok(comm) => comm,
+        Err(code) => return code,
+    };
+    let known = lock(&comm.factors).get_mut(op.wrapping_sub(100) as usize).and_then(Option::take);
+    known.map_or_else(|| failure(INVALID_ARGUMENT, "no such operation"), |_| SUCCESS)
 }
 
 #[no_mangle]
@@ -360,7 +387,7 @@ unsafe extern "C" fn ncclMemAlloc(at: *mut u64, bytes: usize) -> c_int {
 
 #[no_mangle]
 unsafe extern "C" fn ncclMemFree(at: u64) -> c_int {
-    cuCtxSynchronize();
+    // As the real one, which unmaps at once, whatever still works on the memory.
     if give(at) {
         SUCCESS
     } else {

@@ -1,0 +1,139 @@
+//! What goes wrong on a GPU, or with its libraries, on the stand-in for them: memory, hangs, late news.
+#![expect(unsafe_code, reason = "calls of the CUDA driver")]
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use cudarc::driver::result;
+use cudarc::driver::sys::CUdeviceptr;
+use phalanx_comm::{Group, Sum, Work};
+
+use crate::without_gpu::{complain, complaints, world, world_with};
+
+/// Each step has a factor of its own.
+pub(crate) fn factors(mut group: Group) {
+    let region = group.allocate::<f32>(10).expect("memory");
+    for step in 1..50_u8 {
+        let sum = phalanx_comm::ScaledSum(1.0 / f64::from(step));
+        group.all_reduce(region.full(), sum).and_then(Work::synchronize).expect("a sum");
+    }
+    println!("scaled");
+}
+
+fn wish(name: &str) {
+    let folder = std::env::var("DOUBLE_FOLDER").expect("of the test");
+    std::fs::write(Path::new(&folder).join(name), "").expect("written");
+}
+
+/// A call of NCCL's that does not return on rank 0.
+pub(crate) fn hang(mut group: Group) {
+    let region = group.allocate::<f32>(10).expect("memory");
+    if group.rank() == 0 {
+        wish("hang-0");
+    }
+    group.barrier().and_then(Work::wait).expect("all here");
+    let start = Instant::now();
+    let late = group.within(Duration::from_secs(1)).all_reduce(region.full(), Sum).expect("asked");
+    // The first waits for the stream alone, the others for the data.
+    let done = if group.rank() == 0 { late.wait() } else { late.synchronize() };
+    complain(start, &done.expect_err("nobody answered"));
+}
+
+/// NCCL notices first that rank 1 is gone, and cannot say who it was.
+pub(crate) fn unnamed(mut group: Group) {
+    let region = group.allocate::<f32>(10).expect("memory");
+    group.all_reduce(region.full(), Sum).and_then(Work::synchronize).expect("a sum");
+    if group.rank() == 1 {
+        wish("dies");
+        std::thread::park_timeout(Duration::from_millis(60));
+        let own = std::process::id().to_string();
+        drop(Command::new("kill").args(["-9", &own]).status());
+    }
+    let start = Instant::now();
+    let done = group.all_reduce(region.full(), Sum).and_then(Work::synchronize);
+    complain(start, &done.expect_err("rank 1 is gone"));
+}
+
+/// Memory is zero before anybody writes it, and stays while the caller's stream works on it.
+pub(crate) fn memory(mut group: Group) {
+    result::init().expect("a driver");
+    let gpu = result::device::get(0).expect("a GPU");
+    // SAFETY: never released; the process ends soon.
+    let context = unsafe { result::primary_ctx::retain(gpu) }.expect("a context");
+    // SAFETY: retained just now.
+    unsafe { result::ctx::set_current(context) }.expect("current");
+    let kind = result::stream::StreamKind::NonBlocking;
+    let stream = result::stream::create(kind).expect("a stream");
+    for _ in 0..50 {
+        let region = group.allocate::<u8>(1000).expect("memory");
+        let at = region.as_ptr() as CUdeviceptr;
+        // SAFETY: the region's own memory, which stays until its GPU is done with it.
+        unsafe { result::memset_d8_async(at, 7, 1000, stream) }.expect("memset");
+        // SAFETY: made above.
+        unsafe { result::stream::synchronize(stream) }.expect("the stream");
+        assert!(region.read(0..1000).iter().all(|byte| *byte == 7), "zeroed after the write");
+        // SAFETY: as above.
+        unsafe { result::memset_d8_async(at, 8, 1000, stream) }.expect("memset");
+        drop(region);
+    }
+    let region = group.allocate::<u8>(64).expect("memory");
+    let (input, output) = (region.range(0..32), region.range(16..48));
+    let error = group.all_to_all_on_device(input, output).expect_err("they overlap").to_string();
+    assert!(error.contains("overlap"), "{error}");
+    let (input, output) = (region.range(32..64), region.range(0..32));
+    group.all_to_all_on_device(input, output).and_then(Work::synchronize).expect("beside it");
+    println!("kept");
+}
+
+#[test]
+fn operations_of_earlier_factors_are_let_go() {
+    for (code, output) in world(2, "nccl factors") {
+        assert!(code == Some(0) && output.contains("scaled"), "{output}");
+    }
+}
+
+#[test]
+fn memory_is_zero_at_first_and_stays_while_it_is_used() {
+    for (code, output) in world(2, "nccl memory") {
+        assert!(code == Some(0) && output.contains("kept"), "{output}");
+    }
+}
+
+#[test]
+fn an_error_does_not_wait_for_an_abort_that_takes_long() {
+    let slow = |command: &mut Command, _| {
+        command.env("DOUBLE_ABORT_MS", "3000");
+    };
+    let all = world_with(3, "nccl killed", slow);
+    assert_eq!(complaints(&all, 1000).len(), 2, "{all:?}");
+}
+
+#[test]
+fn a_caller_notices_that_the_library_hangs() {
+    let all = world(2, "nccl hang");
+    let lines = complaints(&all, 4500);
+    assert_eq!(lines.len(), 2, "{all:?}");
+}
+
+#[test]
+fn the_one_who_died_is_named_when_the_library_is_first_to_notice() {
+    let all = world(3, "nccl unnamed");
+    let lines = complaints(&all, 1000);
+    assert_eq!(lines.len(), 2, "{all:?}");
+    assert!(lines.iter().all(|line| line.contains("rank 1 (host ")), "{lines:?}");
+}
+
+#[test]
+fn a_rank_that_cannot_join_ends_the_joining_of_the_others() {
+    let start = Instant::now();
+    let one_fails = |command: &mut Command, rank: usize| {
+        if rank == 1 {
+            command.env("DOUBLE_INIT", "fails");
+        }
+    };
+    for (code, output) in world_with(3, "nccl refused", one_fails) {
+        assert!(code == Some(0) && output.contains("as the test wants it"), "{output}");
+    }
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+}
