@@ -27,13 +27,11 @@ impl Group {
     /// NCCL when every rank can, else the host backend. Collective.
     pub(super) fn choose(&mut self) -> Result<()> {
         let library = crate::environment::nccl_library();
-        let mine = self.options.gpu_trouble.take();
-        let mine = mine.or_else(|| nccl::trouble(library.as_deref())).unwrap_or_default();
-        let all = self.all_gather_bytes(mine.as_bytes())?;
-        let troubled = all.iter().enumerate().find(|(_, trouble)| !trouble.is_empty());
-        if let Some((rank, trouble)) = troubled {
-            let trouble = String::from_utf8_lossy(trouble);
-            self.choice = Some(format!("rank {rank} has no GPU to use: {trouble}"));
+        let trouble = self.options.gpu_trouble.take();
+        let mine = nccl::card(&self.core(), library.as_deref(), trouble);
+        let obstacle = nccl::obstacle(&self.all_gather_bytes(&mine)?);
+        if let Some(obstacle) = obstacle {
+            self.choice = Some(obstacle);
             self.options.backend = Backend::Host;
             return Ok(());
         }

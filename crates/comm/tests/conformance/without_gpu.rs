@@ -392,6 +392,10 @@ fn two_ranks_on_one_gpu_are_refused_with_both_names() {
         assert_eq!(code, Some(0), "{output}");
         assert!(output.contains("ranks 0 and 1 are on the same GPU"), "{output}");
     }
+    for (code, output) in world_with(3, "nccl auto", same) {
+        assert_eq!(code, Some(0), "{output}");
+        assert!(output.contains("chose Host: ranks 0 and 1 are on the same GPU"), "{output}");
+    }
     // Set up by the launcher as machines of their own.
     let apart = |command: &mut Command, rank: usize| {
         command.env("DOUBLE_UUID", "7").env("NCCL_HOSTID", format!("rank{rank}"));

@@ -69,13 +69,41 @@ pub(crate) fn device_count() -> Result<usize> {
     }
 }
 
-/// Why this rank cannot use NCCL; `None`: it can.
-pub(crate) fn trouble(library: Option<&str>) -> Option<String> {
-    let usable = device_count().and_then(|_count| Nccl::get(library).map_err(unavailable));
-    usable.err().map(|error| match error {
+/// This rank's card, for the choice of a backend: with `trouble`, if the caller knows of any.
+pub(crate) fn card(core: &Core, library: Option<&str>, trouble: Option<String>) -> Vec<u8> {
+    let mine = trouble.map_or_else(|| prepare(core, library), |what| Err(unavailable(what)));
+    Card::of(mine.as_ref()).encode()
+}
+
+/// Why ranks with these cards cannot use NCCL together; `None`: they can.
+pub(crate) fn obstacle(cards: &[Vec<u8>]) -> Option<String> {
+    let cards: Vec<Card> = cards.iter().map(|bytes| Card::decode(bytes)).collect();
+    let troubled = cards.iter().position(|card| !card.trouble.is_empty());
+    if let Some(rank) = troubled {
+        return Some(format!("rank {rank} has no GPU to use: {}", cards[rank].trouble));
+    }
+    check_cards(&cards).err().map(said)
+}
+
+fn said(error: Error) -> String {
+    match error {
         Error::NoBackend { what, .. } => what,
         other => other.to_string(),
-    })
+    }
+}
+
+/// The library and this rank's GPU, with its UUID.
+fn prepare(core: &Core, library: Option<&str>) -> Result<(&'static Nccl, Arc<Device>, [u8; 16])> {
+    let rank = core.rank;
+    let available = device_count()?;
+    // Ranks of one machine take its GPUs in turn; a launcher that shows each its own shows one.
+    let host_of = |of: usize| &core.peers.identities[of].host;
+    let place = (0..rank).filter(|peer| host_of(*peer) == host_of(rank)).count();
+    let nccl = Nccl::get(library).map_err(unavailable)?;
+    let error = |error| cuda_error(rank, error);
+    let device = Device::open(place % available).map_err(error)?;
+    let uuid = device.uuid().map_err(error)?;
+    Ok((nccl, device, uuid))
 }
 
 /// Connects the ranks of a group over NCCL. Collective: `gather` goes over the control plane.
@@ -86,25 +114,9 @@ pub(crate) fn open(
     deadline: Instant,
 ) -> Result<(Arc<Lane>, Arc<Gpu>)> {
     let (rank, world_size) = (core.rank, core.world_size());
-    // Ranks of one machine take its GPUs in turn; a launcher that shows each its own shows one.
-    let host_of = |of: usize| &core.peers.identities[of].host;
-    let place = (0..rank).filter(|peer| host_of(*peer) == host_of(rank)).count();
-    let mine = Nccl::get(library).map_err(unavailable).and_then(|nccl| {
-        let error = |error| cuda_error(rank, error);
-        let device = Device::open(place % device_count()?).map_err(error)?;
-        let uuid = device.uuid().map_err(error)?;
-        Ok((nccl, device, uuid))
-    });
+    let mine = prepare(core, library);
     // Those who have no NCCL say so to the others, instead of letting them wait.
-    let card = match &mine {
-        Ok((nccl, _, uuid)) => Card {
-            version: nccl.version_number(),
-            uuid: *uuid,
-            host_id: crate::environment::nccl_host_id().unwrap_or_default(),
-            trouble: String::new(),
-        },
-        Err(error) => Card { trouble: error.to_string(), ..Card::default() },
-    };
+    let card = Card::of(mine.as_ref());
     let cards: Vec<Card> =
         gather(&card.encode())?.iter().map(|bytes| Card::decode(bytes)).collect();
     let (nccl, device, _) = mine?;
@@ -209,6 +221,19 @@ struct Card {
 }
 
 impl Card {
+    fn of(mine: std::result::Result<&(&'static Nccl, Arc<Device>, [u8; 16]), &Error>) -> Self {
+        match mine {
+            Ok((nccl, _, uuid)) => Self {
+                version: nccl.version_number(),
+                uuid: *uuid,
+                host_id: crate::environment::nccl_host_id().unwrap_or_default(),
+                trouble: String::new(),
+            },
+            Err(Error::NoBackend { what, .. }) => Self { trouble: what.clone(), ..Self::default() },
+            Err(error) => Self { trouble: error.to_string(), ..Self::default() },
+        }
+    }
+
     fn encode(&self) -> Vec<u8> {
         let mut bytes = self.version.to_le_bytes().to_vec();
         bytes.extend_from_slice(&self.uuid);
