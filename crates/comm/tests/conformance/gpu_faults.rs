@@ -43,7 +43,11 @@ pub(crate) fn hang(mut group: Group) {
 /// NCCL notices first that rank 1 is gone, and cannot say who it was.
 pub(crate) fn unnamed(mut group: Group) {
     let region = group.allocate::<f32>(10).expect("memory");
-    group.all_reduce(region.full(), Sum).and_then(Work::synchronize).expect("a sum");
+    let start = Instant::now();
+    // The news may overtake the end of this one.
+    if let Err(error) = group.all_reduce(region.full(), Sum).and_then(Work::synchronize) {
+        complain(start, &error);
+    }
     if group.rank() == 1 {
         wish("dies");
         std::thread::park_timeout(Duration::from_millis(60));
@@ -53,6 +57,28 @@ pub(crate) fn unnamed(mut group: Group) {
     let start = Instant::now();
     let done = group.all_reduce(region.full(), Sum).and_then(Work::synchronize);
     complain(start, &done.expect_err("rank 1 is gone"));
+}
+
+/// Rank 1 ends in some way while the others go on.
+pub(crate) fn ends(mut group: Group, how: &str) {
+    let region = group.allocate::<f32>(1000).expect("memory");
+    for step in 0..1000 {
+        if group.rank() == 1 && step == 5 {
+            match how {
+                "leaves" => return drop(group),
+                "exits" => std::process::exit(0),
+                _ => {}
+            }
+            let own = std::process::id();
+            // It stays stopped for longer than the others may need, and then it goes.
+            let script = format!("(sleep 9; kill -9 {own}) >/dev/null 2>&1 & kill -STOP {own}");
+            drop(Command::new("sh").args(["-c", &script]).status());
+        }
+        let start = Instant::now();
+        if let Err(error) = group.all_reduce(region.full(), Sum).and_then(Work::synchronize) {
+            complain(start, &error);
+        }
+    }
 }
 
 /// Memory is zero before anybody writes it, and stays while the caller's stream works on it.
@@ -136,4 +162,14 @@ fn a_rank_that_cannot_join_ends_the_joining_of_the_others() {
         assert!(code == Some(0) && output.contains("as the test wants it"), "{output}");
     }
     assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_rank_that_ends_or_stops_is_named() {
+    for (role, limit_ms) in [("leaves", 1000), ("exits", 1000), ("stops", 6000)] {
+        let all = world(3, &format!("nccl {role}"));
+        let lines = complaints(&all, limit_ms);
+        assert_eq!(lines.len(), 2, "{role}: {all:?}");
+        assert!(lines.iter().all(|line| line.contains("rank 1 (host ")), "{role}: {lines:?}");
+    }
 }

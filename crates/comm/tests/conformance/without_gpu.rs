@@ -44,6 +44,10 @@ pub(crate) fn rank(role: &str) {
             gpu_faults::memory(Group::from_environment(nccl()).expect("the ranks meet"));
         }
         "nccl at once" => ends_at_once(Group::from_environment(nccl()).expect("the ranks meet")),
+        "nccl leaves" | "nccl exits" | "nccl stops" => {
+            let group = Group::from_environment(nccl()).expect("the ranks meet");
+            gpu_faults::ends(group, &role[5..]);
+        }
         "nccl refused" => match Group::from_environment(nccl()) {
             Ok(group) => panic!("a group of {}", group.world_size()),
             Err(error) => println!("refused: {error}"),
