@@ -4,7 +4,7 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
@@ -16,6 +16,14 @@ const POLL: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub(crate) struct Lock {
     _file: File,
+}
+
+/// The lock of those who write `output`: a hidden file beside it, which stays.
+pub(crate) fn path_for(output: &Path) -> PathBuf {
+    let mut name = std::ffi::OsString::from(".");
+    name.push(output.file_name().unwrap_or_default());
+    name.push(".lock");
+    output.with_file_name(name)
 }
 
 /// Takes the lock at `path`. Calls `waiting` once if somebody else holds it.

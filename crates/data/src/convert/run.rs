@@ -91,7 +91,7 @@ pub fn convert(
         return Err(Error::option("output", output.display(), "give the name of a new folder"));
     }
     fs::create_dir_all(parent.unwrap_or(Path::new("."))).map_err(not_writable)?;
-    let _lock = lock::acquire(&lock_path(output), Duration::ZERO, || {})?;
+    let _lock = lock::acquire(&lock::path_for(output), Duration::ZERO, || {})?;
     if let Some(done) = finished(output, key)? {
         return Ok(done);
     }
@@ -115,13 +115,6 @@ fn check(options: &ConvertOptions) -> Result<()> {
         return Err(Error::option("shard_bytes", 0, "a shard holds at least one byte"));
     }
     Ok(())
-}
-
-fn lock_path(output: &Path) -> PathBuf {
-    let mut name = std::ffi::OsString::from(".");
-    name.push(output.file_name().unwrap_or_default());
-    name.push(".lock");
-    output.with_file_name(name)
 }
 
 /// All that decides about the result.

@@ -71,6 +71,12 @@ impl Arrays {
                 let path = path.to_path_buf();
                 return Err(Error::WrongShape { path, name, expected, actual: shape });
             };
+            // Such a tensor has no bytes, so nothing bounds how many records it claims.
+            if rest.contains(&0) {
+                let expected = "rows of at least one element".to_owned();
+                let path = path.to_path_buf();
+                return Err(Error::WrongShape { path, name, expected, actual: shape });
+            }
             if *records.get_or_insert(rows) != rows {
                 let expected = format!("{} rows, as the other tensors", records.unwrap_or(0));
                 let path = path.to_path_buf();

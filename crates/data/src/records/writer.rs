@@ -3,8 +3,9 @@
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use super::field::{self, ColumnValue, Field};
+use super::field::{self, ColumnValue, Field, FieldShape};
 use super::index::{RecordIndex, RecordShard};
 use crate::cast::to_u64;
 use crate::dtype::DType;
@@ -12,11 +13,15 @@ use crate::error::{Error, Result};
 use crate::format::files::{partial_path, publish, seal, write_synced};
 use crate::format::header::{self, Tensor};
 use crate::format::INDEX_FILE;
+use crate::lock::{self, Lock};
+
+/// Records without a byte fill no shard: it is closed after so many.
+const SHARD_RECORDS_MAX: u64 = 1 << 24;
 
 /// Writes a folder of records.
 ///
 /// The folder appears under its name when [`finish`](Self::finish) succeeds, complete and synced to disk; until then, and if the
-/// writer is dropped, nothing is there. Memory: the bytes of one shard.
+/// writer is dropped, nothing is there but the hidden file of the lock that keeps other writers away. Memory: the bytes of one shard.
 #[derive(Debug)]
 pub struct RecordWriter {
     partial: PathBuf,
@@ -27,6 +32,8 @@ pub struct RecordWriter {
     bytes: u64,
     done: Vec<RecordShard>,
     finished: bool,
+    /// Held until the folder is in its place, or what was written is removed.
+    _lock: Lock,
 }
 
 /// The records of the current shard.
@@ -42,13 +49,17 @@ impl RecordWriter {
     /// A shard size that is read well and fits any memory.
     pub const SHARD_BYTES: u64 = 64 << 20;
 
-    /// Starts a folder that will be renamed to `folder`. A shard is closed after so many bytes of values.
+    /// Starts a folder that will be renamed to `folder`. A shard is closed after so many bytes of values and of their offsets,
+    /// or 2^24 records.
     ///
     /// # Errors
-    /// [`Error::OutputExists`] if something is there, [`Error::InvalidOption`] for fields that cannot be, and
-    /// [`Error::CacheNotWritable`].
+    /// [`Error::OutputExists`] if something is there, [`Error::LockTimeout`] if somebody else writes it,
+    /// [`Error::InvalidOption`] for fields that cannot be, and [`Error::CacheNotWritable`].
     pub fn create(folder: &Path, fields: Vec<Field>, shard_bytes: u64) -> Result<Self> {
         field::check(&fields).map_err(|reason| Error::option("fields", fields.len(), reason))?;
+        let not_writable = |cause| Error::CacheNotWritable { path: folder.to_path_buf(), cause };
+        fs::create_dir_all(parent(folder)).map_err(not_writable)?;
+        let lock = lock::acquire(&lock::path_for(folder), Duration::ZERO, || {})?;
         let is_free = fs::read_dir(folder).map_or(!folder.exists(), |mut it| it.next().is_none());
         if !is_free {
             return Err(Error::OutputExists { path: folder.to_path_buf() });
@@ -69,6 +80,7 @@ impl RecordWriter {
             bytes: 0,
             done: Vec::new(),
             finished: false,
+            _lock: lock,
         })
     }
 
@@ -86,12 +98,14 @@ impl RecordWriter {
         }
         for (column, value) in self.columns.iter_mut().zip(values) {
             column.values.extend_from_slice(value.bytes);
-            let end = to_u64(column.values.len() / column.field.dtype.bytes());
-            column.ends.push(end);
             self.bytes += to_u64(value.bytes.len());
+            if column.field.shape == FieldShape::Variable {
+                column.ends.push(to_u64(column.values.len() / column.field.dtype.bytes()));
+                self.bytes += 8;
+            }
         }
         self.records += 1;
-        if self.bytes >= self.shard_bytes {
+        if self.bytes >= self.shard_bytes || self.records >= SHARD_RECORDS_MAX {
             self.close_shard()?;
         }
         Ok(())
@@ -165,23 +179,22 @@ impl Column {
         Ok(())
     }
 
-    /// The tensors of a column and their bytes.
-    fn tensors(&self, records: u64, out: &mut Vec<(Tensor, Vec<u8>)>) {
+    /// The tensors of a column and their bytes, where they lie.
+    fn tensors<'a>(&'a self, records: u64, out: &mut Vec<(Tensor, &'a [u8])>) {
         let Field { name, dtype, shape } = &self.field;
         let count = crate::cast::to_usize(records);
         let rows = match shape {
-            super::FieldShape::Fixed(row) => {
+            FieldShape::Fixed(row) => {
                 std::iter::once(count).chain(row.iter().copied()).collect()
             }
-            super::FieldShape::Variable => {
-                let ends: Vec<u8> = self.ends.iter().flat_map(|end| end.to_le_bytes()).collect();
+            FieldShape::Variable => {
                 let offsets = Tensor {
                     name: self.field.offsets_name(),
                     dtype: "U64",
                     shape: vec![self.ends.len()],
                     element_bytes: 8,
                 };
-                out.push((offsets, ends));
+                out.push((offsets, bytemuck::cast_slice(&self.ends)));
                 vec![self.values.len() / dtype.bytes()]
             }
         };
@@ -191,8 +204,12 @@ impl Column {
             shape: rows,
             element_bytes: dtype.bytes(),
         };
-        out.push((tensor, self.values.clone()));
+        out.push((tensor, &self.values));
     }
+}
+
+fn parent(folder: &Path) -> &Path {
+    folder.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 impl Drop for RecordWriter {
@@ -201,5 +218,38 @@ impl Drop for RecordWriter {
             // What cannot be removed is removed by the next writer, or reported by it.
             drop(fs::remove_dir_all(&self.partial));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::DType;
+
+    #[test]
+    fn a_shard_is_held_once_and_its_offsets_only_where_lengths_vary() {
+        let folder = tempfile::tempdir().unwrap();
+        let fields = vec![Field::fixed("a", DType::U8, [2]), Field::variable("b", DType::U8)];
+        let mut writer = RecordWriter::create(&folder.path().join("out"), fields, 1 << 20).unwrap();
+        for _ in 0..100 {
+            writer.push(&[ColumnValue::of(&[1_u8, 2]), ColumnValue::of(&[3_u8])]).unwrap();
+        }
+        assert_eq!(writer.columns[0].ends.len(), 1, "a fixed column needs no offsets");
+        assert_eq!(writer.columns[1].ends.len(), 101);
+        let mut tensors = Vec::new();
+        writer.columns[0].tensors(100, &mut tensors);
+        assert_eq!(tensors[0].1.as_ptr(), writer.columns[0].values.as_ptr(), "no copy is made");
+    }
+
+    #[test]
+    fn records_without_values_fill_shards_with_their_offsets() {
+        let folder = tempfile::tempdir().unwrap();
+        let fields = vec![Field::variable("b", DType::U8)];
+        let mut writer = RecordWriter::create(&folder.path().join("out"), fields, 800).unwrap();
+        for _ in 0..250 {
+            writer.push(&[ColumnValue::of::<u8>(&[])]).unwrap();
+        }
+        let counts = writer.done.iter().map(|shard| shard.record_count);
+        assert_eq!(counts.collect::<Vec<_>>(), [100, 100]);
     }
 }

@@ -151,7 +151,8 @@ fn values_that_do_not_fit_are_refused_and_nothing_is_left() {
     }
     assert!(ColumnValue::from_bytes(DType::F32, &[0; 3]).is_err());
     drop(writer);
-    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    let left = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    assert_eq!(left.collect::<Vec<_>>(), [".records.lock"]);
     fs::create_dir(&target).unwrap();
     fs::write(target.join("mine"), "x").unwrap();
     let refused = RecordWriter::create(&target, fields(), 1 << 20).unwrap_err();
@@ -216,6 +217,30 @@ fn arrays_become_records_and_must_agree() {
     let error = convert_safetensors(&inputs, &at("other"), 50, &Silent).unwrap_err();
     assert!(error.to_string().contains("it holds x U8"), "{error}");
     assert!(!at("other").exists());
+}
+
+#[test]
+fn arrays_of_nothing_are_refused_however_many_they_claim_to_be() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.safetensors");
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![1 << 60, 0], &[]);
+    let tensors = [("x", view.unwrap())];
+    fs::write(&path, safetensors::serialize(tensors, None).unwrap()).unwrap();
+    let error = convert_safetensors(&[path], &folder.path().join("out"), 50, &Silent).unwrap_err();
+    assert!(error.to_string().contains("at least one element"), "{error}");
+}
+
+#[test]
+fn one_output_has_one_writer() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("records");
+    let field = || vec![Field::fixed("label", DType::I64, [])];
+    let mut first = RecordWriter::create(&target, field(), 1).unwrap();
+    first.push(&[ColumnValue::of(&[1_i64])]).unwrap();
+    let second = RecordWriter::create(&target, field(), 1).unwrap_err();
+    assert!(matches!(second, Error::LockTimeout { .. }), "{second}");
+    assert_eq!(first.finish().unwrap().record_count, 1);
+    assert_eq!(Records::open(&target, Access::Read).unwrap().record_count(), 1);
 }
 
 proptest! {
