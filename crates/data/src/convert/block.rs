@@ -113,14 +113,20 @@ impl Cut {
     /// How long the next block is, if that can be told from what was read. `Err`: a line is too long.
     fn block_len(self, buffer: &[u8], ended: bool) -> std::result::Result<Option<usize>, ()> {
         let len = buffer.len();
-        if ended && (self != Cut::Piece || len <= PIECE_BYTES) {
+        let whole_bytes_max = match self {
+            Cut::Space => RUN_BYTES_MAX - 1,
+            Cut::Piece => PIECE_BYTES,
+            Cut::Line | Cut::BlankLine => usize::MAX,
+        };
+        if ended && len <= whole_bytes_max {
             return Ok(Some(len));
         }
         if len < BLOCK_BYTES {
             return Ok(None);
         }
         let end = match self {
-            Cut::Space => space_end(buffer).or_else(|| run_end(buffer)),
+            // What lies behind the window depends on how the buffer was filled; the cut must not.
+            Cut::Space => space_end(&buffer[..len.min(RUN_BYTES_MAX)]).or_else(|| run_end(buffer)),
             Cut::Line => match line_end(buffer) {
                 None if len >= LINE_BYTES_MAX => return Err(()),
                 end => end,
@@ -173,14 +179,13 @@ fn blank_line_end(bytes: &[u8]) -> Option<usize> {
     None
 }
 
-/// Before the last character of a run that is longer than anybody wants to wait for white space.
+/// Before the last character that begins within [`RUN_BYTES_MAX`]: a function of these bytes alone, so that reading that goes on
+/// in the middle of a file cuts where reading it whole does.
 fn run_end(bytes: &[u8]) -> Option<usize> {
-    if bytes.len() < RUN_BYTES_MAX {
-        return None;
-    }
+    let window = bytes.get(..RUN_BYTES_MAX)?;
     // A byte that is not a continuation byte starts a character.
-    let start = bytes.iter().rposition(|byte| byte & 0xC0 != 0x80).filter(|&at| at > 0);
-    start.or(Some(bytes.len()))
+    let start = window.iter().rposition(|byte| byte & 0xC0 != 0x80).filter(|&at| at > 0);
+    start.or(Some(window.len()))
 }
 
 /// How far a file is read.
@@ -354,6 +359,16 @@ mod tests {
             assert!(blocks.len() > 2, "{cut:?}");
             assert_eq!(blocks.concat(), text);
         }
+    }
+
+    #[test]
+    fn a_run_is_cut_after_a_mebibyte_however_much_was_read() {
+        let long = "x".repeat(5 << 20).into_bytes();
+        assert_eq!(piece_len(&long), Some(RUN_BYTES_MAX - 1));
+        assert_eq!(piece_len(&long[..RUN_BYTES_MAX]), Some(RUN_BYTES_MAX - 1));
+        let spaced = [&long[..], b" more"].concat();
+        assert_eq!(Cut::Space.block_len(&spaced, false), Ok(Some(RUN_BYTES_MAX - 1)));
+        assert_eq!(Cut::Space.block_len(&spaced, true), Ok(Some(RUN_BYTES_MAX - 1)));
     }
 
     #[test]

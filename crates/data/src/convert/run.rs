@@ -22,7 +22,7 @@ use crate::text::decode::read_bounded;
 use crate::text::vocabulary::{self, WordCounts, SPECIAL_IDS, VOCAB_SIZE_MIN};
 
 /// Part of every key: raised when the same input and options give other files.
-const KEY_VERSION: &str = "convert 2";
+const KEY_VERSION: &str = "convert 3";
 
 /// One unknown token in so many is worth a notice.
 const UNKNOWN_WORTH_A_NOTICE: u64 = 50;
