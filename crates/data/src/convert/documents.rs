@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use super::json_field::json_text;
 use super::options::Document;
 
 /// A document, or a part of one.
@@ -104,31 +105,6 @@ pub(crate) struct BadJson {
     pub(crate) reason: String,
 }
 
-/// The string at a path of fields (`text`, `page.body`) of an object.
-fn json_text(line: &str, field: &str) -> Result<Cow<'static, str>, String> {
-    let mut value: serde_json::Value =
-        serde_json::from_str(line).map_err(|error| format!("it is not JSON: {error}"))?;
-    for name in field.split('.') {
-        value = match value.get_mut(name) {
-            Some(inner) => inner.take(),
-            None => return Err(format!("it has no field `{field}`; choose another with --field")),
-        };
-    }
-    match value {
-        serde_json::Value::String(text) => Ok(text.into()),
-        other => {
-            let kind = match other {
-                serde_json::Value::Null => "null",
-                serde_json::Value::Bool(_) => "a truth value",
-                serde_json::Value::Number(_) => "a number",
-                serde_json::Value::Array(_) => "a list",
-                _ => "an object",
-            };
-            Err(format!("its field `{field}` is {kind}, not a string"))
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -170,6 +146,18 @@ mod tests {
     #[test]
     fn a_file_is_one_document() {
         assert_eq!(text("a\n\nb", Document::File), [("a\n\nb".to_owned(), 4, false)]);
+    }
+
+    #[test]
+    fn what_is_not_asked_for_is_passed_over() {
+        // Neither a number beyond all types nor lists in lists in lists are built.
+        let nested = format!("{}{}", "[".repeat(500), "]".repeat(500));
+        let line = format!(r#"{{"n":1e999,"deep":{nested},"a":{{"c":[1],"b":"x"}}}}"#);
+        assert_eq!(json_text(&line, "a.b").unwrap(), "x");
+        assert_eq!(json_text(r#"{"a":{"b":"x"},"a":{"b":"y"}}"#, "a.b").unwrap(), "y");
+        assert!(json_text(r#"{"a":"x"}"#, "a.b").unwrap_err().starts_with("it has no field"));
+        assert!(json_text(r#"{"a":"x"} y"#, "a").unwrap_err().starts_with("it is not JSON"));
+        assert!(json_text("[1,2]", "a").unwrap_err().starts_with("it has no field"));
     }
 
     #[test]

@@ -22,6 +22,7 @@ mod documents;
 pub(crate) mod encoder;
 pub(crate) mod input;
 mod journal;
+mod json_field;
 mod options;
 pub(crate) mod pipeline;
 #[cfg(feature = "parquet")]
