@@ -31,7 +31,8 @@ impl Mixture {
     /// Parts and their weights: 0.7 and 0.3, or 7 and 3.
     ///
     /// # Errors
-    /// [`Error::InvalidOption`] for no part, or parts of different columns.
+    /// [`Error::InvalidOption`] for no part, parts of different columns, and a part that is a mixture itself: give its parts, with
+    /// their weights multiplied.
     pub fn new(parts: Vec<(Arc<dyn Samples>, f64)>) -> Result<Self> {
         let Some((first, _)) = parts.first() else {
             return Err(Error::option("parts", 0, "a mixture has at least one part"));
@@ -43,6 +44,11 @@ impl Mixture {
             if part.columns() != columns {
                 let reason =
                     "its columns differ from those of part 0: names, types and shapes must agree";
+                return Err(Error::option("parts", format!("part {number}"), reason));
+            }
+            // A loader asks only the outermost mixture for weights.
+            if part.parts().len() > 1 {
+                let reason = "it is a mixture itself, whose weights would be lost: give its parts, each with the product of both weights";
                 return Err(Error::option("parts", format!("part {number}"), reason));
             }
             end = end.saturating_add(part.sample_count());

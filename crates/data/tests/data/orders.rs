@@ -259,6 +259,10 @@ fn mixtures_hold_their_weights_at_every_place() {
     let drop = LoaderOptions { tail: Tail::Drop, ..options };
     assert!(matches!(Loader::new(samples, drop), Err(Error::InvalidOption { .. })));
     let other: Arc<dyn Samples> = Ragged::samples(10);
+    let inner: Arc<dyn Samples> =
+        Arc::new(Mixture::new(vec![(numbers(3, "a"), 9.0), (numbers(4, "a"), 1.0)]).unwrap());
+    let error = Mixture::new(vec![(inner, 1.0), (numbers(3, "a"), 1.0)]).unwrap_err().to_string();
+    assert!(error.contains("a mixture itself"), "{error}");
     let error = Mixture::new(vec![(numbers(3, "a"), 1.0), (other, 1.0)]).unwrap_err().to_string();
     assert!(error.contains("part 1") && error.contains("columns differ"), "{error}");
 }
