@@ -72,6 +72,13 @@ impl Listed<'_> {
     }
 }
 
+/// Whether the sizes of files have a sum, which others may then take.
+pub(crate) fn check_total(sizes: impl Iterator<Item = u64>) -> std::result::Result<(), String> {
+    let mut sizes = sizes;
+    let total = sizes.try_fold(0_u64, u64::checked_add);
+    total.map(|_| ()).ok_or_else(|| "the sizes of its shards overflow".to_owned())
+}
+
 /// Where what will be `target` is written.
 pub(crate) fn partial_path(target: &Path) -> PathBuf {
     let mut name = std::ffi::OsString::from(".");

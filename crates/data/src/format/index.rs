@@ -118,7 +118,7 @@ impl SpecialTokens {
     }
 
     /// BERT's five are numbered as they always were; of others it is also said which there are.
-    fn add_to(&self, sum: Fingerprinter) -> Fingerprinter {
+    pub(super) fn add_to(&self, sum: Fingerprinter) -> Fingerprinter {
         let is_bert =
             self.slots().map(|slot| slot.is_some()) == [true, true, true, true, true, false];
         if is_bert {
@@ -266,14 +266,21 @@ impl Index {
         if self.special.all().any(|id| id >= self.vocab_size) {
             return Err("a special token lies outside the vocabulary".to_owned());
         }
-        let mut tokens = 0_u64;
+        super::files::check_total(self.shards.iter().map(|shard| shard.file_bytes))?;
+        let (mut tokens, mut documents) = (0_u64, 0_u64);
         for shard in &self.shards {
             shard.listed().check()?;
+            let sum = documents.checked_add(shard.document_count);
+            documents = sum.ok_or_else(|| "the document counts overflow".to_owned())?;
             let sum = tokens.checked_add(shard.token_count);
             tokens = sum.ok_or_else(|| "the token counts overflow".to_owned())?;
         }
         if tokens != self.token_count {
             return Err(format!("{} tokens, its shards have {tokens}", self.token_count));
+        }
+        if documents != self.document_count {
+            let have = self.document_count;
+            return Err(format!("{have} documents, its shards have {documents}"));
         }
         let fingerprint = self.content_fingerprint();
         if fingerprint != self.fingerprint {
@@ -293,5 +300,37 @@ impl Index {
             sum = shard.listed().add_checksums(sum);
         }
         sum.finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn index(documents: u64, file_bytes: u64, shards: usize) -> Index {
+        let pages = super::super::files::Layout::of(file_bytes)
+            .map_or(0, |layout| layout.blocks.div_ceil(super::super::files::PAGE_BLOCKS));
+        let shard = ShardEntry {
+            file: "a".to_owned(),
+            file_bytes,
+            token_count: 1,
+            document_count: documents,
+            crc32c: vec![0; to_usize(pages)],
+        };
+        Index::new(100, SpecialTokens::default(), Fingerprint(1), 1, vec![shard; shards])
+    }
+
+    #[test]
+    fn counts_of_documents_agree_with_the_shards() {
+        let mut index = index(3, 5000, 2);
+        index.check().unwrap();
+        index.document_count = 7;
+        assert_eq!(index.check().unwrap_err(), "7 documents, its shards have 6");
+    }
+
+    #[test]
+    fn sizes_that_no_sum_holds_are_refused() {
+        let total = super::super::files::check_total([u64::MAX, 1].into_iter());
+        assert_eq!(total.unwrap_err(), "the sizes of its shards overflow");
     }
 }

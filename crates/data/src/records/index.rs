@@ -9,7 +9,7 @@ use crate::cast::to_u64;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
 use crate::format::bytes::{Access, Bytes};
-use crate::format::files::Listed;
+use crate::format::files::{check_total, Listed};
 use crate::format::{BLOCK_BYTES, INDEX_BYTES_MAX, INDEX_FILE};
 
 const FORMAT: &str = "phalanx-records";
@@ -109,6 +109,7 @@ impl RecordIndex {
             return Err(format!("blocks of {block_bytes} bytes, expected {BLOCK_BYTES}"));
         }
         field::check(&self.fields)?;
+        check_total(self.shards.iter().map(|shard| shard.file_bytes))?;
         let mut total = 0_u64;
         for shard in &self.shards {
             shard.listed().check()?;
