@@ -65,12 +65,17 @@ impl CausalText {
     /// Samples of an open stream; several may share it.
     ///
     /// # Errors
-    /// [`Error::InvalidOption`] for a sequence length of 0.
+    /// [`Error::InvalidOption`] for a sequence length of 0, and for [`Documents::Apart`] where no token is known to close documents.
     pub fn new(stream: Arc<dyn Tokens>, sequence_len: usize, documents: Documents) -> Result<Self> {
         if sequence_len == 0 {
             return Err(Error::option("sequence_len", 0, "a sample has at least one token"));
         }
-        let end = stream.special().document_end().map_or(NO_TOKEN, i64::from);
+        let end = stream.special().document_end();
+        if documents == Documents::Apart && end.is_none() {
+            let reason = "it is not known which token closes documents: say so with MegatronTokens::with_special";
+            return Err(Error::option("documents", "Apart", reason));
+        }
+        let end = end.map_or(NO_TOKEN, i64::from);
         let sum = Fingerprinter::new("causal-text 1").number(stream.fingerprint().0);
         let fingerprint = sum
             .number(to_u64(sequence_len))

@@ -78,6 +78,8 @@ pub struct MegatronTokens {
     special: SpecialTokens,
     /// Where sequences start in the stream, and where the last one ends; only where there is other data between them.
     starts: Option<Vec<u64>>,
+    /// Of the files alone, and with what was said of special tokens.
+    files: Fingerprint,
     fingerprint: Fingerprint,
 }
 
@@ -151,10 +153,12 @@ impl MegatronTokens {
             vocab_size,
             special: SpecialTokens::default(),
             starts: None,
+            files: Fingerprint(0),
             fingerprint: Fingerprint(0),
         };
         let sum = tokens.check_sequences(sum)?;
-        tokens.fingerprint = tokens.check_documents(sum)?.finish();
+        tokens.files = tokens.check_documents(sum)?.finish();
+        tokens.fingerprint = tokens.files;
         Ok(tokens)
     }
 
@@ -213,6 +217,12 @@ impl MegatronTokens {
                 start += self.length(sequence)?;
             }
             starts.push(start);
+            // Lengths were read twice.
+            if start != tokens {
+                return Err(self.bad(format!(
+                    "it changed while it was opened: it had {tokens} tokens, then {start}"
+                )));
+            }
             self.starts = Some(starts);
         }
         Ok(sum)
@@ -305,6 +315,13 @@ impl MegatronTokens {
             return Err(Error::option("special", id, reason));
         }
         self.special = special;
+        // They decide about masks and documents. Data of which nothing was said keep the fingerprint of their files.
+        self.fingerprint = if special == SpecialTokens::default() {
+            self.files
+        } else {
+            let sum = Fingerprinter::new("megatron special 1").number(self.files.0);
+            special.add_to(sum).finish()
+        };
         Ok(self)
     }
 
@@ -313,7 +330,7 @@ impl MegatronTokens {
         self.special
     }
 
-    /// Identifies the files: their index and sizes.
+    /// Identifies the files, by their index and sizes, and the special tokens that were given.
     pub fn fingerprint(&self) -> Fingerprint {
         self.fingerprint
     }

@@ -204,6 +204,30 @@ fn samples_are_cut_out_of_it() {
     assert!(matches!(tokens.with_special(special), Err(Error::InvalidOption { .. })));
 }
 
+#[test]
+fn what_is_said_of_special_tokens_is_part_of_the_fingerprint() {
+    let folder = tempfile::tempdir().unwrap();
+    let prefix = Files::small().write(folder.path());
+    let open = || MegatronTokens::open(&prefix, 50, Access::Read).unwrap();
+    let files = open().fingerprint();
+    let with = |eos| open().with_special(SpecialTokens { eos, ..Default::default() }).unwrap();
+    assert_eq!(with(None).fingerprint(), files);
+    assert_ne!(with(Some(14)).fingerprint(), files);
+    assert_ne!(with(Some(14)).fingerprint(), with(Some(21)).fingerprint());
+    let again = with(Some(14)).with_special(SpecialTokens::default()).unwrap();
+    assert_eq!(again.fingerprint(), files);
+}
+
+#[test]
+fn documents_are_not_told_apart_by_a_token_that_nobody_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let prefix = Files::small().write(folder.path());
+    let tokens = Arc::new(MegatronTokens::open(&prefix, 50, Access::Read).unwrap());
+    CausalText::new(tokens.clone(), 6, Documents::Joined).unwrap();
+    let error = CausalText::new(tokens, 6, Documents::Apart).unwrap_err().to_string();
+    assert!(error.contains("which token closes documents"), "{error}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
     /// Whatever is done to the files: an error, or as many tokens as the index says.
