@@ -58,6 +58,8 @@ struct Queue {
     consumers_asleep: usize,
     threads_asleep: usize,
     closed: bool,
+    /// A thread ended by a panic: what it had claimed never comes.
+    is_broken: bool,
 }
 
 struct Slot {
@@ -84,6 +86,7 @@ impl Prefetcher {
             consumers_asleep: 0,
             threads_asleep: 0,
             closed: false,
+            is_broken: false,
         };
         let shared = Arc::new(Shared {
             plan,
@@ -123,8 +126,8 @@ impl Prefetcher {
         if !queue.is_ready() {
             queue.consumers_asleep += 1;
             let rest = left(looking, timeout);
-            let waited =
-                self.shared.filled.wait_timeout_while(queue, rest, |queue| !queue.is_ready());
+            let is_waiting = |queue: &mut Queue| !queue.is_ready() && !queue.is_broken;
+            let waited = self.shared.filled.wait_timeout_while(queue, rest, is_waiting);
             queue = waited.unwrap_or_else(PoisonError::into_inner).0;
             queue.consumers_asleep -= 1;
         }
@@ -135,6 +138,10 @@ impl Prefetcher {
         let Some((job, result)) = done else {
             let job = queue.slots.front().map_or(queue.next, |slot| slot.job);
             let (epoch, position) = (job.start.epoch, job.start.next_global_sample);
+            if queue.is_broken {
+                let message = "it ended between two batches; what it said is on standard error";
+                return Err(Error::WorkerPanicked { epoch, position, message: message.to_owned() });
+            }
             return Err(Error::Timeout { timeout, epoch, position });
         };
         queue.slots.pop_front();
@@ -184,6 +191,7 @@ impl Shared {
     }
 
     fn work(&self) {
+        let _ending = Ending(self);
         let mut builder = self.plan.builder();
         while let Some((ticket, job)) = self.claim() {
             let built = catch_unwind(AssertUnwindSafe(|| self.plan.build(job, &mut builder)));
@@ -202,8 +210,6 @@ impl Shared {
                 }
             }
         }
-        self.lock().threads -= 1;
-        self.filled.notify_all();
     }
 
     /// The next batch to build, when there is room for it; `None` when the loader is gone, or at
@@ -232,6 +238,19 @@ impl Shared {
             queue = waited.unwrap_or_else(PoisonError::into_inner).0;
             queue.threads_asleep -= 1;
         }
+    }
+}
+
+/// Says that a thread is over, in whatever way it ends.
+struct Ending<'a>(&'a Shared);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        let mut queue = self.0.lock();
+        queue.threads -= 1;
+        queue.is_broken |= std::thread::panicking();
+        drop(queue);
+        self.0.filled.notify_all();
     }
 }
 

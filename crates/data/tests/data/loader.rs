@@ -215,3 +215,25 @@ fn options_that_cannot_work_are_refused() {
     assert!(refused(LoaderOptions { world_size: 5, ..options(1) }).contains("5 ranks need"));
     assert!(refused(LoaderOptions { queue_batches: 0, ..options(1) }).contains("queue_batches"));
 }
+
+/// What a panic carries, and what panics when it is thrown away.
+struct Bomb;
+
+impl Drop for Bomb {
+    fn drop(&mut self) {
+        assert!(std::thread::panicking(), "the bomb goes off");
+    }
+}
+
+#[test]
+fn a_thread_that_dies_between_two_batches_is_an_error_at_once() {
+    let script = |sample: phalanx_data::Sample| match sample.id {
+        21 => std::panic::panic_any(Bomb),
+        _ => Ok(()),
+    };
+    let mut loader = Loader::new(Arc::new(Scripted::new(400, 1, script)), options(1)).unwrap();
+    let started = Instant::now();
+    let error = (0..10).find_map(|_| loader.next_step().err()).unwrap();
+    assert!(matches!(error, Error::WorkerPanicked { .. }), "{error}");
+    assert!(started.elapsed() < LONG / 2);
+}
