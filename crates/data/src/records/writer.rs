@@ -184,9 +184,7 @@ impl Column {
         let Field { name, dtype, shape } = &self.field;
         let count = crate::cast::to_usize(records);
         let rows = match shape {
-            FieldShape::Fixed(row) => {
-                std::iter::once(count).chain(row.iter().copied()).collect()
-            }
+            FieldShape::Fixed(row) => std::iter::once(count).chain(row.iter().copied()).collect(),
             FieldShape::Variable => {
                 let offsets = Tensor {
                     name: self.field.offsets_name(),
