@@ -58,8 +58,8 @@ struct Queue {
     consumers_asleep: usize,
     threads_asleep: usize,
     closed: bool,
-    /// A thread ended by a panic: what it had claimed never comes.
-    is_broken: bool,
+    /// Threads that a panic ended: what they had claimed never comes.
+    threads_broken: usize,
 }
 
 struct Slot {
@@ -86,7 +86,7 @@ impl Prefetcher {
             consumers_asleep: 0,
             threads_asleep: 0,
             closed: false,
-            is_broken: false,
+            threads_broken: 0,
         };
         let shared = Arc::new(Shared {
             plan,
@@ -126,7 +126,7 @@ impl Prefetcher {
         if !queue.is_ready() {
             queue.consumers_asleep += 1;
             let rest = left(looking, timeout);
-            let is_waiting = |queue: &mut Queue| !queue.is_ready() && !queue.is_broken;
+            let is_waiting = |now: &mut Queue| !now.is_ready() && now.threads_broken == 0;
             let waited = self.shared.filled.wait_timeout_while(queue, rest, is_waiting);
             queue = waited.unwrap_or_else(PoisonError::into_inner).0;
             queue.consumers_asleep -= 1;
@@ -138,7 +138,7 @@ impl Prefetcher {
         let Some((job, result)) = done else {
             let job = queue.slots.front().map_or(queue.next, |slot| slot.job);
             let (epoch, position) = (job.start.epoch, job.start.next_global_sample);
-            if queue.is_broken {
+            if queue.threads_broken > 0 {
                 let message = "it ended between two batches; what it said is on standard error";
                 return Err(Error::WorkerPanicked { epoch, position, message: message.to_owned() });
             }
@@ -248,7 +248,7 @@ impl Drop for Ending<'_> {
     fn drop(&mut self) {
         let mut queue = self.0.lock();
         queue.threads -= 1;
-        queue.is_broken |= std::thread::panicking();
+        queue.threads_broken += usize::from(std::thread::panicking());
         drop(queue);
         self.0.filled.notify_all();
     }

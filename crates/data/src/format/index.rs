@@ -270,8 +270,9 @@ impl Index {
         let (mut tokens, mut documents) = (0_u64, 0_u64);
         for shard in &self.shards {
             shard.listed().check()?;
-            let sum = documents.checked_add(shard.document_count);
-            documents = sum.ok_or_else(|| "the document counts overflow".to_owned())?;
+            documents = documents
+                .checked_add(shard.document_count)
+                .ok_or_else(|| "the document counts overflow".to_owned())?;
             let sum = tokens.checked_add(shard.token_count);
             tokens = sum.ok_or_else(|| "the token counts overflow".to_owned())?;
         }

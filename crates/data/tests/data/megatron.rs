@@ -223,7 +223,7 @@ fn documents_are_not_told_apart_by_a_token_that_nobody_named() {
     let folder = tempfile::tempdir().unwrap();
     let prefix = Files::small().write(folder.path());
     let tokens = Arc::new(MegatronTokens::open(&prefix, 50, Access::Read).unwrap());
-    CausalText::new(tokens.clone(), 6, Documents::Joined).unwrap();
+    CausalText::new(Arc::<MegatronTokens>::clone(&tokens), 6, Documents::Joined).unwrap();
     let error = CausalText::new(tokens, 6, Documents::Apart).unwrap_err().to_string();
     assert!(error.contains("which token closes documents"), "{error}");
 }
