@@ -106,7 +106,7 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
     let mut journal = root
         .then(|| Journal::open(config, &settings.name, flags.metrics.as_deref()))
         .transpose()?;
-    let mut group = join(config, cuda)?;
+    let mut group = join(config, cuda, root)?;
     if root {
         announce(settings, &group, batching, threads, &source.description);
     }
@@ -152,7 +152,7 @@ fn set_threads(config: &Config, world: &World) -> usize {
     threads
 }
 
-fn join(config: &Config, cuda: &Cuda) -> Result<Group> {
+fn join(config: &Config, cuda: &Cuda, root: bool) -> Result<Group> {
     let timeout = Duration::from_secs(config.ddp.timeout_s);
     let options = GroupOptions::default().with_timeout(timeout);
     let options = match config.ddp.backend {
@@ -165,7 +165,7 @@ fn join(config: &Config, cuda: &Cuda) -> Result<Group> {
         && matches!(cuda, Cuda::Available { device_count: 1.. })
     {
         let seen = config.nccl.apply().context("the configuration's NCCL settings")?;
-        for (name, value, was_set) in seen {
+        for (name, value, was_set) in seen.into_iter().filter(|_| root) {
             let origin = if was_set { "set in the environment" } else { "from the configuration" };
             println!("nccl   {name}={value} ({origin})");
         }
