@@ -113,9 +113,10 @@ fn a_port_in_use_is_named() {
 #[test]
 fn a_rank_that_waits_for_others_says_for_whom() {
     let port = phalanx_comm::testing::free_ports(1).to_string();
+    let folder = tempfile::tempdir().expect("a temporary folder");
     let mut command = Command::new(support::example("bert_large"));
     command.args(["--config", "configs/bert_tiny.json", "--steps", "1", "--output"]);
-    command.arg(std::env::temp_dir().join(format!("phalanx-waits-{}", std::process::id())));
+    command.arg(folder.path().join("out"));
     command.current_dir(env!("CARGO_MANIFEST_DIR"));
     command.envs([("RANK", "0"), ("WORLD_SIZE", "3"), ("LOCAL_RANK", "0")]);
     command.envs([("LOCAL_WORLD_SIZE", "3"), ("MASTER_ADDR", "127.0.0.1")]);

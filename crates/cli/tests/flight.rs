@@ -1,6 +1,6 @@
 //! `phalanx flight`, on what the ranks of a real job left behind.
 
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use phalanx_comm::{Group, GroupOptions, Sum, Work};
@@ -24,22 +24,33 @@ fn rank() {
     assert!(error.is_err(), "rank 1 is gone");
 }
 
-fn start(rank: usize, port: u16, folder: &std::path::Path) -> Child {
+/// A rank that is gone when this is dropped.
+struct Owned(Child);
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+fn start(rank: usize, port: u16, folder: &std::path::Path) -> Owned {
     let mut command = Command::new(std::env::current_exe().expect("this test"));
     command.args(["--ignored", "--exact", "rank"]);
     command.envs([("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")]);
     command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
     command.env("MASTER_PORT", port.to_string()).env("PHALANX_FLIGHT_RECORDER", folder);
-    command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("it starts")
+    // What a rank complains of stands among this test's own output.
+    Owned(command.stdout(Stdio::null()).spawn().expect("it starts"))
 }
 
-fn await_end(mut child: Child) {
+fn await_end(child: &mut Owned) -> ExitStatus {
     let end = Instant::now() + DEADLINE;
-    while child.try_wait().expect("our own child").is_none() {
-        if Instant::now() > end {
-            drop(child.kill());
-            panic!("a rank has not ended");
+    loop {
+        if let Some(status) = child.0.try_wait().expect("our own child") {
+            return status;
         }
+        assert!(Instant::now() < end, "a rank has not ended");
         std::thread::park_timeout(Duration::from_millis(10));
     }
 }
@@ -58,8 +69,9 @@ fn the_records_of_a_failed_job_are_lined_up() {
     assert!(!found && explanation.contains("PHALANX_FLIGHT_RECORDER"), "{explanation}");
 
     let port = phalanx_comm::testing::free_ports(1);
-    let children = [0, 1].map(|rank| start(rank, port, folder.path()));
-    children.into_iter().for_each(await_end);
+    let mut children = [0, 1].map(|rank| start(rank, port, folder.path()));
+    assert!(await_end(&mut children[0]).success(), "rank 0 loses rank 1, and nothing else");
+    assert!(!await_end(&mut children[1]).success(), "rank 1 aborts");
     let (done, text) = flight(folder.path());
     assert!(done, "{text}");
     assert!(text.contains("records of 2 of 2 ranks\n"), "{text}");

@@ -248,7 +248,8 @@ impl Group {
         Ok(Region::new(memory, len))
     }
 
-    /// As [`Group::allocate`], but memory of the host with every backend.
+    /// As [`Group::allocate`], but memory of the host with every backend. With MPI it lies in huge pages: from 32 KiB
+    /// on a region takes whole pages of 2 MiB.
     ///
     /// # Errors
     ///

@@ -9,7 +9,7 @@ use cudarc::driver::result;
 use cudarc::driver::sys::CUdeviceptr;
 use phalanx_comm::{Group, Sum, Work};
 
-use crate::without_gpu::{complain, complaints, world, world_with};
+use crate::without_gpu::{all_end_well, complain, complaints, world, world_with};
 
 /// Each step has a factor of its own.
 pub(crate) fn factors(mut group: Group) {
@@ -114,16 +114,12 @@ pub(crate) fn memory(mut group: Group) {
 
 #[test]
 fn operations_of_earlier_factors_are_let_go() {
-    for (code, output) in world(2, "nccl factors") {
-        assert!(code == Some(0) && output.contains("scaled"), "{output}");
-    }
+    all_end_well(&world(2, "nccl factors"), "scaled");
 }
 
 #[test]
 fn memory_is_zero_at_first_and_stays_while_it_is_used() {
-    for (code, output) in world(2, "nccl memory") {
-        assert!(code == Some(0) && output.contains("kept"), "{output}");
-    }
+    all_end_well(&world(2, "nccl memory"), "kept");
 }
 
 #[test]

@@ -306,12 +306,18 @@ pub(crate) fn world(ranks: usize, role: &str) -> Vec<(Option<i32>, String)> {
     world_with(ranks, role, |_, _| ())
 }
 
+/// Every rank ended well, and said so.
+#[track_caller]
+pub(crate) fn all_end_well(world: &[(Option<i32>, String)], said: &str) {
+    for (code, output) in world {
+        assert!(*code == Some(0) && output.contains(said), "{} ranks: {output}", world.len());
+    }
+}
+
 #[test]
 fn the_suite_passes_over_nccl() {
     for size in [1, 2, 3, 4] {
-        for (code, output) in world(size, "nccl suite") {
-            assert!(code == Some(0) && output.contains("all passed"), "{size}: {output}");
-        }
+        all_end_well(&world(size, "nccl suite"), "all passed");
     }
 }
 
@@ -321,24 +327,18 @@ fn older_versions_serve_too() {
         let old = |command: &mut Command, _| {
             command.env("DOUBLE_VERSION", version);
         };
-        for (code, output) in world_with(2, "nccl suite", old) {
-            assert!(code == Some(0) && output.contains("all passed"), "{version}: {output}");
-        }
+        all_end_well(&world_with(2, "nccl suite", old), "all passed");
     }
 }
 
 #[test]
 fn copies_to_the_gpu_are_in_order_with_the_callers_stream() {
-    for (code, output) in world(1, "nccl uploads") {
-        assert!(code == Some(0) && output.contains("uploaded"), "{output}");
-    }
+    all_end_well(&world(1, "nccl uploads"), "uploaded");
 }
 
 #[test]
 fn calls_are_in_order_with_the_callers_stream() {
-    for (code, output) in world(3, "nccl streams") {
-        assert!(code == Some(0) && output.contains("in order"), "{output}");
-    }
+    all_end_well(&world(3, "nccl streams"), "in order");
 }
 
 /// The survivors' errors, which come within `limit_ms`.
@@ -382,9 +382,7 @@ fn an_abort_frees_those_who_wait_on_the_gpu() {
 
 #[test]
 fn a_process_that_ends_at_once_has_done_its_part() {
-    for (code, output) in world(3, "nccl at once") {
-        assert!(code == Some(0) && output.contains("ended"), "{output}");
-    }
+    all_end_well(&world(3, "nccl at once"), "ended");
 }
 
 #[test]
@@ -424,9 +422,7 @@ fn a_rank_without_a_gpu_is_named_by_all() {
         assert_eq!(code, Some(0), "{output}");
         assert!(output.contains("chose Host: rank 1 has no GPU"), "{output}");
     }
-    for (code, output) in world(2, "nccl auto") {
-        assert!(code == Some(0) && output.contains("chose Nccl: every rank has a GPU"), "{output}");
-    }
+    all_end_well(&world(2, "nccl auto"), "chose Nccl: every rank has a GPU");
 }
 
 #[test]

@@ -18,7 +18,7 @@ pub(crate) const PAGE_BYTES: usize = 4096;
 /// A huge page of x86-64 and, with pages of 4 KiB, of aarch64.
 #[cfg(feature = "mpi")]
 const HUGE_BYTES: usize = 2 << 20;
-/// From here on a huge page is not mostly waste.
+/// From here on a huge page is worth what it wastes: messages of 64 KiB gain by it, and there are few regions.
 #[cfg(feature = "mpi")]
 const HUGE_BYTES_MIN: usize = 32 << 10;
 

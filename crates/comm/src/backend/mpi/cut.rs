@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-/// What a rank has in memory for the pieces under way, over all peers.
+/// What a rank has in memory for one piece, over all peers.
 const STAGED_BYTES: usize = 8 << 20;
 const PIECE_BYTES_MIN: usize = 64 << 10;
 const PIECE_BYTES_MAX: usize = 2 << 20;

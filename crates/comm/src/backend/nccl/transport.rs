@@ -125,17 +125,17 @@ impl NcclTransport {
     /// Lets go of the scaled sums that none of `calls` uses: a step may have a factor of its own. NCCL has
     /// taken the calls before, and a call keeps what it needs of its operation.
     fn forget_scaled(&mut self, calls: &[(&Call, &OnDevice, u64, Option<u64>)]) {
+        let factor = |call: &Call| match call.reduction?.finish {
+            Finish::Scale(factor) => Some((factor.to_bits(), call.dtype)),
+            _ => None,
+        };
+        let used: SmallVec<[_; 1]> = calls.iter().filter_map(|(call, ..)| factor(call)).collect();
+        if used.is_empty() {
+            return; // the factor of the step may return with the next call
+        }
         let communicator = &self.communicator;
         self.scaled.retain(|(bits, dtype, op)| {
-            let uses = |call: &Call| match call.reduction.map(|reduction| reduction.finish) {
-                Some(Finish::Scale(factor)) => factor.to_bits() == *bits && call.dtype == *dtype,
-                _ => false,
-            };
-            // The factor of the step may return with the next call: only another one replaces it.
-            let replaced = calls.iter().any(|(call, ..)| {
-                matches!(call.reduction.map(|one| one.finish), Some(Finish::Scale(_)))
-            });
-            let kept = !replaced || calls.iter().any(|(call, ..)| uses(call));
+            let kept = used.contains(&(*bits, *dtype));
             if !kept {
                 if let Err(error) = communicator.forget_sum(*op) {
                     tracing::debug!(what = error.what, "ncclRedOpDestroy");
