@@ -158,6 +158,10 @@ fn join(config: &Config, cuda: &Cuda, root: bool) -> Result<Group> {
     let options = match config.ddp.backend {
         Backend::Host => options,
         Backend::Nccl => options.with_backend(comm::Backend::Nccl),
+        // On a GPU where there is one that libtorch can use.
+        Backend::Mpi if matches!(cuda, Cuda::Available { device_count: 1.. }) => {
+            options.with_backend(comm::Backend::Mpi).with_gpu_memory()
+        }
         Backend::Mpi => options.with_backend(comm::Backend::Mpi),
         Backend::Auto => options.with_backend(comm::Backend::Auto),
     };

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::backend::nccl::cuda::Event;
-use crate::backend::nccl::cuda_error;
+use crate::backend::gpu::cuda::Event;
+use crate::backend::gpu::cuda_error;
 use crate::error::{Error, Result};
 
 /// A point of the caller's stream ([`Group::set_stream`](crate::Group::set_stream)), of which the GPU

@@ -15,7 +15,8 @@ use crate::dtype::{Element, Sealed};
 ///
 /// The other ranks of the machine write into it during reductions, and the threads of this process
 /// may too: that is why plain references to its elements are `unsafe`. [`Region::read`] and
-/// [`Region::write`] copy.
+/// [`Region::write`] copy. Collectives of one group on the same memory work in the order in which they were
+/// started, also when none was waited for.
 pub struct Region<T: Element> {
     memory: Arc<RegionMemory>,
     len: usize,

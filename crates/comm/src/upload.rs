@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::backend::nccl::cuda::{self, CudaError, Device, Event, OwnStream};
+use crate::backend::gpu::cuda::{self, CudaError, Device, Event, OwnStream};
 use crate::error::{Error, Result};
 use crate::region::Stream;
 
@@ -28,6 +28,11 @@ unsafe impl Send for PinnedMemory {}
 unsafe impl Sync for PinnedMemory {}
 
 impl PinnedMemory {
+    pub(crate) fn new(device: &Arc<Device>, bytes: usize) -> Result<Self, CudaError> {
+        let at = cuda::allocate_host(device, bytes)?;
+        Ok(Self { at, bytes, device: Arc::clone(device) })
+    }
+
     /// Its bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
@@ -78,8 +83,7 @@ impl Uploader {
     ///
     /// [`Error::Backend`]: there is too little memory, or more than may be locked.
     pub fn pinned(&self, bytes: usize) -> Result<PinnedMemory> {
-        let at = cuda::allocate_host(&self.device, bytes).map_err(failed)?;
-        Ok(PinnedMemory { at, bytes, device: Arc::clone(&self.device) })
+        PinnedMemory::new(&self.device, bytes).map_err(failed)
     }
 
     /// Starts copies to the GPU's memory, each of some bytes to an address, after everything that

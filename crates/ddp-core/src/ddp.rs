@@ -287,7 +287,7 @@ fn check_devices(model: &Model, group: &Group) -> Result<Device> {
                 }
                 None => format!(
                     "Device::Cpu, where the group's backend `{}` works (GPUs need a group with \
-                     Backend::Nccl)",
+                     Backend::Nccl, or with Backend::Mpi and GroupOptions::with_gpu_memory)",
                     group.backend()
                 ),
             },

@@ -30,7 +30,7 @@ pub(crate) trait Transport: Send + std::fmt::Debug {
     /// Starts to move the data of `call`, in place in `memory` (see [`Call`] for the form), which stays
     /// where it is until [`Transport::poll`] counts the call. Every rank has called the same; `send`
     /// and `receive` alone come without that check. Does not wait for peers.
-    fn start(&mut self, call: &Call, memory: &mut Memory) -> Result<()>;
+    fn start(&mut self, call: &Arc<Call>, memory: &mut Memory) -> Result<()>;
     /// Starts several calls as one, where the library can; each is reported by itself.
     fn start_together(&mut self, calls: &[Submitted]) -> Result<()> {
         calls.iter().try_for_each(|one| self.start(&one.call, &mut one.call.lock().memory))
@@ -328,7 +328,7 @@ impl Lane {
     fn advance(&self, state: &mut State) -> Result<bool> {
         self.start_messages(state)?;
         while let Some(unit) = state.checking.front_mut() {
-            if !self.is_checked(unit)? {
+            if !self.is_checked(unit)? || self.comes_after(unit, &state.moving) {
                 break;
             }
             match &unit.calls[..] {
@@ -369,6 +369,17 @@ impl Lane {
             unit.checked += 1;
         }
         Ok(true)
+    }
+
+    /// Whether `unit` works on memory of a call that has not ended: calls on the same memory are in order, on
+    /// the GPU by the transport.
+    fn comes_after(&self, unit: &Unit, moving: &[Arc<Call>]) -> bool {
+        let rank = self.core.rank;
+        unit.calls.iter().any(|Submitted { call, .. }| {
+            let bytes = call.bytes_on(rank);
+            let (memory, mut moving) = (&call.lock().memory, moving.iter());
+            moving.any(|other| memory.meets(bytes, &other.lock().memory, other.bytes_on(rank)))
+        })
     }
 
     /// An error when a peer of this machine has left without having called this.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::gpu::Gpu;
 use super::host::core::Core;
 use super::lane::Lane;
 use crate::error::{Error, Result};
@@ -11,7 +12,12 @@ use crate::error::{Error, Result};
 type Gather<'a> = dyn FnMut(&[u8]) -> Result<Vec<Vec<u8>>> + 'a;
 
 /// There is none.
-pub(crate) fn open(_: &Arc<Core>, _: &mut Gather<'_>, _: Instant) -> Result<Arc<Lane>> {
+pub(crate) fn open(
+    _: &Arc<Core>,
+    _: bool,
+    _: &mut Gather<'_>,
+    _: Instant,
+) -> Result<(Arc<Lane>, Option<Arc<Gpu>>)> {
     let what = "this program was built without it: install an MPI library with its headers and \
                 libclang (Debian: libopenmpi-dev, libclang-dev), and build with `--features mpi`";
     Err(Error::NoBackend { backend: "mpi", what: what.to_owned() })

@@ -33,7 +33,9 @@ use sha2::{Digest, Sha256};
 
 pub use job_token::JobToken;
 #[cfg(feature = "mpi")]
-pub(crate) use mpi_library::{host_link, is_started_by_mpi, launched, master_addr, mpi_threads};
+pub(crate) use mpi_library::{
+    host_link, is_started_by_mpi, launched, master_addr, mpi_cuda_aware, mpi_threads,
+};
 #[cfg(test)]
 pub(crate) use nccl::is_required;
 pub(crate) use nccl::{nccl_host_id, nccl_library};

@@ -30,6 +30,21 @@ pub(crate) fn host_link() -> Result<HostLink, EnvironmentError> {
     Variables::new(&process_variable).host_link()
 }
 
+/// `PHALANX_MPI_CUDA_AWARE`: whether the MPI library takes addresses of a GPU, whatever it says itself.
+pub(crate) fn mpi_cuda_aware() -> Result<Option<bool>, EnvironmentError> {
+    const VARIABLE: &str = "PHALANX_MPI_CUDA_AWARE";
+    match process_variable(VARIABLE).unwrap_or_default().as_str() {
+        "" => Ok(None),
+        "1" => Ok(Some(true)),
+        "0" => Ok(Some(false)),
+        other => Err(EnvironmentError::Invalid {
+            variable: VARIABLE,
+            value: other.to_owned(),
+            expected: "1 or 0".to_owned(),
+        }),
+    }
+}
+
 /// `PHALANX_MPI_THREADS`: whether to ask MPI to let every thread call it.
 pub(crate) fn mpi_threads() -> Result<bool, EnvironmentError> {
     const VARIABLE: &str = "PHALANX_MPI_THREADS";

@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Group, Plan};
+use crate::backend::gpu::cuda_error;
+use crate::backend::gpu::on_device::OnDevice;
 use crate::backend::host::call::{Call, Memory};
 use crate::backend::lane::Lane;
-use crate::backend::nccl::transport::OnDevice;
 use crate::backend::{mpi, nccl, Backend};
 use crate::dtype::DType;
 use crate::error::Result;
@@ -18,9 +19,11 @@ impl Group {
     pub(super) fn open_mpi(&mut self) -> Result<()> {
         let deadline = Instant::now() + self.options.connect_timeout;
         let core = self.core();
+        let gpu_memory = self.options.gpu_memory;
         let mut gather = |mine: &[u8]| self.all_gather_bytes(mine);
-        let lane = mpi::open(&core, &mut gather, deadline);
-        self.lane = Some(lane.map_err(|error| core.peers.fail(error))?);
+        let opened = mpi::open(&core, gpu_memory, &mut gather, deadline);
+        let (lane, gpu) = opened.map_err(|error| core.peers.fail(error))?;
+        (self.lane, self.gpu) = (Some(lane), gpu);
         Ok(())
     }
 
@@ -58,7 +61,8 @@ impl Group {
         Ok(())
     }
 
-    /// The number of this rank's GPU among those that the process sees, with NCCL.
+    /// The number of this rank's GPU among those that the process sees, with NCCL, or MPI
+    /// and [`GroupOptions::gpu_memory`](crate::GroupOptions::gpu_memory).
     #[must_use]
     pub fn device(&self) -> Option<usize> {
         self.gpu.as_ref().map(|gpu| gpu.device.ordinal)
@@ -74,7 +78,7 @@ impl Group {
     /// Who moves the data of a planned call, if not the host backend: what has no data is a matter of
     /// headers alone.
     pub(super) fn lane_for(&self, plan: &Plan, on_device: bool) -> Option<Arc<Lane>> {
-        let takes = self.gpu.is_none() || on_device;
+        let takes = !self.has_nccl() || on_device;
         self.lane.as_ref().filter(|_| takes && plan.segment > 0).map(Arc::clone)
     }
 
@@ -109,7 +113,7 @@ impl Group {
         match (&self.gpu, &call.lock().memory) {
             (Some(gpu), Memory::Device { .. }) => OnDevice::after(&gpu.device, self.stream)
                 .map(Some)
-                .map_err(|error| nccl::cuda_error(self.rank(), error)),
+                .map_err(|error| cuda_error(self.rank(), error)),
             _ => Ok(None),
         }
     }

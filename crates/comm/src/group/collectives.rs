@@ -268,7 +268,7 @@ impl Group {
         let bytes: &[u8] = bytemuck::cast_slice(message);
         let call =
             self.message::<T>(Op::Send, peer, bytes.len(), Memory::Private(bytes.to_vec()))?;
-        if let Some(lane) = self.lane.as_ref().filter(|_| self.gpu.is_none()) {
+        if let Some(lane) = self.lane.as_ref().filter(|_| !self.has_nccl()) {
             lane.submit(Arc::clone(&call), None);
             return Ok(Work::new(self.core(), call, None).on(Some(lane)));
         }
@@ -297,7 +297,7 @@ impl Group {
             bytes.len(),
             Memory::Private(vec![0; bytes.len()]),
         )?;
-        if let Some(lane) = self.lane.as_ref().filter(|_| self.gpu.is_none()) {
+        if let Some(lane) = self.lane.as_ref().filter(|_| !self.has_nccl()) {
             lane.submit(Arc::clone(&call), None);
             let output = Some(Output { bytes, skip: 0 });
             return Ok(Work::new(self.core(), call, output).on(Some(lane)));

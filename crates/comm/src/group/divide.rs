@@ -54,7 +54,7 @@ impl Group {
             })),
         };
         let group = group.map(|group| group.map(|group| group.tracked(track)));
-        if self.gpu.is_some() {
+        if self.has_nccl() {
             let mut colors: Vec<_> =
                 all.iter().filter(|theirs| theirs[0] == 1).map(|theirs| &theirs[1..5]).collect();
             colors.sort_unstable();
@@ -91,7 +91,8 @@ impl Group {
             );
             return Err(Error::World { rank, what });
         }
-        let (Some(lane), Some(gpu)) = (&self.lane, &self.gpu) else { return Ok(part) };
+        let gpu = self.gpu.as_ref().and_then(|gpu| Some((&gpu.device, gpu.nccl.as_ref()?)));
+        let (Some(lane), Some(gpu)) = (&self.lane, gpu) else { return Ok(part) };
         if !lane.wait_idle(deadline) {
             let what =
                 "calls that were made before have not ended: wait for them before the group is \

@@ -13,14 +13,14 @@ use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::backend::gpu::memory::DeviceMemory;
+use crate::backend::gpu::Gpu;
 use crate::backend::host::call::{Call, Memory};
 use crate::backend::host::core::Core;
 use crate::backend::host::liveness::Liveness;
 use crate::backend::host::region::RegionMemory;
 use crate::backend::host::{board, setup};
 use crate::backend::lane::Lane;
-use crate::backend::nccl::memory::DeviceMemory;
-use crate::backend::nccl::Gpu;
 use crate::backend::Backend;
 use crate::dtype::{DType, Element};
 #[cfg(feature = "mpi")]
@@ -85,13 +85,15 @@ pub struct Group {
     regions: u64,
     /// Collectives started so far.
     started: u64,
+    /// Those on regions of the host that may not have ended, where the host backend moves them.
+    on_regions: Vec<Arc<Call>>,
     next: Next,
     track: Track,
     /// Kept: where this rank hosts the store, it goes on answering (and refusing) late comers.
     store: Option<Arc<dyn Store>>,
     /// Who moves the data, where the host backend does not.
     lane: Option<Arc<Lane>>,
-    /// With NCCL: this rank's GPU.
+    /// With NCCL, or MPI and GPU memory: this rank's GPU.
     gpu: Option<Arc<Gpu>>,
     /// The caller's stream.
     stream: Stream,
@@ -190,6 +192,7 @@ impl Group {
             number,
             regions: 0,
             started: 0,
+            on_regions: Vec::new(),
             next: Next::default(),
             track: Track { group: recorder::WORLD, rank },
             store: None,
@@ -229,8 +232,8 @@ impl Group {
         self
     }
 
-    /// Registers memory where the group's backend works best (of the GPU with NCCL, else of the host):
-    /// every rank gets a [`Region`] of `len` elements, all zero. Collective.
+    /// Registers memory where the group's backend works best (of the GPU with NCCL or
+    /// [`GroupOptions::gpu_memory`], else of the host): every rank gets a [`Region`] of `len` elements, all zero. Collective.
     ///
     /// # Errors
     ///
@@ -305,6 +308,11 @@ impl Group {
             .wait()
     }
 
+    /// Whether NCCL moves the data of its GPU memory.
+    fn has_nccl(&self) -> bool {
+        self.gpu.as_ref().is_some_and(|gpu| gpu.nccl.is_some())
+    }
+
     fn core(&self) -> Arc<Core> {
         Arc::clone(&self.core)
     }
@@ -343,20 +351,47 @@ impl Group {
             return self.begin_on_lane(&lane, plan, record, timeout, memory);
         }
         let longest = Call::contribution_max(plan.op, plan.segment, plan.segments);
+        let inline = longest <= board::INLINE_BYTES_MAX;
+        let on_region = matches!(memory, Memory::Region { .. });
+        if on_region {
+            self.end_earlier(&memory, plan.segment * plan.segments, inline)?;
+        }
         let mut call = Call::new(
             record,
             plan.dtype.unwrap_or(DType::U8),
             plan.reduction,
             plan.segment,
             plan.segments,
-            longest <= board::INLINE_BYTES_MAX,
+            inline,
             timeout,
             memory,
         );
         call.entry = self.recorded(&call);
         let call = self.core.start(call, input)?;
         self.started += 1;
+        if on_region {
+            self.on_regions.push(Arc::clone(&call));
+        }
         Ok(call)
+    }
+
+    /// Waits for calls on the same memory that were made earlier: short ones take their input when they start, and
+    /// bring their result when they are waited for. Long ones are in order by themselves.
+    fn end_earlier(&mut self, memory: &Memory, bytes: usize, inline: bool) -> Result<()> {
+        self.on_regions.retain(|call| !call.is_done());
+        let rank = self.rank();
+        for call in &self.on_regions {
+            let meets = memory.meets(bytes, &call.lock().memory, call.bytes_on(rank));
+            if !meets || !(inline || call.inline) {
+                continue;
+            }
+            if self.core.finishes_in_place(call) {
+                self.core.finish_inline(call, None)?;
+            } else {
+                self.core.drive(call);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -369,7 +404,7 @@ impl Drop for Group {
         self.core.peers.note_panic();
         let Some(lane) = &self.lane else { return self.core.close() };
         lane.close();
-        if self.gpu.is_some() && !std::thread::panicking() {
+        if self.has_nccl() && !std::thread::panicking() {
             // A process that ends with its last group would cut NCCL off in the middle.
             lane.wait_closed(LEAVE);
         }

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use super::collectives::plan;
 use super::{Group, Plan};
+use crate::backend::gpu::cuda::Event;
+use crate::backend::gpu::cuda_error;
+use crate::backend::gpu::memory::DeviceMemory;
 use crate::backend::host::call::Memory;
 use crate::backend::host::region::RegionMemory;
 use crate::backend::lane::Lane;
-use crate::backend::nccl::cuda::Event;
-use crate::backend::nccl::cuda_error;
-use crate::backend::nccl::memory::DeviceMemory;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::fingerprint::Op;
@@ -176,7 +176,7 @@ impl Group {
                 self.0.release();
             }
         }
-        let lane = self.lane.clone().filter(|_| self.gpu.is_some());
+        let lane = self.lane.clone().filter(|_| self.has_nccl());
         let release = lane.map(|lane| {
             lane.hold();
             Release(lane)
@@ -188,7 +188,7 @@ impl Group {
 
     /// As [`Group::send`], of GPU memory, which must stay as it is until the work was waited for.
     ///
-    /// NCCL's messages are in order with collectives and with each other, on both sides, and carry no
+    /// Over MPI it is as a message of the host's. NCCL's messages are in order with collectives and with each other, on both sides, and carry no
     /// header: length and type must be the receiver's, or the message hangs until its time is over, or
     /// gives nonsense. A receiver on a GPU waits its whole time limit for a peer that has left.
     ///
@@ -241,7 +241,7 @@ impl Group {
         if self.gpu.is_none() {
             let what =
                 "the buffer is memory of a GPU, but the group has none: make the group with \
-                        Backend::Nccl";
+                 Backend::Nccl, or with Backend::Mpi and GroupOptions::with_gpu_memory";
             return Err(self.argument(Error::DeviceMemory { op: op.name(), what }));
         }
         let lengths = (input.as_ref().map_or(0, Bytes::len) as u64, output.len() as u64);

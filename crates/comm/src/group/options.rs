@@ -20,6 +20,11 @@ pub struct GroupOptions {
     /// With [`Backend::Auto`]: why this rank's GPU must not be used, if so. One rank's reason counts for
     /// all.
     pub gpu_trouble: Option<String>,
+    /// With [`Backend::Mpi`]: collectives take memory of this rank's GPU too, and
+    /// [`Group::allocate`](crate::Group::allocate) gives it. It travels through page-locked memory of the host; where
+    /// the MPI library is CUDA-aware on every rank, MPI reads and writes it itself in what only moves data (sums are
+    /// made on the host). Ranks of one machine take its GPUs in turn. NCCL has its GPU without this.
+    pub gpu_memory: bool,
     /// How often ranks tell each other that they live; 500 ms by default.
     pub heartbeat: Duration,
     /// How long a rank may say nothing before it counts as dead; 5 s by default. Ranks that compute
@@ -36,6 +41,7 @@ impl Default for GroupOptions {
             host_link: None,
             backend: Backend::default(),
             gpu_trouble: None,
+            gpu_memory: false,
             heartbeat: Duration::from_millis(500),
             dead_after: Duration::from_secs(5),
         }
@@ -71,6 +77,12 @@ impl GroupOptions {
     #[must_use]
     pub fn with_backend(self, backend: Backend) -> Self {
         Self { backend, ..self }
+    }
+
+    /// With memory of this rank's GPU over [`Backend::Mpi`].
+    #[must_use]
+    pub fn with_gpu_memory(self) -> Self {
+        Self { gpu_memory: true, ..self }
     }
 
     /// With a reason why this rank's GPU must not be used ([`Backend::Auto`]).

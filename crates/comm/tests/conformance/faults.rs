@@ -7,6 +7,7 @@ use phalanx_comm::{Backend, Group, GroupOptions, Sum, Work};
 
 use crate::launched::Running;
 use crate::mpirun::{library, mpirun, program, Library};
+use crate::without_gpu::libraries;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -69,6 +70,7 @@ fn work_until_death(group: &mut Group, len: usize, victim: bool) {
 /// Where the launcher lets survivors live they end by themselves.
 fn killed(role: &str) {
     let Some(mut command) = mpirun(3, role) else { return };
+    command.env("LD_LIBRARY_PATH", libraries()); // for those with a GPU
     command.arg(library().lets_survivors_live());
     let start = Instant::now();
     // So mpirun's own exit status says nothing.
@@ -91,6 +93,23 @@ fn killed(role: &str) {
 fn survivors_of_kill_9_say_who_died() {
     killed("killed in large all-reduces");
     killed("killed in small all-reduces");
+}
+
+#[test]
+fn survivors_whose_gpu_memory_is_on_its_way_say_who_died() {
+    killed("gpu killed");
+}
+
+#[test]
+fn a_rank_whose_gpu_memory_does_not_come_is_named() {
+    let Some(mut command) = mpirun(3, "gpu absent") else { return };
+    command.env("LD_LIBRARY_PATH", libraries()).arg(library().lets_survivors_live());
+    let (_, output) = Running::start(program(&mut command)).finish(LIMIT);
+    let lines: Vec<&str> = output.lines().filter(|line| line.contains("error after")).collect();
+    let named = lines.iter().filter(|line| line.contains("1s passed") && line.contains("rank 1"));
+    // Hydra may end the others when the first of them ends.
+    assert!(!lines.is_empty() && named.count() == lines.len(), "{output}");
+    assert!(lines.len() == 2 || library() == Library::Mpich, "{output}");
 }
 
 #[test]

@@ -31,6 +31,12 @@ fn rank_process() {
             let options = options.with_backend(Backend::Mpi);
             suite(Group::from_mpi(options).expect("the ranks meet"));
         }
+        #[cfg(feature = "mpi")]
+        gpu if gpu.starts_with("gpu") => {
+            let limit = Duration::from_secs(if gpu == "gpu absent" { 1 } else { 30 });
+            let options = options.with_backend(Backend::Mpi).with_gpu_memory().with_timeout(limit);
+            crate::without_gpu::over_mpi(gpu, Group::from_mpi(options));
+        }
         nccl if nccl.starts_with("nccl") => crate::without_gpu::rank(nccl),
         fault => crate::faults::rank(fault, options.with_backend(Backend::Mpi)),
     }

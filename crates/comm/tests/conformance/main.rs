@@ -31,7 +31,7 @@ use phalanx_comm::Group;
 /// What a rank checks with a group of its own.
 type Check = fn(Group);
 
-const CHECKS: [(&str, Check); 16] = [
+const CHECKS: [(&str, Check); 17] = [
     ("reductions of every type", matrix::every_type),
     ("near the oracle", matrix::near_the_oracle),
     ("movement", matrix::movement),
@@ -39,6 +39,7 @@ const CHECKS: [(&str, Check); 16] = [
     ("slices meet regions", matrix::slices_meet_regions),
     ("ranges", matrix::ranges),
     ("many in flight", matrix::many_in_flight),
+    ("in order on one region", matrix::in_order_on_one_region),
     ("messages beside collectives", matrix::messages_beside_collectives),
     ("parts", matrix::parts),
     ("sequences", sequences::fixed_sequences),

@@ -341,6 +341,31 @@ pub(crate) fn many_in_flight(mut group: Group) {
     }
 }
 
+/// Calls on the same part of a region, of which only the last is waited for.
+pub(crate) fn in_order_on_one_region(mut group: Group) {
+    let ranks = group.world_size();
+    for len in [3, 2_000, 60_000] {
+        let region = group.allocate_on_host::<f64>(len + 1).unwrap();
+        region.write(0, &vec![1.0; len + 1]);
+        let mut works: Vec<_> =
+            (0..6).map(|_| group.all_reduce(region.range(1..len + 1), Sum).unwrap()).collect();
+        works.push(group.broadcast(region.range(0..2), ranks - 1).unwrap());
+        works.push(group.all_reduce(region.range(0..1), Sum).unwrap());
+        for work in works.into_iter().rev() {
+            work.wait().unwrap();
+        }
+        let ranks = ranks as f64;
+        let mut expected = vec![ranks.powi(6); len + 1];
+        expected[0] = ranks;
+        assert_eq!(region.read(0..len + 1), expected, "{len}");
+    }
+}
+
+#[test]
+fn calls_on_one_region_are_in_order() {
+    run_ranks(3, in_order_on_one_region);
+}
+
 #[test]
 fn any_number_of_works_in_flight_waited_for_in_any_order() {
     run_ranks(3, many_in_flight);

@@ -7,6 +7,7 @@ use phalanx_comm::testing::free_port;
 
 use crate::launched::{Running, ARGUMENTS, ROLE};
 use crate::namespaces::{namespaces, ADDRESSES};
+use crate::without_gpu::libraries;
 
 const LIMIT: Duration = Duration::from_secs(240);
 
@@ -99,6 +100,36 @@ fn the_suite_passes_over_mpi() {
 #[test]
 fn the_suite_passes_where_one_thread_alone_may_call_mpi() {
     suite(3, "funneled");
+}
+
+/// Memory of a GPU, on the stand-in for the driver: copied, or in place where MPI would take its addresses.
+#[test]
+fn memory_of_a_gpu_travels_over_mpi() {
+    for (ranks, role, cuda_aware, said) in [
+        (1, "gpu suite", "0", "all passed"),
+        (2, "gpu suite", "", "all passed"),
+        (3, "gpu suite", "0", "all passed"),
+        (4, "gpu suite", "1", "all passed"),
+        (3, "gpu suite", "1", "all passed"),
+        (3, "gpu streams", "0", "in order"),
+        (3, "gpu streams", "1", "in order"),
+        (2, "gpu refused", "perhaps", "PHALANX_MPI_CUDA_AWARE=\"perhaps\" is not 1 or 0"),
+    ] {
+        let Some(mut command) = mpirun(ranks, role) else { return };
+        command.env("LD_LIBRARY_PATH", libraries()).env("PHALANX_MPI_CUDA_AWARE", cuda_aware);
+        let (status, output) = Running::start(program(&mut command)).finish(LIMIT);
+        assert!(status.success(), "{role}, {ranks} ranks: {status}\n{output}");
+        assert_eq!(output.matches(said).count(), ranks, "{role}, {ranks} ranks: {output}");
+    }
+}
+
+#[test]
+fn a_rank_whose_gpu_is_missing_is_named_over_mpi() {
+    let Some(mut command) = mpirun(2, "gpu refused") else { return };
+    command.env("LD_LIBRARY_PATH", libraries()).env("DOUBLE_GPUS", "0");
+    let (status, output) = Running::start(program(&mut command)).finish(LIMIT);
+    assert!(status.success(), "{status}\n{output}");
+    assert_eq!(output.matches("shows this process no GPU").count(), 2, "{output}");
 }
 
 /// Two ranks on each of two machines, which have nothing but an address.

@@ -61,6 +61,22 @@ pub(crate) fn rank(role: &str) {
     }
 }
 
+/// What a rank does whose GPU memory travels over MPI.
+#[cfg(feature = "mpi")]
+pub(crate) fn over_mpi(role: &str, group: phalanx_comm::Result<Group>) {
+    match (role, group) {
+        ("gpu suite", Ok(group)) => suite(group),
+        ("gpu streams", Ok(group)) => streams(group),
+        ("gpu killed", Ok(group)) => killed(group),
+        ("gpu absent", Ok(mut group)) => {
+            group.barrier().and_then(Work::wait).expect("all are there");
+            absent(group);
+        }
+        ("gpu refused", Err(error)) => println!("refused: {error}"),
+        (role, group) => panic!("{role}: {group:?}"),
+    }
+}
+
 fn suite(mut group: Group) {
     for (what, check) in device::CHECKS {
         let start = Instant::now();
@@ -226,14 +242,18 @@ fn ends_at_once(mut group: Group) {
 }
 
 /// The stand-in, built once for its source, under the names that are looked for.
-fn libraries() -> &'static Path {
+pub(crate) fn libraries() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
         let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gpu_double");
         let mut hash = DefaultHasher::new();
-        for name in ["double.rs", "driver.rs", "errors.rs", "library.rs", "calls.rs", "numbers.rs"]
-        {
-            std::fs::read(sources.join(name)).expect("its source").hash(&mut hash);
+        let mut files: Vec<PathBuf> = std::fs::read_dir(&sources)
+            .expect("its sources")
+            .map(|entry| entry.expect("its sources").path())
+            .collect();
+        files.sort();
+        for file in files {
+            std::fs::read(file).expect("its source").hash(&mut hash);
         }
         let folder = format!("gpu_double-{:x}", hash.finish());
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(folder);

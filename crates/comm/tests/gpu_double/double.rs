@@ -10,7 +10,17 @@
 #![warn(unsafe_code)]
 #![allow(non_snake_case)]
 
+/// What needs a current context fails without one.
+macro_rules! in_context {
+    () => {
+        if crate::driver::CURRENT.get() != crate::driver::CONTEXT {
+            return crate::driver::NO_CONTEXT;
+        }
+    };
+}
+
 mod calls;
+mod copies;
 mod driver;
 mod errors;
 mod library;

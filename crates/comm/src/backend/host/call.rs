@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::region::RegionMemory;
-use crate::backend::nccl::transport::OnDevice;
+use crate::backend::gpu::on_device::OnDevice;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::fingerprint::{CallRecord, Op, RECORD_BYTES};
@@ -53,6 +53,15 @@ impl Memory {
             // The host does not work on it.
             Self::Device { .. } => std::ptr::null_mut(),
         }
+    }
+}
+
+impl Memory {
+    /// Whether this and another, of so many bytes each, are in part the same memory of a region of the host.
+    pub(crate) fn meets(&self, bytes: usize, other: &Self, of_other: usize) -> bool {
+        let Self::Region { region, offset } = self else { return false };
+        let Self::Region { region: its, offset: at } = other else { return false };
+        Arc::ptr_eq(region, its) && *offset < at + of_other && *at < offset + bytes
     }
 }
 

@@ -1,7 +1,7 @@
 //! Registered memory: one memfd of each rank of a machine, mapped by all of them.
 
 use super::mapping::Mapping;
-use crate::backend::nccl::memory::DeviceMemory;
+use crate::backend::gpu::memory::DeviceMemory;
 
 /// The mappings behind a [`Region`](crate::Region): this rank's part and those of its machine.
 #[derive(Debug)]

@@ -35,7 +35,7 @@ pub(super) struct Request(ffi::MPI_Request);
 unsafe impl Send for Request {}
 
 /// The caller's memory, as an address.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Place(pub(super) *mut u8);
 
 // SAFETY: an address; whoever passes it on to MPI answers for the memory.
@@ -127,6 +127,16 @@ pub(super) fn version() -> String {
     // SAFETY: the buffer is longer than MPI_MAX_LIBRARY_VERSION_STRING of any library.
     unsafe { ffi::MPI_Get_library_version(text.as_mut_ptr().cast::<c_char>(), &raw mut length) };
     string(&text, length).lines().next().unwrap_or_default().to_owned()
+}
+
+/// Whether the library says that it takes addresses of a GPU. Many have no such function.
+pub(super) fn says_cuda_aware() -> bool {
+    let program = libloading::os::unix::Library::this();
+    // SAFETY: `int MPIX_Query_cuda_support(void)` wherever it is defined.
+    let query =
+        unsafe { program.get::<unsafe extern "C" fn() -> c_int>(b"MPIX_Query_cuda_support\0") };
+    // SAFETY: takes nothing, and may be called once MPI is initialised.
+    query.is_ok_and(|query| unsafe { query() } == 1)
 }
 
 /// Ends MPI.

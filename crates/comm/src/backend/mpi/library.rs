@@ -55,6 +55,14 @@ pub(super) fn get(deadline: Instant) -> Result<&'static Library> {
     library.as_ref().map_err(|what| unavailable(what.clone()))
 }
 
+/// Whether the library takes addresses of a GPU: it says so itself (Open MPI, MPICH and MVAPICH do), unless the
+/// environment does.
+pub(super) fn is_cuda_aware() -> Result<bool> {
+    let said =
+        crate::environment::mpi_cuda_aware().map_err(|error| unavailable(error.to_string()))?;
+    Ok(said.unwrap_or_else(ffi::says_cuda_aware))
+}
+
 fn start(deadline: Instant) -> Result<Library, String> {
     if !crate::environment::is_started_by_mpi() && !ffi::is_initialized() {
         return Err("this process was not started by an MPI launcher: start it with \

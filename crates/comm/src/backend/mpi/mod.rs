@@ -6,6 +6,7 @@
 //! | `library` | initialised once, finalised once; who may call it |
 //! | `cut` | pure: who reduces which part, in which pieces |
 //! | `exchange`, `fold` | reductions: messages, and the kernels of the host backend in rank order |
+//! | `staged`, `legs` | memory of a GPU: copies to the host and back, or MPI's own way where it has one |
 //! | `transport` | a group's calls; what only moves goes through MPI's non-blocking collectives |
 //! | `bootstrap`, `address` | ranks that meet over MPI; where rank 0 can be reached |
 //!
@@ -18,7 +19,9 @@ mod cut;
 mod exchange;
 mod ffi;
 mod fold;
+mod legs;
 mod library;
+mod staged;
 mod transport;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,9 +29,11 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use self::library::Library;
+use self::staged::Staged;
 use self::transport::MpiTransport;
+use super::gpu::{self, Gpu};
 use super::host::core::Core;
-use super::lane::Lane;
+use super::lane::{Lane, Transport};
 use super::Backend;
 use crate::error::{Error, Result};
 
@@ -43,17 +48,24 @@ const TAGS: u64 = 32_768;
 /// The lanes of this process.
 static LANES: Mutex<Vec<Weak<Lane>>> = Mutex::new(Vec::new());
 
-/// Connects the ranks of a group over MPI. Collective: `gather` goes over the control plane.
+/// Connects the ranks of a group over MPI, with this rank's GPU where its memory is to travel. Collective:
+/// `gather` goes over the control plane.
 pub(crate) fn open(
     core: &Arc<Core>,
+    gpu_memory: bool,
     gather: &mut Gather<'_>,
     deadline: Instant,
-) -> Result<Arc<Lane>> {
+) -> Result<(Arc<Lane>, Option<Arc<Gpu>>)> {
     let rank = core.rank;
-    let mine = library::get(deadline);
+    let mine = library::get(deadline).and_then(|library| {
+        let device = gpu_memory.then(|| gpu::device_of(core, "mpi")).transpose()?;
+        let cuda_aware = device.is_some() && library::is_cuda_aware()?;
+        Ok((library, device, cuda_aware))
+    });
     // Those who have no MPI say so to the others, instead of letting them wait.
     let card = match &mine {
-        Ok(library) => Card {
+        Ok((library, _, cuda_aware)) => Card {
+            cuda_aware: *cuda_aware,
             rank: library.rank as u64,
             size: library.size as u64,
             tag: LED.fetch_add(1, Ordering::Relaxed) * 31 + library.rank as u64,
@@ -63,7 +75,9 @@ pub(crate) fn open(
     };
     let cards: Vec<Card> =
         gather(&card.encode())?.iter().map(|bytes| Card::decode(bytes)).collect();
-    let library = mine?;
+    let (library, device, _) = mine?;
+    // The same calls of MPI everywhere: one rank that copies makes all copy.
+    let cuda_aware = cards.iter().all(|theirs| theirs.cuda_aware);
     let members = members(&cards)?;
     let ranks = members.len();
     let tag = usize::try_from(cards[0].tag % TAGS).unwrap_or(0);
@@ -82,13 +96,25 @@ pub(crate) fn open(
         }
         part
     };
-    Ok(lane(library, core, MpiTransport::new(library, core, communicator)))
+    let transport = MpiTransport::new(library, core, communicator);
+    let Some(device) = device else {
+        return Ok((lane(library, core, library.multiple, Box::new(transport)), None));
+    };
+    tracing::info!(rank, gpu = device.name(), cuda_aware, "MPI moves the GPU's memory");
+    let staged = Staged::new(transport, rank, &device, cuda_aware)?;
+    // Callers do not drive it: only the runner asks the driver for anything.
+    let lane = lane(library, core, false, Box::new(staged));
+    Ok((lane, Some(Arc::new(Gpu { device, nccl: None }))))
 }
 
-fn lane(library: &'static Library, core: &Arc<Core>, transport: MpiTransport) -> Arc<Lane> {
+fn lane(
+    library: &'static Library,
+    core: &Arc<Core>,
+    callers_drive: bool,
+    transport: Box<dyn Transport>,
+) -> Arc<Lane> {
     let core = Arc::clone(core);
-    let lane =
-        Lane::new(Backend::Mpi, core, &library.runner, library.multiple, Box::new(transport));
+    let lane = Lane::new(Backend::Mpi, core, &library.runner, callers_drive, transport);
     let mut lanes = LANES.lock().unwrap_or_else(PoisonError::into_inner);
     lanes.retain(|other| other.strong_count() > 0);
     lanes.push(Arc::downgrade(&lane));
@@ -121,13 +147,16 @@ struct Card {
     size: u64,
     /// For the communicator, if this rank leads it.
     tag: u64,
+    /// Whether MPI takes addresses of its GPU.
+    cuda_aware: bool,
     /// Why this rank has no MPI; empty when it has.
     trouble: String,
 }
 
 impl Card {
     fn encode(&self) -> Vec<u8> {
-        let numbers = [self.rank, self.size, self.tag].map(u64::to_le_bytes).concat();
+        let aware = u64::from(self.cuda_aware);
+        let numbers = [self.rank, self.size, self.tag, aware].map(u64::to_le_bytes).concat();
         [&numbers[..], self.trouble.as_bytes()].concat()
     }
 
@@ -136,8 +165,9 @@ impl Card {
             let bytes = bytes.get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
             bytes.map_or(0, u64::from_le_bytes)
         };
-        let trouble = String::from_utf8_lossy(bytes.get(24..).unwrap_or_default()).into_owned();
-        Self { rank: number(0), size: number(8), tag: number(16), trouble }
+        let trouble = String::from_utf8_lossy(bytes.get(32..).unwrap_or_default()).into_owned();
+        let cuda_aware = number(24) == 1;
+        Self { rank: number(0), size: number(8), tag: number(16), cuda_aware, trouble }
     }
 }
 
@@ -171,7 +201,7 @@ mod tests {
     use super::*;
 
     fn card(rank: u64) -> Card {
-        Card { rank, size: 3, tag: 7, trouble: String::new() }
+        Card { rank, size: 3, tag: 7, cuda_aware: rank == 2, trouble: String::new() }
     }
 
     #[test]

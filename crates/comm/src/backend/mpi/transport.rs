@@ -95,6 +95,45 @@ impl MpiTransport {
         Error::Backend { rank: self.context.rank, backend: "mpi", call: call.to_owned(), what }
     }
 
+    /// Starts a call on memory of the host, in in-place form.
+    pub(super) fn begin(&mut self, call: &Call, at: Place) -> Result<()> {
+        let _open = self.library.enter(self.context.rank)?;
+        let moving = self.launch(call, at).map_err(|error| self.error(error))?;
+        self.moving.push(moving);
+        Ok(())
+    }
+
+    /// Whether a CUDA-aware library can do a call where its data lies on the GPU: what only moves data, in the
+    /// same way as [`MpiTransport::begin`] of other ranks does it.
+    pub(super) fn can_begin_in_place(&self, call: &Call) -> bool {
+        let Context { rank, ranks, .. } = self.context;
+        let only_moves = match call.op() {
+            Op::AllGather => call.bytes_on(rank) > GATHERED_BYTES_MAX,
+            Op::Broadcast | Op::Gather | Op::Scatter | Op::AllToAll | Op::Send | Op::Receive => {
+                true
+            }
+            _ => false,
+        };
+        only_moves && ranks > 1
+    }
+
+    /// Starts a call on memory of the GPU: of two buffers, or in in-place form.
+    pub(super) fn begin_in_place(&mut self, call: &Call, from: Place, to: Place) -> Result<()> {
+        let _open = self.library.enter(self.context.rank)?;
+        let (communicator, segment) = (self.context.communicator, call.segment);
+        let moving = match call.op() {
+            Op::Gather | Op::Scatter | Op::AllToAll if segment > MESSAGE_BYTES_MAX => {
+                Err(too_long(call))
+            }
+            Op::Gather => communicator.gather_to(call.root, from, to, segment).map(lone),
+            Op::Scatter => communicator.scatter_from(call.root, from, to, segment).map(lone),
+            Op::AllToAll => communicator.all_to_all(from, to, segment).map(lone),
+            _ => self.launch(call, to),
+        };
+        self.moving.push(moving.map_err(|error| self.error(error))?);
+        Ok(())
+    }
+
     fn exchange(&mut self, task: Task) -> Moving {
         let tags = Exchange::tags(&task.cut);
         if self.next_tag + tags > TAG_MAX {
@@ -306,6 +345,10 @@ impl MpiTransport {
     }
 }
 
+fn lone(request: Request) -> Moving {
+    library(request, Vec::new())
+}
+
 fn library(request: Request, keep: Vec<u8>) -> Moving {
     Moving::Library { requests: vec![request], keep, then: None }
 }
@@ -319,12 +362,8 @@ fn too_long(call: &Call) -> MpiError {
 }
 
 impl Transport for MpiTransport {
-    fn start(&mut self, call: &Call, memory: &mut Memory) -> Result<()> {
-        let _open = self.library.enter(self.context.rank)?;
-        let at = Place(memory.base());
-        let moving = self.launch(call, at).map_err(|error| self.error(error))?;
-        self.moving.push(moving);
-        Ok(())
+    fn start(&mut self, call: &Arc<Call>, memory: &mut Memory) -> Result<()> {
+        self.begin(call, Place(memory.base()))
     }
 
     fn poll(&mut self, ended: &mut Vec<usize>) -> Result<bool> {

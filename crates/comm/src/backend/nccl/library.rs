@@ -262,7 +262,7 @@ mod tests {
     /// Without a GPU a communicator fails with what NCCL says, in time.
     #[test]
     fn a_communicator_without_a_gpu_is_an_error() {
-        if super::super::device_count().is_ok() {
+        if crate::backend::gpu::device_count("nccl").is_ok() {
             return eprintln!("SKIPPED: this machine has a GPU");
         }
         let Some(nccl) = real() else { return };

@@ -3,11 +3,9 @@
 //! | file | what |
 //! |---|---|
 //! | `library` | finds and loads libnccl; versions; error texts |
-//! | `cuda` | contexts, streams, events, memory: the driver's calls |
 //! | `config` | a communicator's settings, by version |
 //! | `communicator` | NCCL's calls, checked, with deadlines; abort of all |
 //! | `transport` | a group's calls on its stream |
-//! | `memory` | registered GPU memory |
 //!
 //! Memory of the host goes over the host backend, which is the group's control plane anyway: what the
 //! ranks called is compared there before NCCL is asked for anything, so a kernel is only launched when
@@ -15,9 +13,7 @@
 
 pub(crate) mod communicator;
 mod config;
-pub(crate) mod cuda;
 pub(crate) mod library;
-pub(crate) mod memory;
 pub(crate) mod transport;
 
 use std::collections::VecDeque;
@@ -28,9 +24,10 @@ use std::time::Instant;
 use cudarc::nccl::sys::ncclUniqueId;
 
 use self::communicator::{Communicator, NcclError};
-use self::cuda::{CudaError, Device, OwnStream};
 use self::library::Nccl;
 use self::transport::NcclTransport;
+use super::gpu::cuda::{Device, OwnStream};
+use super::gpu::{self, cuda_error, Gpu, NcclSide};
 use super::host::core::Core;
 use super::lane::Lane;
 use super::runner::Runner;
@@ -40,33 +37,8 @@ use crate::error::{Error, Result};
 /// Every rank gives its bytes and gets everybody's, by rank.
 type Gather<'a> = dyn FnMut(&[u8]) -> Result<Vec<Vec<u8>>> + 'a;
 
-/// What a group with GPUs has beside its lane.
-#[derive(Debug)]
-pub(crate) struct Gpu {
-    pub(crate) nccl: &'static Nccl,
-    pub(crate) device: Arc<Device>,
-    pub(crate) communicator: Arc<Communicator>,
-}
-
 fn unavailable(what: impl Into<String>) -> Error {
     Error::NoBackend { backend: "nccl", what: what.into() }
-}
-
-/// GPUs that this process sees; an error says what is missing.
-pub(crate) fn device_count() -> Result<usize> {
-    if !cuda::has_driver() {
-        return Err(unavailable(
-            "there is no NVIDIA driver on this machine (libcuda.so.1): install it, or use the host \
-             backend",
-        ));
-    }
-    match cuda::device_count() {
-        Ok(0) => Err(unavailable(
-            "the NVIDIA driver shows this process no GPU: see nvidia-smi and CUDA_VISIBLE_DEVICES",
-        )),
-        Ok(count) => Ok(count),
-        Err(error) => Err(unavailable(format!("{}: {}", error.call, error.what))),
-    }
 }
 
 /// This rank's card, for the choice of a backend: with `trouble`, if the caller knows of any.
@@ -94,15 +66,9 @@ fn said(error: Error) -> String {
 
 /// The library and this rank's GPU, with its UUID.
 fn prepare(core: &Core, library: Option<&str>) -> Result<(&'static Nccl, Arc<Device>, [u8; 16])> {
-    let rank = core.rank;
-    let available = device_count()?;
-    // Ranks of one machine take its GPUs in turn; a launcher that shows each its own shows one.
-    let host_of = |of: usize| &core.peers.identities[of].host;
-    let place = (0..rank).filter(|peer| host_of(*peer) == host_of(rank)).count();
+    let device = gpu::device_of(core, "nccl")?;
     let nccl = Nccl::get(library).map_err(unavailable)?;
-    let error = |error| cuda_error(rank, error);
-    let device = Device::open(place % available).map_err(error)?;
-    let uuid = device.uuid().map_err(error)?;
+    let uuid = device.uuid().map_err(|error| cuda_error(core.rank, error))?;
     Ok((nccl, device, uuid))
 }
 
@@ -150,20 +116,20 @@ pub(crate) fn open(
         tracing::debug!(rank, %error, "the group failed while it was set up");
     }
     tracing::info!(rank, nccl = nccl.version(), gpu = device.name(), "an NCCL group is ready");
-    carried(core, Gpu { nccl, device, communicator })
+    carried(core, device, NcclSide { library: nccl, communicator })
 }
 
-/// A lane for `core`'s calls on the communicator of `gpu`.
-fn carried(core: &Arc<Core>, gpu: Gpu) -> Result<(Arc<Lane>, Arc<Gpu>)> {
+/// A lane for `core`'s calls on a communicator.
+fn carried(core: &Arc<Core>, device: Arc<Device>, nccl: NcclSide) -> Result<(Arc<Lane>, Arc<Gpu>)> {
     let (rank, world_size) = (core.rank, core.world_size());
-    let stream = OwnStream::new(&gpu.device).map_err(|error| cuda_error(rank, error))?;
+    let stream = OwnStream::new(&device).map_err(|error| cuda_error(rank, error))?;
     let transport = NcclTransport {
         core: Arc::clone(core),
         rank,
         world_size,
-        nccl: gpu.nccl,
-        device: Arc::clone(&gpu.device),
-        communicator: Arc::clone(&gpu.communicator),
+        nccl: nccl.library,
+        device: Arc::clone(&device),
+        communicator: Arc::clone(&nccl.communicator),
         stream,
         moving: VecDeque::new(),
         scaled: Vec::new(),
@@ -172,24 +138,24 @@ fn carried(core: &Arc<Core>, gpu: Gpu) -> Result<(Arc<Lane>, Arc<Gpu>)> {
         .map_err(|error| Error::system(rank, "start a thread", error))?;
     // Callers never enter NCCL or wait for a device: only the runner does.
     let lane = Lane::new(Backend::Nccl, Arc::clone(core), &runner, false, Box::new(transport));
-    Ok((lane, Arc::new(gpu)))
+    Ok((lane, Arc::new(Gpu { device, nccl: Some(nccl) })))
 }
 
-/// Divides the communicator of `gpu`, on which nothing is under way: `part` is this rank's part of the
+/// Divides the communicator `nccl`, on which nothing is under way: `part` is this rank's part of the
 /// group, with its color's number. Collective for the undivided group.
 pub(crate) fn divide(
     undivided: &Core,
-    gpu: &Gpu,
+    (device, nccl): (&Arc<Device>, &NcclSide),
     part: Option<(&Arc<Core>, c_int)>,
     deadline: Instant,
 ) -> Result<Option<(Arc<Lane>, Arc<Gpu>)>> {
     let rank = undivided.rank;
-    let current = gpu.device.current().map_err(|error| cuda_error(rank, error))?;
+    let current = device.current().map_err(|error| cuda_error(rank, error))?;
     let gives_up = || undivided.peers.failure().is_some();
     let key = part.map_or(0, |(core, _)| c_int::try_from(core.rank).unwrap_or(c_int::MAX));
-    let divided = gpu.communicator.split(part.map(|(_, color)| color), key, deadline, &gives_up);
+    let divided = nccl.communicator.split(part.map(|(_, color)| color), key, deadline, &gives_up);
     let communicator = divided.map_err(|error| {
-        communicator::abort_all(gpu.nccl, &error.what);
+        communicator::abort_all(nccl.library, &error.what);
         let what = error.what;
         let own = Error::Backend { rank, backend: "nccl", call: error.call.to_owned(), what };
         undivided.peers.failure().unwrap_or(own)
@@ -197,11 +163,8 @@ pub(crate) fn divide(
     drop(current);
     let (Some((core, _)), Some(communicator)) = (part, communicator) else { return Ok(None) };
     let communicator = Arc::new(communicator);
-    carried(core, Gpu { nccl: gpu.nccl, device: Arc::clone(&gpu.device), communicator }).map(Some)
-}
-
-pub(crate) fn cuda_error(rank: usize, error: CudaError) -> Error {
-    Error::Backend { rank, backend: "nccl", call: error.call.to_owned(), what: error.what }
+    let nccl = NcclSide { library: nccl.library, communicator };
+    carried(core, Arc::clone(device), nccl).map(Some)
 }
 
 fn decode_id(bytes: &[u8]) -> Option<ncclUniqueId> {

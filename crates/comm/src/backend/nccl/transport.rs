@@ -3,71 +3,22 @@
 
 use std::collections::VecDeque;
 use std::ffi::{c_int, c_void};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Instant;
 
 use smallvec::SmallVec;
 
 use super::communicator::{abort_all, Communicator, NcclError};
-use super::cuda::{CudaError, Device, Event, OwnStream};
-use super::cuda_error;
 use super::library::Nccl;
+use crate::backend::gpu::cuda::{CudaError, Device, Event, OwnStream};
+use crate::backend::gpu::on_device::OnDevice;
 use crate::backend::host::call::{Call, Memory};
 use crate::backend::host::core::Core;
-use crate::backend::lane::{Lane, Submitted, Transport};
+use crate::backend::lane::{Submitted, Transport};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::fingerprint::Op;
 use crate::reduce_op::{Finish, Fold, Reduction};
-use crate::region::Stream;
-
-/// How long a caller sleeps between two looks whether its call has been launched.
-const LOOK: Duration = Duration::from_millis(1);
-
-/// Where a call stands between streams.
-#[derive(Debug)]
-pub(crate) struct OnDevice {
-    /// The caller's stream.
-    stream: Stream,
-    /// The point of that stream at which the call was made.
-    ready: Event,
-    /// The end of the call on the group's stream, once it is launched.
-    done: Mutex<Option<Arc<Event>>>,
-    launched: Condvar,
-}
-
-impl OnDevice {
-    pub(crate) fn after(device: &Arc<Device>, stream: Stream) -> Result<Self, CudaError> {
-        let ready = Event::record(device, stream)?;
-        Ok(Self { stream, ready, done: Mutex::new(None), launched: Condvar::new() })
-    }
-
-    fn launch(&self, done: Arc<Event>) {
-        *self.done.lock().unwrap_or_else(PoisonError::into_inner) = Some(done);
-        self.launched.notify_all();
-    }
-
-    /// Orders `stream`, or the one that the call was made on, after the call. Waits on the host only until
-    /// it is launched, or has failed.
-    pub(crate) fn order(&self, call: &Call, lane: &Lane, stream: Option<Stream>) -> Result<()> {
-        let mut patience = lane.patience(call);
-        let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            if let Some(done) = &*done {
-                let ordered = done.order(stream.unwrap_or(self.stream));
-                return ordered.map_err(|error| cuda_error(lane.core.rank, error));
-            }
-            if call.is_done() {
-                return Ok(()); // failed before it was launched
-            }
-            let waited = self.launched.wait_timeout(done, LOOK);
-            done = waited.unwrap_or_else(PoisonError::into_inner).0;
-            if done.is_none() {
-                patience.check()?;
-            }
-        }
-    }
-}
 
 /// Moves a group's data with NCCL.
 #[derive(Debug)]
@@ -234,7 +185,7 @@ impl NcclTransport {
 }
 
 impl Transport for NcclTransport {
-    fn start(&mut self, call: &Call, memory: &mut Memory) -> Result<()> {
+    fn start(&mut self, call: &Arc<Call>, memory: &mut Memory) -> Result<()> {
         let (Memory::Device { at, from, .. }, Some(on_device)) = (memory, &call.on_device) else {
             return Err(self.error(call.op().name(), "memory of the host".to_owned()));
         };

@@ -1,14 +1,16 @@
-//! GPU memory that collectives work on: from NCCL's allocator and registered with the communicator
-//! where the version can, so that `NVLink` SHARP and network cards use it without a copy.
+//! GPU memory that collectives work on: with NCCL from its allocator and registered with the communicator
+//! where the version can, so that `NVLink` SHARP and network cards use it without a copy; else the
+//! driver's.
 #![expect(unsafe_code, reason = "gate: memory of a device")]
 
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::mpsc::{channel, Sender};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use super::cuda;
-use super::library::SUCCESS;
-use super::{cuda_error, Gpu};
+use super::{cuda_error, Gpu, NcclSide};
+use crate::backend::nccl::library::SUCCESS;
 use crate::error::Result;
 
 /// How long NCCL may be busy with a call before memory goes unregistered.
@@ -29,7 +31,8 @@ impl DeviceMemory {
     /// `bytes` zeroed bytes.
     pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, bytes: usize) -> Result<Self> {
         let error = |error| cuda_error(rank, error);
-        let (pointer, from_nccl) = match from_nccl(gpu, bytes) {
+        let with_nccl = gpu.nccl.as_ref().and_then(|nccl| from_nccl(gpu, nccl, bytes));
+        let (pointer, from_nccl) = match with_nccl {
             Some(pointer) => (pointer, true),
             None => (cuda::allocate(&gpu.device, bytes).map_err(error)?, false),
         };
@@ -52,11 +55,12 @@ impl DeviceMemory {
 
     /// Registers with the communicator; memory that cannot be works as well, only slower.
     fn register(&self) -> Option<usize> {
-        let register = self.gpu.nccl.functions.register?;
+        let NcclSide { library, communicator } = self.gpu.nccl.as_ref()?;
+        let register = library.functions.register?;
         let _current = self.gpu.device.current().ok()?;
         let mut handle: *mut c_void = std::ptr::null_mut();
         let deadline = Instant::now() + REGISTER;
-        let registered = self.gpu.communicator.when_settled("ncclCommRegister", deadline, |comm| {
+        let registered = communicator.when_settled("ncclCommRegister", deadline, |comm| {
             // SAFETY: our own memory of so many bytes; the registration ends before it is freed.
             unsafe { register(comm, self.at(), self.bytes, &raw mut handle) }
         });
@@ -80,14 +84,14 @@ impl DeviceMemory {
     }
 }
 
-fn from_nccl(gpu: &Gpu, bytes: usize) -> Option<u64> {
-    let allocate = gpu.nccl.functions.mem_alloc?;
+fn from_nccl(gpu: &Gpu, nccl: &NcclSide, bytes: usize) -> Option<u64> {
+    let allocate = nccl.library.functions.mem_alloc?;
     let _current = gpu.device.current().ok()?;
     let mut pointer: *mut c_void = std::ptr::null_mut();
     // SAFETY: NCCL writes the address; freed with mem_free.
     let code = unsafe { allocate(&raw mut pointer, bytes.max(1)) };
     if code != SUCCESS {
-        tracing::debug!(what = gpu.nccl.explain(code), "ncclMemAlloc: plain memory is used");
+        tracing::debug!(what = nccl.library.explain(code), "ncclMemAlloc: plain memory is used");
         return None;
     }
     Some(pointer as u64)
@@ -101,7 +105,7 @@ impl Drop for DeviceMemory {
             registration: self.registration,
             gpu: Arc::clone(&self.gpu),
         };
-        reaper::take(freed);
+        later(move || freed.free());
     }
 }
 
@@ -122,12 +126,18 @@ impl Freed {
         if let Err(error) = cuda::synchronize() {
             return tracing::warn!(what = error.what, "memory of the device is not freed");
         }
-        if let (Some(handle), Some(deregister)) =
-            (self.registration, self.gpu.nccl.functions.deregister)
-        {
+        match &self.gpu.nccl {
+            Some(nccl) => self.give_back(nccl),
+            None => cuda::free(&self.gpu.device, self.pointer),
+        }
+    }
+
+    fn give_back(&self, nccl: &NcclSide) {
+        let functions = &nccl.library.functions;
+        if let (Some(handle), Some(deregister)) = (self.registration, functions.deregister) {
             let deadline = Instant::now() + REGISTER;
             let call = "ncclCommDeregister";
-            let ended = self.gpu.communicator.when_settled(call, deadline, |comm| {
+            let ended = nccl.communicator.when_settled(call, deadline, |comm| {
                 // SAFETY: the handle is from register, of the same communicator.
                 unsafe { deregister(comm, std::ptr::without_provenance_mut(handle)) }
             });
@@ -139,13 +149,13 @@ impl Freed {
                 Err(error) => tracing::debug!(what = error.what, "ncclCommDeregister"),
             }
         }
-        match self.gpu.nccl.functions.mem_free {
+        match functions.mem_free {
             Some(free) if self.from_nccl => {
                 let at = usize::try_from(self.pointer).unwrap_or(0);
                 // SAFETY: from ncclMemAlloc, and nobody uses it any more.
                 let code = unsafe { free(std::ptr::without_provenance_mut(at)) };
                 if code != SUCCESS {
-                    tracing::warn!(what = self.gpu.nccl.describe(code), "ncclMemFree");
+                    tracing::warn!(what = nccl.library.describe(code), "ncclMemFree");
                 }
             }
             _ => cuda::free(&self.gpu.device, self.pointer),
@@ -153,27 +163,22 @@ impl Freed {
     }
 }
 
-/// The thread that waits for the device before it frees memory: the last owner is often the runner, which
+/// Does what may wait for the device, on a thread of its own: the last owner of memory is often a thread that
 /// must never wait. Where the device never gets there the memory stays.
-mod reaper {
-    use std::sync::mpsc::{channel, Sender};
-    use std::sync::OnceLock;
-
-    use super::Freed;
-
-    pub(super) fn take(freed: Freed) {
-        static TO: OnceLock<Option<Sender<Freed>>> = OnceLock::new();
-        let to = TO.get_or_init(|| {
-            let (to, from) = channel::<Freed>();
-            let named = std::thread::Builder::new().name("phalanx-nccl-free".to_owned());
-            // Not joined: what it has not freed goes with the process.
-            named.spawn(move || from.into_iter().for_each(Freed::free)).ok().map(|_thread| to)
-        });
-        // Without the thread the memory stays: to free it here could wait for ever.
-        let kept = match to {
-            Some(to) => to.send(freed).err().map(|error| error.0),
-            None => Some(freed),
-        };
-        _ = std::mem::ManuallyDrop::new(kept);
-    }
+pub(crate) fn later(free: impl FnOnce() + Send + 'static) {
+    type Job = Box<dyn FnOnce() + Send>;
+    static TO: OnceLock<Option<Sender<Job>>> = OnceLock::new();
+    let to = TO.get_or_init(|| {
+        let (to, from) = channel::<Job>();
+        let named = std::thread::Builder::new().name("phalanx-gpu-free".to_owned());
+        // Not joined: what it has not freed goes with the process.
+        named.spawn(move || from.into_iter().for_each(|job| job())).ok().map(|_thread| to)
+    });
+    // Without the thread the memory stays: to free it here could wait for ever.
+    let job: Job = Box::new(free);
+    let kept = match to {
+        Some(to) => to.send(job).err().map(|error| error.0),
+        None => Some(job),
+    };
+    _ = std::mem::ManuallyDrop::new(kept);
 }

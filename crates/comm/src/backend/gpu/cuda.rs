@@ -338,3 +338,41 @@ pub(crate) unsafe fn write_later(
     unsafe { result::memcpy_htod_async(to, from, stream.0 as sys::CUstream) }
         .map_err(failed("cuMemcpyHtoDAsync"))
 }
+
+/// Copies to the host, in `stream`'s order.
+///
+/// # Safety
+///
+/// The address belongs to as many bytes of the device, and the host's bytes are page-locked and nobody
+/// else's, until the copy is done.
+#[cfg(feature = "mpi")]
+pub(crate) unsafe fn read_later(
+    device: &Device,
+    from: u64,
+    to: &mut [u8],
+    stream: Stream,
+) -> Result<()> {
+    let _current = device.current()?;
+    // SAFETY: as the caller promises.
+    unsafe { result::memcpy_dtoh_async(to, from, stream.0 as sys::CUstream) }
+        .map_err(failed("cuMemcpyDtoHAsync"))
+}
+
+/// Copies within the device, in `stream`'s order.
+///
+/// # Safety
+///
+/// Both addresses belong to so many bytes of the device until the copy is done.
+#[cfg(feature = "mpi")]
+pub(crate) unsafe fn copy_later(
+    device: &Device,
+    from: u64,
+    to: u64,
+    bytes: usize,
+    stream: Stream,
+) -> Result<()> {
+    let _current = device.current()?;
+    // SAFETY: as the caller promises.
+    unsafe { result::memcpy_dtod_async(to, from, bytes, stream.0 as sys::CUstream) }
+        .map_err(failed("cuMemcpyDtoDAsync"))
+}
