@@ -204,7 +204,7 @@ pub enum Error {
         absent: Vec<Absent>,
     },
     /// Group: all ranks came, but the library that moves the data did not end in time.
-    #[error("{call}: {timeout:?} passed on rank {rank} although every rank has called it: {backend} does not make progress; look at its own messages{}, or raise the timeout if the data is only large", if *backend == "nccl" { " (NCCL_DEBUG=INFO)" } else { "" })]
+    #[error("{call}: {timeout:?} passed on rank {rank} although every rank has called it: {backend} does not make progress{}; look at its own messages{}, or raise the timeout if the data is only large", said.as_ref().map_or(String::new(), |said| format!(", and says {said:?}")), if *backend == "nccl" { " (NCCL_DEBUG=INFO)" } else { "" })]
     Stalled {
         /// Who waited.
         rank: usize,
@@ -214,6 +214,8 @@ pub enum Error {
         call: Box<CallRecord>,
         /// How long it waited.
         timeout: Duration,
+        /// The newest message of the library's, where it gives one.
+        said: Option<String>,
     },
     /// Group: the library that moves the data reported an error.
     #[error("{backend}: {call} failed on rank {rank}: {what}")]

@@ -23,7 +23,7 @@ use super::Backend;
 use crate::error::{Error, Result};
 use crate::fingerprint::Op;
 
-pub(crate) use super::unit::Submitted;
+pub(crate) use super::unit::{Check, Submitted};
 
 /// Moves the data of a group's calls. Only one thread at a time calls it.
 pub(crate) trait Transport: Send + std::fmt::Debug {
@@ -43,6 +43,10 @@ pub(crate) trait Transport: Send + std::fmt::Debug {
     fn abandon(&mut self, cause: &Error);
     /// The group was closed and nothing is under way. Called on the runner's thread, last.
     fn close(&mut self) {}
+    /// The newest message of the library's.
+    fn last_words(&self) -> Option<String> {
+        None
+    }
     /// Whether a message may start before collectives that were called earlier.
     fn lets_messages_overtake(&self) -> bool {
         false
@@ -57,8 +61,6 @@ pub(crate) trait Transport: Send + std::fmt::Debug {
 const LOOK: Duration = Duration::from_millis(10);
 /// A caller that waits so soon after starting has nothing else to do.
 const AT_ONCE: Duration = Duration::from_micros(40);
-/// How long a message of a peer that has left may still be on its way.
-const ON_ITS_WAY: Duration = Duration::from_secs(1);
 
 /// One group's calls on their way through a transport.
 #[derive(Debug)]
@@ -70,7 +72,7 @@ pub(crate) struct Lane {
     /// Whether threads other than the runner may call the transport (one at a time).
     callers_drive: bool,
     /// Whether messages are in no order with collectives.
-    messages_overtake: bool,
+    pub(super) messages_overtake: bool,
     pub(super) idle_poll: Option<Duration>,
     /// Started, not yet seen by whoever holds `state`.
     incoming: Mutex<Vec<Unit>>,
@@ -84,21 +86,36 @@ pub(crate) struct Lane {
 }
 
 #[derive(Debug)]
-struct State {
-    transport: Box<dyn Transport>,
-    checking: VecDeque<Unit>,
+pub(super) struct State {
+    pub(super) transport: Box<dyn Transport>,
+    pub(super) checking: VecDeque<Unit>,
     /// Started, in that order.
-    moving: Vec<Arc<Call>>,
+    pub(super) moving: Vec<Arc<Call>>,
+    /// Messages of those whose other side is not yet known to be called, with their numbers.
+    pub(super) unmet: Vec<(Arc<Call>, u64)>,
     /// Places in `moving` of what has ended.
     ended: Vec<usize>,
     /// When the oldest call's turn came.
-    turn: Instant,
+    pub(super) turn: Instant,
     /// Since when a message waits for a peer that has left.
-    lonely: Option<Instant>,
+    pub(super) lonely: Option<Instant>,
     abandoned: bool,
 }
 
 impl State {
+    /// A library's error, with the oldest call that is under way.
+    fn placed(&self, error: Error) -> Error {
+        let waiting = || self.checking.iter().flat_map(|unit| &unit.calls).map(|one| &one.call);
+        let oldest = self.moving.first().or_else(|| waiting().next());
+        match (error, oldest) {
+            (Error::Backend { rank, backend, call, what }, Some(oldest)) => {
+                let what = format!("{what}; during {}", oldest.record);
+                Error::Backend { rank, backend, call, what }
+            }
+            (error, _) => error,
+        }
+    }
+
     fn is_open(&self) -> bool {
         !self.checking.is_empty() || !self.moving.is_empty()
     }
@@ -114,7 +131,7 @@ pub(super) struct Look {
     pub(super) busy: bool,
 }
 
-fn is_message(call: &Call) -> bool {
+pub(super) fn is_message(call: &Call) -> bool {
     matches!(call.op(), Op::Send | Op::Receive)
 }
 
@@ -133,6 +150,7 @@ impl Lane {
             transport,
             checking: VecDeque::new(),
             moving: Vec::new(),
+            unmet: Vec::new(),
             ended: Vec::new(),
             turn: Instant::now(),
             lonely: None,
@@ -158,7 +176,7 @@ impl Lane {
     }
 
     /// Takes a started call. `check` is its header's call on the control plane.
-    pub(crate) fn submit(&self, call: Arc<Call>, check: Option<Arc<Call>>) {
+    pub(crate) fn submit(&self, call: Arc<Call>, check: Check) {
         let caller_comes = self.callers_drive && self.habit(&call).load(Ordering::Relaxed) > 0;
         let submitted = Submitted { call, check };
         let mut held = lock(&self.held);
@@ -260,7 +278,9 @@ impl Lane {
     /// Waits until nothing is under way; whether it came to that before the deadline.
     pub(crate) fn wait_idle(&self, deadline: Instant) -> bool {
         loop {
-            let busy = lock(&self.state).is_open() || !lock(&self.incoming).is_empty();
+            // Held for long only where something is under way.
+            let busy = self.state.try_lock().map_or(true, |state| state.is_open())
+                || !lock(&self.incoming).is_empty();
             if !busy || Instant::now() >= deadline {
                 return !busy;
             }
@@ -318,7 +338,8 @@ impl Lane {
         let moved = result.unwrap_or_else(|error| {
             // A library that has lost a peer says so without naming it; the control plane names it.
             let named = matches!(error, Error::Backend { .. }).then(|| self.core.peers.verdict());
-            let error = self.core.peers.fail(named.flatten().unwrap_or(error));
+            let error = named.flatten().unwrap_or_else(|| state.placed(error));
+            let error = self.core.peers.fail(error);
             self.abandon(state, &error);
             true
         });
@@ -336,8 +357,14 @@ impl Lane {
                 several => state.transport.start_together(several)?,
             }
             let started = state.checking.pop_front().map(|started| started.calls);
-            state.moving.extend(started.into_iter().flatten().map(|one| one.call));
+            for Submitted { call, check } in started.into_iter().flatten() {
+                if let Check::Message(index) = check {
+                    state.unmet.push((Arc::clone(&call), index));
+                }
+                state.moving.push(call);
+            }
         }
+        self.check_unmet(state)?;
         if state.moving.is_empty() {
             return self.check_time(state).map(|()| false);
         }
@@ -357,105 +384,9 @@ impl Lane {
         Ok(true)
     }
 
-    /// Whether all ranks have called what `unit` holds.
-    fn is_checked(&self, unit: &mut Unit) -> Result<bool> {
-        while let Some(one) = unit.calls.get(unit.checked) {
-            if let Some(check) = &one.check {
-                let Some(result) = self.core.poll_check(check) else {
-                    return self.gone_before_showing(check).map(|()| false);
-                };
-                result?;
-            }
-            unit.checked += 1;
-        }
-        Ok(true)
-    }
-
-    /// Whether `unit` works on memory of a call that has not ended: calls on the same memory are in order, on
-    /// the GPU by the transport.
-    fn comes_after(&self, unit: &Unit, moving: &[Arc<Call>]) -> bool {
-        let rank = self.core.rank;
-        unit.calls.iter().any(|Submitted { call, .. }| {
-            let bytes = call.bytes_on(rank);
-            let (memory, mut moving) = (&call.lock().memory, moving.iter());
-            moving.any(|other| memory.meets(bytes, &other.lock().memory, other.bytes_on(rank)))
-        })
-    }
-
-    /// An error when a peer of this machine has left without having called this.
-    fn gone_before_showing(&self, check: &Call) -> Result<()> {
-        let (peers, seq) = (&self.core.peers, check.seq());
-        let Some(left) = self.core.locals.iter().find(|local| peers.has_departed(**local)) else {
-            return Ok(());
-        };
-        let gone = peers.gone_before(*left, seq, &check.record.to_string());
-        // What it announced before its goodbye is visible after it.
-        let came = self.core.board(*left).published(seq).load(Ordering::Acquire) > seq;
-        gone.filter(|_| !came).map_or(Ok(()), Err)
-    }
-
-    /// Messages do not wait for collectives whose turn has not come, where the library lets them.
-    fn start_messages(&self, state: &mut State) -> Result<()> {
-        if !self.messages_overtake || !state.checking.iter().any(Unit::is_message) {
-            return Ok(());
-        }
-        let (messages, collectives): (VecDeque<_>, VecDeque<_>) =
-            std::mem::take(&mut state.checking).into_iter().partition(Unit::is_message);
-        state.checking = collectives;
-        for Submitted { call, .. } in messages.into_iter().flat_map(|unit| unit.calls) {
-            state.transport.start(&call, &mut call.lock().memory)?;
-            state.moving.push(call);
-        }
-        Ok(())
-    }
-
-    /// An error when the oldest call's time is over.
-    fn check_time(&self, state: &mut State) -> Result<()> {
-        let overtakes = |call: &Arc<Call>| self.messages_overtake && is_message(call);
-        let mut lonely = false;
-        for call in state.moving.iter().filter(|call| overtakes(call)) {
-            lonely |= self.check_message(call, state.lonely)?;
-        }
-        state.lonely = lonely.then(|| state.lonely.unwrap_or_else(Instant::now));
-        let moving = state.moving.iter().find(|call| !overtakes(call));
-        let waiting = state.checking.front().and_then(|unit| unit.calls.get(unit.checked));
-        let Some(oldest) = moving.or(waiting.map(|front| &front.call)) else {
-            return Ok(());
-        };
-        if state.turn.elapsed() < oldest.timeout {
-            return Ok(());
-        }
-        match waiting {
-            Some(Submitted { check: Some(check), .. }) if moving.is_none() => {
-                Err(self.core.late(check))
-            }
-            _ => Err(Error::Stalled {
-                rank: self.core.rank,
-                backend: self.backend.name(),
-                call: Box::new(oldest.record.clone()),
-                timeout: oldest.timeout,
-            }),
-        }
-    }
-
-    /// An error when a message can come no more; whether its peer has left.
-    fn check_message(&self, call: &Call, lonely: Option<Instant>) -> Result<bool> {
-        let (peers, peer) = (&self.core.peers, call.root);
-        if call.started.is_some_and(|started| started.elapsed() >= call.timeout) {
-            return Err(peers.late(call, &[(peer, None)]));
-        }
-        if !peers.has_departed(peer) {
-            return Ok(false);
-        }
-        if lonely.is_some_and(|since| since.elapsed() >= ON_ITS_WAY) {
-            let gone = peers.gone_before(peer, u64::MAX - 1, &call.record.to_string());
-            return Err(gone.unwrap_or_else(|| peers.during_failure()));
-        }
-        Ok(true)
-    }
-
     fn abandon(&self, state: &mut State, error: &Error) {
         state.ended.clear();
+        state.unmet.clear();
         for call in state.moving.drain(..) {
             // The library may still write there.
             let memory = std::mem::replace(&mut call.lock().memory, Memory::Nothing);

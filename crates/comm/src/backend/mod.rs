@@ -1,5 +1,6 @@
 //! What carries collectives out.
 
+mod checks;
 pub(crate) mod gpu;
 pub(crate) mod host;
 pub(crate) mod lane;

@@ -57,6 +57,7 @@ impl<'a> Patience<'a> {
             backend: self.backend.name(),
             call: Box::new(self.call.record.clone()),
             timeout: self.call.timeout,
+            said: None,
         }))
     }
 }

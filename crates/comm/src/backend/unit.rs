@@ -6,11 +6,22 @@ use smallvec::SmallVec;
 
 use super::host::call::Call;
 
-/// A call and, for collectives, its header's way over the control plane.
+/// A call, and how it is compared.
 #[derive(Debug)]
 pub(crate) struct Submitted {
     pub(crate) call: Arc<Call>,
-    pub(super) check: Option<Arc<Call>>,
+    pub(super) check: Check,
+}
+
+/// How ranks compare what they called.
+#[derive(Debug)]
+pub(crate) enum Check {
+    /// The library's messages bring their headers themselves.
+    None,
+    /// Over the control plane: the header's call there.
+    Collective(Arc<Call>),
+    /// Both sides announce a message: its number between the two.
+    Message(u64),
 }
 
 /// What starts together: one call, mostly.
@@ -22,8 +33,9 @@ pub(super) struct Unit {
 }
 
 impl Unit {
-    pub(super) fn is_message(&self) -> bool {
-        matches!(&self.calls[..], [Submitted { check: None, .. }])
+    /// A message that may overtake collectives.
+    pub(super) fn is_free(&self) -> bool {
+        matches!(&self.calls[..], [Submitted { check: Check::None, .. }])
     }
 }
 

@@ -7,7 +7,7 @@ use super::{Group, Plan};
 use crate::backend::gpu::cuda_error;
 use crate::backend::gpu::on_device::OnDevice;
 use crate::backend::host::call::{Call, Memory};
-use crate::backend::lane::Lane;
+use crate::backend::lane::{Check, Lane};
 use crate::backend::{mpi, nccl, Backend};
 use crate::dtype::DType;
 use crate::error::Result;
@@ -104,7 +104,10 @@ impl Group {
         let check = self.core.start(check, None)?;
         self.started += 1;
         let call = Arc::new(call);
-        lane.submit(Arc::clone(&call), Some(check));
+        if self.has_nccl() {
+            self.on_gpu += 1;
+        }
+        lane.submit(Arc::clone(&call), Check::Collective(check));
         Ok(call)
     }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::{Group, Plan};
 use crate::backend::host::call::{Call, Memory};
 use crate::backend::host::point;
+use crate::backend::lane::Check;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::fingerprint::{CallRecord, Op};
@@ -269,7 +270,7 @@ impl Group {
         let call =
             self.message::<T>(Op::Send, peer, bytes.len(), Memory::Private(bytes.to_vec()))?;
         if let Some(lane) = self.lane.as_ref().filter(|_| !self.has_nccl()) {
-            lane.submit(Arc::clone(&call), None);
+            lane.submit(Arc::clone(&call), Check::None);
             return Ok(Work::new(self.core(), call, None).on(Some(lane)));
         }
         point::start_send(&self.core.peers, peer, Arc::clone(&call))?;
@@ -298,7 +299,7 @@ impl Group {
             Memory::Private(vec![0; bytes.len()]),
         )?;
         if let Some(lane) = self.lane.as_ref().filter(|_| !self.has_nccl()) {
-            lane.submit(Arc::clone(&call), None);
+            lane.submit(Arc::clone(&call), Check::None);
             let output = Some(Output { bytes, skip: 0 });
             return Ok(Work::new(self.core(), call, output).on(Some(lane)));
         }
@@ -387,9 +388,15 @@ impl Group {
         if let Some(error) = self.core.peers.failure() {
             return Err(error);
         }
+        let on_nccl = self.has_nccl() && matches!(memory, Memory::Device { .. });
         let record = CallRecord {
             op,
-            seq: self.core.peers.points.next_index(peer, op == Op::Send),
+            // NCCL's messages are in order with its collectives: their place among them is compared.
+            seq: if on_nccl {
+                self.together.unwrap_or(self.on_gpu)
+            } else {
+                self.core.peers.points.next_index(peer, op == Op::Send)
+            },
             dtype: Some(T::DTYPE),
             len: (bytes / T::DTYPE.size_bytes()) as u64,
             reduction: "",

@@ -85,6 +85,9 @@ pub struct Group {
     regions: u64,
     /// Collectives started so far.
     started: u64,
+    /// Of these, those on GPU memory over NCCL; and how many there were before calls that go together.
+    on_gpu: u64,
+    together: Option<u64>,
     /// Those on regions of the host that may not have ended, where the host backend moves them.
     on_regions: Vec<Arc<Call>>,
     next: Next,
@@ -192,6 +195,8 @@ impl Group {
             number,
             regions: 0,
             started: 0,
+            on_gpu: 0,
+            together: None,
             on_regions: Vec::new(),
             next: Next::default(),
             track: Track { group: recorder::WORLD, rank },

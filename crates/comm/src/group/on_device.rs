@@ -8,8 +8,9 @@ use crate::backend::gpu::cuda::Event;
 use crate::backend::gpu::cuda_error;
 use crate::backend::gpu::memory::DeviceMemory;
 use crate::backend::host::call::Memory;
+use crate::backend::host::point;
 use crate::backend::host::region::RegionMemory;
-use crate::backend::lane::Lane;
+use crate::backend::lane::{Check, Lane};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::fingerprint::Op;
@@ -181,16 +182,21 @@ impl Group {
             lane.hold();
             Release(lane)
         });
+        let outermost = self.together.is_none();
+        self.together = self.together.or(Some(self.on_gpu));
         let result = calls(self);
+        if outermost {
+            self.together = None;
+        }
         drop(release);
         result
     }
 
     /// As [`Group::send`], of GPU memory, which must stay as it is until the work was waited for.
     ///
-    /// Over MPI it is as a message of the host's. NCCL's messages are in order with collectives and with each other, on both sides, and carry no
-    /// header: length and type must be the receiver's, or the message hangs until its time is over, or
-    /// gives nonsense. A receiver on a GPU waits its whole time limit for a peer that has left.
+    /// Over MPI it is as a message of the host's. NCCL's messages are in order with collectives on GPU memory, on
+    /// both sides: sender and receiver must have started the same number of those before (or before the
+    /// [`Group::coalesced`] that a message is part of). Errors show that number as the message's.
     ///
     /// # Errors
     ///
@@ -219,7 +225,11 @@ impl Group {
         let memory = self.device_memory(op, bytes, None)?;
         let call = self.message::<T>(op, peer, length, memory)?;
         if let Some(lane) = &self.lane {
-            lane.submit(Arc::clone(&call), None);
+            let check = match self.has_nccl() {
+                true => Check::Message(point::announce(&self.core.peers, peer, &call.record)?),
+                false => Check::None,
+            };
+            lane.submit(Arc::clone(&call), check);
         }
         Ok(Work::new(self.core(), call, None).on(self.lane.as_ref()))
     }

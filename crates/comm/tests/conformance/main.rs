@@ -17,6 +17,7 @@
 mod device;
 mod faults;
 mod gpu_faults;
+mod gpu_messages;
 mod launched;
 mod matrix;
 mod misuse;

@@ -15,7 +15,7 @@ use cudarc::driver::sys::CUdeviceptr;
 use phalanx_comm::{Backend, DeviceSlice, Group, GroupOptions, Stream, Sum, Uploader, Work};
 
 use crate::launched::{ranks, Running};
-use crate::{device, gpu_faults};
+use crate::{device, gpu_faults, gpu_messages};
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -47,6 +47,10 @@ pub(crate) fn rank(role: &str) {
         "nccl leaves" | "nccl exits" | "nccl stops" => {
             let group = Group::from_environment(nccl()).expect("the ranks meet");
             gpu_faults::ends(group, &role[5..]);
+        }
+        message if message.starts_with("nccl message ") => {
+            let group = Group::from_environment(nccl()).expect("the ranks meet");
+            gpu_messages::rank(&message["nccl message ".len()..], group);
         }
         "nccl refused" => match Group::from_environment(nccl()) {
             Ok(group) => panic!("a group of {}", group.world_size()),

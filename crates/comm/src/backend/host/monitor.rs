@@ -261,6 +261,9 @@ fn take_frames(peers: &Peers, peer: usize, incoming: &mut Incoming) -> bool {
                 None => return false,
             },
             Frame::Ready { index, record } => peers.points.ready(peer, index, record),
+            Frame::Announced { index, record } => {
+                peers.points.announced(peer, index, record);
+            }
             Frame::Message { index, bytes } => {
                 if !peers.points.arrived(peer, index, &bytes) {
                     return false;

@@ -13,7 +13,7 @@ use super::call::{Call, Memory};
 use super::peers::Peers;
 use super::wire::Frame;
 use crate::error::{Error, Result};
-use crate::fingerprint::CallRecord;
+use crate::fingerprint::{CallRecord, Op};
 
 /// A message travels in parts of this size.
 const PART_BYTES: usize = 1 << 18;
@@ -34,6 +34,8 @@ struct Table {
     receives: Vec<Open>,
     /// Peers that are ready for a message, and what they expect.
     ready: Vec<(usize, u64, CallRecord)>,
+    /// What peers have called of messages between GPUs.
+    announced: Vec<(usize, u64, CallRecord)>,
 }
 
 /// The messages of a group that are under way.
@@ -45,16 +47,22 @@ pub(crate) struct Points {
     sending: AtomicBool,
     sent: Vec<AtomicU64>,
     received: Vec<AtomicU64>,
+    /// The same of messages between GPUs, which have an order of their own.
+    device_sent: Vec<AtomicU64>,
+    device_received: Vec<AtomicU64>,
 }
 
 impl Points {
     pub(crate) fn new(world_size: usize) -> Self {
+        let counters = || (0..world_size).map(|_| AtomicU64::new(0)).collect();
         Self {
             table: Mutex::default(),
             changed: Condvar::new(),
             sending: AtomicBool::new(false),
-            sent: (0..world_size).map(|_| AtomicU64::new(0)).collect(),
-            received: (0..world_size).map(|_| AtomicU64::new(0)).collect(),
+            sent: counters(),
+            received: counters(),
+            device_sent: counters(),
+            device_received: counters(),
         }
     }
 
@@ -76,6 +84,20 @@ impl Points {
     pub(crate) fn ready(&self, peer: usize, index: u64, record: CallRecord) {
         self.table().ready.push((peer, index, record));
         self.changed.notify_all();
+    }
+
+    pub(crate) fn announced(&self, peer: usize, index: u64, record: CallRecord) {
+        self.table().announced.push((peer, index, record));
+    }
+
+    /// What `peer` has called as the other side of `op`, message `index` between the GPUs of the two.
+    pub(crate) fn take_announced(&self, peer: usize, op: Op, index: u64) -> Option<CallRecord> {
+        let other = if op == Op::Send { Op::Receive } else { Op::Send };
+        let mut table = self.table();
+        let fits =
+            |one: &(usize, u64, CallRecord)| one.0 == peer && one.1 == index && one.2.op == other;
+        let at = table.announced.iter().position(fits)?;
+        Some(table.announced.swap_remove(at).2)
     }
 
     /// Takes in a part of a message; false when nobody asked for it.
@@ -117,6 +139,18 @@ pub(crate) fn start_send(peers: &Arc<Peers>, peer: usize, call: Arc<Call>) -> Re
         drop(started.map_err(|error| Error::system(peers.rank, "start a thread", error))?);
     }
     Ok(())
+}
+
+/// Tells `peer` of a message between GPUs, so that both sides can compare; its number among them.
+pub(crate) fn announce(peers: &Peers, peer: usize, record: &CallRecord) -> Result<u64> {
+    let points = &peers.points;
+    let counters =
+        if record.op == Op::Send { &points.device_sent } else { &points.device_received };
+    let index = counters[peer].fetch_add(1, Ordering::Relaxed);
+    let told = peers.send(peer, &Frame::Announced { index, record: record.clone() }, None);
+    // Whoever waits for the message says that the peer has left.
+    let told = told.or_else(|error| if peers.has_departed(peer) { Ok(()) } else { Err(error) });
+    told.map(|()| index)
 }
 
 /// Starts receiving into the call's private memory.

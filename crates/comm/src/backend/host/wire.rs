@@ -24,6 +24,8 @@ pub(crate) enum Frame {
     Region { id: u64, bytes: u64 },
     /// The sender is ready to receive message `index` of yours.
     Ready { index: u64, record: CallRecord },
+    /// The sender has called its side of the GPU message `index` between the two ranks.
+    Announced { index: u64, record: CallRecord },
     /// A part of message `index`.
     Message { index: u64, bytes: Vec<u8> },
     /// The sender lives, and has taken in so many frames (but for heartbeats) of the receiver's.
@@ -135,6 +137,10 @@ impl Frame {
                 body.u64(*taken_in);
                 6
             }
+            Self::Announced { index, record } => {
+                body.u64(*index).record(record);
+                7
+            }
         };
         let mut frame = vec![kind, 0, 0, 0];
         let length = u32::try_from(body.0.len()).unwrap_or(u32::MAX);
@@ -170,6 +176,7 @@ impl Frame {
                 Self::Message { index, bytes: body.take(rest)?.to_vec() }
             }
             6 => Self::Heartbeat { taken_in: body.u64()? },
+            7 => Self::Announced { index: body.u64()?, record: body.record()? },
             _ => return Err(Malformed),
         };
         body.end()?;

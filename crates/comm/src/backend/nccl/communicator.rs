@@ -22,6 +22,14 @@ use crate::dtype::DType;
 pub(crate) struct NcclError {
     pub(crate) call: &'static str,
     pub(crate) what: String,
+    /// Whether its time was over.
+    pub(crate) late: bool,
+}
+
+impl NcclError {
+    fn new(call: &'static str, what: impl Into<String>) -> Self {
+        Self { call, what: what.into(), late: false }
+    }
 }
 
 type Result<T> = std::result::Result<T, NcclError>;
@@ -112,7 +120,7 @@ impl Communicator {
             return Ok(None);
         }
         if raw.is_null() {
-            return Err(NcclError { call: CALL, what: "NCCL gave no communicator".to_owned() });
+            return Err(NcclError::new(CALL, "NCCL gave no communicator"));
         }
         let part = Self { nccl: self.nccl, raw: Handle(raw) };
         lock_alive().push(part.raw);
@@ -125,7 +133,7 @@ impl Communicator {
         if code == SUCCESS || code == IN_PROGRESS {
             return Ok(());
         }
-        Err(NcclError { call, what: self.nccl.explain(code) })
+        Err(NcclError::new(call, self.nccl.explain(code)))
     }
 
     /// Makes a call on the communicator, unless it was aborted meanwhile, and nobody aborts it during it.
@@ -166,13 +174,12 @@ impl Communicator {
         let mut looks = 0_u32;
         while self.state(call)?.is_none() {
             if gives_up() {
-                let what = "given up: the group has failed meanwhile".to_owned();
-                return Err(NcclError { call, what });
+                return Err(NcclError::new(call, "given up: the group has failed meanwhile"));
             }
             if Instant::now() >= deadline {
                 let what = "NCCL did not finish this call in time: not all ranks made it, or they \
                             cannot reach each other (NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO)";
-                return Err(NcclError { call, what: what.to_owned() });
+                return Err(NcclError { late: true, ..NcclError::new(call, what) });
             }
             looks += 1;
             if looks > 1000 {
@@ -218,7 +225,7 @@ impl Communicator {
         }
         let why = CAUSE.lock().unwrap_or_else(PoisonError::into_inner);
         let what = format!("aborted, because a group of this process has failed: {why}");
-        Err(NcclError { call, what })
+        Err(NcclError::new(call, what))
     }
 
     pub(crate) fn all_reduce(

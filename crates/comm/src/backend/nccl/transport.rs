@@ -173,7 +173,17 @@ impl NcclTransport {
             [_] => launch_each(),
             _ => self.communicator.grouped(launch_each),
         };
-        launched.and_then(|()| self.settle(calls[0].0)).map_err(|error| self.nccl_error(error))?;
+        launched.map_err(|error| self.nccl_error(error))?;
+        self.settle(calls[0].0).map_err(|error| match error.late {
+            true => Error::Stalled {
+                rank: self.rank,
+                backend: "nccl",
+                call: Box::new(calls[0].0.record.clone()),
+                timeout: calls[0].0.timeout,
+                said: self.last_words(),
+            },
+            false => self.nccl_error(error),
+        })?;
         let done = Event::record(&device, stream).map_err(|error| self.cuda_error(error))?;
         let done = Arc::new(done);
         for (_, on_device, ..) in calls {
@@ -225,6 +235,10 @@ impl Transport for NcclTransport {
         }
         abort_all(self.nccl, &cause.to_string());
         self.moving.clear();
+    }
+
+    fn last_words(&self) -> Option<String> {
+        self.nccl.last_error()
     }
 
     fn close(&mut self) {
