@@ -210,7 +210,8 @@ fn ping(
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
             failure("it accepts connections but does not answer a ping".to_owned())
         }
-        _ => failure(format!("it ended the connection: {source}")),
+        // So does a server of PyTorch 2.1, which wants its magic number before every request.
+        _ => failure(format!("it ended the connection at the first word: {source}")),
     };
     let nonce = std::process::id();
     let hello = [

@@ -146,7 +146,7 @@ pub enum RendezvousError {
         what: String,
     },
     /// Something listens there, but it does not speak as the store of torchrun's agent does.
-    #[error("what listens at {address} is not the TCPStore of a torchrun of PyTorch 2.2 or newer ({what}): set PHALANX_STORE_PORT to a free port of rank 0's machine, and rank 0 hosts the store there without it")]
+    #[error("what listens at {address} is not a TCPStore of PyTorch 2.2 or newer ({what}); older ones speak another protocol. Where it is the store of a torchrun: set PHALANX_STORE_PORT to a free port of rank 0's machine, and rank 0 hosts the store there without it")]
     NotATcpStore {
         /// Where torchrun's store should be.
         address: String,

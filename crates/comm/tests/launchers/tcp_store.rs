@@ -44,7 +44,96 @@ fn the_client_agrees_with_torchs_servers() {
         assert_eq!(store.get("from python", soon()).expect("get"), b"hello");
         operations(&mut store, libuv);
         waits(&mut store, port);
+        if libuv {
+            queues(&mut store, port);
+        } else {
+            // PyTorch's old server ends a connection that asks for what it does not have.
+            let error = store.queue_len("q", soon()).expect_err("no queues");
+            assert!(matches!(error, StoreError::Disconnected { .. }), "{error}");
+        }
     }
+}
+
+/// First in, first out; a wait for a queue ends with a push, one push ends one wait, and a wait for a key afterwards
+/// is not ended by the queue.
+fn queues(store: &mut TcpStoreClient, port: u16) {
+    let end = soon();
+    assert_eq!(store.queue_len("q", end).expect("queue_len"), 0);
+    assert_eq!(store.queue_try_pop("q", end).expect("queue_try_pop"), None);
+    for value in [&b"one"[..], b"", b"three"] {
+        store.queue_push("q", value, end).expect("queue_push");
+    }
+    assert_eq!(store.queue_len("q", end).expect("queue_len"), 3);
+    assert!(store.check(&["q"], end).expect("check"), "a queue that holds something is there");
+    assert_eq!(store.queue_try_pop("q", end).expect("queue_try_pop"), Some(b"one".to_vec()));
+    assert_eq!(store.queue_pop("q", end).expect("queue_pop"), b"");
+    assert_eq!(store.queue_pop("q", end).expect("queue_pop"), b"three");
+    assert!(!store.check(&["q"], end).expect("check"));
+    let error = store.queue_pop("q", Instant::now() + Duration::from_millis(200));
+    assert!(matches!(error, Err(StoreError::Timeout { .. })), "{error:?}");
+    let takers = ["a", "b"].map(|_| {
+        thread::spawn(move || {
+            let mut other = TcpStoreClient::connect(LOOPBACK, port, soon()).expect("a connection");
+            let value = other.queue_pop("q", soon()).expect("queue_pop");
+            // What comes into the queue must not end this wait.
+            let waited = other.get("never", Instant::now() + Duration::from_millis(600));
+            assert!(matches!(waited, Err(StoreError::Timeout { .. })), "{waited:?}");
+            value
+        })
+    });
+    for value in [&b"1"[..], b"2", b"3", b"4"] {
+        thread::park_timeout(Duration::from_millis(100));
+        store.queue_push("q", value, end).expect("queue_push");
+    }
+    let mut taken = takers.map(|taker| taker.join().expect("a taker"));
+    taken.sort();
+    assert_eq!(taken, [b"1", b"2"]);
+    assert_eq!(store.queue_len("q", end).expect("queue_len"), 2);
+    assert_eq!(store.queue_pop("q", end).expect("queue_pop"), b"3");
+    assert_eq!(store.queue_pop("q", end).expect("queue_pop"), b"4");
+}
+
+/// Python hosts the store and its constructor waits for two: a process of ours is the second.
+#[test]
+fn a_python_host_that_waits_for_workers_counts_us() {
+    let Some(bin) = torch() else { return };
+    let port = phalanx_comm::testing::free_port();
+    let program = format!(
+        "import torch.distributed as d\n\
+         from datetime import timedelta\n\
+         s = d.TCPStore('127.0.0.1', {port}, 2, is_master=True, timeout=timedelta(seconds=20))\n\
+         print('all are here:', s.get('rust').decode())"
+    );
+    let mut command = Command::new(bin.join("python"));
+    let host = Owned::start(command.args(["-W", "ignore", "-c", &program]));
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let mut store = TcpStoreClient::connect(LOOPBACK, port, deadline).expect("a connection");
+    store.set("rust", b"hello", soon()).expect("set");
+    let count = store.count_as_worker(soon()).expect("count_as_worker");
+    assert!((1..=2).contains(&count), "{count}");
+    let (status, text) = host.finish(Duration::from_secs(60));
+    assert!(status.success() && text.contains("all are here: hello"), "{status}\n{text}");
+}
+
+/// PyTorch 2.1's server reads its magic number before every request, and ends a connection that has another.
+#[test]
+fn a_store_of_an_older_protocol_is_named_as_such() {
+    use std::io::Read as _;
+    let listener = std::net::TcpListener::bind((LOOPBACK, 0)).expect("a free port");
+    let port = listener.local_addr().expect("bound").port();
+    let old = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().expect("a client");
+        let mut magic = [0; 4];
+        stream.read_exact(&mut magic).expect("four bytes");
+        assert_ne!(u32::from_le_bytes(magic), 0x3C85_F7CE, "ours is not of that protocol");
+        listener // so that nobody else gets the port
+    });
+    let deadline = Instant::now() + Duration::from_millis(5);
+    let error = TcpStoreClient::connect(LOOPBACK, port, deadline).expect_err("another protocol");
+    drop(old.join().expect("the old server"));
+    assert!(matches!(error, RendezvousError::NotATcpStore { .. }), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("PyTorch 2.2 or newer"), "{text}");
 }
 
 fn operations(store: &mut TcpStoreClient, libuv: bool) {
@@ -198,6 +287,8 @@ fn our_server_serves_our_client() {
     let mut store = TcpStoreClient::connect(LOOPBACK, port, soon()).expect("a connection");
     operations(&mut store, true);
     waits(&mut store, port);
+    queues(&mut store, port);
+    assert_eq!(store.count_as_worker(soon()).expect("count_as_worker"), 1);
     // A client that waits does not keep the server from ending.
     let waiting = thread::spawn(move || store.get("never", soon()).expect_err("no server"));
     thread::park_timeout(Duration::from_millis(100));
@@ -213,7 +304,7 @@ const PYTHON: &str = r"
 import sys
 from datetime import timedelta
 import torch.distributed as d
-s = d.TCPStore('127.0.0.1', int(sys.argv[1]), is_master=False, timeout=timedelta(seconds=20))
+s = d.TCPStore('127.0.0.1', int(sys.argv[1]), 3, is_master=False, wait_for_workers=True, timeout=timedelta(seconds=20))
 s.set('k', 'v')
 assert s.get('k') == b'v'
 assert s.add('n', 5) == 5 and s.add('n', -6) == -1 and s.get('n') == b'-1'
@@ -238,6 +329,32 @@ assert len(s.get('large')) == 1 << 20
 p = d.PrefixStore('group', s)
 p.set('k', 'prefixed')
 assert p.get('k') == b'prefixed' and s.get('group/k') == b'prefixed'
+assert s.queue_len('q') == 0
+s.queue_push('q', b'one')
+s.queue_push('q', b'two')
+assert s.queue_len('q') == 2 and s.check(['q'])
+assert s.queue_pop('q') == b'one' and s.queue_pop('q', False) == b'two'
+try:
+    s.queue_pop('q', False)
+    raise SystemExit('took from an empty queue')
+except d.QueueEmptyError:
+    pass
+# Two takers wait, and two values come: one for each.
+import threading, time
+taken = []
+def take():
+    own = d.TCPStore('127.0.0.1', int(sys.argv[1]), is_master=False, timeout=timedelta(seconds=20))
+    taken.append(own.queue_pop('q'))
+takers = [threading.Thread(target=take) for _ in range(2)]
+for taker in takers:
+    taker.start()
+for value in (b'1', b'2'):
+    time.sleep(0.3)
+    s.queue_push('q', value)
+for taker in takers:
+    taker.join()
+assert sorted(taken) == [b'1', b'2'], taken
+s.queue_push('q', b'for rust')
 print('all of it', s.get('from rust'))
 ";
 
@@ -253,6 +370,8 @@ fn our_server_serves_torchs_client() {
     let (status, text) = Owned::start(&mut python).finish(Duration::from_secs(90));
     assert!(status.success() && text.contains("all of it b'hello'"), "{status}\n{text}");
     assert_eq!(store.get("group/k", soon()).expect("get"), b"prefixed");
+    assert_eq!(store.queue_pop("q", soon()).expect("queue_pop"), b"for rust");
+    assert_eq!(store.count_as_worker(soon()).expect("count_as_worker"), 2, "Python was the first");
 }
 
 #[test]

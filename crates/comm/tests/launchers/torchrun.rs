@@ -23,6 +23,13 @@ pub(crate) fn rank() {
         "{}",
         format_args!("attempt {attempt} rank {} sum {} agent {by_agent}", world.rank, ranks[0])
     );
+    println!(
+        "{}",
+        format_args!(
+            "rank {} is local {} of {}",
+            world.rank, world.local_rank, world.local_world_size
+        )
+    );
     if attempt == "0" && world.rank == 1 && std::env::var_os("PHALANX_TEST_FAIL").is_some() {
         std::process::exit(7);
     }
@@ -80,6 +87,18 @@ fn c10d_rendezvous_and_its_restart_without_the_agents_store() {
     let text = torchrun(&bin, &options, &off);
     assert_attempt(&text, 0, false);
     assert_attempt(&text, 1, false);
+}
+
+/// Every rank is told that it is the first of its node; which rank shares memory with which must not hang on that.
+#[test]
+fn virtual_local_ranks_are_all_0() {
+    let Some(bin) = torch() else { return };
+    let text = torchrun(&bin, &[C10D, &["--virtual-local-rank"]].concat(), &[]);
+    assert_attempt(&text, 0, true);
+    for rank in 0..3 {
+        let line = format!("rank {rank} is local 0 of 3");
+        assert!(text.contains(&line), "does not say {line:?}:\n{text}");
+    }
 }
 
 #[test]

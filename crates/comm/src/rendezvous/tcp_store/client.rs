@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use super::super::dial::{read_until, would_block, Dial, Greeting};
 use super::super::table::{check_entry, check_key, VALUE_BYTES_MAX};
 use super::super::{RendezvousError, StoreError};
-use super::message::{encode, wire_key, Request, CANCELLED, KEYS_MAX, NOT_READY, READY};
+use super::message::{
+    encode, wire_key, Request, CANCELLED, KEYS_MAX, NOT_READY, READY, WORKERS_KEY,
+};
 
 /// After its deadline a wait is called off; the server gets this long to say that it heard.
 const CANCEL_MAX: Duration = Duration::from_secs(5);
@@ -156,7 +158,7 @@ impl TcpStoreClient {
         }
     }
 
-    /// Waits until all of `keys` are there. The connection stays good after a timeout.
+    /// Waits until all of `keys` are there, where a queue that holds something counts as well. The connection stays good after a timeout.
     ///
     /// # Errors
     ///
@@ -182,6 +184,78 @@ impl TcpStoreClient {
         self.send(&Request::CancelWait, deadline)?;
         while self.read::<1>(deadline)? != [CANCELLED] {}
         Ok(())
+    }
+
+    /// Adds `value` to the end of the queue `key`. There is no reply. Queues and values of the same name are apart.
+    ///
+    /// # Errors
+    ///
+    /// As [`TcpStoreClient::set`]; servers without libuv end the connection at the next call, here and in all calls on queues.
+    pub fn queue_push(
+        &mut self,
+        key: &str,
+        value: &[u8],
+        deadline: Instant,
+    ) -> Result<(), StoreError> {
+        check_entry(key, value)?;
+        self.send(&Request::QueuePush { key: wire(key)?, value: value.to_vec() }, deadline)
+    }
+
+    /// Takes the first value out of the queue `key`; waits until there is one.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Timeout`] at `deadline`, or the connection was lost.
+    pub fn queue_pop(&mut self, key: &str, deadline: Instant) -> Result<Vec<u8>, StoreError> {
+        loop {
+            if let Some(value) = self.queue_try_pop(key, deadline)? {
+                return Ok(value);
+            }
+            self.wait(&[key], deadline)?;
+            // PyTorch's server keeps a client that a queue has woken on its list, and would end this client's next
+            // wait, for whatever key, with the queue's next push.
+            self.cancel_wait()?;
+        }
+    }
+
+    /// Takes the first value out of the queue `key`, if there is one now.
+    ///
+    /// # Errors
+    ///
+    /// As [`TcpStoreClient::set`].
+    pub fn queue_try_pop(
+        &mut self,
+        key: &str,
+        deadline: Instant,
+    ) -> Result<Option<Vec<u8>>, StoreError> {
+        self.send(&Request::QueuePop { key: wire(key)? }, deadline)?;
+        match self.read_number(deadline)? {
+            0 => Ok(None),
+            1.. => self.read_value(deadline).map(Some),
+            other => Err(self.garbled(format!("a queue of {other} values"))),
+        }
+    }
+
+    /// How many values the queue `key` holds.
+    ///
+    /// # Errors
+    ///
+    /// As [`TcpStoreClient::set`].
+    pub fn queue_len(&mut self, key: &str, deadline: Instant) -> Result<i64, StoreError> {
+        self.send(&Request::QueueLen { key: wire(key)? }, deadline)?;
+        self.read_number(deadline)
+    }
+
+    /// Counts this process among those that use the store, and returns how many there are so far. A Python process that
+    /// hosts a store with `wait_for_workers=True` waits until as many have counted themselves as its `world_size`
+    /// says, itself among them; call it once in a process.
+    ///
+    /// # Errors
+    ///
+    /// As [`TcpStoreClient::set`].
+    pub fn count_as_worker(&mut self, deadline: Instant) -> Result<i64, StoreError> {
+        self.send(&Request::Add { key: WORKERS_KEY.to_owned(), delta: 1 }, deadline)?;
+        self.read_number(deadline)
     }
 
     /// Removes `key`; says whether it was there.

@@ -48,9 +48,18 @@ pub(crate) enum Request {
     CancelWait,
     /// The same number.
     Ping { nonce: u32 },
+    /// No reply. Queues are apart from values; WAIT and CHECK take a queue that holds something for a key that is there.
+    QueuePush { key: String, value: Vec<u8> },
+    /// `i64`, how many values the queue held, and the first of them unless that is 0.
+    QueuePop { key: String },
+    /// `i64`, how many values the queue holds.
+    QueueLen { key: String },
     /// `i64`, how many, and the keys.
     ListKeys,
 }
+
+/// Where processes that use a store together count themselves, as it travels: the one key without a slash.
+pub(crate) const WORKERS_KEY: &str = "init/";
 
 /// The key as it travels: torch puts a slash before each.
 pub(crate) fn wire_key(key: &str) -> String {
@@ -85,6 +94,11 @@ pub(crate) fn encode(request: &Request) -> Vec<u8> {
         }
         Request::CancelWait => drop(start(&mut out, 12)),
         Request::Ping { nonce } => start(&mut out, 13).extend(nonce.to_le_bytes()),
+        Request::QueuePush { key, value } => {
+            put_all(start(&mut out, 14), &[key.as_bytes(), value]);
+        }
+        Request::QueuePop { key } => put(start(&mut out, 15), key.as_bytes()),
+        Request::QueueLen { key } => put(start(&mut out, 16), key.as_bytes()),
         Request::ListKeys => drop(start(&mut out, 17)),
     }
     out
@@ -190,6 +204,9 @@ impl Reader<'_> {
             }
             12 => Request::CancelWait,
             13 => Request::Ping { nonce: u32::from_le_bytes(self.array()?) },
+            14 => Request::QueuePush { key: self.key()?, value: self.value()? },
+            15 => Request::QueuePop { key: self.key()? },
+            16 => Request::QueueLen { key: self.key()? },
             17 => Request::ListKeys,
             other => return Err(Malformed::Operation(other).into()),
         })
@@ -257,6 +274,9 @@ mod tests {
             Request::MultiSet { entries: vec![(key(), value()), (String::new(), vec![])] },
             Request::CancelWait,
             Request::Ping { nonce: 77 },
+            Request::QueuePush { key: key(), value: value() },
+            Request::QueuePop { key: key() },
+            Request::QueueLen { key: String::new() },
             Request::ListKeys,
         ]
     }
@@ -284,10 +304,10 @@ mod tests {
     #[test]
     fn announced_lengths_are_refused_before_their_bytes_come() {
         let huge = |code: u8| [&[code][..], &u64::MAX.to_le_bytes()].concat();
-        for code in [1, 2, 3, 4, 5, 6, 8, 9, 10, 11] {
+        for code in [1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 14, 15, 16] {
             assert!(matches!(decode(&huge(code)), Err(Malformed::TooLong { .. })), "{code}");
         }
-        for code in [14, 18, 200] {
+        for code in [18, 19, 200] {
             assert_eq!(decode(&[code]), Err(Malformed::Operation(code)));
         }
         let mut no_text = vec![3];

@@ -14,6 +14,7 @@
 
 mod client;
 pub(super) mod message;
+mod queues;
 mod server;
 
 pub use client::TcpStoreClient;

@@ -19,6 +19,7 @@ use super::super::{owner, RendezvousError};
 use super::message::{
     decode, put, Decoded, Request, CANCELLED, KEYS_MAX, NOT_READY, READY, VALIDATION,
 };
+use super::queues::Queues;
 
 const CONNECTIONS_MAX: usize = 1024;
 /// A request, and a reply, may be this long; torch's largest value and some keys fit.
@@ -71,9 +72,35 @@ struct Shared {
 #[derive(Debug, Default)]
 struct State {
     table: Table,
+    queues: Queues,
     /// Second handles, to end connections from outside.
     connections: BTreeMap<u64, TcpStream>,
     is_over: bool,
+}
+
+impl State {
+    fn has(&self, key: &str) -> bool {
+        self.table.get(key).is_some() || self.queues.len(key) > 0
+    }
+
+    /// Those that are absent; a client waits for them from here on.
+    fn enter_wait(&mut self, keys: &[String]) -> Vec<String> {
+        let missing: Vec<String> = keys.iter().filter(|key| !self.has(key)).cloned().collect();
+        for key in &missing {
+            self.queues.enter(key);
+        }
+        missing
+    }
+
+    fn ends_wait(&self, keys: &[String]) -> bool {
+        keys.iter().all(|key| self.table.get(key).is_some() || self.queues.wakes(key))
+    }
+
+    fn leave_wait(&mut self, keys: &[String], was_woken: bool) {
+        for key in keys {
+            self.queues.leave(key, was_woken);
+        }
+    }
 }
 
 impl Shared {
@@ -205,7 +232,7 @@ impl<'s> Connection<'s> {
         let mut connection = Self { stream, shared, input: Vec::new() };
         match connection.next_request()? {
             Some(Request::Validate { magic: VALIDATION }) => {}
-            _ => return Err(refused("its first word is not that of a TCPStore client")),
+            _ => return Err(refused("it does not begin as a client of PyTorch 2.2 or newer does")),
         }
         connection.stream.set_read_timeout(Some(STALL_MAX))?;
         while let Some(request) = connection.next_request()? {
@@ -256,7 +283,7 @@ impl<'s> Connection<'s> {
             Request::Ping { nonce } => nonce.to_le_bytes().to_vec(),
             Request::Validate { .. } => return Err(refused("a second validation")),
             other => {
-                let reply = other_reply(&mut self.shared.state().table, other)?;
+                let reply = other_reply(&mut self.shared.state(), other)?;
                 self.shared.changed.notify_all();
                 reply
             }
@@ -266,15 +293,27 @@ impl<'s> Connection<'s> {
 
     /// Answers when all keys are there, or when the client calls the wait off.
     fn wait(&mut self, keys: &[String]) -> io::Result<()> {
-        let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
+        let missing = self.shared.state().enter_wait(keys);
+        if missing.is_empty() {
+            return self.stream.write_all(&[READY]);
+        }
+        let end = self.wait_on(&missing);
+        self.shared.state().leave_wait(&missing, matches!(end, Ok(Some(READY))));
+        match end? {
+            Some(answer) => self.stream.write_all(&[answer]),
+            None => Ok(()),
+        }
+    }
+
+    /// What to answer a client that waits; nothing to one that is gone, or when the server ends.
+    fn wait_on(&mut self, keys: &[String]) -> io::Result<Option<u8>> {
         loop {
             let state = self.shared.state();
-            if state.table.has_all(&keys) {
-                drop(state);
-                return self.stream.write_all(&[READY]);
+            if state.ends_wait(keys) {
+                return Ok(Some(READY));
             }
             if state.is_over {
-                return Ok(());
+                return Ok(None);
             }
             let waited = self.shared.changed.wait_timeout(state, LOOK_EVERY);
             drop(waited.unwrap_or_else(PoisonError::into_inner));
@@ -282,14 +321,14 @@ impl<'s> Connection<'s> {
             let peeked = self.stream.peek(&mut [0]);
             self.stream.set_nonblocking(false)?;
             match peeked {
-                Ok(0) => return Ok(()),
+                Ok(0) => return Ok(None),
+                // Its next word: that it waits no longer.
                 Ok(_) => {
-                    // Its next word: that it waits no longer.
-                    let Some(request) = self.next_request()? else { return Ok(()) };
-                    return match request {
-                        Request::CancelWait => self.stream.write_all(&[CANCELLED]),
-                        _ => Err(refused("another request while it waits")),
-                    };
+                    return match self.next_request()? {
+                        None => Ok(None),
+                        Some(Request::CancelWait) => Ok(Some(CANCELLED)),
+                        Some(_) => Err(refused("another request while it waits")),
+                    }
                 }
                 Err(error) if would_block(&error) => {}
                 Err(error) => return Err(error),
@@ -299,7 +338,10 @@ impl<'s> Connection<'s> {
 }
 
 /// What the contents have to say.
-fn other_reply(table: &mut Table, request: Request) -> io::Result<Vec<u8>> {
+fn other_reply(state: &mut State, request: Request) -> io::Result<Vec<u8>> {
+    let all_there =
+        matches!(&request, Request::Check { keys } if keys.iter().all(|key| state.has(key)));
+    let State { table, queues, .. } = state;
     let failed = |error: super::super::StoreError| refused(error.to_string());
     let mut reply = Vec::new();
     match request {
@@ -319,10 +361,7 @@ fn other_reply(table: &mut Table, request: Request) -> io::Result<Vec<u8>> {
         Request::Add { key, delta } => {
             reply.extend(table.add(&key, delta).map_err(failed)?.to_le_bytes());
         }
-        Request::Check { keys } => {
-            let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
-            reply.push(if table.has_all(&keys) { READY } else { NOT_READY });
-        }
+        Request::Check { .. } => reply.push(if all_there { READY } else { NOT_READY }),
         Request::CountKeys => reply.extend(count(table.list("").len())),
         Request::Delete { key } => reply.extend(i64::from(table.delete(&key)).to_le_bytes()),
         Request::Append { key, value } => {
@@ -342,6 +381,15 @@ fn other_reply(table: &mut Table, request: Request) -> io::Result<Vec<u8>> {
                 table.set(&key, &value).map_err(failed)?;
             }
         }
+        Request::QueuePush { key, value } => queues.push(&key, value).map_err(failed)?,
+        Request::QueuePop { key } => {
+            let (length, first) = queues.pop(&key);
+            reply.extend(count(length));
+            if let Some(value) = first {
+                put(&mut reply, &value);
+            }
+        }
+        Request::QueueLen { key } => reply.extend(count(queues.len(&key))),
         Request::ListKeys => {
             let keys = table.list("");
             let shown = &keys[..keys.len().min(KEYS_MAX)];
