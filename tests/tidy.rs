@@ -61,9 +61,7 @@ const IMPURE: &[&str] = &[
 /// Where library code may read or change the environment.
 const ENVIRONMENT: &[&str] = &["crates/comm/src/environment"];
 
-/// Files longer than [`LINES_MAX`] with the reason why they are not cut.
-const LONG_FILES: &[(&str, &str)] =
-    &[("crates/launch/src/supervise.rs", "one loop over output, exits and signals")];
+/// Longest file; one that needs more is two ideas.
 const LINES_MAX: usize = 500;
 
 const GATE: &str = "#![expect(unsafe_code, reason = \"";
@@ -131,20 +129,13 @@ fn the_shim_is_declared_alike_in_c_and_rust() {
 }
 
 #[test]
-fn files_are_short_or_say_why_not() {
-    for (name, reason) in LONG_FILES {
-        assert!(!reason.is_empty(), "{name} has no reason to be long");
-        let lines = read(&root().join(name)).lines().count();
-        assert!(lines > LINES_MAX, "{name} has {lines} lines: take it off LONG_FILES");
-    }
+fn files_are_short() {
     let long: Vec<_> = sources_under(root())
         .iter()
         .map(|file| (relative(file), read(file).lines().count()))
-        .filter(|(name, lines)| {
-            *lines > LINES_MAX && !LONG_FILES.iter().any(|(listed, _)| listed == name)
-        })
+        .filter(|(_, lines)| *lines > LINES_MAX)
         .collect();
-    assert!(long.is_empty(), "cut along an idea, or list with a reason in LONG_FILES: {long:#?}");
+    assert!(long.is_empty(), "cut along an idea: {long:#?}");
 }
 
 #[test]

@@ -11,8 +11,8 @@ use phalanx_comm::recorder::{lineup, summary, FlightRecord, Operation, Operation
 use phalanx_comm::Op;
 use rustix::time::{clock_gettime, ClockId};
 
+use crate::rank::Rank;
 use crate::report::Evidence;
-use crate::supervise::Rank;
 
 /// What [`investigate`] found.
 pub(crate) struct Finding {

@@ -50,11 +50,13 @@ mod nodes;
 mod options;
 mod plan;
 mod process;
+mod rank;
 mod report;
 mod run;
 mod screen;
 mod signals;
 mod supervise;
+mod suspect;
 
 #[cfg(feature = "clap")]
 pub use args::{launch_or_join, Joined, LaunchArgs};

@@ -20,10 +20,11 @@ use crate::nodes::Nodes as NodeLink;
 use crate::options::{LaunchOptions, Prefix};
 use crate::plan::{environment, shares_gpus, threads, Job, Nodes, Place, Plan};
 use crate::process::{ErrorStream, Process, Start};
+use crate::rank::Rank;
 use crate::report::{Failure, Report};
 use crate::screen::{Screen, Stream};
 use crate::signals::Signals;
-use crate::supervise::{Rank, Supervisor};
+use crate::supervise::Supervisor;
 
 /// Whether a launcher (ours, torchrun, mpirun, srun) has started this process as a rank.
 #[must_use]

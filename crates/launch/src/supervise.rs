@@ -3,61 +3,31 @@
 //! The first rank that fails is the root cause: the others are asked to end (SIGTERM), and killed after a grace. Every
 //! process group is killed before its leader's number is given back, so that nothing stays behind.
 
-use std::fs::File;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use phalanx_comm::recorder::FlightRecord;
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::process::Signal;
 
 use crate::error::{system, LaunchError};
 use crate::flight;
 use crate::guard::Guard;
-use crate::lines::{Lines, Tail};
 use crate::nodes::Nodes;
-use crate::process::{self, Exit, Process};
+use crate::process::{self, Exit};
+use crate::rank::{Ended, Rank};
 use crate::report::{Failure, RankFailure, Report};
 use crate::screen::{Screen, Stream};
 use crate::signals::{Meaning, Signals};
+use crate::suspect::Suspect;
 
 /// After a kill everything should be gone in no time; a process stuck in the kernel is left to it after this.
 const KILL_MAX: Duration = Duration::from_secs(5);
-/// What a rank's escaped children may still write after it has ended.
-const DRAIN_MAX: Duration = Duration::from_millis(200);
-/// A rank that ended because a peer is gone may be seen before that peer.
-const CAUSE_WAIT: Duration = Duration::from_millis(500);
-/// What the others, who lose a peer in this moment, have to say is a part of the report.
-const WITNESS_WAIT: Duration = Duration::from_millis(100);
 const READ_BYTES: usize = 64 << 10;
 /// Reads of one stream before the others get their turn.
 const READS_PER_TURN: usize = 8;
-
-/// A rank's end.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Ended {
-    pub(crate) exit: Exit,
-    pub(crate) at: Instant,
-    /// The same moment on the clock of the flight recorders.
-    pub(crate) clock_ns: u64,
-}
-
-/// A rank under supervision.
-#[derive(Debug)]
-pub(crate) struct Rank {
-    pub(crate) number: usize,
-    pub(crate) process: Process,
-    pub(crate) lines: [Lines; 2],
-    pub(crate) tail: Tail,
-    pub(crate) log: Option<File>,
-    pub(crate) log_path: Option<PathBuf>,
-    /// What the rank has recorded of its operations.
-    pub(crate) flight: File,
-    pub(crate) ended: Option<Ended>,
-}
 
 /// How far the job's end has come.
 #[derive(Clone, Copy, Debug)]
@@ -81,14 +51,6 @@ pub(crate) struct Supervisor {
     pub(crate) lineup_path: PathBuf,
     pub(crate) started: Instant,
     state: State,
-}
-
-/// A rank that failed, and until when a likelier cause is waited for.
-#[derive(Clone, Copy, Debug)]
-struct Suspect {
-    suspicion: u8,
-    at: usize,
-    decide_at: Instant,
 }
 
 #[derive(Debug)]
@@ -363,16 +325,8 @@ impl Supervisor {
 
     fn suspect(&mut self, at: usize, exit: Exit, now: Instant) {
         let record = self.ranks[at].record();
-        let suspicion = suspicion(exit, record.as_ref().is_some_and(flight::accuses));
-        let other = self.state.suspect.map_or(0, |suspect| suspect.suspicion);
-        if suspicion > other {
-            let wait = match record {
-                _ if suspicion == CONSEQUENCE => CAUSE_WAIT,
-                Some(_) => WITNESS_WAIT,
-                None => Duration::ZERO,
-            };
-            self.state.suspect = Some(Suspect { suspicion, at, decide_at: now + wait });
-        }
+        let accuses = record.as_ref().map(flight::accuses);
+        self.state.suspect = Suspect::likelier(self.state.suspect, at, exit, accuses, now);
     }
 
     /// Decides that this rank is the root cause, and ends the others.
@@ -456,48 +410,5 @@ impl Drop for Supervisor {
         for rank in left {
             rank.process.wait_until(deadline);
         }
-    }
-}
-
-/// The suspicion of what follows from another rank's failure.
-const CONSEQUENCE: u8 = 1;
-
-/// Of ranks that failed in the same instant, the likeliest cause: a death by signal or a panic before an ordinary error,
-/// and that before "a peer is gone" (69) or "timed out" (124), which are consequences.
-const fn suspicion(exit: Exit, accuses_another: bool) -> u8 {
-    match exit {
-        Exit::Code(0) | Exit::Not => 0,
-        Exit::Code(69 | 124) => CONSEQUENCE,
-        // A panic or an abort over an error that names another rank is no cause either.
-        Exit::Code(_) | Exit::Signal(6) if accuses_another => CONSEQUENCE,
-        Exit::Code(101) => 3,
-        Exit::Code(_) => 2,
-        Exit::Signal(_) => 4,
-    }
-}
-
-impl Rank {
-    /// What it has recorded, if it ran a group at all.
-    pub(crate) fn record(&self) -> Option<FlightRecord> {
-        FlightRecord::read(&self.flight).unwrap_or_else(|error| {
-            tracing::warn!(rank = self.number, %error, "its flight recorder cannot be read");
-            None
-        })
-    }
-
-    fn keep(&mut self, stream: Stream, bytes: &[u8]) {
-        if stream == Stream::Error {
-            self.tail.push(bytes);
-        }
-        if let Some(Err(error)) = self.log.as_mut().map(|log| log.write_all(bytes)) {
-            tracing::warn!(rank = self.number, %error, "the log of this rank ends here");
-            self.log = None;
-        }
-    }
-
-    /// When an ended rank's open streams are given up.
-    fn drain_until(&self) -> Option<Instant> {
-        let when = self.ended?.at;
-        self.process.streams.iter().any(Option::is_some).then(|| when + DRAIN_MAX)
     }
 }

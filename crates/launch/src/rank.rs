@@ -1,0 +1,65 @@
+//! One rank of this launcher: its process, what it says, what it has recorded, and how it ended.
+
+use std::fs::File;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use phalanx_comm::recorder::FlightRecord;
+
+use crate::lines::{Lines, Tail};
+use crate::process::{Exit, Process};
+use crate::screen::Stream;
+
+/// What a rank's escaped children may still write after it has ended.
+const DRAIN_MAX: Duration = Duration::from_millis(200);
+
+/// A rank's end.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ended {
+    pub(crate) exit: Exit,
+    pub(crate) at: Instant,
+    /// The same moment on the clock of the flight recorders.
+    pub(crate) clock_ns: u64,
+}
+
+/// A rank under supervision.
+#[derive(Debug)]
+pub(crate) struct Rank {
+    pub(crate) number: usize,
+    pub(crate) process: Process,
+    pub(crate) lines: [Lines; 2],
+    pub(crate) tail: Tail,
+    pub(crate) log: Option<File>,
+    pub(crate) log_path: Option<PathBuf>,
+    /// What the rank has recorded of its operations.
+    pub(crate) flight: File,
+    pub(crate) ended: Option<Ended>,
+}
+
+impl Rank {
+    /// What it has recorded, if it ran a group at all.
+    pub(crate) fn record(&self) -> Option<FlightRecord> {
+        FlightRecord::read(&self.flight).unwrap_or_else(|error| {
+            tracing::warn!(rank = self.number, %error, "its flight recorder cannot be read");
+            None
+        })
+    }
+
+    /// Keeps what it has written, for the log and the report.
+    pub(crate) fn keep(&mut self, stream: Stream, bytes: &[u8]) {
+        if stream == Stream::Error {
+            self.tail.push(bytes);
+        }
+        if let Some(Err(error)) = self.log.as_mut().map(|log| log.write_all(bytes)) {
+            tracing::warn!(rank = self.number, %error, "the log of this rank ends here");
+            self.log = None;
+        }
+    }
+
+    /// When an ended rank's open streams are given up.
+    pub(crate) fn drain_until(&self) -> Option<Instant> {
+        let when = self.ended?.at;
+        self.process.streams.iter().any(Option::is_some).then(|| when + DRAIN_MAX)
+    }
+}
