@@ -56,6 +56,22 @@ impl Machines {
         connections.into_iter().map(ports).collect()
     }
 
+    /// Where ranks of machine 0 listen, the store apart.
+    pub(crate) fn doors(&self) -> Vec<String> {
+        let table = self.on(0, "ss -tlnH");
+        let places = table.lines().filter_map(|line| line.split_whitespace().nth(3));
+        places.filter(|place| !place.ends_with(&format!(":{PORT}"))).map(str::to_owned).collect()
+    }
+
+    /// Starts a process on machine 1 that is no rank, with `arguments` in its environment.
+    pub(crate) fn stranger(&self, role: &str, arguments: &str) -> Ranks {
+        let program = std::env::current_exe().expect("this test's own path");
+        let mut command = self.0.command(1, &program);
+        rank_environment(&mut command, role, 0, 1, PORT);
+        command.env("PHALANX_TEST_ARGUMENTS", arguments);
+        Ranks::of(vec![command.spawn().expect("a stranger starts")])
+    }
+
     /// Resets a connection: both ends see that.
     pub(crate) fn reset(&self, (ours, theirs): &(String, String)) {
         let killed = self.on(0, &format!("ss -K -tnH sport = :{ours} and dport = :{theirs}"));

@@ -31,6 +31,7 @@ fn rank_process() {
         "messages" => resets::rank(),
         "aborts" => resets::aborting_rank(),
         "counts" => silence::rank(),
+        "knocks" => resets::stranger(),
         "leaves" => silence::leaving_rank(),
         _ => faults::rank(&role),
     }

@@ -1,5 +1,8 @@
 //! Connections between machines that are reset while both processes live.
 
+use std::collections::VecDeque;
+use std::io::Write as _;
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use crate::faults::LIMIT;
@@ -111,6 +114,58 @@ fn heartbeats_go_on_after_a_reset() {
     for ended in ranks.finish(LIMIT) {
         assert!(ended.output.contains("no error in"), "{}", ended.output);
     }
+}
+
+/// What a stranger does until it is killed: it crowds a door, talks nonsense, and most of the time says nothing.
+pub(crate) fn stranger() {
+    let door = std::env::var("PHALANX_TEST_ARGUMENTS").expect("only the test starts this one");
+    let words: [&[u8]; 5] = [
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        &[0xA5; 4096],
+        b"PHXc and a proof of sixty bytes that is none, whoever may say it..",
+        &[0xFF; 8],
+    ];
+    let mut crowd = VecDeque::new();
+    let start = Instant::now();
+    for turn in 0.. {
+        if start.elapsed() > Duration::from_secs(30) {
+            return;
+        }
+        if let Ok(mut stream) = TcpStream::connect(&door) {
+            // It may be shown out before it has said all.
+            drop(stream.write_all(words[turn % words.len()]));
+            crowd.push_back(stream);
+        }
+        if crowd.len() > 100 {
+            drop(crowd.pop_front());
+        }
+        if turn == 200 {
+            println!("crowded");
+        }
+        pause(Duration::from_millis(3));
+    }
+}
+
+#[test]
+fn strangers_at_the_door_keep_no_rank_from_coming_back_and_do_not_disturb_the_job() {
+    let Some(machines) = machines() else { return };
+    let mut ranks = machines.start(&[0, 1], "messages");
+    ranks.wait_for_line(0, "under way");
+    let doors = machines.doors();
+    assert_eq!(doors.len(), 1, "rank 0 waits for rank 1 to come back: {doors:?}");
+    let before = machines.connections();
+    let mut stranger = machines.stranger("knocks", &doors[0]);
+    stranger.wait_for_line(0, "crowded");
+    let control = before.last().expect("a control connection");
+    machines.reset(control);
+    let start = Instant::now();
+    for ended in ranks.finish(LIMIT) {
+        assert!(ended.output.contains("no error in"), "{}", ended.output);
+    }
+    // Ranks stop three seconds after their start, and no message waits longer than the reconnection.
+    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    stranger.kill(0);
 }
 
 /// A rank that dies while its control connection is lost, and one that dies after it came back.

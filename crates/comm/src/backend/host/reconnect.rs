@@ -240,3 +240,182 @@ fn attempt(
     let they_have = way.key.check_answer(&greeting, &claim, &answer).ok_or_else(foreign)?;
     Ok((stream.into(), they_have))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::liveness::Liveness;
+    use super::super::mesh::Card;
+    use super::super::peers::{Identity, Sockets};
+    use super::*;
+    use crate::environment::{JobToken, World};
+
+    const SOON: Duration = Duration::from_millis(500);
+
+    fn key(token: &str) -> PairKey {
+        let card = |secret| Card {
+            host: "a".into(),
+            pid: 1,
+            machine: String::new(),
+            unix_name: Vec::new(),
+            address: ([127, 0, 0, 1], 4000).into(),
+            secret: [secret; 32],
+        };
+        let job_token = JobToken::derive(&[token]);
+        let world = World { run_id: "run".into(), job_token, ..World::threads(0, 2) };
+        PairKey::new(&world, &card(1), &card(2))
+    }
+
+    /// Rank 0 of two, whose peer has lost its connection, and its door.
+    struct House {
+        peers: Peers,
+        door: Door,
+        address: SocketAddr,
+        returned: Vec<Returned>,
+    }
+
+    impl House {
+        fn new() -> Self {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            listener.set_nonblocking(true).unwrap();
+            let address = listener.local_addr().unwrap();
+            let identity = Identity { host: "a".into(), pid: 1, local: false };
+            let way = Way { address, key: key("ours") };
+            let sockets = Sockets {
+                controls: vec![None, None],
+                data: vec![None, None],
+                ways: vec![None, Some(way)],
+            };
+            let (heartbeat, dead_after) = (Duration::from_millis(500), Duration::from_secs(5));
+            let liveness = Liveness { heartbeat, dead_after };
+            let peers = Peers::new(0, vec![identity.clone(), identity], sockets, liveness).unwrap();
+            Self { peers, door: Door::new(Some(listener)), address, returned: Vec::new() }
+        }
+
+        /// Serves until something is true; says how long that took.
+        fn serve_until(&mut self, mut is_true: impl FnMut(&mut Self) -> bool) -> Duration {
+            let start = Instant::now();
+            while !is_true(self) {
+                assert!(start.elapsed() < Duration::from_secs(10), "for ever");
+                let more = self.door.serve(&self.peers, |_| Some(7));
+                self.returned.extend(more);
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+            start.elapsed()
+        }
+
+        /// Somebody at the door, and what was said to them.
+        fn visitor(&mut self) -> (TcpStream, [u8; resume::GREETING_BYTES]) {
+            let mut stream = TcpStream::connect(self.address).unwrap();
+            stream.set_nonblocking(true).unwrap();
+            let mut greeting = Vec::new();
+            self.serve_until(|_| {
+                read_all(&mut stream, &mut greeting);
+                greeting.len() == resume::GREETING_BYTES
+            });
+            (stream, greeting.try_into().unwrap())
+        }
+
+        /// How long until they are shown out, having heard nothing.
+        fn shown_out(&mut self, stream: &mut TcpStream) -> Duration {
+            let mut heard = Vec::new();
+            let after = self.serve_until(|_| read_all(stream, &mut heard));
+            assert_eq!(heard, b"", "a stranger is told nothing");
+            assert!(self.returned.is_empty(), "nobody is back");
+            after
+        }
+    }
+
+    /// Reads what is there; whether it was the last.
+    fn read_all(stream: &mut TcpStream, into: &mut Vec<u8>) -> bool {
+        match stream.read_to_end(into) {
+            Ok(_) => true,
+            Err(error) => error.kind() == ErrorKind::ConnectionReset,
+        }
+    }
+
+    fn claim(key: &PairKey, greeting: &[u8; resume::GREETING_BYTES]) -> [u8; CLAIM_BYTES] {
+        key.claim(greeting, 1, 5, [9; resume::CONNECTOR_NONCE_BYTES]).unwrap()
+    }
+
+    #[test]
+    fn a_peer_comes_back_and_strangers_do_not_get_in() {
+        let mut house = House::new();
+        let greeting_of_another = [b"PHXr".to_vec(), vec![3; 32]].concat().try_into().unwrap();
+        let huge_lengths = [&b"PHXc"[..], &[0xFF; 60]].concat();
+        let (mut own_rank, mut no_rank) = (huge_lengths.clone(), huge_lengths.clone());
+        own_rank[4..8].copy_from_slice(&0_u32.to_le_bytes());
+        no_rank[4..8].copy_from_slice(&2_u32.to_le_bytes());
+        let recorded = claim(&key("ours"), &greeting_of_another).to_vec();
+        for words in [
+            b"GET / HTTP/1.1\r\nHost: a\r\n\r\n".to_vec(),
+            vec![0xA5; 4096],
+            vec![0; 64],
+            huge_lengths,
+            own_rank,
+            no_rank,
+            recorded,
+        ] {
+            let (mut stream, _) = house.visitor();
+            stream.write_all(&words).unwrap();
+            let after = house.shown_out(&mut stream);
+            assert!(after < SOON, "{words:?}: {after:?}");
+        }
+        // The right words in answer to this very greeting, with another job's secret.
+        let (mut stream, greeting) = house.visitor();
+        stream.write_all(&claim(&key("another"), &greeting)).unwrap();
+        assert!(house.shown_out(&mut stream) < SOON);
+
+        let (mut peer, its_greeting) = house.visitor();
+        let right = claim(&key("ours"), &its_greeting);
+        peer.write_all(&right).unwrap();
+        house.serve_until(|house| !house.returned.is_empty());
+        let back = house.returned.pop().unwrap();
+        assert_eq!((back.peer, back.taken_in), (1, 5));
+        let mut answer = Vec::new();
+        read_all(&mut peer, &mut answer);
+        let answer = answer.try_into().unwrap();
+        assert_eq!(key("ours").check_answer(&its_greeting, &right, &answer), Some(7));
+
+        // What the peer has just said, said again.
+        let (mut replay, _) = house.visitor();
+        replay.write_all(&right).unwrap();
+        assert!(house.shown_out(&mut replay) < SOON);
+    }
+
+    #[test]
+    fn the_silent_and_the_slow_are_shown_out_after_two_seconds() {
+        let mut house = House::new();
+        let (mut silent, _) = house.visitor();
+        let (mut slow, greeting) = house.visitor();
+        let right = claim(&key("ours"), &greeting);
+        let (start, mut sent) = (Instant::now(), 0);
+        let mut heard = Vec::new();
+        house.serve_until(|_| {
+            let due = usize::try_from(start.elapsed().as_millis() / 100).unwrap();
+            if sent < due && sent < right.len() {
+                // It may have been shown out already.
+                drop(slow.write(&right[sent..=sent]));
+                sent += 1;
+            }
+            read_all(&mut slow, &mut heard)
+        });
+        let after = start.elapsed();
+        assert!((CLAIM_MAX - SOON..CLAIM_MAX + SOON).contains(&after), "{after:?}");
+        assert!(house.shown_out(&mut silent) < SOON);
+        assert!(house.door.strangers.is_empty() && house.returned.is_empty() && heard.is_empty());
+    }
+
+    #[test]
+    fn a_crowd_takes_no_more_than_its_places_and_the_peer_gets_in() {
+        let mut house = House::new();
+        let crowd: Vec<TcpStream> =
+            (0..60).map(|_| TcpStream::connect(house.address).unwrap()).collect();
+        house.serve_until(|house| house.door.strangers.len() == STRANGERS_MAX);
+        let (mut stream, greeting) = house.visitor();
+        stream.write_all(&claim(&key("ours"), &greeting)).unwrap();
+        let after = house.serve_until(|house| !house.returned.is_empty());
+        assert!(after < SOON, "{after:?}");
+        assert!(house.door.strangers.len() <= STRANGERS_MAX);
+        drop(crowd);
+    }
+}
