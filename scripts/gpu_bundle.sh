@@ -19,7 +19,7 @@ for program in gpu_check bert_large; do
 done
 cp configs/bert_*.json "$folder/configs/"
 cp scripts/gpu_run.sh "$folder/run.sh"
-cp scripts/gpu_torch_ddp.py "$folder/"
+cp scripts/gpu_torch_ddp.py scripts/gpu_torch_bert.py "$folder/"
 mkdir -p "$folder/text"
 find -L third_party/text -name '*.txt' -print0 | sort -z | head -z -n 12 | xargs -0 -I{} cp {} "$folder/text/"
 du -sh "$folder"

@@ -45,11 +45,17 @@ check bert-tiny-2-ranks ./bert_large --config configs/bert_tiny.json --data text
   --output "$out/tiny2"
 check bert-large-bf16 ./bert_large --config configs/bert_large.json --data text --nnodes 1 --precision bf16 --steps 60 \
   --micro-batch 32 --global-batch 32 --metrics "$out/large.jsonl" --output "$out/large"
+check bert-large-bare ./bert_large --config configs/bert_large.json --data text --nnodes 1 --precision bf16 --steps 60 \
+  --micro-batch 32 --global-batch 32 --no-exchange --metrics "$out/bare.jsonl" --output "$out/bare"
 check torch-ddp python3 gpu_torch_ddp.py
+check torch-bert python3 gpu_torch_bert.py --config configs/bert_large.json --batch 32
 
 rm -rf "$out"/*/model.safetensors
 echo
 echo "$table"
 grep -h "step with Ddp\|all_reduce 64" "$out"/nccl-1-rank.log "$out"/torch-ddp.log 2>/dev/null
-grep -h "median" "$out"/bert-large-bf16.log 2>/dev/null
+for run in bert-large-bf16 bert-large-bare; do
+  grep -h "median" "$out/$run.log" 2>/dev/null | sed "s/^/$run: /"
+done
+grep -h "BERT step" "$out"/torch-bert.log 2>/dev/null
 exit $failed
