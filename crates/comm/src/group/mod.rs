@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::backend::gpu::memory::DeviceMemory;
+use crate::backend::gpu::memory::{await_freed, DeviceMemory};
 use crate::backend::gpu::Gpu;
 use crate::backend::host::call::{Call, Memory};
 use crate::backend::host::core::Core;
@@ -36,6 +36,8 @@ use crate::work::Work;
 
 pub use self::options::GroupOptions;
 
+/// How long a failed allocation waits for memory of the GPU that was let go before.
+const FREED: Duration = Duration::from_secs(5);
 /// How long a dropped group with a GPU may take to end its communicator.
 const LEAVE: Duration = Duration::from_secs(6);
 
@@ -248,9 +250,17 @@ impl Group {
         let Some(gpu) = self.gpu.clone() else { return self.allocate_on_host(len) };
         self.agree(Op::Allocate, T::DTYPE, len)?;
         self.regions += 1;
-        let rank = self.rank();
-        let device = DeviceMemory::new(&gpu, rank, len * T::DTYPE.size_bytes())
-            .map_err(|error| self.core.peers.fail(error))?;
+        let (rank, bytes) = (self.rank(), len * T::DTYPE.size_bytes());
+        let device = DeviceMemory::new(&gpu, rank, bytes).or_else(|error| {
+            // What was let go is free only after the device is done with it.
+            let deadline = Instant::now() + FREED;
+            let ended = self.lane.as_ref().is_none_or(|lane| lane.wait_idle(deadline));
+            match ended && await_freed(deadline) {
+                true => DeviceMemory::new(&gpu, rank, bytes),
+                false => Err(error),
+            }
+        });
+        let device = device.map_err(|error| self.core.peers.fail(error))?;
         let (id, group) = (self.regions, self.number);
         let memory = RegionMemory { id, group, rank, parts: Vec::new(), device: Some(device) };
         Ok(Region::new(memory, len))

@@ -122,6 +122,26 @@ fn memory_is_zero_at_first_and_stays_while_it_is_used() {
     all_end_well(&world(2, "nccl memory"), "kept");
 }
 
+/// What was let go and is still in use on the GPU counts as free for the next allocation.
+pub(crate) fn scarce(mut group: Group) {
+    for _ in 0..20 {
+        let region = group.allocate::<u8>(600_000).expect("memory");
+        drop(group.all_reduce(region.full(), Sum).expect("started"));
+    }
+    // More than there is fails, and says so.
+    let error = group.allocate::<u8>(2_000_000).expect_err("too much").to_string();
+    assert!(error.contains("out of memory"), "{error}");
+    println!("enough");
+}
+
+#[test]
+fn memory_that_was_let_go_can_be_had_again() {
+    let small = |command: &mut Command, _| {
+        command.env("DOUBLE_MEMORY", "1000000");
+    };
+    all_end_well(&world_with(2, "nccl scarce", small), "enough");
+}
+
 #[test]
 fn an_error_does_not_wait_for_an_abort_that_takes_long() {
     let slow = |command: &mut Command, _| {

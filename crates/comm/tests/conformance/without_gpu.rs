@@ -43,6 +43,9 @@ pub(crate) fn rank(role: &str) {
         "nccl memory" => {
             gpu_faults::memory(Group::from_environment(nccl()).expect("the ranks meet"));
         }
+        "nccl scarce" => {
+            gpu_faults::scarce(Group::from_environment(nccl()).expect("the ranks meet"));
+        }
         "nccl at once" => ends_at_once(Group::from_environment(nccl()).expect("the ranks meet")),
         "nccl leaves" | "nccl exits" | "nccl stops" => {
             let group = Group::from_environment(nccl()).expect("the ranks meet");

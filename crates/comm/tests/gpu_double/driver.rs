@@ -11,6 +11,7 @@ use std::time::Instant;
 use crate::{a_while, lock};
 
 pub(crate) const NO_VALUE: c_int = 1;
+pub(crate) const NO_MEMORY: c_int = 2;
 pub(crate) const NO_CONTEXT: c_int = 201;
 pub(crate) const NOT_READY: c_int = 600;
 pub(crate) const OK: c_int = 0;
@@ -320,12 +321,17 @@ unsafe extern "C" fn cuEventElapsedTime_v2(millis: *mut f32, start: usize, end: 
     elapsed(millis, start, end)
 }
 
-pub(crate) fn take(bytes: usize) -> u64 {
+/// Memory of the device, of which there are `DOUBLE_MEMORY` bytes.
+pub(crate) fn take(bytes: usize) -> Option<u64> {
+    let limit = setting("DOUBLE_MEMORY").and_then(|n| n.parse().ok()).unwrap_or(usize::MAX);
+    if gpu().memory.values().sum::<usize>().saturating_add(bytes) > limit {
+        return None;
+    }
     // Full of nonsense, as fresh memory is.
     let memory = vec![0xa5_u8; bytes].into_boxed_slice();
     let at = Box::into_raw(memory).cast::<u8>() as u64;
     gpu().memory.insert(at, bytes);
-    at
+    Some(at)
 }
 
 pub(crate) unsafe fn give(at: u64) -> bool {
@@ -351,7 +357,8 @@ pub(crate) fn must_be_inside(at: u64, bytes: usize) {
 #[no_mangle]
 unsafe extern "C" fn cuMemAlloc_v2(at: *mut u64, bytes: usize) -> c_int {
     in_context!();
-    *at = take(bytes);
+    let Some(taken) = take(bytes) else { return NO_MEMORY };
+    *at = taken;
     OK
 }
 

@@ -3,12 +3,13 @@
 
 use std::ffi::{c_char, c_int};
 
-use crate::driver::{NOT_READY, NO_CONTEXT, NO_VALUE, OK};
+use crate::driver::{NOT_READY, NO_CONTEXT, NO_MEMORY, NO_VALUE, OK};
 
 #[no_mangle]
 unsafe extern "C" fn cuGetErrorString(code: c_int, text: *mut *const c_char) -> c_int {
     *text = match code {
         NO_VALUE => c"invalid argument",
+        NO_MEMORY => c"out of memory",
         NO_CONTEXT => c"invalid device context",
         NOT_READY => c"not ready",
         _ => c"an error",

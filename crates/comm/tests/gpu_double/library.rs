@@ -381,7 +381,8 @@ unsafe extern "C" fn ncclMemAlloc(at: *mut u64, bytes: usize) -> c_int {
     if CURRENT.get() != CONTEXT {
         return failure(1, "no current device");
     }
-    *at = take(bytes);
+    let Some(taken) = take(bytes) else { return failure(1, "no memory left") };
+    *at = taken;
     SUCCESS
 }
 

@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "gate: calls of the CUDA driver")]
 
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::{result, sys};
 
@@ -263,15 +263,26 @@ pub(crate) fn allocate(device: &Device, bytes: usize) -> Result<u64> {
     unsafe { result::malloc_sync(bytes.max(1)) }.map_err(failed("cuMemAlloc"))
 }
 
-/// Sets memory of a device to zero, and waits for it: the driver's call returns before, and streams that
-/// do not block are in no order with it.
-pub(crate) fn zero(device: &Device, pointer: u64, bytes: usize) -> Result<()> {
+/// Sets memory of a device to zero, and waits for it, as long as that may take: the driver's call returns
+/// before, and streams that do not block are in no order with it.
+pub(crate) fn zero(device: &Arc<Device>, pointer: u64, bytes: usize) -> Result<()> {
+    const LIMIT: Duration = Duration::from_secs(60);
+    const CALL: &str = "cuMemsetD8";
     let _current = device.current()?;
     // SAFETY: the caller allocated so many bytes there.
-    unsafe { result::memset_d8_sync(pointer, 0, bytes) }.map_err(failed("cuMemsetD8"))?;
-    // SAFETY: the default stream, which is always there.
-    unsafe { result::stream::synchronize(std::ptr::null_mut()) }
-        .map_err(failed("cuStreamSynchronize"))
+    unsafe { result::memset_d8_sync(pointer, 0, bytes) }.map_err(failed(CALL))?;
+    let done = Event::record(device, Stream::default())?;
+    let deadline = Instant::now() + LIMIT;
+    while !done.is_passed()? {
+        if Instant::now() >= deadline {
+            let what = format!(
+                "the GPU's default stream has not come to it in {LIMIT:?}: something before it hangs"
+            );
+            return Err(CudaError { call: CALL, what });
+        }
+        std::thread::park_timeout(Duration::from_micros(20));
+    }
+    Ok(())
 }
 
 /// Waits for all that the current device was asked for.

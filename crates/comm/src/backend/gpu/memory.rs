@@ -163,10 +163,10 @@ impl Freed {
     }
 }
 
-/// Does what may wait for the device, on a thread of its own: the last owner of memory is often a thread that
-/// must never wait. Where the device never gets there the memory stays.
-pub(crate) fn later(free: impl FnOnce() + Send + 'static) {
-    type Job = Box<dyn FnOnce() + Send>;
+type Job = Box<dyn FnOnce() + Send>;
+
+/// The thread that waits for the device; `None` where it could not be started.
+fn freeing() -> Option<&'static Sender<Job>> {
     static TO: OnceLock<Option<Sender<Job>>> = OnceLock::new();
     let to = TO.get_or_init(|| {
         let (to, from) = channel::<Job>();
@@ -174,11 +174,26 @@ pub(crate) fn later(free: impl FnOnce() + Send + 'static) {
         // Not joined: what it has not freed goes with the process.
         named.spawn(move || from.into_iter().for_each(|job| job())).ok().map(|_thread| to)
     });
+    to.as_ref()
+}
+
+/// Does what may wait for the device, on a thread of its own: the last owner of memory is often a thread that
+/// must never wait. Where the device never gets there the memory stays.
+pub(crate) fn later(free: impl FnOnce() + Send + 'static) {
     // Without the thread the memory stays: to free it here could wait for ever.
     let job: Job = Box::new(free);
-    let kept = match to {
+    let kept = match freeing() {
         Some(to) => to.send(job).err().map(|error| error.0),
         None => Some(job),
     };
     _ = std::mem::ManuallyDrop::new(kept);
+}
+
+/// Waits until what was let go so far is free; whether that came before the deadline.
+pub(crate) fn await_freed(deadline: Instant) -> bool {
+    let (done, is_done) = channel();
+    // Nobody listens where the time was over.
+    let mark: Job = Box::new(move || done.send(()).unwrap_or(()));
+    let left = deadline.saturating_duration_since(Instant::now());
+    freeing().is_some_and(|to| to.send(mark).is_ok() && is_done.recv_timeout(left).is_ok())
 }
