@@ -29,6 +29,7 @@ const PURE: &[&str] = &[
     "crates/data/src/sampler.rs",
     "crates/data/src/slice.rs",
     "crates/data/src/source/answer.rs",
+    "crates/data/src/source/filesystem.rs",
     "crates/ddp-core/src/plan.rs",
     "crates/ddp-core/src/ready.rs",
     "crates/ddp-core/src/schedule.rs",

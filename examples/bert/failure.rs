@@ -81,7 +81,7 @@ fn code_of(cause: &(dyn Error + 'static)) -> Option<u8> {
 
 fn code_of_data(error: &phalanx_data::Error) -> u8 {
     use phalanx_data::Error as E;
-    match error {
+    match error.root() {
         E::Io { .. } | E::CacheNotWritable { .. } => IO,
         E::InvalidOption { .. } => USAGE,
         E::LockTimeout { .. } => TIMEOUT,

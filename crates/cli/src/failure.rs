@@ -39,7 +39,7 @@ pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
 fn code_of(cause: &(dyn Error + 'static)) -> Option<u8> {
     use phalanx_data::Error as E;
     if let Some(error) = cause.downcast_ref::<E>() {
-        return Some(match error {
+        return Some(match error.root() {
             E::Io { .. } | E::CacheNotWritable { .. } => IO,
             E::InvalidOption { .. } => USAGE,
             E::LockTimeout { .. } => BUSY,

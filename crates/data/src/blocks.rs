@@ -5,6 +5,8 @@
 //! belongs to the last window; the rotation makes it other samples in every epoch.
 //! Frozen together with [`crate::permutation::VERSION`].
 
+use std::ops::Range;
+
 use crate::permutation::Permutation;
 use crate::random::Stream;
 
@@ -64,6 +66,37 @@ impl BlockOrder {
     }
 }
 
+impl BlockOrder {
+    /// How many blocks there are, with what is left over.
+    pub(crate) fn block_count(&self) -> u64 {
+        self.count.div_ceil(self.block)
+    }
+
+    /// The blocks of the order that must be there, or on their way, when a place is delivered: those of its window, and of the next
+    /// one as many as have been delivered of this one. The last window is as long as it is.
+    pub(crate) fn blocks_due(&self, place: u64) -> Range<u64> {
+        let window = (place / self.window).min(self.windows - 1);
+        let first = window * self.window / self.block;
+        let end = if window + 1 == self.windows {
+            self.block_count()
+        } else {
+            (place + self.window) / self.block + 1
+        };
+        first..end.min(self.block_count())
+    }
+
+    /// The samples of block `number` of the order, which is below the count of blocks: one range, or two where it goes on at
+    /// the data's beginning.
+    pub(crate) fn block_at(&self, number: u64) -> [Range<u64>; 2] {
+        let block = if number < self.blocks.len() { self.blocks.at(number) } else { number };
+        let start = block * self.block + self.rotation;
+        let end = ((block + 1) * self.block).min(self.count) + self.rotation;
+        let within = |at: u64| at.min(self.count);
+        let beyond = |at: u64| at.saturating_sub(self.count);
+        [within(start)..within(end), beyond(start)..beyond(end)]
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -107,5 +140,29 @@ mod tests {
         }
         let mut next = BlockOrder::new(count, block, window, 7, 1);
         assert!((0..count).filter(|&place| order.at(place) == next.at(place)).count() < 20);
+    }
+
+    #[test]
+    fn blocks_hold_the_samples_that_come_at_their_places() {
+        for (count, block) in [(1000, 10), (997, 10), (35, 10), (7, 10)] {
+            let mut order = BlockOrder::new(count, block, 1, 7, 3);
+            for number in 0..order.block_count() {
+                let [first, second] = order.block_at(number);
+                let mut listed: Vec<u64> = first.chain(second).collect();
+                let places = number * block..((number + 1) * block).min(count);
+                // A window of one block; what is left over shares a window with the block before it.
+                let whole = count / block;
+                if number + 1 < whole {
+                    let mut seen: Vec<u64> = places.map(|place| order.at(place)).collect();
+                    listed.sort_unstable();
+                    seen.sort_unstable();
+                    assert_eq!(listed, seen, "block {number} of {count}");
+                }
+            }
+            let mut all: Vec<u64> =
+                (0..order.block_count()).flat_map(|n| order.block_at(n)).flatten().collect();
+            all.sort_unstable();
+            assert!(all.into_iter().eq(0..count));
+        }
     }
 }

@@ -139,6 +139,11 @@ impl Samples for CausalText {
         Ok(self.stream.damaged().iter().map(of).collect())
     }
 
+    fn will_need(&self, samples: Range<u64>) {
+        let len = to_u64(self.sequence_len);
+        self.stream.will_need(samples.start * len..samples.end * len + 1);
+    }
+
     fn fill(&self, _seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {
         let len = self.sequence_len;
         let mut tokens = std::mem::take(&mut scratch.tokens);

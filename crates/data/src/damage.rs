@@ -10,7 +10,7 @@ use crate::cast::to_usize;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
 use crate::format::bytes::Bytes;
-use crate::format::files::{partial_path, write_synced};
+use crate::format::files::{partial_path, write_synced, Layout, Listed};
 use crate::format::{Index, INDEX_BYTES_MAX};
 use crate::records::RecordIndex;
 use crate::source::Folder;
@@ -52,21 +52,34 @@ struct DamageList {
     /// Of the folder that it belongs to.
     fingerprint: Fingerprint,
     blocks: Vec<DamagedBlock>,
+    /// Shards of which nothing is read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    lost: Vec<String>,
 }
 
-/// Writes the blocks that [`verify`](crate::verify) has found damaged to `damage.json` in their folder, for [`OnDamage::Skip`]; a list
-/// that is there is replaced, or removed if nothing is damaged. Copy it to every machine that has a copy of the folder.
+/// What is known of a shard.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ShardDamage {
+    /// It is not opened.
+    pub(crate) is_lost: bool,
+    pub(crate) blocks: Vec<u64>,
+}
+
+/// Writes what [`verify`](crate::verify) has found damaged to `damage.json` in the folder, for [`OnDamage::Skip`]: blocks, and shards that
+/// are missing, of another size or without a usable header as lost; a list that is there is replaced, or removed if nothing is
+/// damaged. Copy it to every machine that has a copy of the folder.
 ///
 /// # Errors
-/// What is wrong besides damaged blocks: a missing file, or one of another size, cannot be left out. [`Error::Io`].
+/// What is wrong besides that: a shard that may not be read, say, is not damaged. [`Error::Io`].
 pub fn record_damage(folder: &Path, found: &Verified) -> Result<()> {
-    let other = found.damage.iter().find(|error| !matches!(error, Error::Damaged { .. }));
+    let other = found.damage.iter().find(|error| !is_damaged(error) && !is_lost(error));
     if let Some(error) = other {
-        let reason = "only damaged blocks can be left out; copy or prepare this shard again";
+        let reason =
+            "only what is damaged or missing can be left out; see to it that the shard can be read";
         return Err(Error::option("damage", error, reason));
     }
     let path = folder.join(DAMAGE_FILE);
-    if found.blocks.is_empty() {
+    if found.blocks.is_empty() && found.lost.is_empty() {
         return match fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 Err(Error::io("remove", &path)(error))
@@ -79,8 +92,9 @@ pub fn record_damage(folder: &Path, found: &Verified) -> Result<()> {
     } else {
         Index::read(folder)?.fingerprint
     };
-    let blocks = found.blocks.clone();
-    let list = DamageList { format: FORMAT.to_owned(), version: VERSION, fingerprint, blocks };
+    let (blocks, lost) = (found.blocks.clone(), found.lost.clone());
+    let format = FORMAT.to_owned();
+    let list = DamageList { format, version: VERSION, fingerprint, blocks, lost };
     let mut json = serde_json::to_vec_pretty(&list).unwrap_or_default();
     json.push(b'\n');
     let partial = partial_path(&path);
@@ -88,9 +102,38 @@ pub fn record_damage(folder: &Path, found: &Verified) -> Result<()> {
     fs::rename(&partial, &path).map_err(Error::io("rename", &partial))
 }
 
-/// The listed blocks of a folder of this fingerprint.
-pub(crate) fn read(folder: &dyn Folder, fingerprint: Fingerprint) -> Result<Vec<DamagedBlock>> {
-    let Some(source) = folder.find(DAMAGE_FILE)? else { return Ok(Vec::new()) };
+/// Whether a block is known not to hold what was written.
+pub(crate) fn is_damaged(error: &Error) -> bool {
+    match error.root() {
+        Error::Damaged { .. } => true,
+        Error::Io { cause, .. } => {
+            cause.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error())
+        }
+        _ => false,
+    }
+}
+
+/// Whether a shard is not there as it was written.
+pub(crate) fn is_lost(error: &Error) -> bool {
+    match error.root() {
+        Error::WrongSize { .. }
+        | Error::BadHeader { .. }
+        | Error::MissingTensor { .. }
+        | Error::WrongDType { .. }
+        | Error::WrongShape { .. } => true,
+        Error::Io { cause, .. } => cause.kind() == std::io::ErrorKind::NotFound,
+        _ => false,
+    }
+}
+
+/// What is listed in a folder of this fingerprint, for each of its shards.
+pub(crate) fn read(
+    folder: &dyn Folder,
+    fingerprint: Fingerprint,
+    shards: &[Listed<'_>],
+) -> Result<Vec<ShardDamage>> {
+    let mut known = vec![ShardDamage::default(); shards.len()];
+    let Some(source) = folder.find(DAMAGE_FILE)? else { return Ok(known) };
     let file = Bytes::of(source, None)?;
     let bad = |reason: String| Error::BadDamageList { path: file.path().to_path_buf(), reason };
     if file.len() > INDEX_BYTES_MAX {
@@ -110,7 +153,21 @@ pub(crate) fn read(folder: &dyn Folder, fingerprint: Fingerprint) -> Result<Vec<
         let theirs = list.fingerprint;
         return Err(bad(format!("it is of the data {theirs}, not of {fingerprint}")));
     }
-    Ok(list.blocks)
+    let find = |name: &str| shards.iter().position(|shard| shard.file == name);
+    for DamagedBlock { file: name, block } in list.blocks {
+        let has = |&at: &usize| {
+            Layout::of(shards[at].file_bytes).is_some_and(|layout| block < layout.blocks)
+        };
+        let Some(at) = find(&name).filter(has) else {
+            return Err(bad(format!("there is no block {block} of `{name}`")));
+        };
+        known[at].blocks.push(block);
+    }
+    for name in list.lost {
+        let at = find(&name).ok_or_else(|| bad(format!("there is no shard `{name}`")))?;
+        known[at].is_lost = true;
+    }
+    Ok(known)
 }
 
 /// Ranges in ascending order, none of which touches another.

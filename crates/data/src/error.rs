@@ -2,6 +2,7 @@
 //!
 //! Each variant says what is wrong and what to do about it; nothing here is logged or printed by the crate itself.
 
+use std::fmt::Display;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -237,6 +238,26 @@ pub enum Error {
         /// What was being read.
         reading: String,
     },
+    /// A shard could not be read where a sample lies.
+    #[error("cannot read {reading} at offset {offset} of {}: {cause}", path.display())]
+    Unreadable {
+        /// The shard.
+        path: PathBuf,
+        /// What was being read.
+        reading: String,
+        /// Where that begins in the file.
+        offset: u64,
+        /// Why not. It stands in the message, so it is not also the error's `source`; see [`Error::root`].
+        cause: Box<Error>,
+    },
+    /// `damage.json` says that a shard is lost, and something in it was to be read.
+    #[error("{reading} lies in shard {}, which damage.json lists as lost: copy or prepare the shard again and run `phalanx data verify --record`, or leave out what is damaged (OnDamage::Skip)", path.display())]
+    Lost {
+        /// The shard.
+        path: PathBuf,
+        /// What was being read.
+        reading: String,
+    },
     /// A web server does not give what is needed.
     #[error("cannot read {url}: {reason}")]
     Http {
@@ -354,9 +375,31 @@ impl Error {
         move |cause| Error::Io { action, path, cause }
     }
 
+    /// The error behind [`Error::Unreadable`]; any other is its own.
+    pub fn root(&self) -> &Error {
+        match self {
+            Error::Unreadable { cause, .. } => cause.root(),
+            other => other,
+        }
+    }
+
+    /// Adds what was being read and where to errors that know nothing of samples.
+    #[cold]
+    pub(crate) fn while_reading(self, reading: &dyn Display, path: &Path, offset: u64) -> Error {
+        let is_bare = matches!(
+            self,
+            Error::Io { .. } | Error::WrongSize { .. } | Error::Http { .. } | Error::Changed { .. }
+        );
+        if !is_bare {
+            return self;
+        }
+        let (path, reading) = (path.to_path_buf(), reading.to_string());
+        Error::Unreadable { path, reading, offset, cause: Box::new(self) }
+    }
+
     pub(crate) fn option(
         option: &'static str,
-        value: impl std::fmt::Display,
+        value: impl Display,
         reason: impl Into<String>,
     ) -> Error {
         Error::InvalidOption { option, value: value.to_string(), reason: reason.into() }

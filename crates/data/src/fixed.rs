@@ -14,12 +14,14 @@ use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
 use crate::format::bytes::Bytes;
 use crate::format::header::{Header, Span};
-use crate::format::Access;
+
 use crate::masking::IGNORED;
 use crate::samples::{Samples, Scratch};
+use crate::source::{Access, Folder};
 
 /// Read at once when the whole file is checked.
 const READ_BYTES: usize = 1 << 20;
+const READ_VALUES: usize = READ_BYTES / size_of::<i64>();
 
 /// Rows of a safetensors file.
 #[derive(Debug)]
@@ -42,7 +44,20 @@ impl FixedBatches {
     /// [`Error::Io`], [`Error::BadHeader`], [`Error::MissingTensor`], [`Error::WrongDType`], [`Error::WrongShape`], and
     /// [`Error::BadValue`] for negative ids, for labels below 0 that are not −100, and for masks other than 0 and 1.
     pub fn open(path: &Path) -> Result<Self> {
-        let bytes = Bytes::open(path, Access::Read, None)?;
+        Self::of(Bytes::open(path, Access::Read, None)?)
+    }
+
+    /// Opens the file `name` of a folder, wherever that lies.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), and what the folder says.
+    pub fn open_from(folder: &dyn Folder, name: &str) -> Result<Self> {
+        Self::of(Bytes::of(folder.open(name)?, None)?)
+    }
+
+    fn of(bytes: Bytes) -> Result<Self> {
+        let owned = bytes.path().to_path_buf();
+        let path = &owned;
         let header = Header::read(&bytes)?;
         let input_ids = matrix(path, &header, "input_ids")?;
         let (rows, sequence_len) = (input_ids.shape[0], input_ids.shape[1]);
@@ -93,13 +108,13 @@ impl FixedBatches {
     }
 
     fn check_values(&mut self) -> Result<()> {
-        let mut values = vec![0; self.sequence_len];
-        let mut scratch = Scratch::default();
         let columns = [
             (Some(self.input_ids), "input_ids are at least 0"),
             (Some(self.labels), "labels are at least 0, or -100 where the loss does not look"),
             (self.attention_mask, "attention_mask holds 0 and 1"),
         ];
+        let mut scratch = Vec::new();
+        let total = self.rows * self.sequence_len;
         for (column, (start, reason)) in columns.into_iter().enumerate() {
             let Some(start) = start else { continue };
             let good = |value: i64| match column {
@@ -107,19 +122,24 @@ impl FixedBatches {
                 1 => value >= 0 || value == IGNORED,
                 _ => value == 0 || value == 1,
             };
-            for row in 0..self.rows {
-                self.read_row(start, row, &mut values, &mut scratch)?;
-                if let Some(position) = values.iter().position(|&value| !good(value)) {
+            for first in (0..total).step_by(READ_VALUES) {
+                let len = READ_VALUES.min(total - first) * size_of::<i64>();
+                let at = start + to_u64(first * size_of::<i64>());
+                let values = self.bytes.read(at, len, &mut scratch)?.as_chunks::<8>().0;
+                let values = values.iter().map(|le| i64::from_le_bytes(*le));
+                if let Some((number, value)) =
+                    (first..).zip(values.clone()).find(|one| !good(one.1))
+                {
                     return Err(Error::BadValue {
                         path: self.bytes.path().to_path_buf(),
-                        sample: to_u64(row),
-                        position,
-                        value: values[position],
+                        sample: to_u64(number / self.sequence_len),
+                        position: number % self.sequence_len,
+                        value,
                         reason: reason.to_owned(),
                     });
                 }
-                let largest = values.iter().copied().max().unwrap_or(0);
-                self.id_max = self.id_max.max(largest);
+                self.id_max = self.id_max.max(values.max().unwrap_or(0));
+                self.bytes.check(at..at + to_u64(len))?;
             }
         }
         Ok(())
@@ -131,26 +151,20 @@ impl FixedBatches {
         while at < self.bytes.len() {
             let len = to_usize((self.bytes.len() - at).min(to_u64(READ_BYTES)));
             crc = crc32c::crc32c_append(crc, self.bytes.read(at, len, &mut scratch)?);
+            self.bytes.check(at..at + to_u64(len))?;
             at += to_u64(len);
         }
         let sum = Fingerprinter::new("fixed-batches 1").bytes(header.bytes());
         Ok(sum.number(self.bytes.len()).number(u64::from(crc)).finish())
     }
 
-    fn read_row(
-        &self,
-        start: u64,
-        row: usize,
-        out: &mut [i64],
-        scratch: &mut Scratch,
-    ) -> Result<()> {
+    fn read_row(&self, offset: u64, out: &mut [i64], scratch: &mut Scratch) -> Result<()> {
         let row_bytes = self.sequence_len * size_of::<i64>();
-        let offset = start + to_u64(row) * to_u64(row_bytes);
         let bytes = self.bytes.read(offset, row_bytes, &mut scratch.bytes)?;
         for (value, le) in out.iter_mut().zip(bytes.as_chunks::<8>().0) {
             *value = i64::from_le_bytes(*le);
         }
-        Ok(())
+        self.bytes.check(offset..offset + to_u64(row_bytes))
     }
 }
 
@@ -174,12 +188,15 @@ impl Samples for FixedBatches {
                 let samples = self.sample_count();
                 return Err(Error::NoSuchSample { sample: sample.id, samples });
             }
-            let number = to_usize(sample.id);
             let starts = [Some(self.input_ids), Some(self.labels), self.attention_mask];
             for (column, start) in starts.into_iter().flatten().enumerate() {
                 let mut row = rows.part(at..at + 1);
                 let values = row.column::<i64>(column)?;
-                self.read_row(start, number, values, scratch)?;
+                let offset = start + sample.id * to_u64(self.sequence_len * size_of::<i64>());
+                self.read_row(offset, values, scratch).map_err(|error| {
+                    let reading = format_args!("sample {}", sample.id);
+                    error.while_reading(&reading, self.bytes.path(), offset)
+                })?;
                 if column == 1 && !is_valid {
                     values.fill(IGNORED);
                 }

@@ -15,7 +15,7 @@
 //! let options = text::PrepareOptions { vocab_size: 1024, ..Default::default() };
 //! let prepared = text::prepare(data_dir, &options, &progress::Terminal::stderr())?;
 //!
-//! let samples = MaskedText::open(&prepared.folder, 32, Masking::default(), Access::Read)?;
+//! let samples = MaskedText::open(&prepared.folder, 32, Masking::default(), Access::Auto)?;
 //! let options = LoaderOptions { seed: 7, global_batch: 8, rank: 1, world_size: 4, ..Default::default() };
 //! let mut loader = Loader::new(Arc::new(samples), options)?;
 //! for _ in 0..3 {
@@ -30,6 +30,7 @@
 //! # }
 //! ```
 
+mod ahead;
 mod batch;
 mod blocks;
 mod bucketing;
@@ -98,5 +99,5 @@ pub use source::{CachedFolder, Folder, LocalFolder, Source};
 pub use source::{HttpFolder, HttpOptions};
 pub use state::{Buckets, LoaderState};
 pub use tokens::Tokens;
-pub use verify::{verify, Verified};
+pub use verify::{verify, verify_from, Verified};
 pub use whole_words::Continuations;

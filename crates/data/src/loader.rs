@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::ahead::Ahead;
 use crate::batch::{Batch, Column, Pool};
 use crate::bucketing;
 use crate::cast::to_u64;
@@ -220,6 +221,9 @@ impl Loader {
             let reason = "the lengths of damaged samples are not known: take 0 to leave them out";
             return Err(Error::option("bucketing", options.bucketing, reason));
         }
+        let ahead = sampler
+            .blocks()
+            .map(|sizes| Arc::new(Ahead::new(sampler.sample_count(), sizes, sampler.seed())));
         let plan = Plan {
             samples,
             columns,
@@ -232,6 +236,7 @@ impl Loader {
             epochs: options.epochs,
             pool,
             holes: Arc::new(holes),
+            ahead,
         };
         let source = match options.threads {
             0 => Source::Caller(Box::new(plan.builder())),

@@ -142,6 +142,11 @@ impl Samples for MaskedText {
         Ok(self.stream.damaged().iter().map(of).collect())
     }
 
+    fn will_need(&self, samples: Range<u64>) {
+        let window = to_u64(self.sequence_len - FRAME);
+        self.stream.will_need(samples.start * window..samples.end * window);
+    }
+
     fn fill(&self, seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {
         let (samples, valid) = (rows.samples(), rows.valid());
         let [all_ids, all_labels] = rows.columns_mut::<i64, 2>([0, 1])?;

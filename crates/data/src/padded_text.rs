@@ -100,12 +100,16 @@ impl Samples for PaddedText {
     }
 
     fn damaged(&self) -> Result<Vec<Range<u64>>> {
-        if self.stream.damaged().is_empty() {
-            return Ok(Vec::new());
+        self.stream.damaged_documents()
+    }
+
+    fn will_need(&self, samples: Range<u64>) {
+        let mut scratch = Scratch::default();
+        let mut bounds = |id| self.stream.document(id, &mut scratch);
+        // Whoever reads them has the error.
+        if let (Ok(first), Ok(last)) = (bounds(samples.start), bounds(samples.end - 1)) {
+            self.stream.will_need(first.start..last.end);
         }
-        let reason =
-            "which documents lie in damaged blocks is not known: copy or prepare the data again";
-        Err(Error::option("on_damage", "skip", reason))
     }
 
     fn fill(&self, seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {

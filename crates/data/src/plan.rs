@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::ahead::Ahead;
 use crate::batch::{bytes_max, Batch, Column, Pool};
 use crate::bucketing::Window;
 use crate::damage::Holes;
@@ -34,6 +35,8 @@ pub(crate) struct Plan {
     pub(crate) pool: Arc<Pool>,
     /// Samples that are left out.
     pub(crate) holes: Arc<Holes>,
+    /// What is asked for from the disk before it is read.
+    pub(crate) ahead: Option<Arc<Ahead>>,
 }
 
 /// What a thread that builds batches keeps.
@@ -89,6 +92,9 @@ impl Plan {
     pub(crate) fn build(&self, job: Job, builder: &mut Builder) -> Result<Batch> {
         let Builder { cursor, window, scratch } = builder;
         let (start, mut rows) = (job.start, self.rows(job));
+        if let Some(ahead) = &self.ahead {
+            ahead.reach(start, &*self.samples);
+        }
         let mut valid = self.sampler.size(start).valid;
         if rows.is_empty() {
             // This rank has nothing, and goes through the step with a row that does not count.

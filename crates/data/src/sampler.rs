@@ -199,6 +199,14 @@ impl Sampler {
         self.seed
     }
 
+    /// Samples of a block and blocks of a window, where the order has them and the data is no mixture.
+    pub(crate) fn blocks(&self) -> Option<(u64, u64)> {
+        match self.order {
+            Order::Blocks { block, window } if self.mixing.is_none() => Some((block, window)),
+            _ => None,
+        }
+    }
+
     pub(crate) fn global_batch(&self) -> u64 {
         self.global_batch
     }

@@ -63,6 +63,10 @@ pub trait Samples: Send + Sync + 'static {
         Ok(Vec::new())
     }
 
+    /// These neighbours will be read soon, in some order: whoever reads them from a disk can have them fetched. A loader says so of
+    /// orders in blocks ([`Order::Blocks`](crate::Order::Blocks)), a window ahead.
+    fn will_need(&self, _samples: Range<u64>) {}
+
     /// Fills the rows.
     ///
     /// # Errors

@@ -53,8 +53,24 @@ pub trait Tokens: Debug + Send + Sync + 'static {
         &[]
     }
 
-    /// `len` tokens from `start` on will be read soon.
+    /// Documents that have tokens in such blocks: ascending.
+    ///
+    /// # Errors
+    /// [`Error::InvalidOption`] if blocks are damaged and it is not known which documents lie in them.
+    fn damaged_documents(&self) -> Result<Vec<Range<u64>>> {
+        if self.damaged().is_empty() {
+            return Ok(Vec::new());
+        }
+        let reason =
+            "which documents lie in damaged blocks is not known: copy or prepare the data again";
+        Err(Error::option("on_damage", "skip", reason))
+    }
+
+    /// `len` tokens from `start` on will be read at once: the processor can load them.
     fn expect(&self, _start: u64, _len: usize) {}
+
+    /// These tokens will be read soon, in some order: they can be fetched from the disk.
+    fn will_need(&self, _tokens: Range<u64>) {}
 
     /// Which tokens continue a word, for whole-word masks.
     ///
@@ -106,12 +122,20 @@ impl Tokens for TokenStream {
         TokenStream::damaged(self)
     }
 
+    fn damaged_documents(&self) -> Result<Vec<Range<u64>>> {
+        TokenStream::damaged_documents(self)
+    }
+
     fn expect(&self, start: u64, len: usize) {
         TokenStream::expect(self, start, len);
     }
 
+    fn will_need(&self, tokens: Range<u64>) {
+        TokenStream::will_need(self, tokens);
+    }
+
     fn continuations(&self) -> Result<Continuations> {
-        Continuations::of_tokenizer(self.folder(), self.index().vocab_size)
+        TokenStream::continuations(self)
     }
 }
 
@@ -148,5 +172,9 @@ impl Tokens for MegatronTokens {
         reading: &dyn Display,
     ) -> Result<()> {
         MegatronTokens::read(self, start, out, scratch, reading)
+    }
+
+    fn will_need(&self, tokens: Range<u64>) {
+        MegatronTokens::will_need(self, tokens);
     }
 }

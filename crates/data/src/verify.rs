@@ -5,15 +5,16 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
-use crate::damage::DamagedBlock;
+use crate::damage::{self, DamagedBlock};
 use crate::error::{Error, Result};
-use crate::format::bytes::{Access, Bytes};
+use crate::format::bytes::Bytes;
 use crate::format::checked::Checked;
 use crate::format::files::Listed;
-use crate::format::{Index, ShardEntry, TokenStream};
+use crate::format::{shard, Index, ShardEntry};
 use crate::pool::in_pool;
 use crate::progress::{Event, Progress, Stage};
-use crate::records::{RecordIndex, RecordShard, Records};
+use crate::records::{reader, RecordIndex, RecordShard};
+use crate::source::{Access, Folder, LocalFolder};
 
 /// What [`verify`] read and what it found wrong.
 #[derive(Debug, Default)]
@@ -29,10 +30,12 @@ pub struct Verified {
     pub damage: Vec<Error>,
     /// The damaged blocks among that, and those whose checksums are damaged.
     pub blocks: Vec<DamagedBlock>,
+    /// The shards among that of which nothing can be used: missing, of another size, or without a usable header.
+    pub lost: Vec<String>,
 }
 
 /// Reads every shard of a prepared folder (of tokens or records) once, on all processors, and compares all checksums. Damage does not end it:
-/// everything that is wrong is listed. If no block is damaged, headers are checked as well.
+/// everything that is wrong is listed.
 ///
 /// # Errors
 /// If the index itself cannot be used, and [`Error::InvalidOption`] if the threads cannot be started.
@@ -41,33 +44,43 @@ pub fn verify(
     threads: Option<NonZeroUsize>,
     progress: &dyn Progress,
 ) -> Result<Verified> {
-    if RecordIndex::is_in(folder) {
-        let index = RecordIndex::read(folder)?;
-        let listed: Vec<_> = index.shards.iter().map(RecordShard::listed).collect();
-        let mut found = in_pool(threads, || check(folder, &listed, progress))?;
-        if found.damage.is_empty() {
-            found.damage.extend(Records::open(folder, Access::Read).err());
-        }
-        return Ok(found);
-    }
-    let index = Index::read(folder)?;
-    let listed: Vec<_> = index.shards.iter().map(ShardEntry::listed).collect();
-    let mut found = in_pool(threads, || check(folder, &listed, progress))?;
-    if found.damage.is_empty() {
-        found.damage.extend(TokenStream::open(folder, Access::Read).err());
-    }
-    Ok(found)
+    verify_from(&LocalFolder::new(folder, Access::Read), threads, progress)
 }
 
-/// Compares all blocks of all files. Must run in a rayon pool.
-fn check(folder: &Path, listed: &[Listed<'_>], progress: &dyn Progress) -> Verified {
+/// As [`verify`], of a folder wherever it lies.
+///
+/// # Errors
+/// As [`verify`], and what the folder says when its index is read.
+pub fn verify_from(
+    folder: &dyn Folder,
+    threads: Option<NonZeroUsize>,
+    progress: &dyn Progress,
+) -> Result<Verified> {
+    if RecordIndex::is_in_folder(folder)? {
+        let RecordIndex { shards, fields, .. } = RecordIndex::read_from(folder)?;
+        let listed: Vec<_> = shards.iter().map(RecordShard::listed).collect();
+        let open = |at: usize| reader::Shard::open(folder, &shards[at], &fields).err();
+        return in_pool(threads, || check(folder, &listed, &open, progress));
+    }
+    let Index { shards, dtype, .. } = Index::read_from(folder)?;
+    let listed: Vec<_> = shards.iter().map(ShardEntry::listed).collect();
+    let open = |at: usize| shard::Shard::open(folder, &shards[at], dtype).err();
+    in_pool(threads, || check(folder, &listed, &open, progress))
+}
+
+/// Compares all blocks of all files. Must run in a rayon pool. `open` says what is wrong with a file's header.
+fn check(
+    folder: &dyn Folder,
+    listed: &[Listed<'_>],
+    open: &(dyn Fn(usize) -> Option<Error> + Sync),
+    progress: &dyn Progress,
+) -> Verified {
     let total_bytes = listed.iter().map(|file| file.file_bytes).sum();
     progress.report(Event::Begin { stage: Stage::Verifying, total_bytes });
     let opened: Vec<Result<Checked>> = listed
         .iter()
         .map(|file| {
-            let path = folder.join(file.file);
-            let bytes = Bytes::open(&path, Access::Read, Some(file.file_bytes))?;
+            let bytes = Bytes::of(folder.open(file.file)?, Some(file.file_bytes))?;
             Ok(Checked::new(bytes, file.crc32c))
         })
         .collect();
@@ -90,16 +103,24 @@ fn check(folder: &Path, listed: &[Listed<'_>], progress: &dyn Progress) -> Verif
         .collect();
     progress.report(Event::End { stage: Stage::Verifying });
     let block_count = crate::cast::to_u64(blocks.len());
-    let is_damaged = |error: &Error| matches!(error, Error::Damaged { .. });
-    let damaged_blocks = found
+    let damaged_blocks: Vec<DamagedBlock> = found
         .iter()
-        .filter(|(_, _, error)| is_damaged(error))
+        .filter(|(_, _, error)| damage::is_damaged(error))
         .map(|(at, block, _)| DamagedBlock { file: listed[*at].file.to_owned(), block: *block })
         .collect();
     let mut damage: Vec<(usize, Error)> =
         found.into_iter().map(|(at, _, error)| (at, error)).collect();
     let unopened = opened.into_iter().enumerate();
-    damage.extend(unopened.filter_map(|(at, file)| file.err().map(|error| (at, error))));
+    // A damaged header is found by the block that it lies in, and makes the whole shard useless.
+    damage.extend(unopened.filter_map(|(at, file)| Some((at, file.err().or_else(|| open(at))?))));
+    let is_lost = |name: &&Listed<'_>, at: usize| {
+        damage
+            .iter()
+            .any(|(of, error)| *of == at && damage::is_lost(error))
+            .then(|| name.file.to_owned())
+    };
+    let lost: Vec<String> =
+        listed.iter().enumerate().filter_map(|(at, file)| is_lost(&file, at)).collect();
     // Stable: blocks of one file stay in their order.
     damage.sort_by_key(|(at, _)| *at);
     // A page of checksums is found damaged by each of its blocks.
@@ -107,8 +128,8 @@ fn check(folder: &Path, listed: &[Listed<'_>], progress: &dyn Progress) -> Verif
         at == before_at && place(error).is_some() && place(error) == place(before)
     });
     let damage = damage.into_iter().map(|(_, error)| error).collect();
-    let file_count = listed.len();
-    Verified { file_count, block_count, bytes: total_bytes, damage, blocks: damaged_blocks }
+    let (file_count, bytes) = (listed.len(), total_bytes);
+    Verified { file_count, block_count, bytes, damage, blocks: damaged_blocks, lost }
 }
 
 /// Where a damaged block begins.

@@ -23,19 +23,14 @@ enum Marks<'a> {
 }
 
 impl Continuations {
-    /// From a `tokenizer.json` in `folder`: WordPiece by its prefix of continuing tokens, BPE and Unigram by their marks of
-    /// beginning ones.
+    /// From a `tokenizer.json`: WordPiece by its prefix of continuing tokens, BPE and Unigram by their marks of beginning ones.
+    /// Errors call it `path`.
     ///
     /// # Errors
-    /// [`Error::Io`], and [`Error::Tokenizer`] for a tokenizer that has no such marks, or a file that is none.
-    pub fn of_tokenizer(folder: &Path, vocab_size: u32) -> Result<Self> {
-        let path = folder.join("tokenizer.json");
-        let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
-        let failed = |message: &str| Error::Tokenizer {
-            action: "find the words for whole-word masking",
-            message: format!("{}: {message}", path.display()),
-        };
-        let json: Value = serde_json::from_slice(&text).map_err(|e| failed(&e.to_string()))?;
+    /// [`Error::Tokenizer`] for a tokenizer that has no such marks, or a file that is none.
+    pub fn of_json(text: &[u8], vocab_size: u32, path: &Path) -> Result<Self> {
+        let failed = |message: &str| failed(path, message);
+        let json: Value = serde_json::from_slice(text).map_err(|e| failed(&e.to_string()))?;
         let model = &json["model"];
         let marks = match model["type"].as_str() {
             Some("WordPiece") => {
@@ -98,6 +93,13 @@ impl Continuations {
     }
 }
 
+pub(crate) fn failed(path: &Path, message: &str) -> Error {
+    Error::Tokenizer {
+        action: "find the words for whole-word masking",
+        message: format!("{}: {message}", path.display()),
+    }
+}
+
 fn continues(token: &str, marks: &Marks<'_>) -> bool {
     match marks {
         Marks::Continuing(prefix) => token.len() > prefix.len() && token.starts_with(prefix),
@@ -121,9 +123,7 @@ mod tests {
     use super::*;
 
     fn of(json: &str) -> Result<Continuations> {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join("tokenizer.json"), json).unwrap();
-        Continuations::of_tokenizer(folder.path(), 100)
+        Continuations::of_json(json.as_bytes(), 100, Path::new("tokenizer.json"))
     }
 
     fn continuing(words: &Continuations) -> Vec<i64> {

@@ -81,7 +81,8 @@ impl Server {
     }
 
     fn folder(&self, timeout: Duration) -> HttpFolder {
-        let options = HttpOptions { timeout, attempt_timeout: Duration::from_millis(300) };
+        let attempt_timeout = Duration::from_millis(300);
+        let options = HttpOptions { timeout, attempt_timeout, ..Default::default() };
         HttpFolder::new(&format!("http://{}/data/", self.address), options).unwrap()
     }
 }
@@ -341,7 +342,8 @@ fn what_is_kept_is_fetched_once() {
     let asked = || server.requests.swap(0, Ordering::SeqCst);
     let bytes: u64 =
         open().index().shards.iter().map(|shard| shard.file_bytes.div_ceil(1 << 20)).sum();
-    let files = u64::try_from(open().index().shards.len()).unwrap() + 1;
+    // The index, the tokenizer, and the question for a list of damage.
+    let files = u64::try_from(open().index().shards.len()).unwrap() + 3;
     let blocks = usize::try_from(bytes + files).unwrap();
     std::fs::remove_dir_all(&kept).unwrap();
     asked();
@@ -460,4 +462,39 @@ fn what_is_kept_stays_within_its_bound() {
     std::fs::write(folder.path().join("file"), b"").unwrap();
     let no_folder = CachedFolder::new(server.folder(LONG), &folder.path().join("file"), 1);
     assert!(matches!(no_folder, Err(Error::CacheNotWritable { .. })));
+}
+
+#[test]
+fn a_list_of_damage_is_found_on_a_server_and_its_absence_told_from_other_answers() {
+    let (_keep, target) = prepared();
+    let server = Server::start(target.clone(), |_, _| Answer::Good);
+    assert!(server.folder(LONG).find("damage.json").unwrap().is_none());
+    assert!(TokenStream::open_from(&server.folder(LONG)).unwrap().damaged().is_empty());
+    let fingerprint = phalanx_data::Index::read(&target).unwrap().fingerprint;
+    let list = format!(
+        r#"{{"format": "phalanx-damage", "version": 1, "fingerprint": "{fingerprint}",
+            "blocks": [{{"file": "tokens-00000.safetensors", "block": 0}}]}}"#
+    );
+    std::fs::write(target.join("damage.json"), list).unwrap();
+    assert_eq!(TokenStream::open_from(&server.folder(LONG)).unwrap().damaged().len(), 1);
+
+    let server = Server::start(target.clone(), |_, name| {
+        if name == "damage.json" {
+            Answer::Status(403)
+        } else {
+            Answer::Good
+        }
+    });
+    let error = TokenStream::open_from(&server.folder(LONG)).unwrap_err();
+    assert!(matches!(error, Error::Http { .. }), "{error}");
+    assert!(error.to_string().contains("list the folder"), "{error}");
+
+    // A file that is taken away while it is read: not found, and named with what was read.
+    let server = Server::start(target.clone(), |_, _| Answer::Good);
+    let far = TokenStream::open_from(&server.folder(LONG)).unwrap();
+    std::fs::remove_file(target.join("tokens-00000.safetensors")).unwrap();
+    let error = far.read(9, &mut [0; 8], &mut Scratch::default(), &"sample 3").unwrap_err();
+    let text = error.to_string();
+    assert!(text.starts_with("cannot read sample 3 at offset 4114 of "), "{text}");
+    assert!(text.contains("404"), "{text}");
 }

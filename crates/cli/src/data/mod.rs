@@ -99,6 +99,8 @@ impl ProgressFlag {
 /// How files are read.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum AccessFlag {
+    /// Maps on a disk of this machine, pread on a network's file system.
+    Auto,
     /// pread: for network filesystems and data that somebody may touch.
     Read,
     /// Memory maps: for local data that nobody writes to.
@@ -108,6 +110,7 @@ pub(crate) enum AccessFlag {
 impl From<AccessFlag> for Access {
     fn from(flag: AccessFlag) -> Access {
         match flag {
+            AccessFlag::Auto => Access::Auto,
             AccessFlag::Read => Access::Read,
             AccessFlag::Map => Access::Map,
         }

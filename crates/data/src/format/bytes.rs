@@ -68,6 +68,14 @@ impl Bytes {
         self.source.check_mapped(range)
     }
 
+    /// Has a range fetched that will be read soon.
+    pub(crate) fn will_need(&self, range: Range<u64>) {
+        let end = range.end.min(self.len);
+        if range.start < end {
+            self.source.will_need(range.start..end);
+        }
+    }
+
     /// Lets go of local copies. `true`: reading again may give other bytes.
     pub(crate) fn forget(&self, range: Range<u64>) -> bool {
         self.source.forget(range)

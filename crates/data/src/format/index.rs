@@ -1,7 +1,8 @@
 //! `index.json`: what a prepared folder holds.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::bytes::Bytes;
@@ -228,18 +229,8 @@ impl Index {
     /// # Errors
     /// As [`read`](Self::read), and what the folder says.
     pub fn read_from(folder: &dyn Folder) -> Result<Self> {
-        let file = Bytes::of(folder.open(INDEX_FILE)?, None)?;
-        let bad = |reason: String| Error::BadIndex { path: file.path().to_path_buf(), reason };
-        let len = file.len();
-        if len > INDEX_BYTES_MAX {
-            return Err(bad(format!("{len} bytes are too many for an index")));
-        }
-        let mut scratch = Vec::new();
-        let text = file.read(0, to_usize(len), &mut scratch)?;
-        let index = serde_json::from_slice(text);
-        file.check(0..len)?;
-        let index: Index = index.map_err(|error| bad(format!("not an index: {error}")))?;
-        index.check().map_err(bad)?;
+        let (index, path): (Self, _) = read_json(folder)?;
+        index.check().map_err(|reason| Error::BadIndex { path, reason })?;
         Ok(index)
     }
 
@@ -302,6 +293,22 @@ impl Index {
         }
         sum.finish()
     }
+}
+
+/// The index of a folder, of whatever kind, and what errors call it.
+pub(crate) fn read_json<T: DeserializeOwned>(folder: &dyn Folder) -> Result<(T, PathBuf)> {
+    let file = Bytes::of(folder.open(INDEX_FILE)?, None)?;
+    let bad = |reason: String| Error::BadIndex { path: file.path().to_path_buf(), reason };
+    let len = file.len();
+    if len > INDEX_BYTES_MAX {
+        return Err(bad(format!("{len} bytes are too many for an index")));
+    }
+    let mut scratch = Vec::new();
+    let text = file.read(0, to_usize(len), &mut scratch)?;
+    let index = serde_json::from_slice(text);
+    file.check(0..len)?;
+    let index = index.map_err(|error| bad(format!("not an index: {error}")))?;
+    Ok((index, file.path().to_path_buf()))
 }
 
 #[cfg(test)]

@@ -335,6 +335,15 @@ impl MegatronTokens {
         self.fingerprint
     }
 
+    /// Has these tokens fetched from the disk, where that can be asked for. Not where there is other data between sequences.
+    pub fn will_need(&self, tokens: Range<u64>) {
+        if self.starts.is_none() {
+            let size = to_u64(self.kind.bytes());
+            let end = tokens.end.min(self.token_count);
+            self.bin.will_need(tokens.start.min(end) * size..end * size);
+        }
+    }
+
     /// The tokens of a document, counted in the stream.
     ///
     /// # Errors
@@ -345,9 +354,14 @@ impl MegatronTokens {
             return Err(Error::NoSuchSample { sample: document, samples });
         }
         let at = self.documents_at() + 8 * document;
-        let first = self.word(at)?;
-        let after = self.word(at + 8)?;
-        Ok(self.start(first)?..self.start(after)?)
+        let bounds = || {
+            let (first, after) = (self.word(at)?, self.word(at + 8)?);
+            Ok(self.start(first)?..self.start(after)?)
+        };
+        bounds().map_err(|error: Error| {
+            let reading = format_args!("the bounds of document {document}");
+            error.while_reading(&reading, self.idx.path(), at)
+        })
     }
 
     /// Reads tokens from `start` on, as many as `out` holds. `reading` names them in errors.
@@ -375,7 +389,10 @@ impl MegatronTokens {
         while !rest.is_empty() {
             let there = to_usize((starts[sequence + 1] - at).min(to_u64(rest.len())));
             let (now, later) = rest.split_at_mut(there);
-            let offset = self.word(self.offsets_at() + 8 * to_u64(sequence))?;
+            let entry = self.offsets_at() + 8 * to_u64(sequence);
+            let offset = self
+                .word(entry)
+                .map_err(|error| error.while_reading(reading, self.idx.path(), entry))?;
             let offset = offset + (at - starts[sequence]) * size;
             self.read_at(offset, at, now, scratch, reading)?;
             at += to_u64(there);
@@ -394,16 +411,8 @@ impl MegatronTokens {
         scratch: &mut Scratch,
         reading: &dyn Display,
     ) -> Result<()> {
-        let bytes = self.bin.read(offset, out.len() * self.kind.bytes(), &mut scratch.bytes)?;
-        match self.kind {
-            Kind::U8 => copy(out, bytes.as_chunks().0, |le| i64::from(u8::from_le_bytes(le))),
-            Kind::I8 => copy(out, bytes.as_chunks().0, |le| i64::from(i8::from_le_bytes(le))),
-            Kind::I16 => copy(out, bytes.as_chunks().0, |le| i64::from(i16::from_le_bytes(le))),
-            Kind::U16 => copy(out, bytes.as_chunks().0, |le| i64::from(u16::from_le_bytes(le))),
-            Kind::I32 => copy(out, bytes.as_chunks().0, |le| i64::from(i32::from_le_bytes(le))),
-            Kind::I64 => copy(out, bytes.as_chunks().0, i64::from_le_bytes),
-        }
-        self.bin.check(offset..offset + to_u64(out.len() * self.kind.bytes()))?;
+        self.copy_at(offset, out, scratch)
+            .map_err(|error| error.while_reading(reading, self.bin.path(), offset))?;
         let range = 0..i64::from(self.vocab_size);
         match out.iter().position(|token| !range.contains(token)) {
             None => Ok(()),
@@ -418,6 +427,21 @@ impl MegatronTokens {
                 ),
             }),
         }
+    }
+
+    /// Widens the numbers from `offset` of the .bin on.
+    fn copy_at(&self, offset: u64, out: &mut [i64], scratch: &mut Scratch) -> Result<()> {
+        let len = out.len() * self.kind.bytes();
+        let bytes = self.bin.read(offset, len, &mut scratch.bytes)?;
+        match self.kind {
+            Kind::U8 => copy(out, bytes.as_chunks().0, |le| i64::from(u8::from_le_bytes(le))),
+            Kind::I8 => copy(out, bytes.as_chunks().0, |le| i64::from(i8::from_le_bytes(le))),
+            Kind::I16 => copy(out, bytes.as_chunks().0, |le| i64::from(i16::from_le_bytes(le))),
+            Kind::U16 => copy(out, bytes.as_chunks().0, |le| i64::from(u16::from_le_bytes(le))),
+            Kind::I32 => copy(out, bytes.as_chunks().0, |le| i64::from(i32::from_le_bytes(le))),
+            Kind::I64 => copy(out, bytes.as_chunks().0, i64::from_le_bytes),
+        }
+        self.bin.check(offset..offset + to_u64(len))
     }
 }
 

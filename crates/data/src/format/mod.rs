@@ -18,15 +18,16 @@ pub(crate) mod files;
 pub(crate) mod header;
 mod index;
 mod megatron;
-mod shard;
+pub(crate) mod offsets;
+pub(crate) mod shard;
 mod tokens;
 mod widen;
 mod writer;
 
 pub use bytes::Access;
 pub(crate) use files::partial_path;
+pub(crate) use index::{read_json, BLOCK_BYTES, INDEX_BYTES_MAX, INDEX_FILE, TOKENIZER_FILE};
 pub use index::{Index, ShardEntry, SpecialTokens, TokenDType};
-pub(crate) use index::{BLOCK_BYTES, INDEX_BYTES_MAX, INDEX_FILE, TOKENIZER_FILE};
 pub use megatron::MegatronTokens;
 pub use tokens::TokenStream;
 pub use writer::TokenWriter;

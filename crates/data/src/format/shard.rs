@@ -10,6 +10,7 @@ use super::bytes::Bytes;
 use super::checked::Checked;
 use super::header::Header;
 use super::index::{ShardEntry, TokenDType};
+use super::offsets::{bytes_of, elements_in, Offsets};
 use super::widen::widen_u16;
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
@@ -65,20 +66,15 @@ impl Shard {
         })
     }
 
-    pub(crate) fn token_count(&self) -> u64 {
-        self.token_count
-    }
-
-    pub(crate) fn document_count(&self) -> u64 {
-        self.document_count
-    }
-
     /// The tokens of a document, counted within the shard.
     pub(crate) fn document(&self, document: u64, scratch: &mut Scratch) -> Result<Range<u64>> {
         let offset = self.offset_start + document * to_u64(size_of::<u64>());
         let ends = offset..offset + to_u64(2 * size_of::<u64>());
-        self.verify(ends, scratch, &format_args!("the bounds of document {document}"))?;
-        let bytes: [u8; 16] = self.checked.bytes.array(offset)?;
+        let reading = format_args!("the bounds of document {document}");
+        let bytes: [u8; 16] = self
+            .verify(ends, scratch, &reading)
+            .and_then(|()| self.checked.bytes.array(offset))
+            .map_err(|error| error.while_reading(&reading, self.path(), offset))?;
         let (pair, _) = bytes.as_chunks::<8>();
         let (start, end) = (u64::from_le_bytes(pair[0]), u64::from_le_bytes(pair[1]));
         if start > end || end > self.token_count {
@@ -101,9 +97,20 @@ impl Shard {
         scratch: &mut Scratch,
         reading: &dyn Display,
     ) -> Result<u32> {
-        let element = self.dtype.bytes();
-        let offset = self.token_start + start * to_u64(element);
-        let len = out.len() * element;
+        let offset = self.token_start + start * to_u64(self.dtype.bytes());
+        self.read_at(offset, out, scratch, reading)
+            .map_err(|error| error.while_reading(reading, self.path(), offset))
+    }
+
+    #[inline]
+    fn read_at(
+        &self,
+        offset: u64,
+        out: &mut [i64],
+        scratch: &mut Scratch,
+        reading: &dyn Display,
+    ) -> Result<u32> {
+        let len = out.len() * self.dtype.bytes();
         self.verify(offset..offset + to_u64(len), scratch, reading)?;
         let bytes = self.checked.bytes.read(offset, len, &mut scratch.bytes)?;
         let largest = match self.dtype {
@@ -130,6 +137,12 @@ impl Shard {
         }
     }
 
+    /// Has tokens fetched from the disk.
+    pub(crate) fn will_need(&self, tokens: Range<u64>) {
+        let place = |token: u64| self.token_start + token * to_u64(self.dtype.bytes());
+        self.checked.bytes.will_need(place(tokens.start)..place(tokens.end));
+    }
+
     /// Verifies the blocks under a range of bytes that nobody has verified yet.
     pub(crate) fn verify(
         &self,
@@ -140,17 +153,21 @@ impl Shard {
         self.checked.verify(range, &mut scratch.bytes, reading)
     }
 
-    /// The tokens of a block, counted within the shard. None if it holds the header or bounds of documents only.
-    pub(crate) fn tokens_of(&self, block: u64) -> Range<u64> {
-        let bytes = self.checked.block(block);
-        let element = to_u64(self.dtype.bytes());
-        let start = bytes.start.saturating_sub(self.token_start) / element;
-        let end = bytes.end.saturating_sub(self.token_start).div_ceil(element);
-        start.min(self.token_count)..end.min(self.token_count)
+    /// The tokens in these blocks, counted within the shard: ascending.
+    pub(crate) fn tokens_of(&self, blocks: &[u64]) -> Vec<Range<u64>> {
+        let bytes = bytes_of(&self.checked, blocks);
+        elements_in(&bytes, (self.token_start, self.dtype.bytes(), self.token_count))
     }
 
-    pub(crate) fn block_count(&self) -> u64 {
-        self.checked.block_count()
+    /// The documents that have tokens or bounds in these blocks, counted within the shard: ascending. Reads all bounds once.
+    pub(crate) fn documents_of(&self, blocks: &[u64]) -> Result<Vec<Range<u64>>> {
+        if blocks.is_empty() {
+            return Ok(Vec::new());
+        }
+        let bytes = bytes_of(&self.checked, blocks);
+        let bounds = Offsets { start: self.offset_start, rows: self.document_count };
+        let reading = &"the bounds of documents";
+        bounds.damaged_rows(&self.checked, &bytes, &self.tokens_of(blocks), reading)
     }
 
     pub(crate) fn file_bytes(&self) -> u64 {

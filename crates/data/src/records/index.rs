@@ -8,9 +8,9 @@ use super::field::{self, Field};
 use crate::cast::to_u64;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
-use crate::format::bytes::{Access, Bytes};
 use crate::format::files::{check_total, Listed};
-use crate::format::{BLOCK_BYTES, INDEX_BYTES_MAX, INDEX_FILE};
+use crate::format::{read_json, BLOCK_BYTES};
+use crate::source::{Access, Folder, LocalFolder};
 
 const FORMAT: &str = "phalanx-records";
 const VERSION: u32 = 2;
@@ -71,15 +71,23 @@ impl RecordIndex {
         index
     }
 
-    /// Whether the folder's index says that it holds records.
+    /// Whether the index of a folder of this machine says that it holds records.
     pub fn is_in(folder: &Path) -> bool {
+        Self::is_in_folder(&LocalFolder::new(folder, Access::Read)).unwrap_or(false)
+    }
+
+    /// Whether a folder's index says that it holds records, wherever the folder lies.
+    ///
+    /// # Errors
+    /// If there is no index or it cannot be read, and [`Error::BadIndex`] if it is none.
+    pub fn is_in_folder(folder: &dyn Folder) -> Result<bool> {
         /// The only part of any index that is read for this.
         #[derive(Deserialize)]
         struct Kind {
             format: String,
         }
-        let kind = read_json::<Kind>(&folder.join(INDEX_FILE));
-        kind.is_ok_and(|kind| kind.format == FORMAT)
+        let (kind, _): (Kind, _) = read_json(folder)?;
+        Ok(kind.format == FORMAT)
     }
 
     /// Reads and checks the index of a folder.
@@ -87,8 +95,15 @@ impl RecordIndex {
     /// # Errors
     /// [`Error::Io`] if it cannot be read, [`Error::BadIndex`] if it contradicts itself or has another version.
     pub fn read(folder: &Path) -> Result<Self> {
-        let path = folder.join(INDEX_FILE);
-        let index: Self = read_json(&path)?;
+        Self::read_from(&LocalFolder::new(folder, Access::Read))
+    }
+
+    /// Reads and checks the index of a folder, wherever it lies.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), and what the folder says.
+    pub fn read_from(folder: &dyn Folder) -> Result<Self> {
+        let (index, path): (Self, _) = read_json(folder)?;
         index.check().map_err(|reason| Error::BadIndex { path, reason })?;
         Ok(index)
     }
@@ -138,15 +153,4 @@ impl RecordIndex {
         }
         sum.finish()
     }
-}
-
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let bad = |reason: String| Error::BadIndex { path: path.to_path_buf(), reason };
-    let file = Bytes::open(path, Access::Read, None)?;
-    if file.len() > INDEX_BYTES_MAX {
-        return Err(bad(format!("{} bytes are too many for an index", file.len())));
-    }
-    let mut scratch = Vec::new();
-    let text = file.read(0, crate::cast::to_usize(file.len()), &mut scratch)?;
-    serde_json::from_slice(text).map_err(|error| bad(format!("not an index: {error}")))
 }

@@ -39,7 +39,7 @@ mod arrays;
 mod columns;
 mod field;
 mod index;
-mod reader;
+pub(crate) mod reader;
 mod samples;
 mod writer;
 

@@ -7,30 +7,33 @@ use std::path::{Path, PathBuf};
 use super::field::{Field, FieldShape};
 use super::index::{RecordIndex, RecordShard};
 use crate::cast::{to_u64, to_usize};
-use crate::damage::{self, DamagedBlock};
+use crate::damage::{self, ShardDamage};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
-use crate::format::bytes::{Access, Bytes};
+use crate::format::bytes::Bytes;
 use crate::format::checked::Checked;
+use crate::format::files::Listed;
 use crate::format::header::{Header, Span};
+use crate::format::offsets::{bytes_of, elements_in, Offsets};
 use crate::samples::Scratch;
-use crate::source::LocalFolder;
+use crate::source::{Access, Folder, LocalFolder};
 
 /// The records of a folder.
 #[derive(Debug)]
 pub struct Records {
     index: RecordIndex,
-    shards: Vec<Shard>,
+    /// None: it is lost.
+    shards: Vec<Option<Shard>>,
     /// Where each shard starts, and where the last one ends.
     starts: Vec<u64>,
     folder: PathBuf,
-    /// Listed as damaged.
-    blocks: Vec<DamagedBlock>,
+    /// What is known of each shard.
+    known: Vec<ShardDamage>,
 }
 
 #[derive(Debug)]
-struct Shard {
+pub(crate) struct Shard {
     checked: Checked,
     columns: Vec<Place>,
 }
@@ -39,7 +42,7 @@ struct Shard {
 #[derive(Debug)]
 enum Place {
     Fixed { start: u64, row_bytes: u64 },
-    Variable { start: u64, offsets: u64, total: u64 },
+    Variable { start: u64, offsets: Offsets, total: u64 },
 }
 
 impl Records {
@@ -48,11 +51,25 @@ impl Records {
     /// # Errors
     /// [`Error::Io`], [`Error::BadIndex`], or what is wrong with a shard: its size, header, dtype or shape.
     pub fn open(folder: &Path, access: Access) -> Result<Self> {
-        let index = RecordIndex::read(folder)?;
-        let shards: Vec<Shard> = index
+        Self::open_from(&LocalFolder::new(folder, access))
+    }
+
+    /// Opens a folder, wherever it lies.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), and what the folder says.
+    pub fn open_from(folder: &dyn Folder) -> Result<Self> {
+        let index = RecordIndex::read_from(folder)?;
+        let listed: Vec<Listed<'_>> = index.shards.iter().map(RecordShard::listed).collect();
+        let known = damage::read(folder, index.fingerprint, &listed)?;
+        let shards: Vec<Option<Shard>> = index
             .shards
             .iter()
-            .map(|entry| Shard::open(folder, entry, &index.fields, access))
+            .zip(&known)
+            .map(|(entry, known)| match known.is_lost {
+                true => Ok(None),
+                false => Shard::open(folder, entry, &index.fields).map(Some),
+            })
             .collect::<Result<_>>()?;
         let mut starts = vec![0];
         let mut end = 0;
@@ -60,8 +77,7 @@ impl Records {
             end += shard.record_count;
             starts.push(end);
         }
-        let blocks = damage::read(&LocalFolder::new(folder, access), index.fingerprint)?;
-        Ok(Records { index, shards, starts, folder: folder.to_path_buf(), blocks })
+        Ok(Records { index, shards, starts, folder: folder.name().to_path_buf(), known })
     }
 
     /// What the folder says it holds.
@@ -135,35 +151,54 @@ impl Records {
         Ok(())
     }
 
-    /// Records that lie in blocks that are known to be damaged (see [`record_damage`](crate::record_damage)), in any order.
+    /// Records that lie in blocks that are known to be damaged (see [`record_damage`](crate::record_damage)), in any order. Reads the
+    /// bounds of variable fields in shards with such blocks.
     ///
     /// # Errors
-    /// [`Error::InvalidOption`] if there are such blocks and a field is variable: where its records lie cannot be said then.
+    /// As [`read`](Self::read).
     pub fn damaged(&self) -> Result<Vec<Range<u64>>> {
         let mut ranges = Vec::new();
-        for DamagedBlock { file, block } in &self.blocks {
-            let at = self.index.shards.iter().position(|shard| shard.file == *file);
-            let Some(at) = at.filter(|&at| *block < self.shards[at].checked.block_count()) else {
-                return Err(Error::BadDamageList {
-                    path: self.folder.join(damage::DAMAGE_FILE),
-                    reason: format!("there is no block {block} of `{file}`"),
-                });
+        for (at, (shard, known)) in self.shards.iter().zip(&self.known).enumerate() {
+            let (start, count) = (self.starts[at], self.index.shards[at].record_count);
+            let within = match shard {
+                None => std::iter::once(0..count).collect(),
+                Some(_) if known.blocks.is_empty() => continue,
+                Some(shard) => shard.records_of(&known.blocks, (&self.index.fields, count))?,
             };
-            let (bytes, start) = (self.shards[at].checked.block(*block), self.starts[at]);
-            let count = self.index.shards[at].record_count;
-            for column in &self.shards[at].columns {
-                let Place::Fixed { start: first, row_bytes } = column else {
-                    let reason =
-                        "records with variable fields cannot be left out: copy or write the data again";
-                    return Err(Error::option("on_damage", "skip", reason));
-                };
-                let row_bytes = (*row_bytes).max(1);
-                let begin = (bytes.start.saturating_sub(*first) / row_bytes).min(count);
-                let end = bytes.end.saturating_sub(*first).div_ceil(row_bytes).min(count);
-                ranges.push(start + begin..start + end);
-            }
+            ranges.extend(within.iter().map(|range| start + range.start..start + range.end));
         }
         Ok(ranges)
+    }
+
+    /// The most elements that a record has in variable field number `field`. Reads all bounds, but those that are known to be
+    /// damaged.
+    pub(crate) fn longest(&self, field: usize) -> Result<usize> {
+        let mut longest = 0;
+        for (at, (shard, known)) in self.shards.iter().zip(&self.known).enumerate() {
+            let Some(shard) = shard else { continue };
+            let Place::Variable { offsets, total, .. } = shard.columns[field] else { continue };
+            let bad = bytes_of(&shard.checked, &known.blocks);
+            let reading = format_args!("the bounds of `{}`", self.index.fields[field].name);
+            offsets.scan(&shard.checked, &bad, &reading, |row, bounds| {
+                if let Some(bounds) = bounds {
+                    shard.check_bounds(&bounds, total, (field, self.starts[at] + row))?;
+                    longest = longest.max(to_usize(bounds.end - bounds.start));
+                }
+                Ok(())
+            })?;
+        }
+        Ok(longest)
+    }
+
+    /// Has these records fetched from the disk, where that can be asked for.
+    pub fn will_need(&self, records: Range<u64>) {
+        for (shard, bounds) in self.shards.iter().zip(self.starts.windows(2)) {
+            let (start, end) = (records.start.max(bounds[0]), records.end.min(bounds[1]));
+            if let Some(shard) = shard.as_ref().filter(|_| start < end) {
+                shard
+                    .will_need(start - bounds[0]..end - bounds[0], (&self.index.fields, bounds[0]));
+            }
+        }
     }
 
     fn field(&self, field: usize) -> Result<&Field> {
@@ -178,16 +213,20 @@ impl Records {
     fn find(&self, record: u64) -> Result<(&Shard, u64)> {
         let at = self.starts.partition_point(|&start| start <= record);
         match (at.checked_sub(1), self.shards.get(at.wrapping_sub(1))) {
-            (Some(at), Some(shard)) => Ok((shard, record - self.starts[at])),
+            (Some(at), Some(Some(shard))) => Ok((shard, record - self.starts[at])),
+            (Some(at), Some(None)) => {
+                let path = self.folder.join(&self.index.shards[at].file);
+                Err(Error::Lost { path, reading: format!("record {record}") })
+            }
             _ => Err(Error::NoSuchSample { sample: record, samples: self.record_count() }),
         }
     }
 }
 
 impl Shard {
-    fn open(folder: &Path, entry: &RecordShard, fields: &[Field], access: Access) -> Result<Self> {
-        let path = folder.join(&entry.file);
-        let bytes = Bytes::open(&path, access, Some(entry.file_bytes))?;
+    pub(crate) fn open(folder: &dyn Folder, entry: &RecordShard, fields: &[Field]) -> Result<Self> {
+        let bytes = Bytes::of(folder.open(&entry.file)?, Some(entry.file_bytes))?;
+        let path = bytes.path().to_path_buf();
         let header = Header::read(&bytes)?;
         let tensor = |name: &str, dtype: &'static str, rest: &[usize], rows: Option<u64>| {
             let span = header.tensor(name)?;
@@ -209,7 +248,8 @@ impl Shard {
                         let rows = entry.record_count.saturating_add(1);
                         let offsets = tensor(&field.offsets_name(), "U64", &[], Some(rows))?;
                         let total = to_u64(values.shape[0]);
-                        Ok(Place::Variable { start: values.start, offsets: offsets.start, total })
+                        let offsets = Offsets { start: offsets.start, rows: entry.record_count };
+                        Ok(Place::Variable { start: values.start, offsets, total })
                     }
                 }
             })
@@ -228,22 +268,67 @@ impl Shard {
         scratch: &mut Scratch,
     ) -> Result<Range<u64>> {
         let Place::Variable { offsets, total, .. } = &self.columns[field] else { return Ok(0..0) };
-        let at = offsets + row * to_u64(size_of::<u64>());
+        let at = offsets.start + row * to_u64(size_of::<u64>());
         let mut ends = [0; 16];
         let reading = format_args!("the bounds of record {record}");
         self.copy(at..at + to_u64(ends.len()), &mut ends, scratch, &reading)?;
         let (pair, _) = ends.as_chunks::<8>();
         let (start, end) = (u64::from_le_bytes(pair[0]), u64::from_le_bytes(pair[1]));
-        if start > end || end > *total {
-            return Err(Error::BadValue {
-                path: self.checked.path().to_path_buf(),
-                sample: record,
-                position: field,
-                value: i64::try_from(end).unwrap_or(i64::MAX),
-                reason: format!("elements {start} to {end} of {total}; write the data again"),
-            });
-        }
+        self.check_bounds(&(start..end), *total, (field, record))?;
         Ok(start..end)
+    }
+
+    fn check_bounds(
+        &self,
+        &Range { start, end }: &Range<u64>,
+        total: u64,
+        (field, record): (usize, u64),
+    ) -> Result<()> {
+        if start <= end && end <= total {
+            return Ok(());
+        }
+        Err(Error::BadValue {
+            path: self.checked.path().to_path_buf(),
+            sample: record,
+            position: field,
+            value: i64::try_from(end).unwrap_or(i64::MAX),
+            reason: format!("elements {start} to {end} of {total}; write the data again"),
+        })
+    }
+
+    /// The records that have values or bounds in these blocks, counted within the shard, in any order.
+    fn records_of(
+        &self,
+        blocks: &[u64],
+        (fields, count): (&[Field], u64),
+    ) -> Result<Vec<Range<u64>>> {
+        let bytes = bytes_of(&self.checked, blocks);
+        let mut all = Vec::new();
+        for (column, field) in self.columns.iter().zip(fields) {
+            match *column {
+                Place::Fixed { start, row_bytes } => {
+                    all.extend(elements_in(&bytes, (start, to_usize(row_bytes), count)));
+                }
+                Place::Variable { start, offsets, total } => {
+                    let elements = elements_in(&bytes, (start, field.dtype.bytes(), total));
+                    let reading = format_args!("the bounds of `{}`", field.name);
+                    all.extend(offsets.damaged_rows(&self.checked, &bytes, &elements, &reading)?);
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    /// Rows counted within the shard, whose first record is `first`.
+    fn will_need(&self, rows: Range<u64>, (fields, first): (&[Field], u64)) {
+        let mut scratch = Scratch::default();
+        for (number, field) in fields.iter().enumerate() {
+            let mut place = |row| self.bytes(number, row, first + row, field.dtype, &mut scratch);
+            // Whoever reads them has the error.
+            if let (Ok(start), Ok(end)) = (place(rows.start), place(rows.end - 1)) {
+                self.checked.bytes.will_need(start.start..end.end);
+            }
+        }
     }
 
     /// Where the bytes of a record lie.
@@ -269,6 +354,19 @@ impl Shard {
     }
 
     fn copy(
+        &self,
+        range: Range<u64>,
+        out: &mut [u8],
+        scratch: &mut Scratch,
+        reading: &dyn Display,
+    ) -> Result<()> {
+        let offset = range.start;
+        self.copy_bare(range, out, scratch, reading)
+            .map_err(|error| error.while_reading(reading, self.checked.path(), offset))
+    }
+
+    #[inline]
+    fn copy_bare(
         &self,
         range: Range<u64>,
         out: &mut [u8],

@@ -27,17 +27,13 @@ impl RecordSamples {
     /// As [`Records::read`].
     pub fn new(records: Records) -> Result<Self> {
         let mut columns = Vec::new();
-        let mut scratch = Scratch::default();
         for (number, Field { name, dtype, shape }) in records.fields().iter().enumerate() {
             match shape {
                 FieldShape::Fixed(shape) => {
                     columns.push(Column::new(name.clone(), *dtype, shape.clone()));
                 }
                 FieldShape::Variable => {
-                    let mut longest = 0;
-                    for record in 0..records.record_count() {
-                        longest = longest.max(records.elements(record, number, &mut scratch)?);
-                    }
+                    let longest = records.longest(number)?;
                     columns.push(Column::padded(name.clone(), *dtype, [longest]));
                     columns.push(Column::new(format!("{name}_len"), DType::I64, []));
                 }
@@ -109,6 +105,10 @@ impl Samples for RecordSamples {
 
     fn damaged(&self) -> Result<Vec<Range<u64>>> {
         self.records.damaged()
+    }
+
+    fn will_need(&self, samples: Range<u64>) {
+        self.records.will_need(samples);
     }
 
     fn fill(&self, _seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {

@@ -8,6 +8,8 @@ pub(super) enum Refusal {
     Later(String),
     /// It will not.
     Never(String),
+    /// There is no such file.
+    Absent(String),
     /// It is another file by now.
     Changed(String),
 }
@@ -41,6 +43,14 @@ pub(super) fn part(
         412 | 416 => {
             return Err(Refusal::Changed(format!(
                 "the server answered {status} to bytes {start} to {end}"
+            )))
+        }
+        404 | 410 => {
+            return Err(Refusal::Absent(format!("the server answered {status}: check the address")))
+        }
+        401 | 403 => {
+            return Err(Refusal::Never(format!(
+                "the server answered {status}: check the address and who may read it, and who may list the folder, for some servers answer so for files that are not there"
             )))
         }
         _ => {
@@ -106,8 +116,11 @@ mod tests {
         for status in [408, 429, 500, 502, 503, 504] {
             assert!(matches!(part(status, None, 0, 1), Err(Refusal::Later(_))));
         }
-        for status in [200, 204, 301, 400, 401, 403, 404, 410] {
+        for status in [200, 204, 301, 400, 401, 403] {
             assert!(matches!(part(status, None, 0, 1), Err(Refusal::Never(_))));
+        }
+        for status in [404, 410] {
+            assert!(matches!(part(status, None, 0, 1), Err(Refusal::Absent(_))));
         }
         assert!(matches!(part(416, Some("bytes */3"), 5, 6), Err(Refusal::Changed(_))));
         assert_eq!(size_of_unsatisfied("bytes */0"), Some(0));

@@ -1,8 +1,12 @@
 //! A file read by `pread`.
 
 use std::fs::File;
+use std::num::NonZeroU64;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::Advice;
 
 use super::Source;
 use crate::error::{Error, Result};
@@ -25,6 +29,12 @@ impl Source for ReadFile {
 
     fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
         self.file.read_exact_at(out, offset).map_err(|cause| self.why(cause))
+    }
+
+    fn will_need(&self, range: Range<u64>) {
+        let len = NonZeroU64::new(range.end - range.start);
+        // Where the system cannot do that, nothing is lost.
+        rustix::fs::fadvise(&self.file, range.start, len, Advice::WillNeed).ok();
     }
 }
 

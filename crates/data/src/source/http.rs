@@ -13,7 +13,7 @@ use ureq::http::Response;
 use ureq::{Agent, Body};
 
 use super::answer::{part, size_of_unsatisfied, Part, Refusal};
-use super::{Folder, Source};
+use super::{tls, Folder, Source};
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 
@@ -22,17 +22,24 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 const REDIRECTS_MAX: u32 = 5;
 
 /// How patient requests are.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct HttpOptions {
     /// For one read, with all its attempts.
     pub timeout: Duration,
     /// For a connection to be made, for an answer to begin, and for each further piece of it.
     pub attempt_timeout: Duration,
+    /// Certificates of authorities of your own, as PEM files of one or more each: servers of `https://` whose certificates they have
+    /// signed are trusted, besides those that Mozilla's list of authorities vouches for.
+    pub root_certificates: Vec<PathBuf>,
 }
 
 impl Default for HttpOptions {
     fn default() -> Self {
-        HttpOptions { timeout: Duration::from_mins(1), attempt_timeout: Duration::from_secs(10) }
+        HttpOptions {
+            timeout: Duration::from_mins(1),
+            attempt_timeout: Duration::from_secs(10),
+            root_certificates: Vec::new(),
+        }
     }
 }
 
@@ -43,25 +50,28 @@ impl Default for HttpOptions {
 pub struct HttpFolder {
     address: PathBuf,
     agent: Agent,
-    options: HttpOptions,
+    timeout: Duration,
 }
 
 impl HttpFolder {
     /// The folder at `address` (`http://…` or `https://…`). Nothing is asked yet.
     ///
     /// # Errors
-    /// [`Error::InvalidOption`] for another kind of address.
+    /// [`Error::InvalidOption`] for another kind of address, and for a file of certificates that holds none. [`Error::Io`] for one
+    /// that cannot be read.
     pub fn new(address: &str, options: HttpOptions) -> Result<Self> {
+        let HttpOptions { timeout, attempt_timeout, root_certificates } = options;
         let is_web = ["http://", "https://"].iter().any(|scheme| address.starts_with(scheme));
         if !is_web || address.contains(['?', '#']) || address.contains(char::is_whitespace) {
             let reason = "it must be http://… or https://…, without spaces, ? and #";
             return Err(Error::option("address", address, reason));
         }
-        let limit = Some(options.attempt_timeout);
+        let limit = Some(attempt_timeout);
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(REDIRECTS_MAX)
             .proxy(None)
+            .tls_config(tls::config(&root_certificates)?)
             .accept_encoding("identity")
             .user_agent(concat!("phalanx-data/", env!("CARGO_PKG_VERSION")))
             .timeout_connect(limit)
@@ -69,7 +79,7 @@ impl HttpFolder {
             .timeout_per_read(limit)
             .build();
         let agent = Agent::new_with_config(config);
-        Ok(HttpFolder { address: PathBuf::from(address.trim_end_matches('/')), agent, options })
+        Ok(HttpFolder { address: PathBuf::from(address.trim_end_matches('/')), agent, timeout })
     }
 }
 
@@ -92,17 +102,12 @@ impl Folder for HttpFolder {
             name: PathBuf::from(&url),
             url,
             agent: self.agent.clone(),
-            options: self.options,
+            timeout: self.timeout,
             size: 0,
             version: Version::default(),
         };
         (file.size, file.version) = file.again_and_again(HttpFile::look)?;
         Ok(Arc::new(file))
-    }
-
-    /// None: what a folder may lack is not looked for. Damaged bytes are asked for again instead.
-    fn find(&self, _name: &str) -> Result<Option<Arc<dyn Source>>> {
-        Ok(None)
     }
 }
 
@@ -128,7 +133,7 @@ struct HttpFile {
     name: PathBuf,
     url: String,
     agent: Agent,
-    options: HttpOptions,
+    timeout: Duration,
     size: u64,
     version: Version,
 }
@@ -162,7 +167,7 @@ impl HttpFile {
             ureq::Error::BadUri(_) | ureq::Error::Tls(_) | ureq::Error::TooManyRedirects => {
                 Refusal::Never(error.to_string())
             }
-            _ => Refusal::Later(error.to_string()),
+            error => tls::refusal(&error).unwrap_or_else(|| Refusal::Later(error.to_string())),
         })
     }
 
@@ -210,17 +215,22 @@ impl HttpFile {
         let started = Instant::now();
         let (mut pause, mut attempts) = (PAUSE_MIN, 0_u32);
         loop {
-            let left = self.options.timeout.saturating_sub(started.elapsed());
+            let left = self.timeout.saturating_sub(started.elapsed());
             attempts += 1;
             let url = self.url.clone();
             let last = match attempt(self, left.max(Duration::from_millis(1))) {
                 Ok(value) => return Ok(value),
                 Err(Refusal::Never(reason)) => return Err(Error::Http { url, reason }),
                 Err(Refusal::Changed(reason)) => return Err(Error::Changed { url, reason }),
+                // As a file system says it, so that `Folder::find` knows.
+                Err(Refusal::Absent(reason)) => {
+                    let cause = std::io::Error::new(std::io::ErrorKind::NotFound, reason);
+                    return Err(Error::Io { action: "read", path: self.name.clone(), cause });
+                }
                 Err(Refusal::Later(reason)) => reason,
             };
-            if started.elapsed() + pause >= self.options.timeout {
-                let waited = self.options.timeout;
+            if started.elapsed() + pause >= self.timeout {
+                let waited = self.timeout;
                 let reason = format!(
                     "{attempts} attempts within {waited:?}, the last: {last}; check the server, or raise HttpOptions::timeout"
                 );

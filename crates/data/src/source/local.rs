@@ -1,13 +1,15 @@
 //! Files of this machine.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::process::Resource;
 use serde::{Deserialize, Serialize};
 
 use super::file::ReadFile;
+use super::filesystem::network_name;
 use super::map::MappedFile;
 use super::{Folder, Source};
 use crate::error::{Error, Result};
@@ -16,8 +18,11 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Access {
-    /// `pread` into memory of the reading thread. Right for network filesystems.
+    /// As the file system of each file asks for: [`Map`](Self::Map) on a disk of this machine, [`Read`](Self::Read) on a network's (NFS,
+    /// Lustre, GPFS, Ceph, CIFS, FUSE and others). Which it was is logged once, for each kind of file system of a network.
     #[default]
+    Auto,
+    /// `pread` into memory of the reading thread. Right for network filesystems.
     Read,
     /// A memory map: no copy. The first map installs a handler for `SIGBUS`: a file that somebody cuts off while it is mapped is
     /// an error, not the end of the process. A handler that your program installs later must pass on to the one before it.
@@ -72,9 +77,29 @@ pub(crate) fn open_file(path: &Path, access: Access) -> Result<Arc<dyn Source>> 
         return Err(Error::Io { action: "open", path: path.to_path_buf(), cause });
     }
     let file = ReadFile { path: path.to_path_buf(), file, size: metadata.len() };
-    match access {
-        // An empty file cannot be mapped.
-        Access::Map if file.size > 0 => Ok(Arc::new(MappedFile::new(file)?)),
-        Access::Map | Access::Read => Ok(Arc::new(file)),
+    let is_mapped = match access {
+        Access::Read => false,
+        Access::Map => true,
+        Access::Auto => is_local(&file),
+    };
+    // An empty file cannot be mapped.
+    if is_mapped && file.size > 0 {
+        return Ok(Arc::new(MappedFile::new(file)?));
     }
+    Ok(Arc::new(file))
+}
+
+/// Whether a file lies on a disk of this machine.
+fn is_local(file: &ReadFile) -> bool {
+    // What cannot be asked is no disk of ours.
+    let Ok(about) = rustix::fs::fstatfs(&file.file) else { return false };
+    // Numbers above 2^31 may have got a sign on their way.
+    let Ok(magic) = u32::try_from(about.f_type & 0xFFFF_FFFF) else { return false };
+    let Some(name) = network_name(magic) else { return true };
+    static SAID: Mutex<BTreeSet<&str>> = Mutex::new(BTreeSet::new());
+    if SAID.lock().unwrap_or_else(PoisonError::into_inner).insert(name) {
+        let path = file.path.display();
+        tracing::info!(%path, "files on {name} are read, not mapped; choose with Access::Map or Access::Read");
+    }
+    false
 }

@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{compiler_fence, fence, Ordering};
 
-use memmap2::Mmap;
+use memmap2::{Advice, Mmap};
 
 use super::file::ReadFile;
 use super::sigbus::{self, Guard};
@@ -65,6 +65,12 @@ impl Source for MappedFile {
 
     fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
         self.file.read_at(offset, out)
+    }
+
+    fn will_need(&self, range: Range<u64>) {
+        let (start, len) = (to_usize(range.start), to_usize(range.end - range.start));
+        // Where the system cannot do that, nothing is lost.
+        drop(self.map.advise_range(Advice::WillNeed, start, len));
     }
 
     #[inline]

@@ -4,11 +4,14 @@
 mod answer;
 mod cache;
 mod file;
+mod filesystem;
 #[cfg(feature = "http")]
 mod http;
 mod local;
 mod map;
 mod sigbus;
+#[cfg(feature = "http")]
+mod tls;
 
 use std::fmt::Debug;
 use std::ops::Range;
@@ -53,6 +56,9 @@ pub trait Source: Send + Sync + Debug {
     fn check_mapped(&self, _range: Range<u64>) -> Result<()> {
         Ok(())
     }
+
+    /// Bytes that will be read soon, in some order: they can be fetched from the disk. Must return at once; says nothing of errors.
+    fn will_need(&self, _range: Range<u64>) {}
 
     /// What tells this content from another of the same name and size: an `ETag`, a time of change. `None`: nothing is known;
     /// such files are not kept by a [`CachedFolder`].

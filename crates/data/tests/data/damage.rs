@@ -135,7 +135,15 @@ fn a_shard_that_is_cut_off_while_it_is_read_is_an_error() {
     // In a block that was verified, and in one that was not.
     for id in [last, last / 2] {
         let error = samples.read_unmasked(id, &mut row, &mut scratch).unwrap_err();
-        assert!(matches!(error, Error::WrongSize { actual: 1_048_576, .. }), "{error}");
+        assert!(matches!(error.root(), Error::WrongSize { actual: 1_048_576, .. }), "{error}");
+        // Sample, place and shard, whatever went wrong.
+        let place = 4096 + id * (LEN as u64 - 2) * 2;
+        let text = error.to_string();
+        assert!(
+            text.starts_with(&format!("cannot read sample {id} at offset {place} of ")),
+            "{text}"
+        );
+        assert!(text.contains("tokens-00000.safetensors"), "{text}");
     }
 }
 

@@ -13,6 +13,7 @@ mod documents;
 mod end_to_end;
 mod fixed;
 mod loader;
+mod lost;
 mod masking;
 mod megatron;
 mod order;

@@ -1,0 +1,241 @@
+//! Records, fixed batches, lists of damage and tokenizers of a folder that is not local: a `Folder` of this test.
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use phalanx_data::progress::Silent;
+use phalanx_data::records::{ColumnValue, Field, RecordSamples, RecordWriter, Records};
+use phalanx_data::{
+    record_damage, verify, verify_from, Access, CausalText, DType, Documents, Error, FixedBatches,
+    Folder, Loader, LoaderOptions, LocalFolder, MaskedText, Masking, Order, Result, Samples,
+    Scratch, Source, SpecialTokens, TokenStream, TokenWriter,
+};
+
+/// A folder behind a wall: it gives bytes, and remembers what was asked of it.
+#[derive(Debug)]
+struct Far {
+    inner: LocalFolder,
+    asked: Arc<Asked>,
+}
+
+#[derive(Debug, Default)]
+struct Asked {
+    opened: Mutex<Vec<String>>,
+    /// File, start and end of what will be needed, and of what was read.
+    needed: Mutex<Vec<(PathBuf, u64, u64)>>,
+    read: Mutex<Vec<(PathBuf, u64, u64)>>,
+}
+
+#[derive(Debug)]
+struct FarFile {
+    inner: Arc<dyn Source>,
+    asked: Arc<Asked>,
+}
+
+impl Far {
+    fn new(path: &Path) -> Self {
+        Far { inner: LocalFolder::new(path, Access::Read), asked: Arc::default() }
+    }
+}
+
+impl Folder for Far {
+    fn name(&self) -> &Path {
+        Path::new("far")
+    }
+
+    fn open(&self, name: &str) -> Result<Arc<dyn Source>> {
+        self.asked.opened.lock().unwrap().push(name.to_owned());
+        let (inner, asked) = (self.inner.open(name)?, Arc::clone(&self.asked));
+        Ok(Arc::new(FarFile { inner, asked }))
+    }
+}
+
+impl Source for FarFile {
+    fn name(&self) -> &Path {
+        self.inner.name()
+    }
+
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+
+    fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        let end = offset + out.len() as u64;
+        self.asked.read.lock().unwrap().push((self.name().to_path_buf(), offset, end));
+        self.inner.read_at(offset, out)
+    }
+
+    fn will_need(&self, range: std::ops::Range<u64>) {
+        let asked = (self.name().to_path_buf(), range.start, range.end);
+        self.asked.needed.lock().unwrap().push(asked);
+    }
+}
+
+fn flip(path: &Path, at: u64) {
+    let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+}
+
+fn write_records(target: &Path) {
+    let fields = vec![Field::fixed("label", DType::I64, []), Field::variable("sound", DType::I16)];
+    let mut writer = RecordWriter::create(target, fields, 1 << 20).unwrap();
+    for record in 0..3000_i64 {
+        let len = usize::try_from(record % 997).unwrap();
+        let sound = vec![i16::try_from(record).unwrap(); len];
+        writer.push(&[ColumnValue::of(&[record]), ColumnValue::of(&sound)]).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+fn write_tokens(target: &Path, tokenizer: &[u8]) {
+    let special = SpecialTokens::bert(0, 1, 2, 3, 4);
+    let mut writer = TokenWriter::create(target, tokenizer, 500, special, 1 << 20).unwrap();
+    for document in 0..15_000_u32 {
+        let tokens: Vec<u32> = (0..100).map(|at| 5 + (document * 7 + at * at) % 495).collect();
+        writer.tokens(&tokens).unwrap();
+        writer.end_document().unwrap();
+    }
+    writer.finish(0).unwrap();
+}
+
+#[test]
+fn records_are_those_of_the_local_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("records");
+    write_records(&target);
+    let far = Far::new(&target);
+    let (near, far_records) =
+        (Records::open(&target, Access::Map).unwrap(), Records::open_from(&far).unwrap());
+    assert_eq!(near.index(), far_records.index());
+    assert!(near.index().shards.len() > 1);
+    let mut scratch = Scratch::default();
+    for record in (0..3000).step_by(7) {
+        let count = near.elements(record, 1, &mut scratch).unwrap();
+        assert_eq!(far_records.elements(record, 1, &mut scratch).unwrap(), count);
+        let (mut a, mut b) = (vec![0; 2 * count], vec![1; 2 * count]);
+        near.read(record, 1, &mut a, &mut scratch).unwrap();
+        far_records.read(record, 1, &mut b, &mut scratch).unwrap();
+        assert_eq!(a, b);
+    }
+    // Bounds are read many at a time.
+    far.asked.read.lock().unwrap().clear();
+    let samples = RecordSamples::new(far_records).unwrap();
+    assert!(far.asked.read.lock().unwrap().len() < 20, "{:?}", far.asked.read.lock().unwrap());
+    let mut loader = Loader::new(Arc::new(samples), LoaderOptions::default()).unwrap();
+    for batch in &loader.next_step().unwrap().micro_batches {
+        assert_eq!(batch.get::<i64>("label").unwrap().len(), 32);
+    }
+}
+
+#[test]
+fn a_far_folder_is_verified_and_its_list_of_damage_is_heeded() {
+    let folder = tempfile::tempdir().unwrap();
+    let (records, tokens) = (folder.path().join("records"), folder.path().join("tokens"));
+    write_records(&records);
+    write_tokens(&tokens, b"{}");
+    let check = |path: &Path, shard: &str| {
+        assert!(verify_from(&Far::new(path), None, &Silent).unwrap().damage.is_empty());
+        flip(&path.join(shard), 900_000);
+        let found = verify_from(&Far::new(path), None, &Silent).unwrap();
+        assert_eq!((found.damage.len(), found.blocks.len()), (1, 1), "{:?}", found.damage);
+        let near = verify(path, None, &Silent).unwrap();
+        assert_eq!((near.blocks, near.bytes), (found.blocks.clone(), found.bytes));
+        record_damage(path, &found).unwrap();
+    };
+    check(&records, "records-00000.safetensors");
+    check(&tokens, "tokens-00000.safetensors");
+    let far_records = Records::open_from(&Far::new(&records)).unwrap();
+    assert!(!far_records.damaged().unwrap().is_empty());
+    let far_tokens = TokenStream::open_from(&Far::new(&tokens)).unwrap();
+    assert_eq!(far_tokens.damaged().len(), 1);
+    let missing = verify_from(&Far::new(folder.path()), None, &Silent).unwrap_err();
+    assert!(missing.to_string().contains("index.json"), "{missing}");
+}
+
+#[test]
+fn fixed_batches_are_read_in_large_pieces() {
+    let folder = tempfile::tempdir().unwrap();
+    let values: Vec<u8> = (0..4000 * 16_i64).flat_map(|at| (at % 100).to_le_bytes()).collect();
+    let tensor =
+        || safetensors::tensor::TensorView::new(safetensors::Dtype::I64, vec![4000, 16], &values);
+    let tensors = [("input_ids", tensor().unwrap()), ("labels", tensor().unwrap())];
+    fs::write(folder.path().join("f"), safetensors::serialize(tensors, None).unwrap()).unwrap();
+    let far = Far::new(folder.path());
+    let batches = FixedBatches::open_from(&far, "f").unwrap();
+    let near = FixedBatches::open(&folder.path().join("f")).unwrap();
+    assert_eq!(batches.fingerprint(), near.fingerprint());
+    assert_eq!((batches.sample_count(), batches.id_max()), (4000, 99));
+    assert!(far.asked.read.lock().unwrap().len() < 12, "{:?}", far.asked.read.lock().unwrap());
+    let none = FixedBatches::open_from(&far, "g").unwrap_err();
+    assert!(none.to_string().starts_with("cannot open"), "{none}");
+}
+
+#[test]
+fn whole_words_are_found_by_the_tokenizer_of_the_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("tokens");
+    let json = r###"{"model": {"type": "WordPiece", "continuing_subword_prefix": "##",
+        "vocab": {"[CLS]": 2, "run": 5, "##ning": 6}}}"###;
+    write_tokens(&target, json.as_bytes());
+    let masking = Masking { whole_words: true, ..Default::default() };
+    let open = || {
+        let stream = TokenStream::open_from(&Far::new(&target)).unwrap();
+        MaskedText::new(Arc::new(stream), 64, masking)
+    };
+    let near = MaskedText::open(&target, 64, masking, Access::Map).unwrap();
+    assert_eq!(open().unwrap().fingerprint(), near.fingerprint());
+
+    // Another tokenizer has other words: masks would silently be others on this machine.
+    let path = target.join("tokenizer.json");
+    fs::write(&path, json.replace("##ning", "##ting")).unwrap();
+    let error = open().unwrap_err();
+    assert!(matches!(error, Error::Tokenizer { .. }), "{error}");
+    assert!(error.to_string().contains("not the tokenizer of these tokens"), "{error}");
+    fs::remove_file(&path).unwrap();
+    let absent = open().unwrap_err().to_string();
+    assert!(absent.contains("it is not there") && absent.contains("tokenizer.json"), "{absent}");
+}
+
+#[test]
+fn what_a_shuffle_in_blocks_reads_was_asked_for_before() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("tokens");
+    write_tokens(&target, b"{}");
+    let far = Far::new(&target);
+    let stream = Arc::new(TokenStream::open_from(&far).unwrap());
+    let sequence_len = 64;
+    // Checksums are compared when a block is first touched: reads of whole blocks that are not of interest here.
+    stream.verify().unwrap();
+    let samples = CausalText::new(stream, sequence_len, Documents::Joined).unwrap();
+    let options = LoaderOptions {
+        order: Order::Blocks { block: 512, window: 4 },
+        global_batch: 64,
+        threads: 2,
+        epochs: Some(1),
+        ..Default::default()
+    };
+    let mut loader = Loader::new(Arc::new(samples), options).unwrap();
+    for _ in 0..loader.steps_per_epoch() {
+        far.asked.read.lock().unwrap().clear();
+        loader.next_step().unwrap();
+        let needed = far.asked.needed.lock().unwrap();
+        for (path, start, end) in far.asked.read.lock().unwrap().iter() {
+            let is_whole =
+                |(file, from, to): &(PathBuf, u64, u64)| file == path && from <= start && end <= to;
+            // A sample may begin in one block and its last label lie in the next.
+            let is_cut = |(file, from, to): &(PathBuf, u64, u64)| {
+                file == path && from <= start && start < to
+            };
+            let is_asked = needed.iter().any(|asked| is_whole(asked) || is_cut(asked));
+            assert!(is_asked, "{start}..{end} of {}", path.display());
+        }
+    }
+    let needed: u64 = far.asked.needed.lock().unwrap().iter().map(|(_, from, to)| to - from).sum();
+    let tokens = TokenStream::open(&target, Access::Read).unwrap().token_count();
+    assert!(needed < 2 * tokens + 2 * tokens / 10, "each byte once: {needed} of {tokens} tokens");
+}
