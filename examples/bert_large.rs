@@ -16,7 +16,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{bail, Context as _, Result};
+use anyhow::{Context as _, Result};
 use phalanx::comm::environment::{Launcher, World};
 use phalanx::data::progress::{Progress, Silent, Terminal};
 use phalanx::ddp::{self, Cuda};
@@ -185,12 +185,20 @@ fn join(config: &Config, cuda: &Cuda, root: bool) -> Result<Group> {
              the torch/lib folder of the full wheel on LD_LIBRARY_PATH"
         )),
     };
-    let options = match (config.ddp.backend, trouble) {
-        (Backend::Auto, Some(trouble)) => options.with_gpu_trouble(trouble),
-        (Backend::Nccl, Some(trouble)) => bail!("--backend nccl: {trouble}"),
+    let options = match (config.ddp.backend, &trouble) {
+        // All ranks hear it.
+        (Backend::Auto | Backend::Nccl, Some(trouble)) => options.with_gpu_trouble(trouble),
         _ => options,
     };
-    Ok(Group::from_environment(options)?)
+    let group = Group::from_environment(options)?;
+    if let (Backend::Mpi, true) = (config.ddp.backend, root) {
+        match (group.device(), trouble) {
+            (Some(_), _) => println!("device GPU: its memory travels over MPI"),
+            (None, Some(trouble)) => println!("device CPU: {trouble}"),
+            (None, None) => println!("device CPU: no NVIDIA driver is installed here"),
+        }
+    }
+    Ok(group)
 }
 
 fn announce(settings: &Settings, group: &Group, batching: Batching, threads: usize, data: &str) {

@@ -23,16 +23,34 @@ pub struct Absent {
     pub host: String,
     /// Its process there.
     pub pid: u32,
-    /// The last collective it is known to have started, if any.
-    pub last: Option<CallRecord>,
+    /// The last collective that it has started.
+    pub last: LastCall,
+}
+
+/// What is known of a rank's last collective.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LastCall {
+    /// It has not said anything yet.
+    Unknown,
+    /// It had started none, when it was heard last.
+    Nothing,
+    /// This one, when it was heard last.
+    Call(CallRecord),
+}
+
+impl From<Option<CallRecord>> for LastCall {
+    fn from(record: Option<CallRecord>) -> Self {
+        record.map_or(Self::Nothing, Self::Call)
+    }
 }
 
 impl std::fmt::Display for Absent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "rank {} (host {}, pid {}), ", self.rank, self.host, self.pid)?;
         match &self.last {
-            Some(last) => write!(f, "whose last call was {last}"),
-            None => write!(f, "which has called nothing yet"),
+            LastCall::Call(last) => write!(f, "whose last call was {last}"),
+            LastCall::Nothing => write!(f, "which has called nothing yet"),
+            LastCall::Unknown => write!(f, "whose last call is not known here"),
         }
     }
 }

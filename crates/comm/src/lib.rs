@@ -41,7 +41,7 @@ mod work;
 pub use backend::Backend;
 pub use dtype::{DType, Element, Float};
 pub use environment::World;
-pub use error::{Absent, Error, Result};
+pub use error::{Absent, Error, LastCall, Result};
 pub use fingerprint::{CallRecord, Op};
 pub use group::{Group, GroupOptions};
 pub use mark::Mark;

@@ -15,8 +15,13 @@ use crate::dtype::{Element, Sealed};
 ///
 /// The other ranks of the machine write into it during reductions, and the threads of this process
 /// may too: that is why plain references to its elements are `unsafe`. [`Region::read`] and
-/// [`Region::write`] copy. Collectives of one group on the same memory work in the order in which they were
-/// started, also when none was waited for.
+/// [`Region::write`] copy. Collectives of one group that work in place on the same memory do so in the
+/// order in which they were started, also when none was waited for; those with an input of their own
+/// ([`Group::reduce_scatter`], [`Group::scatter`], [`Group::receive`]) bring their result when they are waited for.
+///
+/// [`Group::reduce_scatter`]: crate::Group::reduce_scatter
+/// [`Group::scatter`]: crate::Group::scatter
+/// [`Group::receive`]: crate::Group::receive
 pub struct Region<T: Element> {
     memory: Arc<RegionMemory>,
     len: usize,

@@ -1,7 +1,6 @@
 //! What a lane looks at before it starts calls, and while they take long: what the other ranks called, who
 //! has left, whose time is over.
 
-use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -109,19 +108,39 @@ impl Lane {
         gone.filter(|_| !came).map_or(Ok(()), Err)
     }
 
-    /// Messages do not wait for collectives whose turn has not come, where the library lets them.
+    /// Messages do not wait for collectives whose turn has not come, where the library lets them; but for those that
+    /// need what an earlier call leaves in memory of the GPU, and for earlier messages of the same pair.
     pub(super) fn start_messages(&self, state: &mut State) -> Result<()> {
-        if !self.messages_overtake || !state.checking.iter().any(Unit::is_free) {
-            return Ok(());
-        }
-        let (messages, collectives): (VecDeque<_>, VecDeque<_>) =
-            std::mem::take(&mut state.checking).into_iter().partition(Unit::is_free);
-        state.checking = collectives;
-        for Submitted { call, .. } in messages.into_iter().flat_map(|unit| unit.calls) {
-            state.transport.start(&call, &mut call.lock().memory)?;
-            state.moving.push(call);
+        let mut place = 0;
+        while self.messages_overtake && place < state.checking.len() {
+            let unit = &state.checking[place];
+            let waits = state.checking.range(..place).any(|earlier| self.keeps(earlier, unit));
+            if !unit.is_free() || waits {
+                place += 1;
+                continue;
+            }
+            let started = state.checking.remove(place);
+            for Submitted { call, .. } in started.into_iter().flat_map(|free| free.calls) {
+                // Before it starts: a start that fails may have begun.
+                state.moving.push(Arc::clone(&call));
+                state.transport.start(&call, &mut call.lock().memory)?;
+            }
         }
         Ok(())
+    }
+
+    /// Whether a message must not overtake an earlier unit.
+    fn keeps(&self, earlier: &Unit, message: &Unit) -> bool {
+        let rank = self.core.rank;
+        let pairs =
+            earlier.calls.iter().flat_map(|one| message.calls.iter().map(move |two| (one, two)));
+        pairs.into_iter().any(|(one, two)| {
+            let (one, two) = (&one.call, &two.call);
+            let of = |call: &Call| (call.op(), call.root);
+            let bytes = (one.bytes_on(rank), two.bytes_on(rank));
+            (is_message(one) && of(one) == of(two))
+                || one.lock().memory.shares_device(bytes.0, &two.lock().memory, bytes.1)
+        })
     }
 
     /// An error when the oldest call's time is over.
@@ -148,7 +167,7 @@ impl Lane {
             _ => false,
         };
         if is_message || state.unmet.iter().any(|(call, _)| Arc::ptr_eq(call, oldest)) {
-            return Err(self.core.peers.late(oldest, &[(oldest.root, None)]));
+            return Err(self.core.peers.late_for(oldest, oldest.root));
         }
         Err(self.stalled(oldest, state.transport.last_words()))
     }
@@ -168,7 +187,7 @@ impl Lane {
     fn check_message(&self, call: &Call, lonely: Option<Instant>) -> Result<bool> {
         let (peers, peer) = (&self.core.peers, call.root);
         if call.started.is_some_and(|started| started.elapsed() >= call.timeout) {
-            return Err(peers.late(call, &[(peer, None)]));
+            return Err(peers.late_for(call, peer));
         }
         if !peers.has_departed(peer) {
             return Ok(false);

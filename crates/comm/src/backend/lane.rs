@@ -8,7 +8,7 @@
 //! waits works on its own lane instead: no thread has to be woken for it.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicI8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -79,7 +79,9 @@ pub(crate) struct Lane {
     held: Mutex<Held>,
     state: Mutex<State>,
     ended: Condvar,
+    looks: AtomicU64,
     closing: AtomicBool,
+    leaving: AtomicBool,
     closed: AtomicBool,
     /// By the size's order of magnitude: positive when callers wait at once.
     habits: [AtomicI8; 64],
@@ -167,7 +169,9 @@ impl Lane {
             held: Mutex::default(),
             state: Mutex::new(state),
             ended: Condvar::new(),
+            looks: AtomicU64::new(0),
             closing: AtomicBool::new(false),
+            leaving: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             habits: std::array::from_fn(|class| AtomicI8::new(if class < 19 { 2 } else { -2 })),
         });
@@ -232,7 +236,7 @@ impl Lane {
 
     /// How long a caller goes on waiting for `call`.
     pub(crate) fn patience<'a>(&'a self, call: &'a Call) -> Patience<'a> {
-        Patience::new(&self.core, &self.runner, self.backend, call)
+        Patience::new(self, call)
     }
 
     /// Blocks until `call` has ended, well or not: its time limit makes it end.
@@ -278,9 +282,11 @@ impl Lane {
     /// Waits until nothing is under way; whether it came to that before the deadline.
     pub(crate) fn wait_idle(&self, deadline: Instant) -> bool {
         loop {
-            // Held for long only where something is under way.
-            let busy = self.state.try_lock().map_or(true, |state| state.is_open())
-                || !lock(&self.incoming).is_empty();
+            // In this order: what is taken from the first is in the second. Held for long only where something
+            // is under way.
+            let busy = !lock(&self.held).calls.is_empty()
+                || !lock(&self.incoming).is_empty()
+                || self.state.try_lock().map_or(true, |state| state.is_open());
             if !busy || Instant::now() >= deadline {
                 return !busy;
             }
@@ -306,6 +312,9 @@ impl Lane {
 
     /// The runner's look.
     pub(super) fn look(&self, idle: bool) -> Look {
+        if self.leaving.load(Ordering::Acquire) {
+            return Look { moved: false, busy: false };
+        }
         let mut state = match self.state.try_lock() {
             Ok(state) => state,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
@@ -324,8 +333,15 @@ impl Lane {
         Look { moved, busy: state.is_open() || !lock(&self.incoming).is_empty() }
     }
 
+    /// How many looks at its calls it has had: a number that stands still tells that somebody is stuck in the
+    /// library.
+    pub(super) fn looks(&self) -> u64 {
+        self.looks.load(Ordering::Relaxed)
+    }
+
     /// One look at everything; whether anything changed.
     fn step(&self, state: &mut State) -> bool {
+        self.looks.fetch_add(1, Ordering::Relaxed);
         let before = (state.checking.len(), state.moving.len());
         state.checking.extend(lock(&self.incoming).drain(..));
         if before == (0, 0) {
@@ -352,16 +368,17 @@ impl Lane {
             if !self.is_checked(unit)? || self.comes_after(unit, &state.moving) {
                 break;
             }
-            match &unit.calls[..] {
+            let Some(Unit { calls, .. }) = state.checking.pop_front() else { break };
+            // Before they start: a start that fails may have begun.
+            for Submitted { call, check } in &calls {
+                state.moving.push(Arc::clone(call));
+                if let Check::Message(index) = check {
+                    state.unmet.push((Arc::clone(call), *index));
+                }
+            }
+            match &calls[..] {
                 [one] => state.transport.start(&one.call, &mut one.call.lock().memory)?,
                 several => state.transport.start_together(several)?,
-            }
-            let started = state.checking.pop_front().map(|started| started.calls);
-            for Submitted { call, check } in started.into_iter().flatten() {
-                if let Check::Message(index) = check {
-                    state.unmet.push((Arc::clone(&call), index));
-                }
-                state.moving.push(call);
             }
         }
         self.check_unmet(state)?;
@@ -404,9 +421,15 @@ impl Lane {
         }
     }
 
-    /// Lets go of the group when it was closed and nothing is under way; whether it did.
-    pub(super) fn end_if_closed(&self) -> bool {
-        if !self.closing.load(Ordering::Acquire) || !lock(&self.incoming).is_empty() {
+    /// Lets go of the group when it was closed and nothing is under way; whether that is done.
+    pub(super) fn end_if_closed(self: &Arc<Self>) -> bool {
+        if self.closed.load(Ordering::Acquire) {
+            return true;
+        }
+        if self.leaving.load(Ordering::Acquire)
+            || !self.closing.load(Ordering::Acquire)
+            || !lock(&self.incoming).is_empty()
+        {
             return false;
         }
         let mut state = match self.state.try_lock() {
@@ -421,9 +444,20 @@ impl Lane {
             state.transport.close();
         }
         drop(state);
+        self.leaving.store(true, Ordering::Release);
+        // Elsewhere: a goodbye waits for other machines, and other groups' calls must not.
+        let ours = Arc::clone(self);
+        let named = std::thread::Builder::new().name("phalanx-leave".to_owned());
+        if named.spawn(move || ours.leave()).is_err() {
+            self.leave();
+        }
+        self.closed.load(Ordering::Acquire)
+    }
+
+    fn leave(&self) {
         self.core.close();
         self.closed.store(true, Ordering::Release);
         self.ended.notify_all();
-        true
+        self.runner.wake();
     }
 }

@@ -1,7 +1,6 @@
 //! The thread that works on lanes, so that data moves while callers compute.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -44,8 +43,6 @@ pub(crate) struct Runner {
     jobs: Mutex<VecDeque<Job>>,
     rest: Mutex<(Rest, Called)>,
     work_came: Condvar,
-    /// How many times it has looked at all lanes.
-    looks: AtomicU64,
     /// Whether it ends with its last lane.
     ends: bool,
 }
@@ -68,7 +65,6 @@ impl Runner {
             jobs: Mutex::default(),
             rest: Mutex::default(),
             work_came: Condvar::new(),
-            looks: AtomicU64::new(0),
             ends,
         });
         let ours = Arc::clone(&runner);
@@ -96,11 +92,6 @@ impl Runner {
     #[cfg(feature = "mpi")]
     pub(crate) fn has_no_lanes(&self) -> bool {
         lock(&self.lanes).is_empty()
-    }
-
-    /// How many times it has looked at all lanes: a number that stands still tells that it is stuck.
-    pub(super) fn looks(&self) -> u64 {
-        self.looks.load(Ordering::Relaxed)
     }
 
     pub(super) fn wake(&self) {
@@ -138,7 +129,6 @@ impl Runner {
             if idle {
                 polled = Instant::now();
             }
-            self.looks.fetch_add(1, Ordering::Relaxed);
             let mut busy = false;
             for lane in &lanes {
                 let look = lane.look(idle);
@@ -147,8 +137,11 @@ impl Runner {
                     moved = Instant::now();
                 }
             }
-            drop(lanes);
-            lock(&self.lanes).retain(|lane| !lane.end_if_closed());
+            let over: Vec<_> = lanes.into_iter().filter(Lane::end_if_closed).collect();
+            if !over.is_empty() {
+                let is_over = |lane: &Arc<Lane>| over.iter().any(|one| Arc::ptr_eq(one, lane));
+                lock(&self.lanes).retain(|lane| !is_over(lane));
+            }
             if self.ends && had_lanes && lock(&self.lanes).is_empty() {
                 return;
             }

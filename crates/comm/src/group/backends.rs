@@ -54,8 +54,9 @@ impl Group {
         let deadline = Instant::now() + self.options.connect_timeout;
         let core = self.core();
         let library = crate::environment::nccl_library();
+        let why = (library.as_deref(), self.options.gpu_trouble.take());
         let mut gather = |mine: &[u8]| self.all_gather_bytes(mine);
-        let opened = nccl::open(&core, library.as_deref(), &mut gather, deadline);
+        let opened = nccl::open(&core, why, &mut gather, deadline);
         let (lane, gpu) = opened.map_err(|error| core.peers.fail(error))?;
         (self.lane, self.gpu) = (Some(lane), Some(gpu));
         Ok(())

@@ -158,7 +158,9 @@ impl Group {
         let segment = input.len();
         self.check_segments::<T>(Op::AllGather, "output", output.len(), segment)?;
         let plan = self.whole::<T>(Op::AllGather, segment, None);
-        if matches!(output, Bytes::Region { .. }) {
+        if let Bytes::Region { memory, offset, .. } = &output {
+            let memory = Memory::Region { region: Arc::clone(memory), offset: *offset };
+            self.end_all_on(&memory, output.len())?;
             output.write(self.rank() * segment, input);
             return self.in_place(&plan, output);
         }

@@ -10,7 +10,7 @@ mod place;
 
 use std::panic::Location;
 use std::sync::atomic::Ordering;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crate::backend::gpu::memory::{await_freed, DeviceMemory};
@@ -91,7 +91,7 @@ pub struct Group {
     on_gpu: u64,
     together: Option<u64>,
     /// Those on regions of the host that may not have ended, where the host backend moves them.
-    on_regions: Vec<Arc<Call>>,
+    on_regions: Vec<OnRegion>,
     next: Next,
     track: Track,
     /// Kept: where this rank hosts the store, it goes on answering (and refusing) late comers.
@@ -367,10 +367,7 @@ impl Group {
         }
         let longest = Call::contribution_max(plan.op, plan.segment, plan.segments);
         let inline = longest <= board::INLINE_BYTES_MAX;
-        let on_region = matches!(memory, Memory::Region { .. });
-        if on_region {
-            self.end_earlier(&memory, plan.segment * plan.segments, inline)?;
-        }
+        let place = self.end_earlier(&memory, plan.segment * plan.segments, inline)?;
         let mut call = Call::new(
             record,
             plan.dtype.unwrap_or(DType::U8),
@@ -384,30 +381,66 @@ impl Group {
         call.entry = self.recorded(&call);
         let call = self.core.start(call, input)?;
         self.started += 1;
-        if on_region {
-            self.on_regions.push(Arc::clone(&call));
+        if let Some(place) = place {
+            self.on_regions.push(OnRegion { place, inline, call: Arc::downgrade(&call) });
         }
         Ok(call)
     }
 
-    /// Waits for calls on the same memory that were made earlier: short ones take their input when they start, and
-    /// bring their result when they are waited for. Long ones are in order by themselves.
-    fn end_earlier(&mut self, memory: &Memory, bytes: usize, inline: bool) -> Result<()> {
-        self.on_regions.retain(|call| !call.is_done());
-        let rank = self.rank();
-        for call in &self.on_regions {
-            let meets = memory.meets(bytes, &call.lock().memory, call.bytes_on(rank));
-            if !meets || !(inline || call.inline) {
-                continue;
-            }
-            if self.core.finishes_in_place(call) {
-                self.core.finish_inline(call, None)?;
-            } else {
-                self.core.drive(call);
-            }
+    /// Waits for all calls on this memory that were made earlier: the caller's data is written there.
+    fn end_all_on(&mut self, memory: &Memory, bytes: usize) -> Result<()> {
+        self.end_earlier(memory, bytes, true)?;
+        let deadline = Instant::now() + self.options.timeout;
+        // Another library's calls end by themselves, with an error at the latest.
+        if let Some(lane) = self.lane.as_ref().filter(|_| !self.has_nccl()) {
+            lane.wait_idle(deadline);
         }
         Ok(())
     }
+
+    /// Waits for calls on the same memory of a region that were made earlier, where the order matters: short ones
+    /// take their input when they start, and bring their result when they are waited for. Long ones are in order by
+    /// themselves. The place of `memory`, if it is a region's.
+    fn end_earlier(&mut self, memory: &Memory, bytes: usize, now: bool) -> Result<Option<Place>> {
+        let Memory::Region { region, offset } = memory else { return Ok(None) };
+        let place = Place { region: Arc::downgrade(region), offset: *offset, bytes };
+        self.on_regions
+            .retain(|earlier| earlier.call.upgrade().is_some_and(|call| !call.is_done()));
+        for earlier in &self.on_regions {
+            let matters = (now || earlier.inline) && earlier.place.meets(&place);
+            let Some(call) = earlier.call.upgrade().filter(|_| matters) else { continue };
+            if self.core.finishes_in_place(&call) {
+                self.core.finish_inline(&call, None)?;
+            } else {
+                self.core.drive(&call);
+            }
+        }
+        Ok(Some(place))
+    }
+}
+
+/// Part of a region.
+#[derive(Debug)]
+struct Place {
+    region: Weak<RegionMemory>,
+    offset: usize,
+    bytes: usize,
+}
+
+impl Place {
+    fn meets(&self, other: &Self) -> bool {
+        let apart =
+            self.offset + self.bytes <= other.offset || other.offset + other.bytes <= self.offset;
+        self.region.ptr_eq(&other.region) && !apart
+    }
+}
+
+/// A call on part of a region.
+#[derive(Debug)]
+struct OnRegion {
+    place: Place,
+    inline: bool,
+    call: Weak<Call>,
 }
 
 impl Drop for Group {

@@ -177,6 +177,18 @@ impl Group {
                 self.0.release();
             }
         }
+        /// The calls that go together end here, also when the caller's code panics.
+        struct Together<'a> {
+            group: &'a mut Group,
+            outermost: bool,
+        }
+        impl Drop for Together<'_> {
+            fn drop(&mut self) {
+                if self.outermost {
+                    self.group.together = None;
+                }
+            }
+        }
         let lane = self.lane.clone().filter(|_| self.has_nccl());
         let release = lane.map(|lane| {
             lane.hold();
@@ -184,10 +196,9 @@ impl Group {
         });
         let outermost = self.together.is_none();
         self.together = self.together.or(Some(self.on_gpu));
-        let result = calls(self);
-        if outermost {
-            self.together = None;
-        }
+        let together = Together { group: self, outermost };
+        let result = calls(together.group);
+        drop(together);
         drop(release);
         result
     }

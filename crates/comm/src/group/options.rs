@@ -17,8 +17,8 @@ pub struct GroupOptions {
     pub host_link: Option<HostLink>,
     /// Who moves the data; the host backend by default.
     pub backend: Backend,
-    /// With [`Backend::Auto`]: why this rank's GPU must not be used, if so. One rank's reason counts for
-    /// all.
+    /// Why this rank's GPU must not be used, if so: one rank's reason makes [`Backend::Auto`] choose the host for
+    /// all, and is every rank's error with [`Backend::Nccl`].
     pub gpu_trouble: Option<String>,
     /// With [`Backend::Mpi`]: collectives take memory of this rank's GPU too, and
     /// [`Group::allocate`](crate::Group::allocate) gives it. It travels through page-locked memory of the host; where
@@ -85,7 +85,7 @@ impl GroupOptions {
         Self { gpu_memory: true, ..self }
     }
 
-    /// With a reason why this rank's GPU must not be used ([`Backend::Auto`]).
+    /// With a reason why this rank's GPU must not be used.
     #[must_use]
     pub fn with_gpu_trouble(self, reason: impl Into<String>) -> Self {
         Self { gpu_trouble: Some(reason.into()), ..self }

@@ -17,7 +17,7 @@ use phalanx_comm::{
 /// What a rank checks; says what it saw.
 pub(crate) type DeviceCheck = fn(&mut Group) -> Result<String>;
 
-pub(crate) const CHECKS: [(&str, DeviceCheck); 14] = [
+pub(crate) const CHECKS: [(&str, DeviceCheck); 15] = [
     ("f32 collectives", |group| floats::<f32>(group, |x| x as f32, |x| f64::from(*x), 1e-6)),
     ("f64 collectives", |group| floats::<f64>(group, |x| x, |x| *x, 1e-12)),
     ("f16 collectives", |group| floats(group, half::f16::from_f64, |x| x.to_f64(), 2e-3)),
@@ -27,6 +27,7 @@ pub(crate) const CHECKS: [(&str, DeviceCheck); 14] = [
     ("u8 collectives", |group| integers::<u8>(group, |x| x as u8)),
     ("sizes", sizes),
     ("many in flight", many_in_flight),
+    ("a message after a sum", message_after_sum),
     ("coalesced", coalesced),
     ("time of the GPU", marks),
     ("sub-groups", sub_groups),
@@ -222,6 +223,29 @@ fn many_in_flight(group: &mut Group) -> Result<String> {
     let expected = (ranks as f64).powi(rounds);
     ensure!(region.read(0..513) == vec![expected; 513], "not {ranks}^{rounds}");
     Ok(format!("{rounds} calls"))
+}
+
+/// What is sent is what the call before has left there.
+fn message_after_sum(group: &mut Group) -> Result<String> {
+    let (rank, ranks) = (group.rank(), group.world_size());
+    if ranks == 1 {
+        return Ok("one rank sends nothing".to_owned());
+    }
+    for round in 1..6 {
+        let (a, b) = (filled(group, |x| x)?, filled(group, |x| x)?);
+        let sum = group.all_reduce(a.full(), Sum)?;
+        let message = match rank {
+            0 => Some(group.send_from_device(a.full(), 1)?),
+            1 => Some(group.receive(b.full(), 0)?),
+            _ => None,
+        };
+        message.into_iter().chain([sum]).try_for_each(Work::synchronize)?;
+        let all = |index: usize| (0..ranks).map(|peer| value(peer, index)).sum();
+        if rank == 1 {
+            expect(&format!("round {round}"), &b, 0..LEN, all, |x| *x, 1e-12)?;
+        }
+    }
+    Ok(format!("{LEN} elements"))
 }
 
 /// Several calls as one; messages in a circle that would wait for each other one by one.

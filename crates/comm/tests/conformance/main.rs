@@ -24,6 +24,7 @@ mod misuse;
 mod mpirun;
 #[path = "../support/namespaces.rs"]
 mod namespaces;
+mod order;
 mod sequences;
 mod without_gpu;
 
@@ -32,7 +33,7 @@ use phalanx_comm::Group;
 /// What a rank checks with a group of its own.
 type Check = fn(Group);
 
-const CHECKS: [(&str, Check); 17] = [
+const CHECKS: [(&str, Check); 19] = [
     ("reductions of every type", matrix::every_type),
     ("near the oracle", matrix::near_the_oracle),
     ("movement", matrix::movement),
@@ -40,8 +41,10 @@ const CHECKS: [(&str, Check); 17] = [
     ("slices meet regions", matrix::slices_meet_regions),
     ("ranges", matrix::ranges),
     ("many in flight", matrix::many_in_flight),
-    ("in order on one region", matrix::in_order_on_one_region),
-    ("messages beside collectives", matrix::messages_beside_collectives),
+    ("in order on one region", order::in_order_on_one_region),
+    ("gathers after sums", order::gathers_after_sums),
+    ("starts at once", order::starts_at_once),
+    ("messages beside collectives", order::messages_beside_collectives),
     ("parts", matrix::parts),
     ("sequences", sequences::fixed_sequences),
     ("all differ", misuse::all_differ),

@@ -13,7 +13,7 @@ use phalanx_comm::{
 const WORLDS: [usize; 5] = [1, 2, 3, 4, 7];
 
 /// An element with the arithmetic of one process.
-trait Model: Element + PartialEq + std::fmt::Debug {
+pub(crate) trait Model: Element + PartialEq + std::fmt::Debug {
     type Wide: Copy;
     fn value(rank: usize, index: usize) -> Self;
     fn widen(self) -> Self::Wide;
@@ -73,7 +73,7 @@ macro_rules! integer_model {
 }
 integer_model!(i64, i32, u8);
 
-fn inputs<T: Model>(rank: usize, len: usize) -> Vec<T> {
+pub(crate) fn inputs<T: Model>(rank: usize, len: usize) -> Vec<T> {
     (0..len).map(|index| T::value(rank, index)).collect()
 }
 
@@ -341,69 +341,9 @@ pub(crate) fn many_in_flight(mut group: Group) {
     }
 }
 
-/// Calls on the same part of a region, of which only the last is waited for.
-pub(crate) fn in_order_on_one_region(mut group: Group) {
-    let ranks = group.world_size();
-    for len in [3, 2_000, 60_000] {
-        let region = group.allocate_on_host::<f64>(len + 1).unwrap();
-        region.write(0, &vec![1.0; len + 1]);
-        let mut works: Vec<_> =
-            (0..6).map(|_| group.all_reduce(region.range(1..len + 1), Sum).unwrap()).collect();
-        works.push(group.broadcast(region.range(0..2), ranks - 1).unwrap());
-        works.push(group.all_reduce(region.range(0..1), Sum).unwrap());
-        for work in works.into_iter().rev() {
-            work.wait().unwrap();
-        }
-        let ranks = ranks as f64;
-        let mut expected = vec![ranks.powi(6); len + 1];
-        expected[0] = ranks;
-        assert_eq!(region.read(0..len + 1), expected, "{len}");
-    }
-}
-
-#[test]
-fn calls_on_one_region_are_in_order() {
-    run_ranks(3, in_order_on_one_region);
-}
-
 #[test]
 fn any_number_of_works_in_flight_waited_for_in_any_order() {
     run_ranks(3, many_in_flight);
-}
-
-/// Messages are in no order with collectives, and large ones wait for their receivers.
-pub(crate) fn messages_beside_collectives(mut group: Group) {
-    let (rank, ranks) = (group.rank(), group.world_size());
-    if ranks == 1 {
-        return;
-    }
-    let len = 300_000;
-    let mut sum = vec![1_i64; len];
-    let mut output = vec![0; len];
-    let mine = inputs::<i64>(rank, len);
-    match rank {
-        0 => {
-            let sent = group.send(&mine, 1).unwrap();
-            group.all_reduce(&mut sum[..], Sum).unwrap().wait().unwrap();
-            group.receive(&mut output[..], 1).unwrap().wait().unwrap();
-            assert_eq!(output, inputs::<i64>(1, len));
-            sent.wait().unwrap();
-        }
-        1 => {
-            group.all_reduce(&mut sum[..], Sum).unwrap().wait().unwrap();
-            let sent = group.send(&mine, 0).unwrap();
-            group.receive(&mut output[..], 0).unwrap().wait().unwrap();
-            assert_eq!(output, inputs::<i64>(0, len));
-            sent.wait().unwrap();
-        }
-        _ => group.all_reduce(&mut sum[..], Sum).unwrap().wait().unwrap(),
-    }
-    assert!(sum.iter().all(|sum| *sum == ranks as i64));
-}
-
-#[test]
-fn a_message_need_not_be_received_before_the_next_collective() {
-    run_ranks(3, messages_beside_collectives);
 }
 
 /// The receiver has everything and leaves, often before the sender's own thread has noted the end.

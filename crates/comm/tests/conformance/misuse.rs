@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use phalanx_comm::environment::HostLink;
 use phalanx_comm::testing::{run_ranks, run_ranks_with};
-use phalanx_comm::{Avg, Error, Group, GroupOptions, Max, Op, Sum, Work};
+use phalanx_comm::{Avg, Error, Group, GroupOptions, LastCall, Max, Op, Sum, Work};
 
 const LINKS: [HostLink; 2] = [HostLink::Auto, HostLink::Tcp];
 
@@ -177,6 +177,7 @@ pub(crate) fn absent_is_named(group: Group) {
     let Error::Timeout { call, absent, .. } = &error else { panic!("{error}") };
     assert_eq!(call.op, Op::AllReduce);
     assert_eq!(absent.iter().map(|a| a.rank).collect::<Vec<_>>(), [last], "{error}");
+    assert!(matches!(absent[0].last, LastCall::Call(_)), "{error}");
 }
 
 #[test]
@@ -187,9 +188,9 @@ fn a_rank_that_never_calls_is_named_by_the_time_out() {
             let Error::Timeout { call, absent, .. } = &error else { panic!("{error}") };
             assert_eq!((call.op, call.seq), (Op::AllReduce, 1));
             assert_eq!(absent.iter().map(|a| a.rank).collect::<Vec<_>>(), [2], "{error}");
-            if link == HostLink::Auto {
-                assert_eq!(absent[0].last.as_ref().map(|last| &last.tag[..]), Some("before"));
-            }
+            // Over sockets by its heartbeats.
+            let LastCall::Call(last) = &absent[0].last else { panic!("{error}") };
+            assert_eq!(last.tag, "before", "{error}");
         }
     }
 }

@@ -111,6 +111,7 @@ fn memory_of_a_gpu_travels_over_mpi() {
         (3, "gpu suite", "0", "all passed"),
         (4, "gpu suite", "1", "all passed"),
         (3, "gpu suite", "1", "all passed"),
+        (2, "gpu crossed", "0", "crossed"),
         (3, "gpu streams", "0", "in order"),
         (3, "gpu streams", "1", "in order"),
         (2, "gpu refused", "perhaps", "PHALANX_MPI_CUDA_AWARE=\"perhaps\" is not 1 or 0"),

@@ -74,6 +74,7 @@ pub(crate) fn over_mpi(role: &str, group: phalanx_comm::Result<Group>) {
     match (role, group) {
         ("gpu suite", Ok(group)) => suite(group),
         ("gpu streams", Ok(group)) => streams(group),
+        ("gpu crossed", Ok(group)) => crossed(group),
         ("gpu killed", Ok(group)) => killed(group),
         ("gpu absent", Ok(mut group)) => {
             group.barrier().and_then(Work::wait).expect("all are there");
@@ -82,6 +83,30 @@ pub(crate) fn over_mpi(role: &str, group: phalanx_comm::Result<Group>) {
         ("gpu refused", Err(error)) => println!("refused: {error}"),
         (role, group) => panic!("{role}: {group:?}"),
     }
+}
+
+/// A message passes a collective that waits for another message.
+#[cfg(feature = "mpi")]
+fn crossed(mut group: Group) {
+    let [a, c] = [1, 2].map(|_| group.allocate::<f32>(50_000).expect("memory"));
+    let limit = Duration::from_secs(5);
+    let wait =
+        |work: phalanx_comm::Result<Work<'_>>| work.and_then(Work::synchronize).expect("ends");
+    for _ in 0..5 {
+        if group.rank() == 0 {
+            let received = group.within(limit).receive(a.full(), 1).expect("started");
+            let sum = group.within(limit).all_reduce(a.full(), Sum).expect("started");
+            std::thread::park_timeout(Duration::from_millis(30));
+            wait(group.within(limit).send_from_device(c.full(), 1));
+            received.synchronize().and(sum.synchronize()).expect("both end");
+        } else {
+            let sum = group.within(limit).all_reduce(a.full(), Sum).expect("started");
+            wait(group.within(limit).receive(c.full(), 0));
+            wait(group.within(limit).send_from_device(c.full(), 0));
+            sum.synchronize().expect("a sum");
+        }
+    }
+    println!("crossed");
 }
 
 fn suite(mut group: Group) {

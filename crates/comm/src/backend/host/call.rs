@@ -38,7 +38,7 @@ pub(crate) enum Memory {
         /// Where the input of an operation with two buffers is.
         from: Option<u64>,
         /// What keeps the memory, where it is a region's.
-        #[expect(dead_code, reason = "held, not read")]
+        #[cfg_attr(not(feature = "mpi"), expect(dead_code, reason = "held, not read"))]
         keep: Vec<Arc<RegionMemory>>,
     },
 }
@@ -62,6 +62,18 @@ impl Memory {
         let Self::Region { region, offset } = self else { return false };
         let Self::Region { region: its, offset: at } = other else { return false };
         Arc::ptr_eq(region, its) && *offset < at + of_other && *at < offset + bytes
+    }
+}
+
+impl Memory {
+    /// Whether this and another, of at most so many bytes a buffer, are in part the same memory of a GPU.
+    pub(crate) fn shares_device(&self, bytes: usize, other: &Self, of_other: usize) -> bool {
+        let Self::Device { at, from, .. } = self else { return false };
+        let Self::Device { at: its, from: its_input, .. } = other else { return false };
+        let meet = |a: u64, b: u64| a < b + of_other as u64 && b < a + bytes as u64;
+        let ours = [Some(*at), *from];
+        let theirs = [Some(*its), *its_input];
+        ours.iter().flatten().any(|a| theirs.iter().flatten().any(|b| meet(*a, *b)))
     }
 }
 

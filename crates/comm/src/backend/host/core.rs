@@ -53,7 +53,7 @@ pub(crate) struct Core {
     /// The ranks of this machine, in order, this one included.
     pub(crate) locals: Vec<usize>,
     /// The boards of those, by rank.
-    boards: Vec<Option<Board>>,
+    boards: Vec<Option<Arc<Board>>>,
     /// How long to watch a word before sleeping.
     pub(super) patience: Duration,
     /// Looks at it before looking at the clock; 0 where cores are few: there every look yields.
@@ -76,7 +76,7 @@ impl Core {
     pub(crate) fn new(
         peers: Arc<Peers>,
         topology: Topology,
-        boards: Vec<Option<Board>>,
+        boards: Vec<Option<Arc<Board>>>,
         executor: Executor,
     ) -> Self {
         let rank = peers.rank;

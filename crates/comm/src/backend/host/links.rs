@@ -169,8 +169,10 @@ impl Links {
             }
         }
         if Instant::now() >= wait.deadline {
-            let absent: Vec<_> = peer.into_iter().map(|peer| (peer, None)).collect();
-            return Err(self.peers.late(wait.call, &absent));
+            return Err(match peer {
+                Some(peer) => self.peers.late_for(wait.call, peer),
+                None => self.peers.late(wait.call, &[]),
+            });
         }
         let mut fds = Vec::new();
         let mut whose = Vec::new();

@@ -91,7 +91,7 @@ fn watch(peers: &Arc<Peers>, mut door: Door) {
         }
         for (control, theirs) in peers.controls.iter().zip(&mut incoming) {
             if let (Some(control), true, false) = (control, theirs.owes(), theirs.ended) {
-                acknowledge(control, theirs);
+                acknowledge(peers, control, theirs);
             }
         }
         for peer in events.gone {
@@ -170,13 +170,14 @@ fn wait(
 fn beat(peers: &Peers, incoming: &mut [Incoming]) {
     for (control, theirs) in peers.controls.iter().zip(incoming) {
         if let (Some(control), false) = (control, theirs.ended) {
-            acknowledge(control, theirs);
+            acknowledge(peers, control, theirs);
         }
     }
 }
 
-fn acknowledge(control: &Control, incoming: &mut Incoming) {
-    match control.try_send(&Frame::Heartbeat { taken_in: incoming.taken_in }.encode()) {
+fn acknowledge(peers: &Peers, control: &Control, incoming: &mut Incoming) {
+    let heartbeat = Frame::Heartbeat { taken_in: incoming.taken_in, last: peers.own_last() };
+    match control.try_send(&heartbeat.encode()) {
         Ok(true) => incoming.unacknowledged = 0,
         // Again soon.
         Ok(false) => {}
@@ -223,7 +224,7 @@ fn take_in(peers: &Arc<Peers>, peer: usize, incoming: &mut Incoming, scratch: &m
                     return;
                 }
                 if incoming.owes() {
-                    acknowledge(control, incoming);
+                    acknowledge(peers, control, incoming);
                 }
             }
             Ok(Received::Later) => return,
@@ -249,7 +250,10 @@ fn take_frames(peers: &Peers, peer: usize, incoming: &mut Incoming) -> bool {
             incoming.unacknowledged += FRAME_HEAD_BYTES + body_bytes;
         }
         match frame {
-            Frame::Heartbeat { taken_in } => peers.acknowledged(peer, taken_in),
+            Frame::Heartbeat { taken_in, last } => {
+                peers.acknowledged(peer, taken_in);
+                peers.heard(peer, last);
+            }
             Frame::Goodbye { completed, panicking } => {
                 peers.depart(peer, completed, panicking);
                 // It waits for that.
@@ -361,7 +365,7 @@ fn go_on(peers: &Arc<Peers>, incoming: &mut [Incoming], returned: Returned) {
         let why = std::io::Error::new(ErrorKind::ConnectionReset, "lost again");
         lose(peers, peer, control, theirs, why);
     } else {
-        acknowledge(control, theirs);
+        acknowledge(peers, control, theirs);
     }
 }
 

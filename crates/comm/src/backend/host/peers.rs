@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 
 use rustix::event::EventfdFlags;
 
+use super::board::Board;
 use super::call::Call;
 use super::control::Control;
 use super::liveness::{self, Liveness};
 use super::point::Points;
 use super::reconnect::{Returned, Way};
 use super::wire::Frame;
-use crate::error::{Error, Result};
+use crate::error::{Error, LastCall, Result};
+use crate::fingerprint::CallRecord;
 
 /// A rank's process.
 #[derive(Debug, Clone)]
@@ -94,6 +96,10 @@ pub(crate) struct Peers {
     failed: AtomicBool,
     failure: OnceLock<Error>,
     departures: Vec<Departure>,
+    /// What each has started last, as it said in its last heartbeat.
+    heard: Mutex<Vec<LastCall>>,
+    /// Where this rank's own last call stands.
+    own_board: OnceLock<Arc<Board>>,
     parcels: Mutex<Vec<Parcel>>,
     parcel_came: Condvar,
     returned: Mutex<Vec<Returned>>,
@@ -128,6 +134,7 @@ impl Peers {
                 panicking: AtomicBool::new(false),
             })
             .collect();
+        let heard = Mutex::new(vec![LastCall::Unknown; identities.len()]);
         Ok(Self {
             rank,
             points: Points::new(identities.len()),
@@ -141,6 +148,8 @@ impl Peers {
             failed: AtomicBool::new(false),
             failure: OnceLock::new(),
             departures,
+            heard,
+            own_board: OnceLock::new(),
             parcels: Mutex::default(),
             parcel_came: Condvar::new(),
             returned: Mutex::default(),
@@ -440,12 +449,30 @@ impl Peers {
         Some(self.awaited.load(Ordering::Relaxed)).filter(|peer| *peer != NOBODY)
     }
 
+    /// The error for a call whose time is over, for which `peer` is waited.
+    pub(crate) fn late_for(&self, call: &Call, peer: usize) -> Error {
+        let last = lock(&self.heard).get(peer).cloned();
+        self.late(call, &[(peer, last.unwrap_or(LastCall::Unknown))])
+    }
+
+    /// A peer says what it has started last.
+    pub(crate) fn heard(&self, peer: usize, last: Option<CallRecord>) {
+        if let Some(heard) = lock(&self.heard).get_mut(peer) {
+            *heard = last.into();
+        }
+    }
+
+    pub(crate) fn show_board(&self, board: &Arc<Board>) {
+        // Set once, when the group is made.
+        drop(self.own_board.set(Arc::clone(board)));
+    }
+
+    pub(crate) fn own_last(&self) -> Option<CallRecord> {
+        self.own_board.get().and_then(|board| board.last_record())
+    }
+
     /// The error for a call whose time is over; `absent` are the ranks that were waited for.
-    pub(crate) fn late(
-        &self,
-        call: &Call,
-        absent: &[(usize, Option<crate::fingerprint::CallRecord>)],
-    ) -> Error {
+    pub(crate) fn late(&self, call: &Call, absent: &[(usize, LastCall)]) -> Error {
         let absent = absent
             .iter()
             .map(|(rank, last)| {

@@ -122,7 +122,7 @@ fn alone(liveness: Liveness) -> Result<Arc<Core>> {
     let links = Links::new(Arc::clone(&peers), vec![None])
         .map_err(|error| Error::system(0, "set up data sockets", error))?;
     let topology = Topology::new(vec![0]);
-    Ok(Arc::new(Core::new(peers, topology, vec![Some(board)], Executor::new(links))))
+    Ok(Arc::new(Core::new(peers, topology, vec![Some(Arc::new(board))], Executor::new(links))))
 }
 
 /// How lost control connections come back, by peer.
@@ -149,11 +149,11 @@ fn share_boards(
     peers: &Peers,
     topology: &Topology,
     deadline: Instant,
-) -> Result<Vec<Option<Board>>> {
+) -> Result<Vec<Option<Arc<Board>>>> {
     let rank = peers.rank;
     let system = |call| move |error: std::io::Error| Error::system(rank, call, error);
     let (fd, own) = Board::create().map_err(system("memfd_create"))?;
-    let mut boards: Vec<Option<Board>> = (0..peers.world_size()).map(|_| None).collect();
+    let mut boards: Vec<Option<Arc<Board>>> = (0..peers.world_size()).map(|_| None).collect();
     let locals = topology.locals(rank);
     let others = || locals.iter().copied().filter(|local| *local != rank);
     for peer in others() {
@@ -163,8 +163,10 @@ fn share_boards(
         let Some((theirs, _)) = peers.take_parcel(peer, BOARD_ID, deadline)? else {
             return Err(missing_parcel(peers, peer));
         };
-        boards[peer] = Some(Board::open(theirs.as_fd()).map_err(system("mmap"))?);
+        boards[peer] = Some(Arc::new(Board::open(theirs.as_fd()).map_err(system("mmap"))?));
     }
+    let own = Arc::new(own);
+    peers.show_board(&own);
     boards[rank] = Some(own);
     Ok(boards)
 }

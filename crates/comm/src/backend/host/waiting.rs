@@ -136,13 +136,13 @@ impl Core {
         };
         let mut absent: Vec<usize> = self.locals.iter().copied().filter(|r| !came(r)).collect();
         if let (true, Some(remote)) = (absent.is_empty(), self.peers.awaited()) {
-            return self.peers.late(call, &[(remote, None)]);
+            return self.peers.late_for(call, remote);
         }
         if absent.is_empty() {
             absent = self.locals.iter().copied().filter(|r| !finished(r)).collect();
         }
         let absent: Vec<_> =
-            absent.into_iter().map(|rank| (rank, self.board(rank).last_record())).collect();
+            absent.into_iter().map(|rank| (rank, self.board(rank).last_record().into())).collect();
         self.peers.late(call, &absent)
     }
 }

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use crate::error::{Absent, Error};
+use crate::error::{Absent, Error, LastCall};
 use crate::fingerprint::{CallRecord, RECORD_BYTES};
 
 /// No frame is longer: what `point.rs` sends at a time, and some.
@@ -28,8 +28,9 @@ pub(crate) enum Frame {
     Announced { index: u64, record: CallRecord },
     /// A part of message `index`.
     Message { index: u64, bytes: Vec<u8> },
-    /// The sender lives, and has taken in so many frames (but for heartbeats) of the receiver's.
-    Heartbeat { taken_in: u64 },
+    /// The sender lives, has taken in so many frames (but for heartbeats) of the receiver's, and has started this
+    /// collective last.
+    Heartbeat { taken_in: u64, last: Option<CallRecord> },
 }
 
 /// Bytes that are no frame.
@@ -62,6 +63,13 @@ impl Writer {
     }
     fn record(&mut self, record: &CallRecord) -> &mut Self {
         self.0.extend_from_slice(&record.encode());
+        self
+    }
+    fn last(&mut self, record: Option<&CallRecord>) -> &mut Self {
+        self.u8(u8::from(record.is_some()));
+        if let Some(record) = record {
+            self.record(record);
+        }
         self
     }
 }
@@ -99,6 +107,9 @@ impl<'a> Reader<'a> {
     fn record(&mut self) -> Result<CallRecord, Malformed> {
         CallRecord::decode(self.take(RECORD_BYTES)?).ok_or(Malformed)
     }
+    fn last(&mut self) -> Result<Option<CallRecord>, Malformed> {
+        Ok(if self.u8()? == 0 { None } else { Some(self.record()?) })
+    }
     fn end(&self) -> Result<(), Malformed> {
         if self.0.is_empty() {
             Ok(())
@@ -133,8 +144,8 @@ impl Frame {
                 body.u64(*index).0.extend_from_slice(bytes);
                 5
             }
-            Self::Heartbeat { taken_in } => {
-                body.u64(*taken_in);
+            Self::Heartbeat { taken_in, last } => {
+                body.u64(*taken_in).last(last.as_ref());
                 6
             }
             Self::Announced { index, record } => {
@@ -175,7 +186,7 @@ impl Frame {
                 let rest = body.0.len();
                 Self::Message { index, bytes: body.take(rest)?.to_vec() }
             }
-            6 => Self::Heartbeat { taken_in: body.u64()? },
+            6 => Self::Heartbeat { taken_in: body.u64()?, last: body.last()? },
             7 => Self::Announced { index: body.u64()?, record: body.record()? },
             _ => return Err(Malformed),
         };
@@ -204,10 +215,11 @@ fn encode_error(body: &mut Writer, error: &Error) {
             body.u8(4).size(*rank).record(call).u64(nanos).size(named.len());
             for one in named {
                 body.size(one.rank).text(&one.host).u64(one.pid.into());
-                body.u8(u8::from(one.last.is_some()));
-                if let Some(last) = &one.last {
-                    body.record(last);
-                }
+                match &one.last {
+                    LastCall::Unknown => body.u8(2),
+                    LastCall::Nothing => body.u8(0),
+                    LastCall::Call(last) => body.u8(1).record(last),
+                };
             }
         }
         Error::Aborted { rank, reason } => {
@@ -259,7 +271,11 @@ fn decode_error(body: &mut Reader<'_>) -> Result<Error, Malformed> {
             let mut absent = Vec::new();
             for _ in 0..count {
                 let (who, host, pid) = (body.size()?, body.text()?, body.pid()?);
-                let last = if body.u8()? == 0 { None } else { Some(body.record()?) };
+                let last = match body.u8()? {
+                    0 => LastCall::Nothing,
+                    1 => LastCall::Call(body.record()?),
+                    _ => LastCall::Unknown,
+                };
                 absent.push(Absent { rank: who, host, pid, last });
             }
             Error::Timeout { rank, call, timeout, absent }
@@ -298,8 +314,9 @@ mod tests {
 
     fn errors() -> Vec<Error> {
         let absent = vec![
-            Absent { rank: 1, host: "b".into(), pid: 4, last: None },
-            Absent { rank: 2, host: "c".into(), pid: 5, last: Some(*record(3)) },
+            Absent { rank: 1, host: "b".into(), pid: 4, last: LastCall::Nothing },
+            Absent { rank: 3, host: "d".into(), pid: 6, last: LastCall::Unknown },
+            Absent { rank: 2, host: "c".into(), pid: 5, last: LastCall::Call(*record(3)) },
         ];
         let timeout = Duration::from_millis(1500);
         vec![

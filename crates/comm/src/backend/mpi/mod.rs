@@ -64,8 +64,8 @@ pub(crate) fn open(
     });
     // Those who have no MPI say so to the others, instead of letting them wait.
     let card = match &mine {
-        Ok((library, _, cuda_aware)) => Card {
-            cuda_aware: *cuda_aware,
+        Ok((library, device, _)) => Card {
+            gpu_memory: device.is_some(),
             rank: library.rank as u64,
             size: library.size as u64,
             tag: LED.fetch_add(1, Ordering::Relaxed) * 31 + library.rank as u64,
@@ -75,9 +75,7 @@ pub(crate) fn open(
     };
     let cards: Vec<Card> =
         gather(&card.encode())?.iter().map(|bytes| Card::decode(bytes)).collect();
-    let (library, device, _) = mine?;
-    // The same calls of MPI everywhere: one rank that copies makes all copy.
-    let cuda_aware = cards.iter().all(|theirs| theirs.cuda_aware);
+    let (library, device, cuda_aware) = mine?;
     let members = members(&cards)?;
     let ranks = members.len();
     let tag = usize::try_from(cards[0].tag % TAGS).unwrap_or(0);
@@ -147,16 +145,16 @@ struct Card {
     size: u64,
     /// For the communicator, if this rank leads it.
     tag: u64,
-    /// Whether MPI takes addresses of its GPU.
-    cuda_aware: bool,
+    /// Whether its memory is a GPU's.
+    gpu_memory: bool,
     /// Why this rank has no MPI; empty when it has.
     trouble: String,
 }
 
 impl Card {
     fn encode(&self) -> Vec<u8> {
-        let aware = u64::from(self.cuda_aware);
-        let numbers = [self.rank, self.size, self.tag, aware].map(u64::to_le_bytes).concat();
+        let gpu = u64::from(self.gpu_memory);
+        let numbers = [self.rank, self.size, self.tag, gpu].map(u64::to_le_bytes).concat();
         [&numbers[..], self.trouble.as_bytes()].concat()
     }
 
@@ -166,8 +164,8 @@ impl Card {
             bytes.map_or(0, u64::from_le_bytes)
         };
         let trouble = String::from_utf8_lossy(bytes.get(32..).unwrap_or_default()).into_owned();
-        let cuda_aware = number(24) == 1;
-        Self { rank: number(0), size: number(8), tag: number(16), cuda_aware, trouble }
+        let gpu_memory = number(24) == 1;
+        Self { rank: number(0), size: number(8), tag: number(16), gpu_memory, trouble }
     }
 }
 
@@ -183,6 +181,13 @@ fn members(cards: &[Card]) -> Result<Vec<usize>> {
                 "rank 0 is in an MPI job of {} processes, rank {rank} in one of {}: start all ranks \
                  with one mpirun",
                 cards[0].size, card.size
+            )));
+        }
+        if card.gpu_memory != cards[0].gpu_memory {
+            let (with, without) = if card.gpu_memory { (rank, 0) } else { (0, rank) };
+            return Err(unavailable(format!(
+                "rank {with} brings memory of a GPU and rank {without} does not: let all ranks have one that \
+                 libtorch can use, or none (GroupOptions::gpu_memory)"
             )));
         }
         if let Some(other) = cards[..rank].iter().position(|other| other.rank == card.rank) {
@@ -201,7 +206,7 @@ mod tests {
     use super::*;
 
     fn card(rank: u64) -> Card {
-        Card { rank, size: 3, tag: 7, cuda_aware: rank == 2, trouble: String::new() }
+        Card { rank, size: 3, tag: 7, gpu_memory: false, trouble: String::new() }
     }
 
     #[test]
@@ -219,6 +224,10 @@ mod tests {
         let without = Card { trouble: "no mpirun".to_owned(), ..Card::default() };
         assert!(error(&[card(0), without]).contains("rank 1 has none: no mpirun"));
         assert!(error(&[card(0), card(1), card(0)]).contains("ranks 0 and 2 are both MPI's rank 0"));
+        let mixed = Card { gpu_memory: true, ..card(1) };
+        assert!(
+            error(&[card(0), mixed]).contains("rank 1 brings memory of a GPU and rank 0 does not")
+        );
         let elsewhere = Card { size: 1, ..card(0) };
         assert!(error(&[card(1), elsewhere]).contains("one mpirun"));
     }

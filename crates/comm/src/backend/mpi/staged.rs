@@ -5,8 +5,9 @@
 //! the GPU while another returns. What only moves data needs no copies where the library is CUDA-aware:
 //! it is given the GPU's addresses.
 //!
-//! MPI gets the calls in the order in which they were made, as on every rank. A call on memory that an
-//! earlier one writes, or that writes what an earlier one reads, leaves the GPU after that one has returned.
+//! MPI gets collectives in the order in which they were made, as on every rank, and the messages of a pair in
+//! theirs. A call on memory that an earlier one writes, or that writes what an earlier one reads, leaves the GPU
+//! after that one has returned.
 #![expect(unsafe_code, reason = "gate: copies of the driver's")]
 
 use std::mem::ManuallyDrop;
@@ -26,6 +27,8 @@ use crate::error::{Error, Result};
 use crate::fingerprint::Op;
 use crate::upload::PinnedMemory;
 
+/// Stagings that are kept for later calls.
+const SPARE_MAX: usize = 32;
 /// The shortest staging, so that short calls share it.
 const STAGING_BYTES_MIN: usize = 64 << 10;
 
@@ -40,9 +43,12 @@ pub(super) struct Staged {
     returning: OwnStream,
     /// Whether MPI takes addresses of the GPU.
     cuda_aware: bool,
-    /// In the order of the calls: those that MPI has come before those that it has not.
+    /// In the order of the calls.
     moving: Vec<Moving>,
-    /// Page-locked memory that is not in use: as much as once was.
+    /// The numbers of those that MPI has, in the order in which it got them.
+    in_mpi: Vec<u64>,
+    next: u64,
+    /// Page-locked memory that is not in use.
     spare: Vec<PinnedMemory>,
     /// Of the calls that MPI has, the places of those that have ended.
     ended: Vec<usize>,
@@ -50,6 +56,7 @@ pub(super) struct Staged {
 
 #[derive(Debug)]
 struct Moving {
+    number: u64,
     call: Arc<Call>,
     way: Way,
     stage: Stage,
@@ -59,6 +66,19 @@ struct Moving {
 }
 
 impl Moving {
+    /// Whether MPI must get this one before a later one.
+    fn keeps(&self, later: &Self) -> bool {
+        let of = |moving: &Self| match moving.call.op() {
+            op @ (Op::Send | Op::Receive) => Some((op, moving.call.root)),
+            _ => None,
+        };
+        of(self) == of(later)
+    }
+
+    fn is_before_mpi(&self) -> bool {
+        matches!(self.stage, Stage::Behind | Stage::Before(_))
+    }
+
     /// Whether one of the two must have ended before the other begins.
     fn conflicts(&self, other: &Self) -> bool {
         let meet = |a: &Range<u64>, b: &Range<u64>| a.start < b.end && b.start < a.end;
@@ -99,8 +119,19 @@ impl Staged {
     ) -> Result<Self> {
         let stream = || OwnStream::new(device).map_err(|error| cuda_error(rank, error));
         let (leaving, returning, device) = (stream()?, stream()?, Arc::clone(device));
-        let (moving, spare, ended) = (Vec::new(), Vec::new(), Vec::new());
-        Ok(Self { mpi, rank, device, leaving, returning, cuda_aware, moving, spare, ended })
+        Ok(Self {
+            mpi,
+            rank,
+            device,
+            leaving,
+            returning,
+            cuda_aware,
+            moving: Vec::new(),
+            in_mpi: Vec::new(),
+            next: 0,
+            spare: Vec::new(),
+            ended: Vec::new(),
+        })
     }
 
     fn failed(&self) -> impl Fn(CudaError) -> Error {
@@ -110,7 +141,8 @@ impl Staged {
 
     /// Page-locked memory of at least `bytes`.
     fn staging(&mut self, bytes: usize) -> Result<PinnedMemory> {
-        let wanted = bytes.max(STAGING_BYTES_MIN).next_power_of_two();
+        let granule = (bytes.next_power_of_two() / 8).max(STAGING_BYTES_MIN);
+        let wanted = bytes.max(1).next_multiple_of(granule);
         let fits = |spare: &PinnedMemory| spare.bytes().len() == wanted;
         match self.spare.iter().position(fits) {
             Some(at) => Ok(self.spare.swap_remove(at)),
@@ -118,8 +150,13 @@ impl Staged {
         }
     }
 
-    /// Takes a call on memory `to`, or from `from` to `to`.
-    fn take(&mut self, call: &Arc<Call>, from: Option<u64>, to: u64) -> Result<()> {
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    /// Takes a call on memory `to`, or from `from` to `to`; `is_kept`: of regions, which stay if the group fails.
+    fn take(&mut self, call: &Arc<Call>, from: Option<u64>, to: u64, is_kept: bool) -> Result<()> {
         let (out, back) = legs(call, self.rank, from.is_some());
         let span = |leg: Option<Leg>| match leg {
             Some(Leg { side, at, bytes, .. }) => {
@@ -128,13 +165,14 @@ impl Staged {
             }
             None => 0..0,
         };
-        let way = if self.cuda_aware && self.mpi.can_begin_in_place(call) {
+        // MPI may write long after a failure.
+        let way = if self.cuda_aware && is_kept && self.mpi.can_begin_in_place(call) {
             Way::Direct { from: place(from.unwrap_or(to)), to: place(to) }
         } else {
             Way::Copied { form: self.staging(call.bytes_on(self.rank))?, out, back }
         };
-        let (call, stage) = (Arc::clone(call), Stage::Behind);
-        self.moving.push(Moving { call, way, stage, reads: span(out), writes: span(back) });
+        let (number, call, stage) = (self.number(), Arc::clone(call), Stage::Behind);
+        self.moving.push(Moving { number, call, way, stage, reads: span(out), writes: span(back) });
         self.leave(self.moving.len() - 1)
     }
 
@@ -190,25 +228,29 @@ impl Staged {
                 self.leave(place)?;
             }
         }
-        for Moving { call, way, stage, .. } in &mut self.moving {
-            match &stage {
-                Stage::InMpi | Stage::After(_) | Stage::Done => continue,
-                Stage::Behind => break,
-                Stage::Before(None) => {}
+        for place in 0..self.moving.len() {
+            let (earlier, rest) = self.moving.split_at_mut(place);
+            let Some(moving) = rest.first_mut() else { break };
+            let is_ready = match &moving.stage {
+                Stage::Before(None) => true,
                 Stage::Before(Some(ready)) => {
-                    if !ready.is_passed().map_err(|error| cuda_error(rank, error))? {
-                        break;
-                    }
+                    ready.is_passed().map_err(|error| cuda_error(rank, error))?
                 }
+                _ => false,
+            };
+            if !is_ready || earlier.iter().any(|one| one.is_before_mpi() && one.keeps(moving)) {
+                continue;
             }
-            match way {
+            let call = &moving.call;
+            match &mut moving.way {
                 Way::Host(at) => self.mpi.begin(call, *at)?,
                 Way::Direct { from, to } => self.mpi.begin_in_place(call, *from, *to)?,
                 Way::Copied { form, .. } => {
                     self.mpi.begin(call, Place(form.bytes_mut().as_mut_ptr()))?;
                 }
             }
-            *stage = Stage::InMpi;
+            moving.stage = Stage::InMpi;
+            self.in_mpi.push(moving.number);
             moved = true;
         }
         Ok(moved)
@@ -222,14 +264,11 @@ impl Staged {
         let stream = self.returning.as_stream();
         let rank = self.rank;
         let failed = |error| cuda_error(rank, error);
-        let mut of_mpi =
-            self.moving.iter_mut().filter(|moving| matches!(moving.stage, Stage::InMpi));
-        let mut next = 0;
-        for place in &ended {
-            let Some(Moving { call, way, stage, writes, .. }) = of_mpi.nth(place - next) else {
-                break;
-            };
-            next = place + 1;
+        let numbers: Vec<u64> =
+            ended.iter().rev().map(|place| self.in_mpi.remove(*place)).collect();
+        for number in numbers.into_iter().rev() {
+            let found = self.moving.iter_mut().find(|moving| moving.number == number);
+            let Some(Moving { call, way, stage, writes, .. }) = found else { break };
             *stage = Stage::Done;
             let Some(on_device) = &call.on_device else { continue };
             if let Way::Copied { form, back: Some(Leg { in_form, bytes, .. }), .. } = way {
@@ -250,11 +289,13 @@ impl Staged {
 
 impl Transport for Staged {
     fn start(&mut self, call: &Arc<Call>, memory: &mut Memory) -> Result<()> {
-        if let Memory::Device { at, from, .. } = memory {
-            return self.take(call, *from, *at);
+        if let Memory::Device { at, from, keep } = memory {
+            let is_kept = keep.len() == 1 + usize::from(from.is_some());
+            return self.take(call, *from, *at, is_kept);
         }
         let way = Way::Host(Place(memory.base()));
         let moving = Moving {
+            number: self.number(),
             call: Arc::clone(call),
             way,
             stage: Stage::Before(None),
@@ -286,6 +327,10 @@ impl Transport for Staged {
         for place in ended[first..].iter().rev() {
             if let Way::Copied { form, .. } = self.moving.remove(*place).way {
                 self.spare.push(form);
+                if self.spare.len() > SPARE_MAX {
+                    let longest_unused = self.spare.remove(0);
+                    later(move || drop(longest_unused));
+                }
             }
         }
         Ok(given || moved || ended.len() > first)

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclUniqueId};
 
-use super::config::config;
+use super::config::{code_of, config};
 use super::library::{Nccl, IN_PROGRESS, SUCCESS};
 use crate::dtype::DType;
 
@@ -83,8 +83,13 @@ impl Communicator {
         // SAFETY: NCCL writes the handle, and copies the configuration before it returns.
         let code = unsafe { init(&raw mut raw, world_size, id, rank, &raw mut config) };
         let communicator = Self { nccl, raw: Handle(raw) };
-        communicator.accepted(CALL, code)?;
-        lock_alive().push(communicator.raw);
+        if !communicator.raw.0.is_null() {
+            lock_alive().push(communicator.raw);
+        }
+        if let Err(error) = communicator.accepted(CALL, code) {
+            communicator.abort(&error.what);
+            return Err(error);
+        }
         if let Err(error) = communicator.settle_until(CALL, deadline, gives_up) {
             // Alone: the process's other groups have nothing to do with it.
             communicator.abort(&error.what);
@@ -481,17 +486,4 @@ fn lock_alive() -> std::sync::MutexGuard<'static, Vec<Handle>> {
 
 fn number(rank: usize) -> c_int {
     c_int::try_from(rank).unwrap_or(c_int::MAX)
-}
-
-/// `ncclDataType_t` of an element type.
-pub(crate) const fn code_of(dtype: DType) -> c_int {
-    match dtype {
-        DType::U8 => 1,
-        DType::I32 => 2,
-        DType::I64 => 4,
-        DType::F16 => 6,
-        DType::F32 => 7,
-        DType::F64 => 8,
-        DType::BF16 => 9,
-    }
 }

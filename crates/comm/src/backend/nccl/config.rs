@@ -5,6 +5,8 @@ use std::mem::offset_of;
 
 use cudarc::nccl::sys::ncclConfig_t;
 
+use crate::dtype::DType;
+
 /// `ncclConfig_t` with everything undefined (`NCCL_CONFIG_INITIALIZER`), but not blocking, and no
 /// longer than the library knows it.
 pub(super) fn config(version: i32) -> ncclConfig_t {
@@ -39,5 +41,18 @@ pub(super) fn config(version: i32) -> ncclConfig_t {
         graphUsageMode: UNDEFINED,
         numRmaCtx: UNDEFINED,
         maxP2pPeers: UNDEFINED,
+    }
+}
+
+/// `ncclDataType_t` of an element type.
+pub(super) const fn code_of(dtype: DType) -> c_int {
+    match dtype {
+        DType::U8 => 1,
+        DType::I32 => 2,
+        DType::I64 => 4,
+        DType::F16 => 6,
+        DType::F32 => 7,
+        DType::F64 => 8,
+        DType::BF16 => 9,
     }
 }

@@ -75,12 +75,12 @@ fn prepare(core: &Core, library: Option<&str>) -> Result<(&'static Nccl, Arc<Dev
 /// Connects the ranks of a group over NCCL. Collective: `gather` goes over the control plane.
 pub(crate) fn open(
     core: &Arc<Core>,
-    library: Option<&str>,
+    (library, trouble): (Option<&str>, Option<String>),
     gather: &mut Gather<'_>,
     deadline: Instant,
 ) -> Result<(Arc<Lane>, Arc<Gpu>)> {
     let (rank, world_size) = (core.rank, core.world_size());
-    let mine = prepare(core, library);
+    let mine = trouble.map_or_else(|| prepare(core, library), |what| Err(unavailable(what)));
     // Those who have no NCCL say so to the others, instead of letting them wait.
     let card = Card::of(mine.as_ref());
     let cards: Vec<Card> =
