@@ -1,5 +1,7 @@
 //! Ranks as processes of this test's own: the whole suite over the host backend's links.
 
+#![expect(unsafe_code, reason = "loads the CUDA driver")]
+
 use std::io::Read;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -7,6 +9,7 @@ use std::time::{Duration, Instant};
 use phalanx_comm::testing::free_port;
 use phalanx_comm::{Backend, Group, GroupOptions, Work};
 
+use crate::namespaces::{namespaces, ADDRESSES};
 use crate::CHECKS;
 
 /// What a rank's process runs.
@@ -99,32 +102,87 @@ impl Drop for Running {
 
 /// Starts the ranks of a world of this machine; `add` completes a rank's command.
 pub(crate) fn ranks(world: usize, role: &str, add: impl Fn(&mut Command, usize)) -> Vec<Running> {
-    let (program, port) = (std::env::current_exe().expect("this test's own path"), free_port());
+    let program = std::env::current_exe().expect("this test's own path");
+    let command = |_: usize| Command::new(&program);
+    ranks_of(world, role, command, |command, rank| {
+        command.env("LOCAL_RANK", rank.to_string()).env("LOCAL_WORLD_SIZE", world.to_string());
+        command.env("MASTER_ADDR", "127.0.0.1");
+        add(command, rank);
+    })
+}
+
+/// As [`ranks`], with a command of each rank's own, whose place on its machine `add` says.
+fn ranks_of(
+    world: usize,
+    role: &str,
+    command: impl Fn(usize) -> Command,
+    add: impl Fn(&mut Command, usize),
+) -> Vec<Running> {
+    let port = free_port();
     let token = format!("{:064x}", u128::from(std::process::id()) << 16 | u128::from(port));
     let start = |rank: usize| {
-        let mut command = Command::new(&program);
+        let mut command = command(rank);
         command.args(ARGUMENTS).env(ROLE, role).env("RUST_BACKTRACE", "0");
-        command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
-        command.env("WORLD_SIZE", world.to_string());
-        command.env("LOCAL_WORLD_SIZE", world.to_string());
-        command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
-        command.env("PHALANX_JOB_TOKEN", &token);
+        command.env("RANK", rank.to_string()).env("WORLD_SIZE", world.to_string());
+        command.env("MASTER_PORT", port.to_string()).env("PHALANX_JOB_TOKEN", &token);
         add(&mut command, rank);
         Running::start(&mut command)
     };
     (0..world).map(start).collect()
 }
 
-fn on_host(world: usize, link: &str) {
-    let link = |command: &mut Command, _| {
-        command.env("PHALANX_HOST_LINK", link);
-    };
-    let ended: Vec<_> =
-        ranks(world, "suite on host", link).into_iter().map(|rank| rank.finish(LIMIT)).collect();
+fn pass(running: Vec<Running>) {
+    let ended: Vec<_> = running.into_iter().map(|rank| rank.finish(LIMIT)).collect();
     let passed =
         ended.iter().all(|(status, output)| status.success() && output.contains("all passed"));
     // All of them: the first that fails often tells only of the one that failed before it.
     assert!(passed, "{ended:#?}");
+}
+
+fn on_host(world: usize, link: &str) {
+    let link = |command: &mut Command, _| {
+        command.env("PHALANX_HOST_LINK", link);
+    };
+    pass(ranks(world, "suite on host", link));
+}
+
+/// Two ranks on each of two machines, and one of three alone on its.
+#[test]
+fn the_suite_passes_between_machines() {
+    for world in [4, 3] {
+        let Some(machines) = namespaces() else { return };
+        let program = std::env::current_exe().expect("this test's own path");
+        let command = |rank: usize| machines.command(rank / 2, &program);
+        let running = ranks_of(world, "suite on host", command, |command, rank| {
+            let on_node = (world - rank / 2 * 2).min(2);
+            command.env("LOCAL_RANK", (rank % 2).to_string());
+            command.env("LOCAL_WORLD_SIZE", on_node.to_string());
+            command.env("GROUP_RANK", (rank / 2).to_string()).env("GROUP_WORLD_SIZE", "2");
+            command.env("MASTER_ADDR", ADDRESSES[0]);
+        });
+        pass(running);
+    }
+}
+
+/// On the real libraries, where there is a GPU: alone, and several ranks that share it as emulated nodes do.
+#[test]
+fn the_suite_passes_on_a_gpu() {
+    // SAFETY: the driver's initialiser does nothing that is seen here.
+    if unsafe { libloading::Library::new("libcuda.so.1") }.is_err() {
+        let required = std::env::var("PHALANX_REQUIRE").unwrap_or_default();
+        assert!(!required.split(',').any(|what| what == "gpu"), "PHALANX_REQUIRE names gpu");
+        eprintln!("SKIPPED: there is no NVIDIA driver on this machine");
+        return;
+    }
+    for world in [1, 2, 3] {
+        pass(ranks(world, "nccl suite", |command, rank| {
+            command.env("NCCL_HOSTID", format!("rank{rank}")).env("NCCL_SOCKET_IFNAME", "lo");
+            command
+                .env("NCCL_P2P_DISABLE", "1")
+                .env("NCCL_SHM_DISABLE", "1")
+                .env("NCCL_IB_DISABLE", "1");
+        }));
+    }
 }
 
 #[test]
