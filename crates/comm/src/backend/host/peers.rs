@@ -272,7 +272,10 @@ impl Peers {
     pub(crate) fn during(&self) -> String {
         let journal = self.journal();
         match journal.open.front() {
-            Some(call) => call.record.to_string(),
+            Some(call) => match call.seq().checked_sub(1) {
+                Some(before) => format!("{} (last completed: #{before})", call.record),
+                None => call.record.to_string(),
+            },
             None => format!("no collective (this rank had finished {})", journal.next_seq),
         }
     }

@@ -1,0 +1,116 @@
+//! What ranks say in the log while they wait, and of strangers: a program of its own, because its log is read.
+#![expect(clippy::unwrap_used, reason = "tests: a failure is a panic")]
+
+use std::io::{Read as _, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex, Once};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use phalanx_comm::environment::JobToken;
+use phalanx_comm::rendezvous::{join, Credentials, Store as _, StoreClient, StoreServer};
+
+/// The log of this program.
+static LOG: Mutex<Vec<u8>> = Mutex::new(Vec::new());
+
+struct Log;
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        LOG.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn listen() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| tracing_subscriber::fmt().with_ansi(false).with_writer(|| Log).init());
+}
+
+/// The lines that contain all of `words`.
+fn lines(words: &[&str]) -> Vec<String> {
+    let log = String::from_utf8_lossy(&LOG.lock().unwrap()).into_owned();
+    let fits = |line: &&str| words.iter().all(|word| line.contains(word));
+    log.lines().filter(fits).map(str::to_owned).collect()
+}
+
+fn ours() -> Credentials {
+    let job_token = JobToken::derive(&["secret"]);
+    Credentials { run_id: "run".to_owned(), restart_count: 0, job_token }
+}
+
+#[test]
+fn whoever_finds_no_store_says_so_every_five_seconds() {
+    listen();
+    // A port that is taken, but on which nobody listens any more.
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let start = Instant::now();
+    let deadline = start + Duration::from_secs(11);
+    let error = StoreClient::connect("127.0.0.1", port, ours(), deadline).unwrap_err();
+    assert!(start.elapsed() < Duration::from_secs(12), "{:?}", start.elapsed());
+    let port = format!(":{port}");
+    let said = lines(&["still connecting to the store", &port]);
+    assert_eq!(said.len(), 2, "{said:?} {error}");
+    assert!(said[0].contains(" s left: ") && said[0].contains("nobody listens"), "{said:?}");
+}
+
+#[test]
+fn whoever_waits_for_ranks_says_for_whom_every_ten_seconds() {
+    listen();
+    let server = StoreServer::start(([127, 0, 0, 1], 0).into(), ours()).unwrap();
+    let soon = Instant::now() + Duration::from_secs(10);
+    let store = StoreClient::connect("127.0.0.1", server.address().port(), ours(), soon).unwrap();
+    for rank in [0, 2] {
+        store.set(&format!("late/{rank:08}"), b"").unwrap();
+    }
+    let deadline = Instant::now() + Duration::from_secs(12);
+    join(&store, "late", 0, 4, b"", deadline).unwrap_err();
+    let said = lines(&["late: waiting for ranks 1,3 (joined 2/4)"]);
+    assert_eq!(said.len(), 1, "{said:?}");
+}
+
+/// How many bytes the server has taken from a connection that it has closed.
+fn read_of(stream: &mut TcpStream, sent: &[u8]) {
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    // It may close in the middle.
+    drop(stream.write_all(sent));
+    let mut rest = Vec::new();
+    drop(stream.read_to_end(&mut rest));
+    // The greeting, and not a byte more.
+    assert!(rest.len() <= 56, "{rest:?}");
+}
+
+#[test]
+fn strangers_get_one_line_together_and_an_honest_rank_its_answers() {
+    listen();
+    let server = Arc::new(StoreServer::start(([127, 0, 0, 1], 0).into(), ours()).unwrap());
+    let address = server.address();
+    let soon = Instant::now() + Duration::from_secs(10);
+    let store = StoreClient::connect("127.0.0.1", address.port(), ours(), soon).unwrap();
+    store.set("key", b"value").unwrap();
+    let mut peers = Vec::new();
+    for round in 0..20 {
+        let mut stream = TcpStream::connect(address).unwrap();
+        peers.push(stream.local_addr().unwrap().to_string());
+        let sent: &[u8] =
+            if round % 2 == 0 { b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" } else { &[0xff; 200] };
+        read_of(&mut stream, sent);
+    }
+    assert_eq!(store.get("key", soon).unwrap(), b"value");
+    // Told when there was time for it.
+    let until = Instant::now() + Duration::from_secs(5);
+    let named = || {
+        let said = lines(&["closed a connection to the store"]);
+        said.into_iter()
+            .filter(|line| peers.iter().any(|peer| line.contains(peer.as_str())))
+            .count()
+    };
+    while named() == 0 && Instant::now() < until {
+        thread::yield_now();
+    }
+    assert_eq!(named(), 1, "one line for twenty strangers");
+}
