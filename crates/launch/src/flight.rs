@@ -79,6 +79,20 @@ pub(crate) fn investigate(ranks: &[Rank], suspect: usize, lineup_path: &Path) ->
     Finding { culprit, evidence }
 }
 
+/// Writes the line-up of the ranks of all nodes beside that of this node; says where it is and what is in it.
+pub(crate) fn line_up_nodes(all: &[FlightRecord], lineup_path: &Path) -> Option<String> {
+    let said = summary(all)?;
+    let stem = lineup_path.file_stem().unwrap_or_default().to_string_lossy();
+    let path = lineup_path.with_file_name(format!("{stem}-all-nodes.txt"));
+    match write(&path, &lineup(all)) {
+        Ok(()) => Some(format!("ranks of all nodes: {said} | operations: {}", path.display())),
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "the line-up of all nodes is not written");
+            Some(format!("ranks of all nodes: {said}"))
+        }
+    }
+}
+
 /// Only for this user, and never over a file or link of somebody else.
 fn write(path: &Path, text: &str) -> io::Result<()> {
     let mut options = OpenOptions::new();

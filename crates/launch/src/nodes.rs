@@ -6,18 +6,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use phalanx_comm::recorder::FlightRecord;
 use phalanx_comm::rendezvous::{
     join, Credentials, RendezvousError, Store, StoreClient, StoreError,
 };
 
 use crate::error::{system, LaunchError};
 use crate::plan::Plan;
+use crate::rank::Rank;
 use crate::report::Failure;
 use crate::signals;
 
 const FAILURE_KEY: &str = "launch/failure";
 /// Node 0 waits this long for the others after its own ranks have ended: they may write checkpoints.
 const DONE_MAX: Duration = Duration::from_secs(3600);
+/// After a failure node 0 waits this long for the other nodes' records.
+const FLIGHT_MAX: Duration = Duration::from_secs(2);
 /// A wait for news is renewed this often; a cancelled one ends at once.
 const NEWS_WAIT: Duration = Duration::from_secs(60);
 
@@ -87,6 +91,34 @@ impl Nodes {
         }
     }
 
+    /// Puts down what the ranks of this node have recorded, for node 0.
+    pub(crate) fn publish(&self, ranks: &[Rank]) {
+        for rank in ranks.iter().filter(|_| self.mine != 0) {
+            let put = rank.recorded().map_err(|error| error.to_string()).and_then(|record| {
+                self.store.set(&flight_key(rank.number), &record).map_err(|error| error.to_string())
+            });
+            if let Err(error) = put {
+                tracing::debug!(error, rank = rank.number, "its operations are not with node 0");
+            }
+        }
+    }
+
+    /// On node 0: what the ranks of the other nodes have recorded, of those who put it down in time.
+    pub(crate) fn gather(&self, ranks: impl Iterator<Item = usize>) -> Vec<FlightRecord> {
+        if self.mine != 0 {
+            return Vec::new();
+        }
+        let deadline = Instant::now() + FLIGHT_MAX;
+        let record = |rank| {
+            let bytes = self.store.get(&flight_key(rank), deadline);
+            let bytes = bytes.inspect_err(|error| {
+                tracing::debug!(%error, rank, "its operations are not known here");
+            });
+            FlightRecord::decode(&bytes.ok()?)
+        };
+        ranks.filter_map(record).collect()
+    }
+
     /// Tells the others that the user ended the job here.
     pub(crate) fn announce_end(&self, signal: i32) {
         let (node, name) = (self.mine, signals::name(signal));
@@ -124,6 +156,10 @@ impl Nodes {
             .map_err(system("start a thread"))?;
         Ok(Some(signal))
     }
+}
+
+fn flight_key(rank: usize) -> String {
+    format!("launch/flight/{rank}")
 }
 
 fn done_key(node: usize) -> String {

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Write as _;
+use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -44,6 +45,14 @@ impl Rank {
             tracing::warn!(rank = self.number, %error, "its flight recorder cannot be read");
             None
         })
+    }
+
+    /// The bytes of what it has recorded, for the launcher of node 0.
+    pub(crate) fn recorded(&self) -> std::io::Result<Vec<u8>> {
+        let bytes = usize::try_from(self.flight.metadata()?.len()).unwrap_or(0);
+        let mut record = vec![0; bytes];
+        self.flight.read_exact_at(&mut record, 0)?;
+        Ok(record)
     }
 
     /// Keeps what it has written, for the log and the report.

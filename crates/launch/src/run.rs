@@ -90,6 +90,7 @@ pub fn run(
     let signals = Signals::register()?;
     let mut supervisor = Supervisor::new(signals, link, host_name(), options.grace);
     supervisor.lineup_path = logs.lineup(&job.run_id);
+    supervisor.world_size = job.world_size;
     let what = What { program, args, job: &job, logs: &logs };
     for place in plan.places(&ranks_of_nodes) {
         // An error here drops the ranks that are there already: see Supervisor's drop.

@@ -49,6 +49,8 @@ pub(crate) struct Supervisor {
     pub(crate) grace: Duration,
     /// Where the ranks' operations are written when the job fails.
     pub(crate) lineup_path: PathBuf,
+    /// How many ranks all nodes have.
+    pub(crate) world_size: usize,
     pub(crate) started: Instant,
     state: State,
 }
@@ -79,6 +81,7 @@ impl Supervisor {
             host,
             grace,
             lineup_path: PathBuf::new(),
+            world_size: 0,
             started: Instant::now(),
             state: State { stage: Stage::Running, suspect: None, failure: None, ended_by: None },
         }
@@ -108,6 +111,7 @@ impl Supervisor {
         if self.is_running() {
             self.wait_for_nodes()?;
         }
+        self.line_up_nodes();
         if let Some(failure) = &self.state.failure {
             self.screen.write(Stream::Error, format!("{failure}\n").as_bytes());
         }
@@ -117,6 +121,24 @@ impl Supervisor {
             ended_by: *ended_by,
             elapsed: self.started.elapsed(),
         })
+    }
+
+    /// After a failure node 0 shows the ranks of all nodes side by side.
+    fn line_up_nodes(&mut self) {
+        let Some(nodes) = self.nodes.as_ref().filter(|_| self.state.failure.is_some()) else {
+            return;
+        };
+        let is_here = |number: &usize| self.ranks.iter().any(|rank| rank.number == *number);
+        let others = nodes.gather((0..self.world_size).filter(|number| !is_here(number)));
+        if others.is_empty() {
+            return;
+        }
+        let own = self.ranks.iter().filter_map(Rank::record);
+        let mut all: Vec<_> = own.chain(others).collect();
+        all.sort_unstable_by_key(|record| record.rank);
+        if let Some(said) = flight::line_up_nodes(&all, &self.lineup_path) {
+            self.notice(&said);
+        }
     }
 
     /// All ranks of this node have ended well; node 0 stays for the others, whose store it hosts.
@@ -375,6 +397,9 @@ impl Supervisor {
 
     fn fail(&mut self, failure: Option<Failure>, now: Instant) {
         self.state.failure = failure;
+        if let Some(nodes) = &self.nodes {
+            nodes.publish(&self.ranks);
+        }
         self.signal_all(Signal::TERM);
         // A stopped process takes SIGTERM only when it continues.
         self.signal_all(Signal::CONT);

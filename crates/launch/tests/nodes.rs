@@ -50,6 +50,27 @@ fn a_failure_on_one_node_ends_the_other_with_the_same_report() {
 }
 
 #[test]
+fn node_0_shows_the_ranks_of_all_nodes_side_by_side() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let port = free_port();
+    let options = |node: usize| {
+        let path = dir.path().join(node.to_string());
+        format!("--nproc-per-node 2 --act group --rank 3 --fault kill --log-dir {}", path.display())
+    };
+    let (first, second) = (node(0, port, &options(0)), node(1, port, &options(1)));
+    let (first, second) = (first.finish(), second.finish());
+    assert_eq!((first.code, second.code), (Some(70), Some(70)), "{:?}", first.errors);
+    let said = first.errors.iter().find(|line| line.contains("ranks of all nodes: "));
+    let said = said.unwrap_or_else(|| panic!("{:?}", first.errors));
+    let (_, path) = said.split_once("| operations: ").expect("a file");
+    let lineup = std::fs::read_to_string(path.trim()).expect("the file is there");
+    for rank in 0..4 {
+        assert!(lineup.contains(&format!("rank {rank} of 4 (pid ")), "{lineup}");
+    }
+    assert!(lineup.contains("rank 3") && lineup.contains("all_reduce #40"), "{lineup}");
+}
+
+#[test]
 fn ctrl_c_on_one_node_ends_the_other() {
     let port = free_port();
     let (first, second) = (node(0, port, "--act polite"), node(1, port, "--act polite"));

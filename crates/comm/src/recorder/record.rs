@@ -109,8 +109,9 @@ pub enum OperationState {
 }
 
 impl FlightRecord {
-    /// `None`: the memory holds no record.
-    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
+    /// What the bytes of a record's memory or file say; `None`: they hold no record.
+    #[must_use]
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
         let mut words = Vec::with_capacity(WORDS);
         for chunk in bytes.get(..BYTES)?.chunks_exact(8) {
             words.push(u64::from_le_bytes(chunk.try_into().ok()?));
