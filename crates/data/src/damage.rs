@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
 use crate::format::bytes::Bytes;
 use crate::format::files::{partial_path, write_synced, Layout, Listed};
-use crate::format::{Index, INDEX_BYTES_MAX};
+use crate::format::{json, Index, INDEX_BYTES_MAX, VALUE_BYTES};
 use crate::records::RecordIndex;
 use crate::source::Folder;
 use crate::verify::Verified;
@@ -141,7 +141,7 @@ pub(crate) fn read(
     }
     let mut scratch = Vec::new();
     let text = file.read(0, to_usize(file.len()), &mut scratch)?;
-    let list = serde_json::from_slice::<DamageList>(text);
+    let list = json::parse::<DamageList>(text, VALUE_BYTES);
     file.check(0..file.len())?;
     let list = list.map_err(|error| bad(format!("not a list of damage: {error}")))?;
     if list.format != FORMAT || list.version != VERSION {

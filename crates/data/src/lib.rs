@@ -43,6 +43,8 @@ mod error;
 mod fingerprint;
 mod fixed;
 mod format;
+#[cfg(feature = "testing")]
+pub mod fuzzing;
 mod loader;
 mod lock;
 mod masked_text;

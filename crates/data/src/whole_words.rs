@@ -1,8 +1,11 @@
 //! Which tokens of a vocabulary go on with a word that a token before them began.
 
+use std::borrow::Cow;
 use std::path::Path;
 
-use serde_json::Value;
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::Deserialize;
+use serde_json::value::RawValue;
 
 use crate::cast::to_usize;
 use crate::error::{Error, Result};
@@ -13,6 +16,66 @@ use crate::fingerprint::{Fingerprint, Fingerprinter};
 pub struct Continuations {
     bits: Vec<u64>,
 }
+
+/// What is looked at of a `tokenizer.json`. The rest is passed over.
+#[derive(Deserialize)]
+struct Tokenizer<'a> {
+    #[serde(borrow)]
+    model: Model<'a>,
+}
+
+#[derive(Deserialize)]
+struct Model<'a> {
+    #[serde(rename = "type", borrow)]
+    kind: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    continuing_subword_prefix: Option<Cow<'a, str>>,
+    /// Read when the rest is known, entry by entry: all at once it would take many times its size.
+    #[serde(borrow)]
+    vocab: Option<&'a RawValue>,
+}
+
+/// The entries of a vocabulary: names and numbers, or a list of pieces and scores.
+struct Vocabulary<'a> {
+    words: &'a mut Continuations,
+    marks: Marks<'a>,
+}
+
+impl<'de> DeserializeSeed<'de> for Vocabulary<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, reader: D) -> std::result::Result<(), D::Error> {
+        reader.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Vocabulary<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("tokens and their numbers, or a list of pieces")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<(), A::Error> {
+        while let Some((token, id)) = map.next_entry::<Token, u64>()? {
+            self.words.set(id, continues(&token.0, &self.marks));
+        }
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> std::result::Result<(), A::Error> {
+        let mut id = 0;
+        while let Some((piece, _)) = list.next_element::<(Token, IgnoredAny)>()? {
+            self.words.set(id, continues(&piece.0, &self.marks));
+            id += 1;
+        }
+        Ok(())
+    }
+}
+
+/// A token's text; one at a time.
+#[derive(Deserialize)]
+struct Token(String);
 
 /// How a vocabulary marks words.
 enum Marks<'a> {
@@ -30,34 +93,21 @@ impl Continuations {
     /// [`Error::Tokenizer`] for a tokenizer that has no such marks, or a file that is none.
     pub fn of_json(text: &[u8], vocab_size: u32, path: &Path) -> Result<Self> {
         let failed = |message: &str| failed(path, message);
-        let json: Value = serde_json::from_slice(text).map_err(|e| failed(&e.to_string()))?;
-        let model = &json["model"];
-        let marks = match model["type"].as_str() {
+        let Tokenizer { model } =
+            serde_json::from_slice(text).map_err(|error| failed(&error.to_string()))?;
+        let marks = match model.kind.as_deref() {
             Some("WordPiece") => {
-                Marks::Continuing(model["continuing_subword_prefix"].as_str().unwrap_or("##"))
+                Marks::Continuing(model.continuing_subword_prefix.as_deref().unwrap_or("##"))
             }
             Some("BPE" | "Unigram") => Marks::Beginning,
             _ => return Err(failed("a model of WordPiece, BPE or Unigram is needed")),
         };
-        let mut words =
-            Continuations { bits: vec![0; to_usize(u64::from(vocab_size)).div_ceil(64)] };
-        let mut entry = |token: &str, id: u64| words.set(id, continues(token, &marks));
-        let mut entries = 0;
-        if let Some(vocabulary) = model["vocab"].as_object() {
-            for (token, id) in vocabulary {
-                let id = id.as_u64().ok_or_else(|| failed("an entry without a number"))?;
-                entry(token, id);
-                entries += 1;
-            }
-        } else if let Some(pieces) = model["vocab"].as_array() {
-            for (id, piece) in (0..).zip(pieces) {
-                let token = piece[0].as_str().ok_or_else(|| failed("a piece without text"))?;
-                entry(token, id);
-                entries += 1;
-            }
-        }
-        let any = words.bits.iter().any(|&bits| bits != 0);
-        if entries == 0 || !any {
+        let mut words = Continuations::none(vocab_size);
+        let vocabulary = model.vocab.map_or("null", RawValue::get);
+        let entries = Vocabulary { words: &mut words, marks };
+        let read = entries.deserialize(&mut serde_json::Deserializer::from_str(vocabulary));
+        read.map_err(|error| failed(&format!("its vocabulary: {error}")))?;
+        if words.bits.iter().all(|&bits| bits == 0) {
             return Err(failed("no token of its vocabulary continues a word"));
         }
         Ok(words)
@@ -65,12 +115,15 @@ impl Continuations {
 
     /// From the tokens themselves: those for which `continues` says so.
     pub fn from_fn(vocab_size: u32, continues: impl Fn(u32) -> bool) -> Self {
-        let mut words =
-            Continuations { bits: vec![0; to_usize(u64::from(vocab_size)).div_ceil(64)] };
+        let mut words = Continuations::none(vocab_size);
         for id in 0..vocab_size {
             words.set(u64::from(id), continues(id));
         }
         words
+    }
+
+    fn none(vocab_size: u32) -> Self {
+        Continuations { bits: vec![0; to_usize(u64::from(vocab_size)).div_ceil(64)] }
     }
 
     fn set(&mut self, id: u64, continues: bool) {

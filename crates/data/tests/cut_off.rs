@@ -10,7 +10,10 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use phalanx_data::{Access, Error, Scratch, SpecialTokens, TokenStream, TokenWriter};
+use phalanx_data::records::{ColumnValue, Field, RecordSamples, RecordWriter, Records};
+use phalanx_data::{
+    Access, DType, Error, MegatronTokens, Scratch, SpecialTokens, TokenStream, TokenWriter,
+};
 
 const FOLDER: &str = "CUT_OFF_TEST_FOLDER";
 const SIGBUS: i32 = 7;
@@ -213,5 +216,116 @@ fn more_maps_than_the_first_slots_are_guarded() {
     cut(&shard, 4096);
     for stream in &streams {
         assert!(matches!(stream.verify(), Err(Error::WrongSize { actual: 4096, .. })));
+    }
+}
+
+/// Three thousand records with sounds of any length, in one shard of about 3 MiB; its path.
+fn prepared_records(folder: &Path) -> (PathBuf, PathBuf) {
+    let target = folder.join("records");
+    let fields = vec![Field::fixed("label", DType::I64, []), Field::variable("sound", DType::I16)];
+    let mut writer = RecordWriter::create(&target, fields, 1 << 30).unwrap();
+    for record in 1..3001_i64 {
+        let sound = vec![7_i16; usize::try_from(record % 997).unwrap()];
+        writer.push(&[ColumnValue::of(&[record]), ColumnValue::of(&sound)]).unwrap();
+    }
+    writer.finish().unwrap();
+    let shard = target.join("records-00000.safetensors");
+    (target, shard)
+}
+
+#[test]
+fn records_of_a_file_that_is_cut_off_are_errors() {
+    let Some(folder) = folder() else {
+        return passes_in_child("records_of_a_file_that_is_cut_off_are_errors");
+    };
+    let (target, shard) = prepared_records(&folder);
+    let whole = fs::read(&shard).unwrap();
+    let mut scratch = Scratch::default();
+    for place in [0, 4096, 30_000, 1_000_001, whole.len() as u64 - 1] {
+        // Once with blocks that were compared before, once without.
+        for is_verified in [true, false] {
+            fs::write(&shard, &whole).unwrap();
+            let records = Records::open(&target, Access::Map).unwrap();
+            let mut sounds = vec![Vec::new(); 3000];
+            for (record, sound) in (0..3000_u64).zip(&mut sounds).filter(|_| is_verified) {
+                let count = records.elements(record, 1, &mut scratch).unwrap();
+                *sound = vec![0; 2 * count];
+                records.read(record, 1, sound, &mut scratch).unwrap();
+            }
+            cut(&shard, place);
+            let (mut good, mut bad) = (0, 0);
+            for (record, sound) in (0..3000_u64).zip(&mut sounds) {
+                let mut label = [0; 8];
+                match records.read(record, 0, &mut label, &mut scratch) {
+                    Ok(()) => assert_eq!(i64::from_le_bytes(label), record.cast_signed() + 1),
+                    Err(error) => assert!(is_cut(&error, place), "cut at {place}: {error}"),
+                }
+                let read = records.elements(record, 1, &mut scratch).and_then(|count| {
+                    sound.resize(2 * count, 0);
+                    sound.fill(0);
+                    records.read(record, 1, sound, &mut scratch)
+                });
+                match read {
+                    Ok(()) => {
+                        assert!(sound.as_chunks::<2>().0.iter().all(|value| *value == [7, 0]));
+                        good += 1;
+                    }
+                    Err(error) => {
+                        assert!(is_cut(&error, place), "cut at {place}: {error}");
+                        bad += 1;
+                    }
+                }
+            }
+            assert!(bad > 0 || place > 1 << 20, "cut at {place}: {good} good, {bad} bad");
+            let made = RecordSamples::new(Records::open(&target, Access::Map).unwrap_or(records));
+            assert!(made.is_err() || place > 1 << 20, "the bounds of all records, cut at {place}");
+        }
+    }
+}
+
+#[test]
+fn a_megatron_file_that_is_cut_off_is_an_error() {
+    let Some(folder) = folder() else {
+        return passes_in_child("a_megatron_file_that_is_cut_off_is_an_error");
+    };
+    // Sequences of ten tokens, none of which is 0.
+    let count = 100_000_u64;
+    let mut idx = b"MMIDIDX\0\0".to_vec();
+    idx.extend(1_u64.to_le_bytes());
+    idx.push(8);
+    idx.extend([count, count + 1].iter().flat_map(|number| number.to_le_bytes()));
+    idx.extend((0..count).flat_map(|_| 10_i32.to_le_bytes()));
+    idx.extend((0..count).flat_map(|at| (20 * at).to_le_bytes()));
+    idx.extend((0..=count).flat_map(u64::to_le_bytes));
+    let bin = vec![1; usize::try_from(20 * count).unwrap()];
+    let (idx_path, bin_path) = (folder.join("c.idx"), folder.join("c.bin"));
+    let mut scratch = Scratch::default();
+    for (path, place) in [
+        (&bin_path, 0),
+        (&bin_path, 1_000_001),
+        (&bin_path, 20 * count - 1),
+        (&idx_path, 0),
+        (&idx_path, 500_000),
+        (&idx_path, idx.len() as u64 - 1),
+    ] {
+        fs::write(&idx_path, &idx).unwrap();
+        fs::write(&bin_path, &bin).unwrap();
+        let tokens = MegatronTokens::open(&folder.join("c"), 777, Access::Map).unwrap();
+        cut(path, place);
+        let (mut out, mut bad) = ([0; 10], 0);
+        for document in (0..count).step_by(1000).chain([count - 1]) {
+            let read = tokens.document(document, &mut scratch).and_then(|range| {
+                assert_eq!(range, 10 * document..10 * document + 10, "cut at {place}");
+                tokens.read(range.start, &mut out, &mut scratch, &"a sample")
+            });
+            match read {
+                Ok(()) => assert_eq!(out, [257; 10], "cut at {place}"),
+                Err(error) => {
+                    assert!(is_cut(&error, place), "cut at {place}: {error}");
+                    bad += 1;
+                }
+            }
+        }
+        assert!(bad > 0, "{} cut at {place}", path.display());
     }
 }

@@ -378,6 +378,23 @@ fn what_is_kept_is_fetched_once() {
 }
 
 #[test]
+fn a_kept_file_that_is_cut_off_while_it_is_read_is_read_from_afar() {
+    let (keep, target) = prepared();
+    let (server, kept) =
+        (Server::start(target.clone(), |_, _| Answer::Good), keep.path().join("kept"));
+    let near = read_everything(&TokenStream::open(&target, Access::Read).unwrap());
+    let folder = CachedFolder::new(server.folder(LONG), &kept, 1 << 30).unwrap();
+    let stream = TokenStream::open_from(&folder).unwrap();
+    assert_eq!(read_everything(&stream), near);
+    for entry in std::fs::read_dir(&kept).unwrap() {
+        let path = entry.unwrap().path();
+        let half = std::fs::metadata(&path).unwrap().len() / 2;
+        std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(half).unwrap();
+    }
+    assert_eq!(read_everything(&stream), near);
+}
+
+#[test]
 fn many_may_open_the_same_new_file_at_once() {
     let folder = tempfile::tempdir().unwrap();
     let (data, kept) = (folder.path().join("data"), folder.path().join("kept"));

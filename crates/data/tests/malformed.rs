@@ -1,187 +1,263 @@
-//! Changed files of a prepared folder, of Megatron and of fixed batches: tokens or an error, no panic, no signal, and no allocation
-//! beyond twice the file. For three seconds each; `PHALANX_FUZZ_SECONDS` says otherwise.
+//! Whatever bytes a parser is given: data or an error, no panic, and no more memory than twice the files and a megabyte. Each parser
+//! for a second, from right files that are changed over and over; `PHALANX_FUZZ_SECONDS` says otherwise. With a nightly toolchain
+//! `fuzz/` does the same led by coverage.
 #![expect(unsafe_code, reason = "an allocator that measures implements an unsafe trait")]
-#![expect(
-    clippy::panic_in_result_fn,
-    clippy::shadow_unrelated,
-    reason = "a failed assertion is a failed test; each kind of file has its own counts"
-)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::fs;
-use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-use phalanx_data::permutation::Permutation;
-use phalanx_data::{
-    Access, FixedBatches, MegatronTokens, Scratch, SpecialTokens, TokenStream, TokenWriter, Tokens,
-};
-use safetensors::tensor::{Dtype, TensorView};
+use phalanx_data::fuzzing::{Case, Target, TARGETS};
 
-/// Remembers the largest allocation.
-struct Largest(AtomicUsize);
+/// Counts what each thread has allocated, and the most of it at once: tests run side by side.
+struct Measuring;
+
+thread_local! {
+    static LIVE: Cell<usize> = const { Cell::new(0) };
+    static PEAK: Cell<usize> = const { Cell::new(0) };
+}
 
 #[global_allocator]
-static LARGEST: Largest = Largest(AtomicUsize::new(0));
+static MEASURING: Measuring = Measuring;
+
+/// A thread that ends has no counters any more.
+fn count(change: impl Fn(usize) -> usize) {
+    let live = LIVE.try_with(|live| {
+        live.set(change(live.get()));
+        live.get()
+    });
+    if let Ok(live) = live {
+        PEAK.try_with(|peak| peak.set(peak.get().max(live))).ok();
+    }
+}
 
 // SAFETY: every call is handed to the system's allocator as it is.
-unsafe impl GlobalAlloc for Largest {
+unsafe impl GlobalAlloc for Measuring {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        self.0.fetch_max(layout.size(), Ordering::Relaxed);
+        count(|live| live.saturating_add(layout.size()));
         // SAFETY: the caller keeps the contract of `alloc`.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        count(|live| live.saturating_sub(layout.size()));
         // SAFETY: the caller keeps the contract of `dealloc`; the memory came from the system's allocator.
         unsafe { System.dealloc(memory, layout) }
     }
 
     unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        self.0.fetch_max(size, Ordering::Relaxed);
+        count(|live| live.saturating_sub(layout.size()).saturating_add(size));
         // SAFETY: the caller keeps the contract of `realloc`; the memory came from the system's allocator.
         unsafe { System.realloc(memory, layout, size) }
     }
 }
 
-/// What buffers of the libraries take, whatever the file.
-const SMALL: usize = 64 << 10;
+/// Besides twice the files: a block, and what libraries take for themselves.
+const SLACK: usize = (1 << 20) + (64 << 10);
 
-/// A prepared folder of one shard, whose first block is listed as damaged.
-fn write(target: &Path) -> anyhow::Result<()> {
-    let special = SpecialTokens::bert(0, 1, 2, 3, 4);
-    let mut writer = TokenWriter::create(target, b"{}", 500, special, 1 << 20)?;
-    for document in 0..40_u32 {
-        writer.tokens(&[5 + document; 50])?;
-        writer.end_document()?;
-    }
-    let index = writer.finish(0)?;
-    let list = serde_json::json!({
-        "format": "phalanx-damage", "version": 1, "fingerprint": index.fingerprint,
-        "blocks": [{"file": "tokens-00000.safetensors", "block": 0}],
-    });
-    fs::write(target.join("damage.json"), list.to_string())?;
-    Ok(())
+/// Reads a case; gives whether anything could be read.
+fn read(name: &str, case: &Case) -> bool {
+    let before = LIVE.get();
+    PEAK.set(before);
+    let is_read = (case.read)();
+    let taken = PEAK.get() - before;
+    assert!(taken <= 2 * case.bytes + SLACK, "{name}: {taken} of {} bytes", case.bytes);
+    is_read
 }
 
-/// Two documents of 1500 and 2500 tokens, byte by byte as the format is published.
-fn write_megatron(folder: &Path) -> std::io::Result<()> {
-    let mut idx = b"MMIDIDX\0\0".to_vec();
-    idx.extend(1_u64.to_le_bytes());
-    idx.push(8);
-    idx.extend([2_u64, 3].iter().flat_map(|count| count.to_le_bytes()));
-    idx.extend([1500_i32, 2500].iter().flat_map(|length| length.to_le_bytes()));
-    idx.extend([0_i64, 3000].iter().flat_map(|offset| offset.to_le_bytes()));
-    idx.extend([0_i64, 1, 2].iter().flat_map(|first| first.to_le_bytes()));
-    let bin: Vec<u8> = (0..4000_u16).flat_map(|at| (at % 777).to_le_bytes()).collect();
-    fs::write(folder.join("corpus.idx"), idx)?;
-    fs::write(folder.join("corpus.bin"), bin)
+/// Numbers that seem random: xorshift of 64 bits.
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, end: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 % end.max(1) as u64).unwrap_or(0)
+    }
 }
 
-/// Some tokens, all documents.
-fn read_some(tokens: &dyn Tokens) -> phalanx_data::Result<()> {
-    let (mut scratch, mut out) = (Scratch::default(), [0; 64]);
-    for start in (0..tokens.token_count().min(5000)).step_by(64) {
-        let len = usize::try_from(tokens.token_count() - start).map_or(64, |left| left.min(64));
-        tokens.read(start, &mut out[..len], &mut scratch, &"a sample")?;
+const WORDS: &[&str] = &[
+    "0",
+    "-1",
+    "1",
+    "18446744073709551615",
+    "9223372036854775808",
+    "4294967296",
+    "1e300",
+    "0.5",
+    "null",
+    "true",
+    "\"\"",
+    "[]",
+    "{}",
+    "[0,0]",
+    ",",
+    ":",
+    "\\u0000",
+    "\\ud800",
+    "U64",
+    "BOOL",
+    "F4",
+    "../x",
+    "b1x1",
+    "b0x0",
+    "b18446744073709551615x2",
+    "##",
+    "bytes 5-5/6",
+];
+
+/// One change, of the kinds that break parsers.
+fn change(bytes: &mut Vec<u8>, numbers: &mut Numbers) {
+    // Most of the interest is in the first bytes: lengths, the header.
+    let near = if numbers.below(2) == 0 { 400.min(bytes.len()) } else { bytes.len() };
+    let at = numbers.below(near);
+    let end = (at + numbers.below(40)).min(bytes.len());
+    match numbers.below(8) {
+        0 if !bytes.is_empty() => bytes[at] ^= 1 << numbers.below(8),
+        1 => bytes.truncate(at),
+        2 => {
+            let extreme =
+                [0, 1, 2, u64::MAX, 1 << 63, 1 << 32, 99_999_999, 65_535][numbers.below(8)];
+            let len = [1, 2, 4, 8][numbers.below(4)].min(bytes.len() - at);
+            bytes[at..at + len].copy_from_slice(&extreme.to_le_bytes()[..len]);
+        }
+        3 => {
+            let digits = bytes[at..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+            bytes.splice(at..at + digits, WORDS[numbers.below(WORDS.len())].bytes());
+        }
+        4 => drop(bytes.splice(at..end, WORDS[numbers.below(WORDS.len())].bytes())),
+        5 => drop(bytes.drain(at..end)),
+        6 => {
+            let part = bytes[at..end].repeat(1 + numbers.below(20));
+            bytes.splice(at..at, part);
+        }
+        _ => bytes.extend_from_within(at..end),
     }
-    for document in 0..tokens.document_count().min(100) {
-        tokens.document(document, &mut scratch)?;
-    }
-    Ok(())
 }
 
-/// Changes one of some files of a folder, over and over, and reads; gives the rounds and the errors.
-fn change(
-    folder: &Path,
-    names: &[&str],
-    read: impl Fn(Access) -> phalanx_data::Result<()>,
-) -> std::io::Result<(u64, u64)> {
+fn target(name: &str) -> &'static Target {
+    TARGETS.iter().find(|target| target.name == name).expect("there is such a target")
+}
+
+/// Changes right files and reads them, until the time is over.
+fn fuzz(name: &str) {
+    let target = target(name);
     let seconds = std::env::var("PHALANX_FUZZ_SECONDS")
-        .map_or(3, |text| text.parse().expect("PHALANX_FUZZ_SECONDS is a whole number"));
-    let limit = Duration::from_secs(seconds);
-    let originals: Vec<Vec<u8>> =
-        names.iter().map(|name| fs::read(folder.join(name))).collect::<std::io::Result<_>>()?;
-    let largest_file = originals.iter().map(Vec::len).max().unwrap_or(0);
-    let (started, mut round, mut errors) = (Instant::now(), 0_u64, 0_u64);
-    while started.elapsed() < limit {
-        round += 1;
-        let draw = |purpose, below: usize| {
-            let at = Permutation::new(below as u64, round, purpose).at(0);
-            usize::try_from(at).unwrap_or(0)
-        };
-        let which = draw(0, names.len());
-        let mut bytes = originals[which].clone();
-        // Most of the interest is in the first bytes: lengths, the header.
-        let near = if draw(1, 2) == 0 { 400.min(bytes.len()) } else { bytes.len() };
-        let at = draw(2, near);
-        match draw(3, 4) {
-            0 => bytes[at] ^= 1 << draw(4, 8),
-            1 => bytes.truncate(at),
-            2 => {
-                let extreme = [0, 1, u64::MAX, 1 << 63, 1 << 32, 99_999_999][draw(5, 6)];
-                let end = (at + 8).min(bytes.len());
-                bytes[at..end].copy_from_slice(&extreme.to_le_bytes()[..end - at]);
-            }
-            _ => {
-                let number =
-                    ["0", "-1", "18446744073709551615", "1e300", "99999999999"][draw(6, 5)];
-                let digits = bytes[at..].iter().take_while(|byte| byte.is_ascii_digit()).count();
-                bytes.splice(at..at + digits, number.bytes());
-            }
-        }
-        let path = folder.join(names[which]);
-        fs::write(&path, &bytes)?;
-        let file_bytes = bytes.len().max(largest_file);
-        LARGEST.0.store(0, Ordering::Relaxed);
-        for access in [Access::Read, Access::Map] {
-            errors += u64::from(read(access).is_err());
-        }
-        let largest = LARGEST.0.load(Ordering::Relaxed);
-        assert!(
-            largest <= 2 * file_bytes + SMALL,
-            "round {round}: {largest} of {file_bytes} bytes"
-        );
-        fs::write(&path, &originals[which])?;
+        .map_or(1, |text| text.parse().expect("PHALANX_FUZZ_SECONDS is a whole number"));
+    let seeds = (target.seeds)();
+    for seed in &seeds {
+        let cases = (target.cases)(seed);
+        // By count: read so many passes the wide files as narrow ones, and the other way round.
+        let good = cases.iter().filter(|case| read(name, case)).count();
+        assert!(good > 0 || name == "http_answer", "{name}: a right file cannot be read");
     }
-    Ok((round, errors))
+    let (started, limit) = (Instant::now(), Duration::from_secs(seconds));
+    let mut numbers = Numbers(0x9E37_79B9_7F4A_7C15);
+    let (mut rounds, mut good, mut bad) = (0_u64, 0_u64, 0_u64);
+    while started.elapsed() < limit || rounds < 50 {
+        rounds += 1;
+        let mut bytes = seeds[numbers.below(seeds.len())].clone();
+        for _ in 0..=numbers.below(4) {
+            change(&mut bytes, &mut numbers);
+        }
+        for case in (target.cases)(&bytes) {
+            if read(name, &case) {
+                good += 1;
+            } else {
+                bad += 1;
+            }
+        }
+    }
+    assert!(good > 0 && bad > 0, "{name}: {good} good and {bad} bad of {rounds} rounds");
 }
 
-/// One test: the allocations of another one would be measured as well.
+macro_rules! targets {
+    ($($name:ident)*) => {
+        $(#[test]
+        fn $name() {
+            fuzz(stringify!($name));
+        })*
+
+        #[test]
+        fn every_target_has_a_test() {
+            let tested = [$(stringify!($name)),*];
+            let missing: Vec<&str> =
+                TARGETS.iter().map(|target| target.name).filter(|name| !tested.contains(name)).collect();
+            assert!(missing == ["http_answer"] || missing.is_empty(), "{missing:?}");
+        }
+    };
+}
+
+targets! {
+    token_index token_shard record_index record_shard damage_list megatron_index fixed_batches
+    tokenizer loader_state journal json_line
+}
+
+#[cfg(feature = "http")]
 #[test]
-fn any_change_of_files_is_tokens_or_an_error_within_twice_the_file() {
-    let folder = tempfile::tempdir().unwrap();
-    let target = folder.path().join("tokens");
-    write(&target).unwrap();
-    assert_eq!(TokenStream::open(&target, Access::Read).unwrap().damaged().len(), 1);
-    let names = ["index.json", "tokens-00000.safetensors", "damage.json"];
-    let (rounds, errors) = change(&target, &names, |access| {
-        let stream = TokenStream::open(&target, access)?;
-        read_some(&stream)?;
-        stream.verify()
-    })
-    .unwrap();
-    assert!(errors > rounds, "{errors} errors in {rounds} rounds");
-    TokenStream::open(&target, Access::Map).unwrap().verify().unwrap();
+fn http_answer() {
+    fuzz("http_answer");
+}
 
-    write_megatron(folder.path()).unwrap();
-    let prefix = folder.path().join("corpus");
-    let (rounds, errors) = change(folder.path(), &["corpus.idx", "corpus.bin"], |access| {
-        read_some(&MegatronTokens::open(&prefix, 777, access)?)
-    })
-    .unwrap();
-    assert!(errors > rounds / 4, "{errors} errors in {rounds} rounds");
+/// A file whose text holds very many very small values.
+fn compact(before: &str, value: &str, after: &str) -> Vec<u8> {
+    let count = (4 << 20) / value.len();
+    [before, &value.repeat(count), after].concat().into_bytes()
+}
 
-    // Batches made elsewhere.
-    let values: Vec<u8> = (0..64 * 32_i64).flat_map(|at| (at % 100).to_le_bytes()).collect();
-    let tensor = TensorView::new(Dtype::I64, vec![64, 32], &values).unwrap();
-    let labels = TensorView::new(Dtype::I64, vec![64, 32], &values).unwrap();
-    let file = folder.path().join("batches.safetensors");
-    let bytes = safetensors::serialize([("input_ids", tensor), ("labels", labels)], None).unwrap();
-    fs::write(&file, bytes).unwrap();
-    let (rounds, errors) =
-        change(folder.path(), &["batches.safetensors"], |_| FixedBatches::open(&file).map(drop))
-            .unwrap();
-    assert!(errors > rounds / 4, "{errors} errors in {rounds} rounds");
+/// The header of a safetensors file, and some data.
+fn with_header(json: &[u8]) -> Vec<u8> {
+    [&(json.len() as u64).to_le_bytes(), json, &[0; 4096]].concat()
+}
+
+#[test]
+fn huge_compact_json_is_an_error_within_twice_the_file() {
+    let refused = |name: &str, bytes: &[u8]| {
+        for case in (target(name).cases)(bytes) {
+            read(name, &case);
+        }
+    };
+    let shape =
+        compact(r#"{"input_ids":{"dtype":"I64","data_offsets":[0,4096],"shape":[0"#, ",0", "]}}");
+    refused("fixed_batches", &with_header(&shape));
+    let about = compact(r#"{"__metadata__":{"a":""#, r#"","b":""#, r#""}}"#);
+    refused("fixed_batches", &with_header(&about));
+    let tensors: String = (0..60_000)
+        .map(|at| format!(r#""{at}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}},"#))
+        .collect();
+    let tensors =
+        format!(r#"{{{tensors}"z":{{"dtype":"U8","shape":[4096],"data_offsets":[0,4096]}}}}"#);
+    refused("fixed_batches", &with_header(tensors.as_bytes()));
+    refused("token_shard", &with_header(tensors.as_bytes()));
+    let long = compact(
+        r#"{"z":{"dtype":"U8","shape":[4096],"data_offsets":[0,4096]},"__metadata__":{"a":""#,
+        "a",
+        r#""}}"#,
+    );
+    refused("fixed_batches", &with_header(&long));
+
+    let crc = r#"{"format":"phalanx-tokens","version":2,"creator":"","dtype":"U16","vocab_size":9,"special":{},"tokenizer":"0000000000000000","token_count":0,"document_count":0,"source_bytes":0,"block_bytes":1048576,"fingerprint":"0000000000000000","shards":[{"file":"a","file_bytes":0,"token_count":0,"document_count":0,"crc32c":[0"#;
+    refused("token_index", &compact(crc, ",0", "]}]}"));
+    let shard = r#",{"file":"a","file_bytes":0,"token_count":0,"document_count":0,"crc32c":[]}"#;
+    refused("token_index", &compact(&format!("{crc}]}}"), shard, "]}"));
+    let fields = r#"{"format":"phalanx-records","version":2,"creator":"","record_count":0,"block_bytes":1048576,"fingerprint":"0000000000000000","shards":[],"fields":[{"name":"a","dtype":"U8","shape":[0"#;
+    refused("record_index", &compact(fields, ",0", "]}]}"));
+
+    let list = r#"{"format":"phalanx-damage","version":1,"fingerprint":"0000000000000000","blocks":[{"file":"a","block":0}"#;
+    refused("damage_list", &compact(list, r#",{"file":"a","block":0}"#, "]}"));
+    refused("damage_list", &compact(&format!(r#"{list}],"lost":["a""#), r#","b""#, "]}"));
+    let head = "{\"format\":\"phalanx-conversion\",\"version\":1,\"key\":\"0000000000000007\"}\n";
+    let line =
+        r#"{"shard":{"file":"a","file_bytes":9,"token_count":5,"document_count":1,"crc32c":[1"#;
+    let rest = "]},\"next\":{\"file\":0,\"offset\":0,\"line\":0},\"counts\":{\"skipped_lines\":0,\"unknown_tokens\":0}}\n";
+    refused("journal", &compact(&format!("{head}{line}"), ",1", rest));
+    refused("journal", &compact(head, &format!("{line}{rest}"), ""));
+    refused("journal", &compact(head, "\n", ""));
+
+    let vocabulary = r#"{"model":{"type":"WordPiece","vocab":{"a":0"#;
+    refused("tokenizer", &compact(vocabulary, r###","##":1"###, "}}}"));
+    refused("tokenizer", &compact(r#"{"model":{"type":"BPE","merges":["#, "0,", "0]}}"));
+    refused("json_line", &compact(r#"{"a":[0"#, ",0", r#"],"text":"b"}"#));
+    refused("loader_state", &compact(r#"{"epoch":[0"#, ",0", "]}"));
 }

@@ -14,7 +14,7 @@ use super::block::Place;
 use crate::cast::to_u64;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
-use crate::format::ShardEntry;
+use crate::format::{json, ShardEntry};
 
 /// The name of the journal in a folder.
 pub(crate) const JOURNAL_FILE: &str = "conversion.jsonl";
@@ -24,6 +24,12 @@ const VERSION: u32 = 1;
 
 /// A journal has some hundred bytes and four a GiB for each shard; more is not one.
 const JOURNAL_BYTES_MAX: u64 = 256 << 20;
+
+/// A line has no fewer bytes.
+const LINE_BYTES_MIN: usize = 160;
+
+/// A value of a journal takes no more memory; a line has 28, with names and brackets.
+const VALUE_BYTES: usize = 8;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Head {
@@ -98,13 +104,25 @@ fn parse(text: &[u8], key: Fingerprint, there: impl Fn(&ShardEntry) -> bool) -> 
             // Of no use to anybody if not a single shard was finished.
             lines.next().map_or(Found::Nothing, |_| Found::Other)
         }
-        Some(_) => Found::Shards(
-            lines
-                .map_while(|line| serde_json::from_slice::<Entry>(line).ok())
-                .take_while(|entry| is_plain(&entry.shard.file) && there(&entry.shard))
-                .collect(),
-        ),
+        // What nobody has written is not parsed: it could take many times its size.
+        Some(_) if json::check(text, VALUE_BYTES, text.len()).is_err() => Found::Shards(Vec::new()),
+        Some(_) => {
+            let mut entries = Vec::with_capacity(text.len() / LINE_BYTES_MIN);
+            entries.extend(
+                lines
+                    .map_while(|line| serde_json::from_slice::<Entry>(line).ok())
+                    .take_while(|entry| is_plain(&entry.shard.file) && there(&entry.shard)),
+            );
+            Found::Shards(entries)
+        }
     }
+}
+
+/// Whether a text is a journal with at least one shard.
+#[cfg(feature = "testing")]
+pub(crate) fn parses(text: &[u8]) -> bool {
+    let found = parse(text, Fingerprint(7), |_| true);
+    matches!(found, Found::Shards(entries) if !entries.is_empty())
 }
 
 fn is_plain(name: &str) -> bool {

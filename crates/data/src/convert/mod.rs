@@ -32,6 +32,18 @@ pub(crate) mod sink;
 mod special;
 mod words;
 
+/// What tests feed with bytes. Each says whether anything was found.
+#[cfg(feature = "testing")]
+pub(crate) mod fuzzed {
+    pub(crate) fn journal(text: &[u8]) -> bool {
+        super::journal::parses(text)
+    }
+
+    pub(crate) fn json_text(line: &str, field: &str) -> bool {
+        super::json_field::json_text(line, field).is_ok()
+    }
+}
+
 pub(crate) use block::Place;
 pub(crate) use journal::Counts;
 pub use options::{BadLines, ConvertOptions, Document, Format, Vocabulary};

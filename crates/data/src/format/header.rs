@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
 use super::bytes::Bytes;
+use super::json;
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 
@@ -30,6 +31,9 @@ pub(crate) struct Header {
     bytes: Vec<u8>,
 }
 
+/// What the safetensors crate takes for a value of a header on its way, at most: it looks at them twice.
+const VALUE_BYTES: usize = 96;
+
 /// Where a tensor lies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Span {
@@ -47,16 +51,21 @@ impl Header {
         if bytes.len() < to_u64(LENGTH_BYTES) {
             return Err(bad(format!("it has {} bytes, too few for a header", bytes.len())));
         }
-        let mut length = [0; LENGTH_BYTES];
-        length.copy_from_slice(bytes.read(0, LENGTH_BYTES, &mut scratch)?);
-        let length = u64::from_le_bytes(length);
+        let length = u64::from_le_bytes(bytes.array(0)?);
         let available = bytes.len() - to_u64(LENGTH_BYTES);
         if length > available.min(HEADER_BYTES_MAX) {
             return Err(bad(format!("its header claims {length} bytes of {available}")));
         }
-        let header = bytes.read(to_u64(LENGTH_BYTES), to_usize(length), &mut scratch)?;
-        let header = header.to_vec();
+        let header = match bytes.mapped(to_u64(LENGTH_BYTES), to_usize(length)) {
+            Some(mapped) => mapped.to_vec(),
+            None => {
+                bytes.read(to_u64(LENGTH_BYTES), to_usize(length), &mut scratch)?;
+                scratch
+            }
+        };
         bytes.check(0..to_u64(LENGTH_BYTES) + length)?;
+        json::check(&header, VALUE_BYTES, to_usize(bytes.len()))
+            .map_err(|error| bad(format!("its header: {error}")))?;
         let metadata: Metadata =
             serde_json::from_slice(&header).map_err(|error| bad(format!("its header: {error}")))?;
         let data_bytes = data_bytes(&metadata);

@@ -17,6 +17,7 @@ pub(crate) mod checked;
 pub(crate) mod files;
 pub(crate) mod header;
 mod index;
+pub(crate) mod json;
 mod megatron;
 pub(crate) mod offsets;
 pub(crate) mod shard;
@@ -26,7 +27,9 @@ mod writer;
 
 pub use bytes::Access;
 pub(crate) use files::partial_path;
-pub(crate) use index::{read_json, BLOCK_BYTES, INDEX_BYTES_MAX, INDEX_FILE, TOKENIZER_FILE};
+pub(crate) use index::{
+    read_json, BLOCK_BYTES, INDEX_BYTES_MAX, INDEX_FILE, TOKENIZER_FILE, VALUE_BYTES,
+};
 pub use index::{Index, ShardEntry, SpecialTokens, TokenDType};
 pub use megatron::MegatronTokens;
 pub use tokens::TokenStream;

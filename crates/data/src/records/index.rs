@@ -108,6 +108,12 @@ impl RecordIndex {
         Ok(index)
     }
 
+    #[cfg(feature = "testing")]
+    pub(crate) fn with_right_fingerprint(mut self) -> Self {
+        self.fingerprint = self.content_fingerprint();
+        self
+    }
+
     pub(crate) fn to_json(&self) -> Vec<u8> {
         let mut json = serde_json::to_vec_pretty(self).unwrap_or_default();
         json.push(b'\n');

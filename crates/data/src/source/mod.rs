@@ -26,6 +26,21 @@ pub use http::{HttpFolder, HttpOptions};
 pub(crate) use local::open_file;
 pub use local::{Access, LocalFolder};
 
+/// Reads an answer to a request for bytes 5 to 9: its status in two bytes, then what it says that it brings.
+#[cfg(all(feature = "http", feature = "testing"))]
+pub(crate) fn fuzzed_answer(bytes: &[u8]) -> bool {
+    let Some((status, field)) = bytes.split_first_chunk() else { return false };
+    let field = std::str::from_utf8(field).ok();
+    let size = field.and_then(answer::size_of_unsatisfied);
+    match answer::part(u16::from_le_bytes(*status), field, 5, 10) {
+        Ok(part) => {
+            assert!((1..=5).contains(&part.len) && part.total >= 5 + part.len, "{part:?}");
+            true
+        }
+        Err(_) => size.is_some(),
+    }
+}
+
 /// One file: a fixed number of bytes that can be read in any order, from many threads at once.
 ///
 /// The size is that at opening. A source whose bytes change or go away must give an error, not other bytes.
