@@ -72,7 +72,7 @@ fn open_text(data: &Data, config: &Config, progress: &dyn Progress) -> Result<So
     }
     let masking = Masking { probability: data.mask_probability, ..Default::default() };
     let length = data.sequence_length;
-    let samples = MaskedText::open(&prepared.folder, length, masking, Access::Read)?;
+    let samples = MaskedText::open(&prepared.folder, length, masking, Access::Auto)?;
     let description = format!(
         "{} tokens in {} documents from {}, vocabulary {}, {} samples of {length} tokens",
         prepared.token_count,

@@ -50,7 +50,7 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<ExitCode> {
         let damage: Vec<String> = found.damage.iter().map(ToString::to_string).collect();
         report::print_json(&json!({
             "good": damage.is_empty(), "files": found.file_count, "blocks": found.block_count,
-            "bytes": found.bytes, "seconds": seconds, "damage": damage,
+            "bytes": found.bytes, "seconds": seconds, "damage": damage, "lost": found.lost,
         }))?;
     } else {
         report::print(&as_lines(&found, seconds))?;

@@ -67,14 +67,19 @@ impl Shard {
     }
 
     /// The tokens of a document, counted within the shard.
-    pub(crate) fn document(&self, document: u64, scratch: &mut Scratch) -> Result<Range<u64>> {
+    /// `reading` names them in errors.
+    pub(crate) fn document(
+        &self,
+        document: u64,
+        scratch: &mut Scratch,
+        reading: &dyn Display,
+    ) -> Result<Range<u64>> {
         let offset = self.offset_start + document * to_u64(size_of::<u64>());
         let ends = offset..offset + to_u64(2 * size_of::<u64>());
-        let reading = format_args!("the bounds of document {document}");
         let bytes: [u8; 16] = self
-            .verify(ends, scratch, &reading)
+            .verify(ends, scratch, reading)
             .and_then(|()| self.checked.bytes.array(offset))
-            .map_err(|error| error.while_reading(&reading, self.path(), offset))?;
+            .map_err(|error| error.while_reading(reading, self.path(), offset))?;
         let (pair, _) = bytes.as_chunks::<8>();
         let (start, end) = (u64::from_le_bytes(pair[0]), u64::from_le_bytes(pair[1]));
         if start > end || end > self.token_count {

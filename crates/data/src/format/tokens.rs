@@ -210,8 +210,10 @@ impl TokenStream {
         }
         let after = self.document_starts.partition_point(|&begin| begin <= document);
         let shard = after.saturating_sub(1);
-        let of_shard = self.shard(shard, &format_args!("document {document}"))?;
-        let within = of_shard.document(document - self.document_starts[shard], scratch)?;
+        let reading = format_args!("the bounds of document {document}");
+        let of_shard = self.shard(shard, &reading)?;
+        let within =
+            of_shard.document(document - self.document_starts[shard], scratch, &reading)?;
         let start = self.starts[shard];
         Ok(start + within.start..start + within.end)
     }

@@ -103,3 +103,53 @@ impl Source for MappedFile {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::time::{Duration, Instant};
+
+    use super::super::local::{open_file, Access};
+    use super::*;
+
+    /// How many pages of a part of a file lie in memory.
+    fn resident(file: &File, range: Range<u64>) -> u64 {
+        let mut options = memmap2::MmapOptions::new();
+        options.offset(range.start).len(to_usize(range.end - range.start));
+        // SAFETY: nobody writes to the file, and the map is not read.
+        let map = unsafe { options.map(file) }.expect("a map");
+        let mut pages = vec![0_u8; map.len().div_ceil(sigbus::page_bytes())];
+        let (start, pages_start) = (map.as_ptr().cast_mut().cast(), pages.as_mut_ptr());
+        // SAFETY: the map has so many bytes, and `pages` a byte for each of its pages.
+        let result = unsafe { libc::mincore(start, map.len(), pages_start) };
+        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+        pages.iter().map(|page| u64::from(page & 1)).sum()
+    }
+
+    #[test]
+    fn what_will_be_needed_is_fetched_from_the_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("f");
+        std::fs::write(&path, vec![7; 16 << 20]).unwrap();
+        let file = File::open(&path).unwrap();
+        file.sync_all().unwrap();
+        let (part, rest) = (4 << 20..6 << 20, 12 << 20..16 << 20);
+        let pages = (2 << 20) / to_u64(sigbus::page_bytes());
+        for access in [Access::Map, Access::Read] {
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+            if resident(&file, rest.clone()) > 0 {
+                println!("skipped: this file system keeps its files in memory");
+                return;
+            }
+            let source = open_file(&path, access).unwrap();
+            source.will_need(part.clone());
+            let started = Instant::now();
+            while resident(&file, part.clone()) < pages {
+                let waited = started.elapsed();
+                assert!(waited < Duration::from_secs(30), "{access:?}: not there after {waited:?}");
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+            assert_eq!(resident(&file, rest.clone()), 0, "{access:?}: and not the rest");
+        }
+    }
+}

@@ -233,3 +233,25 @@ fn records_of_any_length_are_left_out_too() {
     let error = open().unwrap().records().elements(0, 1, &mut Scratch::default()).unwrap_err();
     assert!(matches!(error, Error::Lost { .. }), "{error}");
 }
+
+#[test]
+fn bounds_that_cannot_be_read_are_named_by_the_document_of_the_stream() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("tokens");
+    write_tokens(&target, 1600, 500, 80_000);
+    let index = TokenStream::open(&target, Access::Read).unwrap().index().clone();
+    let first = index.shards[0].document_count;
+    let path = shard(&target, 1);
+    // Behind the tokens of the shard.
+    damage(&path, 4096 + 2 * index.shards[1].token_count + 3);
+    let text = |stream: &TokenStream| {
+        stream.document(first, &mut Scratch::default()).unwrap_err().to_string()
+    };
+    let stream = TokenStream::open(&target, Access::Read).unwrap();
+    let name = format!("reading the bounds of document {first}");
+    assert!(text(&stream).contains(&name), "{}", text(&stream));
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(5000).unwrap();
+    let name = format!("cannot read the bounds of document {first} at offset");
+    assert!(text(&stream).starts_with(&name), "{}", text(&stream));
+    assert!(text(&stream).contains("tokens-00001"), "{}", text(&stream));
+}
