@@ -80,7 +80,7 @@ pub(crate) fn open_file(path: &Path, access: Access) -> Result<Arc<dyn Source>> 
     let is_mapped = match access {
         Access::Read => false,
         Access::Map => true,
-        Access::Auto => is_local(&file),
+        Access::Auto => is_local(magic(&file.file), path),
     };
     // An empty file cannot be mapped.
     if is_mapped && file.size > 0 {
@@ -89,17 +89,82 @@ pub(crate) fn open_file(path: &Path, access: Access) -> Result<Arc<dyn Source>> 
     Ok(Arc::new(file))
 }
 
-/// Whether a file lies on a disk of this machine.
-fn is_local(file: &ReadFile) -> bool {
-    // What cannot be asked is no disk of ours.
-    let Ok(about) = rustix::fs::fstatfs(&file.file) else { return false };
+/// The number of a file's file system, if the system tells.
+fn magic(file: &File) -> Option<u32> {
+    let about = rustix::fs::fstatfs(file).ok()?;
     // Numbers above 2^31 may have got a sign on their way.
-    let Ok(magic) = u32::try_from(about.f_type & 0xFFFF_FFFF) else { return false };
-    let Some(name) = network_name(magic) else { return true };
+    u32::try_from(about.f_type & 0xFFFF_FFFF).ok()
+}
+
+/// Whether a file lies on a disk of this machine. Of what cannot be asked that is not known, so it does not.
+fn is_local(magic: Option<u32>, path: &Path) -> bool {
     static SAID: Mutex<BTreeSet<&str>> = Mutex::new(BTreeSet::new());
+    let Some(magic) = magic else { return false };
+    let Some(name) = network_name(magic) else { return true };
     if SAID.lock().unwrap_or_else(PoisonError::into_inner).insert(name) {
-        let path = file.path.display();
+        let path = path.display();
         tracing::info!(%path, "files on {name} are read, not mapped; choose with Access::Map or Access::Read");
     }
     false
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use tracing::{span, Event, Metadata, Subscriber};
+
+    use super::*;
+
+    /// Counts what is logged.
+    struct Counting(Arc<AtomicUsize>);
+
+    impl Subscriber for Counting {
+        fn enabled(&self, _: &Metadata<'_>) -> bool {
+            true
+        }
+
+        fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+            span::Id::from_u64(1)
+        }
+
+        fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+
+        fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+
+        fn event(&self, _: &Event<'_>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+
+        fn enter(&self, _: &span::Id) {}
+
+        fn exit(&self, _: &span::Id) {}
+    }
+
+    #[test]
+    fn files_of_a_network_are_read_and_that_is_said_once_for_each_kind() {
+        let said = Arc::<AtomicUsize>::default();
+        tracing::subscriber::with_default(Counting(Arc::clone(&said)), || {
+            let path = Path::new("f");
+            for (magic, count) in [(0x7375_7245, 1), (0x7375_7245, 1), (0x564C, 2), (0x564C, 2)] {
+                assert!(!is_local(Some(magic), path));
+                assert_eq!(said.load(Ordering::SeqCst), count);
+            }
+            assert!(is_local(Some(0xEF53), path) && !is_local(None, path));
+            assert_eq!(said.load(Ordering::SeqCst), 2);
+        });
+    }
+
+    #[test]
+    fn a_file_is_mapped_where_its_file_system_is_local() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("f");
+        std::fs::write(&path, [7; 100]).unwrap();
+        let is_mapped = |access| open_file(&path, access).unwrap().mapped().is_some();
+        let number = magic(&File::open(&path).unwrap()).expect("the system tells");
+        assert_eq!(is_mapped(Access::default()), network_name(number).is_none());
+        assert!(is_mapped(Access::Map) && !is_mapped(Access::Read));
+        std::fs::write(&path, []).unwrap();
+        assert_eq!(open_file(&path, Access::Auto).unwrap().size(), 0);
+    }
 }
