@@ -12,13 +12,14 @@
 //! fetched again. Several processes share a folder without talking: they write the same bytes. Files are removed whole, to make
 //! room, and not while a process has them open (`flock`).
 
+use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::SystemTime;
 
 use rustix::fs::{flock, FlockOperation};
@@ -40,6 +41,9 @@ const PRESENT: u64 = 1 << 32;
 
 /// Threads that fetch different blocks of a file at once.
 const LOCKS: usize = 16;
+
+/// Threads that fetch what will be needed: each waits for one answer.
+const FETCHING_THREADS: usize = 4;
 
 /// The size of the folder is counted again after so many bytes: other processes write to it as well.
 const COUNT_AGAIN: u64 = 64 * BLOCK_BYTES;
@@ -71,6 +75,7 @@ impl<F: Folder> CachedFolder<F> {
             uncounted: AtomicU64::new(0),
             is_full: AtomicBool::new(false),
             created: AtomicU64::new(0),
+            ahead: Mutex::default(),
         };
         cache.count().map_err(failed)?;
         Ok(CachedFolder { inner, cache: Arc::new(cache) })
@@ -90,7 +95,8 @@ impl<F: Folder> CachedFolder<F> {
         let data_at = (PAGE + blocks * ENTRY_BYTES).next_multiple_of(PAGE);
         let file = cache.open(&head, data_at + source.size()).map_err(failed)?;
         let words = blocks.div_ceil(u64::from(u64::BITS));
-        Ok(Arc::new(CachedFile {
+        Ok(Arc::new_cyclic(|me| CachedFile {
+            me: Weak::clone(me),
             size: source.size(),
             inner: source,
             file,
@@ -128,6 +134,14 @@ struct Cache {
     is_full: AtomicBool,
     /// Files made, for their names.
     created: AtomicU64,
+    ahead: Mutex<Ahead>,
+}
+
+/// What is to be fetched before it is read.
+#[derive(Debug, Default)]
+struct Ahead {
+    blocks: VecDeque<(Weak<CachedFile>, Range<u64>)>,
+    threads: usize,
 }
 
 impl Cache {
@@ -145,6 +159,41 @@ impl Cache {
         }
         files.sort();
         Ok(files)
+    }
+
+    /// Has blocks fetched by threads of their own, which end when there is nothing left to fetch.
+    fn fetch(self: &Arc<Self>, file: Weak<CachedFile>, blocks: Range<u64>) {
+        let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
+        ahead.blocks.push_back((file, blocks));
+        if ahead.threads < FETCHING_THREADS {
+            let cache = Arc::clone(self);
+            let named = std::thread::Builder::new().name("data-fetch".to_owned());
+            // Without a thread blocks are fetched when they are read.
+            ahead.threads += usize::from(named.spawn(move || cache.fetch_all()).is_ok());
+        }
+    }
+
+    fn fetch_all(&self) {
+        while let Some((file, block)) = self.next_ahead() {
+            // Who reads a file that is gone has the error; nobody waits for a folder that was dropped.
+            let Some(file) = file.upgrade() else { continue };
+            if file.ensure(block).is_err() {
+                self.ahead.lock().unwrap_or_else(PoisonError::into_inner).blocks.clear();
+            }
+        }
+    }
+
+    /// The block that is fetched next. `None`: the thread is not needed any more.
+    fn next_ahead(&self) -> Option<(Weak<CachedFile>, u64)> {
+        let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some((file, blocks)) = ahead.blocks.front_mut() {
+            if let Some(block) = blocks.next().filter(|_| file.strong_count() > 0) {
+                return Some((Weak::clone(file), block));
+            }
+            ahead.blocks.pop_front();
+        }
+        ahead.threads -= 1;
+        None
     }
 
     fn count(&self) -> io::Result<()> {
@@ -231,6 +280,8 @@ impl Cache {
 
 #[derive(Debug)]
 struct CachedFile {
+    /// Itself, for who fetches blocks of it.
+    me: Weak<CachedFile>,
     inner: Arc<dyn Source>,
     size: u64,
     file: File,
@@ -336,6 +387,11 @@ impl Source for CachedFile {
             rest = later;
         }
         Ok(())
+    }
+
+    fn will_need(&self, range: Range<u64>) {
+        let blocks = range.start / BLOCK_BYTES..range.end.min(self.size).div_ceil(BLOCK_BYTES);
+        self.cache.fetch(Weak::clone(&self.me), blocks);
     }
 
     fn forget(&self, range: Range<u64>) -> bool {

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use phalanx_data::{Access, CachedFolder, Error, Folder, Scratch, TokenStream};
 
@@ -98,6 +99,30 @@ fn a_kept_file_that_is_cut_off_while_it_is_read_is_read_from_afar() {
         std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(half).unwrap();
     }
     assert_eq!(read_everything(&stream), near);
+}
+
+#[test]
+fn what_will_be_needed_is_fetched_before_it_is_read() {
+    let (keep, target) = prepared();
+    let (server, kept) =
+        (Server::start(target.clone(), |_, _| Answer::Good), keep.path().join("kept"));
+    let near = read_everything(&TokenStream::open(&target, Access::Read).unwrap());
+    let folder = CachedFolder::new(server.folder(LONG), &kept, 1 << 30).unwrap();
+    let stream = TokenStream::open_from(&folder).unwrap();
+    server.requests.store(0, Ordering::SeqCst);
+    let blocks: u64 =
+        stream.index().shards.iter().map(|one| one.file_bytes.div_ceil(1 << 20)).sum();
+    // The first block of each shard, with its header, is there.
+    let missing = usize::try_from(blocks).unwrap() - stream.index().shards.len();
+    assert!(missing >= 2, "{blocks} blocks");
+    stream.will_need(0..stream.token_count());
+    let started = Instant::now();
+    while server.requests.load(Ordering::SeqCst) < missing {
+        assert!(started.elapsed() < LONG, "{missing} blocks are missing");
+        std::thread::park_timeout(Duration::from_millis(5));
+    }
+    assert_eq!(read_everything(&stream), near);
+    assert_eq!(server.requests.load(Ordering::SeqCst), missing, "each block once");
 }
 
 #[test]
