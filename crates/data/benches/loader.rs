@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use phalanx_data::{
     permutation::Permutation, Access, CausalText, Documents, Loader, LoaderOptions, MaskedText,
-    Masking, Samples, Scratch, SpecialTokens, TokenStream, TokenWriter,
+    Masking, RawText, Samples, Scratch, SpecialTokens, TokenStream, TokenWriter,
 };
 
 const SEQUENCE_LEN: usize = 512;
@@ -38,6 +38,12 @@ fn main() -> anyhow::Result<()> {
         let (name, samples) = (format!("{access:?}").to_lowercase(), open(&target, access)?);
         report(&mut out, &format!("raw rows, {name}"), sequences, raw(&samples)?)?;
         prompt(&mut out, &target, access)?;
+        let plain: Arc<dyn Samples> =
+            Arc::new(RawText::new(open_stream(&target, access)?, SEQUENCE_LEN)?);
+        for threads in [0, 1, 2] {
+            let label = format!("raw batches, {name}, {threads} prefetch threads");
+            report(&mut out, &label, sequences, loader(&plain, threads)?)?;
+        }
         let causal: Arc<dyn Samples> = Arc::new(CausalText::new(
             open_stream(&target, access)?,
             SEQUENCE_LEN,
@@ -46,7 +52,7 @@ fn main() -> anyhow::Result<()> {
         let causal_label = format!("causal batches, {name}, 0 prefetch threads");
         report(&mut out, &causal_label, sequences, loader(&causal, 0)?)?;
         let samples: Arc<dyn Samples> = samples;
-        for threads in [0, 1] {
+        for threads in [0, 1, 2] {
             let label = format!("masked batches, {name}, {threads} prefetch threads");
             report(&mut out, &label, sequences, loader(&samples, threads)?)?;
         }
@@ -188,7 +194,7 @@ fn loader(samples: &Arc<dyn Samples>, threads: usize) -> anyhow::Result<Measured
         let mut sum = 0_i64;
         for _ in 0..loader.steps_per_epoch() {
             let step = loader.next_step()?;
-            sum = sum.wrapping_add(step.micro_batches[0].labels()[9]);
+            sum = sum.wrapping_add(step.micro_batches[0].input_ids()[9]);
         }
         Ok(sum)
     })

@@ -13,7 +13,9 @@ use arrow_array::{Array, ArrayRef, RecordBatch};
 use arrow_buffer::NullBuffer;
 use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_schema::{ArrowError, DataType, Fields, Schema, SchemaRef};
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
+};
 use parquet::arrow::ProjectionMask;
 
 use crate::cast::{to_u64, to_usize};
@@ -21,6 +23,10 @@ use crate::error::{Error, Result};
 
 /// Rows of a batch of Parquet. Those of Arrow are as large as they were written.
 const BATCH_ROWS: usize = 128;
+
+/// What is decoded at once of a row group.
+const GROUP_BATCH_BYTES: u64 = 4 << 20;
+const GROUP_BATCH_ROWS_MAX: u64 = 8192;
 
 type Batches = Box<dyn Iterator<Item = std::result::Result<RecordBatch, ArrowError>>>;
 
@@ -171,6 +177,90 @@ impl Table {
             u64::try_from(share).unwrap_or(self.bytes)
         };
         self.row_count.map_or(to_u64(bytes), of_file)
+    }
+}
+
+/// A part of a file that can be read for itself.
+pub(crate) struct Part {
+    /// Rows in it.
+    pub(crate) rows: u64,
+    /// What they take in memory, about.
+    pub(crate) memory_bytes: u64,
+    /// Bytes of the file that they stand for.
+    pub(crate) file_bytes: u64,
+    content: Content,
+}
+
+enum Content {
+    /// A row group of a Parquet file, of which nothing is read yet.
+    Group(ArrowReaderMetadata, usize),
+    /// Rows of an Arrow file.
+    Rows(RecordBatch),
+}
+
+/// The parts of a file of that schema, for some of its columns, which exist.
+pub(crate) fn parts(
+    path: &Path,
+    schema: &Schema,
+    columns: &[String],
+) -> Result<Box<dyn Iterator<Item = Result<Part>>>> {
+    if !matches!(Layout::open(path, None)?, Layout::Parquet(_)) {
+        let mut table = Table::open(path, schema, columns, 0)?;
+        return Ok(Box::new(std::iter::from_fn(move || {
+            let batch = table.next().transpose()?;
+            Some(batch.map(|batch| {
+                let bytes = to_u64(batch.get_array_memory_size());
+                let rows = to_u64(batch.num_rows());
+                let content = Content::Rows(batch);
+                Part { rows, memory_bytes: bytes, file_bytes: bytes, content }
+            }))
+        })));
+    }
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    let metadata = caught(path, || {
+        let loaded = ArrowReaderMetadata::load(&file, ArrowReaderOptions::default());
+        loaded.map_err(|error| error.to_string())
+    })?;
+    let groups = metadata.metadata().num_row_groups();
+    Ok(Box::new((0..groups).map(move |number| {
+        let group = metadata.metadata().row_group(number);
+        let unsigned = |count: i64| u64::try_from(count).unwrap_or(0);
+        Ok(Part {
+            rows: unsigned(group.num_rows()),
+            memory_bytes: unsigned(group.total_byte_size()),
+            file_bytes: unsigned(group.compressed_size()),
+            content: Content::Group(metadata.clone(), number),
+        })
+    })))
+}
+
+impl Part {
+    /// Calls `each` for the rows, batch by batch. `path`, `schema` and `columns` are those of [`parts`].
+    pub(crate) fn read(
+        &self,
+        (path, schema, columns): (&Path, &Schema, &[String]),
+        mut each: impl FnMut(&RecordBatch) -> Result<()>,
+    ) -> Result<()> {
+        let (metadata, number) = match &self.content {
+            Content::Rows(batch) => return each(batch),
+            Content::Group(metadata, number) => (metadata.clone(), *number),
+        };
+        let file = File::open(path).map_err(Error::io("open", path))?;
+        let row_bytes = self.memory_bytes / self.rows.max(1);
+        let batch_rows = (GROUP_BATCH_BYTES / row_bytes.max(1)).clamp(1, GROUP_BATCH_ROWS_MAX);
+        let mut batches = caught(path, || {
+            let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(file, metadata);
+            let mask = projection(&builder, schema, columns);
+            let builder = builder.with_projection(mask).with_row_groups(vec![number]);
+            let reader = builder.with_batch_size(to_usize(batch_rows)).build();
+            reader.map_err(|error| error.to_string())
+        })?;
+        while let Some(batch) =
+            caught(path, || batches.next().transpose().map_err(|error| error.to_string()))?
+        {
+            each(&batch)?;
+        }
+        Ok(())
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use phalanx_data::records::{ColumnValue, Field, RecordSamples, RecordWriter, Records};
 use phalanx_data::{
     Access, CausalText, DType, Documents, Loader, LoaderOptions, MaskedText, Masking, MicroBatch,
-    Objective, PaddedText, Samples, SpecialTokens, TokenStream, TokenWriter, Tokens,
+    Objective, PaddedText, RawText, Samples, SpecialTokens, TokenStream, TokenWriter, Tokens,
 };
 
 /// Counts what all threads allocate.
@@ -83,10 +83,12 @@ fn kinds(
     let stream: Arc<dyn Tokens> = Arc::new(TokenStream::open(tokens, access)?);
     let masked = MaskedText::new(Arc::clone(&stream), 64, Masking::default())?;
     let causal = CausalText::new(Arc::clone(&stream), 64, Documents::Apart)?;
+    let raw = RawText::new(Arc::clone(&stream), 64)?;
     let padded = PaddedText::new(stream, 128, Objective::Causal)?;
     let records = RecordSamples::new(Records::open(records, access)?)?;
     Ok(vec![
         ("masked", Arc::new(masked)),
+        ("raw", Arc::new(raw)),
         ("causal", Arc::new(causal)),
         ("padded", Arc::new(padded)),
         ("records", Arc::new(records)),

@@ -8,7 +8,9 @@
     reason = "a failed unwrap is a failed test; values are small; each case has its own names"
 )]
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -25,7 +27,7 @@ use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 use phalanx_data::convert::{convert, BadLines, ConvertOptions, Format, Vocabulary};
 use phalanx_data::progress::Silent;
-use phalanx_data::records::{convert_columns, FieldShape, Records};
+use phalanx_data::records::{convert_columns, FieldShape, RecordOptions, Records};
 use phalanx_data::{Access, DType, Error, Scratch};
 
 const ROWS: usize = 1000;
@@ -183,7 +185,7 @@ fn what_is_wrong_with_a_table_is_said() {
 
     let columns = |names: &[&str]| {
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-        convert_columns(&inputs, &at("records"), None, &names, 1 << 20, &Silent)
+        convert_columns(&inputs, &at("records"), None, &names, &Default::default(), &Silent)
             .unwrap_err()
             .to_string()
     };
@@ -200,7 +202,7 @@ fn what_is_wrong_with_a_table_is_said() {
     }
     write_arrow(&at("lists"), &batch(vec![("ids", Arc::new(lists.finish()) as ArrayRef)]), true);
     let lists = |format| {
-        convert_columns(&[at("lists")], &at("records"), format, &[], 1 << 20, &Silent)
+        convert_columns(&[at("lists")], &at("records"), format, &[], &Default::default(), &Silent)
             .unwrap_err()
             .to_string()
     };
@@ -238,6 +240,67 @@ fn all_kinds() -> RecordBatch {
     ])
 }
 
+/// Small shards.
+fn options_of(threads: Option<usize>) -> RecordOptions {
+    let threads = threads.and_then(NonZeroUsize::new);
+    RecordOptions { shard_bytes: 8000, threads, ..Default::default() }
+}
+
+/// All files of a folder.
+fn content(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = fs::read_dir(folder).unwrap().map(Result::unwrap);
+    entries
+        .map(|entry| {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            (name, fs::read(entry.path()).unwrap())
+        })
+        .collect()
+}
+
+#[test]
+fn neither_threads_nor_interruptions_show_in_converted_columns() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    // Row groups of 150 rows, and batches in a file of Arrow.
+    let table = all_kinds();
+    let properties = WriterProperties::builder().set_max_row_group_row_count(Some(150)).build();
+    let file = File::create(at("a.parquet")).unwrap();
+    let mut parquet = ArrowWriter::try_new(file, table.schema(), Some(properties)).unwrap();
+    parquet.write(&table).unwrap();
+    parquet.close().unwrap();
+    let file = File::create(at("b.arrow")).unwrap();
+    let mut arrow = FileWriter::try_new(file, &table.schema()).unwrap();
+    (0..10).for_each(|part| arrow.write(&table.slice(part * 100, 100)).unwrap());
+    arrow.finish().unwrap();
+    for name in ["a.parquet", "b.arrow"] {
+        let (inputs, one, cut) = ([at(name)], at(&format!("{name}-1")), at(&format!("{name}-cut")));
+        let convert = |output: &Path, threads| {
+            convert_columns(&inputs, output, None, &[], &options_of(Some(threads)), &Silent)
+                .unwrap()
+        };
+        let made = convert(&one, 1);
+        assert_eq!(made.index.record_count, ROWS as u64);
+        let expected = content(&one);
+        let three = at(&format!("{name}-3"));
+        convert(&three, 3);
+        assert!(content(&three) == expected, "{name} with three threads");
+
+        let journal = String::from_utf8(expected["conversion.jsonl"].clone()).unwrap();
+        let lines: Vec<&str> = journal.split_inclusive('\n').collect();
+        for shards in 1..made.index.shards.len() {
+            let partial = at(&format!(".{name}-cut.partial"));
+            fs::create_dir(&partial).unwrap();
+            fs::write(partial.join("conversion.jsonl"), lines[..=shards].concat()).unwrap();
+            for shard in made.index.shards.iter().take(shards) {
+                fs::write(partial.join(&shard.file), &expected[&shard.file]).unwrap();
+            }
+            assert_eq!(convert(&cut, 2).resumed_shards, shards as u64);
+            assert!(content(&cut) == expected, "{name} after {shards} shards");
+            fs::remove_dir_all(&cut).unwrap();
+        }
+    }
+}
+
 #[test]
 fn columns_become_fields_of_records() {
     let folder = tempfile::tempdir().unwrap();
@@ -249,7 +312,8 @@ fn columns_become_fields_of_records() {
     let inputs: [Vec<PathBuf>; 2] = [vec![at("a.parquet"), at("b.parquet")], vec![at("a.arrow")]];
     for (number, inputs) in inputs.iter().enumerate() {
         let output = at(&format!("records-{number}"));
-        let index = convert_columns(inputs, &output, None, &[], 8000, &Silent).unwrap();
+        let made = convert_columns(inputs, &output, None, &[], &options_of(None), &Silent).unwrap();
+        let index = made.index;
         assert!(index.shards.len() > 2);
         let records = Records::open(&output, Access::Read).unwrap();
         assert_eq!(records.record_count(), ROWS as u64);
@@ -283,7 +347,9 @@ fn columns_become_fields_of_records() {
         }
     }
     let some = ["pair".to_owned(), "label".to_owned()];
-    let index = convert_columns(&inputs[0], &at("some"), None, &some, 8000, &Silent).unwrap();
+    let options = options_of(None);
+    let index =
+        convert_columns(&inputs[0], &at("some"), None, &some, &options, &Silent).unwrap().index;
     let names: Vec<&str> = index.fields.iter().map(|field| &*field.name).collect();
     assert_eq!(names, ["pair", "label"]);
 }
@@ -319,7 +385,8 @@ fn any_change_of_a_table_is_rows_or_an_error() {
             );
             drop(fs::remove_dir_all(&output));
             drop(fs::remove_dir_all(at(".out.partial")));
-            let columns = convert_columns(&[changed], &output, None, &[], 1 << 20, &Silent);
+            let columns =
+                convert_columns(&[changed], &output, None, &[], &Default::default(), &Silent);
             errors += usize::from(columns.is_err());
             drop(fs::remove_dir_all(&output));
         }

@@ -9,8 +9,8 @@ use anyhow::Result;
 use clap::{Args, ValueEnum};
 use phalanx_data::records::{RecordIndex, RecordSamples, Records};
 use phalanx_data::{
-    CausalText, Documents, Error, Loader, LoaderOptions, MaskedText, Masking, Order, Quality,
-    Samples, TokenStream,
+    CausalText, Documents, Error, Fingerprint, Loader, LoaderOptions, MaskedText, Masking, Order,
+    Quality, RawText, Samples, TokenStream,
 };
 use serde_json::json;
 
@@ -58,6 +58,8 @@ enum SamplesFlag {
     Masked,
     /// The next token, as GPT is trained.
     Next,
+    /// Tokens and nothing else.
+    Raw,
 }
 
 /// A time that can be waited for.
@@ -89,6 +91,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
             "seq_len": args.seq_len, "batch": args.batch, "threads": args.threads,
             "order": args.order.to_string(), "order_distance": measured.quality.distance,
             "order_entropy": measured.quality.entropy,
+            "order_hash": measured.hash, "order_hash_samples": measured.hashed,
         }))?;
     } else {
         report::print(&measured.as_lines(args))?;
@@ -105,6 +108,7 @@ fn open(folder: &Path, args: &BenchArgs) -> Result<Arc<dyn Samples>> {
     Ok(match args.samples.unwrap_or(SamplesFlag::Masked) {
         SamplesFlag::Masked => Arc::new(MaskedText::new(stream, args.seq_len, Masking::default())?),
         SamplesFlag::Next => Arc::new(CausalText::new(stream, args.seq_len, Documents::Joined)?),
+        SamplesFlag::Raw => Arc::new(RawText::new(stream, args.seq_len)?),
     })
 }
 
@@ -115,7 +119,10 @@ fn open_megatron(prefix: &Path, args: &BenchArgs) -> Result<Arc<dyn Samples>> {
         return Err(Error::InvalidOption { option, value, reason: reason.to_owned() }.into());
     }
     let tokens = Arc::new(megatron::open(prefix, args.access.into())?);
-    Ok(Arc::new(CausalText::new(tokens, args.seq_len, Documents::Joined)?))
+    Ok(match args.samples {
+        Some(SamplesFlag::Raw) => Arc::new(RawText::new(tokens, args.seq_len)?),
+        _ => Arc::new(CausalText::new(tokens, args.seq_len, Documents::Joined)?),
+    })
 }
 
 /// What one run gave.
@@ -127,6 +134,9 @@ struct Measured {
     waited: Duration,
     /// Of the order.
     quality: Quality,
+    hash: Fingerprint,
+    /// Samples that the hash is of.
+    hashed: u64,
 }
 
 fn measure(samples: Arc<dyn Samples>, args: &BenchArgs, opened: Instant) -> Result<Measured> {
@@ -149,7 +159,9 @@ fn measure(samples: Arc<dyn Samples>, args: &BenchArgs, opened: Instant) -> Resu
     }
     let elapsed = started.elapsed();
     let quality = args.order.quality(sample_count, args.seed)?;
-    Ok(Measured { steps, elapsed, first_batch, waited, quality })
+    let hash = args.order.hash(sample_count, args.seed)?;
+    let hashed = sample_count.min(Order::HASHED_MAX);
+    Ok(Measured { steps, elapsed, first_batch, waited, quality, hash, hashed })
 }
 
 impl Measured {
@@ -173,6 +185,7 @@ impl Measured {
                 "seconds": self.elapsed.as_secs_f64(), "batch": args.batch, "threads": args.threads,
                 "order": args.order.to_string(), "order_distance": self.quality.distance,
                 "order_entropy": self.quality.entropy,
+                "order_hash": self.hash, "order_hash_samples": self.hashed,
             }))?;
         } else {
             report::print(&format!(
@@ -180,7 +193,8 @@ impl Measured {
                  records/s    {rate:.0}\n\
                  first batch  {first:.2} ms after opening\n\
                  data wait    {:.1} µs a step (nothing is computed between steps)\n\
-                 order        {}: {}\n",
+                 order        {}: {}\n\
+                 order hash   {}\n",
                 args.batch,
                 args.threads,
                 count(self.steps),
@@ -188,6 +202,7 @@ impl Measured {
                 self.wait_us(),
                 args.order,
                 self.quality,
+                self.hash_line(),
             ))?;
         }
         Ok(ExitCode::SUCCESS)
@@ -206,7 +221,8 @@ impl Measured {
              tokens/s     {}\n\
              first batch  {:.2} ms after opening\n\
              data wait    {:.1} µs a step (nothing is computed between steps)\n\
-             order        {}: {}\n",
+             order        {}: {}\n\
+             order hash   {}\n",
             count(self.steps),
             self.elapsed.as_secs_f64(),
             whole(self.rate(*batch)),
@@ -215,6 +231,11 @@ impl Measured {
             self.wait_us(),
             args.order,
             self.quality,
+            self.hash_line(),
         )
+    }
+
+    fn hash_line(&self) -> String {
+        format!("{} (the first {} samples of epoch 0)", self.hash, count(self.hashed))
     }
 }

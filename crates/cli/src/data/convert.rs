@@ -7,8 +7,9 @@ use std::time::Instant;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use phalanx_data::convert::{convert, BadLines, ConvertOptions, Document, Format, Vocabulary};
-use phalanx_data::progress::Progress;
-use phalanx_data::records::{convert_safetensors, RecordIndex};
+use phalanx_data::progress::{Event, Progress};
+use phalanx_data::records::{convert_safetensors, ConvertedRecords, RecordOptions};
+use phalanx_data::Error;
 use serde_json::json;
 
 use super::{ProgressFlag, Threads};
@@ -17,7 +18,7 @@ use crate::report::{self, bytes, count, real};
 #[derive(Args, Debug)]
 pub(crate) struct ConvertArgs {
     /// Files, or folders whose files of a known kind are taken (.txt; .jsonl, .ndjson; .parquet; .arrow, .feather). Files
-    /// .safetensors with arrays become records, tables with --columns too.
+    /// .safetensors with arrays become records (folders of them with --format safetensors), tables with --columns too.
     #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
     input: Vec<PathBuf>,
     /// The folder to make. It appears when it is complete.
@@ -130,6 +131,11 @@ impl ConvertArgs {
         })
     }
 
+    fn record_options(&self) -> RecordOptions {
+        let (shard_bytes, threads) = (self.shard_bytes, self.threads.threads);
+        RecordOptions { shard_bytes, threads, restart: self.restart }
+    }
+
     fn options(&self) -> ConvertOptions {
         let vocabulary = match &self.vocabulary.tokenizer {
             Some(path) => Vocabulary::File(path.clone()),
@@ -162,16 +168,12 @@ impl ConvertArgs {
 fn columns(args: &ConvertArgs, progress: &dyn Progress) -> Result<ExitCode> {
     let all = args.columns == ["*"];
     let columns = if all { &[] } else { &*args.columns };
-    let ConvertArgs { input, output, shard_bytes, .. } = args;
-    let index = phalanx_data::records::convert_columns(
-        input,
-        output,
-        args.format(),
-        columns,
-        *shard_bytes,
-        progress,
-    )?;
-    tell_records(args, &index)
+    let ConvertArgs { input, output, .. } = args;
+    let (format, options) = (args.format(), args.record_options());
+    let started = Instant::now();
+    let made =
+        phalanx_data::records::convert_columns(input, output, format, columns, &options, progress)?;
+    tell_records(args, &made, started)
 }
 
 #[cfg(not(feature = "parquet"))]
@@ -187,37 +189,85 @@ fn columns(args: &ConvertArgs, _progress: &dyn Progress) -> Result<ExitCode> {
 
 /// Arrays become records, which need no vocabulary.
 fn arrays(args: &ConvertArgs, progress: &dyn Progress) -> Result<ExitCode> {
-    let index = convert_safetensors(&args.input, &args.output, args.shard_bytes, progress)?;
-    tell_records(args, &index)
+    let VocabularyArgs { tokenizer, vocab_size, keep_case, end_token } = &args.vocabulary;
+    let given = [
+        ("tokenizer", tokenizer.is_some()),
+        ("vocab_size", vocab_size.is_some()),
+        ("keep_case", *keep_case),
+        ("end_token", end_token.is_some()),
+        ("skip_bad_lines", args.reading.skip_bad_lines),
+    ];
+    if let Some((option, _)) = given.into_iter().find(|(_, is_given)| *is_given) {
+        let reason = "it is for text; arrays of safetensors files become records".to_owned();
+        return Err(Error::InvalidOption { option, value: "given".to_owned(), reason }.into());
+    }
+    let started = Instant::now();
+    let made = convert_safetensors(&args.input, &args.output, &args.record_options(), progress)?;
+    tell_records(args, &made, started)
 }
 
-fn tell_records(args: &ConvertArgs, index: &RecordIndex) -> Result<ExitCode> {
-    let (records, output) = (index.record_count, args.output.display());
+fn tell_records(args: &ConvertArgs, made: &ConvertedRecords, started: Instant) -> Result<ExitCode> {
+    let (index, seconds) = (&made.index, started.elapsed().as_secs_f64());
     if args.report.json {
         report::print_json(&json!({
-            "output": args.output, "records": records, "shards": index.shards.len(),
-            "fingerprint": index.fingerprint,
+            "output": args.output, "records": index.record_count, "shards": index.shards.len(),
+            "source_bytes": made.source_bytes, "fingerprint": index.fingerprint,
+            "resumed_shards": made.resumed_shards, "reused": made.reused, "seconds": seconds,
         }))?;
-    } else {
-        let (shards, fingerprint) = (index.shards.len(), index.fingerprint);
-        report::print(&format!(
-            "{} records in {output} ({shards} shards, fingerprint {fingerprint})\n",
-            count(records)
-        ))?;
+        return Ok(ExitCode::SUCCESS);
     }
+    report::print(&format!(
+        "{} are {} records in {} ({} shards, fingerprint {}): {}\n",
+        bytes(made.source_bytes),
+        count(index.record_count),
+        args.output.display(),
+        index.shards.len(),
+        index.fingerprint,
+        how_long(made.reused, made.source_bytes, seconds),
+    ))?;
     Ok(ExitCode::SUCCESS)
 }
 
+fn how_long(reused: bool, source_bytes: u64, seconds: f64) -> String {
+    if reused {
+        return "was converted before".to_owned();
+    }
+    format!("{seconds:.1} s, {:.1} MB/s", real(source_bytes) / seconds.max(1e-9) / 1e6)
+}
+
 pub(crate) fn run(args: &ConvertArgs) -> Result<ExitCode> {
-    let started = Instant::now();
     let progress = args.progress.reporter();
+    let done = convert_any(args, &*progress);
+    if done.is_err() {
+        tell_what_stays(args, &*progress);
+    }
+    done
+}
+
+/// After an error: that nothing is lost.
+fn tell_what_stays(args: &ConvertArgs, progress: &dyn Progress) {
+    let Some(name) = args.output.file_name() else { return };
+    let partial = args.output.with_file_name(format!(".{}.partial", name.to_string_lossy()));
+    // The journal's first line says what is converted, each further one that a shard is whole.
+    let journal = std::fs::read_to_string(partial.join("conversion.jsonl")).unwrap_or_default();
+    let shards = journal.lines().skip(1).count();
+    if shards > 0 {
+        progress.report(Event::Notice(&format!(
+            "finished shards stay in {} ({shards}): the same command goes on there",
+            partial.display()
+        )));
+    }
+}
+
+fn convert_any(args: &ConvertArgs, progress: &dyn Progress) -> Result<ExitCode> {
+    let started = Instant::now();
     if !args.columns.is_empty() {
-        return columns(args, &*progress);
+        return columns(args, progress);
     }
     if args.is_arrays() {
-        return arrays(args, &*progress);
+        return arrays(args, progress);
     }
-    let made = convert(&args.input, &args.output, &args.options(), &*progress)?;
+    let made = convert(&args.input, &args.output, &args.options(), progress)?;
     let (index, seconds) = (&made.index, started.elapsed().as_secs_f64());
     if args.report.json {
         report::print_json(&json!({
@@ -229,14 +279,8 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<ExitCode> {
         }))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let done = if made.reused {
-        "was converted before".to_owned()
-    } else {
-        let rate = real(index.source_bytes) / seconds.max(1e-9) / 1e6;
-        format!("{seconds:.1} s, {rate:.1} MB/s")
-    };
     report::print(&format!(
-        "{} in {} documents are {} tokens of a vocabulary of {} in {} ({} shards, fingerprint {}): {done}\n",
+        "{} in {} documents are {} tokens of a vocabulary of {} in {} ({} shards, fingerprint {}): {}\n",
         bytes(index.source_bytes),
         count(index.document_count),
         count(index.token_count),
@@ -244,6 +288,7 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<ExitCode> {
         args.output.display(),
         index.shards.len(),
         index.fingerprint,
+        how_long(made.reused, index.source_bytes, seconds),
     ))?;
     if made.skipped_lines > 0 {
         report::print(&format!("{} bad lines were left out\n", count(made.skipped_lines)))?;

@@ -1,23 +1,9 @@
 //! convert: formats, resuming after a kill, locks, and bad input.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
-use crate::support::{lines, phalanx, refused, text, Running, LONG};
-
-/// All files of a folder.
-fn content(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    fs::read_dir(folder)
-        .expect("list the folder")
-        .map(|entry| entry.expect("an entry"))
-        .map(|entry| {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            (name, fs::read(entry.path()).expect("read a file"))
-        })
-        .collect()
-}
+use crate::support::{content, kill_in_the_middle, lines, phalanx, refused, text};
 
 /// Pages as JSON lines, each of four lines of text.
 fn pages(count: usize) -> String {
@@ -74,25 +60,6 @@ fn json_lines_are_documents_and_bad_ones_are_named_or_counted() {
 
     // The same name, another conversion.
     refused(&with(&["--field", "id"]), 65, "is there already and holds something else");
-}
-
-/// Starts a conversion, kills it (`SIGKILL`) when it has finished at least two shards; says whether it came in time.
-fn kill_in_the_middle(args: &[&str], journal: &Path) -> bool {
-    let mut running = Running::start(args);
-    let deadline = Instant::now() + LONG;
-    loop {
-        let shards = fs::read_to_string(journal).map_or(0, |text| text.lines().count());
-        if shards > 2 {
-            break;
-        }
-        if running.has_ended() {
-            return false;
-        }
-        assert!(Instant::now() < deadline, "it never finished a shard");
-        std::thread::park_timeout(Duration::from_micros(200));
-    }
-    drop(running);
-    true
 }
 
 #[test]

@@ -109,6 +109,13 @@ fn bench_measures_the_loader() {
     assert!(out.contains("order        shuffled: distance 1.0"), "{out}");
     let blocks = run(&["--order", "b64x4", "--json"]).json();
     assert_eq!(blocks["order"], "b64x4");
+    // The order does not depend on batches and threads.
+    let hash = |more: &[&str]| run(&[&["--json"], more].concat()).json()["order_hash"].clone();
+    let shuffled = hash(&[]);
+    assert_eq!(hash(&["--threads", "3", "--batch", "5"]), shuffled);
+    assert_ne!(hash(&["--seed", "1"]), shuffled);
+    assert_ne!(blocks["order_hash"], shuffled);
+    assert!(out.contains(&format!("order hash   {}", shuffled.as_str().unwrap())), "{out}");
     let distance = blocks["order_distance"].as_f64().unwrap();
     assert!(distance > 0.1 && distance < 0.9, "{blocks}");
     let sequential = run(&["--order", "sequential"]).good();

@@ -6,7 +6,7 @@ use std::path::Path;
 use phalanx_data::records::{ColumnValue, Field, RecordWriter};
 use phalanx_data::DType;
 
-use crate::support::{damage, phalanx, refused, text};
+use crate::support::{content, damage, kill_in_the_middle, phalanx, refused, text};
 
 fn records(target: &Path) {
     let fields = vec![Field::fixed("x", DType::I64, [4]), Field::variable("y", DType::U8)];
@@ -74,4 +74,43 @@ fn arrays_become_records() {
     let shown = phalanx(&["data", "inspect", text(&output)]).good();
     assert!(shown.contains("x F32 [2]") && shown.contains("y U8 []"), "{shown}");
     refused(&args[..4], 64, "--output");
+}
+
+#[test]
+fn arrays_of_which_a_killed_run_converted_some_give_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::create_dir(at("in")).unwrap();
+    for (name, count) in [("a.safetensors", 90_000_u32), ("b.safetensors", 60_000)] {
+        let fields = vec![Field::fixed("x", DType::U32, [20])];
+        let mut writer = RecordWriter::create(&at("made"), fields, 1 << 30).unwrap();
+        for record in 0..count {
+            let row: [u32; 20] =
+                std::array::from_fn(|place| record ^ u32::try_from(place).unwrap());
+            writer.push(&[ColumnValue::of(&row)]).unwrap();
+        }
+        writer.finish().unwrap();
+        fs::rename(at("made/records-00000.safetensors"), at("in").join(name)).unwrap();
+        fs::remove_dir_all(at("made")).unwrap();
+    }
+    let (input, whole, cut) = (at("in"), at("whole"), at("cut"));
+    let args = |output| {
+        let base = ["data", "convert", "--format", "safetensors", "--input", text(&input)];
+        [&base[..], &["--shard-bytes", "50000", "--json", "--output", output]].concat()
+    };
+    let expected = phalanx(&args(text(&whole))).json();
+    assert_eq!((&expected["records"], &expected["resumed_shards"]), (&150_000.into(), &0.into()));
+    let journal = at(".cut.partial/conversion.jsonl");
+    assert!(kill_in_the_middle(&args(text(&cut)), &journal), "it ended before it was killed");
+    assert!(!cut.exists(), "nothing that is taken for data");
+    let mut other = args(text(&cut));
+    other.iter_mut().filter(|part| **part == "50000").for_each(|part| *part = "70000");
+    refused(&other, 65, "half done: repeat that command");
+    let one_thread = [&args(text(&cut))[..], &["--threads", "1"]].concat();
+    let made = phalanx(&one_thread).json();
+    assert!(made["resumed_shards"].as_u64().unwrap() >= 2, "{made}");
+    assert!(content(&whole) == content(&cut), "the same bytes");
+    assert!(phalanx(&["data", "verify", text(&cut)]).good().contains("all good"));
+    assert_eq!(phalanx(&one_thread).json()["reused"], true);
+    refused(&[&args("x")[..], &["--tokenizer", "t.json"]].concat(), 64, "it is for text");
 }

@@ -1,5 +1,6 @@
 //! Running the program, and data to run it on.
 
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -132,4 +133,35 @@ pub(crate) fn damage(path: &Path, offset: u64) {
     let mut byte = [0];
     file.read_exact_at(&mut byte, offset).expect("read a byte");
     file.write_all_at(&[byte[0] ^ 1], offset).expect("write a byte");
+}
+
+/// All files of a folder.
+pub(crate) fn content(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    std::fs::read_dir(folder)
+        .expect("list the folder")
+        .map(|entry| entry.expect("an entry"))
+        .map(|entry| {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            (name, std::fs::read(entry.path()).expect("read a file"))
+        })
+        .collect()
+}
+
+/// Starts a conversion, kills it (`SIGKILL`) when it has finished at least two shards; says whether it came in time.
+pub(crate) fn kill_in_the_middle(args: &[&str], journal: &Path) -> bool {
+    let mut running = Running::start(args);
+    let deadline = Instant::now() + LONG;
+    loop {
+        let shards = std::fs::read_to_string(journal).map_or(0, |text| text.lines().count());
+        if shards > 2 {
+            break;
+        }
+        if running.has_ended() {
+            return false;
+        }
+        assert!(Instant::now() < deadline, "it never finished a shard");
+        std::thread::park_timeout(Duration::from_micros(200));
+    }
+    drop(running);
+    true
 }

@@ -1,13 +1,15 @@
 //! Text to tokens with any `tokenizer.json`.
 //!
 //! The `tokenizers` crate keeps track of where each token came from, which costs most of its time and which nobody asks for
-//! here. Tokenizers of BERT's kind therefore split words on their own ([`crate::text::split`]) and ask the crate's model only
-//! for words that are new; all others go through the crate. Tests compare the two.
+//! here. Tokenizers of BERT's kind ([`crate::text::split`]) and byte-level ones ([`super::byte_level`]) are therefore split into
+//! words on their own, and the crate's model is asked only for words that are new; all others go through the crate. Tests compare
+//! the two.
 
 use tokenizers::models::wordpiece::WordPiece;
 use tokenizers::{Model, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper, Tokenizer};
 
 use super::block::{piece_len, Cut};
+use super::byte_level::ByteLevel;
 use super::options::Document;
 use super::words::Memory;
 use crate::error::{Error, Result};
@@ -22,6 +24,8 @@ pub(crate) struct Encoder {
 enum Way {
     /// BERT's words, then WordPiece.
     Words { model: WordPiece, lowercase: bool },
+    /// Pieces of text, then their bytes.
+    Bytes(Box<ByteLevel>),
     /// Whatever the file says.
     Any(Box<Tokenizer>),
 }
@@ -37,6 +41,11 @@ impl Encoder {
         if let Some((model, lowercase)) = as_words(&tokenizer) {
             return Ok(Encoder::words(model, lowercase));
         }
+        if only_special_added(&tokenizer) {
+            if let Some(bytes) = ByteLevel::of(&tokenizer)? {
+                return Ok(Encoder { way: Way::Bytes(Box::new(bytes)), memory: Memory::new() });
+            }
+        }
         Ok(Encoder { way: Way::Any(Box::new(whole(tokenizer)?)), memory: Memory::new() })
     }
 
@@ -46,7 +55,7 @@ impl Encoder {
             (Document::Line, _) => Cut::Line,
             (Document::BlankLine, _) => Cut::BlankLine,
             (Document::File, Way::Words { .. }) => Cut::Space,
-            (Document::File, Way::Any(_)) => Cut::Piece,
+            (Document::File, Way::Bytes(_) | Way::Any(_)) => Cut::Piece,
         }
     }
 
@@ -63,28 +72,37 @@ impl Encoder {
                     })
                 })
             }
-            Way::Any(tokenizer) => {
-                let mut rest = text;
-                while !rest.is_empty() {
-                    // Always at a character: pieces end after ASCII white space, or where a character begins.
-                    let len = piece_len(rest.as_bytes()).unwrap_or(rest.len());
-                    let (piece, later) = rest.split_at(len);
-                    let encoding = tokenizer
-                        .encode_fast(piece, false)
-                        .map_err(tokenizer_error("tokenise text"))?;
-                    tokens.extend_from_slice(encoding.get_ids());
-                    rest = later;
-                }
-                Ok(())
+            Way::Bytes(bytes) => {
+                let mut known = self.memory.of_this_thread();
+                pieces(text).try_for_each(|piece| bytes.encode(piece, &mut known, tokens))
             }
+            Way::Any(tokenizer) => pieces(text).try_for_each(|piece| {
+                let encoding = tokenizer.encode_fast(piece, false);
+                let encoding = encoding.map_err(tokenizer_error("tokenise text"))?;
+                tokens.extend_from_slice(encoding.get_ids());
+                Ok(())
+            }),
         }
     }
+}
+
+/// What is encoded at once.
+fn pieces(text: &str) -> impl Iterator<Item = &str> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        // Always at a character: pieces end after ASCII white space, or where a character begins.
+        let len = piece_len(rest.as_bytes()).unwrap_or(rest.len());
+        let (piece, later) = rest.split_at(len);
+        rest = later;
+        (!piece.is_empty()).then_some(piece)
+    })
 }
 
 impl std::fmt::Debug for Encoder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let way = match &self.way {
             Way::Words { lowercase, .. } => format!("words, lowercase {lowercase}"),
+            Way::Bytes(_) => "bytes".to_owned(),
             Way::Any(_) => "any".to_owned(),
         };
         f.debug_struct("Encoder").field("way", &way).finish_non_exhaustive()
@@ -137,4 +155,161 @@ fn as_words(tokenizer: &Tokenizer) -> Option<(WordPiece, bool)> {
 /// Whether no token was added that is to be found in text.
 fn only_special_added(tokenizer: &Tokenizer) -> bool {
     tokenizer.get_added_tokens_decoder().values().all(|token| token.special)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::LazyLock;
+
+    use proptest::prelude::*;
+    use tokenizers::models::bpe::{BpeTrainer, BPE};
+    use tokenizers::models::TrainerWrapper;
+    use tokenizers::normalizers::unicode::NFC;
+    use tokenizers::pre_tokenizers::byte_level::ByteLevel as ByteLevelPart;
+    use tokenizers::pre_tokenizers::sequence::Sequence;
+    use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+    use tokenizers::{AddedToken, SplitDelimiterBehavior};
+
+    use super::*;
+
+    const TEXT: &str =
+        "The king's sword, it's said, wasn't hers; they'd 1234 reasons & 56 more…\n\n\
+        \tIndented lines\r\nend   here. Ünïcödé «Wörter», 中文字 мир 12,345.67 (a+b)==c; // x\n";
+
+    /// What is different about tokenizers of this kind.
+    #[derive(Clone, Copy)]
+    #[expect(clippy::struct_excessive_bools, reason = "switches of the crate's own types")]
+    struct Kind {
+        name: &'static str,
+        expressions: &'static [&'static str],
+        /// What `ByteLevel` does before it takes bytes.
+        prefix_space: bool,
+        own_expression: bool,
+        nfc: bool,
+        ignore_merges: bool,
+    }
+
+    const GPT2: Kind = Kind {
+        name: "GPT-2",
+        expressions: &[],
+        prefix_space: false,
+        own_expression: true,
+        nfc: false,
+        ignore_merges: false,
+    };
+    const SPLIT: Kind = Kind { own_expression: false, ..GPT2 };
+    const KINDS: [Kind; 6] = [
+        GPT2,
+        Kind { name: "RoBERTa", prefix_space: true, ..GPT2 },
+        Kind {
+            name: "Llama 3",
+            expressions: &[
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            ],
+            ignore_merges: true,
+            ..SPLIT
+        },
+        Kind {
+            name: "Qwen 2",
+            expressions: &[
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            ],
+            nfc: true,
+            ..SPLIT
+        },
+        Kind {
+            name: "several",
+            expressions: &[r"\p{N}{1,3}", r"[一-龥]+", r"\s?\p{L}+|\s+"],
+            ..SPLIT
+        },
+        Kind { name: "digits, then GPT-2", expressions: &[r"\p{N}"], own_expression: true, ..GPT2 },
+    ];
+
+    fn tokenizer(kind: Kind) -> Tokenizer {
+        let mut parts: Vec<PreTokenizerWrapper> = Vec::new();
+        for expression in kind.expressions {
+            let pattern = SplitPattern::Regex((*expression).to_owned());
+            parts
+                .push(Split::new(pattern, SplitDelimiterBehavior::Isolated, false).unwrap().into());
+        }
+        let bytes = ByteLevelPart::new(kind.prefix_space, true, kind.own_expression);
+        let mut tokenizer =
+            Tokenizer::new(BPE::builder().ignore_merges(kind.ignore_merges).build().unwrap());
+        if parts.is_empty() {
+            tokenizer.with_pre_tokenizer(Some(bytes));
+        } else {
+            parts.push(bytes.into());
+            tokenizer.with_pre_tokenizer(Some(Sequence::new(parts)));
+        }
+        if kind.nfc {
+            tokenizer.with_normalizer(Some(NFC));
+        }
+        let mut trainer: TrainerWrapper = BpeTrainer::builder()
+            .vocab_size(420)
+            .show_progress(false)
+            .initial_alphabet(ByteLevelPart::alphabet().into_iter().collect())
+            .special_tokens(vec![AddedToken::from("<|endoftext|>", true)])
+            .build()
+            .into();
+        tokenizer.train(&mut trainer, [TEXT.repeat(3)].iter()).unwrap();
+        // As it is read from a file.
+        whole(read(tokenizer.to_string(false).unwrap().as_bytes()).unwrap()).unwrap()
+    }
+
+    static ALL: LazyLock<Vec<(Kind, Tokenizer, Encoder)>> = LazyLock::new(|| {
+        let all = KINDS.into_iter().map(|kind| {
+            let theirs = tokenizer(kind);
+            (kind, theirs.clone(), Encoder::new(theirs).unwrap())
+        });
+        all.collect()
+    });
+
+    fn same(text: &str) {
+        for (kind, theirs, ours) in &*ALL {
+            let expected = theirs.encode(text, false).unwrap();
+            let mut tokens = Vec::new();
+            ours.encode(text, &mut tokens).unwrap();
+            assert_eq!(tokens, expected.get_ids(), "{} of {text:?}", kind.name);
+        }
+    }
+
+    #[test]
+    fn tokenizers_of_every_kind_take_the_fast_way_and_merge() {
+        for (kind, theirs, ours) in &*ALL {
+            assert!(matches!(ours.way, Way::Bytes(_)), "{}", kind.name);
+            let tokens = theirs.encode(TEXT, false).unwrap().get_ids().len();
+            assert!(tokens * 3 / 2 < TEXT.len(), "{}: {tokens} tokens", kind.name);
+        }
+        same(TEXT);
+        same("");
+        same("text with <|endoftext|> in it");
+    }
+
+    #[test]
+    fn tokenizers_that_draw_lots_or_find_words_of_their_own_take_the_slow_way() {
+        let is_slow = |theirs: Tokenizer| matches!(Encoder::new(theirs).unwrap().way, Way::Any(_));
+        let mut added = tokenizer(GPT2);
+        added.add_tokens(&[AddedToken::from("king", false)]);
+        assert!(is_slow(added));
+        let mut stretched = tokenizer(GPT2);
+        let ModelWrapper::BPE(mut model) = stretched.get_model().clone() else { panic!("BPE") };
+        model.dropout = Some(0.1);
+        stretched.with_model(model);
+        assert!(is_slow(stretched));
+        let mut removed = tokenizer(GPT2);
+        let split = Split::new(" ", SplitDelimiterBehavior::Removed, false).unwrap();
+        let bytes = ByteLevelPart::new(false, true, false);
+        removed.with_pre_tokenizer(Some(Sequence::new(vec![split.into(), bytes.into()])));
+        assert!(is_slow(removed));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+        #[test]
+        fn any_text_has_the_tokens_of_the_tokenizers_crate(
+            text in "([ -~\\t\\n\\r\\x00-\\x7f]|\\PC|[äéßİΣς́ 　\u{85}\u{a0}\u{2028}\u{301}\u{328}½²ſK한가]|'[sStTrRvVmMlLdDeEſ]{1,2}|[ \\n\\r\\t]{1,4}|[0-9]{1,5}|(the|king|words){1,3}|<\\|endoftext\\|>){0,40}",
+        ) {
+            same(&text);
+        }
+    }
 }

@@ -54,26 +54,34 @@ pub(crate) fn list_text(path: &Path) -> Result<Vec<InputFile>> {
     Ok(files)
 }
 
-/// The files under all paths, in the order of the paths, and their format: as given, or told from their names.
-pub(crate) fn list(paths: &[PathBuf], format: Option<Format>) -> Result<(Vec<InputFile>, Format)> {
+/// The files under all paths, in the order of the paths: files as they are given, of folders those with a known extension.
+pub(crate) fn list_named(paths: &[PathBuf], known: &[&str]) -> Result<Vec<InputFile>> {
     if paths.is_empty() {
         return Err(Error::option("input", "empty", "give at least one file or folder"));
     }
+    let mut files = Vec::new();
+    for path in paths {
+        let nothing = || Error::NoInput { path: path.clone(), expected: known.join(", ") };
+        // Also of a broken link it is said that there is nothing; what cannot be looked at is another matter.
+        if !path.try_exists().map_err(Error::io("look at", path))? {
+            return Err(nothing());
+        }
+        let before = files.len();
+        list_one(path, known, &mut files)?;
+        if files.len() == before {
+            return Err(nothing());
+        }
+    }
+    Ok(files)
+}
+
+/// The same, and their format: as given, or told from their names.
+pub(crate) fn list(paths: &[PathBuf], format: Option<Format>) -> Result<(Vec<InputFile>, Format)> {
     let known: Vec<&str> = match format {
         Some(one) => one.extensions().to_vec(),
         None => Format::ALL.iter().flat_map(|one| one.extensions()).copied().collect(),
     };
-    let mut files = Vec::new();
-    for path in paths {
-        if !path.exists() {
-            return Err(Error::NoInput { path: path.clone(), expected: known.join(", ") });
-        }
-        let before = files.len();
-        list_one(path, &known, &mut files)?;
-        if files.len() == before {
-            return Err(Error::NoInput { path: path.clone(), expected: known.join(", ") });
-        }
-    }
+    let files = list_named(paths, &known)?;
     if let Some(given) = format {
         return Ok((files, given));
     }

@@ -8,6 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::block::Place;
@@ -15,6 +16,7 @@ use crate::cast::to_u64;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
 use crate::format::{json, ShardEntry};
+use crate::records::RecordShard;
 
 /// The name of the journal in a folder.
 pub(crate) const JOURNAL_FILE: &str = "conversion.jsonl";
@@ -38,10 +40,28 @@ struct Head {
     key: Fingerprint,
 }
 
+/// A shard as an index lists it.
+pub(crate) trait Listed: Clone + Serialize + DeserializeOwned {
+    /// Its name and its size in bytes.
+    fn file(&self) -> (&str, u64);
+}
+
+impl Listed for ShardEntry {
+    fn file(&self) -> (&str, u64) {
+        (&self.file, self.file_bytes)
+    }
+}
+
+impl Listed for RecordShard {
+    fn file(&self) -> (&str, u64) {
+        (&self.file, self.file_bytes)
+    }
+}
+
 /// A finished shard.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Entry {
-    pub(crate) shard: ShardEntry,
+pub(crate) struct Entry<S = ShardEntry> {
+    pub(crate) shard: S,
     /// Where the input goes on.
     pub(crate) next: Place,
     /// Of all shards up to this one.
@@ -62,21 +82,23 @@ pub(crate) struct Counts {
 pub(crate) struct Journal {
     path: PathBuf,
     file: File,
+    /// Shards in it.
+    noted: usize,
 }
 
 /// What lies in a folder.
 #[derive(Debug)]
-pub(crate) enum Found {
+pub(crate) enum Found<S = ShardEntry> {
     /// No journal.
     Nothing,
     /// The journal of another conversion, with at least one shard.
     Other,
     /// These shards are done.
-    Shards(Vec<Entry>),
+    Shards(Vec<Entry<S>>),
 }
 
 /// Reads the journal of a folder.
-pub(crate) fn read(folder: &Path, key: Fingerprint) -> Result<Found> {
+pub(crate) fn read<S: Listed>(folder: &Path, key: Fingerprint) -> Result<Found<S>> {
     let path = folder.join(JOURNAL_FILE);
     let mut text = Vec::new();
     match File::open(&path) {
@@ -87,14 +109,18 @@ pub(crate) fn read(folder: &Path, key: Fingerprint) -> Result<Found> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Found::Nothing),
         Err(error) => return Err(Error::io("open", &path)(error)),
     }
-    Ok(parse(&text, key, |shard| {
-        let found = std::fs::metadata(folder.join(&shard.file));
-        found.is_ok_and(|metadata| metadata.is_file() && metadata.len() == shard.file_bytes)
+    Ok(parse(&text, key, |(file, bytes)| {
+        let found = std::fs::metadata(folder.join(file));
+        found.is_ok_and(|metadata| metadata.is_file() && metadata.len() == bytes)
     }))
 }
 
 /// The entries of a journal, up to the first that is cut off or whose shard is not `there`.
-fn parse(text: &[u8], key: Fingerprint, there: impl Fn(&ShardEntry) -> bool) -> Found {
+fn parse<S: Listed>(
+    text: &[u8],
+    key: Fingerprint,
+    there: impl Fn((&str, u64)) -> bool,
+) -> Found<S> {
     let mut lines =
         text.split_inclusive(|&byte| byte == b'\n').filter(|line| line.ends_with(b"\n"));
     let head: Option<Head> = lines.next().and_then(|line| serde_json::from_slice(line).ok());
@@ -109,9 +135,9 @@ fn parse(text: &[u8], key: Fingerprint, there: impl Fn(&ShardEntry) -> bool) -> 
         Some(_) => {
             let mut entries = Vec::with_capacity(text.len() / LINE_BYTES_MIN);
             entries.extend(
-                lines
-                    .map_while(|line| serde_json::from_slice::<Entry>(line).ok())
-                    .take_while(|entry| is_plain(&entry.shard.file) && there(&entry.shard)),
+                lines.map_while(|line| serde_json::from_slice::<Entry<S>>(line).ok()).take_while(
+                    |entry| is_plain(entry.shard.file().0) && there(entry.shard.file()),
+                ),
             );
             Found::Shards(entries)
         }
@@ -121,7 +147,7 @@ fn parse(text: &[u8], key: Fingerprint, there: impl Fn(&ShardEntry) -> bool) -> 
 /// Whether a text is a journal with at least one shard.
 #[cfg(feature = "testing")]
 pub(crate) fn parses(text: &[u8]) -> bool {
-    let found = parse(text, Fingerprint(7), |_| true);
+    let found = parse::<ShardEntry>(text, Fingerprint(7), |_| true);
     matches!(found, Found::Shards(entries) if !entries.is_empty())
 }
 
@@ -131,7 +157,11 @@ fn is_plain(name: &str) -> bool {
 
 impl Journal {
     /// Writes a journal with what is done so far.
-    pub(crate) fn create(folder: &Path, key: Fingerprint, done: &[Entry]) -> Result<Self> {
+    pub(crate) fn create<S: Listed>(
+        folder: &Path,
+        key: Fingerprint,
+        done: &[Entry<S>],
+    ) -> Result<Self> {
         let path = folder.join(JOURNAL_FILE);
         let head = Head { format: FORMAT.to_owned(), version: VERSION, key };
         let mut text = line(&head, &path)?;
@@ -146,14 +176,20 @@ impl Journal {
         file.sync_all().map_err(Error::io("sync", &beside))?;
         std::fs::rename(&beside, &path).map_err(Error::io("rename", &beside))?;
         file.flush().map_err(Error::io("write", &path))?;
-        Ok(Journal { path, file })
+        Ok(Journal { path, file, noted: done.len() })
     }
 
     /// Adds a shard that lies on the disk.
-    pub(crate) fn add(&mut self, entry: &Entry) -> Result<()> {
+    pub(crate) fn add<S: Listed>(&mut self, entry: &Entry<S>) -> Result<()> {
         let text = line(entry, &self.path)?;
         self.file.write_all(&text).map_err(Error::io("write", &self.path))?;
+        self.noted += 1;
         self.file.sync_all().map_err(Error::io("sync", &self.path))
+    }
+
+    /// How many shards it names.
+    pub(crate) fn noted(&self) -> usize {
+        self.noted
     }
 }
 
@@ -164,7 +200,7 @@ fn line(value: &impl Serialize, path: &Path) -> Result<Vec<u8>> {
     Ok(text)
 }
 
-impl Entry {
+impl<S> Entry<S> {
     /// How far the input is done in bytes, for files of these sizes.
     pub(crate) fn bytes_done(&self, sizes: &[u64]) -> u64 {
         let before: u64 = sizes.iter().take(self.next.file).sum();
@@ -174,7 +210,7 @@ impl Entry {
 }
 
 /// How many shards, for messages.
-pub(crate) fn count(entries: &[Entry]) -> u64 {
+pub(crate) fn count<S>(entries: &[Entry<S>]) -> u64 {
     to_u64(entries.len())
 }
 
@@ -197,7 +233,7 @@ mod tests {
         Entry { shard, next, counts: Counts::default() }
     }
 
-    fn shards(found: Found) -> Vec<Entry> {
+    fn shards(found: Found<ShardEntry>) -> Vec<Entry> {
         match found {
             Found::Shards(shards) => shards,
             other => panic!("{other:?}"),
@@ -207,7 +243,7 @@ mod tests {
     #[test]
     fn what_was_added_is_read_whatever_cut_off_the_file() {
         let folder = tempfile::tempdir().unwrap();
-        assert!(matches!(read(folder.path(), KEY).unwrap(), Found::Nothing));
+        assert!(matches!(read::<ShardEntry>(folder.path(), KEY).unwrap(), Found::Nothing));
         let mut journal = Journal::create(folder.path(), KEY, &[entry(0)]).unwrap();
         journal.add(&entry(1)).unwrap();
         let text = std::fs::read(folder.path().join(JOURNAL_FILE)).unwrap();
@@ -232,7 +268,7 @@ mod tests {
             std::fs::write(folder.path().join(name), [0; 9]).unwrap();
         }
         assert_eq!(shards(read(folder.path(), KEY).unwrap()), [entry(0)]);
-        assert!(matches!(read(folder.path(), Fingerprint(8)).unwrap(), Found::Other));
+        assert!(matches!(read::<ShardEntry>(folder.path(), Fingerprint(8)).unwrap(), Found::Other));
     }
 
     #[test]

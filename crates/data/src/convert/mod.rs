@@ -18,13 +18,15 @@
 //! ```
 
 mod block;
+mod byte_level;
 mod documents;
 pub(crate) mod encoder;
 pub(crate) mod input;
-mod journal;
+pub(crate) mod journal;
 mod json_field;
 mod options;
 pub(crate) mod pipeline;
+pub(crate) mod resume;
 #[cfg(feature = "parquet")]
 mod rows;
 mod run;

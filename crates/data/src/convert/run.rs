@@ -1,28 +1,30 @@
 //! [`convert`]: the whole of a conversion.
 
-use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use super::block::{Cut, Place};
 use super::encoder::{self, Encoder};
 use super::input;
-use super::journal::{self, Counts, Entry, Found, Journal};
+use super::journal::{self, Counts, Entry, Journal};
 use super::options::{BadLines, ConvertOptions, Document, Format, Vocabulary};
 use super::pipeline::Input;
 use super::sink::{self, Sink};
-use super::{special, words};
+use super::{resume, special, words};
+use crate::cast::to_u64;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
-use crate::format::{partial_path, Index, SpecialTokens, TokenWriter, TOKENIZER_FILE};
-use crate::lock;
+use crate::format::{partial_path, Index, ShardEntry, SpecialTokens, TokenWriter, TOKENIZER_FILE};
 use crate::pool::in_pool;
 use crate::progress::{Event, Progress, Stage};
+use crate::random::mix;
 use crate::text::decode::read_bounded;
 use crate::text::vocabulary::{self, WordCounts, SPECIAL_IDS, VOCAB_SIZE_MIN};
 
 /// Part of every key: raised when the same input and options give other files.
-const KEY_VERSION: &str = "convert 3";
+const KEY_VERSION: &str = "convert 4";
+
+/// Text that a vocabulary is trained on; of more, so much in blocks that are spread over all of it.
+const TRAINING_BYTES_MAX: u64 = 1 << 30;
 
 /// One unknown token in so many is worth a notice.
 const UNKNOWN_WORTH_A_NOTICE: u64 = 50;
@@ -51,6 +53,9 @@ pub struct Converted {
 ///
 /// Documents longer than 256 KiB are encoded in pieces, cut after a line where there is one. Special tokens that stand in
 /// the text are text.
+///
+/// A vocabulary is trained on all of the text up to 1 GiB, and on 1 GiB of more: blocks of it that are spread evenly. Of its
+/// words the most frequent 65 536 count, or four times as many as the vocabulary has entries.
 ///
 /// Memory: some tens of MiB for each thread, and the words of the text while a vocabulary is trained.
 ///
@@ -85,17 +90,12 @@ pub fn convert(
         Vocabulary::Train { .. } => None,
     };
     let key = key(&input, options, tokenizer.as_deref());
-    let parent = output.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let not_writable = |cause| Error::CacheNotWritable { path: output.to_path_buf(), cause };
-    if output.file_name().is_none() {
-        return Err(Error::option("output", output.display(), "give the name of a new folder"));
-    }
-    fs::create_dir_all(parent.unwrap_or(Path::new("."))).map_err(not_writable)?;
-    let _lock = lock::acquire(&lock::path_for(output), Duration::ZERO, || {})?;
+    let _lock = resume::lock(output)?;
     if let Some(done) = finished(output, key)? {
         return Ok(done);
     }
-    let done = half_done(output, key, options.restart, progress)?;
+    let has_tokenizer = |partial: &Path| partial.join(TOKENIZER_FILE).is_file();
+    let done = resume::half_done(output, key, options.restart, has_tokenizer, progress)?;
     let work = Work { input: &input, output, options, key, progress };
     in_pool(options.threads, || work.run(tokenizer, &done))?
 }
@@ -136,54 +136,12 @@ fn key(input: &Input, options: &ConvertOptions, tokenizer: Option<&[u8]>) -> Fin
 
 /// The output, if it is there and of the same conversion.
 fn finished(output: &Path, key: Fingerprint) -> Result<Option<Converted>> {
-    let is_free = match fs::read_dir(output) {
-        Ok(mut entries) => entries.next().is_none(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => true,
-        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => false,
-        Err(error) => return Err(Error::io("open", output)(error)),
-    };
-    if is_free {
+    let Some(entries) = resume::finished::<ShardEntry>(output, key, Index::is_in)? else {
         return Ok(None);
-    }
-    let exists = || Error::OutputExists { path: output.to_path_buf() };
-    if !Index::is_in(output) {
-        return Err(exists());
-    }
-    let Found::Shards(entries) = journal::read(output, key)? else { return Err(exists()) };
+    };
     let index = Index::read(output)?;
     let skipped_lines = entries.last().map_or(0, |entry| entry.counts.skipped_lines);
     Ok(Some(Converted { index, skipped_lines, resumed_shards: 0, reused: true }))
-}
-
-/// What an earlier run of the same conversion has done.
-fn half_done(
-    output: &Path,
-    key: Fingerprint,
-    restart: bool,
-    progress: &dyn Progress,
-) -> Result<Vec<Entry>> {
-    let partial = partial_path(output);
-    match journal::read(&partial, key)? {
-        Found::Shards(entries) if partial.join(TOKENIZER_FILE).is_file() && !restart => {
-            if !entries.is_empty() {
-                let shards = journal::count(&entries);
-                progress.report(Event::Notice(&format!(
-                    "going on after {shards} shards that an interrupted run has finished"
-                )));
-            }
-            Ok(entries)
-        }
-        Found::Other if !restart => Err(Error::OtherConversion { path: partial }),
-        _ => {
-            match fs::remove_dir_all(&partial) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(Error::io("remove", &partial)(error));
-                }
-                _ => {}
-            }
-            Ok(Vec::new())
-        }
-    }
 }
 
 /// A conversion under its lock.
@@ -325,14 +283,14 @@ pub(crate) fn encode_all(
     )
 }
 
-/// Counts the words of all input. Must run in a rayon pool.
+/// Counts the words of the input, or of about [`TRAINING_BYTES_MAX`] of it. Must run in a rayon pool.
 pub(crate) fn count_words(
     input: &Input,
     lowercase: bool,
     progress: &dyn Progress,
 ) -> Result<WordCounts> {
     progress.report(Event::Begin { stage: Stage::Counting, total_bytes: input.bytes() });
-    let mut total = WordCounts::new();
+    let (counter, one_in) = (words::Counter::new(), input.bytes().div_ceil(TRAINING_BYTES_MAX));
     let cut = match input.unit {
         Document::File => Cut::Space,
         Document::Line | Document::BlankLine => Cut::Line,
@@ -341,18 +299,37 @@ pub(crate) fn count_words(
         Place::default(),
         cut,
         |block| {
-            let mut counts = words::Counts::default();
-            input.segments(block, |segment, _| counts.add(&segment.text, lowercase))?;
-            progress.report(Event::Advance { stage: Stage::Counting, bytes: block.bytes });
-            Ok(counts)
-        },
-        |counts| {
-            for (word, count) in counts.into_parts() {
-                *total.entry(word).or_default() += count;
+            if is_counted(block.start, one_in) {
+                let mut counts = counter.of_this_thread();
+                input.segments(block, |segment, _| counts.add(&segment.text, lowercase))?;
             }
+            progress.report(Event::Advance { stage: Stage::Counting, bytes: block.bytes });
             Ok(())
         },
+        Ok,
     )?;
     progress.report(Event::End { stage: Stage::Counting });
-    Ok(total)
+    Ok(counter.into_total())
+}
+
+/// Whether the words of the block at `start` are counted: of one block in so many, as if drawn by lot.
+fn is_counted(start: Place, one_in: u64) -> bool {
+    let lot = mix(mix(to_u64(start.file)) ^ start.offset);
+    one_in <= 1 || lot.is_multiple_of(one_in)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_block_in_so_many_is_counted() {
+        let counted = |one_in| {
+            let places =
+                (0..10_000).map(|at| Place { file: at % 3, offset: to_u64(at) << 16, line: 0 });
+            places.filter(|&place| is_counted(place, one_in)).count()
+        };
+        assert_eq!((counted(0), counted(1)), (10_000, 10_000));
+        assert!((900..1100).contains(&counted(10)), "{}", counted(10));
+    }
 }

@@ -2,44 +2,94 @@
 
 use std::path::{Path, PathBuf};
 
-use super::field::{ColumnValue, Field};
-use super::index::RecordIndex;
-use super::writer::RecordWriter;
-use crate::cast::to_u64;
+use super::convert::{convert, ConvertedRecords, Input, Part, Parts, RecordOptions};
+use super::field::Field;
+use super::packed::Packed;
+use crate::cast::{to_u64, to_usize};
+use crate::convert::input::{self, InputFile};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::format::bytes::{Access, Bytes};
 use crate::format::checked::CHECKSUMS;
 use crate::format::header::{Header, Span};
-use crate::progress::{Event, Progress, Stage};
+use crate::progress::Progress;
 
-/// Converts safetensors files to a folder of records at `output`. Every tensor is a field and its first size counts records: all
-/// tensors of a file must agree in it, and all files in names, types and the other sizes. Files follow each other as given.
+/// What is read at once of a file, in bytes of all its tensors.
+const PART_BYTES: usize = 4 << 20;
+
+/// Converts safetensors files, or folders of them, to a folder of records at `output`. Every tensor is a field and its first size
+/// counts records: all tensors of a file must agree in it, and all files in names, types and the other sizes. Files follow each
+/// other as given, those of a folder by name.
+///
+/// The folder appears when it is complete; after a crash or an error the same call goes on behind the last finished shard, and
+/// the result has the bytes of a run without interruption.
+///
+/// # Determinism
+/// The same input and options give the same bytes, whatever the number of threads.
 ///
 /// # Errors
-/// [`Error::InvalidOption`] without files, [`Error::BadHeader`], [`Error::WrongShape`] and [`Error::WrongDType`] for tensors
-/// that do not agree, [`Error::OutputExists`], [`Error::CacheNotWritable`] and [`Error::Io`].
+/// [`Error::NoInput`], [`Error::InvalidOption`] without files, [`Error::BadHeader`], [`Error::WrongShape`] and
+/// [`Error::WrongDType`] for tensors that do not agree, [`Error::TextChanged`], [`Error::OutputExists`],
+/// [`Error::OtherConversion`], [`Error::LockTimeout`], [`Error::CacheNotWritable`] and [`Error::Io`].
 pub fn convert_safetensors(
     inputs: &[PathBuf],
     output: &Path,
-    shard_bytes: u64,
+    options: &RecordOptions,
     progress: &dyn Progress,
-) -> Result<RecordIndex> {
-    let files: Vec<Arrays> = inputs.iter().map(|path| Arrays::open(path)).collect::<Result<_>>()?;
-    let Some(first) = files.first() else {
-        return Err(Error::option("input", "empty", "give at least one file"));
-    };
-    for file in &files[1..] {
-        file.agrees_with(first)?;
+) -> Result<ConvertedRecords> {
+    let files = input::list_named(inputs, &["safetensors"])?;
+    let arrays: Vec<Arrays> =
+        files.iter().map(|file| Arrays::open(&file.path)).collect::<Result<_>>()?;
+    for file in &arrays[1..] {
+        file.agrees_with(&arrays[0])?;
     }
-    let total_bytes = files.iter().map(|file| file.bytes.len()).sum();
-    progress.report(Event::Begin { stage: Stage::Encoding, total_bytes });
-    let mut writer = RecordWriter::create(output, first.fields.clone(), shard_bytes)?;
-    for file in &files {
-        file.push_all(&mut writer, progress)?;
+    convert(&AllArrays { files, arrays }, "safetensors", output, options, progress)
+}
+
+/// All files, of which there is at least one.
+struct AllArrays {
+    files: Vec<InputFile>,
+    arrays: Vec<Arrays>,
+}
+
+impl Input for AllArrays {
+    type Content = ();
+
+    fn files(&self) -> &[InputFile] {
+        &self.files
     }
-    progress.report(Event::End { stage: Stage::Encoding });
-    writer.finish()
+
+    fn fields(&self) -> &[Field] {
+        &self.arrays[0].fields
+    }
+
+    fn parts(&self, file: usize) -> Result<Parts<'_, ()>> {
+        let arrays = &self.arrays[file];
+        let row_bytes: usize = arrays.fields.iter().map(row_bytes).sum();
+        let step = (PART_BYTES / row_bytes.max(1)).max(1);
+        Ok(Box::new((0..arrays.records).step_by(step).map(move |first| {
+            let rows = (arrays.records - first).min(to_u64(step));
+            let bytes = rows * to_u64(row_bytes);
+            Ok(Part { first, rows, memory_bytes: bytes, file_bytes: bytes, content: () })
+        })))
+    }
+
+    fn read(&self, file: usize, part: &Part<()>) -> Result<Vec<Packed>> {
+        let (arrays, Part { first, rows, content: (), .. }) = (&self.arrays[file], part);
+        let rows = to_usize(*rows);
+        let columns = arrays.fields.iter().zip(&arrays.starts).map(|(field, &start)| {
+            let (row_bytes, mut bytes) = (row_bytes(field), Vec::new());
+            let at = start + first * to_u64(row_bytes);
+            arrays.bytes.read(at, rows * row_bytes, &mut bytes)?;
+            Ok(Packed::of_rows(bytes, row_bytes, rows))
+        });
+        columns.collect()
+    }
+}
+
+/// Bytes of a record in a field.
+fn row_bytes(field: &Field) -> usize {
+    field.elements().unwrap_or(0) * field.dtype.bytes()
 }
 
 /// One file.
@@ -100,24 +150,5 @@ impl Arrays {
         let (ours, theirs) = (list(&self.fields), list(&first.fields));
         let reason = format!("it holds {ours}; {} holds {theirs}", first.path.display());
         Err(Error::BadHeader { path: self.path.clone(), reason })
-    }
-
-    fn push_all(&self, writer: &mut RecordWriter, progress: &dyn Progress) -> Result<()> {
-        let mut scratch: Vec<Vec<u8>> = vec![Vec::new(); self.fields.len()];
-        for record in 0..self.records {
-            let mut values = Vec::with_capacity(self.fields.len());
-            let mut bytes = 0;
-            for ((field, &start), buffer) in self.fields.iter().zip(&self.starts).zip(&mut scratch)
-            {
-                let row = field.elements().unwrap_or(0) * field.dtype.bytes();
-                let at = start + record * to_u64(row);
-                let value = self.bytes.read(at, row, buffer)?;
-                values.push(ColumnValue::from_bytes(field.dtype, value)?);
-                bytes += to_u64(row);
-            }
-            writer.push(&values)?;
-            progress.report(Event::Advance { stage: Stage::Encoding, bytes });
-        }
-        Ok(())
     }
 }

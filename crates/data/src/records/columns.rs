@@ -7,15 +7,16 @@ use arrow_array::{Array, OffsetSizeTrait, RecordBatch};
 use arrow_buffer::NullBuffer;
 use arrow_schema::{DataType, Schema, SchemaRef};
 
-use super::field::{ColumnValue, Field};
-use super::index::RecordIndex;
-use super::writer::RecordWriter;
+use super::convert::{convert, ConvertedRecords, Input, Part, Parts, RecordOptions};
+use super::field::Field;
+use super::packed::Packed;
 use crate::cast::to_u64;
-use crate::convert::{input, Format};
+use crate::convert::input::{self, InputFile};
+use crate::convert::Format;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::progress::{Event, Progress, Stage};
-use crate::table::{self, Table};
+use crate::progress::Progress;
+use crate::table;
 
 /// Converts Parquet or Arrow files, or folders of them, to a folder of records at `output`; `format` says which if their names do
 /// not. Each row is a record and each of
@@ -30,17 +31,23 @@ use crate::table::{self, Table};
 ///
 /// All files must agree in the columns' types, and every row must have a value in each. Files follow each other by name.
 ///
+/// The folder appears when it is complete; after a crash or an error the same call goes on behind the last finished shard, and
+/// the result has the bytes of a run without interruption. Threads share the row groups of Parquet files; each has one in memory.
+///
+/// # Determinism
+/// The same input and options give the same bytes, whatever the number of threads.
+///
 /// # Errors
-/// [`Error::NoInput`], [`Error::BadTable`], [`Error::BadRow`], [`Error::InvalidOption`], [`Error::OutputExists`],
-/// [`Error::CacheNotWritable`] and [`Error::Io`].
+/// [`Error::NoInput`], [`Error::BadTable`], [`Error::BadRow`], [`Error::InvalidOption`], [`Error::TextChanged`],
+/// [`Error::OutputExists`], [`Error::OtherConversion`], [`Error::LockTimeout`], [`Error::CacheNotWritable`] and [`Error::Io`].
 pub fn convert_columns(
     inputs: &[PathBuf],
     output: &Path,
     format: Option<Format>,
     columns: &[String],
-    shard_bytes: u64,
+    options: &RecordOptions,
     progress: &dyn Progress,
-) -> Result<RecordIndex> {
+) -> Result<ConvertedRecords> {
     let (files, format) = input::list(inputs, format)?;
     if !format.is_table() {
         let reason = "columns are those of Parquet and Arrow files (.parquet, .arrow, .feather)";
@@ -58,22 +65,51 @@ pub fn convert_columns(
             return Err(Error::BadTable { path: file.path.clone(), reason });
         }
     }
-    let total_bytes = files.iter().map(|file| file.bytes).sum();
-    progress.report(Event::Begin { stage: Stage::Encoding, total_bytes });
-    let mut writer = RecordWriter::create(output, fields.clone(), shard_bytes)?;
-    for (file, schema) in files.iter().zip(&schemas) {
-        let mut table = Table::open(&file.path, schema, &names, 0)?;
-        let mut row = 0;
-        while let Some(batch) = table.next()? {
-            push(&batch, &fields, (&file.path, row), &mut writer)?;
-            row += to_u64(batch.num_rows());
-            let bytes = table.share(batch.num_rows(), batch.get_array_memory_size());
-            progress.report(Event::Advance { stage: Stage::Encoding, bytes });
-        }
-        file.check_unchanged()?;
+    convert(&Tables { files, schemas, names, fields }, "columns", output, options, progress)
+}
+
+/// All files, of which there is at least one.
+struct Tables {
+    files: Vec<InputFile>,
+    schemas: Vec<SchemaRef>,
+    names: Vec<String>,
+    fields: Vec<Field>,
+}
+
+impl Input for Tables {
+    type Content = table::Part;
+
+    fn files(&self) -> &[InputFile] {
+        &self.files
     }
-    progress.report(Event::End { stage: Stage::Encoding });
-    writer.finish()
+
+    fn fields(&self) -> &[Field] {
+        &self.fields
+    }
+
+    fn parts(&self, file: usize) -> Result<Parts<'_, table::Part>> {
+        let parts = table::parts(&self.files[file].path, &self.schemas[file], &self.names)?;
+        let mut first = 0;
+        Ok(Box::new(parts.map(move |part| {
+            let content = part?;
+            let table::Part { rows, memory_bytes, file_bytes, .. } = content;
+            let start = first;
+            first += rows;
+            Ok(Part { first: start, rows, memory_bytes, file_bytes, content })
+        })))
+    }
+
+    fn read(&self, file: usize, part: &Part<table::Part>) -> Result<Vec<Packed>> {
+        let path = &*self.files[file].path;
+        let mut columns: Vec<Packed> = self.fields.iter().map(|_| Packed::new()).collect();
+        let mut row = part.first;
+        part.content.read((path, &self.schemas[file], &self.names), |batch| {
+            push(batch, &self.fields, (path, row), &mut columns)?;
+            row += to_u64(batch.num_rows());
+            Ok(())
+        })?;
+        Ok(columns)
+    }
 }
 
 fn names(schema: &Schema, columns: &[String]) -> Vec<String> {
@@ -141,15 +177,14 @@ fn scalar(kind: &DataType) -> Option<DType> {
     })
 }
 
-/// Writes the rows of a batch, the first of which is row `first` of the file.
+/// Appends the rows of a batch, the first of which is row `first` of the file.
 fn push(
     batch: &RecordBatch,
     fields: &[Field],
     (path, first): (&Path, u64),
-    writer: &mut RecordWriter,
+    columns: &mut [Packed],
 ) -> Result<()> {
-    let mut packed = Vec::new();
-    for Field { name, dtype, .. } in fields {
+    for (Field { name, dtype, .. }, column) in fields.iter().zip(columns) {
         let bad = |row: usize, reason: &str| Error::BadRow {
             path: path.to_path_buf(),
             row: first + to_u64(row) + 1,
@@ -160,18 +195,11 @@ fn push(
         if let Some(row) = first_null(nulls.as_ref()) {
             return Err(bad(row, "it is null"));
         }
-        let column = Packed::of(&*array, *dtype).ok_or_else(|| {
-            let has_null = |row: &usize| Packed::of(&*array.slice(*row, 1), *dtype).is_none();
+        pack(&*array, *dtype, column).ok_or_else(|| {
+            let has_null =
+                |row: &usize| pack(&*array.slice(*row, 1), *dtype, &mut Packed::new()).is_none();
             bad((0..array.len()).find(has_null).unwrap_or(0), "its list holds a null")
         })?;
-        packed.push((*dtype, column));
-    }
-    for row in 0..batch.num_rows() {
-        let values = packed.iter().map(|(dtype, column)| {
-            let bytes = column.row(row);
-            ColumnValue::from_bytes(*dtype, bytes)
-        });
-        writer.push(&values.collect::<Result<Vec<_>>>()?)?;
     }
     Ok(())
 }
@@ -181,41 +209,26 @@ fn first_null(nulls: Option<&NullBuffer>) -> Option<usize> {
     (0..nulls.len()).find(|&row| nulls.is_null(row))
 }
 
-/// A column's values row by row.
-struct Packed {
-    bytes: Vec<u8>,
-    /// Where each row begins, and where the last one ends.
-    bounds: Vec<usize>,
-}
-
-impl Packed {
-    /// `None` if a list holds nulls.
-    fn of(array: &dyn Array, dtype: DType) -> Option<Self> {
-        let mut bytes = Vec::new();
-        let bounds = match array.data_type() {
-            DataType::List(_) => list::<i32>(array, dtype, &mut bytes)?,
-            DataType::LargeList(_) => list::<i64>(array, dtype, &mut bytes)?,
-            _ => match rows(array) {
-                Some(rows) => {
-                    let mut bounds = vec![0];
-                    for row in rows {
-                        bytes.extend_from_slice(row);
-                        bounds.push(bytes.len());
-                    }
-                    bounds
+/// Appends a column's values. `None` if a list holds nulls.
+fn pack(array: &dyn Array, dtype: DType, column: &mut Packed) -> Option<()> {
+    match array.data_type() {
+        DataType::List(_) => list::<i32>(array, dtype, column),
+        DataType::LargeList(_) => list::<i64>(array, dtype, column),
+        _ => {
+            if let Some(rows) = rows(array) {
+                for row in rows {
+                    column.bytes_mut().extend_from_slice(row);
+                    let end = column.bytes_mut().len();
+                    column.end_row_at(end);
                 }
-                None => {
-                    fixed(array, &mut bytes)?;
-                    let row = bytes.len() / array.len().max(1);
-                    (0..=array.len()).map(|number| number * row).collect()
-                }
-            },
-        };
-        Some(Packed { bytes, bounds })
-    }
-
-    fn row(&self, row: usize) -> &[u8] {
-        &self.bytes[self.bounds[row]..self.bounds[row + 1]]
+                return Some(());
+            }
+            let start = column.bytes_mut().len();
+            fixed(array, column.bytes_mut())?;
+            let row = (column.bytes_mut().len() - start) / array.len().max(1);
+            (1..=array.len()).for_each(|number| column.end_row_at(start + number * row));
+            Some(())
+        }
     }
 }
 
@@ -245,17 +258,16 @@ fn rows(array: &dyn Array) -> Option<Vec<&[u8]>> {
     })
 }
 
-fn list<O: OffsetSizeTrait>(
-    array: &dyn Array,
-    dtype: DType,
-    bytes: &mut Vec<u8>,
-) -> Option<Vec<usize>> {
+fn list<O: OffsetSizeTrait>(array: &dyn Array, dtype: DType, column: &mut Packed) -> Option<()> {
     let list = array.as_list::<O>();
     let offsets = list.value_offsets();
     let (first, last) = (offsets.first()?.as_usize(), offsets.last()?.as_usize());
-    fixed(&*list.values().slice(first, last - first), bytes)?;
-    let place = |offset: &O| (offset.as_usize() - first) * dtype.bytes();
-    Some(offsets.iter().map(place).collect())
+    let start = column.bytes_mut().len();
+    fixed(&*list.values().slice(first, last - first), column.bytes_mut())?;
+    for offset in &offsets[1..] {
+        column.end_row_at(start + (offset.as_usize() - first) * dtype.bytes());
+    }
+    Some(())
 }
 
 /// Numbers, and lists of a fixed size. `None` if there are nulls.

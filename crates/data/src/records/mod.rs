@@ -6,6 +6,7 @@
 //! index.json                   what is here: fields, counts, sizes, checksums, fingerprint
 //! records-00000.safetensors    a tensor for each field; data start at a multiple of 4096
 //! records-00001.safetensors    …
+//! conversion.jsonl             what was converted, if it was
 //! ```
 //!
 //! A field of a fixed shape is the tensor `name` [records, shape…]; a variable one is `name` [elements of all records] with
@@ -37,8 +38,10 @@
 mod arrays;
 #[cfg(feature = "parquet")]
 mod columns;
+mod convert;
 mod field;
 mod index;
+mod packed;
 pub(crate) mod reader;
 mod samples;
 mod writer;
@@ -46,6 +49,7 @@ mod writer;
 pub use arrays::convert_safetensors;
 #[cfg(feature = "parquet")]
 pub use columns::convert_columns;
+pub use convert::{ConvertedRecords, RecordOptions};
 pub use field::{ColumnValue, Field, FieldShape};
 pub use index::{RecordIndex, RecordShard};
 pub use reader::Records;

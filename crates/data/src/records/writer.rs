@@ -3,17 +3,20 @@
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use super::field::{self, ColumnValue, Field, FieldShape};
 use super::index::{RecordIndex, RecordShard};
+use super::packed::Packed;
 use crate::cast::to_u64;
+use crate::convert::resume;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::format::files::{partial_path, publish, seal, write_synced};
 use crate::format::header::{self, Tensor};
 use crate::format::INDEX_FILE;
-use crate::lock::{self, Lock};
+use crate::lock::Lock;
+
+const SHARD_EXTENSION: &str = "safetensors";
 
 /// Records without a byte fill no shard: it is closed after so many.
 const SHARD_RECORDS_MAX: u64 = 1 << 24;
@@ -31,9 +34,16 @@ pub struct RecordWriter {
     records: u64,
     bytes: u64,
     done: Vec<RecordShard>,
-    finished: bool,
+    on_drop: OnDrop,
     /// Held until the folder is in its place, or what was written is removed.
     _lock: Lock,
+}
+
+/// What becomes of the hidden folder when its writer is dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum OnDrop {
+    Remove,
+    Keep,
 }
 
 /// The records of the current shard.
@@ -56,20 +66,40 @@ impl RecordWriter {
     /// [`Error::OutputExists`] if something is there, [`Error::LockTimeout`] if somebody else writes it,
     /// [`Error::InvalidOption`] for fields that cannot be, and [`Error::CacheNotWritable`].
     pub fn create(folder: &Path, fields: Vec<Field>, shard_bytes: u64) -> Result<Self> {
-        field::check(&fields).map_err(|reason| Error::option("fields", fields.len(), reason))?;
-        let not_writable = |cause| Error::CacheNotWritable { path: folder.to_path_buf(), cause };
-        fs::create_dir_all(parent(folder)).map_err(not_writable)?;
-        let lock = lock::acquire(&lock::path_for(folder), Duration::ZERO, || {})?;
+        let lock = resume::lock(folder)?;
         let is_free = fs::read_dir(folder).map_or(!folder.exists(), |mut it| it.next().is_none());
         if !is_free {
             return Err(Error::OutputExists { path: folder.to_path_buf() });
         }
+        let mut writer = Self::resume(folder, fields, shard_bytes, Vec::new(), lock)?;
+        writer.on_drop = OnDrop::Remove;
+        Ok(writer)
+    }
+
+    /// Goes on with what an earlier writer of the same folder left half done: these shards are whole, any others are removed.
+    /// Dropped before it is finished, this writer leaves what is done to the next.
+    pub(crate) fn resume(
+        folder: &Path,
+        fields: Vec<Field>,
+        shard_bytes: u64,
+        done: Vec<RecordShard>,
+        lock: Lock,
+    ) -> Result<Self> {
+        field::check(&fields).map_err(|reason| Error::option("fields", fields.len(), reason))?;
         let partial = partial_path(folder);
         let failed = |cause| Error::CacheNotWritable { path: partial.clone(), cause };
-        if partial.exists() {
+        if done.is_empty() && partial.exists() {
             fs::remove_dir_all(&partial).map_err(failed)?;
         }
         fs::create_dir_all(&partial).map_err(failed)?;
+        for entry in fs::read_dir(&partial).map_err(Error::io("list", &partial))? {
+            let entry = entry.map_err(Error::io("list", &partial))?;
+            let (path, name) = (entry.path(), entry.file_name());
+            let is_shard = path.extension().is_some_and(|end| end == SHARD_EXTENSION);
+            if is_shard && !done.iter().any(|shard| name == *shard.file) {
+                fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+            }
+        }
         let column = |field| Column { field, values: Vec::new(), ends: vec![0] };
         Ok(RecordWriter {
             partial,
@@ -78,10 +108,20 @@ impl RecordWriter {
             columns: fields.into_iter().map(column).collect(),
             records: 0,
             bytes: 0,
-            done: Vec::new(),
-            finished: false,
+            done,
+            on_drop: OnDrop::Keep,
             _lock: lock,
         })
+    }
+
+    /// Where shards gather until the folder is complete.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.partial
+    }
+
+    /// The shards that are closed.
+    pub(crate) fn shards(&self) -> &[RecordShard] {
+        &self.done
     }
 
     /// Appends a record: a value for each field, in the order of the fields.
@@ -99,13 +139,54 @@ impl RecordWriter {
         for (column, value) in self.columns.iter_mut().zip(values) {
             column.values.extend_from_slice(value.bytes);
             self.bytes += to_u64(value.bytes.len());
-            if column.field.shape == FieldShape::Variable {
+            if column.is_variable() {
                 column.ends.push(to_u64(column.values.len() / column.field.dtype.bytes()));
                 self.bytes += 8;
             }
         }
         self.records += 1;
-        if self.bytes >= self.shard_bytes || self.records >= SHARD_RECORDS_MAX {
+        if self.is_full(self.bytes, self.records) {
+            self.close_shard()?;
+        }
+        Ok(())
+    }
+
+    /// Appends rows from `at` on, up to the last or until the shard is closed. Gives how many.
+    pub(super) fn append(&mut self, columns: &[Packed], at: usize) -> Result<usize> {
+        let rows = columns.iter().map(Packed::rows).min().unwrap_or(0);
+        let offsets = self.columns.iter().filter(|column| column.is_variable()).count();
+        let (mut end, mut bytes) = (at, self.bytes);
+        while end < rows && !self.is_full(bytes, self.records + to_u64(end - at)) {
+            let values: usize = columns.iter().map(|column| column.row_bytes(end)).sum();
+            bytes += to_u64(values + 8 * offsets);
+            end += 1;
+        }
+        for (column, packed) in self.columns.iter_mut().zip(columns) {
+            let (dtype, values) = (column.field.dtype, packed.of(at..end));
+            column.check_values(values)?;
+            if column.is_variable() {
+                let mut place = column.values.len();
+                column.ends.extend((at..end).map(|row| {
+                    place += packed.row_bytes(row);
+                    to_u64(place / dtype.bytes())
+                }));
+            }
+            column.values.extend_from_slice(values);
+        }
+        (self.records, self.bytes) = (self.records + to_u64(end - at), bytes);
+        if self.is_full(self.bytes, self.records) {
+            self.close_shard()?;
+        }
+        Ok(end - at)
+    }
+
+    fn is_full(&self, bytes: u64, records: u64) -> bool {
+        bytes >= self.shard_bytes || records >= SHARD_RECORDS_MAX
+    }
+
+    /// Closes the current shard, if it holds anything.
+    pub(super) fn close(&mut self) -> Result<()> {
+        if self.records > 0 {
             self.close_shard()?;
         }
         Ok(())
@@ -116,19 +197,17 @@ impl RecordWriter {
     /// # Errors
     /// [`Error::Io`].
     pub fn finish(mut self) -> Result<RecordIndex> {
-        if self.records > 0 {
-            self.close_shard()?;
-        }
+        self.close()?;
         let fields = self.columns.iter().map(|column| column.field.clone()).collect();
         let index = RecordIndex::new(fields, std::mem::take(&mut self.done));
         write_synced(&self.partial.join(INDEX_FILE), &index.to_json())?;
         publish(&self.partial, &self.target)?;
-        self.finished = true;
+        self.on_drop = OnDrop::Keep;
         Ok(index)
     }
 
     fn close_shard(&mut self) -> Result<()> {
-        let file = format!("records-{:05}.safetensors", self.done.len());
+        let file = format!("records-{:05}.{SHARD_EXTENSION}", self.done.len());
         let path = self.partial.join(&file);
         let failed = |cause| Error::Io { action: "write", path: path.clone(), cause };
         let mut tensors = Vec::new();
@@ -173,10 +252,19 @@ impl Column {
         if let Some(expected) = self.field.elements().filter(|&expected| expected != count) {
             return wrong(format!("it has {count} elements, the field {expected}"));
         }
-        if *dtype == DType::Bool && value.bytes.iter().any(|&byte| byte > 1) {
-            return wrong("a bool is 0 or 1".to_owned());
+        self.check_values(value.bytes)
+    }
+
+    fn check_values(&self, bytes: &[u8]) -> Result<()> {
+        if self.field.dtype == DType::Bool && bytes.iter().any(|&byte| byte > 1) {
+            let value = format!("for `{}`", self.field.name);
+            return Err(Error::option("value", value, "a bool is 0 or 1"));
         }
         Ok(())
+    }
+
+    fn is_variable(&self) -> bool {
+        self.field.shape == FieldShape::Variable
     }
 
     /// The tensors of a column and their bytes, where they lie.
@@ -206,13 +294,9 @@ impl Column {
     }
 }
 
-fn parent(folder: &Path) -> &Path {
-    folder.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
 impl Drop for RecordWriter {
     fn drop(&mut self) {
-        if !self.finished {
+        if self.on_drop == OnDrop::Remove {
             // What cannot be removed is removed by the next writer, or reported by it.
             drop(fs::remove_dir_all(&self.partial));
         }

@@ -1,6 +1,7 @@
 //! From text files to a prepared folder: vocabulary, tokens, shards.
 
 pub(crate) mod decode;
+pub(crate) mod pieces;
 mod prepare;
 pub(crate) mod split;
 pub(crate) mod vocabulary;

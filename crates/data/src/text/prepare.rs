@@ -27,7 +27,7 @@ const CACHE_FOLDER: &str = ".phalanx";
 const UNKNOWN_WORTH_A_NOTICE: u64 = 50;
 
 /// Part of every key: raised when the same text and options give other files.
-const KEY_VERSION: &str = "prepare 2";
+const KEY_VERSION: &str = "prepare 3";
 
 /// How text is prepared.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,6 +106,9 @@ impl Prepared {
 ///
 /// Any number of processes may call this at once: one does the work, the others wait for it and then read. A crash leaves
 /// nothing that is later taken for prepared data.
+///
+/// The vocabulary is trained on all of the text up to 1 GiB, and on 1 GiB of more: blocks of it that are spread evenly. Of its
+/// words the most frequent 65 536 count, or four times as many as the vocabulary has entries.
 ///
 /// Cost: some 12 MB of text a second and processor (words are counted, then encoded), and a second for the vocabulary.
 ///

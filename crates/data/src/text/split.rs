@@ -40,20 +40,23 @@ fn ascii(
     buffer: &mut String,
     word: &mut impl FnMut(&str) -> Result<()>,
 ) -> Result<()> {
-    buffer.clear();
-    for character in piece.chars().filter(|character| !character.is_ascii_control()) {
-        if character.is_ascii_punctuation() {
-            if !buffer.is_empty() {
-                word(buffer)?;
-                buffer.clear();
-            }
-            word(character.encode_utf8(&mut [0; 4]))?;
-        } else {
-            buffer.push(if lowercase { character.to_ascii_lowercase() } else { character });
+    let stays = |byte: u8| byte.is_ascii_graphic() && !(lowercase && byte.is_ascii_uppercase());
+    let mut rest = piece;
+    while !rest.is_empty() {
+        let len = rest.bytes().position(|byte| byte.is_ascii_punctuation()).unwrap_or(rest.len());
+        // Punctuation is a word of its own.
+        let (part, later) = rest.split_at(len.max(1));
+        rest = later;
+        if part.bytes().all(stays) {
+            word(part)?;
+            continue;
         }
-    }
-    if !buffer.is_empty() {
-        word(buffer)?;
+        buffer.clear();
+        let kept = part.chars().filter(|character| !character.is_ascii_control());
+        buffer.extend(kept.map(|kept| if lowercase { kept.to_ascii_lowercase() } else { kept }));
+        if !buffer.is_empty() {
+            word(buffer)?;
+        }
     }
     Ok(())
 }

@@ -5,6 +5,7 @@
 //! in order, as fixed entries; what is left for it to do are the merges, which it ranks by count and number.
 //! Source: `tokenizers` 0.22, `models/bpe/trainer.rs` and `models/wordpiece/trainer.rs`.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 
@@ -42,6 +43,10 @@ const WORD_CHARS_MAX: usize = 100;
 /// Characters beyond the most frequent ones become `[UNK]`; BERT's own limit.
 const ALPHABET_MAX: usize = 1000;
 
+/// Words that a vocabulary is trained on, at most, or four for each of its entries: the most frequent ones. The trainer's time grows with
+/// them, and a word that is rarer than so many others decides about no piece.
+const WORDS_MAX: usize = 1 << 16;
+
 /// The trainer counts pairs in `i32`; counts are scaled down to stay below.
 const COUNT_SUM_MAX: u64 = 1 << 31;
 
@@ -72,11 +77,17 @@ pub(crate) fn train(
         word.chars().count() <= WORD_CHARS_MAX
             && word.chars().all(|c| alphabet.binary_search(&c).is_ok())
     };
-    let counts: Vec<(&str, u64)> = counts
+    let mut counts: Vec<(&str, u64)> = counts
         .iter()
         .filter(|(word, _)| usable(word))
         .map(|(word, &count)| (word.as_str(), count))
         .collect();
+    let words_max = WORDS_MAX.max(to_usize(u64::from(vocab_size)).saturating_mul(4));
+    if counts.len() > words_max {
+        counts.select_nth_unstable_by_key(words_max, |&(word, count)| (Reverse(count), word));
+        counts.truncate(words_max);
+        counts.sort_unstable();
+    }
     let mut continuations: Vec<char> =
         counts.iter().flat_map(|(word, _)| word.chars().skip(1)).collect();
     continuations.sort_unstable();
@@ -145,7 +156,7 @@ fn alphabet(counts: &WordCounts, vocab_size: u32) -> Vec<char> {
         }
     }
     let mut ranked: Vec<(u64, char)> = frequencies.into_iter().map(|(c, n)| (n, c)).collect();
-    ranked.sort_by_key(|&(count, character)| (std::cmp::Reverse(count), character));
+    ranked.sort_by_key(|&(count, character)| (Reverse(count), character));
     // Each character takes up to two entries; half the vocabulary is kept for longer pieces.
     ranked.truncate(ALPHABET_MAX.min(to_usize(u64::from(vocab_size / 4))));
     let mut alphabet: Vec<char> = ranked.into_iter().map(|(_, character)| character).collect();
@@ -204,6 +215,16 @@ mod tests {
         for _ in 0..8 {
             assert_eq!(train(&counts(TEXT), 200, 0, true).unwrap().json, first.json);
         }
+    }
+
+    #[test]
+    fn of_very_many_words_the_most_frequent_are_learnt_from() {
+        let rare = (0..WORDS_MAX + 500).map(|number| (format!("zz{number}"), 1));
+        let mut counts: WordCounts = rare.collect();
+        counts.insert("frequent".to_owned(), 1_000_000);
+        let first = train(&counts, 300, 2, true).unwrap();
+        assert!(first.model.token_to_id("frequent").is_some());
+        assert_eq!(train(&counts, 300, 2, true).unwrap().json, first.json);
     }
 
     #[test]

@@ -20,6 +20,7 @@ mod order;
 mod orders;
 mod padded;
 mod preparing;
+mod raw;
 mod records;
 mod skipping;
 mod support;

@@ -7,13 +7,16 @@
     reason = "made-up values"
 )]
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use phalanx_data::progress::Silent;
 use phalanx_data::records::{
-    convert_safetensors, ColumnValue, Field, RecordIndex, RecordSamples, RecordWriter, Records,
+    convert_safetensors, ColumnValue, Field, RecordIndex, RecordOptions, RecordSamples,
+    RecordWriter, Records,
 };
 use phalanx_data::{verify, Access, DType, Error, Loader, LoaderOptions, Scratch};
 use proptest::prelude::*;
@@ -201,8 +204,9 @@ fn arrays(path: &Path, rows: usize, first: u8) -> PathBuf {
 fn arrays_become_records_and_must_agree() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
+    let options = RecordOptions { shard_bytes: 50, ..Default::default() };
     let inputs = [arrays(&at("a.safetensors"), 5, 0), arrays(&at("b.safetensors"), 7, 100)];
-    let index = convert_safetensors(&inputs, &at("out"), 50, &Silent).unwrap();
+    let index = convert_safetensors(&inputs, &at("out"), &options, &Silent).unwrap().index;
     assert_eq!(index.record_count, 12);
     let records = Records::open(&at("out"), Access::Read).unwrap();
     let mut out = [0; 6];
@@ -214,9 +218,78 @@ fn arrays_become_records_and_must_agree() {
         safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![4, 2], &x).unwrap();
     fs::write(at("c.safetensors"), safetensors::serialize([("x", view)], None).unwrap()).unwrap();
     let inputs = [inputs[0].clone(), at("c.safetensors")];
-    let error = convert_safetensors(&inputs, &at("other"), 50, &Silent).unwrap_err();
+    let error = convert_safetensors(&inputs, &at("other"), &options, &Silent).unwrap_err();
     assert!(error.to_string().contains("it holds x U8"), "{error}");
     assert!(!at("other").exists());
+}
+
+/// All files of a folder.
+fn content(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = fs::read_dir(folder).unwrap().map(Result::unwrap);
+    entries
+        .map(|entry| {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            (name, fs::read(entry.path()).unwrap())
+        })
+        .collect()
+}
+
+#[test]
+fn neither_threads_nor_interruptions_show_in_converted_arrays() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::create_dir(at("in")).unwrap();
+    // Several parts of 4 MiB, and shards that end in the middle of them.
+    for (name, rows) in [("a.safetensors", 700_000), ("b.safetensors", 300_001)] {
+        arrays(&at("in").join(name), rows, 3);
+    }
+    let inputs = [at("in")];
+    let options = |threads| RecordOptions {
+        shard_bytes: 1_000_003,
+        threads: NonZeroUsize::new(threads),
+        ..Default::default()
+    };
+    let made = convert_safetensors(&inputs, &at("one"), &options(1), &Silent).unwrap();
+    assert_eq!((made.index.record_count, made.reused, made.resumed_shards), (1_000_001, false, 0));
+    assert!(made.index.shards.len() > 9);
+    let expected = content(&at("one"));
+    convert_safetensors(&inputs, &at("three"), &options(3), &Silent).unwrap();
+    assert!(content(&at("three")) == expected, "with three threads");
+    let again = convert_safetensors(&inputs, &at("three"), &options(2), &Silent).unwrap();
+    assert!(again.reused && again.index == made.index);
+
+    // As a killed process leaves it: whole shards in the journal, a cut off line, and files that nobody names.
+    let journal = String::from_utf8(expected["conversion.jsonl"].clone()).unwrap();
+    let lines: Vec<&str> = journal.split_inclusive('\n').collect();
+    for shards in [0, 1, 5, made.index.shards.len()] {
+        let partial = at(".cut.partial");
+        fs::create_dir(&partial).unwrap();
+        let kept = lines[..=shards].concat()
+            + &lines.get(shards + 1).unwrap_or(&"")[..10.min(lines.len() - shards - 1)];
+        fs::write(partial.join("conversion.jsonl"), kept).unwrap();
+        for shard in made.index.shards.iter().take(shards + 1) {
+            fs::write(partial.join(&shard.file), &expected[&shard.file]).unwrap();
+        }
+        let resumed = convert_safetensors(&inputs, &at("cut"), &options(2), &Silent).unwrap();
+        assert_eq!(resumed.resumed_shards, shards as u64);
+        assert!(content(&at("cut")) == expected, "after {shards} shards");
+        assert!(!partial.exists());
+        fs::remove_dir_all(at("cut")).unwrap();
+    }
+
+    // Another conversion is not mixed with what this one left.
+    fs::create_dir(at(".cut.partial")).unwrap();
+    fs::write(at(".cut.partial/conversion.jsonl"), lines[..2].concat()).unwrap();
+    let other = RecordOptions { shard_bytes: 2_000_000, ..options(1) };
+    let error = convert_safetensors(&inputs, &at("cut"), &other, &Silent).unwrap_err();
+    assert!(matches!(error, Error::OtherConversion { .. }), "{error}");
+    let other = RecordOptions { restart: true, ..other };
+    assert_eq!(
+        convert_safetensors(&inputs, &at("cut"), &other, &Silent).unwrap().resumed_shards,
+        0
+    );
+    let error = convert_safetensors(&inputs, &at("one"), &other, &Silent).unwrap_err();
+    assert!(matches!(error, Error::OutputExists { .. }), "{error}");
 }
 
 #[test]
@@ -226,7 +299,9 @@ fn arrays_of_nothing_are_refused_however_many_they_claim_to_be() {
     let view = safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![1 << 60, 0], &[]);
     let tensors = [("x", view.unwrap())];
     fs::write(&path, safetensors::serialize(tensors, None).unwrap()).unwrap();
-    let error = convert_safetensors(&[path], &folder.path().join("out"), 50, &Silent).unwrap_err();
+    let error =
+        convert_safetensors(&[path], &folder.path().join("out"), &Default::default(), &Silent)
+            .unwrap_err();
     assert!(error.to_string().contains("at least one element"), "{error}");
 }
 

@@ -1,48 +1,16 @@
-//! Memory of a data set of 10^9 samples. The files have holes: a terabyte takes some megabytes of disk.
-#![expect(unsafe_code, reason = "an allocator that counts")]
+//! A prepared folder of 10^9 samples and more. The files have holes: a terabyte takes some megabytes of disk.
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::Arc;
 
-use phalanx_data::{
-    Access, Loader, LoaderOptions, MaskedText, Masking, Samples, SpecialTokens, TokenStream,
-    TokenWriter,
-};
-
-/// Counts the bytes that are allocated.
-struct Counting;
-
-static LIVE: AtomicI64 = AtomicI64::new(0);
-
-fn count(bytes: usize, sign: i64) {
-    LIVE.fetch_add(sign * i64::try_from(bytes).unwrap_or(0), Ordering::Relaxed);
-}
-
-// SAFETY: every call goes to the system's allocator as it came.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(layout.size(), 1);
-        // SAFETY: as the caller promised.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        count(layout.size(), -1);
-        // SAFETY: as the caller promised.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
+use phalanx_data::{Access, SpecialTokens, TokenStream, TokenWriter};
 
 const SPECIAL: SpecialTokens = SpecialTokens::bert(0, 1, 2, 3, 4);
-const SEQUENCE_LEN: usize = 512;
-const SAMPLES: u64 = 1_000_000_000;
+/// Tokens of a sample.
+pub(crate) const SEQUENCE_LEN: usize = 512;
+/// Samples in the folder, at least.
+pub(crate) const SAMPLES: u64 = 1_000_000_000;
 /// Of a shard of the converter's size.
 const SHARD_TOKENS: u64 = 1 << 29;
 const BLOCK: u64 = 1 << 20;
@@ -86,8 +54,9 @@ fn write_shard(folder: &Path, number: u64) -> anyhow::Result<serde_json::Value> 
     }))
 }
 
-/// A folder of `shards` shards.
-fn write(target: &Path, shards: u64) -> anyhow::Result<()> {
+/// Writes the folder; gives the number of its shards.
+pub(crate) fn write(target: &Path) -> anyhow::Result<u64> {
+    let shards = (SAMPLES * (SEQUENCE_LEN as u64 - 2)).div_ceil(SHARD_TOKENS);
     // The rest of the index as the writer makes it.
     let mut writer = TokenWriter::create(target, b"{}", 500, SPECIAL, 1 << 20)?;
     writer.tokens(&[7, 3])?;
@@ -108,32 +77,5 @@ fn write(target: &Path, shards: u64) -> anyhow::Result<()> {
     let Some((_, fingerprint)) = error.split_once("expected ") else { anyhow::bail!(error) };
     index["fingerprint"] = fingerprint[..16].into();
     std::fs::write(&path, index.to_string())?;
-    Ok(())
-}
-
-/// One test: what others allocate would be counted as well.
-#[test]
-fn a_billion_samples_take_less_than_a_mebibyte() {
-    let folder = tempfile::tempdir().unwrap();
-    let target = folder.path().join("tokens");
-    let shards = (SAMPLES * (SEQUENCE_LEN as u64 - 2)).div_ceil(SHARD_TOKENS);
-    write(&target, shards).unwrap();
-    for access in [Access::Map, Access::Read] {
-        let before = LIVE.load(Ordering::Relaxed);
-        let stream = Arc::new(TokenStream::open(&target, access).unwrap());
-        let samples = MaskedText::new(stream, SEQUENCE_LEN, Masking::default()).unwrap();
-        assert!(samples.sample_count() >= SAMPLES);
-        let opened = LIVE.load(Ordering::Relaxed) - before;
-        println!("{} samples, {shards} shards, {access:?}: {opened} bytes", samples.sample_count());
-        assert!(opened < 1 << 20, "{access:?}: {opened} bytes");
-        // An order of 10^9 samples takes no memory either, and a place in it is found at once.
-        let samples: Arc<dyn Samples> = Arc::new(samples);
-        let options = LoaderOptions { global_batch: 8, threads: 0, ..Default::default() };
-        let mut loader = Loader::new(samples, options).unwrap();
-        let step = loader.next_step().unwrap();
-        let with_a_batch = LIVE.load(Ordering::Relaxed) - before;
-        // A batch of 8 × 512 × 2 × 8 bytes, and a block that is verified, where it is read.
-        assert!(with_a_batch < (1 << 20) + (3 << 20) / 2, "{access:?}: {with_a_batch} bytes");
-        drop(step);
-    }
+    Ok(shards)
 }

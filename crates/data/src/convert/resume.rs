@@ -1,0 +1,80 @@
+//! Going on with what an interrupted run of the same conversion has done.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use super::journal::{self, Entry, Found, Listed};
+use crate::error::{Error, Result};
+use crate::fingerprint::Fingerprint;
+use crate::format::partial_path;
+use crate::lock::{self, Lock};
+use crate::progress::{Event, Progress};
+
+/// Keeps others away from `output`, whose parent folders are made.
+pub(crate) fn lock(output: &Path) -> Result<Lock> {
+    if output.file_name().is_none() {
+        return Err(Error::option("output", output.display(), "give the name of a new folder"));
+    }
+    let parent = output.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let not_writable = |cause| Error::CacheNotWritable { path: output.to_path_buf(), cause };
+    fs::create_dir_all(parent.unwrap_or(Path::new("."))).map_err(not_writable)?;
+    lock::acquire(&lock::path_for(output), Duration::ZERO, || {})
+}
+
+/// What a finished output says of its shards; `None` if nothing is there. Anything else that is there is an error.
+pub(crate) fn finished<S: Listed>(
+    output: &Path,
+    key: Fingerprint,
+    is_output: impl FnOnce(&Path) -> bool,
+) -> Result<Option<Vec<Entry<S>>>> {
+    let is_free = match fs::read_dir(output) {
+        Ok(mut entries) => entries.next().is_none(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => true,
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => false,
+        Err(error) => return Err(Error::io("open", output)(error)),
+    };
+    if is_free {
+        return Ok(None);
+    }
+    let exists = || Error::OutputExists { path: output.to_path_buf() };
+    if !is_output(output) {
+        return Err(exists());
+    }
+    match journal::read(output, key)? {
+        Found::Shards(entries) => Ok(Some(entries)),
+        _ => Err(exists()),
+    }
+}
+
+/// What an earlier run of the same conversion has done, if `is_usable` says that its folder can be used.
+pub(crate) fn half_done<S: Listed>(
+    output: &Path,
+    key: Fingerprint,
+    restart: bool,
+    is_usable: impl FnOnce(&Path) -> bool,
+    progress: &dyn Progress,
+) -> Result<Vec<Entry<S>>> {
+    let partial = partial_path(output);
+    match journal::read(&partial, key)? {
+        Found::Shards(entries) if !restart && is_usable(&partial) => {
+            if !entries.is_empty() {
+                let shards = journal::count(&entries);
+                progress.report(Event::Notice(&format!(
+                    "going on after {shards} shards that an interrupted run has finished"
+                )));
+            }
+            Ok(entries)
+        }
+        Found::Other if !restart => Err(Error::OtherConversion { path: partial }),
+        _ => {
+            match fs::remove_dir_all(&partial) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(Error::io("remove", &partial)(error));
+                }
+                _ => {}
+            }
+            Ok(Vec::new())
+        }
+    }
+}

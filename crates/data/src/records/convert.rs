@@ -1,0 +1,235 @@
+//! Files to records: parts of files are read by all threads and appended in order; after each shard a journal says how far the
+//! input is done, so that the same call goes on there.
+
+use std::num::NonZeroUsize;
+use std::path::Path;
+
+use rayon::prelude::*;
+
+use super::field::Field;
+use super::index::{RecordIndex, RecordShard};
+use super::packed::Packed;
+use super::writer::RecordWriter;
+use crate::cast::{to_u64, to_usize};
+use crate::convert::input::InputFile;
+use crate::convert::journal::{self, Counts, Entry, Journal};
+use crate::convert::{resume, Place};
+use crate::error::{Error, Result};
+use crate::fingerprint::{Fingerprint, Fingerprinter};
+use crate::lock::Lock;
+use crate::pool::in_pool;
+use crate::progress::{Event, Progress, Stage};
+
+/// Part of every key: raised when the same input and options give other files.
+const KEY_VERSION: &str = "records 1";
+
+/// Parts in flight for each thread, and their bytes, unless each thread has only one: enough that a slow one does not make the
+/// others wait, few enough to bound memory.
+const PARTS_PER_THREAD: usize = 4;
+const BYTES_PER_THREAD: u64 = 64 << 20;
+
+/// How files are converted to records.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecordOptions {
+    /// A shard is closed after so many bytes of values and of their offsets.
+    pub shard_bytes: u64,
+    /// Threads; all processors if not given. The result does not depend on it.
+    pub threads: Option<NonZeroUsize>,
+    /// What an earlier conversion of other input or with other options left half done is dropped.
+    pub restart: bool,
+}
+
+impl Default for RecordOptions {
+    fn default() -> Self {
+        RecordOptions { shard_bytes: RecordWriter::SHARD_BYTES, threads: None, restart: false }
+    }
+}
+
+/// What a conversion to records made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ConvertedRecords {
+    /// What the folder holds.
+    pub index: RecordIndex,
+    /// Bytes of the files that it was made of.
+    pub source_bytes: u64,
+    /// Shards that an interrupted run of the same conversion had finished.
+    pub resumed_shards: u64,
+    /// Whether all of it was there already.
+    pub reused: bool,
+}
+
+/// Files that become records.
+pub(super) trait Input: Sync {
+    /// What is to be read of a part.
+    type Content: Send + Sync;
+
+    fn files(&self) -> &[InputFile];
+
+    fn fields(&self) -> &[Field];
+
+    /// Finds the parts of a file, in order, without reading more than that takes.
+    fn parts(&self, file: usize) -> Result<Parts<'_, Self::Content>>;
+
+    /// Reads a part: for each field as many rows as the part has.
+    fn read(&self, file: usize, part: &Part<Self::Content>) -> Result<Vec<Packed>>;
+}
+
+/// The parts of a file.
+pub(super) type Parts<'a, C> = Box<dyn Iterator<Item = Result<Part<C>>> + 'a>;
+
+/// Rows of a file that are read at once.
+pub(super) struct Part<C> {
+    /// Rows of the file before it.
+    pub(super) first: u64,
+    pub(super) rows: u64,
+    /// What they take in memory, about.
+    pub(super) memory_bytes: u64,
+    /// Bytes of the file that they stand for.
+    pub(super) file_bytes: u64,
+    pub(super) content: C,
+}
+
+/// Converts `input` to a folder at `output`. `kind` says how it is read.
+pub(super) fn convert<I: Input>(
+    input: &I,
+    kind: &str,
+    output: &Path,
+    options: &RecordOptions,
+    progress: &dyn Progress,
+) -> Result<ConvertedRecords> {
+    if options.shard_bytes == 0 {
+        return Err(Error::option("shard_bytes", 0, "a shard holds at least one byte"));
+    }
+    let key = key(input, kind, options);
+    let source_bytes = input.files().iter().map(|file| file.bytes).sum();
+    let lock = resume::lock(output)?;
+    if resume::finished::<RecordShard>(output, key, RecordIndex::is_in)?.is_some() {
+        let index = RecordIndex::read(output)?;
+        return Ok(ConvertedRecords { index, source_bytes, resumed_shards: 0, reused: true });
+    }
+    let done = resume::half_done(output, key, options.restart, |_| true, progress)?;
+    let resumed_shards = journal::count(&done);
+    let work = Work { input, output, shard_bytes: options.shard_bytes, key, progress };
+    let index = in_pool(options.threads, || work.run(&done, lock))??;
+    Ok(ConvertedRecords { index, source_bytes, resumed_shards, reused: false })
+}
+
+/// All that decides about the result.
+fn key(input: &impl Input, kind: &str, options: &RecordOptions) -> Fingerprint {
+    let fields = format!("{:?}", input.fields());
+    let sum = Fingerprinter::new(KEY_VERSION).bytes(kind.as_bytes()).bytes(fields.as_bytes());
+    let sum = sum.number(options.shard_bytes);
+    input.files().iter().fold(sum, |sum, file| file.add_to(sum)).finish()
+}
+
+/// A conversion under its lock.
+struct Work<'a, I> {
+    input: &'a I,
+    output: &'a Path,
+    shard_bytes: u64,
+    key: Fingerprint,
+    progress: &'a dyn Progress,
+}
+
+impl<I: Input> Work<'_, I> {
+    /// Must run in a rayon pool.
+    fn run(&self, done: &[Entry<RecordShard>], lock: Lock) -> Result<RecordIndex> {
+        let shards = done.iter().map(|entry| entry.shard.clone()).collect();
+        let fields = self.input.fields().to_vec();
+        let writer = RecordWriter::resume(self.output, fields, self.shard_bytes, shards, lock)?;
+        let journal = Journal::create(writer.folder(), self.key, done)?;
+        let mut sink = Sink { writer, journal };
+        let place = done.last().map_or_else(Place::default, |last| last.next);
+        let sizes: Vec<u64> = self.input.files().iter().map(|file| file.bytes).collect();
+        // Places of records count rows: of the file in which they go on nothing is counted as done.
+        let total_bytes = sizes.iter().skip(place.file).sum();
+        self.progress.report(Event::Begin { stage: Stage::Encoding, total_bytes });
+        self.read_all(place, &mut sink)?;
+        self.progress.report(Event::End { stage: Stage::Encoding });
+        self.input.files().iter().try_for_each(InputFile::check_unchanged)?;
+        sink.writer.close()?;
+        sink.note(Place { file: sizes.len(), ..Place::default() })?;
+        sink.writer.finish()
+    }
+
+    fn read_all(&self, place: Place, sink: &mut Sink) -> Result<()> {
+        let threads = rayon::current_num_threads();
+        let (mut waiting, mut waiting_bytes) = (Vec::new(), 0);
+        for file in place.file..self.input.files().len() {
+            for part in self.input.parts(file)? {
+                let part = part?;
+                if file == place.file && part.first + part.rows <= place.line {
+                    self.advance(&part);
+                    continue;
+                }
+                waiting_bytes += part.memory_bytes;
+                waiting.push((file, part));
+                let is_full = waiting_bytes >= to_u64(threads) * BYTES_PER_THREAD;
+                if waiting.len() >= threads * if is_full { 1 } else { PARTS_PER_THREAD } {
+                    self.hand_on(&mut waiting, place, sink)?;
+                    waiting_bytes = 0;
+                }
+            }
+        }
+        self.hand_on(&mut waiting, place, sink)
+    }
+
+    /// Reads parts, each of a file, and appends their rows, but for those before `place`.
+    fn hand_on(
+        &self,
+        parts: &mut Vec<(usize, Part<I::Content>)>,
+        place: Place,
+        sink: &mut Sink,
+    ) -> Result<()> {
+        let read = |(file, part): &(usize, Part<I::Content>)| {
+            let columns = self.input.read(*file, part);
+            self.advance(part);
+            columns
+        };
+        // In order up to the first error, so that the same one is reported whatever the threads do.
+        let all: Vec<Result<Vec<Packed>>> = parts.par_iter().map(read).collect();
+        parts.drain(..).zip(all).try_for_each(|((file, part), columns)| {
+            let done = if file == place.file { place.line } else { 0 };
+            let already = to_usize(done.saturating_sub(part.first).min(part.rows));
+            sink.append(file, part.first, &columns?, already)
+        })
+    }
+
+    fn advance(&self, part: &Part<I::Content>) {
+        self.progress.report(Event::Advance { stage: Stage::Encoding, bytes: part.file_bytes });
+    }
+}
+
+/// Shards, and the journal of them.
+struct Sink {
+    writer: RecordWriter,
+    journal: Journal,
+}
+
+impl Sink {
+    /// Appends rows of a file, the first of which is row `first`, from the one number `at` on.
+    fn append(&mut self, file: usize, first: u64, columns: &[Packed], at: usize) -> Result<()> {
+        let rows = columns.first().map_or(0, Packed::rows);
+        let mut at = at;
+        while at < rows {
+            let shards = self.writer.shards().len();
+            at += self.writer.append(columns, at)?;
+            if self.writer.shards().len() > shards {
+                let row = first + to_u64(at);
+                self.note(Place { file, offset: row, line: row })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The last shard is whole if it is not noted yet, and holds the input up to `next`.
+    fn note(&mut self, next: Place) -> Result<()> {
+        let shards = self.writer.shards();
+        let Some(shard) = shards.last().filter(|_| self.journal.noted() < shards.len()) else {
+            return Ok(());
+        };
+        let counts = Counts::default();
+        self.journal.add(&Entry { shard: shard.clone(), next, counts })
+    }
+}
