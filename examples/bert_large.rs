@@ -32,6 +32,9 @@ use bert::metrics::{Summary, Versions};
 use bert::train::Trainer;
 use bert::{data, failure, model, report, weights};
 
+/// Before an error of them.
+const NCCL_SETTINGS: &str = "the configuration's NCCL settings";
+
 fn main() -> ExitCode {
     let flags = match Flags::parse_or_explain() {
         Ok(flags) => flags,
@@ -50,7 +53,9 @@ fn main() -> ExitCode {
 fn run(flags: &Flags) -> Result<ExitCode> {
     let settings = flags.settings()?;
     if launch::is_worker() {
-        rank(flags, &settings, &World::from_env()?)?;
+        let world = World::from_env()?;
+        flags.launch.check_against(&world)?;
+        rank(flags, &settings, &world)?;
         return Ok(ExitCode::SUCCESS);
     }
     let options = flags.launch(&settings);
@@ -73,9 +78,17 @@ fn run(flags: &Flags) -> Result<ExitCode> {
     Ok(launch::run(&options, &program, &args)?.exit_code())
 }
 
-/// Batches that add up, and memory for the ranks of this machine.
+/// Batches that add up, memory for the ranks of this machine, and what NCCL's settings name of it.
 fn check(flags: &Flags, settings: &Settings, world: usize, local_ranks: usize) -> Result<Batching> {
     let batching = settings.batching(world)?;
+    let may_use_nccl = match settings.config.ddp.backend {
+        Backend::Nccl => true,
+        Backend::Auto => launch::gpu_count()? > 0,
+        Backend::Host | Backend::Mpi => false,
+    };
+    if may_use_nccl {
+        settings.config.nccl.check().context(NCCL_SETTINGS)?;
+    }
     let estimate = |config: &Config| Estimate::new(config, world, batching.micro_batch);
     if let Some(free) = memory::free(Path::new("/")).filter(|_| !flags.ignore_memory) {
         let shipped = bert::config::shipped()?;
@@ -168,7 +181,7 @@ fn join(config: &Config, cuda: &Cuda, root: bool) -> Result<Group> {
     if !matches!(config.ddp.backend, Backend::Host | Backend::Mpi)
         && matches!(cuda, Cuda::Available { device_count: 1.. })
     {
-        let seen = config.nccl.apply().context("the configuration's NCCL settings")?;
+        let seen = config.nccl.apply().context(NCCL_SETTINGS)?;
         for (name, value, was_set) in seen.into_iter().filter(|_| root) {
             let origin = if was_set { "set in the environment" } else { "from the configuration" };
             println!("nccl   {name}={value} ({origin})");

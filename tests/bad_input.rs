@@ -42,6 +42,48 @@ fn a_field_of_another_type_is_named_by_its_path() {
 }
 
 #[test]
+fn a_wrong_nccl_setting_is_named_before_any_rank_starts() {
+    for (setting, parts) in [
+        (r#""debug": "LOUD""#, ["config.json: nccl.debug: ", "`VERSION`, `WARN`, `INFO`, `TRACE`"]),
+        (r#""p2p_level": "FAR""#, ["config.json: nccl.p2p_level: ", "`NVL`"]),
+        (r#""protocol": ["LL256"]"#, ["config.json: nccl.protocol: ", "LL, LL128, Simple"]),
+        (r#""ib_timeout": 32"#, ["config.json: nccl.ib_timeout: ", "between 1 and 31"]),
+        (
+            r#""socket_interface": "=none0""#,
+            ["nccl.socket_interface: ", "no interface \"none0\"; it has: "],
+        ),
+        (r#""ib_adapters": "none_5""#, ["nccl.ib_adapters: ", "no InfiniBand adapter \"none_5\""]),
+        (
+            r#""topology_file": "/none/topo.xml""#,
+            ["nccl.topology_file: ", "/none/topo.xml: No such"],
+        ),
+        (r#""debug_file": "/none/nccl.%h""#, ["nccl.debug_file: ", "there is no folder /none"]),
+    ] {
+        let config = format!(r#"{{"ddp": {{"backend": "nccl"}}, "nccl": {{{setting}}}}}"#);
+        let ended = with_config(&config);
+        ended.assert_failed_saying(&parts);
+        // The launcher's first line, and a rank's prefix.
+        for unwanted in ["emulating 2 nodes", "[rank "] {
+            assert!(!ended.output.contains(unwanted), "{setting}: {unwanted}:\n{}", ended.output);
+        }
+    }
+}
+
+/// Settings for the cluster's adapters do not keep the same file from a machine without GPUs.
+#[test]
+fn nccl_settings_for_other_machines_do_not_disturb_the_host_backend() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let text = fs::read_to_string(TINY).expect("the tiny configuration");
+    let mut config: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    config["nccl"] = serde_json::json!({ "socket_interface": "=none0", "ib_adapters": "none_5" });
+    fs::write(folder.path().join("config.json"), config.to_string()).expect("written");
+    let arguments = ["--config", "{folder}/config.json", "--backend", "host", "--nnodes", "2"];
+    let more = ["--steps", "1", "--output", "{folder}/output"];
+    let ended = Trial::start_in(folder, &[&arguments[..], &more[..]].concat(), RUN).end();
+    assert!(ended.status.success(), "{}", ended.output);
+}
+
+#[test]
 fn weights_of_other_shapes_are_listed() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let weights = "tests/fixtures/bert_tiny_weights.safetensors";

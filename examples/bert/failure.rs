@@ -66,7 +66,9 @@ fn code_of(cause: &(dyn Error + 'static)) -> Option<u8> {
     if let Some(error) = cause.downcast_ref::<phalanx_launch::LaunchError>() {
         return Some(error.exit_code());
     }
-    if cause.is::<phalanx_comm::environment::EnvironmentError>() {
+    if cause.is::<phalanx_comm::environment::EnvironmentError>()
+        || cause.is::<phalanx_comm::environment::NcclSettingError>()
+    {
         return Some(USAGE);
     }
     if cause.is::<WeightsError>() {

@@ -121,7 +121,9 @@ fn torchrun() -> Option<Command> {
 #[test]
 fn torchrun_gives_the_losses_of_our_launcher() {
     let Some(mut torchrun) = torchrun() else { return };
-    assert_eq!(losses(Some(&mut torchrun), &[]), of_eight());
+    // Flags of ours that say what the launcher says do no harm, here and below.
+    let flags = ["--nnodes", "1", "--nproc-per-node", "8"];
+    assert_eq!(losses(Some(&mut torchrun), &flags), of_eight());
 }
 
 #[test]
@@ -146,7 +148,8 @@ fn mpiexec_of_mpich_gives_the_losses_of_our_launcher() {
 fn srun_gives_the_losses_of_our_launcher_however_it_starts_mpi() {
     let Some(cluster) = slurm::Cluster::start() else { return };
     // Uneven, as Slurm likes it: 5, 1, 1 and 1 tasks.
-    let none = losses(Some(&mut cluster.srun(&["--mpi=none", "-N4", "-n8"])), &[]);
+    let nodes = ["--nnodes", "4"];
+    let none = losses(Some(&mut cluster.srun(&["--mpi=none", "-N4", "-n8"])), &nodes);
     assert_eq!(none, of_eight());
     let pmi2 = ["--mpi=pmi2", "-N4", "-n8", "--ntasks-per-node=2"];
     assert_eq!(losses(Some(&mut cluster.srun(&pmi2)), &[]), of_eight());
@@ -215,6 +218,31 @@ fn the_example_batch_file_gives_the_losses_of_our_launcher() {
     assert!(output.status.success(), "{output:?}\n{log}");
     let metrics = folder.path().join(format!("runs/bert_large-{job}.jsonl"));
     assert_eq!(written_losses(&metrics, "host"), of_eight());
+}
+
+/// Four nodes are emulated by our own launcher alone.
+#[test]
+fn a_flag_that_contradicts_the_launcher_is_refused_with_what_both_say() {
+    let mpirun = program("mpirun.openmpi").map(|mpirun| {
+        let mut mpirun = Command::new(mpirun);
+        mpirun.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2"]);
+        (mpirun, "mpirun (Open MPI)")
+    });
+    if mpirun.is_none() {
+        skip("mpi", "no Open MPI");
+    }
+    let torchrun = torchrun().map(|torchrun| (torchrun, "torchrun"));
+    for (mut launcher, name) in mpirun.into_iter().chain(torchrun) {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let command = training(&mut launcher, folder.path(), &["--nnodes", "4"]);
+        let output = Owned::start(command).finish(DEADLINE);
+        assert!(!output.status.success(), "{name}");
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text);
+        let wanted = format!("--nnodes 4 contradicts {name}, which has started this process");
+        assert!(text.contains(&wanted) && text.contains("nodes: 1"), "{text}");
+        assert!(!folder.path().join("metrics.jsonl").exists(), "no step was made");
+    }
 }
 
 #[test]

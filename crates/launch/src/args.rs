@@ -15,12 +15,12 @@ use crate::run::{is_worker, run};
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Launching")]
 pub struct LaunchArgs {
-    /// Nodes of the job; without --node-rank they are emulated on this machine
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub nnodes: usize,
-    /// Ranks that each node starts
-    #[arg(long, value_name = "P", default_value_t = 1)]
-    pub nproc_per_node: usize,
+    /// Nodes of the job; without --node-rank they are emulated on this machine [default: 1]
+    #[arg(long, value_name = "N")]
+    pub nnodes: Option<usize>,
+    /// Ranks that each node starts [default: 1]
+    #[arg(long, value_name = "P")]
+    pub nproc_per_node: Option<usize>,
     /// This machine's number, when the nodes are real
     #[arg(long, value_name = "R")]
     pub node_rank: Option<usize>,
@@ -59,8 +59,8 @@ impl LaunchArgs {
     #[must_use]
     pub fn options(&self) -> LaunchOptions {
         LaunchOptions {
-            nnodes: self.nnodes,
-            nproc_per_node: self.nproc_per_node,
+            nnodes: self.nnodes.unwrap_or(1),
+            nproc_per_node: self.nproc_per_node.unwrap_or(1),
             node_rank: self.node_rank,
             master_addr: self.master_addr.clone(),
             master_port: self.master_port,
@@ -86,23 +86,21 @@ pub enum Joined {
 /// Makes a program its own launcher: the first process starts this same program, with the same arguments, as every rank
 /// and returns [`Joined::Finished`]; the ranks get [`Joined::Worker`].
 ///
-/// A process that another launcher (torchrun, mpirun, srun) has started is a rank at once, whatever `args` say. One rank
+/// A process that another launcher (torchrun, mpirun, srun) has started is a rank at once; what `args` say must then be
+/// what that launcher says ([`LaunchArgs::check_against`]). One rank
 /// on one machine needs no launcher and no second process: it is [`Joined::Worker`] as well, unless `--threads` or
 /// `--log-dir` call for one.
 ///
 /// # Errors
 ///
-/// As [`run`]; end with [`LaunchError::exit_code`].
+/// As [`run`], and [`LaunchError::Contradiction`]; end with [`LaunchError::exit_code`].
 pub fn launch_or_join(args: &LaunchArgs) -> Result<Joined, LaunchError> {
-    let asked = args.nnodes.saturating_mul(args.nproc_per_node);
     if is_worker() {
-        let world = World::from_env()?;
-        if world.world_size == 1 && asked > 1 {
-            return Err(LaunchError::AlreadyAlone { launcher: world.launcher, asked });
-        }
+        args.check_against(&World::from_env()?)?;
         return Ok(Joined::Worker);
     }
     let options = args.options();
+    let asked = options.nnodes.saturating_mul(options.nproc_per_node);
     if asked == 1 && args.threads.is_none() && args.log_dir.is_none() {
         return Ok(Joined::Worker);
     }

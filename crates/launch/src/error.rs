@@ -19,13 +19,17 @@ pub enum LaunchError {
         /// What would be right.
         expected: String,
     },
-    /// Another launcher has started this process as the only rank, and the options ask for more.
-    #[error("{launcher:?} has started this process as the only rank of its job, but the options ask for {asked} ranks: ask that launcher for them, or clear its variables to launch here (see docs/environment.md)")]
-    AlreadyAlone {
+    /// An option says something else than the launcher that started this process as a rank.
+    #[error("{option} {asked} contradicts {}, which has started this process; by its environment, {says}: leave the option out, ask that launcher for it, or clear its variables to launch here (docs/environment.md lists them)", .launcher.name())]
+    Contradiction {
+        /// The option, as on the command line.
+        option: &'static str,
+        /// What was given.
+        asked: String,
         /// Who started this process.
         launcher: Launcher,
-        /// How many ranks the options ask for.
-        asked: usize,
+        /// What the launcher says of the same.
+        says: String,
     },
     /// An option calls for another one.
     #[error("{option} is missing: {because}")]
@@ -112,7 +116,7 @@ impl LaunchError {
         match self {
             Self::Option { .. }
             | Self::MissingOption { .. }
-            | Self::AlreadyAlone { .. }
+            | Self::Contradiction { .. }
             | Self::NoJobToken
             | Self::NodeMismatch { .. }
             | Self::Start { .. }

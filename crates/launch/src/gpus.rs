@@ -2,6 +2,19 @@
 
 use std::path::Path;
 
+use phalanx_comm::environment::LauncherEnvironment;
+
+use crate::error::LaunchError;
+
+/// How many GPUs ranks that are started here would see; no driver is asked, nothing is loaded.
+///
+/// # Errors
+///
+/// [`LaunchError::Environment`] when the environment holds something ill-formed.
+pub fn gpu_count() -> Result<usize, LaunchError> {
+    Ok(count(LauncherEnvironment::from_env()?.visible_gpus.as_deref()))
+}
+
 /// How many GPUs the ranks will see: those of the machine, as far as `CUDA_VISIBLE_DEVICES` shows them.
 pub(crate) fn count(visible: Option<&str>) -> usize {
     let installed = entries(Path::new("/proc/driver/nvidia/gpus"), |_name| true)

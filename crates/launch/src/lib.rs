@@ -39,6 +39,8 @@
 //! ```
 
 #[cfg(feature = "clap")]
+mod agreement;
+#[cfg(feature = "clap")]
 mod args;
 mod error;
 mod error_file;
@@ -62,6 +64,7 @@ mod suspect;
 pub use args::{launch_or_join, Joined, LaunchArgs};
 pub use error::LaunchError;
 pub use error_file::{record_failure, record_panics};
+pub use gpus::gpu_count;
 pub use options::{LaunchOptions, Prefix};
 pub use process::Exit;
 pub use report::{Evidence, Failure, RankFailure, Report};

@@ -249,7 +249,7 @@ fn what_cannot_start_says_why_and_what_to_do() {
 
 #[test]
 fn a_rank_of_another_launcher_starts_no_ranks() {
-    let mut rank = command("--nnodes 2 --act environment");
+    let mut rank = command("--nnodes 2 --nproc-per-node 1 --master-addr a --act environment");
     rank.envs([("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "4000")]);
     let finished = Job::of(rank).finish();
     assert!(finished.output[0].starts_with("rank 1 of 2"), "{:?}", finished.output);
@@ -259,7 +259,11 @@ fn a_rank_of_another_launcher_starts_no_ranks() {
     alone.envs([("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "4000")]);
     let refused = Job::of(alone).finish();
     assert_eq!(refused.code, Some(64));
-    assert!(refused.errors[0].contains("the only rank of its job"), "{:?}", refused.errors);
+    assert!(
+        refused.errors[0].contains("--nnodes 2 contradicts whoever set RANK"),
+        "{:?}",
+        refused.errors
+    );
 }
 
 #[test]

@@ -12,7 +12,8 @@ impl Config {
             .problem()
             .or_else(|| self.data.problem(&self.model))
             .or_else(|| self.optimizer.problem())
-            .or_else(|| self.problem());
+            .or_else(|| self.problem())
+            .or_else(|| self.nccl.check_values().err().map(|error| error.to_string()));
         match problem {
             Some(message) => Err(ConfigError::Invalid { origin: origin.into(), message }),
             None => Ok(()),

@@ -21,6 +21,7 @@ mod mpi;
 #[cfg(feature = "mpi")]
 mod mpi_library;
 mod nccl;
+mod nccl_levels;
 mod nccl_settings;
 mod recorder;
 mod slurm;
@@ -39,6 +40,7 @@ pub(crate) use mpi_library::{
 #[cfg(test)]
 pub(crate) use nccl::is_required;
 pub(crate) use nccl::{nccl_host_id, nccl_library};
+pub use nccl_levels::{NcclDebug, NcclGdrLevel, NcclP2pLevel};
 pub use nccl_settings::{NcclSettingError, NcclSettings};
 pub(crate) use recorder::flight_recorder;
 
@@ -64,6 +66,24 @@ pub enum Launcher {
     Manual,
     /// Nobody: a world of one.
     Single,
+}
+
+impl Launcher {
+    /// What users call it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Phalanx => "phalanx's launcher",
+            Self::Torchrun => "torchrun",
+            Self::OpenMpi => "mpirun (Open MPI)",
+            Self::Pmi => "mpiexec (MPICH, Intel MPI)",
+            Self::Mvapich => "mpirun_rsh (MVAPICH2)",
+            Self::Horovod => "horovodrun",
+            Self::Slurm => "srun",
+            Self::Manual => "whoever set RANK, WORLD_SIZE and MASTER_ADDR",
+            Self::Single => "nobody",
+        }
+    }
 }
 
 /// Who hosts the store.

@@ -5,6 +5,8 @@
 
 use std::path::{Path, PathBuf};
 
+use super::nccl_levels::{NcclDebug, NcclGdrLevel, NcclP2pLevel};
+
 /// NCCL's variables that users tune. What is left out is NCCL's own default.
 ///
 /// # Source
@@ -14,9 +16,10 @@ use std::path::{Path, PathBuf};
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 #[non_exhaustive]
 pub struct NcclSettings {
-    /// `NCCL_DEBUG`: VERSION, WARN, INFO or TRACE.
-    pub debug: Option<String>,
-    /// `NCCL_DEBUG_SUBSYS`: INIT, COLL, P2P, SHM, NET, GRAPH, TUNING, ENV, ALLOC, PROXY, NVLS, … or ALL.
+    /// `NCCL_DEBUG`.
+    pub debug: Option<NcclDebug>,
+    /// `NCCL_DEBUG_SUBSYS`: INIT, COLL, P2P, SHM, NET, GRAPH, TUNING, ENV, ALLOC, PROXY, NVLS, … or ALL; `^` before
+    /// the first: not these.
     pub debug_subsystems: Option<Vec<String>>,
     /// `NCCL_DEBUG_FILE`; `%h` becomes the host and `%p` the process.
     pub debug_file: Option<PathBuf>,
@@ -43,10 +46,10 @@ pub struct NcclSettings {
     pub max_channels: Option<u32>,
     /// `NCCL_BUFFSIZE`: bytes of a channel's buffer.
     pub buffer_bytes: Option<u64>,
-    /// `NCCL_P2P_LEVEL`: LOC, NVL, PIX, PXB, PHB or SYS: how far apart GPUs may be to talk directly.
-    pub p2p_level: Option<String>,
-    /// `NCCL_NET_GDR_LEVEL`: LOC, PIX, PXB, PHB or SYS: how far from the network card GPUs may be.
-    pub gdr_level: Option<String>,
+    /// `NCCL_P2P_LEVEL`.
+    pub p2p_level: Option<NcclP2pLevel>,
+    /// `NCCL_NET_GDR_LEVEL`.
+    pub gdr_level: Option<NcclGdrLevel>,
     /// `NCCL_NVLS_ENABLE`: `NVLink` SHARP.
     pub nvls: Option<bool>,
 }
@@ -120,6 +123,12 @@ fn exists(field: &'static str, what: &str, asked: Option<&str>, there: &[String]
         Some(list) => (true, list),
         None => (false, asked),
     };
+    if list.split(',').any(|wanted| wanted.trim().is_empty()) {
+        return wrong(
+            field,
+            format!("{asked:?} names no {what} between two commas, or none at all"),
+        );
+    }
     let matches = |name: &str, wanted: &str| {
         let wanted = wanted.split(':').next().unwrap_or(wanted);
         if exact {
@@ -143,20 +152,25 @@ fn file(field: &'static str, path: Option<&Path>) -> Check {
 }
 
 impl NcclSettings {
-    /// Checks the settings against what NCCL takes and what this machine has.
+    /// Checks the settings against what NCCL takes, and against what this machine has: interfaces, adapters, files.
     ///
     /// # Errors
     ///
     /// The first setting that is wrong, and what would be right.
     pub fn check(&self) -> std::result::Result<(), NcclSettingError> {
+        self.check_values()?;
         self.check_on(&Machine::here())
     }
 
-    fn check_on(&self, machine: &Machine) -> Check {
-        const LEVELS: [&str; 6] = ["LOC", "NVL", "PIX", "PXB", "PHB", "SYS"];
+    /// Checks the settings against what NCCL takes, on whatever machine.
+    ///
+    /// # Errors
+    ///
+    /// The first setting that is wrong, and what would be right.
+    pub fn check_values(&self) -> std::result::Result<(), NcclSettingError> {
         const ALGORITHMS: [&str; 7] =
             ["Ring", "Tree", "CollnetDirect", "CollnetChain", "NVLS", "NVLSTree", "PAT"];
-        const SUBSYSTEMS: [&str; 15] = [
+        const SUBSYSTEMS: [&str; 17] = [
             "INIT",
             "COLL",
             "P2P",
@@ -171,19 +185,13 @@ impl NcclSettings {
             "NVLS",
             "BOOTSTRAP",
             "REG",
+            "PROFILE",
+            "RAS",
             "ALL",
         ];
-        if let Some(debug) = &self.debug {
-            one_of("debug", debug, &["VERSION", "WARN", "INFO", "TRACE"])?;
-        }
         names_of("debug_subsystems", self.debug_subsystems.as_deref(), &SUBSYSTEMS)?;
         names_of("algorithm", self.algorithm.as_deref(), &ALGORITHMS)?;
         names_of("protocol", self.protocol.as_deref(), &["LL", "LL128", "Simple"])?;
-        for (field, level) in [("p2p_level", &self.p2p_level), ("gdr_level", &self.gdr_level)] {
-            if let Some(level) = level {
-                one_of(field, level, &LEVELS)?;
-            }
-        }
         between("ib_timeout", self.ib_timeout, 1..=31)?;
         between("min_channels", self.min_channels, 1..=64)?;
         between("max_channels", self.max_channels, 1..=64)?;
@@ -192,6 +200,13 @@ impl NcclSettings {
                 return wrong("min_channels", format!("{least} is more than max_channels, {most}"));
             }
         }
+        match self.buffer_bytes {
+            Some(0) => wrong("buffer_bytes", "0 is no size; NCCL's own is 4194304".to_owned()),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_on(&self, machine: &Machine) -> Check {
         exists(
             "socket_interface",
             "interface",
@@ -216,11 +231,12 @@ impl NcclSettings {
     #[must_use]
     pub fn variables(&self) -> Vec<(&'static str, String)> {
         let switch = |value: Option<bool>| value.map(|on| u8::from(on).to_string());
+        let word = |name: Option<&str>| name.map(str::to_owned);
         let number = |value: Option<u32>| value.map(|value| value.to_string());
         let list = |value: &Option<Vec<String>>| value.as_ref().map(|names| names.join(","));
         let path = |value: &Option<PathBuf>| value.as_ref().map(|path| path.display().to_string());
         let all = [
-            ("NCCL_DEBUG", self.debug.as_ref().map(|level| level.to_uppercase())),
+            ("NCCL_DEBUG", word(self.debug.map(NcclDebug::name))),
             ("NCCL_DEBUG_SUBSYS", list(&self.debug_subsystems)),
             ("NCCL_DEBUG_FILE", path(&self.debug_file)),
             ("NCCL_SOCKET_IFNAME", self.socket_interface.clone()),
@@ -234,8 +250,8 @@ impl NcclSettings {
             ("NCCL_MIN_NCHANNELS", number(self.min_channels)),
             ("NCCL_MAX_NCHANNELS", number(self.max_channels)),
             ("NCCL_BUFFSIZE", self.buffer_bytes.map(|bytes| bytes.to_string())),
-            ("NCCL_P2P_LEVEL", self.p2p_level.clone()),
-            ("NCCL_NET_GDR_LEVEL", self.gdr_level.clone()),
+            ("NCCL_P2P_LEVEL", word(self.p2p_level.map(NcclP2pLevel::name))),
+            ("NCCL_NET_GDR_LEVEL", word(self.gdr_level.map(NcclGdrLevel::name))),
             ("NCCL_NVLS_ENABLE", switch(self.nvls)),
         ];
         all.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
@@ -278,7 +294,11 @@ mod tests {
     }
 
     fn error(settings: &NcclSettings) -> String {
-        settings.check_on(&machine()).unwrap_err().to_string()
+        settings
+            .check_values()
+            .and_then(|()| settings.check_on(&machine()))
+            .unwrap_err()
+            .to_string()
     }
 
     #[test]
@@ -290,7 +310,9 @@ mod tests {
     #[test]
     fn good_settings_become_variables() {
         let settings = NcclSettings {
-            debug: Some("info".to_owned()),
+            debug: Some(NcclDebug::Info),
+            p2p_level: Some(NcclP2pLevel::Pxb),
+            gdr_level: Some(NcclGdrLevel::Phb),
             algorithm: Some(vec!["^Tree".to_owned(), "PAT".to_owned()]),
             socket_interface: Some("eth".to_owned()),
             ib_adapters: Some("=mlx5_1:1".to_owned()),
@@ -298,6 +320,7 @@ mod tests {
             max_channels: Some(8),
             ..NcclSettings::default()
         };
+        assert_eq!(settings.check_values(), Ok(()));
         assert_eq!(settings.check_on(&machine()), Ok(()));
         let expected = [
             ("NCCL_DEBUG", "INFO"),
@@ -305,6 +328,8 @@ mod tests {
             ("NCCL_IB_HCA", "=mlx5_1:1"),
             ("NCCL_ALGO", "^Tree,PAT"),
             ("NCCL_MAX_NCHANNELS", "8"),
+            ("NCCL_P2P_LEVEL", "PXB"),
+            ("NCCL_NET_GDR_LEVEL", "PHB"),
             ("NCCL_NVLS_ENABLE", "0"),
         ];
         let variables = settings.variables();
@@ -344,8 +369,12 @@ mod tests {
         assert!(text.contains("/nonexistent/topo.xml: No such file"), "{text}");
         let text = with(|s| s.debug_file = Some("/nonexistent/nccl.%h".into()));
         assert!(text.contains("there is no folder /nonexistent"), "{text}");
-        let text = with(|s| s.debug = Some("LOUD".to_owned()));
-        assert!(text.starts_with("nccl.debug: "), "{text}");
+        let text = with(|s| s.buffer_bytes = Some(0));
+        assert!(text.starts_with("nccl.buffer_bytes: 0 is no size"), "{text}");
+        let text = with(|s| s.socket_interface = Some("=".to_owned()));
+        assert!(text.starts_with("nccl.socket_interface: \"=\" names no interface"), "{text}");
+        let text = with(|s| s.debug_subsystems = Some(vec!["^INIT".to_owned(), "^NET".to_owned()]));
+        assert!(text.contains("\"^NET\" is not one of INIT, COLL"), "{text}");
     }
 
     #[test]
