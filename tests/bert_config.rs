@@ -341,6 +341,20 @@ fn a_wrong_flag_is_told_from_a_wrong_file() {
     assert!(flags(&["--data", "a", "--batches", "b"]).is_err());
 }
 
+/// Nothing outlives the process of this test; a wrong argument needs no record.
+#[test]
+fn a_failed_group_says_how_to_keep_a_record_of_its_operations() {
+    let aborted = || phalanx_comm::Error::Aborted { rank: 1, reason: "no paper".into() };
+    let through_ddp = phalanx_ddp_core::Error::Comm(aborted());
+    for error in [anyhow::Error::from(aborted()), through_ddp.into()] {
+        let message = failure::message(&error.context("step 7"));
+        assert!(message.starts_with("step 7: rank 1 aborted the group: no paper"), "{message}");
+        assert!(message.contains(" | help: ") && message.contains("phalanx flight"), "{message}");
+    }
+    let argument = phalanx_comm::Error::SelfMessage { op: "send", rank: 0 };
+    assert!(!failure::message(&argument.into()).contains("help"));
+}
+
 #[test]
 fn the_plot_shows_every_point_and_is_closed() {
     let points: Vec<_> = (1..=30).map(|i| (f64::from(i), 10.0 / f64::from(i))).collect();

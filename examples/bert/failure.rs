@@ -24,7 +24,7 @@ pub(crate) const IO: u8 = 74;
 /// Somebody did not come in time; `timeout(1)` ends with it too.
 pub(crate) const TIMEOUT: u8 = 124;
 
-/// The whole chain of causes on one line; a cause that its parent already quotes is left out.
+/// The whole chain of causes on one line, and what would show more; a cause that its parent already quotes is left out.
 pub(crate) fn message(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain().map(ToString::to_string) {
@@ -34,7 +34,17 @@ pub(crate) fn message(error: &anyhow::Error) -> String {
             text = format!("{text}: {cause}");
         }
     }
-    text
+    match error.chain().find_map(of_group).and_then(phalanx_comm::Error::help) {
+        Some(help) => format!("{text} | help: {help}"),
+        None => text,
+    }
+}
+
+fn of_group<'e>(cause: &'e (dyn Error + 'static)) -> Option<&'e phalanx_comm::Error> {
+    match cause.downcast_ref() {
+        Some(phalanx_ddp_core::Error::Comm(error)) => Some(error),
+        _ => cause.downcast_ref(),
+    }
 }
 
 /// The code for an error, by the first cause that has one.

@@ -53,14 +53,14 @@ fn ring() -> Option<&'static Ring> {
     let open = || {
         let place = crate::environment::flight_recorder();
         let kept = place.as_deref().map(|place| {
-            Ring::open(file(place)?).inspect_err(|error| {
+            Ring::open(file(place)?, true).inspect_err(|error| {
                 tracing::warn!(place = %place.display(), %error, "operations are recorded in this process only");
             })
         });
         if let Some(Ok(ring)) = kept {
             return Some(ring);
         }
-        let ring = memory().and_then(|file| Ring::open(OwnedFd::from(file)));
+        let ring = memory().and_then(|file| Ring::open(OwnedFd::from(file), false));
         ring.inspect_err(|error| tracing::warn!(%error, "operations are not recorded")).ok()
     };
     RING.get_or_init(open).as_ref()
@@ -79,6 +79,11 @@ fn file(place: &Path) -> std::io::Result<OwnedFd> {
     let flags = rustix::fs::FallocateFlags::empty();
     rustix::fs::fallocate(&file, flags, 0, record::BYTES as u64)?;
     Ok(file.into())
+}
+
+/// Whether this process's record can be read when the process has ended.
+pub(crate) fn is_kept() -> bool {
+    RING.get().and_then(Option::as_ref).is_some_and(Ring::outlives_process)
 }
 
 /// Says which rank this process is.

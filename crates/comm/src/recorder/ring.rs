@@ -24,6 +24,7 @@ const PROBES: usize = 8;
 #[derive(Debug)]
 pub(super) struct Ring {
     mapping: Mapping,
+    outlives_process: bool,
     /// The addresses of the sites that the memory has; those are constants of the program.
     sites: Box<[AtomicUsize; SITES]>,
 }
@@ -36,15 +37,21 @@ pub(super) fn now_ns() -> u64 {
 }
 
 impl Ring {
-    pub(super) fn open(fd: impl AsFd) -> std::io::Result<Self> {
+    /// Maps the memory of `fd`, which somebody else holds as well if it `outlives_process`.
+    pub(super) fn open(fd: impl AsFd, outlives_process: bool) -> std::io::Result<Self> {
         let mapping = mapping::open(fd.as_fd(), BYTES)?;
-        let ring = Self { mapping, sites: Box::new([const { AtomicUsize::new(0) }; SITES]) };
+        let sites = Box::new([const { AtomicUsize::new(0) }; SITES]);
+        let ring = Self { mapping, outlives_process, sites };
         // Every page is there before the first operation needs it.
         for page in ring.words().chunks(512) {
             page[0].fetch_add(0, Ordering::Relaxed);
         }
         ring.words()[PID_AT].store(std::process::id().into(), Ordering::Relaxed);
         Ok(ring)
+    }
+
+    pub(super) const fn outlives_process(&self) -> bool {
+        self.outlives_process
     }
 
     fn words(&self) -> &[AtomicU64] {
@@ -184,7 +191,7 @@ mod tests {
     }
 
     fn ring() -> Ring {
-        let ring = Ring::open(super::super::memory().unwrap()).unwrap();
+        let ring = Ring::open(super::super::memory().unwrap(), true).unwrap();
         ring.identify(2, 4);
         ring
     }
