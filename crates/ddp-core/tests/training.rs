@@ -9,8 +9,10 @@
 
 mod support;
 
+use std::time::{Duration, Instant};
+
 use phalanx_comm::testing::run_ranks;
-use phalanx_comm::Group;
+use phalanx_comm::{Group, Work};
 use phalanx_ddp_core::{AdamW, Ddp, Error, Lamb, Optimizer, OptimizerConfig, Sync, Zero};
 use support::{assert_close, options, wrapped, Model};
 use tch::nn::OptimizerConfig as _;
@@ -194,6 +196,93 @@ fn models_that_differ_are_refused_with_the_same_words_everywhere() {
     assert!(errors[0].contains("ranks 0, 2: parameter fc.weight [2, 4] Float"), "{}", errors[0]);
     assert!(errors[0].contains("rank 1: parameter fc.weight [2, 5] Float"), "{}", errors[0]);
     assert!(errors.iter().all(|error| *error == errors[0]));
+}
+
+/// Builds what a rank trains.
+type Build = fn(nn::Path<'_>, usize);
+
+fn layer(path: nn::Path<'_>, bias: bool) {
+    let _layer = nn::linear(path, 4, 2, nn::LinearConfig { bias, ..nn::LinearConfig::default() });
+}
+
+/// What differs on rank 1, how ranks build it, and what the error must say.
+const DIFFERING: [(&str, Build, [&str; 2]); 6] = [
+    (
+        "one parameter more",
+        |root, rank| {
+            layer(&root / "fc", true);
+            if rank == 1 {
+                layer(&root / "more", false);
+            }
+        },
+        ["rank 1: parameter more.weight [2, 4] Float", "ranks 0, 2: settings"],
+    ),
+    (
+        "one parameter fewer",
+        |root, rank| layer(&root / "fc", rank != 1),
+        ["ranks 0, 2: parameter fc.bias [2] Float", "rank 1: settings"],
+    ),
+    (
+        "another type",
+        |mut root, rank| {
+            layer(&root / "fc", false);
+            root.set_kind(if rank == 1 { Kind::Double } else { Kind::Float });
+        },
+        [
+            "rank 1: parameter fc.weight [2, 4] Double",
+            "ranks 0, 2: parameter fc.weight [2, 4] Float",
+        ],
+    ),
+    (
+        "another name",
+        |root, rank| layer(&root / if rank == 1 { "fb" } else { "fc" }, false),
+        ["rank 1: parameter fb.weight [2, 4]", "ranks 0, 2: parameter fc.weight [2, 4]"],
+    ),
+    (
+        "another order",
+        |root, rank| {
+            let names = if rank == 1 { ["b", "a"] } else { ["a", "b"] };
+            for name in names {
+                layer(&root / name, false);
+            }
+        },
+        ["ranks 0, 2: parameter a.weight", "rank 1: parameter b.weight"],
+    ),
+    (
+        "frozen on one rank",
+        |root, rank| {
+            layer(&root / "fc", false);
+            let frozen = root.zeros("scale", &[3]);
+            let _scale = frozen.set_requires_grad(rank != 1);
+        },
+        ["ranks 0, 2: parameter scale [3] Float", "rank 1: buffer scale [3] Float"],
+    ),
+];
+
+/// Rank 1 of three builds something else; every rank must say so at once, in the same words, which name the parameter
+/// and what each rank has.
+#[test]
+fn whatever_differs_of_a_model_is_named_alike_on_every_rank_within_a_second() {
+    for (what, build, parts) in DIFFERING {
+        let ended = run_ranks(3, move |mut group| {
+            let vs = nn::VarStore::new(Device::Cpu);
+            build(vs.root(), group.rank());
+            group.barrier().and_then(Work::wait).unwrap();
+            let start = Instant::now();
+            let error = match Ddp::new(&vs, &mut group, options(Zero::Off)) {
+                Err(error @ Error::ModelMismatch { .. }) => error.to_string(),
+                other => panic!("{what}: expected a mismatch, got {other:?}"),
+            };
+            (error, start.elapsed())
+        });
+        for (error, after) in &ended {
+            assert_eq!(*error, ended[0].0, "{what}");
+            assert!(*after < Duration::from_secs(1), "{what}: {after:?}");
+            for part in parts {
+                assert!(error.contains(part), "{what}: no {part:?} in {error}");
+            }
+        }
+    }
 }
 
 #[test]
