@@ -113,14 +113,9 @@ fn check(
     let unopened = opened.into_iter().enumerate();
     // A damaged header is found by the block that it lies in, and makes the whole shard useless.
     damage.extend(unopened.filter_map(|(at, file)| Some((at, file.err().or_else(|| open(at))?))));
-    let is_lost = |name: &&Listed<'_>, at: usize| {
-        damage
-            .iter()
-            .any(|(of, error)| *of == at && damage::is_lost(error))
-            .then(|| name.file.to_owned())
-    };
-    let lost: Vec<String> =
-        listed.iter().enumerate().filter_map(|(at, file)| is_lost(&file, at)).collect();
+    let is_lost = |at: usize| damage.iter().any(|(of, error)| *of == at && damage::is_lost(error));
+    let lost = (0..listed.len()).filter(|&at| is_lost(at));
+    let lost: Vec<String> = lost.map(|at| listed[at].file.to_owned()).collect();
     // Stable: blocks of one file stay in their order.
     damage.sort_by_key(|(at, _)| *at);
     // A page of checksums is found damaged by each of its blocks.
