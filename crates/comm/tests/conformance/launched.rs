@@ -40,6 +40,12 @@ fn rank_process() {
             let options = options.with_backend(Backend::Mpi).with_gpu_memory().with_timeout(limit);
             crate::without_gpu::over_mpi(gpu, Group::from_mpi(options));
         }
+        "bootstrap" => crate::mpi_bootstrap::rank(options),
+        mpi if mpi.starts_with("mpi fault") => {
+            let options = options.with_backend(Backend::Mpi);
+            let group = Group::from_environment(options).expect("the ranks meet");
+            crate::mpi_faults::rank(mpi, group);
+        }
         nccl if nccl.starts_with("nccl") => crate::without_gpu::rank(nccl),
         fault => crate::faults::rank(fault, options.with_backend(Backend::Mpi)),
     }

@@ -18,13 +18,18 @@ mod device;
 mod faults;
 mod gpu_faults;
 mod gpu_messages;
+mod gpu_permutations;
 mod launched;
 mod matrix;
 mod misuse;
+mod mpi_bootstrap;
+mod mpi_faults;
 mod mpirun;
 #[path = "../support/namespaces.rs"]
 mod namespaces;
 mod order;
+#[path = "../support/permutation_cases.rs"]
+mod permutation_cases;
 mod sequences;
 mod without_gpu;
 

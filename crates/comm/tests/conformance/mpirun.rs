@@ -1,12 +1,13 @@
 //! The suite over MPI, under the real launcher of the library that this test was built with.
 
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use phalanx_comm::testing::free_port;
 
 use crate::launched::{Running, ARGUMENTS, ROLE};
-use crate::namespaces::{namespaces, ADDRESSES};
+use crate::namespaces::{namespaces, Namespaces, ADDRESSES};
 use crate::without_gpu::libraries;
 
 const LIMIT: Duration = Duration::from_secs(240);
@@ -133,15 +134,14 @@ fn a_rank_whose_gpu_is_missing_is_named_over_mpi() {
     assert_eq!(output.matches("shows this process no GPU").count(), 2, "{output}");
 }
 
-/// Two ranks on each of two machines, which have nothing but an address.
-#[test]
-fn the_suite_passes_over_mpi_between_machines() {
-    if mpirun(4, "suite on mpi").is_none() {
-        return;
-    }
-    let Some(machines) = namespaces() else { return };
-    let folder = std::env::temp_dir().join(&machines.names[0]);
-    std::fs::create_dir(&folder).expect("a folder of our own");
+/// Starts two ranks on each of two machines, which have nothing but an address; what it needs for that lies in `folder`,
+/// and ranks get `variables` too.
+pub(crate) fn between_machines(
+    machines: &Namespaces,
+    folder: &Path,
+    role: &str,
+    variables: &[&str],
+) -> Command {
     let agent = folder.join("agent");
     machines.write_agent(&agent);
     // The launcher is on the first machine and has its name.
@@ -152,14 +152,28 @@ fn the_suite_passes_over_mpi_between_machines() {
     match library() {
         Library::OpenMpi => {
             command.args(["--mca", "plm_rsh_agent", &agent, "--host", &hosts]);
-            command.args(["-x", ROLE, "-x", "RUST_BACKTRACE"]);
+            for variable in [&[ROLE, "RUST_BACKTRACE"], variables].concat() {
+                command.args(["-x", variable]);
+            }
         }
         Library::Mpich => {
             command.args(["-launcher", "ssh", "-launcher-exec", &agent, "-hosts", &hosts]);
             command.args(["-localhost", ADDRESSES[0], "-iface", "veth0"]);
         }
     }
-    command.args(["-n", "4"]).env(ROLE, "suite on mpi").env("RUST_BACKTRACE", "0");
+    command.args(["-n", "4"]).env(ROLE, role).env("RUST_BACKTRACE", "0");
+    command
+}
+
+#[test]
+fn the_suite_passes_over_mpi_between_machines() {
+    if mpirun(4, "suite on mpi").is_none() {
+        return;
+    }
+    let Some(machines) = namespaces() else { return };
+    let folder = std::env::temp_dir().join(&machines.names[0]);
+    std::fs::create_dir(&folder).expect("a folder of our own");
+    let mut command = between_machines(&machines, &folder, "suite on mpi", &[]);
     let (status, output) = Running::start(program(&mut command)).finish(LIMIT);
     drop(std::fs::remove_dir_all(&folder));
     assert!(status.success(), "{status}\n{output}");

@@ -17,7 +17,7 @@ use phalanx_comm::{Backend, DeviceSlice, Group, GroupOptions, Stream, Sum, Uploa
 use crate::launched::{ranks, Running};
 use crate::{device, gpu_faults, gpu_messages};
 
-const LIMIT: Duration = Duration::from_secs(120);
+pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 
 /// What a rank does.
 pub(crate) fn rank(role: &str) {
@@ -36,6 +36,7 @@ pub(crate) fn rank(role: &str) {
         "nccl factors" => {
             gpu_faults::factors(Group::from_environment(nccl()).expect("the ranks meet"));
         }
+        "nccl permutations" => crate::gpu_permutations::rank(&nccl()),
         "nccl hang" => gpu_faults::hang(Group::from_environment(nccl()).expect("the ranks meet")),
         "nccl unnamed" => {
             gpu_faults::unnamed(Group::from_environment(nccl()).expect("the ranks meet"));
@@ -314,10 +315,10 @@ pub(crate) fn libraries() -> &'static Path {
 }
 
 /// Where the ranks of a test exchange what the stand-in moves; removed with the test.
-struct Exchange(PathBuf);
+pub(crate) struct Exchange(pub(crate) PathBuf);
 
 impl Exchange {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let base = Path::new("/dev/shm");

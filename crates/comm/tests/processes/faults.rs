@@ -1,5 +1,7 @@
 //! Faults of whole processes: what the survivors say, and how soon.
 
+use std::collections::BTreeSet;
+use std::fs::DirEntry;
 use std::time::{Duration, Instant};
 
 use rustix::process::{getpid, kill_process, Signal};
@@ -233,11 +235,42 @@ fn processes_sum_over_both_links() {
     }
 }
 
+/// The names of phalanx's unix sockets that a process holds, abstract ones included.
+fn socket_names(pid: u32) -> BTreeSet<String> {
+    let open = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("the rank lives");
+    let target = |entry: std::io::Result<DirEntry>| std::fs::read_link(entry.ok()?.path()).ok();
+    let links = open.filter_map(target).map(|link| link.to_string_lossy().into_owned());
+    let inodes: BTreeSet<String> = links
+        .filter_map(|link| Some(link.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
+        .collect();
+    let table = std::fs::read_to_string("/proc/net/unix").expect("Linux");
+    let fields = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    fields
+        .filter(|fields| fields.len() == 8 && inodes.contains(fields[6]))
+        .map(|fields| fields[7].to_owned())
+        .filter(|name| name.contains("phalanx"))
+        .collect()
+}
+
+/// F1 leaves neither sockets nor memory that others could find.
 #[test]
 fn nothing_with_a_name_is_left() {
-    killed("killed in large all-reduces", "auto", "under way", 0);
+    let mut ranks = Ranks::start("killed in large all-reduces", 3, "auto");
+    ranks.wait_for_line(0, "under way");
+    let names: BTreeSet<String> = (0..3).flat_map(|rank| socket_names(ranks.pid(rank))).collect();
+    assert!(
+        !names.is_empty(),
+        "ranks of a machine talk over named sockets: look for them elsewhere"
+    );
+    let pid = ranks.pid(1);
+    ranks.kill(1);
+    blamed(&ranks.finish(LIMIT), pid, "died");
+    let left = std::fs::read_to_string("/proc/net/unix").expect("Linux");
+    for name in names {
+        assert!(!left.contains(&name), "{name} is left:\n{left}");
+    }
     let entries = std::fs::read_dir("/dev/shm").expect("/dev/shm");
-    let names: Vec<String> =
+    let files: Vec<String> =
         entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
-    assert!(names.iter().all(|name| !name.contains("phalanx")), "{names:?}");
+    assert!(files.iter().all(|name| !name.contains("phalanx")), "{files:?}");
 }

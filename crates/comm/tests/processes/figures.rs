@@ -2,13 +2,15 @@
 //!
 //! `PHALANX_FAULT=F1 PHALANX_REPEAT=200 cargo test --release -p phalanx-comm --test processes -- --ignored --nocapture repeat_a_fault`
 
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
 use crate::faults::{own_end, OWN_ENDS};
-use crate::machines::machines;
+use crate::machines::{machines, Machines};
 use crate::support::{clock_ns, Ended, Ranks};
 use phalanx_comm::environment::{HostLink, JobToken};
 use phalanx_comm::rendezvous::{
@@ -106,7 +108,115 @@ fn longest(turn: usize, rank: fn(Group) -> Duration) -> Duration {
     times.into_iter().max().expect("three ranks")
 }
 
-/// F6 and F8: rank 1 calls something else (having skipped a collective, or by mistake); until all know.
+/// F6: rank 1 leaves one of many equal collectives out, and is found out by the next; until all know.
+fn skipped_call(turn: usize) -> Duration {
+    longest(turn, |mut group| {
+        let mut values = vec![1.0_f32; 10_000];
+        let skips = group.rank() == 1;
+        for step in (0..10).filter(|step| !(skips && *step == 5)) {
+            let start = Instant::now();
+            let work = group.tagged(&format!("step {step}")).all_reduce(&mut values[..], Sum);
+            if let Err(error) = work.and_then(Work::wait) {
+                let after = start.elapsed();
+                let (error, at) = (error.to_string(), if skips { 6 } else { 5 });
+                assert!(
+                    error.contains("#5 \"step 5\"") && error.contains("#5 \"step 6\""),
+                    "{error}"
+                );
+                assert_eq!(step, at, "found at once: {error}");
+                return after;
+            }
+        }
+        panic!("nobody noticed");
+    })
+}
+
+/// F6: rank 1 leaves a collective out and calls nothing more; the time beyond the others' time limit.
+fn absent_call(turn: usize) -> Duration {
+    let link = if turn.is_multiple_of(2) { HostLink::Auto } else { HostLink::Tcp };
+    let options = GroupOptions::default().with_timeout(DEADLINE);
+    let times = run_ranks_with(3, link, options, |mut group| {
+        group.barrier().and_then(Work::wait).expect("a barrier");
+        if group.rank() == 1 {
+            crate::silence::pause(DEADLINE + Duration::from_millis(500));
+            return Duration::ZERO;
+        }
+        let mut values = vec![1.0_f32; 10_000];
+        let start = Instant::now();
+        let error = group.all_reduce(&mut values[..], Sum).and_then(Work::wait);
+        let after = start.elapsed().saturating_sub(DEADLINE);
+        let error = error.expect_err("rank 1 does not come").to_string();
+        // Behind a socket that is known from the last heartbeat, which may be older.
+        let last =
+            ["whose last call was barrier", "which has called nothing yet", "not known here"];
+        let is_named = error.contains("rank 1 (host");
+        assert!(is_named && last.iter().any(|words| error.contains(words)), "{error}");
+        after
+    });
+    times.into_iter().max().expect("three ranks")
+}
+
+/// F11: a data connection is reset; until both ranks know.
+fn reset_data(machines: &Machines) -> Duration {
+    let mut ranks = machines.start(&[0, 1], "killed in large all-reduces");
+    ranks.wait_for_line(0, "under way");
+    let connections = machines.connections();
+    let fault_ns = clock_ns();
+    machines.reset(connections.last().expect("a data connection"));
+    let ended = ranks.finish(LIMIT);
+    for ended in &ended {
+        assert!(ended.output.contains("lost, peer alive"), "{}", ended.output);
+    }
+    let last = ended.iter().map(Ended::error_ns).max().expect("two ranks");
+    Duration::from_nanos(last.saturating_sub(fault_ns))
+}
+
+/// F11: the control connection of a job is reset four times; until a new one is there, each time.
+fn reset_control(machines: &Machines) -> Vec<Duration> {
+    let mut ranks = machines.start(&[0, 1], "messages");
+    ranks.wait_for_line(0, "under way");
+    let mut times = Vec::new();
+    for _ in 0..4 {
+        let connections = machines.connections();
+        machines.reset(&connections[1]); // the busier one: the messages are on it
+        times.push(crate::resets::back(machines, &connections[1]));
+        crate::silence::pause(Duration::from_millis(150));
+    }
+    for ended in ranks.finish(LIMIT) {
+        assert!(ended.output.contains("no error in"), "{}", ended.output);
+    }
+    times
+}
+
+/// F24: a stranger announces a length of 2^31, 2^40 or 2^63; until the store has closed its connection.
+fn giant_length(turn: usize) -> Duration {
+    let server = StoreServer::start(([127, 0, 0, 1], 0).into(), credentials("ours"));
+    let server = server.expect("a server");
+    let length = 1_u64 << [31, 40, 63][turn % 3];
+    let words = [&b"PHXq\x01\0\0\0"[..], &[length.to_le_bytes(); 7].concat()].concat();
+    let start = Instant::now();
+    let mut stranger = TcpStream::connect(server.address()).expect("the server is there");
+    stranger.write_all(&words).expect("sent");
+    assert!(is_shown_out(&mut stranger), "2^{length}");
+    start.elapsed()
+}
+
+/// F24: a stranger begins well and stops; the time beyond the two seconds that it has.
+fn truncated_frame(server: &StoreServer) -> Duration {
+    let start = Instant::now();
+    let mut stranger = TcpStream::connect(server.address()).expect("the server is there");
+    stranger.write_all(b"PHXP").expect("sent");
+    assert!(is_shown_out(&mut stranger), "still there");
+    start.elapsed().saturating_sub(Duration::from_secs(2))
+}
+
+fn is_shown_out(stranger: &mut TcpStream) -> bool {
+    stranger.set_read_timeout(Some(LIMIT)).expect("a time-out");
+    let end = stranger.read_to_end(&mut Vec::new());
+    end.is_ok() || end.is_err_and(|error| error.kind() == ErrorKind::ConnectionReset)
+}
+
+/// F8: rank 1 calls something else by mistake; until all know.
 fn another_call(turn: usize) -> Duration {
     longest(turn, |mut group| {
         group.barrier().and_then(Work::wait).expect("a barrier");
@@ -152,10 +262,10 @@ fn port_in_use() -> Duration {
     after
 }
 
-/// One fault, and how long it took.
-fn once(fault: &str, turn: usize) -> Option<Duration> {
+/// One fault, and how long it took; some come several times at once.
+fn once(fault: &str, turn: usize) -> Vec<Duration> {
     let link = if turn.is_multiple_of(2) { "auto" } else { "tcp" };
-    Some(match fault {
+    let time = match fault {
         "F1" => {
             let mut ranks = working(link);
             ranks.kill(1);
@@ -167,43 +277,75 @@ fn once(fault: &str, turn: usize) -> Option<Duration> {
             ranks.signal(1, Signal::STOP);
             survivors(ranks, 1, Some(1))
         }
-        "F10" => {
-            let machines = machines()?;
-            let mut ranks = machines.start(&[0, 1], "killed in large all-reduces");
-            ranks.wait_for_line(0, "under way");
-            machines.partition();
-            let fault_ns = clock_ns();
-            let ended = ranks.finish(LIMIT);
-            for (rank, ended) in ended.iter().enumerate() {
-                let named = format!("error: rank {} (host ", 1 - rank);
-                assert!(ended.output.contains(&named), "rank {rank}: {}", ended.output);
-            }
-            let last = ended.iter().map(Ended::error_ns).max()?;
-            Duration::from_nanos(last.saturating_sub(fault_ns))
-        }
+        "F6" => skipped_call(turn),
+        "F6 absent" => absent_call(turn),
         "F8" => another_call(turn),
         "F9" => early_end(turn),
+        "F10" | "F11" | "F11 control" => {
+            let Some(machines) = machines() else { return Vec::new() };
+            match fault {
+                "F10" => partition(&machines),
+                "F11" => reset_data(&machines),
+                _ => return reset_control(&machines),
+            }
+        }
         "F19" => port_in_use(),
         "F20" => unreachable_master(turn),
-        "F22" => {
-            let start = Instant::now();
-            let store = MemoryStore::new();
-            let error = join(&store, "start", 0, 4, b"", start + DEADLINE).expect_err("alone");
-            let after = start.elapsed().saturating_sub(DEADLINE);
-            assert!(error.to_string().contains("ranks 1,2,3"), "{error}");
-            after
+        "F22" => missing_ranks(),
+        "F24" => giant_length(turn),
+        "F24 truncated" => {
+            // Many at a time, or it would take long.
+            let server = StoreServer::start(([127, 0, 0, 1], 0).into(), credentials("ours"));
+            let server = server.expect("a server");
+            return thread::scope(|scope| {
+                let all = [(); 20].map(|()| scope.spawn(|| truncated_frame(&server)));
+                all.map(|one| one.join().expect("shown out")).to_vec()
+            });
         }
-        _ => panic!("PHALANX_FAULT is F1, F2, F3, F8, F9, F10, F19, F20 or F22"),
-    })
+        _ => panic!(
+            "PHALANX_FAULT is F1, F2, F3, F6, F6 absent, F8, F9, F10, F11, F11 control, F19, F20, F22, F24 or F24 truncated"
+        ),
+    };
+    vec![time]
+}
+
+/// F10: until both sides know.
+fn partition(machines: &Machines) -> Duration {
+    let mut ranks = machines.start(&[0, 1], "killed in large all-reduces");
+    ranks.wait_for_line(0, "under way");
+    machines.partition();
+    let fault_ns = clock_ns();
+    let ended = ranks.finish(LIMIT);
+    for (rank, ended) in ended.iter().enumerate() {
+        let named = format!("error: rank {} (host ", 1 - rank);
+        assert!(ended.output.contains(&named), "rank {rank}: {}", ended.output);
+    }
+    let last = ended.iter().map(Ended::error_ns).max().expect("two ranks");
+    Duration::from_nanos(last.saturating_sub(fault_ns))
+}
+
+/// F22: three of four never come; the time beyond the deadline.
+fn missing_ranks() -> Duration {
+    let start = Instant::now();
+    let store = MemoryStore::new();
+    let error = join(&store, "start", 0, 4, b"", start + DEADLINE).expect_err("alone");
+    let after = start.elapsed().saturating_sub(DEADLINE);
+    assert!(error.to_string().contains("ranks 1,2,3"), "{error}");
+    after
 }
 
 #[test]
 #[ignore = "takes minutes: the figures of docs/errors.md"]
 fn repeat_a_fault() {
     let fault = std::env::var("PHALANX_FAULT").unwrap_or_else(|_| "F1".to_owned());
-    let count = std::env::var("PHALANX_REPEAT").ok().and_then(|count| count.parse().ok());
-    let mut times: Vec<Duration> =
-        (0..count.unwrap_or(20)).filter_map(|turn| once(&fault, turn)).collect();
+    let asked = std::env::var("PHALANX_REPEAT").ok().and_then(|count| count.parse().ok());
+    let count: usize = asked.unwrap_or(20);
+    let mut times = Vec::new();
+    for turn in 0..count {
+        if times.len() < count {
+            times.extend(once(&fault, turn));
+        }
+    }
     times.sort_unstable();
     let (Some(max), Some(middle)) = (times.last(), times.get(times.len() / 2)) else {
         eprintln!("SKIPPED: {fault} cannot be made here");
@@ -213,8 +355,9 @@ fn repeat_a_fault() {
     let bar = match &fault[..] {
         "F3" | "F10" => Duration::from_secs(6),
         "F20" => DEADLINE / 10,
-        "F8" | "F19" => Duration::from_millis(100),
-        "F9" => Duration::from_secs(1),
+        "F6" | "F8" | "F19" => Duration::from_millis(100),
+        "F9" | "F11 control" => Duration::from_secs(1),
+        "F24" => Duration::from_secs(2),
         _ => Duration::from_millis(500),
     };
     assert!(*max <= bar, "the bar is {bar:?}");

@@ -49,7 +49,7 @@ pub(crate) fn rank() {
 }
 
 /// Waits until there are two connections again, one of them new; says how long that took.
-fn back(machines: &Machines, gone: &(String, String)) -> Duration {
+pub(crate) fn back(machines: &Machines, gone: &(String, String)) -> Duration {
     let start = Instant::now();
     loop {
         let connections = machines.connections();
