@@ -1,10 +1,12 @@
 //! Faults over MPI under its real launcher: ranks that end by themselves, stop, or are cut off from the others. What MPI
 //! itself does about them is in `docs/errors.md`.
 
+use std::fs::DirEntry;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use phalanx_comm::recorder::FlightRecord;
 use phalanx_comm::{Group, Sum, Work};
 
 use crate::launched::Running;
@@ -32,7 +34,8 @@ pub(crate) fn rank(role: &str, mut group: Group) {
             end(how);
         }
         if let Err(error) = work.and_then(Work::wait) {
-            let text = format!("{} ms: {error}", start.elapsed().as_millis());
+            let after = start.elapsed().as_millis();
+            let text = format!("{after} ms: {error} | help: {}", error.help().unwrap_or("none"));
             // Whole or not there: the launcher may kill this process at any time.
             std::fs::write(&half, &text).expect("written");
             std::fs::rename(&half, &said).expect("renamed");
@@ -143,6 +146,33 @@ fn a_rank_that_ends_by_itself_is_named_over_mpi() {
     ends("exits early", &["left the group after"], 0..1000);
     ends("panics", &["(it panicked)"], 0..1000);
     ends("aborts itself", &["died"], 0..1000);
+}
+
+/// What a rank has done is there after its death, where somebody has asked for that; else the others say how to ask.
+#[test]
+fn survivors_say_how_to_keep_a_record_unless_it_is_kept() {
+    for keeps in [false, true] {
+        let Some(mut command) = mpirun(3, "mpi fault: aborts itself") else { return };
+        let place = Place::new(if keeps { "kept" } else { "not-kept" });
+        command.arg(library().lets_survivors_live()).env(FOLDER, &place.0);
+        if keeps {
+            command.env("PHALANX_FLIGHT_RECORDER", &place.0);
+        }
+        let (_, output) = Running::start(program(&mut command)).finish(LIMIT);
+        let errors: Vec<String> = [0, 2].into_iter().filter_map(|rank| place.error(rank)).collect();
+        assert!(errors.len() == 2 || library() == Library::Mpich, "{errors:?}\n{output}");
+        let help = if keeps { "help: none" } else { "PHALANX_FLIGHT_RECORDER=FOLDER" };
+        assert!(errors.iter().all(|error| error.contains(help)), "{errors:?}");
+        let entries = std::fs::read_dir(&place.0).expect("our own folder").flatten();
+        let is_record = |file: &DirEntry| file.file_name().to_string_lossy().starts_with("flight-");
+        let records = entries.filter(is_record).map(|file| {
+            let file = std::fs::File::open(file.path()).expect("a record");
+            FlightRecord::read(file).expect("readable").expect("of a rank")
+        });
+        let mut ranks: Vec<usize> = records.map(|record| record.rank).collect();
+        ranks.sort_unstable();
+        assert_eq!(ranks, if keeps { vec![0, 1, 2] } else { vec![] }, "{output}");
+    }
 }
 
 #[test]
