@@ -59,7 +59,7 @@ fn run(flags: &Flags) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let options = flags.launch(&settings);
-    let world_size = options.nnodes * options.nproc_per_node;
+    let world_size = options.nnodes.saturating_mul(options.nproc_per_node);
     let local_ranks = options.node_rank.map_or(world_size, |_| options.nproc_per_node);
     if world_size > 0 {
         check(flags, &settings, world_size, local_ranks)?; // of none, the launcher complains
