@@ -178,8 +178,8 @@ pub(crate) fn first_touch(corpus: &Corpus) -> anyhow::Result<[f64; 2]> {
             *time = on_processor()? - before;
         }
         let later = times[2..].iter().copied().fold(f64::INFINITY, f64::min);
-        for (least, time) in least.iter_mut().zip(times) {
-            *least = least.min((1.0 - later / time) * 100.0);
+        for (best, time) in least.iter_mut().zip(times) {
+            *best = best.min((1.0 - later / time) * 100.0);
         }
     }
     Ok(least)
@@ -192,7 +192,10 @@ pub(crate) fn pacing(corpus: &Corpus, seconds: f64) -> anyhow::Result<f64> {
     for _ in 0..loader.steps_per_epoch() {
         drop(loader.next_step()?);
     }
-    let with = paced(seconds, || Ok(drop(loader.next_step()?)))?;
+    let with = paced(seconds, || {
+        drop(loader.next_step()?);
+        Ok(())
+    })?;
     drop(loader);
     Ok(with - paced(seconds, || Ok(()))?)
 }
