@@ -97,8 +97,11 @@ impl Samples for Mixture {
     fn damaged(&self) -> Result<Vec<Range<u64>>> {
         let mut all = Vec::new();
         for ((part, _), start) in self.parts.iter().zip(&self.starts) {
+            // A part's damage may end in what is too short for a sample: that is not the next part's first.
+            let count = part.sample_count();
             let of_part = part.damaged()?.into_iter();
-            all.extend(of_part.map(|range| start + range.start..start + range.end));
+            let within = of_part.map(|range| range.start.min(count)..range.end.min(count));
+            all.extend(within.map(|range| start + range.start..start + range.end));
         }
         Ok(all)
     }

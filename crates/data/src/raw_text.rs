@@ -80,6 +80,11 @@ impl Samples for RawText {
         Ok(self.stream.damaged().iter().map(of).collect())
     }
 
+    fn will_need(&self, samples: Range<u64>) {
+        let len = to_u64(self.sequence_len);
+        self.stream.will_need(samples.start.saturating_mul(len)..samples.end.saturating_mul(len));
+    }
+
     fn fill(&self, _seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {
         let (len, count) = (self.sequence_len, self.sample_count());
         let samples = rows.samples();

@@ -31,9 +31,10 @@ pub(crate) struct ConvertArgs {
     /// Make records of these columns of Parquet or Arrow files instead of tokens: names (page.body: inside another), or * for all.
     #[arg(long, value_name = "NAME", value_delimiter = ',', num_args = 1.., conflicts_with_all = ["tokenizer", "vocab_size", "keep_case", "end_token", "field", "document", "skip_bad_lines"])]
     columns: Vec<String>,
-    /// A shard is closed at the first end of a document after so many bytes of tokens.
-    #[arg(long, value_name = "BYTES", default_value_t = 1 << 30)]
-    shard_bytes: u64,
+    /// A shard is closed at the first end of a document after so many bytes of tokens (1 GiB unless given), or after
+    /// so many bytes of records (64 MiB), which stay in memory until then.
+    #[arg(long, value_name = "BYTES")]
+    shard_bytes: Option<u64>,
     #[command(flatten)]
     threads: Threads,
     /// Drop what another command with this output left half done.
@@ -132,7 +133,8 @@ impl ConvertArgs {
     }
 
     fn record_options(&self) -> RecordOptions {
-        let (shard_bytes, threads) = (self.shard_bytes, self.threads.threads);
+        let shard_bytes = self.shard_bytes.unwrap_or(RecordOptions::default().shard_bytes);
+        let threads = self.threads.threads;
         RecordOptions { shard_bytes, threads, restart: self.restart }
     }
 
@@ -156,7 +158,7 @@ impl ConvertArgs {
             },
             end_token: self.vocabulary.end_token.clone(),
             bad_lines: if self.reading.skip_bad_lines { BadLines::Skip } else { BadLines::Refuse },
-            shard_bytes: self.shard_bytes,
+            shard_bytes: self.shard_bytes.unwrap_or(1 << 30),
             threads: self.threads.threads,
             restart: self.restart,
         }

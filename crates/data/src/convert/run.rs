@@ -21,7 +21,7 @@ use crate::text::decode::read_bounded;
 use crate::text::vocabulary::{self, WordCounts, SPECIAL_IDS, VOCAB_SIZE_MIN};
 
 /// Part of every key: raised when the same input and options give other files.
-const KEY_VERSION: &str = "convert 4";
+const KEY_VERSION: &str = "convert 5";
 
 /// Text that a vocabulary is trained on; of more, so much in blocks that are spread over all of it.
 const TRAINING_BYTES_MAX: u64 = 1 << 30;
@@ -290,7 +290,7 @@ pub(crate) fn count_words(
     progress: &dyn Progress,
 ) -> Result<WordCounts> {
     progress.report(Event::Begin { stage: Stage::Counting, total_bytes: input.bytes() });
-    let (counter, one_in) = (words::Counter::new(), input.bytes().div_ceil(TRAINING_BYTES_MAX));
+    let (counter, bytes) = (words::Counter::new(), input.bytes());
     let cut = match input.unit {
         Document::File => Cut::Space,
         Document::Line | Document::BlankLine => Cut::Line,
@@ -299,7 +299,7 @@ pub(crate) fn count_words(
         Place::default(),
         cut,
         |block| {
-            if is_counted(block.start, one_in) {
+            if is_counted(block.start, bytes) {
                 let mut counts = counter.of_this_thread();
                 input.segments(block, |segment, _| counts.add(&segment.text, lowercase))?;
             }
@@ -312,10 +312,12 @@ pub(crate) fn count_words(
     Ok(counter.into_total())
 }
 
-/// Whether the words of the block at `start` are counted: of one block in so many, as if drawn by lot.
-fn is_counted(start: Place, one_in: u64) -> bool {
+/// Whether the words of the block at `start` are counted, of so many bytes of input: as if drawn by lot, the first
+/// always.
+fn is_counted(start: Place, bytes: u64) -> bool {
     let lot = mix(mix(to_u64(start.file)) ^ start.offset);
-    one_in <= 1 || lot.is_multiple_of(one_in)
+    let is_first = (start.file, start.offset) == (0, 0);
+    bytes <= TRAINING_BYTES_MAX || is_first || lot % bytes < TRAINING_BYTES_MAX
 }
 
 #[cfg(test)]
@@ -324,12 +326,17 @@ mod tests {
 
     #[test]
     fn one_block_in_so_many_is_counted() {
-        let counted = |one_in| {
+        let is_share = |bytes| {
             let places =
                 (0..10_000).map(|at| Place { file: at % 3, offset: to_u64(at) << 16, line: 0 });
-            places.filter(|&place| is_counted(place, one_in)).count()
+            places.filter(|&place| is_counted(place, bytes)).count()
         };
+        let counted = |times: u64| is_share(times * TRAINING_BYTES_MAX);
         assert_eq!((counted(0), counted(1)), (10_000, 10_000));
         assert!((900..1100).contains(&counted(10)), "{}", counted(10));
+        // As much as is promised, also of little more than that; and something of the first block.
+        let most = is_share(TRAINING_BYTES_MAX / 10 * 11);
+        assert!((8900..9300).contains(&most), "{most}");
+        assert!(is_counted(Place::default(), u64::MAX));
     }
 }

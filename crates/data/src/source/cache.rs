@@ -93,7 +93,15 @@ impl<F: Folder> CachedFolder<F> {
         let failed = |cause| Error::CacheNotWritable { path: cache.folder.clone(), cause };
         let blocks = source.size().div_ceil(BLOCK_BYTES);
         let data_at = (PAGE + blocks * ENTRY_BYTES).next_multiple_of(PAGE);
-        let file = cache.open(&head, data_at + source.size()).map_err(failed)?;
+        let file = match cache.open(&head, data_at + source.size()) {
+            Ok(file) => file,
+            // What does not fit is read from afar.
+            Err(error) if is_full(&error) => {
+                tracing::warn!(%error, file = %source.name().display(), "the cache has no room for a file");
+                return Ok(source);
+            }
+            Err(error) => return Err(failed(error)),
+        };
         let words = blocks.div_ceil(u64::from(u64::BITS));
         Ok(Arc::new_cyclic(|me| CachedFile {
             me: Weak::clone(me),
@@ -236,9 +244,12 @@ impl Cache {
         // Complete before it has its name. Of several that do so at once, all but one keep a file of their own.
         let (new, file) = self.create_beside(&path)?;
         in_use(&file);
-        file.write_all_at(&page, 0)?;
-        file.set_len(size)?;
-        fs::rename(&new, &path)?;
+        let written = file.write_all_at(&page, 0).and_then(|()| file.set_len(size));
+        if let Err(error) = written.and_then(|()| fs::rename(&new, &path)) {
+            // Nobody else has its name.
+            drop(fs::remove_file(&new));
+            return Err(error);
+        }
         Ok(file)
     }
 
@@ -276,6 +287,10 @@ impl Cache {
         self.is_full.store(!fits(), Ordering::Relaxed);
         fits()
     }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 #[derive(Debug)]

@@ -268,7 +268,11 @@ impl Source for HttpFile {
         self.again_and_again(|file, limit| {
             let started = Instant::now();
             while done < out.len() {
-                let left = limit.saturating_sub(started.elapsed()).max(Duration::from_millis(1));
+                let left = limit.saturating_sub(started.elapsed());
+                if left.is_zero() {
+                    return Err(Refusal::Later(format!("{done} bytes came in {limit:?}")));
+                }
+                let left = left.max(Duration::from_millis(1));
                 let (len, ended) = file.fetch(offset + to_u64(done), &mut out[done..], left);
                 done += len;
                 ended?;

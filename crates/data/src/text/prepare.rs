@@ -27,7 +27,7 @@ const CACHE_FOLDER: &str = ".phalanx";
 const UNKNOWN_WORTH_A_NOTICE: u64 = 50;
 
 /// Part of every key: raised when the same text and options give other files.
-const KEY_VERSION: &str = "prepare 3";
+const KEY_VERSION: &str = "prepare 4";
 
 /// How text is prepared.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
