@@ -127,6 +127,18 @@ mod tests {
     }
 
     #[test]
+    fn the_order_is_frozen() {
+        let mut order = BlockOrder::new(1_000, 16, 4, 42, 3);
+        let first: Vec<u64> = (0..8).map(|place| order.at(place)).collect();
+        let last: Vec<u64> = (992..1_000).map(|place| order.at(place)).collect();
+        assert_eq!((first, last), (FROZEN_FIRST.to_vec(), FROZEN_LAST.to_vec()), "{CHANGED}");
+    }
+
+    const CHANGED: &str = "the order of blocks changed: make a new version";
+    const FROZEN_FIRST: [u64; 8] = [979, 848, 122, 244, 118, 254, 119, 251];
+    const FROZEN_LAST: [u64; 8] = [887, 73, 159, 726, 727, 929, 161, 758];
+
+    #[test]
     fn a_window_touches_few_blocks_and_epochs_differ() {
         let (count, block, window) = (100_000, 100, 10);
         let mut order = BlockOrder::new(count, block, window, 7, 0);

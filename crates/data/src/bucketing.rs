@@ -93,6 +93,33 @@ pub(crate) fn check(sampler: &Sampler, wraps: bool, batches: u64, start: Positio
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::batch::Column;
+    use crate::dtype::DType;
+    use crate::sampler::{Order, Tail};
+    use crate::samples::from_fn;
+
+    #[test]
+    fn the_order_is_frozen() {
+        let columns = vec![Column::padded("n", DType::I64, [100])];
+        let data = from_fn(203, columns, "v1", |_, _, _| Ok(()))
+            .with_len(|id| Ok(to_usize(id * 7919 % 59) + 1));
+        let sampler = Sampler::new(203, 8, 42, Order::Shuffled, Tail::Pad).unwrap();
+        let (mut cursor, mut scratch) = (sampler.cursor(), Scratch::default());
+        let mut window = Window::default();
+        let mut batch = |number: u64| -> Vec<u64> {
+            let start = Position { epoch: 3, next_global_sample: number * 8 };
+            let batch = window.batch((&sampler, &mut cursor), 4, start, (&data, &mut scratch));
+            batch.unwrap().unwrap().iter().map(|(_, sample)| sample.id).collect()
+        };
+        let batches = [batch(0), batch(1), batch(24)];
+        assert_eq!(batches, FROZEN, "the order of buckets changed: make a new version");
+    }
+
+    const FROZEN: [[u64; 8]; 3] = [
+        [98, 89, 30, 148, 53, 162, 35, 99],
+        [118, 14, 164, 96, 10, 60, 1, 178],
+        [64, 138, 188, 25, 112, 153, 54, 195],
+    ];
 
     #[test]
     fn keys_order_by_length_and_then_by_place() {

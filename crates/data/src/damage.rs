@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cast::to_usize;
 use crate::error::{Error, Result};
-use crate::fingerprint::Fingerprint;
+use crate::fingerprint::{Fingerprint, Fingerprinter};
 use crate::format::bytes::Bytes;
 use crate::format::files::{partial_path, write_synced, Layout, Listed};
 use crate::format::{json, Index, INDEX_BYTES_MAX, VALUE_BYTES};
@@ -28,6 +28,7 @@ const VERSION: u32 = 1;
 pub enum OnDamage {
     /// Whoever reads one gets [`Error::Damaged`].
     #[default]
+    #[serde(alias = "error")]
     Fail,
     /// Samples that lie in blocks that `damage.json` lists (see [`record_damage`]) are left out: in their place comes a row
     /// that does not count ([`Batch::valid`](crate::Batch::valid)) and holds another sample. Order, saved states and
@@ -207,6 +208,17 @@ impl Holes {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.ranges.is_empty()
+    }
+
+    /// Says in few characters which samples they are: how many, and a fingerprint.
+    pub(crate) fn summary(&self) -> String {
+        if self.is_empty() {
+            return "none".to_owned();
+        }
+        let count: u64 = self.ranges.iter().map(|range| range.end - range.start).sum();
+        let sum = Fingerprinter::new("damaged samples 1");
+        let sum = self.ranges.iter().fold(sum, |sum, r| sum.number(r.start).number(r.end));
+        format!("{count} ({})", sum.finish())
     }
 
     /// What is read in place of a sample that is left out.

@@ -331,7 +331,7 @@ pub enum Error {
         samples: u64,
     },
     /// A loader state belongs to other data or another order.
-    #[error("the saved position does not fit: its {what} is {saved}, this run has {current}; resume with the same data and options, or start without the saved position")]
+    #[error("the saved position does not fit: its {what} is {saved}, this run has {current}; resume with the same data and options, start without the saved position{}", if *what == "data" { ", or set allow_dataset_change to go on at the same place of other data" } else { "" })]
     StateMismatch {
         /// What differs.
         what: &'static str,
@@ -339,6 +339,12 @@ pub enum Error {
         saved: String,
         /// The value of this run.
         current: String,
+    },
+    /// The loaders of the ranks would not deliver parts of the same global batches. Every rank gets this same text.
+    #[error("the ranks' loaders do not agree on {differences}; give every rank the same data and options")]
+    RanksDisagree {
+        /// What differs, and which ranks have what.
+        differences: String,
     },
     /// A prefetch thread panicked.
     #[error("a loader thread panicked at epoch {epoch}, global sample {position}: {message}")]

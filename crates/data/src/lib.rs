@@ -30,6 +30,7 @@
 //! # }
 //! ```
 
+mod agreement;
 mod ahead;
 mod batch;
 mod blocks;
@@ -67,6 +68,7 @@ mod raw_text;
 pub mod records;
 mod sampler;
 mod samples;
+mod shares;
 mod slice;
 mod source;
 mod state;
@@ -75,8 +77,10 @@ mod table;
 pub mod text;
 mod tokens;
 mod verify;
+mod wait_shares;
 mod whole_words;
 
+pub use agreement::Agreement;
 pub use batch::{Batch, Column, Rows};
 pub use causal_text::{CausalText, Documents};
 pub use damage::{record_damage, DamagedBlock, OnDamage};
@@ -97,7 +101,7 @@ pub use padded_text::{Objective, PaddedText};
 pub use quality::Quality;
 pub use raw_text::RawText;
 pub use sampler::{BatchSize, Cursor, Order, Position, Sample, Sampler, Tail};
-pub use samples::{from_fn, FromFn, Part, Samples, Scratch};
+pub use samples::{from_fn, map, FromFn, Map, Part, Samples, Scratch};
 pub use slice::{part, MicroBatch, RankSlice};
 pub use source::{CachedFolder, Folder, LocalFolder, Source};
 #[cfg(feature = "http")]
@@ -105,4 +109,5 @@ pub use source::{HttpFolder, HttpOptions};
 pub use state::{Buckets, LoaderState};
 pub use tokens::Tokens;
 pub use verify::{verify, verify_from, Verified};
+pub use wait_shares::{SlowLoader, WaitShares};
 pub use whole_words::Continuations;

@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::agreement::Agreement;
 use crate::ahead::Ahead;
 use crate::batch::{Batch, Column, Pool};
 use crate::bucketing;
@@ -36,6 +37,9 @@ pub struct LoaderOptions {
     pub bucketing: u64,
     /// Samples that all ranks compute together in a step. The same on every rank.
     pub global_batch: usize,
+    /// A state of other data is gone on from: [`Loader::resume`] keeps its epoch and place, and does not know which of the samples were
+    /// seen. Otherwise that is an error.
+    pub allow_dataset_change: bool,
     /// What is done about data that is known to be damaged. The same on every rank.
     pub on_damage: OnDamage,
     /// How this rank's slice is cut.
@@ -65,6 +69,7 @@ impl Default for LoaderOptions {
             epochs: None,
             bucketing: 0,
             global_batch: 32,
+            allow_dataset_change: false,
             on_damage: OnDamage::default(),
             micro_batch: MicroBatch::default(),
             rank: 0,
@@ -114,6 +119,8 @@ pub struct Step {
     pub valid: usize,
     /// How many rows of all ranks count.
     pub global_valid: usize,
+    /// How many samples of all ranks were left out for damage ([`OnDamage::Skip`]). The same on every rank.
+    pub left_out: usize,
     /// How many ranks share the global batch.
     pub world_size: usize,
 }
@@ -168,7 +175,7 @@ impl Loader {
     /// [`LoaderOptions::bucketing`].
     ///
     /// # Errors
-    /// [`Error::StateMismatch`] if data, seed, order or batches of similar length differ; and as [`Loader::new`].
+    /// [`Error::StateMismatch`] if data (unless [`LoaderOptions::allow_dataset_change`] is set), seed, order or batches of similar length differ; and as [`Loader::new`].
     pub fn resume(
         samples: Arc<dyn Samples>,
         options: LoaderOptions,
@@ -181,7 +188,10 @@ impl Loader {
             order: options.order,
             buckets: options.buckets(),
             version: permutation::VERSION,
-            fingerprint: samples.fingerprint(),
+            fingerprint: match options.allow_dataset_change {
+                true => state.fingerprint,
+                false => samples.fingerprint(),
+            },
         };
         state.check(&fresh)?;
         Self::start(samples, options, state.position())
@@ -205,6 +215,14 @@ impl Loader {
             return Err(Error::option("queue_batches", 0, "at least one batch must fit the queue"));
         }
         let position = sampler.start(position);
+        if tail == Tail::Refuse && position.next_global_sample % to_u64(global_batch) != 0 {
+            let reason = format!(
+                "{} samples of the epoch are done, which are no global batches of {global_batch}: go on with the global batch of the run \
+                 that saved it, or with another tail",
+                position.next_global_sample
+            );
+            return Err(Error::option("tail", "refuse", reason));
+        }
         if options.bucketing > 0 {
             bucketing::check(&sampler, tail == Tail::Wrap, options.bucketing, position)?;
         }
@@ -281,10 +299,12 @@ impl Loader {
         }
         let (mut valid, mut global_valid) =
             (self.plan.valid(start), self.plan.sampler.size(start).valid);
+        let mut left_out = 0;
         if let Some(cursor) = &mut self.cursor {
             let first = self.plan.slice(start).start;
             valid -= self.plan.left_out(start, first..first + valid, cursor);
-            global_valid -= self.plan.left_out(start, 0..global_valid, cursor);
+            left_out = self.plan.left_out(start, 0..global_valid, cursor);
+            global_valid -= left_out;
         }
         Ok(Step {
             start,
@@ -292,6 +312,7 @@ impl Loader {
             data_wait: started.elapsed(),
             valid,
             global_valid,
+            left_out,
             world_size: self.plan.world_size,
         })
     }
@@ -320,6 +341,38 @@ impl Loader {
             version: permutation::VERSION,
             fingerprint: self.plan.samples.fingerprint(),
         }
+    }
+
+    /// What all ranks must have alike, so that their parts are of the same global batches: data, seed, order and its version, tail,
+    /// epochs, batches, damaged samples and place. To be gathered and [compared](Agreement::compare).
+    pub fn agreement(&self) -> Agreement {
+        let LoaderOptions { seed, order, tail, epochs, global_batch, on_damage, .. } =
+            &self.options;
+        let Position { epoch, next_global_sample } = self.position;
+        let samples = &self.plan.samples;
+        let column = |column: &Column| {
+            let Column { name, dtype, shape, padded } = column;
+            format!("{name} {dtype} {shape:?}{}", if *padded { " padded" } else { "" })
+        };
+        let columns: Vec<String> = self.plan.columns.iter().map(column).collect();
+        Agreement::of_rank(self.options.rank)
+            .with("world size", self.options.world_size)
+            .with("data", samples.fingerprint())
+            .with("samples", samples.sample_count())
+            .with("columns", columns.join(", "))
+            .with("seed", seed)
+            .with("order", order)
+            .with("order's version", permutation::VERSION)
+            .with("tail", format!("{tail:?}").to_lowercase())
+            .with(
+                "epochs",
+                epochs.map_or_else(|| "endless".to_owned(), |epochs| epochs.to_string()),
+            )
+            .with("global batch", global_batch)
+            .with("batches of similar length", self.options.bucketing)
+            .with("on_damage", format!("{on_damage:?}").to_lowercase())
+            .with("damaged samples", self.plan.holes.summary())
+            .with("position", format!("epoch {epoch}, sample {next_global_sample}"))
     }
 
     /// How many steps an epoch has.

@@ -298,3 +298,71 @@ impl Masker {
 fn in_65536ths(probability: f64) -> u32 {
     (probability * f64::from(ONE)).round() as u32
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where a mask chose, and what stands there.
+    fn masked(masker: &Masker, seed: u64, sample: Sample) -> Vec<(usize, i64)> {
+        let mut ids: Vec<i64> = (0..100).map(|at| 5 + at * 17 % 490).collect();
+        let mut labels = vec![0; ids.len()];
+        let count = masker.apply(seed, sample, &mut ids, &mut labels);
+        let chosen: Vec<(usize, i64)> =
+            (0..ids.len()).filter(|&at| labels[at] != IGNORED).map(|at| (at, ids[at])).collect();
+        assert_eq!(chosen.len(), count);
+        chosen
+    }
+
+    #[test]
+    fn masks_are_frozen() {
+        let special = SpecialTokens::bert(0, 1, 2, 3, 4);
+        let masker = Masker::new(Masking::default(), 500, special).unwrap();
+        let sample = Sample { epoch: 3, id: 12_345 };
+        // So rare that chance chooses none: one is taken.
+        let rare = Masking { probability: 1e-5, ..Default::default() };
+        let rare = Masker::new(rare, 500, special).unwrap();
+        let random = Masking { mask_share: 0.0, random_share: 1.0, ..Default::default() };
+        let random = Masker::new(random, 500, special).unwrap();
+        let all = [&masker, &rare, &random].map(|masker| masked(masker, 42, sample));
+        assert_eq!(
+            all,
+            [&FROZEN[..], &FROZEN_ONE, &FROZEN_RANDOM],
+            "masks changed: make a new version"
+        );
+    }
+
+    const FROZEN: [(usize, i64); 14] = [
+        (7, 4),
+        (10, 204),
+        (17, 4),
+        (24, 4),
+        (29, 296),
+        (31, 426),
+        (35, 4),
+        (45, 4),
+        (65, 4),
+        (70, 4),
+        (76, 317),
+        (81, 29),
+        (89, 139),
+        (93, 4),
+    ];
+    const FROZEN_ONE: [(usize, i64); 1] = [(2, 4)];
+    const FROZEN_RANDOM: [(usize, i64); 14] = [
+        (7, 429),
+        (10, 204),
+        (17, 144),
+        (24, 112),
+        (29, 296),
+        (31, 426),
+        (35, 54),
+        (45, 449),
+        (65, 125),
+        (70, 330),
+        (76, 473),
+        (81, 29),
+        (89, 139),
+        (93, 26),
+    ];
+}

@@ -1,40 +1,49 @@
 //! Mixing parts by weight: from which part the sample at a place comes, as a function of the place.
 //!
-//! Weights become shares of a period of slots. Slots are given away by earliest deadline: a part's n-th slot must lie
+//! Weights with a small common period become shares of its slots, given away by earliest deadline: a part's n-th slot must lie
 //! between n · period / share and (n + 1) · period / share. So in every prefix of the order a part has its share of samples,
 //! to less than one sample. Source: Baruah, Cohen, Plaxton, Varvel, "Proportionate progress: a notion of fairness in
-//! resource allocation" (1996), for one resource.
+//! resource allocation" (1996), for one resource. All other weights are split by [`Shares`], without a period.
+//! Frozen as [`VERSION`].
 
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 use crate::random::Stream;
 use crate::samples::Part;
+use crate::shares::Shares;
 
-/// Weights that are fractions with a denominator up to this are kept as they are.
-const EXACT_MAX: u32 = 4096;
-/// The period for other weights: they are rounded to 1/65 536.
-const PERIOD: u32 = 65_536;
+/// Version of the order of a mixture. It is part of a mixture's fingerprint.
+pub(crate) const VERSION: u32 = 2;
+
+/// The longest period that is written down.
+const PERIOD_MAX: u32 = 65_536;
 
 const PURPOSE: u64 = 0x7061_7274_0000_0001; // "part", version 1
 
-/// Which part has which slot.
+/// Which part has which place.
 #[derive(Debug)]
 pub(crate) struct Mixing {
     parts: Vec<MixedPart>,
-    slots: Vec<Slot>,
+    draws: Draws,
+}
+
+#[derive(Debug)]
+enum Draws {
+    Period(Vec<Slot>),
+    Endless(Shares),
 }
 
 #[derive(Debug)]
 pub(crate) struct MixedPart {
     first: u64,
     samples: u64,
-    /// Slots of a period.
-    share: u32,
 }
 
 #[derive(Debug)]
 struct Slot {
     part: u32,
+    /// Slots of the part in a period.
+    share: u32,
     /// How many slots of the period the part has before this one.
     rank: u32,
 }
@@ -53,14 +62,22 @@ pub(crate) struct Drawn {
 
 impl Mixing {
     pub(crate) fn new(parts: &[Part]) -> Result<Self> {
-        let shares = shares(parts)?;
+        check(parts)?;
+        let weights: Vec<f64> = parts.iter().map(|part| part.weight).collect();
+        let draws = match period(&weights) {
+            Some(shares) => Draws::Period(slots(&shares)),
+            None => Draws::Endless(Shares::new(&weights).map_err(|part| {
+                let reason = "it is below 2^-62 of the sum of all weights: leave the part out";
+                Error::option("weight", parts[part].weight, reason)
+            })?),
+        };
         let mut mixed = Vec::with_capacity(parts.len());
         let mut first = 0;
-        for (part, share) in parts.iter().zip(&shares) {
-            mixed.push(MixedPart { first, samples: part.samples, share: *share });
+        for part in parts {
+            mixed.push(MixedPart { first, samples: part.samples });
             first += part.samples;
         }
-        Ok(Mixing { parts: mixed, slots: slots(&shares) })
+        Ok(Mixing { parts: mixed, draws })
     }
 
     pub(crate) fn parts(&self) -> &[MixedPart] {
@@ -69,13 +86,20 @@ impl Mixing {
 
     /// What is drawn at place `place` of the endless order.
     pub(crate) fn at(&self, place: u128) -> Drawn {
-        let period = self.slots.len() as u128;
         let narrow = |value: u128| u64::try_from(value).unwrap_or(u64::MAX);
-        let (periods, slot) =
-            (narrow(place / period), &self.slots[to_usize(narrow(place % period))]);
-        let number = slot.part as usize;
+        let (number, drawn) = match &self.draws {
+            Draws::Period(slots) => {
+                let period = slots.len() as u128;
+                let slot = &slots[to_usize(narrow(place % period))];
+                let of_periods = u128::from(narrow(place / period)) * u128::from(slot.share);
+                (slot.part as usize, of_periods + u128::from(slot.rank))
+            }
+            Draws::Endless(shares) => {
+                let (part, before) = shares.at(narrow(place));
+                (part, u128::from(before))
+            }
+        };
         let part = &self.parts[number];
-        let drawn = u128::from(periods) * u128::from(part.share) + u128::from(slot.rank);
         let samples = u128::from(part.samples);
         Drawn {
             part: number,
@@ -92,13 +116,7 @@ impl Mixing {
     }
 }
 
-/// Weights as slots of a common period.
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "shares lie between 0 and 65 536"
-)]
-fn shares(parts: &[Part]) -> Result<Vec<u32>> {
+fn check(parts: &[Part]) -> Result<()> {
     if parts.len() > 1024 {
         return Err(Error::option("parts", parts.len(), "a mixture has at most 1024 parts"));
     }
@@ -111,23 +129,31 @@ fn shares(parts: &[Part]) -> Result<Vec<u32>> {
         }
     }
     let sum: f64 = parts.iter().map(|part| part.weight).sum();
-    let ideal = |period: u32| parts.iter().map(move |part| part.weight / sum * f64::from(period));
+    if !sum.is_finite() {
+        return Err(Error::option(
+            "weight",
+            sum,
+            "the sum of all weights is no number: divide them",
+        ));
+    }
+    Ok(())
+}
+
+/// Weights as slots of the smallest common period, if there is a small one. As 0.7 and 0.1 are no binary fractions, a share may be
+/// off by a billionth of a slot.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "shares lie between 0 and 65 536"
+)]
+fn period(weights: &[f64]) -> Option<Vec<u32>> {
+    let sum: f64 = weights.iter().sum();
+    let ideal = |period: u32| weights.iter().map(move |weight| weight / sum * f64::from(period));
     let is_exact = |period: &u32| {
-        ideal(*period).all(|share| share > 0.5 && (share - share.round()).abs() < 1e-6)
+        ideal(*period).all(|share| share > 0.5 && (share - share.round()).abs() < 1e-9)
     };
-    if let Some(period) = (1..=EXACT_MAX).find(is_exact) {
-        return Ok(ideal(period).map(|share| share.round() as u32).collect());
-    }
-    // Largest remainders; every part has at least one slot.
-    let ideal: Vec<f64> = ideal(PERIOD).collect();
-    let mut shares: Vec<u32> = ideal.iter().map(|share| (share.floor() as u32).max(1)).collect();
-    let mut by_remainder: Vec<usize> = (0..shares.len()).collect();
-    by_remainder.sort_by(|&a, &b| ideal[b].fract().total_cmp(&ideal[a].fract()).then(a.cmp(&b)));
-    let given: u32 = shares.iter().sum();
-    for &part in by_remainder.iter().take(PERIOD.saturating_sub(given) as usize) {
-        shares[part] += 1;
-    }
-    Ok(shares)
+    let period = (1..=PERIOD_MAX).find(is_exact)?;
+    Some(ideal(period).map(|share| share.round() as u32).collect())
 }
 
 /// Gives the slots of a period away.
@@ -145,7 +171,8 @@ fn slots(shares: &[u32]) -> Vec<Slot> {
         let chosen = shares.iter().zip(&next).enumerate().filter_map(due).min();
         // Shares sum up to the period, so somebody is always due.
         let part = chosen.map_or(0, |(_, part)| part);
-        slots.push(Slot { part: u32::try_from(part).unwrap_or(0), rank: next[part] });
+        let (number, share) = (u32::try_from(part).unwrap_or(0), shares[part]);
+        slots.push(Slot { part: number, share, rank: next[part] });
         next[part] += 1;
     }
     slots
@@ -162,29 +189,69 @@ mod tests {
 
     #[test]
     fn at_every_place_each_part_has_its_share_to_less_than_one() {
-        let cases: [&[f64]; 7] = [
-            &[1.0, 1.0],
-            &[0.7, 0.2, 0.1],
-            &[3.0, 1.0, 1.0, 2.0],
-            &[1.0, 1000.0],
-            &[std::f64::consts::PI, std::f64::consts::E, 1.0],
-            &[1e-9, 1.0],
-            &[5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0],
+        let cases: [(&[f64], Option<usize>); 8] = [
+            (&[1.0, 1.0], Some(2)),
+            (&[0.7, 0.2, 0.1], Some(10)),
+            (&[3.0, 1.0, 1.0, 2.0], Some(7)),
+            (&[1.0, 1000.0], Some(1001)),
+            (&[0.35, 0.25, 0.2, 0.1, 0.06, 0.04], Some(100)),
+            (&[5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0], Some(7)),
+            (&[std::f64::consts::PI, std::f64::consts::E, 1.0], None),
+            (&[1e-9, 1.0], None),
         ];
-        for weights in cases {
+        for (weights, period) in cases {
             let mixing = mixing(weights);
-            let period = mixing.slots.len() as u64;
-            let mut drawn = vec![0_u64; weights.len()];
-            for place in 0..(2 * period).min(140_000) {
-                drawn[mixing.at(place.into()).part] += 1;
-                for (part, &count) in mixing.parts.iter().zip(&drawn) {
-                    let ideal = (place + 1) * u64::from(part.share);
-                    assert!((count * period).abs_diff(ideal) < period, "{weights:?} at {place}");
+            let sum: f64 = weights.iter().sum();
+            let slots = match &mixing.draws {
+                Draws::Period(slots) => Some(slots.len()),
+                Draws::Endless(_) => None,
+            };
+            assert_eq!(slots, period, "{weights:?}");
+            let mut drawn = vec![0.0; weights.len()];
+            for place in 0..140_000_u32 {
+                drawn[mixing.at(place.into()).part] += 1.0;
+                for (count, weight) in drawn.iter().zip(weights) {
+                    // The weights that were given, not what has become of them.
+                    let ideal = f64::from(place + 1) * weight / sum;
+                    let off: f64 = count - ideal;
+                    assert!(off.abs() < 1.0 - 1e-9, "{weights:?} at {place}: {off}");
                 }
             }
         }
-        assert_eq!(mixing(&[0.7, 0.2, 0.1]).slots.len(), 10, "fractions are kept as they are");
     }
+
+    #[test]
+    fn the_order_is_frozen() {
+        let frozen = |weights: &[f64], start: u128| -> Vec<usize> {
+            let mixing = mixing(weights);
+            (start..start + 16).map(|place| mixing.at(place).part).collect()
+        };
+        let irrational = [std::f64::consts::PI, std::f64::consts::E, 1.0, 0.1, 0.7];
+        let all = [
+            frozen(&[0.7, 0.2, 0.1], 0),
+            frozen(&[3.0, 1.0, 1.0, 2.0], 5),
+            frozen(&irrational, 0),
+            frozen(&irrational, 1 << 40),
+        ];
+        let mixing = mixing(&irrational);
+        let drawn = (1_000_000..1_000_004).map(|place| mixing.at(place));
+        let drawn: Vec<(u64, u64)> = drawn.map(|drawn| (drawn.round, drawn.place)).collect();
+        let seeds = [Mixing::seed_of(7, 0), Mixing::seed_of(7, 1)];
+        assert_eq!(
+            (all, drawn, seeds),
+            (FROZEN.map(Vec::from), FROZEN_DRAWN.to_vec(), FROZEN_SEEDS),
+            "version {VERSION} of the order changed: make a new version"
+        );
+    }
+
+    const FROZEN: [[usize; 16]; 4] = [
+        [0, 0, 0, 1, 0, 0, 1, 0, 0, 2, 0, 0, 0, 1, 0, 0],
+        [2, 3, 0, 3, 0, 1, 0, 2, 3, 0, 3, 0, 1, 0, 2, 3],
+        [1, 0, 2, 0, 1, 4, 0, 1, 0, 1, 0, 2, 1, 0, 4, 0],
+        [2, 0, 1, 0, 4, 1, 0, 1, 0, 2, 1, 0, 4, 0, 1, 0],
+    ];
+    const FROZEN_DRAWN: [(u64, u64); 4] = [(41013, 6), (35487, 3), (41013, 7), (9138, 5)];
+    const FROZEN_SEEDS: [u64; 2] = [3_267_845_355_159_802_488, 14_080_132_603_893_527_558];
 
     #[test]
     fn a_part_is_drawn_in_rounds_of_all_its_samples() {
@@ -209,5 +276,13 @@ mod tests {
             let parts = [Part { samples: 3, weight }, Part { samples: 3, weight: 1.0 }];
             assert!(Mixing::new(&parts).is_err(), "{weight}");
         }
+        let says = |weights: &[f64], expected: &str| {
+            let parts: Vec<Part> =
+                weights.iter().map(|&weight| Part { samples: 3, weight }).collect();
+            let error = Mixing::new(&parts).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        };
+        says(&[1e-30, 1.0], "2^-62 of the sum");
+        says(&[f64::MAX; 3], "divide them");
     }
 }

@@ -6,9 +6,11 @@ use std::sync::Arc;
 use crate::batch::{Column, Rows};
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
+use crate::mixing;
 use crate::samples::{Part, Samples, Scratch};
 
-/// A mixture: at every place of the order each part has its share of the samples, to less than one sample. Samples of a part
+/// A mixture: at every place of the order each part has its share of the samples, by the weights as they were given: to less than one
+/// sample, or less than two where more than four weights have no common period up to 65 536. Samples of a part
 /// come in the loader's order; when all have come, the next round begins in another order.
 ///
 /// All parts have the same columns. A loader needs [`Tail::Wrap`](crate::Tail::Wrap). An epoch is as many samples as all parts
@@ -38,7 +40,7 @@ impl Mixture {
             return Err(Error::option("parts", 0, "a mixture has at least one part"));
         };
         let columns = first.columns().to_vec();
-        let mut sum = Fingerprinter::new("mixture 1");
+        let mut sum = Fingerprinter::new("mixture").number(u64::from(mixing::VERSION));
         let (mut starts, mut end) = (vec![0], 0_u64);
         for (number, (part, weight)) in parts.iter().enumerate() {
             if part.columns() != columns {

@@ -87,6 +87,8 @@ pub enum Tail {
     Drop,
     /// They share a global batch with the first samples of the next epoch: every sample is seen exactly once an epoch.
     Wrap,
+    /// There may be none: an epoch that does not divide into global batches is an error that says the numbers.
+    Refuse,
     /// The epoch's last global batch is filled up with samples that do not count: every rank has as many rows as ever, and
     /// [`Batch::valid`](crate::Batch::valid) says which count.
     Pad,
@@ -175,6 +177,16 @@ impl Sampler {
         if sample_count == 0 || (tail == Tail::Drop && sample_count < global_batch) {
             return Err(Error::TooFewSamples { samples: sample_count, global_batch });
         }
+        let over = sample_count % global_batch;
+        if tail == Tail::Refuse && over > 0 {
+            let reason = format!(
+                "{sample_count} samples are {} global batches of {global_batch} and {over} samples more: take {} samples, a global \
+                 batch that divides them, or another tail (drop, wrap, pad, exact)",
+                sample_count / global_batch,
+                sample_count - over,
+            );
+            return Err(Error::option("tail", "refuse", reason));
+        }
         if sample_count > 1 << 62 {
             return Err(Error::option("samples", sample_count, "there may be 2^62 at most"));
         }
@@ -215,7 +227,7 @@ impl Sampler {
     /// in it at least.
     pub fn batches_per_epoch(&self) -> u64 {
         match self.tail {
-            Tail::Drop | Tail::Wrap => self.sample_count / self.global_batch,
+            Tail::Drop | Tail::Wrap | Tail::Refuse => self.sample_count / self.global_batch,
             Tail::Pad | Tail::Exact => self.sample_count.div_ceil(self.global_batch),
         }
     }
@@ -226,7 +238,7 @@ impl Sampler {
         let left = self.sample_count.saturating_sub(next);
         let over = match self.tail {
             Tail::Drop => left < self.global_batch,
-            Tail::Wrap | Tail::Pad | Tail::Exact => left == 0,
+            Tail::Wrap | Tail::Refuse | Tail::Pad | Tail::Exact => left == 0,
         };
         if over {
             // A position can come from a damaged file: no arithmetic on it may panic.
@@ -242,7 +254,7 @@ impl Sampler {
         let left = self.sample_count.saturating_sub(start.next_global_sample);
         let there = to_usize(self.global_batch.min(left));
         match self.tail {
-            Tail::Drop | Tail::Wrap => BatchSize { rows: whole, valid: whole },
+            Tail::Drop | Tail::Wrap | Tail::Refuse => BatchSize { rows: whole, valid: whole },
             Tail::Pad => BatchSize { rows: whole, valid: there },
             Tail::Exact => BatchSize { rows: there, valid: there },
         }
@@ -261,7 +273,7 @@ impl Sampler {
     pub fn after_batches(&self, batches: u64) -> Position {
         let narrow = |value: u128| u64::try_from(value).unwrap_or(u64::MAX);
         match self.tail {
-            Tail::Drop | Tail::Pad | Tail::Exact => {
+            Tail::Drop | Tail::Refuse | Tail::Pad | Tail::Exact => {
                 let per_epoch = self.batches_per_epoch();
                 Position {
                     epoch: batches / per_epoch,
@@ -313,7 +325,7 @@ impl Cursor {
         let place = start.next_global_sample.saturating_add(to_u64(index));
         let epoch = match self.sampler.tail {
             Tail::Pad | Tail::Exact => start.epoch,
-            Tail::Drop | Tail::Wrap => start.epoch.wrapping_add(place / count),
+            Tail::Drop | Tail::Wrap | Tail::Refuse => start.epoch.wrapping_add(place / count),
         };
         self.at(epoch, place % count)
     }

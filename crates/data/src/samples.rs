@@ -1,6 +1,7 @@
 //! What a loader reads from: anything that can fill the rows of a batch.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::batch::{Column, Rows};
 use crate::error::Result;
@@ -98,15 +99,49 @@ where
     F: Fn(Sample, u64, &mut Rows<'_>) -> Result<()> + Send + Sync + 'static,
 {
     let fingerprint = crate::fingerprint::Fingerprinter::new("from-fn 1").bytes(version.as_bytes());
-    FromFn { sample_count, columns, fingerprint: fingerprint.number(sample_count).finish(), fill }
+    let fingerprint = fingerprint.number(sample_count).finish();
+    FromFn { sample_count, columns, fingerprint, len: None, fill }
 }
+
+/// How long a sample is, by its number.
+type Len = Box<dyn Fn(u64) -> Result<usize> + Send + Sync>;
 
 /// See [`from_fn`].
 pub struct FromFn<F> {
     sample_count: u64,
     columns: Vec<Column>,
     fingerprint: Fingerprint,
+    len: Option<Len>,
     fill: F,
+}
+
+impl<F> FromFn<F> {
+    /// Says how long a sample is in padded columns ([`Column::padded`]): rows are as long as the longest sample of their batch, and
+    /// samples of similar length can come together. Without it every sample is as long as can be.
+    ///
+    /// ```
+    /// use phalanx_data::{from_fn, Column, DType, Loader, LoaderOptions};
+    ///
+    /// // Sample n: n times the number n, padded with -1.
+    /// let columns = vec![Column::padded("n", DType::I64, [100])];
+    /// let samples = from_fn(100, columns, "v1", |sample, _seed, row| {
+    ///     let values = row.column::<i64>(0)?;
+    ///     values.fill(-1);
+    ///     values[..sample.id as usize].fill(sample.id as i64);
+    ///     Ok(())
+    /// })
+    /// .with_len(|id| Ok(id as usize));
+    /// let options = LoaderOptions { bucketing: 12, global_batch: 8, ..Default::default() };
+    /// let mut loader = Loader::new(std::sync::Arc::new(samples), options)?;
+    /// let step = loader.next_step()?;
+    /// let longest = step.micro_batches[0].samples().iter().map(|sample| sample.id).max();
+    /// assert_eq!(Some(step.micro_batches[0].sequence_len() as u64), longest);
+    /// # Ok::<(), phalanx_data::Error>(())
+    /// ```
+    #[must_use]
+    pub fn with_len(self, len: impl Fn(u64) -> Result<usize> + Send + Sync + 'static) -> Self {
+        FromFn { len: Some(Box::new(len)), ..self }
+    }
 }
 
 impl<F> std::fmt::Debug for FromFn<F> {
@@ -135,10 +170,103 @@ where
         self.fingerprint
     }
 
+    fn sample_len(&self, id: u64, _scratch: &mut Scratch) -> Result<usize> {
+        let longest = self.columns.iter().map(Column::longest_max).max().unwrap_or(0);
+        self.len.as_ref().map_or(Ok(longest), |len| len(id))
+    }
+
     fn fill(&self, seed: u64, rows: &mut Rows<'_>, _scratch: &mut Scratch) -> Result<()> {
         for at in 0..rows.len() {
             let (sample, _) = rows.sample(at);
             (self.fill)(sample, seed, &mut rows.part(at..at + 1))?;
+        }
+        Ok(())
+    }
+}
+
+/// Samples whose rows a closure changes once they are filled: noise, crops, labels of another kind. What is random in it must be a
+/// function of seed and sample, as ever.
+///
+/// `version` names what the closure does: it is part of the fingerprint, and states of another version do not fit.
+///
+/// ```
+/// use std::sync::Arc;
+/// use phalanx_data::{from_fn, map, Column, DType, Loader};
+///
+/// let columns = vec![Column::new("x", DType::F32, [])];
+/// let whole = from_fn(1000, columns, "v1", |sample, _seed, row| {
+///     row.column::<f32>(0)?.fill(sample.id as f32);
+///     Ok(())
+/// });
+/// let halves = map(Arc::new(whole), "halves", |_sample, _seed, row| {
+///     row.column::<f32>(0)?.iter_mut().for_each(|x| *x /= 2.0);
+///     Ok(())
+/// });
+/// let step = Loader::new(Arc::new(halves), Default::default())?.next_step()?;
+/// let batch = &step.micro_batches[0];
+/// let ids = batch.samples().iter().map(|sample| sample.id as f32);
+/// assert!(batch.get::<f32>("x")?.iter().zip(ids).all(|(x, id)| *x == id / 2.0));
+/// # Ok::<(), phalanx_data::Error>(())
+/// ```
+pub fn map<F>(samples: Arc<dyn Samples>, version: &str, change: F) -> Map<F>
+where
+    F: Fn(Sample, u64, &mut Rows<'_>) -> Result<()> + Send + Sync + 'static,
+{
+    let sum = crate::fingerprint::Fingerprinter::new("map 1").bytes(version.as_bytes());
+    let fingerprint = sum.number(samples.fingerprint().0).finish();
+    Map { samples, fingerprint, change }
+}
+
+/// See [`map`].
+pub struct Map<F> {
+    samples: Arc<dyn Samples>,
+    fingerprint: Fingerprint,
+    change: F,
+}
+
+impl<F> std::fmt::Debug for Map<F> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Map").field("fingerprint", &self.fingerprint).finish_non_exhaustive()
+    }
+}
+
+impl<F> Samples for Map<F>
+where
+    F: Fn(Sample, u64, &mut Rows<'_>) -> Result<()> + Send + Sync + 'static,
+{
+    fn sample_count(&self) -> u64 {
+        self.samples.sample_count()
+    }
+
+    fn columns(&self) -> &[Column] {
+        self.samples.columns()
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
+    }
+
+    fn sample_len(&self, id: u64, scratch: &mut Scratch) -> Result<usize> {
+        self.samples.sample_len(id, scratch)
+    }
+
+    fn parts(&self) -> Vec<Part> {
+        self.samples.parts()
+    }
+
+    fn damaged(&self) -> Result<Vec<Range<u64>>> {
+        self.samples.damaged()
+    }
+
+    fn will_need(&self, samples: Range<u64>) {
+        self.samples.will_need(samples);
+    }
+
+    fn fill(&self, seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {
+        self.samples.fill(seed, rows, scratch)?;
+        for at in 0..rows.len() {
+            let (sample, _) = rows.sample(at);
+            (self.change)(sample, seed, &mut rows.part(at..at + 1))?;
         }
         Ok(())
     }

@@ -1,5 +1,9 @@
 //! A loader in its stride: no allocation, no growth.
 #![expect(unsafe_code, reason = "an allocator that counts")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "a failed unwrap is a failed test, in a function that tests call too"
+)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::num::NonZeroUsize;
@@ -7,11 +11,14 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
+use phalanx_data::progress::Silent;
 use phalanx_data::records::{ColumnValue, Field, RecordSamples, RecordWriter, Records};
 use phalanx_data::{
-    Access, CausalText, DType, Documents, Loader, LoaderOptions, MaskedText, Masking, MicroBatch,
-    Objective, PaddedText, RawText, Samples, SpecialTokens, TokenStream, TokenWriter, Tokens,
+    map, record_damage, verify, Access, CausalText, DType, Documents, FixedBatches, Loader,
+    LoaderOptions, MaskedText, Masking, MicroBatch, Mixture, Objective, OnDamage, Order,
+    PaddedText, RawText, Samples, SpecialTokens, Tail, TokenStream, TokenWriter, Tokens,
 };
+use safetensors::tensor::{Dtype, TensorView};
 
 /// Counts what all threads allocate.
 struct Counting;
@@ -74,24 +81,72 @@ fn write_records(target: &Path) -> phalanx_data::Result<()> {
     Ok(())
 }
 
-/// Every kind of sample, of one folder of tokens and one of records.
-fn kinds(
-    tokens: &Path,
-    records: &Path,
-    access: Access,
-) -> phalanx_data::Result<Vec<(&'static str, Arc<dyn Samples>)>> {
-    let stream: Arc<dyn Tokens> = Arc::new(TokenStream::open(tokens, access)?);
-    let masked = MaskedText::new(Arc::clone(&stream), 64, Masking::default())?;
+fn write_batches(target: &Path) {
+    let (rows, len) = (500, 64);
+    let ids: Vec<u8> = (0..rows * len).flat_map(|at: i64| (at % 100).to_le_bytes()).collect();
+    let view = || TensorView::new(Dtype::I64, vec![500, 64], &ids).unwrap();
+    let tensors = [("input_ids", view()), ("labels", view())];
+    std::fs::write(target, safetensors::serialize(tensors, None).unwrap()).unwrap();
+}
+
+/// Damages a shard and lists it.
+fn damage(folder: &Path) {
+    let path = folder.join("tokens-00001.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let found = verify(folder, None, &Silent).unwrap();
+    assert_eq!(found.blocks.len(), 1);
+    record_damage(folder, &found).unwrap();
+}
+
+/// What a loader reads, and how.
+struct Kind {
+    name: &'static str,
+    samples: Arc<dyn Samples>,
+    options: LoaderOptions,
+}
+
+/// Every kind of sample, order and tail.
+fn kinds(folder: &Path, access: Access) -> phalanx_data::Result<Vec<Kind>> {
+    let stream: Arc<dyn Tokens> = Arc::new(TokenStream::open(&folder.join("tokens"), access)?);
+    let masked: Arc<dyn Samples> =
+        Arc::new(MaskedText::new(Arc::clone(&stream), 64, Masking::default())?);
+    let damaged = TokenStream::open(&folder.join("damaged"), access)?;
+    let damaged = MaskedText::new(Arc::new(damaged), 64, Masking::default())?;
     let causal = CausalText::new(Arc::clone(&stream), 64, Documents::Apart)?;
     let raw = RawText::new(Arc::clone(&stream), 64)?;
-    let padded = PaddedText::new(stream, 128, Objective::Causal)?;
-    let records = RecordSamples::new(Records::open(records, access)?)?;
+    let padded: Arc<dyn Samples> = Arc::new(PaddedText::new(stream, 128, Objective::Causal)?);
+    let records = RecordSamples::new(Records::open(&folder.join("records"), access)?)?;
+    let fixed = FixedBatches::open(&folder.join("batches.safetensors"))?;
+    let parts = [0.7, 0.2, 0.1].map(|weight| (Arc::clone(&masked), weight));
+    let endless = [1.0, std::f64::consts::PI].map(|weight| (Arc::clone(&masked), weight));
+    let mapped = map(Arc::clone(&masked), "v1", |_, _, row| {
+        row.column::<i64>(0)?.reverse();
+        Ok(())
+    });
+    let plain = LoaderOptions::default;
+    let wraps = || LoaderOptions { tail: Tail::Wrap, ..plain() };
+    let blocks = Order::Blocks { block: 64, window: 10 };
+    let kind = |name, samples, options| Kind { name, samples, options };
     Ok(vec![
-        ("masked", Arc::new(masked)),
-        ("raw", Arc::new(raw)),
-        ("causal", Arc::new(causal)),
-        ("padded", Arc::new(padded)),
-        ("records", Arc::new(records)),
+        kind("masked", Arc::clone(&masked), plain()),
+        kind("raw", Arc::new(raw), plain()),
+        kind("causal", Arc::new(causal), plain()),
+        kind("padded", Arc::clone(&padded), plain()),
+        kind("records", Arc::new(records), plain()),
+        kind("fixed", Arc::new(fixed), LoaderOptions { tail: Tail::Pad, ..plain() }),
+        kind("mapped", Arc::new(mapped), plain()),
+        kind("blocks", masked, LoaderOptions { order: blocks, tail: Tail::Exact, ..plain() }),
+        kind("buckets", padded, LoaderOptions { bucketing: 8, tail: Tail::Pad, ..plain() }),
+        kind("mixture", Arc::new(Mixture::new(parts.into())?), wraps()),
+        kind("endless mixture", Arc::new(Mixture::new(endless.into())?), wraps()),
+        kind(
+            "damaged",
+            Arc::new(damaged),
+            LoaderOptions { on_damage: OnDamage::Skip, tail: Tail::Exact, ..plain() },
+        ),
     ])
 }
 
@@ -99,51 +154,56 @@ fn kinds(
 #[test]
 fn nothing_is_allocated_and_nothing_grows() {
     let folder = tempfile::tempdir().unwrap();
-    let target = folder.path().join("tokens");
-    write(&target).unwrap();
-    let records = folder.path().join("records");
-    write_records(&records).unwrap();
+    for name in ["tokens", "damaged"] {
+        write(&folder.path().join(name)).unwrap();
+    }
+    damage(&folder.path().join("damaged"));
+    write_records(&folder.path().join("records")).unwrap();
+    write_batches(&folder.path().join("batches.safetensors"));
     for access in [Access::Read, Access::Map] {
-        let all = kinds(&target, &records, access).unwrap();
+        let all = kinds(folder.path(), access).unwrap();
         let set_ups = [(0, 1), (1, 1), (3, 2), (2, 8)];
         let cases = all.iter().flat_map(|kind| set_ups.map(|set_up| (kind, set_up)));
-        for ((name, samples), (threads, parts)) in cases {
-            let micro_batch = MicroBatch::Count(NonZeroUsize::new(parts).unwrap());
-            let options =
-                LoaderOptions { global_batch: 32, threads, micro_batch, ..Default::default() };
-            let mut loader = Loader::new(Arc::clone(samples), options).unwrap();
-            let steps = loader.steps_per_epoch();
-            // As many batches as there can be at once: the queue is full, every thread has one, and a step is held.
-            let held = [loader.next_step().unwrap(), loader.next_step().unwrap()];
-            std::thread::park_timeout(std::time::Duration::from_millis(100));
-            drop(held);
-            let mut sum = 0_u64;
-            let mut epoch = || {
-                for _ in 0..steps {
-                    let step = loader.next_step().unwrap();
-                    let bytes = step.micro_batches[0].column_bytes(0);
-                    sum += bytes.iter().map(|&byte| u64::from(byte)).sum::<u64>();
-                }
-            };
-            epoch();
-            epoch();
-            let (allocations, resident) = (ALLOCATIONS.load(Ordering::Relaxed), resident_bytes());
-            for _ in 0..10 {
-                epoch();
-            }
-            let allocated = ALLOCATIONS.load(Ordering::Relaxed) - allocations;
-            // The test's own reading of the resident size allocates some times.
-            assert!(
-                allocated < 10,
-                "{name}: {allocated} allocations in {} batches, {threads} threads",
-                10 * steps
-            );
-            let grown = resident_bytes().saturating_sub(resident);
-            assert!(
-                grown <= 1 << 20,
-                "{name}: {grown} bytes more after 10 epochs, {threads} threads"
-            );
-            assert_ne!(sum, 0, "{name}: the batches hold something");
+        for (kind, (threads, parts)) in cases {
+            steady(kind, threads, parts);
         }
     }
+}
+
+fn steady(kind: &Kind, threads: usize, parts: usize) {
+    let Kind { name, samples, options } = kind;
+    let micro_batch = MicroBatch::Count(NonZeroUsize::new(parts).unwrap());
+    let options = LoaderOptions { global_batch: 32, threads, micro_batch, ..options.clone() };
+    let mut loader = Loader::new(Arc::clone(samples), options).unwrap();
+    let steps = loader.steps_per_epoch();
+    // As many batches as there can be at once: the queue is full, every thread has one, and a step is held.
+    let held = [loader.next_step().unwrap(), loader.next_step().unwrap()];
+    std::thread::park_timeout(std::time::Duration::from_millis(100));
+    drop(held);
+    let (mut sum, mut left_out) = (0_u64, 0);
+    let mut epoch = || {
+        for _ in 0..steps {
+            let step = loader.next_step().unwrap();
+            let bytes = step.micro_batches[0].column_bytes(0);
+            sum += bytes.iter().map(|&byte| u64::from(byte)).sum::<u64>();
+            left_out += step.left_out;
+        }
+    };
+    epoch();
+    epoch();
+    let (allocations, resident) = (ALLOCATIONS.load(Ordering::Relaxed), resident_bytes());
+    for _ in 0..10 {
+        epoch();
+    }
+    let allocated = ALLOCATIONS.load(Ordering::Relaxed) - allocations;
+    // The test's own reading of the resident size allocates some times.
+    assert!(
+        allocated < 10,
+        "{name}: {allocated} allocations in {} batches, {threads} threads, {parts} micro-batches",
+        10 * steps
+    );
+    let grown = resident_bytes().saturating_sub(resident);
+    assert!(grown <= 1 << 20, "{name}: {grown} bytes more after 10 epochs, {threads} threads");
+    assert_ne!(sum, 0, "{name}: the batches hold something");
+    assert_eq!(left_out > 0, *name == "damaged", "{name}: {left_out} left out");
 }

@@ -206,7 +206,7 @@ fn record_shard(bytes: &[u8]) -> Vec<Case> {
     let fields: Vec<Field> = seeds::fields();
     let file = "records-00000.safetensors".to_owned();
     let (file_bytes, record_count) = (to_u64(shard.len()), rows(header.as_ref(), &fields[0].name));
-    let entry = RecordShard { file, file_bytes, record_count, crc32c };
+    let entry = RecordShard { file, file_bytes, record_count, crc32c, longest: Vec::new() };
     let index = RecordIndex::new(fields, vec![entry.clone()]);
     let list = seeds::damage_of(index.fingerprint, &entry.file);
     let json = index.to_json();

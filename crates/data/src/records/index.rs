@@ -26,6 +26,9 @@ pub struct RecordShard {
     pub record_count: u64,
     /// CRC-32C of each 4096 bytes of the file's last tensor, which holds the CRC-32C of each block of the file before it.
     pub crc32c: Vec<u32>,
+    /// The most elements that a record has in each field. Empty in folders written before this was kept.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub longest: Vec<u64>,
 }
 
 impl RecordShard {
@@ -134,6 +137,10 @@ impl RecordIndex {
         let mut total = 0_u64;
         for shard in &self.shards {
             shard.listed().check()?;
+            if ![0, self.fields.len()].contains(&shard.longest.len()) {
+                let (found, fields) = (shard.longest.len(), self.fields.len());
+                return Err(format!("`{}` has {found} longest of {fields} fields", shard.file));
+            }
             let sum = total.checked_add(shard.record_count);
             total = sum.ok_or_else(|| "the record counts overflow".to_owned())?;
         }
@@ -156,6 +163,7 @@ impl RecordIndex {
         for shard in &self.shards {
             sum = sum.number(shard.file_bytes).number(shard.record_count);
             sum = shard.listed().add_checksums(sum);
+            sum = shard.longest.iter().fold(sum, |sum, &longest| sum.number(longest));
         }
         sum.finish()
     }

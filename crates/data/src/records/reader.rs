@@ -42,7 +42,7 @@ pub(crate) struct Shard {
 #[derive(Debug)]
 enum Place {
     Fixed { start: u64, row_bytes: u64 },
-    Variable { start: u64, offsets: Offsets, total: u64 },
+    Variable { start: u64, offsets: Offsets, total: u64, longest: Option<u64> },
 }
 
 impl Records {
@@ -170,13 +170,20 @@ impl Records {
         Ok(ranges)
     }
 
-    /// The most elements that a record has in variable field number `field`. Reads all bounds, but those that are known to be
-    /// damaged.
+    /// The most elements that a record has in variable field number `field`: as the index says. Where it does not, all bounds are read,
+    /// but those that are known to be damaged.
     pub(crate) fn longest(&self, field: usize) -> Result<usize> {
         let mut longest = 0;
         for (at, (shard, known)) in self.shards.iter().zip(&self.known).enumerate() {
             let Some(shard) = shard else { continue };
-            let Place::Variable { offsets, total, .. } = shard.columns[field] else { continue };
+            let Place::Variable { offsets, total, longest: listed, .. } = shard.columns[field]
+            else {
+                continue;
+            };
+            if let Some(listed) = listed {
+                longest = longest.max(to_usize(listed));
+                continue;
+            }
             let bad = bytes_of(&shard.checked, &known.blocks);
             let reading = format_args!("the bounds of `{}`", self.index.fields[field].name);
             offsets.scan(&shard.checked, &bad, &reading, |row, bounds| {
@@ -235,7 +242,8 @@ impl Shard {
         };
         let columns = fields
             .iter()
-            .map(|field| {
+            .enumerate()
+            .map(|(number, field)| {
                 let (name, dtype) = (&field.name, field.dtype.name());
                 match &field.shape {
                     FieldShape::Fixed(shape) => {
@@ -249,7 +257,9 @@ impl Shard {
                         let offsets = tensor(&field.offsets_name(), "U64", &[], Some(rows))?;
                         let total = to_u64(values.shape[0]);
                         let offsets = Offsets { start: offsets.start, rows: entry.record_count };
-                        Ok(Place::Variable { start: values.start, offsets, total })
+                        // More than there is would be memory for nothing.
+                        let longest = entry.longest.get(number).map(|&longest| longest.min(total));
+                        Ok(Place::Variable { start: values.start, offsets, total, longest })
                     }
                 }
             })
@@ -267,7 +277,9 @@ impl Shard {
         record: u64,
         scratch: &mut Scratch,
     ) -> Result<Range<u64>> {
-        let Place::Variable { offsets, total, .. } = &self.columns[field] else { return Ok(0..0) };
+        let Place::Variable { offsets, total, longest, .. } = &self.columns[field] else {
+            return Ok(0..0);
+        };
         let at = offsets.start + row * to_u64(size_of::<u64>());
         let mut ends = [0; 16];
         let reading = format_args!("the bounds of record {record}");
@@ -275,6 +287,15 @@ impl Shard {
         let (pair, _) = ends.as_chunks::<8>();
         let (start, end) = (u64::from_le_bytes(pair[0]), u64::from_le_bytes(pair[1]));
         self.check_bounds(&(start..end), *total, (field, record))?;
+        if let Some(longest) = longest.filter(|&longest| end - start > longest) {
+            return Err(Error::BadValue {
+                path: self.checked.path().to_path_buf(),
+                sample: record,
+                position: field,
+                value: i64::try_from(end - start).unwrap_or(i64::MAX),
+                reason: format!("the index says {longest} elements at most; write the data again"),
+            });
+        }
         Ok(start..end)
     }
 
@@ -309,7 +330,7 @@ impl Shard {
                 Place::Fixed { start, row_bytes } => {
                     all.extend(elements_in(&bytes, (start, to_usize(row_bytes), count)));
                 }
-                Place::Variable { start, offsets, total } => {
+                Place::Variable { start, offsets, total, .. } => {
                     let elements = elements_in(&bytes, (start, field.dtype.bytes(), total));
                     let reading = format_args!("the bounds of `{}`", field.name);
                     all.extend(offsets.damaged_rows(&self.checked, &bytes, &elements, &reading)?);

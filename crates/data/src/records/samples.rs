@@ -1,7 +1,8 @@
 //! Records as samples of a loader: a column for each field.
 //!
 //! Variable fields become padded columns, filled up with zeros; the column `<name>_len` (I64) says how many elements count.
-//! Opening measures the longest record of each, so that a batch's memory is bounded.
+//! The index says how long the longest record of each is, so that a batch's memory is bounded; of folders without that opening reads
+//! all bounds.
 
 use std::ops::Range;
 
@@ -21,7 +22,7 @@ pub struct RecordSamples {
 }
 
 impl RecordSamples {
-    /// A column for each field. Reads the bounds of variable fields once.
+    /// A column for each field. Reads the bounds of variable fields once if the folder was written before its index held their longest.
     ///
     /// # Errors
     /// As [`Records::read`].

@@ -231,7 +231,9 @@ impl RecordWriter {
             out.write_all(bytes).map_err(failed)?;
         }
         let (file_bytes, crc32c) = seal(&mut out, &path)?;
-        self.done.push(RecordShard { file, file_bytes, record_count: self.records, crc32c });
+        let longest = self.columns.iter().map(Column::longest).collect();
+        let record_count = self.records;
+        self.done.push(RecordShard { file, file_bytes, record_count, crc32c, longest });
         for column in &mut self.columns {
             column.values.clear();
             column.ends.truncate(1);
@@ -265,6 +267,12 @@ impl Column {
 
     fn is_variable(&self) -> bool {
         self.field.shape == FieldShape::Variable
+    }
+
+    /// The most elements that a record of the shard has.
+    fn longest(&self) -> u64 {
+        let counts = self.ends.windows(2).map(|pair| pair[1] - pair[0]);
+        self.field.elements().map_or_else(|| counts.max().unwrap_or(0), to_u64)
     }
 
     /// The tensors of a column and their bytes, where they lie.

@@ -6,6 +6,7 @@
     reason = "a failed unwrap is a failed test, in a function that tests call too; each case has its own `error`"
 )]
 
+mod agreeing;
 mod causal;
 mod converting;
 mod damage;

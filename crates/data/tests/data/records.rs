@@ -349,3 +349,57 @@ proptest! {
         prop_assert!(result.is_err() || index || is_same);
     }
 }
+
+/// The index without what earlier writers did not keep, or with something else there.
+fn rewrite_index(folder: &Path, longest: Option<u64>) {
+    let path = folder.join("index.json");
+    let mut index: RecordIndex = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    for shard in &mut index.shards {
+        shard.longest = longest.map_or_else(Vec::new, |longest| vec![60, 1, longest, 1]);
+    }
+    let write = |index: &RecordIndex| fs::write(&path, serde_json::to_vec(index).unwrap()).unwrap();
+    write(&index);
+    let error = RecordIndex::read(folder).unwrap_err().to_string();
+    let expected = error.split("expected ").nth(1).and_then(|rest| rest.get(..16)).unwrap();
+    index.fingerprint = expected.parse().expect("the fingerprint that it should have");
+    write(&index);
+}
+
+#[test]
+fn the_longest_record_is_known_without_reading_all_bounds() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("records");
+    let index = write(&target, 20_000);
+    assert!(index.shards.len() > 2);
+    assert_eq!(index.shards[0].longest, [60, 1, 12, 1]);
+    assert!(index.shards.iter().all(|shard| shard.longest[2] <= 12), "each shard has its own");
+    let open = || RecordSamples::new(Records::open(&target, Access::Read).unwrap()).unwrap();
+    let columns = open().records().fields().len();
+    let shape = |samples: &RecordSamples| phalanx_data::Samples::columns(samples)[2].shape.clone();
+    assert_eq!((columns, shape(&open())), (4, vec![12]));
+    // Bounds that cannot be read are no trouble to who does not read them.
+    let path = target.join("records-00000.safetensors");
+    let good = fs::read(&path).unwrap();
+    let mut bad = good.clone();
+    let at = bad.len() / 2;
+    bad[at..at + 8].fill(0xFF);
+    fs::write(&path, &bad).unwrap();
+    assert_eq!(shape(&open()), [12]);
+    fs::write(&path, &good).unwrap();
+
+    // As it was before: all bounds are read.
+    rewrite_index(&target, None);
+    assert!(!fs::read_to_string(target.join("index.json")).unwrap().contains("longest"));
+    assert_eq!(shape(&open()), [12]);
+
+    // A record that is longer than the index says is an error, not a row that is cut.
+    rewrite_index(&target, Some(7));
+    let samples = open();
+    assert_eq!(shape(&samples), [7]);
+    let mut loader = Loader::new(Arc::new(samples), LoaderOptions::default()).unwrap();
+    let error = loader.steps().find_map(Result::err).expect("an error").to_string();
+    assert!(error.contains("the index says 7 elements at most"), "{error}");
+    // More than all of them together is no reason to take memory.
+    rewrite_index(&target, Some(1 << 60));
+    assert!(shape(&open())[0] < 10_000);
+}

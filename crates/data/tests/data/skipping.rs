@@ -59,9 +59,9 @@ fn epoch(
             Loader::new(Arc::clone(samples), options).expect("a loader")
         })
         .collect();
-    let mut all = Vec::new();
+    let (mut all, mut counted) = (Vec::new(), 0);
     while !ranks[0].is_at_end() {
-        let (mut valid, mut global_valid) = (0, Vec::new());
+        let (mut valid, mut global_valid, mut left_out) = (0, Vec::new(), Vec::new());
         for rank in &mut ranks {
             let step = rank.next_step().expect("a step");
             assert_eq!(
@@ -69,6 +69,7 @@ fn epoch(
                 step.micro_batches.iter().map(phalanx_data::Batch::valid_count).sum::<usize>()
             );
             valid += step.valid;
+            left_out.push(step.left_out);
             global_valid.push(step.global_valid);
             for batch in &step.micro_batches {
                 for (row, (sample, &is_valid)) in
@@ -81,6 +82,9 @@ fn epoch(
             }
         }
         assert!(global_valid.iter().all(|&one| one == valid), "{global_valid:?} of {valid}");
+        let size = 48.min(usize::try_from(samples.sample_count()).unwrap() - counted);
+        counted += size;
+        assert!(left_out.iter().all(|&one| one == size - valid), "{left_out:?}");
     }
     all
 }
