@@ -114,10 +114,13 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
     };
     let threads = set_threads(config, world);
     let progress: &dyn Progress = if root { &Terminal::stderr() } else { &Silent };
-    let source = data::open(config, progress)?;
+    let mut source = data::open(config, progress)?;
+    if let Some(disturbance) = flags.disturb_loader.filter(|one| one.rank == world.rank) {
+        source.samples = disturbance.of(source.samples);
+    }
     // Before the others are met: a place that cannot be written is then this rank's trouble alone.
     let mut journal = root
-        .then(|| Journal::open(config, &settings.name, flags.metrics.as_deref()))
+        .then(|| Journal::open(config, &settings.name, flags.metrics.as_deref(), world.world_size))
         .transpose()?;
     let mut group = join(config, cuda, root)?;
     if root {
@@ -125,6 +128,7 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
     }
     let device = group.device().map_or(Device::Cpu, Device::Cuda);
     let feed = data::feed(&source, config, batching, (world.rank, world.world_size), device)?;
+    feed.agree(&mut group)?;
     let vs = nn::VarStore::new(device);
     let network = model::build(&vs, &config.model, config.train.seed, world.rank)?;
     if let Some(path) = flags.init_weights.as_ref().filter(|_| root) {

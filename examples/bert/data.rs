@@ -108,6 +108,7 @@ pub(crate) fn feed(
         rank,
         world_size,
         threads: config.data.prefetch_threads,
+        on_damage: config.data.on_damage,
         timeout: Duration::from_secs(config.ddp.timeout_s),
         ..Default::default()
     };

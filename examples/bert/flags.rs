@@ -8,6 +8,7 @@ use phalanx_launch::{LaunchArgs, LaunchOptions};
 
 use super::batching::{Batching, Wanted};
 use super::config::{Backend, Config, ConfigError, Precision, Rule, SHIPPED};
+use super::disturbed::Disturbance;
 use super::failure;
 
 /// Pre-trains BERT on text by masked language modelling, data-parallel over any number of ranks.
@@ -79,6 +80,10 @@ pub(crate) struct Flags {
     /// apart.
     #[arg(long, hide = true)]
     pub(crate) no_exchange: bool,
+    /// Disturbs one rank's loader, to try what becomes of the others: `slow:RANK` (200 ms a batch) or
+    /// `panic:RANK`.
+    #[arg(long, hide = true, value_name = "TROUBLE:RANK")]
+    pub(crate) disturb_loader: Option<Disturbance>,
     /// How ranks are started.
     #[command(flatten)]
     pub(crate) launch: LaunchArgs,

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::Result;
+use phalanx_data::WaitShares;
 use tch::nn;
 
 use super::config::Config;
@@ -18,25 +19,39 @@ pub(crate) struct Journal {
     metrics: Option<MetricsFile>,
     progress: Progress,
     records: Vec<StepRecord>,
+    waits: WaitShares,
 }
 
 impl Journal {
     /// Opens everything that will be written: a place that cannot be written is found before the
     /// first step.
-    pub(crate) fn open(config: &Config, name: &str, metrics: Option<&Path>) -> Result<Journal> {
+    pub(crate) fn open(
+        config: &Config,
+        name: &str,
+        metrics: Option<&Path>,
+        world_size: usize,
+    ) -> Result<Journal> {
         Ok(Journal {
             output: Output::create(config.train.output.as_deref(), name)?,
             metrics: metrics.map(MetricsFile::create).transpose()?,
             progress: Progress::new(config.train.steps),
             records: Vec::new(),
+            waits: WaitShares::new(world_size),
         })
     }
 
     /// After each step.
-    pub(crate) fn step(&mut self, record: StepRecord) -> Result<()> {
+    pub(crate) fn step(&mut self, mut record: StepRecord) -> Result<()> {
         self.progress.step(&record);
+        let slow = self.waits.step(&record.data_wait_ms_by_rank, record.step_ms);
+        if !slow.is_empty() {
+            self.progress.say(&format!("note   {}", report::waiting(&slow)));
+        }
+        let written = self.metrics.as_mut().map_or(Ok(()), |file| file.write(&record));
+        // The file and the sums have it; many ranks over many steps would fill the memory.
+        record.data_wait_ms_by_rank = Vec::new();
         self.records.push(record);
-        self.metrics.as_mut().map_or(Ok(()), |file| file.write(&record))
+        written
     }
 
     /// Writes weights, plot and summary; returns the screen to be shown.
@@ -52,6 +67,6 @@ impl Journal {
             file.write(&serde_json::json!({ "summary": summary }))?;
             written.push(file.path().display().to_string());
         }
-        Ok(report::screen(&self.records, summary, &written))
+        Ok(report::screen(&self.records, summary, &self.waits.slow(), &written))
     }
 }

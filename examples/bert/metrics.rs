@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::memory::Usage;
 
 /// One optimizer step, as rank 0 saw it. Times are of rank 0, counts and loss of all ranks.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct StepRecord {
     /// From 1.
     pub(crate) step: u64,
@@ -23,10 +23,14 @@ pub(crate) struct StepRecord {
     pub(crate) grad_norm: f64,
     /// Tokens of the global batch, padding left out.
     pub(crate) tokens: u64,
+    /// Samples of the global batch that were left out because they are damaged.
+    pub(crate) left_out: usize,
     /// The whole step.
     pub(crate) step_ms: f64,
     /// Waiting for the loader.
     pub(crate) data_wait_ms: f64,
+    /// The same, of each rank.
+    pub(crate) data_wait_ms_by_rank: Vec<f64>,
     /// Forward of all micro-batches.
     pub(crate) forward_ms: f64,
     /// Backward of all micro-batches, without the next.

@@ -3,6 +3,7 @@
 pub(crate) mod batching;
 pub(crate) mod config;
 pub(crate) mod data;
+pub(crate) mod disturbed;
 pub(crate) mod failure;
 pub(crate) mod flags;
 pub(crate) mod journal;

@@ -65,6 +65,15 @@ impl Progress {
         }
     }
 
+    /// A line between the steps.
+    #[expect(clippy::print_stdout, reason = "this is the program's output")]
+    pub(crate) fn say(&self, line: &str) {
+        match self {
+            Progress::Bar(bar) => bar.println(line),
+            Progress::Lines { .. } => println!("{line}"),
+        }
+    }
+
     /// Leaves the bar as it stands.
     pub(crate) fn finish(&self) {
         if let Progress::Bar(bar) = self {

@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use phalanx_data::SlowLoader;
+
 use super::memory::gib;
 use super::metrics::{StepRecord, Summary};
 
@@ -10,7 +12,12 @@ type Part = fn(&StepRecord) -> f64;
 
 /// The screen. The first step is left out of the times when there are others: it pays for
 /// allocation and warm caches.
-pub(crate) fn screen(records: &[StepRecord], summary: &Summary, written: &[String]) -> String {
+pub(crate) fn screen(
+    records: &[StepRecord],
+    summary: &Summary,
+    slow: &[SlowLoader],
+    written: &[String],
+) -> String {
     let (Some(first), Some(last)) = (records.first(), records.last()) else {
         return "no step was run\n".into();
     };
@@ -53,6 +60,13 @@ pub(crate) fn screen(records: &[StepRecord], summary: &Summary, written: &[Strin
         let share = if step > 0.0 { time / step } else { 0.0 };
         add(format!("  {name:<22} {time:>9.2} ms {:>5.1} %  {}", share * 100.0, bar(share)));
     }
+    if !slow.is_empty() {
+        add(waiting(slow));
+    }
+    let left_out: usize = records.iter().map(|record| record.left_out).sum();
+    if left_out > 0 {
+        add(format!("{left_out} damaged samples were left out"));
+    }
     let ranks: Vec<String> =
         summary.peak_memory.iter().map(|m| gib(m.resident_peak_bytes)).collect();
     add(format!(
@@ -64,6 +78,19 @@ pub(crate) fn screen(records: &[StepRecord], summary: &Summary, written: &[Strin
         add(format!("wrote {line}"));
     }
     text
+}
+
+/// Whose loader is too slow, in a line.
+pub(crate) fn waiting(slow: &[SlowLoader]) -> String {
+    const SHOWN: usize = 4;
+    let one = |loader: &SlowLoader| format!("rank {}: {:.0} %", loader.rank, loader.share * 100.0);
+    let shown: Vec<String> = slow.iter().take(SHOWN).map(one).collect();
+    let more = match slow.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        more => format!(" (and {more} ranks more)"),
+    };
+    let advice = "its storage is slow, or data.prefetch_threads is too low";
+    format!("{} of step waiting for data{more}: {advice}", shown.join(", "))
 }
 
 /// What no other number holds: tensors of the batch, and waiting for ranks that finish later.

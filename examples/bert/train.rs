@@ -48,6 +48,9 @@ struct Sums {
     backward: Duration,
 }
 
+/// Sums over all ranks that travel before what each rank waited for data.
+const OWN_TOTALS: usize = 3;
+
 impl Trainer {
     /// Wraps the network: rank 0's weights go to all. Collective.
     pub(crate) fn new(
@@ -94,7 +97,12 @@ impl Trainer {
             self.micro_batch(&tensors, (step, index), sync, &mut sums)?;
         }
         let exposed = self.ddp.step_times()?.exposed_comm;
-        let mut totals = [sums.loss, count(sums.masked_count), count(sums.token_count)];
+        let data_wait_ms = milliseconds(batches.data_wait);
+        let mut totals = vec![0.0; OWN_TOTALS + group.world_size()];
+        let of_all = [sums.loss, count(sums.masked_count), count(sums.token_count)];
+        totals[..OWN_TOTALS].copy_from_slice(&of_all);
+        // Each rank adds to zeros at its own place.
+        totals[OWN_TOTALS + group.rank()] = data_wait_ms;
         group.tagged("loss");
         let totals_work = group.all_reduce(&mut totals[..], Sum)?;
         let optimizer_start = Instant::now();
@@ -104,7 +112,8 @@ impl Trainer {
         self.finish_device();
         let optimizer_time = optimizer_start.elapsed();
         totals_work.wait()?;
-        let [loss_sum, masked_count, token_count] = totals;
+        let data_wait_ms_by_rank = totals.split_off(OWN_TOTALS);
+        let (loss_sum, masked_count, token_count) = (totals[0], totals[1], totals[2]);
         let loss = loss_sum / masked_count;
         ensure!(
             masked_count > 0.0,
@@ -121,8 +130,10 @@ impl Trainer {
             lr,
             grad_norm,
             tokens: tokens(token_count),
+            left_out: batches.left_out,
             step_ms: milliseconds(step_time),
-            data_wait_ms: milliseconds(batches.data_wait),
+            data_wait_ms,
+            data_wait_ms_by_rank,
             forward_ms: milliseconds(sums.forward),
             backward_ms: milliseconds(sums.backward.saturating_sub(exposed)),
             exposed_comm_ms: milliseconds(exposed),

@@ -1,5 +1,6 @@
 //! Runs the trainer as its user would and holds it to a deadline: what it printed, how it ended,
 //! and that nothing of it is left.
+#![allow(dead_code, reason = "each test file uses its part")]
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -91,6 +92,16 @@ impl Trial {
                 panic!("ended before {name} had {count} lines:\n{}", self.output);
             }
         }
+    }
+
+    /// Waits until this has been printed; gives the moment.
+    pub(crate) fn wait_for_output(&mut self, text: &str) -> Instant {
+        while !self.output.contains(text) {
+            if !self.take_output(Duration::from_millis(2)) {
+                panic!("ended before it said {text:?}:\n{}", self.output);
+            }
+        }
+        Instant::now()
     }
 
     /// The process of a rank.

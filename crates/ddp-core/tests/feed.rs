@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use phalanx_comm::testing::run_ranks;
 use phalanx_data::{from_fn, Column, DType, LoaderOptions, Order, Samples, Tail};
 use phalanx_ddp_core::feed::Feed;
 use phalanx_ddp_core::Error;
@@ -117,9 +118,51 @@ fn a_feed_ends_resumes_and_weighs() {
 }
 
 #[test]
-fn columns_that_libtorch_has_not_are_refused_at_once() {
-    let columns = vec![Column::new("tokens", DType::U16, [4])];
-    let samples = Arc::new(from_fn(9, columns, "v1", |_, _, _| Ok(())));
-    let error = Feed::new(samples, options(), Device::Cpu).unwrap_err().to_string();
-    assert!(error.contains("tokens (U16)") && error.contains("wider"), "{error}");
+fn unsigned_columns_are_wide_numbers() {
+    let columns = vec![Column::new("short", DType::U16, [2]), Column::new("long", DType::U32, [])];
+    let samples = Arc::new(from_fn(50, columns, "v1", |sample, _, row| {
+        let id = u16::try_from(sample.id).expect("small");
+        row.column::<u16>(0)?.copy_from_slice(&[id, u16::MAX - id]);
+        row.column::<u32>(1)?.fill(u32::MAX - u32::from(id));
+        Ok(())
+    }));
+    let mut feed = Feed::new(samples, options(), Device::Cpu).unwrap();
+    let step = feed.next_step().unwrap();
+    let batch = &step.micro_batches[0];
+    let numbers = |name: &str| {
+        let tensor = batch.get(name).unwrap();
+        assert_eq!(tensor.kind(), Kind::Int64);
+        Vec::<i64>::try_from(tensor.flatten(0, -1)).unwrap()
+    };
+    assert_eq!(numbers("short"), [4, 65_531, 5, 65_530, 6, 65_529, 7, 65_528]);
+    assert_eq!(numbers("long"), [4, 5, 6, 7].map(|id| i64::from(u32::MAX) - id));
+    assert_eq!(batch.get("short").unwrap().size(), [4, 2]);
+}
+
+#[test]
+fn ranks_agree_on_their_data_or_all_say_the_same() {
+    for world_size in [2, 3] {
+        let verdicts = |odd: Option<LoaderOptions>| {
+            run_ranks(world_size, move |mut group| {
+                let rank = group.rank();
+                let mut options = match &odd {
+                    Some(odd) if rank + 1 == world_size => odd.clone(),
+                    _ => options(),
+                };
+                (options.rank, options.world_size) = (rank, world_size);
+                let feed = Feed::new(samples(50), options, Device::Cpu).unwrap();
+                let verdict = feed.agree(&mut group).map_err(|error| error.to_string());
+                // The group is as good as it was.
+                group.barrier().unwrap().wait().unwrap();
+                verdict
+            })
+        };
+        assert!(verdicts(None).iter().all(Result::is_ok));
+        let odd = LoaderOptions { seed: 9, ..options() };
+        let errors: Vec<String> = verdicts(Some(odd)).into_iter().map(Result::unwrap_err).collect();
+        let others = if world_size == 2 { "rank 0 has 0" } else { "ranks 0, 1 have 0" };
+        let expected = format!("seed: {others}, rank {} has 9", world_size - 1);
+        assert!(errors.iter().all(|error| *error == errors[0]), "{errors:?}");
+        assert!(errors[0].contains(&expected), "{}", errors[0]);
+    }
 }

@@ -10,6 +10,7 @@ mod check;
 use std::path::{Path, PathBuf};
 
 use phalanx_comm::environment::NcclSettings;
+use phalanx_data::OnDamage;
 use serde::{Deserialize, Serialize};
 
 /// The configurations in the source tree, smallest first, as `--config` takes them, and their text.
@@ -168,6 +169,8 @@ pub(crate) struct Data {
     pub(crate) shuffle: bool,
     /// Threads that make batches ahead of the trainer.
     pub(crate) prefetch_threads: usize,
+    /// `fail`, or `skip`: samples in blocks that `phalanx data verify --record` has listed are left out.
+    pub(crate) on_damage: OnDamage,
 }
 
 /// Which rule updates the weights.
@@ -321,6 +324,7 @@ impl Default for Data {
             mask_probability: 0.15,
             shuffle: true,
             prefetch_threads: 1,
+            on_damage: OnDamage::Fail,
         }
     }
 }

@@ -75,6 +75,7 @@ impl Copies {
     /// Starts to copy a step.
     pub(super) fn start(&self, step: Step, device: Device) -> Result<(TensorStep, Arrival)> {
         let (start, weight, data_wait) = (step.start, step.weight(), step.data_wait);
+        let left_out = step.left_out;
         let source = step.micro_batches;
         let mut micro_batches = Vec::with_capacity(source.len());
         let (mut targets, mut copies) = (Vec::new(), Vec::new());
@@ -94,9 +95,16 @@ impl Copies {
         let stream = current_stream(device)?;
         // SAFETY: the batches and the tensors' memory, of exactly these sizes, are kept in the arrival until the upload is
         // done; the memory was allocated in the order of this stream.
-        let upload = unsafe { self.uploader.copy(&copies, stream) }?;
+        let upload = match unsafe { self.uploader.copy(&copies, stream) } {
+            Ok(upload) => upload,
+            Err(error) => {
+                // Some of the copies may be under way, and nothing tells when they end.
+                leave(source, targets);
+                return Err(error.into());
+            }
+        };
         let arrival = Arrival { source, targets, upload };
-        Ok((TensorStep { start, micro_batches, data_wait, weight }, arrival))
+        Ok((TensorStep { start, micro_batches, data_wait, left_out, weight }, arrival))
     }
 
     /// Lets the current stream wait for a step.
@@ -115,11 +123,14 @@ impl Copies {
     pub(super) fn finish(&self, arrival: Arrival) {
         if let Err(error) = arrival.upload.wait(COPY_MAX) {
             tracing::warn!(%error, "a copy to the GPU did not end; its memory is left as it is");
-            // Freed memory would be written by the GPU.
-            let Arrival { source, targets, .. } = arrival;
-            Box::leak(Box::new((source, targets)));
+            leave(arrival.source, arrival.targets);
         }
     }
+}
+
+/// Leaves memory as it is for good: were it freed, the GPU might read and write what others have made of it.
+fn leave(source: MicroBatches, targets: Vec<Tensor>) {
+    Box::leak(Box::new((source, targets)));
 }
 
 fn is_pinned(block: &dyn Block) -> bool {

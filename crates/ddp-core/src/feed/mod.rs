@@ -2,18 +2,24 @@
 //!
 //! On a GPU batches are built in page-locked memory and copied on a stream of their own while the GPU computes the
 //! step before; the caller's stream waits for the copy, the caller does not.
+//!
+//! Columns of U16 and U32, which libtorch has no arithmetic for, become tensors of Int64.
 
+mod ahead;
 mod gpu;
 mod tensors;
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use phalanx_data::{Batch, Column, Loader, LoaderOptions, LoaderState, Position, Sample, Samples};
+use phalanx_comm::Group;
+use phalanx_data::{
+    Agreement, Batch, Column, Loader, LoaderOptions, LoaderState, Position, Sample, Samples,
+};
 use tch::{Device, Tensor};
 
 use crate::error::Result;
+use ahead::Ahead;
 use gpu::Copies;
 
 /// A micro-batch as tensors.
@@ -81,6 +87,8 @@ pub struct TensorStep {
     pub micro_batches: Vec<TensorBatch>,
     /// How long the caller waited for data: building, not copying.
     pub data_wait: Duration,
+    /// How many samples of all ranks were left out for damage. The same on every rank.
+    pub left_out: usize,
     /// What this rank's mean loss is multiplied by: see [`phalanx_data::Step::weight`].
     pub weight: f64,
 }
@@ -102,7 +110,7 @@ pub struct Feed {
     /// Only for a GPU.
     copies: Option<Copies>,
     /// Steps on their way to the GPU, and the place after each.
-    ahead: VecDeque<(TensorStep, LoaderState, gpu::Arrival)>,
+    ahead: Ahead<(TensorStep, LoaderState, gpu::Arrival)>,
 }
 
 /// Steps that are copied before they are asked for.
@@ -145,7 +153,19 @@ impl Feed {
     fn of(loader: Loader, device: Device, copies: Option<Copies>) -> Result<Self> {
         tensors::check(loader.columns())?;
         let state = loader.state();
-        Ok(Feed { loader, device, state, copies, ahead: VecDeque::new() })
+        Ok(Feed { loader, device, state, copies, ahead: Ahead::default() })
+    }
+
+    /// Compares what this rank is about to read with what all others are: data, seed, order, batches, damage and place. Collective; once,
+    /// before the first step.
+    ///
+    /// # Errors
+    /// [`phalanx_data::Error::RanksDisagree`], with the same words on every rank; [`crate::Error::Comm`] if the group fails.
+    pub fn agree(&self, group: &mut Group) -> Result<()> {
+        let mine = self.loader.agreement();
+        let all = group.tagged("data").all_gather_bytes(&mine.to_bytes())?;
+        let all: Vec<Agreement> = all.iter().map(|bytes| Agreement::from_bytes(bytes)).collect();
+        Ok(Agreement::compare(&all)?)
     }
 
     /// The next step. Waits at most the loader's timeout for data; on a GPU its tensors are ready for what the current
@@ -156,28 +176,44 @@ impl Feed {
     pub fn next_step(&mut self) -> Result<TensorStep> {
         let Some(copies) = &self.copies else {
             let step = self.loader.next_step()?;
-            self.state = self.loader.state();
             let (start, data_wait, weight) = (step.start, step.data_wait, step.weight());
+            let left_out = step.left_out;
             let of = |batch: Batch| {
                 let about = TensorBatch::about(&batch);
                 Ok(TensorBatch { tensors: tensors::on_cpu(batch)?, ..about })
             };
             let micro_batches = step.micro_batches.into_iter().map(of).collect::<Result<_>>()?;
-            return Ok(TensorStep { start, data_wait, weight, micro_batches });
+            self.state = self.loader.state();
+            return Ok(TensorStep { start, data_wait, left_out, weight, micro_batches });
         };
         let mut waited = Duration::ZERO;
-        while self.ahead.len() <= AHEAD && (self.ahead.is_empty() || !self.loader.is_at_end()) {
-            let step = self.loader.next_step()?;
-            waited += step.data_wait;
-            let state = self.loader.state();
-            let (step, arrival) = copies.start(step, self.device)?;
-            self.ahead.push_back((step, state, arrival));
-        }
-        let Some((mut step, state, arrival)) = self.ahead.pop_front() else {
-            return Err(phalanx_data::Error::Stopped { first: "no step".to_owned() }.into());
+        let (loader, device) = (&mut self.loader, self.device);
+        let begun = self.ahead.next(AHEAD, || {
+            if loader.is_at_end() {
+                return None;
+            }
+            let step = loader.next_step().map_err(Into::into).and_then(|step| {
+                waited += step.data_wait;
+                copies.start(step, device)
+            });
+            Some(step.map(|(step, arrival)| (step, loader.state(), arrival)))
+        });
+        let (mut step, state, arrival) = match begun {
+            Some(begun) => begun?,
+            None => {
+                let epochs = self.loader.state().epoch;
+                return Err(phalanx_data::Error::EndOfData { epochs }.into());
+            }
         };
-        copies.order(&arrival, self.device)?;
+        let ordered = copies.order(&arrival, self.device);
+        // Kept in any case: the copy is under way.
         copies.keep(arrival);
+        ordered?;
+        for batch in &mut step.micro_batches {
+            for (tensor, column) in batch.tensors.iter_mut().zip(batch.columns.iter()) {
+                tensors::widen(tensor, column)?;
+            }
+        }
         step.data_wait = waited;
         self.state = state;
         Ok(step)
@@ -203,7 +239,7 @@ impl Drop for Feed {
     fn drop(&mut self) {
         if let Some(copies) = &self.copies {
             // Before their tensors and their page-locked memory go.
-            for (_, _, arrival) in self.ahead.drain(..) {
+            for (_, _, arrival) in self.ahead.drain() {
                 copies.finish(arrival);
             }
         }

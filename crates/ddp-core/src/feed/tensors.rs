@@ -10,14 +10,14 @@ use tch::{Device, Kind, Tensor};
 use crate::error::Result;
 use crate::shim::tensor_over_memory;
 
-/// The kind of tensor that holds a column.
+/// The kind of tensor that holds a column's bytes. Unsigned numbers have that of signed ones until they are [widened](widen).
 pub(super) fn kind(column: &Column) -> Result<Kind> {
     Ok(match column.dtype {
         DType::Bool => Kind::Bool,
         DType::U8 => Kind::Uint8,
         DType::I8 => Kind::Int8,
-        DType::I16 => Kind::Int16,
-        DType::I32 => Kind::Int,
+        DType::I16 | DType::U16 => Kind::Int16,
+        DType::I32 | DType::U32 => Kind::Int,
         DType::I64 => Kind::Int64,
         DType::F16 => Kind::Half,
         DType::BF16 => Kind::BFloat16,
@@ -33,6 +33,17 @@ pub(super) fn kind(column: &Column) -> Result<Kind> {
             .into())
         }
     })
+}
+
+/// Makes numbers without a sign, of which the bits are there, those numbers.
+pub(super) fn widen(tensor: &mut Tensor, column: &Column) -> Result<()> {
+    let bits = match column.dtype {
+        DType::U16 => 0xFFFF_i64,
+        DType::U32 => 0xFFFF_FFFF,
+        _ => return Ok(()),
+    };
+    *tensor = tensor.f_to_kind(Kind::Int64)?.f_bitwise_and(bits)?;
+    Ok(())
 }
 
 /// Whether all columns can be tensors.
@@ -57,7 +68,9 @@ pub(super) fn on_cpu(mut batch: Batch) -> Result<Vec<Tensor>> {
         // lives, which `keep_alive` sees to, and nobody reads or writes it but through the tensor: the batch itself is
         // in nobody else's hands.
         let flat = unsafe { tensor_over_memory(start.cast(), len, kind, Device::Cpu, keep_alive) }?;
-        Ok(flat.f_view(&batch.column_shape(at)[..])?)
+        let mut shaped = flat.f_view(&batch.column_shape(at)[..])?;
+        widen(&mut shaped, column)?;
+        Ok(shaped)
     };
     batch.columns().iter().enumerate().map(tensor).collect()
 }
