@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use phalanx::data::{Loader, LoaderOptions, Samples};
 use phalanx::ddp::feed::Feed;
+use rustix::time::{clock_gettime, ClockId};
 use tch::Device;
 
 use super::corpus::Corpus;
@@ -33,23 +34,17 @@ impl Rate {
 
 /// Seconds for which this thread had a processor.
 fn on_processor() -> anyhow::Result<f64> {
-    nanoseconds("/proc/thread-self/schedstat").map(|time| time * 1e-9)
+    seconds_of(ClockId::ThreadCPUTime)
 }
 
 /// The same of all threads of this process.
 fn all_on_processor() -> anyhow::Result<f64> {
-    let mut sum = 0.0;
-    for task in std::fs::read_dir("/proc/self/task")? {
-        let path = task?.path().join("schedstat");
-        // A thread that ended meanwhile is none of those that are measured.
-        sum += nanoseconds(&path.to_string_lossy()).unwrap_or(0.0) * 1e-9;
-    }
-    Ok(sum)
+    seconds_of(ClockId::ProcessCPUTime)
 }
 
-fn nanoseconds(path: &str) -> anyhow::Result<f64> {
-    let text = std::fs::read_to_string(path)?;
-    Ok(text.split(' ').next().unwrap_or("0").parse()?)
+fn seconds_of(clock: ClockId) -> anyhow::Result<f64> {
+    let time = clock_gettime(clock);
+    Ok(Duration::new(u64::try_from(time.tv_sec)?, u32::try_from(time.tv_nsec)?).as_secs_f64())
 }
 
 /// Runs `step`, which gives the sequences of a step, over and over.
