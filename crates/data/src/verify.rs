@@ -112,8 +112,16 @@ fn check(
         found.into_iter().map(|(at, _, error)| (at, error)).collect();
     let unopened = opened.into_iter().enumerate();
     // A damaged header is found by the block that it lies in, and makes the whole shard useless.
-    damage.extend(unopened.filter_map(|(at, file)| Some((at, file.err().or_else(|| open(at))?))));
-    let is_lost = |at: usize| damage.iter().any(|(of, error)| *of == at && damage::is_lost(error));
+    let unopened: Vec<(usize, Error)> =
+        unopened.filter_map(|(at, file)| Some((at, file.err().or_else(|| open(at))?))).collect();
+    // Also a header that a disk cannot read: whoever opens the shard meets it again.
+    let is_shut =
+        |at: usize| unopened.iter().any(|(of, error)| *of == at && damage::is_damaged(error));
+    let shut: Vec<bool> = (0..listed.len()).map(is_shut).collect();
+    damage.extend(unopened);
+    let is_lost = |at: usize| {
+        shut[at] || damage.iter().any(|(of, error)| *of == at && damage::is_lost(error))
+    };
     let lost = (0..listed.len()).filter(|&at| is_lost(at));
     let lost: Vec<String> = lost.map(|at| listed[at].file.to_owned()).collect();
     // Stable: blocks of one file stay in their order.
