@@ -2,7 +2,8 @@
 //!
 //! Threads claim micro-batches in order and put them into a queue in order, so that whoever finishes first delivers nothing
 //! early. The queue is bounded in batches and bytes, counted when a batch is claimed. The batch that the consumer waits for is
-//! always claimed before all others, so a full queue cannot block it.
+//! always claimed before all others, so a full queue cannot block it. Threads that found it full sleep until half of it is
+//! taken: to wake for each batch would cost a paced trainer more than the batches.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -57,6 +58,8 @@ struct Queue {
     /// Consumers and threads that sleep: who changes something wakes nobody else.
     consumers_asleep: usize,
     threads_asleep: usize,
+    /// How many batches the queue held when a thread found it full.
+    full_at: usize,
     closed: bool,
     /// Threads that a panic ended: what they had claimed never comes.
     threads_broken: usize,
@@ -85,6 +88,7 @@ impl Prefetcher {
             threads: 0,
             consumers_asleep: 0,
             threads_asleep: 0,
+            full_at: 0,
             closed: false,
             threads_broken: 0,
         };
@@ -148,10 +152,10 @@ impl Prefetcher {
         queue.taken += 1;
         queue.bytes -= self.shared.plan.bytes(job);
         self.shared.ready.store(queue.is_ready(), Ordering::Release);
-        let asleep = queue.threads_asleep;
+        let wakes = queue.threads_asleep > 0 && queue.slots.len() <= queue.full_at / 2;
         drop(queue);
-        if asleep > 0 {
-            self.shared.taken.notify_one();
+        if wakes {
+            self.shared.taken.notify_all();
         }
         result
     }
@@ -234,6 +238,7 @@ impl Shared {
                 return Some((queue.taken + crate::cast::to_u64(queue.slots.len()) - 1, job));
             }
             queue.threads_asleep += 1;
+            queue.full_at = queue.slots.len();
             let waited = self.taken.wait_timeout(queue, LOOK_AGAIN);
             queue = waited.unwrap_or_else(PoisonError::into_inner).0;
             queue.threads_asleep -= 1;
