@@ -34,7 +34,7 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_enum)]
     samples: Option<SamplesFlag>,
     /// How files are read.
-    #[arg(long, value_enum, default_value_t = AccessFlag::Read)]
+    #[arg(long, value_enum, default_value_t = AccessFlag::Auto)]
     access: AccessFlag,
     /// The order: `shuffled`, `sequential`, or two levels for data larger than memory: `b65536x16` reads blocks of 65536 samples
     /// in random order and shuffles 16 of them together.
