@@ -10,7 +10,7 @@ use phalanx_data::progress::Silent;
 use phalanx_data::records::{ColumnValue, Field, RecordSamples, RecordWriter, Records};
 use phalanx_data::{
     record_damage, verify, Access, CausalText, DType, Documents, Error, Loader, LoaderOptions,
-    MaskedText, Masking, OnDamage, Order, Samples, Tail, TokenStream, IGNORED,
+    MaskedText, Masking, Mixture, OnDamage, Order, Samples, Tail, TokenStream, IGNORED,
 };
 
 use crate::support::write_tokens;
@@ -87,6 +87,26 @@ fn epoch(
         assert!(left_out.iter().all(|&one| one == size - valid), "{left_out:?}");
     }
     all
+}
+
+/// What is damaged at a part's ragged end is no sample of the next part's.
+#[test]
+fn damage_at_the_end_of_a_part_of_a_mixture_stays_in_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let [first, second] = ["first", "second"].map(|name| folder.path().join(name));
+    write_tokens(&first, 2001, 500, 1 << 30);
+    write_tokens(&second, 2000, 500, 1 << 30);
+    let file = first.join("tokens-00000.safetensors");
+    flip(&file, fs::metadata(&file).unwrap().len() - 3);
+    assert_eq!(record(&first), 1);
+    let (first, second) = (masked(&first), masked(&second));
+    let count = first.sample_count();
+    let damaged = |samples: &dyn Samples| samples.damaged().expect("the list");
+    let beyond = damaged(&*first).iter().any(|range| range.end > count);
+    assert!(beyond, "the part's own damage ends in its ragged tail: {:?}", damaged(&*first));
+    let mixture = Mixture::new(vec![(first, 1.0), (second, 1.0)]).expect("a mixture");
+    let mixed = damaged(&mixture);
+    assert!(!mixed.is_empty() && mixed.iter().all(|range| range.end <= count), "{mixed:?}");
 }
 
 #[test]
