@@ -192,7 +192,18 @@ impl<I: Input> Work<'_, I> {
         parts.drain(..).zip(all).try_for_each(|((file, part), columns)| {
             let done = if file == place.file { place.line } else { 0 };
             let already = to_usize(done.saturating_sub(part.first).min(part.rows));
-            sink.append(file, part.first, &columns?, already)
+            let columns = columns?;
+            // Places in the journal count rows as the file's own directory does.
+            if let Some(other) = columns.iter().find(|one| to_u64(one.rows()) != part.rows) {
+                let path = self.input.files()[file].path.clone();
+                let (rows, at) = (part.rows, part.first);
+                let reason = format!(
+                    "it says that {rows} rows begin at row {at}, and a column has {}",
+                    other.rows()
+                );
+                return Err(Error::BadTable { path, reason });
+            }
+            sink.append(file, part.first, &columns, already)
         })
     }
 
