@@ -176,8 +176,8 @@ fn steady(kind: &Kind, threads: usize, parts: usize) {
     let options = LoaderOptions { global_batch: 32, threads, micro_batch, ..options.clone() };
     let mut loader = Loader::new(Arc::clone(samples), options).unwrap();
     let steps = loader.steps_per_epoch();
-    // As many batches as there can be at once: the queue is full, every thread has one, and a step is held.
-    let held = [loader.next_step().unwrap(), loader.next_step().unwrap()];
+    // As many batches as there can be at once, and more: so many steps are held that threads fill the queue again.
+    let held: Vec<_> = (0..6).map(|_| loader.next_step().unwrap()).collect();
     std::thread::park_timeout(std::time::Duration::from_millis(100));
     drop(held);
     let (mut sum, mut left_out) = (0_u64, 0);
