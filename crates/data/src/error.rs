@@ -25,7 +25,7 @@ pub enum Error {
         cause: io::Error,
     },
     /// The data path does not exist.
-    #[error("{} does not exist: give a prepared folder, or to prepare one a folder with .txt files or one text file", path.display())]
+    #[error("{} does not exist: give a folder with .txt files, one text file, or a prepared folder", path.display())]
     DataMissing {
         /// The path that was given.
         path: PathBuf,
