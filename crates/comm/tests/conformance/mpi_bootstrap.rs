@@ -1,7 +1,9 @@
 //! MPI as bootstrap alone: rank, size, place and the way to the store come from it, and the data goes over NCCL (the
 //! stand-in for it).
 
-use phalanx_comm::{Backend, Group, GroupOptions, Sum, Work};
+use phalanx_comm::GroupOptions;
+#[cfg(feature = "mpi")]
+use phalanx_comm::{Backend, Group, Sum, Work};
 
 use crate::launched::Running;
 use crate::mpirun::{mpirun, program};
