@@ -8,11 +8,13 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::channel;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use phalanx_data::records::{ColumnValue, Field, RecordWriter, Records};
+use phalanx_data::records::{ColumnValue, Field, RecordSamples, RecordWriter, Records};
 use phalanx_data::{
-    Access, DType, Error, MegatronTokens, Scratch, SpecialTokens, TokenStream, TokenWriter,
+    Access, DType, Error, Loader, LoaderOptions, MegatronTokens, Scratch, SpecialTokens,
+    TokenStream, TokenWriter,
 };
 
 const FOLDER: &str = "CUT_OFF_TEST_FOLDER";
@@ -277,6 +279,21 @@ fn records_of_a_file_that_is_cut_off_are_errors() {
                 }
             }
             assert!(bad > 0 || place > 1 << 20, "cut at {place}: {good} good, {bad} bad");
+            // All of them through a loader.
+            let samples = RecordSamples::new(records).unwrap();
+            let options = LoaderOptions { epochs: Some(1), threads: 0, ..LoaderOptions::default() };
+            let mut loader = Loader::new(Arc::new(samples), options).unwrap();
+            let error = loop {
+                match loader.next_step() {
+                    Ok(_) if loader.is_at_end() => break None,
+                    Ok(_) => {}
+                    Err(error) => break Some(error),
+                }
+            };
+            match error {
+                Some(error) => assert!(is_cut(&error, place), "cut at {place}: {error}"),
+                None => assert!(place > 1 << 20, "cut at {place}, and all were delivered"),
+            }
         }
     }
 }

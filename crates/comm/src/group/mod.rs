@@ -391,11 +391,16 @@ impl Group {
     fn end_all_on(&mut self, memory: &Memory, bytes: usize) -> Result<()> {
         self.end_earlier(memory, bytes, true)?;
         let deadline = Instant::now() + self.options.timeout;
-        // Another library's calls end by themselves, with an error at the latest.
-        if let Some(lane) = self.lane.as_ref().filter(|_| !self.has_nccl()) {
-            lane.wait_idle(deadline);
+        let lane = self.lane.as_ref().filter(|_| !self.has_nccl());
+        if lane.is_none_or(|lane| lane.wait_idle(deadline)) {
+            return Ok(());
         }
-        Ok(())
+        let what = format!(
+            "calls that were made before have not ended in {:?}: wait for them before their memory is used again",
+            self.options.timeout
+        );
+        let rank = self.rank();
+        Err(self.argument(Error::World { rank, what }))
     }
 
     /// Waits for calls on the same memory of a region that were made earlier, where the order matters: short ones

@@ -22,8 +22,8 @@ pub struct GroupOptions {
     pub gpu_trouble: Option<String>,
     /// With [`Backend::Mpi`]: collectives take memory of this rank's GPU too, and
     /// [`Group::allocate`](crate::Group::allocate) gives it. It travels through page-locked memory of the host; where
-    /// the MPI library is CUDA-aware on every rank, MPI reads and writes it itself in what only moves data (sums are
-    /// made on the host). Ranks of one machine take its GPUs in turn. NCCL has its GPU without this.
+    /// this rank's MPI library is CUDA-aware, MPI reads and writes regions itself in what only moves data (sums are
+    /// made on the host, and what is received is compared there first). Ranks of one machine take its GPUs in turn. NCCL has its GPU without this.
     pub gpu_memory: bool,
     /// How often ranks tell each other that they live; 500 ms by default.
     pub heartbeat: Duration,
