@@ -8,6 +8,8 @@
 //! Last comes a table with what is promised.
 
 mod corpus;
+#[path = "../../crates/data/tests/support/counting.rs"]
+mod counting;
 #[path = "../../crates/data/tests/large/holes.rs"]
 mod holes;
 mod measure;

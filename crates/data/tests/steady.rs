@@ -1,14 +1,14 @@
 //! A loader in its stride: no allocation, no growth.
-#![expect(unsafe_code, reason = "an allocator that counts")]
 #![expect(
     clippy::unwrap_used,
     reason = "a failed unwrap is a failed test, in a function that tests call too"
 )]
 
-use std::alloc::{GlobalAlloc, Layout, System};
+#[path = "support/counting.rs"]
+mod counting;
+
 use std::num::NonZeroUsize;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 use phalanx_data::progress::Silent;
@@ -19,34 +19,6 @@ use phalanx_data::{
     PaddedText, RawText, Samples, SpecialTokens, Tail, TokenStream, TokenWriter, Tokens,
 };
 use safetensors::tensor::{Dtype, TensorView};
-
-/// Counts what all threads allocate.
-struct Counting;
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: every call goes to the system's allocator as it came.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: as the caller promised.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: as the caller promised.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: as the caller promised.
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 const SPECIAL: SpecialTokens = SpecialTokens::bert(0, 1, 2, 3, 4);
 
@@ -191,11 +163,11 @@ fn steady(kind: &Kind, threads: usize, parts: usize) {
     };
     epoch();
     epoch();
-    let (allocations, resident) = (ALLOCATIONS.load(Ordering::Relaxed), resident_bytes());
+    let (allocations, resident) = (counting::allocations(), resident_bytes());
     for _ in 0..10 {
         epoch();
     }
-    let allocated = ALLOCATIONS.load(Ordering::Relaxed) - allocations;
+    let allocated = counting::allocations() - allocations;
     // The test's own reading of the resident size allocates some times.
     assert!(
         allocated < 10,

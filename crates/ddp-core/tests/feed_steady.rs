@@ -1,46 +1,18 @@
 //! A feed in its stride: a few small allocations for the tensors of a batch, whatever its size, and no growth.
-#![expect(unsafe_code, reason = "an allocator that counts")]
 #![expect(
     clippy::unwrap_used,
     reason = "a failed unwrap is a failed test, in a function that tests call too"
 )]
 
-use std::alloc::{GlobalAlloc, Layout, System};
+#[path = "../../data/tests/support/counting.rs"]
+mod counting;
+
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 use phalanx_data::{from_fn, Column, DType, LoaderOptions, MicroBatch, Samples};
 use phalanx_ddp_core::feed::Feed;
 use tch::{Device, Kind};
-
-/// Counts what all threads allocate, but for libtorch, which has an allocator of its own.
-struct Counting;
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: every call goes to the system's allocator as it came.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: as the caller promised.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: as the caller promised.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: as the caller promised.
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 const COLUMNS: u64 = 3;
 
@@ -87,11 +59,11 @@ fn allocations(
     };
     epoch();
     epoch();
-    let (before, resident) = (ALLOCATIONS.load(Ordering::Relaxed), resident_bytes());
+    let (before, resident) = (counting::allocations(), resident_bytes());
     for _ in 0..10 {
         epoch();
     }
-    let allocated = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    let allocated = counting::allocations() - before;
     let grown = resident_bytes().saturating_sub(resident);
     assert!(grown <= 1 << 20, "{grown} bytes more after 10 epochs of {global_batch}");
     assert!(sum > 0);
