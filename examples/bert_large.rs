@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use phalanx::comm::environment::{Launcher, World};
+use phalanx::comm::environment::{Launcher, NcclSettings, World};
 use phalanx::data::progress::{Progress, Silent, Terminal};
 use phalanx::ddp::{self, Cuda};
 use phalanx::tch::{self, nn, Device};
@@ -101,9 +101,18 @@ fn check(flags: &Flags, settings: &Settings, world: usize, local_ranks: usize) -
 /// The life of one rank.
 fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
     let config = &settings.config;
+    // While this process has one thread.
+    let may_use_nccl = matches!(config.ddp.backend, Backend::Auto | Backend::Nccl);
+    let nccl = may_use_nccl.then(|| config.nccl.apply());
     // First of all that libtorch is asked: it finds CUDA in its first look, or never.
     let cuda = ddp::load_cuda();
     let root = world.rank == 0;
+    // On a machine without a GPU the adapters that they name may well be missing.
+    if let (Some(nccl), Cuda::Available { device_count: 1.. }) = (nccl, cuda) {
+        for line in NcclSettings::lines(&nccl.context(NCCL_SETTINGS)?, world.rank) {
+            println!("{line}");
+        }
+    }
     // Our own launcher has checked for all ranks of this machine. Of other launchers' ranks the
     // first of a machine does, before any of them takes memory.
     let ours = matches!(world.launcher, Launcher::Phalanx | Launcher::Single);
@@ -182,15 +191,6 @@ fn join(config: &Config, cuda: &Cuda, root: bool) -> Result<Group> {
         Backend::Mpi => options.with_backend(comm::Backend::Mpi),
         Backend::Auto => options.with_backend(comm::Backend::Auto),
     };
-    if !matches!(config.ddp.backend, Backend::Host | Backend::Mpi)
-        && matches!(cuda, Cuda::Available { device_count: 1.. })
-    {
-        let seen = config.nccl.apply().context(NCCL_SETTINGS)?;
-        for (name, value, was_set) in seen.into_iter().filter(|_| root) {
-            let origin = if was_set { "set in the environment" } else { "from the configuration" };
-            println!("nccl   {name}={value} ({origin})");
-        }
-    }
     // libtorch's half of CUDA: without it the group must not choose the GPU.
     let trouble = match cuda {
         Cuda::Available { device_count: 1.. } | Cuda::NoDriver => None,

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Runs the GPU checks of a bundle (see gpu_bundle.sh) and prints a table. SECONDS bounds each check.
+# Without a GPU only the programs are started; the other rows say NO GPU, and the exit status is 1.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit
 limit=${1:-120}
@@ -17,10 +18,14 @@ for folder in "$site"/nvidia/*/lib; do
 done
 export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 nvidia-smi --query-gpu=index,name,memory.total,driver_version --format=csv || true
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || true
 
 table=
 failed=0
-check() {
+row() {
+  table+=$(printf '%-22s %-10s %5d s' "$1" "$2" "$3")$'\n'
+}
+run() {
   local name=$1
   shift
   local start=$SECONDS code=0
@@ -31,9 +36,19 @@ check() {
     state="FAIL ($code)"
     failed=1
   fi
-  table+=$(printf '%-22s %-10s %5d s' "$name" "$state" $((SECONDS - start)))$'\n'
+  row "$name" "$state" $((SECONDS - start))
+}
+check() {
+  if ((gpus > 0)); then
+    run "$@"
+  else
+    row "$1" "NO GPU" 0
+    failed=1
+  fi
 }
 
+run starts-gpu_check ./gpu_check --help
+run starts-bert_large ./bert_large --help
 check nccl-1-rank ./gpu_check --nnodes 1
 check nccl-2-ranks ./gpu_check --nnodes 2
 check nccl-3-ranks ./gpu_check --nnodes 3
@@ -53,6 +68,7 @@ check torch-bert python3 gpu_torch_bert.py --config configs/bert_large.json --ba
 rm -rf "$out"/*/model.safetensors
 echo
 echo "$table"
+((gpus > 0)) || echo "no GPU here: nvidia-smi lists none; install the NVIDIA driver, or run this where it is" >&2
 grep -h "step with Ddp\|all_reduce 64" "$out"/nccl-1-rank.log "$out"/torch-ddp.log 2>/dev/null
 for run in bert-large-bf16 bert-large-bare; do
   grep -h "median" "$out/$run.log" 2>/dev/null | sed "s/^/$run: /"

@@ -281,7 +281,8 @@ fn the_nccl_section_is_typed_and_becomes_nccl_variables() {
         "socket_interface": "=lo", "ib_adapters": "^mlx5_3", "ib_disable": true, "ib_timeout": 20,
         "ib_gid_index": 3, "topology_file": "topo.xml", "algorithm": ["^Tree", "PAT"],
         "protocol": ["Simple"], "min_channels": 2, "max_channels": 8, "buffer_bytes": 8388608,
-        "p2p_level": "NVL", "gdr_level": "PHB", "nvls": false } }"#;
+        "p2p_level": "NVL", "gdr_level": "PHB", "nvls": false,
+        "launch_order_implicit": true } }"#;
     let nccl = parse(text).unwrap().nccl;
     assert_eq!((nccl.debug, nccl.p2p_level), (Some(NcclDebug::Info), Some(NcclP2pLevel::Nvl)));
     assert_eq!(nccl.gdr_level, Some(NcclGdrLevel::Phb));
@@ -305,6 +306,7 @@ fn the_nccl_section_is_typed_and_becomes_nccl_variables() {
         "NCCL_P2P_LEVEL=NVL",
         "NCCL_NET_GDR_LEVEL=PHB",
         "NCCL_NVLS_ENABLE=0",
+        "NCCL_LAUNCH_ORDER_IMPLICIT=1",
     ];
     assert_eq!(variables, expected);
     // What was read is what is written, for metrics and logs.

@@ -1,11 +1,11 @@
-//! What the loader promises, measured: `cargo bench --bench data_bars [-- SEQUENCES]`.
+//! What the loader promises, measured: `cargo bench --bench data_bars [-- SEQUENCES] [--check]`.
 //!
 //! L = 512, u16 tokens, batches of 32 as i64, globally shuffled, page-cached and mapped, four shards; 200 000 sequences (205 MB)
 //! unless told otherwise. Everything goes through `Loader` and `Feed`. Beside it, in the same run, PyTorch's `DataLoader` and numpy read
 //! the same tokens (`scripts/bench_dataloader.py`), if there is a Python with torch and numpy: `PHALANX_PYTHON`, else
 //! `third_party/torch-python`, else `python3`. Figures are the best of several runs, ours taken before and after theirs. Of what one
 //! thread does the rate on a processor is given too (the time for which the system let it run): on a busy machine compare that.
-//! Last comes a table with what is promised.
+//! Last comes a table with what is promised. With `--check` a bar that is missed is an error.
 
 mod corpus;
 #[path = "../../crates/data/tests/support/counting.rs"]
@@ -66,6 +66,8 @@ fn main() -> anyhow::Result<()> {
         "masked, 1 prefetch thread",
     );
     writeln!(out, "load {} at the end\n\n{table}", load()?)?;
+    let (is_check, missed) = (arguments.iter().any(|one| one == "--check"), table.missed());
+    anyhow::ensure!(!is_check || missed == 0, "{missed} bars are missed");
     Ok(())
 }
 

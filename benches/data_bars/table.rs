@@ -5,6 +5,8 @@ use std::fmt;
 use super::measure::Rate;
 use super::peers::Peer;
 
+const MISSED: &str = "MISSED";
+
 #[derive(Debug, Default)]
 pub(crate) struct Table(Vec<Row>);
 
@@ -53,6 +55,11 @@ impl Table {
         self.push_both(what, (ours.wall / peer.rate, busy), bar);
     }
 
+    /// How many bars are missed.
+    pub(crate) fn missed(&self) -> usize {
+        self.0.iter().filter(|row| row.verdict == MISSED).count()
+    }
+
     fn push_both(&mut self, what: &str, (found, busy): (f64, Option<f64>), bar: f64) {
         let is_met = found >= bar;
         self.push(what, (found, busy), format!(">= {bar:.1}"), is_met, "");
@@ -68,7 +75,7 @@ impl Table {
         about: &str,
     ) {
         let (what, about) = (what.to_owned(), about.to_owned());
-        let verdict = if is_met { "met" } else { "MISSED" };
+        let verdict = if is_met { "met" } else { MISSED };
         self.0.push(Row { what, found, busy, bar, verdict, about });
     }
 }

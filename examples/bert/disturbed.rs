@@ -82,8 +82,8 @@ impl Samples for Disturbed {
         self.samples.damaged()
     }
 
-    fn will_need(&self, samples: Range<u64>) {
-        self.samples.will_need(samples);
+    fn will_need(&self, samples: Range<u64>, scratch: &mut Scratch) {
+        self.samples.will_need(samples, scratch);
     }
 
     fn fill(&self, seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {

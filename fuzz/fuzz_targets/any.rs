@@ -1,21 +1,32 @@
 //! Each binary fuzzes the target of its own name.
 #![no_main]
 
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use libfuzzer_sys::fuzz_target;
 use phalanx_data::fuzzing::{Target, TARGETS};
+
+/// What the last panic said.
+static LAST_PANIC: Mutex<String> = Mutex::new(String::new());
 
 fn target() -> Target {
     static TARGET: OnceLock<Target> = OnceLock::new();
     let name = env!("CARGO_BIN_NAME");
     *TARGET.get_or_init(|| {
+        // The fuzzer ends at any panic, but the converters catch those of libraries: only one that is not caught counts.
+        std::panic::set_hook(Box::new(|about| {
+            *LAST_PANIC.lock().unwrap_or_else(PoisonError::into_inner) = about.to_string();
+        }));
         *TARGETS.iter().find(|target| target.name == name).expect("a target has this name")
     })
 }
 
 fuzz_target!(|bytes: &[u8]| {
-    for case in (target().cases)(bytes) {
+    let read = || (target().cases)(bytes).iter().for_each(|case| {
         (case.read)();
+    });
+    if std::panic::catch_unwind(read).is_err() {
+        eprintln!("{}", LAST_PANIC.lock().unwrap_or_else(PoisonError::into_inner));
+        std::process::abort();
     }
 });

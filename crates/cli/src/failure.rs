@@ -49,3 +49,38 @@ fn code_of(cause: &(dyn Error + 'static)) -> Option<u8> {
     }
     cause.is::<io::Error>().then_some(IO)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::time::Duration;
+
+    use phalanx_data::Error as E;
+
+    use super::*;
+
+    #[test]
+    fn codes_are_those_of_the_documentation() {
+        let path = PathBuf::from("a");
+        let cause = || io::Error::from(io::ErrorKind::NotFound);
+        let (holder, waited) = ("7".to_owned(), Duration::ZERO);
+        let wrong = E::InvalidOption { option: "x", value: "y".into(), reason: "z".into() };
+        let cases = [
+            (wrong.into(), USAGE),
+            (E::DataMissing { path: path.clone() }.into(), DATA),
+            (anyhow::anyhow!("anything else"), FAILED),
+            (E::Io { action: "open", path: path.clone(), cause: cause() }.into(), IO),
+            (anyhow::Error::from(cause()).context("open a file"), IO),
+            (E::LockTimeout { path, holder, waited }.into(), BUSY),
+            (E::Timeout { timeout: waited, epoch: 0, position: 0 }.into(), TIMEOUT),
+        ];
+        let docs =
+            std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/data.md"));
+        let docs = docs.unwrap();
+        let (told, _) = docs.split_once("## ").unwrap();
+        for (error, code) in cases {
+            assert_eq!(exit_code(&error), code, "{error}");
+            assert!(told.contains(&format!(" {code}")), "{code} is not documented");
+        }
+    }
+}

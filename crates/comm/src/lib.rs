@@ -1,7 +1,7 @@
 //! Process groups and collectives: ranks that march in step.
 //!
 //! A [`Group`] connects the ranks that a launcher started. Its collectives are typed, non-blocking
-//! and reduce in rank order, so every rank, every run and every placement gives the same bits.
+//! and reduce in rank order (but for NCCL), so every rank, every run and every placement gives the same bits.
 //!
 //! ```
 //! use phalanx_comm::{Group, GroupOptions, Sum};

@@ -1,6 +1,6 @@
 //! What a reduction does with the values of the ranks.
 //!
-//! Every operation folds in rank order, `((g0 ∘ g1) ∘ g2) ∘ g3`, on every path. Illegal pairs of
+//! Every operation folds in rank order, `((g0 ∘ g1) ∘ g2) ∘ g3`, on every path but NCCL's. Illegal pairs of
 //! element type and operation do not compile:
 //!
 //! ```compile_fail,E0277
@@ -30,7 +30,8 @@ pub struct Product;
 /// The sum divided by the number of ranks, once, after the sum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Avg;
-/// The sum times a factor, multiplied once, after the sum (in `f32` for halves).
+/// The sum times a factor, multiplied once, after the sum (in `f32` for halves). NCCL multiplies what goes into the sum
+/// instead, by the factor in the elements' own type.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ScaledSum(pub f64);
 

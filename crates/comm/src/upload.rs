@@ -142,7 +142,7 @@ impl Upload {
     ///
     /// [`Error::Backend`]: the GPU reports an error, or is not done in time.
     pub fn wait(&self, limit: Duration) -> Result<()> {
-        let deadline = Instant::now() + limit;
+        let deadline = Instant::now() + limit.min(crate::group::LONGEST);
         while !self.is_done()? {
             if Instant::now() >= deadline {
                 let what = format!("a copy to the GPU has not ended in {limit:?}");

@@ -8,38 +8,12 @@ use std::time::{Duration, Instant};
 
 use phalanx_comm::environment::HostLink;
 use phalanx_comm::testing::run_ranks_with;
-use phalanx_comm::{Error, Group, GroupOptions, Max, Sum, Work};
+use phalanx_comm::{Error, GroupOptions};
 
-use permutation_cases::{case, common, expected, longest, value, Call, Kind, WORLD};
+use permutation_cases::{case, common, longest, run, WORLD};
 
 /// What a case may take: its ranks' mismatch is seen at once, so this is mostly for the threads to get a core.
 const CASE_MAX: Duration = Duration::from_secs(10);
-
-/// Runs a rank's order; how many calls ended well, and what the first other one said.
-fn run(group: &mut Group, order: &[Call]) -> (usize, Option<Error>) {
-    let rank = group.rank();
-    for (done, call) in order.iter().enumerate() {
-        let mine: Vec<i32> = (0..call.len).map(|index| value(rank, *call, index)).collect();
-        let mut buffer =
-            if call.kind == Kind::Gather { vec![-1; call.len * WORLD] } else { mine.clone() };
-        let before = buffer.clone();
-        group.tagged(&format!("call {}", call.number));
-        let work = match call.kind {
-            Kind::Sum => group.all_reduce(&mut buffer[..], Sum),
-            Kind::Max => group.all_reduce(&mut buffer[..], Max),
-            Kind::Broadcast => group.broadcast(&mut buffer[..], 0),
-            Kind::Gather => group.all_gather(&mine, &mut buffer[..]),
-            Kind::Barrier => group.barrier(),
-        };
-        if let Err(error) = work.and_then(Work::wait) {
-            assert_eq!(buffer, before, "{call:?}: memory changed though it failed");
-            return (done, Some(error));
-        }
-        let right = (0..buffer.len()).map(|index| expected(rank, *call, index));
-        assert!(buffer.iter().copied().eq(right), "{call:?}: a wrong result that nobody noticed");
-    }
-    (order.len(), None)
-}
 
 fn check(number: u64) {
     let orders = case(number);

@@ -1,11 +1,11 @@
-//! MB of text a second that `convert` makes tokens of: `cargo bench -p phalanx-data --bench convert [-- MB]`.
+//! MB of text a second that `convert` makes tokens of: `cargo bench -p phalanx-data --bench convert [-- MB] [--check]`.
 //!
 //! Every line is a document; shards are written and synced to disk as ever, on all processors. Two texts: the plays of
 //! `third_party/text` over and over, whose words are soon all known (made-up verse if they are not there), and made-up lines of which one
 //! word in twenty is new and one in ten is not English. Tokenizers are trained on the text and read from a file. Beside it, if
 //! there is a Python (`PHALANX_PYTHON`, else `python3`) with `tokenizers`, its `encode_batch` on the same lines. Each figure is the
 //! best of three; the second is MB for each second of processor time, which on a busy machine says more. Last comes a table with
-//! the bar of 20 MB/s.
+//! the bar of 20 MB/s; with `--check` missing it is an error.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -41,7 +41,8 @@ fn main() -> anyhow::Result<()> {
         fs::write(&input, &text)?;
         let trained = Vocabulary::Train { vocab_size: 8192, min_frequency: 2, lowercase: true };
         let mut add = |what: &str, vocabulary: Vocabulary, ready: Option<&Path>| {
-            let found = measure(&input, &vocabulary, folder.path())?;
+            let found =
+                measure(&input, &vocabulary, folder.path(), if is_bench { RUNS } else { 1 })?;
             let peer = ready.map(|file| python(file, &input)).transpose();
             let peer = match peer {
                 Ok(None) => String::new(),
@@ -60,7 +61,11 @@ fn main() -> anyhow::Result<()> {
             add(&what, Vocabulary::File(file.clone()), Some(&file))?;
         }
     }
-    tell(&rows)
+    tell(&rows)?;
+    let missed = rows.iter().filter(|(_, (found, _), _)| *found < BAR).count();
+    let is_check = arguments.iter().any(|argument| argument == "--check");
+    anyhow::ensure!(!is_check || missed == 0, "{missed} of {} bars are missed", rows.len());
+    Ok(())
 }
 
 fn tell(rows: &[(String, (f64, f64), String)]) -> anyhow::Result<()> {
@@ -90,10 +95,15 @@ fn options(vocabulary: &Vocabulary) -> ConvertOptions {
     }
 }
 
-fn measure(input: &Path, vocabulary: &Vocabulary, folder: &Path) -> anyhow::Result<(f64, f64)> {
+fn measure(
+    input: &Path,
+    vocabulary: &Vocabulary,
+    folder: &Path,
+    runs: usize,
+) -> anyhow::Result<(f64, f64)> {
     let output = folder.join("tokens");
     let mut best = (0.0_f64, 0.0_f64);
-    for _ in 0..RUNS {
+    for _ in 0..runs {
         let (started, before) = (Instant::now(), processor_seconds()?);
         let made = convert(&[input.to_path_buf()], &output, &options(vocabulary), &Silent)?;
         let seconds = started.elapsed().as_secs_f64();

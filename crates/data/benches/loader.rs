@@ -1,14 +1,16 @@
-//! Sequences a second on one thread, page-cached: `cargo bench -p phalanx-data --bench loader [-- SEQUENCES]`.
+//! Sequences a second on one thread, page-cached: `cargo bench -p phalanx-data --bench loader [-- SEQUENCES] [--check]`.
 //!
 //! L = 512, u16 tokens, batches of 32 rows of i64, globally shuffled; 200 000 sequences (205 MB) unless told otherwise. Every
 //! figure is the median of five runs over the data after one that is not counted (it verifies the checksums), and is
 //! given beside that of a plain copy of the same bytes in the same process. The second figure counts only the time for which
 //! this thread had a processor (`/proc/thread-self/schedstat`): compare that one on a machine that is busy. Sums of what was
-//! read are printed, so that nothing is optimised away.
+//! read are printed, so that nothing is optimised away. Lines with a promise end with whether it is kept, for what one thread does by either
+//! figure; with `--check` one that is not is an error.
 
+use std::io::Write as _;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use phalanx_data::{
     permutation::Permutation, Access, CausalText, Documents, Loader, LoaderOptions, MaskedText,
@@ -22,6 +24,18 @@ const SPECIAL: SpecialTokens = SpecialTokens::bert(0, 1, 2, SEP, 4);
 const SEP: u32 = 3;
 const RUNS: usize = 5;
 
+/// What is promised of mapped files: sequences a second, milliseconds, per cent of a processor.
+const RAW: f64 = 2e6;
+const MASKED: f64 = 6e5;
+const PROMPT: f64 = 5.0;
+const PACED: f64 = 0.2;
+
+/// Where lines go, and how many promises were not kept.
+struct Report {
+    out: std::io::StdoutLock<'static>,
+    missed: usize,
+}
+
 fn main() -> anyhow::Result<()> {
     // `cargo bench` passes `--bench`; `cargo test --benches` passes nothing and gets a small run.
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -31,18 +45,20 @@ fn main() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let target = folder.path().join("tokens");
     write(&target, sequences)?;
-    let mut out = std::io::stdout().lock();
-    report(&mut out, "copy of the same bytes", sequences, copy(sequences))?;
-    report(&mut out, "global order alone", sequences, order(sequences)?)?;
+    let mut report = Report { out: std::io::stdout().lock(), missed: 0 };
+    report.rate("copy of the same bytes", sequences, copy(sequences), None)?;
+    report.rate("global order alone", sequences, order(sequences)?, None)?;
     for access in [Access::Read, Access::Map] {
         let (name, samples) = (format!("{access:?}").to_lowercase(), open(&target, access)?);
-        report(&mut out, &format!("raw rows, {name}"), sequences, raw(&samples)?)?;
-        prompt(&mut out, &target, access)?;
+        let promised = |rate: f64| (access == Access::Map).then_some(rate);
+        report.rate(&format!("raw rows, {name}"), sequences, raw(&samples)?, None)?;
+        prompt(&mut report, &target, access)?;
         let plain: Arc<dyn Samples> =
             Arc::new(RawText::new(open_stream(&target, access)?, SEQUENCE_LEN)?);
         for threads in [0, 1, 2] {
             let label = format!("raw batches, {name}, {threads} prefetch threads");
-            report(&mut out, &label, sequences, loader(&plain, threads)?)?;
+            let bar = promised(RAW).filter(|_| threads == 0);
+            report.rate(&label, sequences, loader(&plain, threads)?, bar)?;
         }
         let causal: Arc<dyn Samples> = Arc::new(CausalText::new(
             open_stream(&target, access)?,
@@ -50,13 +66,26 @@ fn main() -> anyhow::Result<()> {
             Documents::Joined,
         )?);
         let causal_label = format!("causal batches, {name}, 0 prefetch threads");
-        report(&mut out, &causal_label, sequences, loader(&causal, 0)?)?;
+        report.rate(&causal_label, sequences, loader(&causal, 0)?, None)?;
         let samples: Arc<dyn Samples> = samples;
         for threads in [0, 1, 2] {
             let label = format!("masked batches, {name}, {threads} prefetch threads");
-            report(&mut out, &label, sequences, loader(&samples, threads)?)?;
+            let bar = promised(MASKED).filter(|_| threads == 0);
+            report.rate(&label, sequences, loader(&samples, threads)?, bar)?;
+        }
+        let seconds = if is_bench { 4.0 } else { 0.2 };
+        for threads in [0, 1] {
+            let percent = pacing(&samples, threads, seconds)?;
+            let bar = promised(PACED).filter(|_| threads == 1);
+            report.most(
+                &format!("feeding 1 000 masked sequences/s, {name}, {threads} prefetch threads"),
+                (percent, "% of a processor"),
+                bar,
+            )?;
         }
     }
+    let is_check = arguments.iter().any(|argument| argument == "--check");
+    anyhow::ensure!(!is_check || report.missed == 0, "{} promises were not kept", report.missed);
     Ok(())
 }
 
@@ -136,7 +165,7 @@ fn order(sequences: u64) -> anyhow::Result<Measured> {
 }
 
 /// From opening the folder to the first batch, and the same where a run at 99 % of an epoch is resumed: medians.
-fn prompt(out: &mut impl std::io::Write, target: &Path, access: Access) -> anyhow::Result<()> {
+fn prompt(report: &mut Report, target: &Path, access: Access) -> anyhow::Result<()> {
     let options = LoaderOptions { global_batch: BATCH, threads: 0, ..Default::default() };
     let mut state = Loader::new(open(target, access)?, options.clone())?.state();
     let count = open(target, access)?.sample_count();
@@ -150,15 +179,13 @@ fn prompt(out: &mut impl std::io::Write, target: &Path, access: Access) -> anyho
             of_place.push(started.elapsed().as_secs_f64() * 1e3);
         }
     }
-    let [first, resumed] = times.map(|mut of_place| {
-        of_place.sort_by(f64::total_cmp);
-        of_place[of_place.len() / 2]
-    });
     let name = format!("{access:?}").to_lowercase();
-    writeln!(
-        out,
-        "first batch after open, {name}: {first:.2} ms; at 99 % of an epoch: {resumed:.2} ms"
-    )?;
+    let places = ["after open", "at 99 % of an epoch"];
+    for (place, mut of_place) in places.into_iter().zip(times) {
+        of_place.sort_by(f64::total_cmp);
+        let bar = (access == Access::Map).then_some(PROMPT);
+        report.most(&format!("first batch {place}, {name}"), (of_place[5], "ms"), bar)?;
+    }
     Ok(())
 }
 
@@ -200,17 +227,75 @@ fn loader(samples: &Arc<dyn Samples>, threads: usize) -> anyhow::Result<Measured
     })
 }
 
-fn report(
-    out: &mut impl std::io::Write,
-    what: &str,
-    sequences: u64,
-    (seconds, busy, sum): Measured,
-) -> anyhow::Result<()> {
-    #[expect(clippy::cast_precision_loss, reason = "a rate")]
-    let (rate, busy_rate) = (sequences as f64 / seconds, sequences as f64 / busy);
-    writeln!(
-        out,
-        "{what:<42} {rate:>11.0} sequences/s, {busy_rate:>11.0} on a processor (sum {sum})"
-    )?;
-    Ok(())
+/// Per cent of a processor that all threads take to deliver 1 000 sequences a second, beyond what a caller takes that only waits.
+fn pacing(samples: &Arc<dyn Samples>, threads: usize, seconds: f64) -> anyhow::Result<f64> {
+    let options = LoaderOptions { global_batch: BATCH, threads, ..Default::default() };
+    let mut loader = Loader::new(Arc::clone(samples), options)?;
+    let with = paced(seconds, || loader.next_step().map(drop))?;
+    drop(loader);
+    Ok(with - paced(seconds, || Ok(()))?)
+}
+
+/// Per cent of a processor that all threads take while `step` is called for a batch 1 000 / [`BATCH`] times a second.
+fn paced(seconds: f64, mut step: impl FnMut() -> phalanx_data::Result<()>) -> anyhow::Result<f64> {
+    let period = Duration::from_micros(32_000);
+    let (started, before, mut steps) = (Instant::now(), all_on_processor()?, 0);
+    while started.elapsed().as_secs_f64() < seconds {
+        step()?;
+        steps += 1;
+        let next = period * steps;
+        while let Some(left) = next.checked_sub(started.elapsed()).filter(|left| !left.is_zero()) {
+            std::thread::park_timeout(left);
+        }
+    }
+    let elapsed = started.elapsed().as_secs_f64();
+    Ok((all_on_processor()? - before) / elapsed * 100.0)
+}
+
+/// Seconds for which all threads of this process that are left had a processor.
+fn all_on_processor() -> anyhow::Result<f64> {
+    let mut nanoseconds = 0.0;
+    for thread in std::fs::read_dir("/proc/self/task")? {
+        let text = std::fs::read_to_string(thread?.path().join("schedstat"))?;
+        nanoseconds += text.split(' ').next().unwrap_or("0").parse::<f64>()?;
+    }
+    Ok(nanoseconds * 1e-9)
+}
+
+impl Report {
+    fn rate(
+        &mut self,
+        what: &str,
+        sequences: u64,
+        (seconds, busy, sum): Measured,
+        bar: Option<f64>,
+    ) -> anyhow::Result<()> {
+        #[expect(clippy::cast_precision_loss, reason = "a rate")]
+        let (rate, busy_rate) = (sequences as f64 / seconds, sequences as f64 / busy);
+        let verdict = bar.map(|bar| (rate.max(busy_rate) >= bar, format!("at least {bar:.0}")));
+        let verdict = self.verdict(verdict);
+        writeln!(
+            self.out,
+            "{what:<42} {rate:>11.0} sequences/s, {busy_rate:>11.0} on a processor (sum {sum}){verdict}"
+        )?;
+        Ok(())
+    }
+
+    fn most(
+        &mut self,
+        what: &str,
+        (found, unit): (f64, &str),
+        bar: Option<f64>,
+    ) -> anyhow::Result<()> {
+        let verdict = self.verdict(bar.map(|bar| (found <= bar, format!("at most {bar}"))));
+        writeln!(self.out, "{what}: {found:.2} {unit}{verdict}")?;
+        Ok(())
+    }
+
+    /// How a line ends that has a promise.
+    fn verdict(&mut self, kept: Option<(bool, String)>) -> String {
+        let Some((is_kept, bar)) = kept else { return String::new() };
+        self.missed += usize::from(!is_kept);
+        format!(", {bar}: {}", if is_kept { "met" } else { "MISSED" })
+    }
 }

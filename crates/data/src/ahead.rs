@@ -1,88 +1,352 @@
-//! Data that a two-level shuffle reads soon, asked for from the disk before: while block k of the order is delivered, block
-//! k + window is on its way. So a window's data are there when it begins, and the disk is asked for one block at a time.
+//! Data that a two-level shuffle reads soon, asked for from the disk before: while block k of a window is delivered, block k of the next
+//! window is on its way, be it of this epoch or the next. So a window's data are there when it begins, and the disk is asked for one
+//! block at a time. The first window is asked for when a loader starts.
+//!
+//! A thread asks: bounds of rows of any length must be read before one knows what to ask for, and the system may take its time.
 
-use std::sync::Mutex;
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crate::blocks::BlockOrder;
-use crate::sampler::Position;
-use crate::samples::Samples;
+use crate::error::{Error, Result};
+use crate::mixing::Mixing;
+use crate::sampler::{Position, Sampler};
+use crate::samples::{Samples, Scratch};
 
-/// What was asked for. Shared by the threads of a loader.
+/// The thread looks whether the loader is gone at least so often, should a wake-up be lost.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// What was asked for, of each part of a mixture.
+#[derive(Debug)]
+pub(crate) struct Asking {
+    sampler: Sampler,
+    /// Nothing is needed after so many epochs.
+    epochs: Option<u64>,
+    /// Samples of a block and blocks of a window.
+    sizes: (u64, u64),
+    parts: Vec<Part>,
+    /// How often each part was drawn from.
+    counts: Vec<u64>,
+}
+
+/// Samples with an order of their own.
+#[derive(Debug)]
+struct Part {
+    first: u64,
+    samples: u64,
+    seed: u64,
+    /// An epoch, and how many blocks of its order were asked for, or need not be. Of earlier epochs nothing is needed.
+    asked: Option<(u64, u64)>,
+}
+
+impl Asking {
+    /// `None` if the order has no blocks.
+    pub(crate) fn new(sampler: &Sampler, epochs: Option<u64>) -> Option<Self> {
+        let (sizes, seed) = (sampler.blocks()?, sampler.seed());
+        let parts: Vec<Part> = match sampler.mixing() {
+            None => vec![Part { first: 0, samples: sampler.sample_count(), seed, asked: None }],
+            Some(mixing) => {
+                let of_part = |(number, part): (usize, &crate::mixing::MixedPart)| Part {
+                    first: part.first,
+                    samples: part.samples,
+                    seed: Mixing::seed_of(seed, number),
+                    asked: None,
+                };
+                mixing.parts().iter().enumerate().map(of_part).collect()
+            }
+        };
+        let counts = vec![0; parts.len()];
+        Some(Asking { sampler: sampler.clone(), epochs, sizes, parts, counts })
+    }
+
+    /// Gives what is due when a place is delivered and was not asked for yet. Places come in ascending order.
+    fn reach(&mut self, at: Position, ask: &mut dyn FnMut(Range<u64>)) {
+        let Asking { sampler, epochs, sizes, parts, counts } = self;
+        match sampler.mixing() {
+            None => {
+                let Position { epoch, next_global_sample: place } = at;
+                let goes_on = epochs.is_none_or(|end| epoch.saturating_add(1) < end);
+                parts[0].reach(*sizes, (epoch, place), goes_on, ask);
+            }
+            Some(mixing) => mixing.before(sampler.stream(at), counts, |part, round, place| {
+                parts[part].reach(*sizes, (round, place), true, ask);
+            }),
+        }
+    }
+}
+
+impl Part {
+    fn reach(
+        &mut self,
+        (block, window): (u64, u64),
+        (epoch, place): (u64, u64),
+        goes_on: bool,
+        ask: &mut dyn FnMut(Range<u64>),
+    ) {
+        let order_of = |number| BlockOrder::new(self.samples, block, window, self.seed, number);
+        let (of_epoch, of_next) = order_of(epoch).blocks_due(place);
+        let of_next = 0..if goes_on { of_next } else { 0 };
+        for (number, due) in [(epoch, of_epoch), (epoch.wrapping_add(1), of_next)] {
+            let start = match self.asked {
+                Some((later, _)) if later > number => continue,
+                Some((same, blocks)) if same == number => blocks,
+                _ => due.start,
+            };
+            if start >= due.end {
+                continue;
+            }
+            let order = order_of(number);
+            for range in (start..due.end).flat_map(|at| order.block_at(at)) {
+                if !range.is_empty() {
+                    ask(self.first + range.start..self.first + range.end);
+                }
+            }
+            self.asked = Some((number, due.end));
+        }
+    }
+}
+
+/// The thread that asks.
 #[derive(Debug)]
 pub(crate) struct Ahead {
-    count: u64,
+    shared: Arc<Shared>,
+    /// Something may be due whenever so many samples were delivered.
     block: u64,
-    window: u64,
-    seed: u64,
-    state: Mutex<Option<State>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    /// There is another place, or the loader is gone.
+    changed: Condvar,
 }
 
 #[derive(Debug)]
 struct State {
-    epoch: u64,
-    order: BlockOrder,
-    /// Blocks of the epoch's order that were asked for, or need not be.
-    asked: u64,
+    /// The farthest place that was delivered.
+    reached: Position,
+    closed: bool,
 }
 
 impl Ahead {
-    /// For `count` samples in blocks and windows as [`BlockOrder`] takes them.
-    pub(crate) fn new(count: u64, (block, window): (u64, u64), seed: u64) -> Self {
-        Ahead { count, block, window, seed, state: Mutex::new(None) }
+    /// Starts to ask for what is due at `place`.
+    pub(crate) fn start(
+        asking: Asking,
+        samples: Arc<dyn Samples>,
+        place: Position,
+    ) -> Result<Self> {
+        let block = asking.sizes.0;
+        let state = Mutex::new(State { reached: place, closed: false });
+        let shared = Arc::new(Shared { state, changed: Condvar::new() });
+        let ahead = Ahead { shared: Arc::clone(&shared), block };
+        let named = std::thread::Builder::new().name("data-ahead".to_owned());
+        match named.spawn(move || shared.work(asking, &*samples)) {
+            // It ends by itself when the loader is gone, be it in the middle of a read.
+            Ok(_) => Ok(ahead),
+            Err(error) => {
+                let reason =
+                    format!("the thread that asks for blocks ahead cannot be started: {error}");
+                Err(Error::option("order", "blocks", reason))
+            }
+        }
     }
 
-    /// To be called when a place is delivered.
-    pub(crate) fn reach(&self, place: Position, samples: &dyn Samples) {
-        // Another thread is at it; if its place is an earlier one, the next call makes up for it.
-        let Ok(mut state) = self.state.try_lock() else { return };
-        let (epoch, place) = (place.epoch, place.next_global_sample);
-        if state.as_ref().is_none_or(|state| state.epoch < epoch) {
-            let order = BlockOrder::new(self.count, self.block, self.window, self.seed, epoch);
-            let asked = order.blocks_due(place).start;
-            *state = Some(State { epoch, order, asked });
+    /// To be called when a place is delivered. Waits for nothing.
+    pub(crate) fn reach(&self, place: Position) {
+        let block_of = |at: Position| (at.epoch, at.next_global_sample / self.block);
+        let mut state = self.shared.lock();
+        if block_of(place) > block_of(state.reached) {
+            state.reached = place;
+            drop(state);
+            self.shared.changed.notify_one();
         }
-        let Some(state) = state.as_mut().filter(|state| state.epoch == epoch) else { return };
-        let until = state.order.blocks_due(place).end;
-        while state.asked < until {
-            for range in state.order.block_at(state.asked) {
-                if !range.is_empty() {
-                    samples.will_need(range);
+    }
+}
+
+impl Drop for Ahead {
+    fn drop(&mut self) {
+        self.shared.lock().closed = true;
+        self.shared.changed.notify_one();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn work(&self, mut asking: Asking, samples: &dyn Samples) {
+        let (mut scratch, mut done) = (Scratch::default(), None);
+        while let Some(place) = self.next(done) {
+            asking.reach(place, &mut |range| {
+                if !self.lock().closed {
+                    samples.will_need(range, &mut scratch);
                 }
-            }
-            state.asked += 1;
+            });
+            done = Some(place);
         }
+    }
+
+    /// The place that was reached, once that is another one; `None` when the loader is gone.
+    fn next(&self, done: Option<Position>) -> Option<Position> {
+        let mut state = self.lock();
+        while !state.closed && Some(state.reached) == done {
+            let waited = self.changed.wait_timeout(state, LOOK_AGAIN);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        (!state.closed).then_some(state.reached)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::ops::Range;
+    use std::sync::mpsc::{self, Receiver, Sender};
 
     use super::*;
     use crate::batch::{Column, Rows};
-    use crate::error::Result;
+    use crate::dtype::DType;
     use crate::fingerprint::Fingerprint;
-    use crate::samples::Scratch;
+    use crate::loader::{Loader, LoaderOptions};
+    use crate::order::{Order, Tail};
+    use crate::samples;
 
-    /// Remembers what was asked for.
-    #[derive(Default)]
-    struct Asked(Mutex<Vec<Range<u64>>>);
+    type Ranges = Vec<Range<u64>>;
 
-    impl Samples for Asked {
+    fn sampler(counts: &[u64], (block, window): (u64, u64)) -> Sampler {
+        let parts = counts.iter().zip([1.0, 0.5, 0.25]);
+        let parts: Vec<_> =
+            parts.map(|(&samples, weight)| samples::Part { samples, weight }).collect();
+        Sampler::mixed(&parts, 1, 7, Order::Blocks { block, window }, Tail::Wrap).unwrap()
+    }
+
+    fn total(ranges: &Ranges) -> u64 {
+        ranges.iter().map(|range| range.end - range.start).sum()
+    }
+
+    fn reach(asking: &mut Asking, epoch: u64, place: u64) -> Ranges {
+        let mut ranges = Vec::new();
+        let place = Position { epoch, next_global_sample: place };
+        asking.reach(place, &mut |range| ranges.push(range));
+        ranges
+    }
+
+    /// What was asked for of one part, epoch by epoch.
+    struct Asked {
+        first: u64,
+        samples: u64,
+        epochs: Vec<Ranges>,
+    }
+
+    impl Asked {
+        /// Epochs are asked for one after the other.
+        fn push(&mut self, range: Range<u64>) {
+            if self.epochs.last().is_none_or(|last| total(last) == self.samples) {
+                self.epochs.push(Vec::new());
+            }
+            self.epochs.last_mut().unwrap().push(range);
+        }
+
+        fn has(&self, epoch: u64, sample: u64) -> bool {
+            let ranges = self.epochs.get(usize::try_from(epoch).unwrap());
+            ranges.is_some_and(|ranges| ranges.iter().any(|range| range.contains(&sample)))
+        }
+
+        fn total(&self) -> u64 {
+            self.epochs.iter().map(total).sum()
+        }
+    }
+
+    #[test]
+    fn what_is_delivered_was_asked_for_before_and_little_else() {
+        for (count, block, window) in
+            [(1000, 10, 4), (997, 10, 4), (35, 10, 4), (7, 10, 4), (640, 64, 20)]
+        {
+            let sampler = sampler(&[count], (block, window));
+            let mut asking = Asking::new(&sampler, Some(3)).unwrap();
+            let mut cursor = sampler.cursor();
+            let mut asked = Asked { first: 0, samples: count, epochs: Vec::new() };
+            for delivered in 0..3 * count {
+                let (epoch, place) = (delivered / count, delivered % count);
+                let sample = cursor.at(epoch, place);
+                let was_asked = delivered == 0 || asked.has(epoch, sample.id);
+                assert!(was_asked, "{place} of {count} in epoch {epoch}");
+                reach(&mut asking, epoch, place).into_iter().for_each(|range| asked.push(range));
+                let ahead = asked.total() - delivered;
+                assert!(ahead <= (2 * window + 2) * block, "{ahead} at {place} of {count}");
+            }
+            let epochs: Vec<u64> = asked.epochs.iter().map(total).collect();
+            assert_eq!(epochs, [count; 3], "each sample once an epoch, and of no fourth one");
+        }
+    }
+
+    #[test]
+    fn each_part_of_a_mixture_was_asked_for_before() {
+        let (counts, (block, window)) = ([1000, 397, 30], (10, 4));
+        let sampler = sampler(&counts, (block, window));
+        let mut asking = Asking::new(&sampler, None).unwrap();
+        let mut cursor = sampler.cursor();
+        let mut first = 0;
+        let mut parts = counts.map(|samples| {
+            first += samples;
+            Asked { first: first - samples, samples, epochs: Vec::new() }
+        });
+        let of_part = |sample: u64| usize::from(sample >= 1000) + usize::from(sample >= 1397);
+        let mut delivered = [0; 3];
+        for stream in 0..20_000 {
+            let (epoch, place) = (stream / 1427, stream % 1427);
+            let sample = cursor.at(epoch, place);
+            let part = of_part(sample.id);
+            let was_asked = stream == 0 || parts[part].has(sample.epoch, sample.id);
+            assert!(was_asked, "{sample:?} at {stream}");
+            delivered[part] += 1;
+            // As a loader's thread is woken.
+            if place % block == 0 {
+                for range in reach(&mut asking, epoch, place) {
+                    let asked = &mut parts[of_part(range.start)];
+                    assert!(range.end <= asked.first + asked.samples, "{range:?}");
+                    asked.push(range);
+                }
+            }
+            for (asked, drawn) in parts.iter().zip(delivered) {
+                assert!(asked.total() <= drawn + (2 * window + 2) * block);
+            }
+        }
+    }
+
+    #[test]
+    fn a_resumed_run_asks_for_the_rest_of_its_window_and_for_no_earlier_one() {
+        let mut asking = Asking::new(&sampler(&[1000], (10, 4)), None).unwrap();
+        // Block 50: its window begins at block 48, and block 54 is on its way.
+        assert_eq!(total(&reach(&mut asking, 5, 505)), 70);
+        assert_eq!(reach(&mut asking, 4, 990), []);
+        assert_eq!(total(&reach(&mut asking, 5, 510)), 10);
+    }
+
+    /// Says what it is asked for, and then stays there until it is let go.
+    struct Stuck {
+        columns: [Column; 1],
+        asked: Sender<Range<u64>>,
+        goes_on: Mutex<Receiver<()>>,
+    }
+
+    impl Samples for Stuck {
         fn sample_count(&self) -> u64 {
-            0
+            1000
         }
 
         fn columns(&self) -> &[Column] {
-            &[]
+            &self.columns
         }
 
         fn fingerprint(&self) -> Fingerprint {
             Fingerprint(0)
         }
 
-        fn will_need(&self, samples: Range<u64>) {
-            self.0.lock().unwrap().push(samples);
+        fn will_need(&self, samples: Range<u64>, _scratch: &mut Scratch) {
+            // The test may be over.
+            self.asked.send(samples).ok();
+            self.goes_on.lock().unwrap().recv_timeout(LIMIT).ok();
         }
 
         fn fill(&self, _: u64, _: &mut Rows<'_>, _: &mut Scratch) -> Result<()> {
@@ -90,40 +354,38 @@ mod tests {
         }
     }
 
-    #[test]
-    fn what_is_delivered_was_asked_for_once_and_little_else() {
-        for (count, block, window) in
-            [(1000, 10, 4), (997, 10, 4), (35, 10, 4), (7, 10, 4), (640, 64, 20)]
-        {
-            let ahead = Ahead::new(count, (block, window), 7);
-            for epoch in 0..3 {
-                let asked = Asked::default();
-                let mut order = BlockOrder::new(count, block, window, 7, epoch);
-                for place in 0..count {
-                    ahead.reach(Position { epoch, next_global_sample: place }, &asked);
-                    let ranges = asked.0.lock().unwrap();
-                    let sample = order.at(place);
-                    assert!(
-                        ranges.iter().any(|range| range.contains(&sample)),
-                        "{place} of {count}"
-                    );
-                    let total: u64 = ranges.iter().map(|range| range.end - range.start).sum();
-                    assert!(total <= place + (2 * window + 2) * block, "{total} at {place}");
-                }
-                let total: u64 = asked.0.lock().unwrap().iter().map(|r| r.end - r.start).sum();
-                assert_eq!(total, count, "each sample once");
-            }
-        }
-    }
+    const LIMIT: Duration = Duration::from_secs(60);
 
     #[test]
-    fn a_resumed_run_asks_for_the_rest_of_its_window_and_for_no_earlier_one() {
-        let (ahead, asked) = (Ahead::new(1000, (10, 4), 7), Asked::default());
-        ahead.reach(Position { epoch: 5, next_global_sample: 505 }, &asked);
-        let total: u64 = asked.0.lock().unwrap().iter().map(|r| r.end - r.start).sum();
-        // Block 50: its window begins at block 48, and block 54 is on its way.
-        assert_eq!(total, 70);
-        ahead.reach(Position { epoch: 4, next_global_sample: 990 }, &asked);
-        assert_eq!(asked.0.lock().unwrap().iter().map(|r| r.end - r.start).sum::<u64>(), 70);
+    fn the_first_window_is_asked_for_at_the_start_and_delivery_does_not_wait_for_it() {
+        for threads in [0, 2] {
+            let (asked, asks) = mpsc::channel();
+            let (go_on, goes_on) = mpsc::channel();
+            let columns = [Column::new("x", DType::U8, [])];
+            let stuck = Stuck { columns, asked, goes_on: Mutex::new(goes_on) };
+            let order = Order::Blocks { block: 10, window: 4 };
+            let timeout = LIMIT / 2;
+            let options =
+                LoaderOptions { order, threads, timeout, global_batch: 10, ..Default::default() };
+            let mut loader = Loader::new(Arc::new(stuck), options).unwrap();
+            let mut ranges = vec![asks.recv_timeout(LIMIT).unwrap()];
+            // It is in the middle of the first block.
+            for _ in 0..150 {
+                loader.next_step().unwrap();
+            }
+            assert!(asks.try_recv().is_err());
+            if threads > 0 {
+                // They may have delivered the first window before it was looked at.
+                continue;
+            }
+            while total(&ranges) < 40 {
+                go_on.send(()).unwrap();
+                ranges.push(asks.recv_timeout(LIMIT).unwrap());
+            }
+            let mut blocks = BlockOrder::new(1000, 10, 4, 0, 0);
+            for sample in (0..40).map(|place| blocks.at(place)) {
+                assert!(ranges.iter().any(|range| range.contains(&sample)), "{sample}");
+            }
+        }
     }
 }

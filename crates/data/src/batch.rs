@@ -2,12 +2,13 @@
 
 use std::borrow::Cow;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::masking::IGNORED;
-use crate::memory::{Block, Memory};
+use crate::memory::Block;
+use crate::recycling::{Counted, Parts, Pool};
 use crate::sampler::Sample;
 
 /// One column of a batch: what every row holds under its name.
@@ -20,7 +21,7 @@ pub struct Column {
     pub dtype: DType,
     /// The shape of one row. Empty: one element.
     pub shape: Vec<usize>,
-    /// The first size in `shape` is only the largest there can be: a batch is as long as its longest sample.
+    /// The first size in `shape` is only the largest there can be: a batch is as long as its longest sample, if the column can be.
     pub padded: bool,
 }
 
@@ -34,7 +35,8 @@ impl Column {
         Column { name: name.into(), dtype, shape: shape.into(), padded: false }
     }
 
-    /// A column whose rows are padded to the longest sample of their batch; `shape[0]` is the longest there can be.
+    /// A column whose rows are padded to the longest sample of their batch; `shape[0]` is the longest there can be. Of several
+    /// such columns each is as long as the longest sample, and no longer than its own `shape[0]`.
     pub fn padded(
         name: impl Into<Cow<'static, str>>,
         dtype: DType,
@@ -43,11 +45,18 @@ impl Column {
         Column { padded: true, ..Column::new(name, dtype, shape) }
     }
 
-    /// Elements of a row in a batch whose longest sample has `longest` elements.
+    /// The shape of a row in a batch whose longest sample has `longest` elements, of which this column may hold fewer.
+    fn row_shape(&self, longest: usize) -> impl Iterator<Item = usize> + '_ {
+        let own = move |(at, &size): (usize, &usize)| match at {
+            0 if self.padded => longest.min(size),
+            _ => size,
+        };
+        self.shape.iter().enumerate().map(own)
+    }
+
+    /// Elements of such a row.
     pub(crate) fn row_elements(&self, longest: usize) -> usize {
-        let own =
-            |(at, &size): (usize, &usize)| if self.padded && at == 0 { longest } else { size };
-        self.shape.iter().enumerate().map(own).fold(1, usize::saturating_mul)
+        self.row_shape(longest).fold(1, usize::saturating_mul)
     }
 
     fn row_bytes(&self, longest: usize) -> usize {
@@ -68,71 +77,6 @@ impl Column {
 pub(crate) fn bytes_max(columns: &[Column], rows: usize) -> usize {
     let of = |column: &Column| column.row_bytes(column.longest_max()).saturating_mul(rows);
     columns.iter().map(of).fold(0, usize::saturating_add)
-}
-
-/// The memory of a batch.
-#[derive(Debug, Default)]
-struct Parts {
-    blocks: Vec<Option<Box<dyn Block>>>,
-    samples: Vec<Sample>,
-    valid: Vec<bool>,
-    counted: Counted,
-}
-
-/// What was counted while rows were filled.
-#[derive(Clone, Copy, Debug, Default)]
-struct Counted {
-    /// The rows whose labels were counted.
-    rows: usize,
-    labels: usize,
-}
-
-/// Takes back the memory of dropped batches.
-#[derive(Debug)]
-pub(crate) struct Pool {
-    columns: Arc<[Column]>,
-    memory: Arc<dyn Memory>,
-    free: Mutex<Vec<Parts>>,
-    free_max: usize,
-    /// The lists of steps that were dropped.
-    lists: Mutex<Vec<Vec<Batch>>>,
-}
-
-impl Pool {
-    /// A pool that keeps the memory of at most `free_max` batches.
-    pub(crate) fn new(
-        columns: Arc<[Column]>,
-        memory: Arc<dyn Memory>,
-        free_max: usize,
-    ) -> Arc<Self> {
-        let free = Mutex::new(Vec::with_capacity(free_max));
-        Arc::new(Pool { columns, memory, free, free_max, lists: Mutex::default() })
-    }
-
-    fn take(&self) -> Parts {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
-    }
-
-    fn give(&self, parts: Parts) {
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        if free.len() < self.free_max {
-            free.push(parts);
-        }
-    }
-
-    /// A list for the batches of a step.
-    pub(crate) fn list(&self) -> Vec<Batch> {
-        self.lists.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
-    }
-
-    pub(crate) fn give_list(&self, mut list: Vec<Batch>) {
-        list.clear();
-        let mut lists = self.lists.lock().unwrap_or_else(PoisonError::into_inner);
-        // A caller holds one step, seldom two.
-        if lists.len() < 4 {
-            lists.push(list);
-        }
-    }
 }
 
 /// What one rank computes at once: rows of named columns.
@@ -162,7 +106,7 @@ impl Batch {
     /// Sets how long the rows of padded columns are, and gets memory where there is too little.
     pub(crate) fn shape_for(&mut self, longest: usize) -> Result<()> {
         let rows = self.rows();
-        let columns = Arc::clone(&self.pool.columns);
+        let columns = self.shared_columns();
         self.longest =
             columns.iter().map(Column::longest_max).max().map_or(0, |max| longest.min(max));
         self.parts.blocks.resize_with(columns.len(), || None);
@@ -173,8 +117,7 @@ impl Batch {
                 // Padded rows differ in length from batch to batch: some more than is needed now.
                 let largest = column.row_bytes(column.longest_max()).saturating_mul(rows);
                 let bytes = if column.padded { (bytes + bytes / 2).min(largest) } else { bytes };
-                *block = None;
-                *block = Some(self.pool.memory.allocate(bytes)?);
+                self.pool.replace(block, bytes)?;
             }
         }
         Ok(())
@@ -182,12 +125,12 @@ impl Batch {
 
     /// The columns there are.
     pub fn columns(&self) -> &[Column] {
-        &self.pool.columns
+        self.pool.columns()
     }
 
     /// The same, shared by all batches of a loader.
     pub fn shared_columns(&self) -> Arc<[Column]> {
-        Arc::clone(&self.pool.columns)
+        Arc::clone(self.pool.columns())
     }
 
     /// The elements of a column, row after row: `[rows, …shape of a row]`.
@@ -202,7 +145,7 @@ impl Batch {
     /// The bytes of column number `column`, row after row. Empty if there is no such column.
     pub fn column_bytes(&self, column: usize) -> &[u8] {
         let (Some(Some(block)), Some(about)) =
-            (self.parts.blocks.get(column), self.pool.columns.get(column))
+            (self.parts.blocks.get(column), self.pool.columns().get(column))
         else {
             return &[];
         };
@@ -214,24 +157,22 @@ impl Batch {
         let rows = self.rows();
         self.parts.counted = Counted::default();
         let (Some(Some(block)), Some(about)) =
-            (self.parts.blocks.get_mut(column), self.pool.columns.get(column))
+            (self.parts.blocks.get_mut(column), self.pool.columns().get(column))
         else {
             return &mut [];
         };
         &mut block.bytes_mut()[..about.row_bytes(self.longest) * rows]
     }
 
-    /// The block that column number `column` lies in, for who has made the [`Memory`].
+    /// The block that column number `column` lies in, for who has made the [`Memory`](crate::Memory).
     pub fn block(&self, column: usize) -> Option<&dyn Block> {
         self.parts.blocks.get(column)?.as_deref()
     }
 
     /// The shape of column number `column` as libtorch counts: `[rows, …shape of a row]`. Empty if there is no such column.
     pub fn column_shape(&self, column: usize) -> Vec<i64> {
-        let Some(about) = self.pool.columns.get(column) else { return Vec::new() };
-        let row = about.shape.iter().enumerate();
-        let row = row.map(|(at, &size)| if about.padded && at == 0 { self.longest } else { size });
-        std::iter::once(self.rows()).chain(row).map(size).collect()
+        let Some(about) = self.pool.columns().get(column) else { return Vec::new() };
+        std::iter::once(self.rows()).chain(about.row_shape(self.longest)).map(size).collect()
     }
 
     /// Column `input_ids`, `[rows, sequence_len]`: token ids. Empty if there is none of I64.
@@ -264,6 +205,12 @@ impl Batch {
         self.parts.valid.iter().filter(|&&valid| valid).count()
     }
 
+    /// Bytes of all columns.
+    pub(crate) fn bytes(&self) -> usize {
+        let of = |column: &Column| column.row_bytes(self.longest).saturating_mul(self.rows());
+        self.columns().iter().map(of).fold(0, usize::saturating_add)
+    }
+
     /// How many samples.
     pub fn rows(&self) -> usize {
         self.parts.samples.len()
@@ -271,11 +218,8 @@ impl Batch {
 
     /// The first size of the first column's rows: how many tokens a sample has.
     pub fn sequence_len(&self) -> usize {
-        match self.pool.columns.first() {
-            Some(column) if column.padded => self.longest,
-            Some(column) => column.shape.first().copied().unwrap_or(1),
-            None => 0,
-        }
+        let first = self.pool.columns().first();
+        first.map_or(0, |column| column.row_shape(self.longest).next().unwrap_or(1))
     }
 
     /// `[rows, sequence_len]` as libtorch counts.
@@ -294,7 +238,7 @@ impl Batch {
     /// The rows, to be filled.
     pub(crate) fn rows_mut(&mut self) -> Rows<'_> {
         let Parts { blocks, samples, valid, counted } = &mut self.parts;
-        let (columns, longest) = (&self.pool.columns[..], self.longest);
+        let (columns, longest) = (&self.pool.columns()[..], self.longest);
         Rows { columns, blocks, samples, valid, counted, start: 0, longest }
     }
 }
@@ -368,7 +312,7 @@ impl<'a> Rows<'a> {
         self.columns
     }
 
-    /// How long rows of padded columns are: their longest sample's length.
+    /// How long rows of padded columns are, but for columns that cannot be as long: their longest sample's length.
     pub fn longest(&self) -> usize {
         self.longest
     }

@@ -72,17 +72,28 @@ impl BlockOrder {
         self.count.div_ceil(self.block)
     }
 
-    /// The blocks of the order that must be there, or on their way, when a place is delivered: those of its window, and of the next
-    /// one as many as have been delivered of this one. The last window is as long as it is.
-    pub(crate) fn blocks_due(&self, place: u64) -> Range<u64> {
-        let window = (place / self.window).min(self.windows - 1);
-        let first = window * self.window / self.block;
-        let end = if window + 1 == self.windows {
-            self.block_count()
-        } else {
-            (place + self.window) / self.block + 1
+    /// The blocks that must be there, or on their way, when a place is delivered: those of its window, and of the next window as large
+    /// a part as has been begun of this one. After an epoch's last window that is the next epoch's first one: so many blocks of its
+    /// order come second, and do not depend on it.
+    pub(crate) fn blocks_due(&self, place: u64) -> (Range<u64>, u64) {
+        let of_window = self.window / self.block;
+        let number = (place / self.window).min(self.windows - 1);
+        let is_last = number + 1 == self.windows;
+        // The last window is as long as it is.
+        let len = |of: u64| match of + 1 == self.windows {
+            true => self.block_count() - of * of_window,
+            false => of_window,
         };
-        first..end.min(self.block_count())
+        let first = number * of_window;
+        let begun = (place - number * self.window) / self.block + 1;
+        let next = u128::from(len(if is_last { 0 } else { number + 1 })) * u128::from(begun);
+        let next = u64::try_from(next.div_ceil(u128::from(len(number)))).unwrap_or(u64::MAX);
+        let end = first + len(number);
+        if is_last {
+            (first..end, next)
+        } else {
+            (first..end + next, 0)
+        }
     }
 
     /// The samples of block `number` of the order, which is below the count of blocks: one range, or two where it goes on at

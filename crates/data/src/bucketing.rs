@@ -95,7 +95,7 @@ mod tests {
     use super::*;
     use crate::batch::Column;
     use crate::dtype::DType;
-    use crate::sampler::{Order, Tail};
+    use crate::order::{Order, Tail};
     use crate::samples::from_fn;
 
     #[test]

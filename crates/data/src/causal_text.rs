@@ -139,7 +139,7 @@ impl Samples for CausalText {
         Ok(self.stream.damaged().iter().map(of).collect())
     }
 
-    fn will_need(&self, samples: Range<u64>) {
+    fn will_need(&self, samples: Range<u64>, _scratch: &mut Scratch) {
         let len = to_u64(self.sequence_len);
         self.stream.will_need(samples.start * len..samples.end * len + 1);
     }

@@ -71,9 +71,13 @@ pub(crate) struct ShardDamage {
 /// damaged. Copy it to every machine that has a copy of the folder.
 ///
 /// # Errors
-/// What is wrong besides that: a shard that may not be read, say, is not damaged. [`Error::Io`].
+/// What is wrong besides that: a shard that may not be read, say, is not damaged. A `tokenizer.json` of other tokens is passed over.
+/// [`Error::Io`].
 pub fn record_damage(folder: &Path, found: &Verified) -> Result<()> {
-    let other = found.damage.iter().find(|error| !is_damaged(error) && !is_lost(error));
+    // Of a tokenizer no sample is made: it has no place in the list.
+    let is_beside = |error: &Error| matches!(error, Error::OtherTokenizer { .. });
+    let mut others = found.damage.iter().filter(|error| !is_beside(error));
+    let other = others.find(|error| !is_damaged(error) && !is_lost(error));
     if let Some(error) = other {
         let reason =
             "only what is damaged or missing can be left out; see to it that the shard can be read";

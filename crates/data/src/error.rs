@@ -7,6 +7,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::fingerprint::Fingerprint;
+
 /// `Result` of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -55,7 +57,7 @@ pub enum Error {
         reason: String,
     },
     /// A row of a table cannot be used.
-    #[error("{}, row {row}, column `{column}`: {reason}; correct it, or leave such rows of text out with --skip-bad-lines", path.display())]
+    #[error("{}, row {row}, column `{column}`: {reason}", path.display())]
     BadRow {
         /// The file.
         path: PathBuf,
@@ -63,7 +65,7 @@ pub enum Error {
         row: u64,
         /// The column.
         column: String,
-        /// What is wrong with it.
+        /// What is wrong with it, and what to do.
         reason: String,
     },
     /// A conversion would write over something.
@@ -127,7 +129,7 @@ pub enum Error {
     Tokenizer {
         /// What was tried.
         action: &'static str,
-        /// The library's own words.
+        /// The library's own words, behind the file's path if it is about a file.
         message: String,
     },
     /// An option has a value that cannot work.
@@ -208,6 +210,16 @@ pub enum Error {
         /// The size that was found.
         actual: u64,
     },
+    /// `tokenizer.json` is not the one that the tokens beside it were made with.
+    #[error("{} is not the tokenizer of the tokens beside it: its fingerprint is {actual}, index.json has {expected}; copy the one that they were made with, or take it away", path.display())]
+    OtherTokenizer {
+        /// The tokenizer.
+        path: PathBuf,
+        /// The fingerprint that the index has.
+        expected: Fingerprint,
+        /// The fingerprint of what is there.
+        actual: Fingerprint,
+    },
     /// `damage.json` does not fit its folder.
     #[error(
         "{}: {reason}; remove it, and run `phalanx data verify --record` where blocks are damaged",
@@ -221,7 +233,7 @@ pub enum Error {
     },
     /// A block of a shard does not have the checksum that was recorded when it was written.
     #[error(
-        "shard {} is damaged at offset {offset} (block {block}): checksum {actual:08x}, expected {expected:08x}; found while reading {reading}; prepare or copy it again",
+        "shard {} is damaged at offset {offset} (block {block}): checksum {actual:08x}, expected {expected:08x}; found while reading {reading}; prepare or copy it again, or list it with `phalanx data verify --record` and set on_damage to skip",
         path.display()
     )]
     Damaged {

@@ -3,6 +3,7 @@
 //! The file holds `input_ids` and `labels`, I64 [N, L], [`IGNORED`](crate::IGNORED) (−100) where the loss does not look, and may
 //! hold `attention_mask`, I64 [N, L], 1 for tokens and 0 for padding. Sample i is row i. Nothing is masked or changed.
 
+use std::ops::Range;
 use std::path::Path;
 
 use safetensors::tensor::Dtype;
@@ -158,6 +159,11 @@ impl FixedBatches {
         Ok(sum.number(self.bytes.len()).number(u64::from(crc)).finish())
     }
 
+    /// Where each column begins in the file, if there is one.
+    fn starts(&self) -> [Option<u64>; 3] {
+        [Some(self.input_ids), Some(self.labels), self.attention_mask]
+    }
+
     fn read_row(&self, offset: u64, out: &mut [i64], scratch: &mut Scratch) -> Result<()> {
         let row_bytes = self.sequence_len * size_of::<i64>();
         let bytes = self.bytes.read(offset, row_bytes, &mut scratch.bytes)?;
@@ -181,6 +187,15 @@ impl Samples for FixedBatches {
         self.fingerprint
     }
 
+    fn will_need(&self, samples: Range<u64>, _scratch: &mut Scratch) {
+        let row_bytes = to_u64(self.sequence_len * size_of::<i64>());
+        let end = samples.end.min(self.sample_count());
+        let rows = samples.start.min(end) * row_bytes..end * row_bytes;
+        for start in self.starts().into_iter().flatten() {
+            self.bytes.will_need(start + rows.start..start + rows.end);
+        }
+    }
+
     fn fill(&self, _seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {
         for at in 0..rows.len() {
             let (sample, is_valid) = rows.sample(at);
@@ -188,8 +203,7 @@ impl Samples for FixedBatches {
                 let samples = self.sample_count();
                 return Err(Error::NoSuchSample { sample: sample.id, samples });
             }
-            let starts = [Some(self.input_ids), Some(self.labels), self.attention_mask];
-            for (column, start) in starts.into_iter().flatten().enumerate() {
+            for (column, start) in self.starts().into_iter().flatten().enumerate() {
                 let mut row = rows.part(at..at + 1);
                 let values = row.column::<i64>(column)?;
                 let offset = start + sample.id * to_u64(self.sequence_len * size_of::<i64>());

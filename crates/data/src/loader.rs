@@ -5,18 +5,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::agreement::Agreement;
-use crate::ahead::Ahead;
-use crate::batch::{Batch, Column, Pool};
+use crate::ahead::{Ahead, Asking};
+use crate::batch::{Batch, Column};
 use crate::bucketing;
 use crate::cast::to_u64;
 use crate::damage::{Holes, OnDamage};
 use crate::error::{Error, Result};
 use crate::memory::{HostMemory, Memory};
 use crate::micro_batches::MicroBatches;
+use crate::order::{Order, Tail};
 use crate::permutation;
 use crate::plan::{Builder, Job, Plan};
 use crate::prefetch::{left, Bounds, Prefetcher};
-use crate::sampler::{Cursor, Order, Position, Sampler, Tail};
+use crate::recycling::{Keep, Pool};
+use crate::sampler::{Cursor, Position, Sampler};
 use crate::samples::Samples;
 use crate::slice::{MicroBatch, RankSlice};
 use crate::state::{Buckets, LoaderState};
@@ -48,11 +50,13 @@ pub struct LoaderOptions {
     pub rank: usize,
     /// How many ranks there are.
     pub world_size: usize,
-    /// Threads that build batches ahead. 0: they are built when they are asked for, by who asks.
+    /// Threads that build batches ahead. 0: they are built when they are asked for, by who asks. An order in blocks has one more, which
+    /// asks for the next blocks from the disk.
     pub threads: usize,
     /// At most so many micro-batches wait in the queue.
     pub queue_batches: usize,
-    /// At most so many bytes of micro-batches wait in the queue; a single larger one is let through.
+    /// About so many bytes of micro-batches wait in the queue; a single larger one is let through. Padded rows are as long as they come:
+    /// a batch that is being made counts as those before it were on average, and so each thread may add one batch to these bytes.
     pub queue_bytes: usize,
     /// Where the memory of batches comes from.
     pub memory: Arc<dyn Memory>,
@@ -209,6 +213,7 @@ impl Loader {
         let LoaderOptions { seed, order, tail, global_batch, rank, world_size, .. } = options;
         let parts = samples.parts();
         let sampler = Sampler::mixed(&parts, global_batch, seed, order, tail)?;
+        let sampler = sampler.with_epochs(options.epochs);
         // Checks both numbers.
         let slice = RankSlice::new(rank, world_size, global_batch)?.range();
         if options.queue_batches == 0 {
@@ -230,7 +235,8 @@ impl Loader {
         let micro_batches = options.micro_batch.count(slice.len());
         let live_max = options.queue_batches + 2 * micro_batches + options.threads;
         let columns: Arc<[Column]> = samples.columns().into();
-        let pool = Pool::new(Arc::clone(&columns), Arc::clone(&options.memory), live_max);
+        let keep = Keep { batches: live_max, bytes: options.queue_bytes };
+        let pool = Pool::new(Arc::clone(&columns), Arc::clone(&options.memory), keep);
         let holes = match options.on_damage {
             OnDamage::Fail => Holes::default(),
             OnDamage::Skip => Holes::new(samples.damaged()?, samples.sample_count())?,
@@ -239,9 +245,10 @@ impl Loader {
             let reason = "the lengths of damaged samples are not known: take 0 to leave them out";
             return Err(Error::option("bucketing", options.bucketing, reason));
         }
-        let ahead = sampler
-            .blocks()
-            .map(|sizes| Arc::new(Ahead::new(sampler.sample_count(), sizes, sampler.seed())));
+        let asking = Asking::new(&sampler, options.epochs);
+        let ahead = asking
+            .map(|asking| Ahead::start(asking, Arc::clone(&samples), position))
+            .transpose()?;
         let plan = Plan {
             samples,
             columns,
@@ -254,7 +261,7 @@ impl Loader {
             epochs: options.epochs,
             pool,
             holes: Arc::new(holes),
-            ahead,
+            ahead: ahead.map(Arc::new),
         };
         let source = match options.threads {
             0 => Source::Caller(Box::new(plan.builder())),
@@ -315,6 +322,17 @@ impl Loader {
             left_out,
             world_size: self.plan.world_size,
         })
+    }
+
+    /// Whether the next step can be had without waiting: it was built ahead, or as much of it as the queue holds. What nobody builds
+    /// ahead (the end, what comes after an error, all without threads) nobody has to wait for.
+    pub fn is_next_ready(&self) -> bool {
+        match &self.source {
+            Source::Threads(threads) if !self.is_at_end() && self.failed.is_none() => {
+                threads.has(self.plan.micro_batches(self.position))
+            }
+            _ => true,
+        }
     }
 
     /// Whether all epochs that were asked for are over.

@@ -142,7 +142,7 @@ impl Samples for MaskedText {
         Ok(self.stream.damaged().iter().map(of).collect())
     }
 
-    fn will_need(&self, samples: Range<u64>) {
+    fn will_need(&self, samples: Range<u64>, _scratch: &mut Scratch) {
         let window = to_u64(self.sequence_len - FRAME);
         self.stream.will_need(samples.start * window..samples.end * window);
     }

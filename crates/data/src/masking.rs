@@ -325,12 +325,39 @@ mod tests {
         let random = Masking { mask_share: 0.0, random_share: 1.0, ..Default::default() };
         let random = Masker::new(random, 500, special).unwrap();
         let all = [&masker, &rare, &random].map(|masker| masked(masker, 42, sample));
-        assert_eq!(
-            all,
-            [&FROZEN[..], &FROZEN_ONE, &FROZEN_RANDOM],
-            "masks changed: make a new version"
-        );
+        assert_eq!(all, [&FROZEN[..], &FROZEN_ONE, &FROZEN_RANDOM], "{CHANGED}");
     }
+
+    #[test]
+    fn masks_of_whole_words_are_frozen() {
+        let special = SpecialTokens::bert(0, 1, 2, 3, 4);
+        let sample = Sample { epoch: 3, id: 12_345 };
+        let rare = Masking { probability: 1e-5, ..Default::default() };
+        let all = [Masking::default(), rare].map(|masking| {
+            let words = Continuations::from_fn(500, |id| id % 5 < 3);
+            let masker = Masker::new(masking, 500, special).unwrap().with_words(words);
+            masked(&masker, 42, sample)
+        });
+        assert_eq!(all, [&FROZEN_WORDS[..], &FROZEN_WORD], "{CHANGED}");
+    }
+
+    const CHANGED: &str = "masks changed: make a new version";
+    const FROZEN_WORDS: [(usize, i64); 13] = [
+        (7, 4),
+        (8, 204),
+        (17, 4),
+        (18, 4),
+        (24, 296),
+        (25, 426),
+        (26, 4),
+        (29, 4),
+        (30, 4),
+        (31, 4),
+        (89, 48),
+        (90, 29),
+        (91, 139),
+    ];
+    const FROZEN_WORD: [(usize, i64); 2] = [(2, 4), (3, 204)];
 
     const FROZEN: [(usize, i64); 14] = [
         (7, 4),

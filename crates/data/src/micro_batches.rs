@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::batch::{Batch, Pool};
+use crate::batch::Batch;
+use crate::recycling::Pool;
 
 /// The micro-batches of a step. They are read as a slice, or taken one after the other.
 #[derive(Debug)]

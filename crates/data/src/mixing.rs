@@ -35,8 +35,8 @@ enum Draws {
 
 #[derive(Debug)]
 pub(crate) struct MixedPart {
-    first: u64,
-    samples: u64,
+    pub(crate) first: u64,
+    pub(crate) samples: u64,
 }
 
 #[derive(Debug)]
@@ -107,6 +107,33 @@ impl Mixing {
             samples: part.samples,
             round: narrow(drawn / samples),
             place: narrow(drawn % samples),
+        }
+    }
+
+    /// Where each part stands at a place of the endless order: how often it was drawn whole, and its place in this round. `counts`
+    /// has a number for each part. Cost: the period, or so many steps as there are parts.
+    pub(crate) fn before(
+        &self,
+        place: u128,
+        counts: &mut [u64],
+        mut each: impl FnMut(usize, u64, u64),
+    ) {
+        let narrow = |value: u128| u64::try_from(value).unwrap_or(u64::MAX);
+        match &self.draws {
+            Draws::Period(slots) => {
+                let period = slots.len() as u128;
+                let (periods, rest) = (narrow(place / period), to_usize(narrow(place % period)));
+                counts.fill(0);
+                for (number, slot) in slots.iter().enumerate() {
+                    let drawn = periods.saturating_add(u64::from(number < rest));
+                    let count = &mut counts[slot.part as usize];
+                    *count = count.saturating_add(drawn);
+                }
+            }
+            Draws::Endless(shares) => shares.before(narrow(place), counts),
+        }
+        for (number, (part, &count)) in self.parts.iter().zip(&*counts).enumerate() {
+            each(number, count / part.samples, count % part.samples);
         }
     }
 
@@ -268,6 +295,27 @@ mod tests {
         }
         let expected: Vec<(u64, u64)> = (0..12).map(|n| (n / 3, n % 3)).collect();
         assert_eq!(of_first, expected);
+    }
+
+    #[test]
+    fn where_each_part_stands_is_what_was_drawn_before() {
+        let irrational = [std::f64::consts::PI, std::f64::consts::E, 1.0, 0.1, 0.7];
+        let cases: [&[f64]; 3] = [&[0.7, 0.2, 0.1], &[3.0, 1.0, 1.0, 2.0], &irrational];
+        for weights in cases {
+            let (mixing, mut counts) = (mixing(weights), vec![0; weights.len()]);
+            for start in [0_u128, 5, 12_345, 1 << 40] {
+                let mut stands = vec![(0, 0); weights.len()];
+                mixing.before(start, &mut counts, |part, round, place| {
+                    stands[part] = (round, place);
+                });
+                for place in start..start + 100 {
+                    let drawn = mixing.at(place);
+                    let (round, own) = &mut stands[drawn.part];
+                    assert_eq!((drawn.round, drawn.place), (*round, *own), "{weights:?} {place}");
+                    (*round, *own) = if *own == 9 { (*round + 1, 0) } else { (*round, *own + 1) };
+                }
+            }
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::samples::{Part, Samples, Scratch};
 /// sample, or less than two where more than four weights have no common period up to 65 536. Samples of a part
 /// come in the loader's order; when all have come, the next round begins in another order.
 ///
-/// All parts have the same columns. A loader needs [`Tail::Wrap`](crate::Tail::Wrap). An epoch is as many samples as all parts
+/// All parts have the same columns; how long padded rows can be may differ. A loader needs [`Tail::Wrap`](crate::Tail::Wrap). An epoch is as many samples as all parts
 /// have together; samples of an epoch are not each one exactly once.
 pub struct Mixture {
     parts: Vec<(Arc<dyn Samples>, f64)>,
@@ -39,13 +39,13 @@ impl Mixture {
         let Some((first, _)) = parts.first() else {
             return Err(Error::option("parts", 0, "a mixture has at least one part"));
         };
-        let columns = first.columns().to_vec();
+        let mut columns = first.columns().to_vec();
         let mut sum = Fingerprinter::new("mixture").number(u64::from(mixing::VERSION));
         let (mut starts, mut end) = (vec![0], 0_u64);
         for (number, (part, weight)) in parts.iter().enumerate() {
-            if part.columns() != columns {
-                let reason =
-                    "its columns differ from those of part 0: names, types and shapes must agree";
+            if !join(&mut columns, part.columns()) {
+                let reason = "its columns differ from those of part 0: names, types and shapes must agree, but for how long \
+                              padded rows can be";
                 return Err(Error::option("parts", format!("part {number}"), reason));
             }
             // A loader asks only the outermost mixture for weights.
@@ -70,6 +70,25 @@ impl Mixture {
     }
 }
 
+/// Makes columns hold those of one more part, whose padded rows may be longer or shorter. `false`: they are others.
+fn join(columns: &mut [Column], more: &[Column]) -> bool {
+    let same = |(own, other): (&mut Column, &Column)| {
+        if own.padded && other.padded {
+            if let (Some(longest), Some(&size)) = (own.shape.first_mut(), other.shape.first()) {
+                *longest = size.max(*longest);
+            }
+        }
+        let shape =
+            |column: &Column| column.shape.get(usize::from(column.padded)..).map(<[_]>::to_vec);
+        own.name == other.name
+            && own.dtype == other.dtype
+            && own.padded == other.padded
+            && own.shape.len() == other.shape.len()
+            && shape(own) == shape(other)
+    };
+    columns.len() == more.len() && columns.iter_mut().zip(more).all(same)
+}
+
 impl Samples for Mixture {
     fn sample_count(&self) -> u64 {
         self.starts.last().copied().unwrap_or(0)
@@ -85,7 +104,10 @@ impl Samples for Mixture {
 
     fn sample_len(&self, id: u64, scratch: &mut Scratch) -> Result<usize> {
         let (part, own) = self.place(id)?;
-        self.parts[part].0.sample_len(own, scratch)
+        let part = &self.parts[part].0;
+        // What is too long for its own part is cut there.
+        let longest = part.columns().iter().map(Column::longest_max).max().unwrap_or(0);
+        Ok(part.sample_len(own, scratch)?.min(longest))
     }
 
     fn parts(&self) -> Vec<Part> {
@@ -106,6 +128,15 @@ impl Samples for Mixture {
             all.extend(within.map(|range| start + range.start..start + range.end));
         }
         Ok(all)
+    }
+
+    fn will_need(&self, samples: Range<u64>, scratch: &mut Scratch) {
+        for ((part, _), bounds) in self.parts.iter().zip(self.starts.windows(2)) {
+            let (start, end) = (samples.start.max(bounds[0]), samples.end.min(bounds[1]));
+            if start < end {
+                part.will_need(start - bounds[0]..end - bounds[0], scratch);
+            }
+        }
     }
 
     fn fill(&self, seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {

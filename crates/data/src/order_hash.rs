@@ -2,7 +2,8 @@
 
 use crate::error::Result;
 use crate::fingerprint::{Fingerprint, Fingerprinter};
-use crate::sampler::{Order, Position, Sampler, Tail};
+use crate::order::{Order, Tail};
+use crate::sampler::{Position, Sampler};
 
 impl Order {
     /// Samples that [`Order::hash`] looks at, at most.

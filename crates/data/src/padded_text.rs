@@ -103,9 +103,11 @@ impl Samples for PaddedText {
         self.stream.damaged_documents()
     }
 
-    fn will_need(&self, samples: Range<u64>) {
-        let mut scratch = Scratch::default();
-        let mut bounds = |id| self.stream.document(id, &mut scratch);
+    fn will_need(&self, samples: Range<u64>, scratch: &mut Scratch) {
+        if samples.is_empty() {
+            return;
+        }
+        let mut bounds = |id| self.stream.document(id, scratch);
         // Whoever reads them has the error.
         if let (Ok(first), Ok(last)) = (bounds(samples.start), bounds(samples.end - 1)) {
             self.stream.will_need(first.start..last.end);
@@ -124,7 +126,14 @@ impl Samples for PaddedText {
             attention_mask[..len].fill(1);
             attention_mask[len..].fill(0);
             let reading = format_args!("document {}", sample.id);
-            self.stream.read(start, &mut input_ids[..len], scratch, &reading)?;
+            let read = self.stream.read(start, &mut input_ids[..len], scratch, &reading);
+            read.map_err(|error| match error {
+                // The stream counts from where it was read.
+                Error::BadValue { path, position, value, reason, .. } => {
+                    Error::BadValue { path, sample: sample.id, position, value, reason }
+                }
+                other => other,
+            })?;
             match &self.masker {
                 Some(masker) => {
                     masker.apply(seed, sample, &mut input_ids[..len], &mut labels[..len]);

@@ -4,10 +4,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::ahead::Ahead;
-use crate::batch::{bytes_max, Batch, Column, Pool};
+use crate::batch::{bytes_max, Batch, Column};
 use crate::bucketing::Window;
 use crate::damage::Holes;
 use crate::error::Result;
+use crate::recycling::Pool;
 use crate::sampler::{Cursor, Position, Sample, Sampler};
 use crate::samples::{Samples, Scratch};
 use crate::slice::{part, MicroBatch};
@@ -37,6 +38,20 @@ pub(crate) struct Plan {
     pub(crate) holes: Arc<Holes>,
     /// What is asked for from the disk before it is read.
     pub(crate) ahead: Option<Arc<Ahead>>,
+}
+
+/// Batches that were built.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Built {
+    pub(crate) rows: usize,
+    pub(crate) bytes: usize,
+}
+
+impl Built {
+    pub(crate) fn add(&mut self, batch: &Batch) {
+        self.rows = self.rows.saturating_add(batch.rows());
+        self.bytes = self.bytes.saturating_add(batch.bytes());
+    }
 }
 
 /// What a thread that builds batches keeps.
@@ -93,7 +108,7 @@ impl Plan {
         let Builder { cursor, window, scratch } = builder;
         let (start, mut rows) = (job.start, self.rows(job));
         if let Some(ahead) = &self.ahead {
-            ahead.reach(start, &*self.samples);
+            ahead.reach(start);
         }
         let mut valid = self.sampler.size(start).valid;
         if rows.is_empty() {
@@ -130,9 +145,13 @@ impl Plan {
         Ok(batch)
     }
 
-    /// Memory of the batch that `job` will give, at most.
-    pub(crate) fn bytes(&self, job: Job) -> usize {
-        bytes_max(&self.columns, self.rows(job).len().max(1))
+    /// Bytes of the batch that `job` will give: at most, and, if rows differ in length, what they were on average in those that were
+    /// built.
+    pub(crate) fn bytes(&self, job: Job, built: Built) -> usize {
+        let rows = self.rows(job).len().max(1);
+        let max = bytes_max(&self.columns, rows);
+        let row = built.bytes.checked_div(built.rows);
+        row.map_or(max, |row| max.min(row.saturating_mul(rows)))
     }
 
     /// The micro-batch after `job`: of the same global batch, or the first one of the next.

@@ -1,7 +1,7 @@
 //! Threads that build batches ahead of their consumer.
 //!
 //! Threads claim micro-batches in order and put them into a queue in order, so that whoever finishes first delivers nothing
-//! early. The queue is bounded in batches and bytes, counted when a batch is claimed. The batch that the consumer waits for is
+//! early. The queue is bounded in batches and bytes, estimated when a batch is claimed and counted when it is there. The batch that the consumer waits for is
 //! always claimed before all others, so a full queue cannot block it. Threads that found it full sleep until half of it is
 //! taken: to wake for each batch would cost a paced trainer more than the batches.
 
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use crate::batch::Batch;
 use crate::error::{Error, Result};
-use crate::plan::{Job, Plan};
+use crate::plan::{Built, Job, Plan};
 
 /// Threads look whether the loader is gone at least so often, should a wake-up be lost.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -53,7 +53,9 @@ struct Queue {
     slots: VecDeque<Slot>,
     /// How many batches were taken: the ticket of the front slot.
     taken: u64,
+    /// Of all slots.
     bytes: usize,
+    built: Built,
     threads: usize,
     /// Consumers and threads that sleep: who changes something wakes nobody else.
     consumers_asleep: usize,
@@ -67,6 +69,8 @@ struct Queue {
 
 struct Slot {
     job: Job,
+    /// What it takes in the queue.
+    bytes: usize,
     /// `None` while a thread works on it.
     result: Option<Result<Batch>>,
 }
@@ -85,6 +89,7 @@ impl Prefetcher {
             slots: VecDeque::with_capacity(bounds.batches),
             taken: 0,
             bytes: 0,
+            built: Built::default(),
             threads: 0,
             consumers_asleep: 0,
             threads_asleep: 0,
@@ -119,6 +124,15 @@ impl Prefetcher {
         Ok(prefetcher)
     }
 
+    /// Whether the next so many batches are there, or as many of them as there is room for.
+    pub(crate) fn has(&self, batches: usize) -> bool {
+        let queue = self.shared.lock();
+        let is_full = || queue.threads_asleep == queue.threads;
+        queue.is_ready()
+            && queue.slots.iter().take(batches).all(|slot| slot.result.is_some())
+            && (queue.slots.len() >= batches || is_full())
+    }
+
     /// The next batch, in order. Waits at most `timeout`.
     pub(crate) fn next(&self, timeout: Duration) -> Result<Batch> {
         let looking = Instant::now();
@@ -136,10 +150,10 @@ impl Prefetcher {
             queue.consumers_asleep -= 1;
         }
         let done = match queue.slots.front_mut() {
-            Some(slot) => slot.result.take().map(|result| (slot.job, result)),
+            Some(slot) => slot.result.take().map(|result| (slot.bytes, result)),
             None => None,
         };
-        let Some((job, result)) = done else {
+        let Some((bytes, result)) = done else {
             let job = queue.slots.front().map_or(queue.next, |slot| slot.job);
             let (epoch, position) = (job.start.epoch, job.start.next_global_sample);
             if queue.threads_broken > 0 {
@@ -150,7 +164,7 @@ impl Prefetcher {
         };
         queue.slots.pop_front();
         queue.taken += 1;
-        queue.bytes -= self.shared.plan.bytes(job);
+        queue.bytes -= bytes;
         self.shared.ready.store(queue.is_ready(), Ordering::Release);
         let wakes = queue.threads_asleep > 0 && queue.slots.len() <= queue.full_at / 2;
         drop(queue);
@@ -165,6 +179,20 @@ impl Queue {
     /// Whether the batch that is taken next is there.
     fn is_ready(&self) -> bool {
         self.slots.front().is_some_and(|slot| slot.result.is_some())
+    }
+
+    /// Puts a batch into its slot. Whether it is so much smaller than was thought that there may be room for another one.
+    fn fill(&mut self, slot: usize, result: Result<Batch>) -> bool {
+        let Some(slot) = self.slots.get_mut(slot) else { return false };
+        let thought = slot.bytes;
+        if let Ok(batch) = &result {
+            slot.bytes = batch.bytes();
+            self.built.add(batch);
+        }
+        self.bytes = self.bytes - thought + slot.bytes;
+        slot.result = Some(result);
+        // Those that sleep found no room at a time when so much was thought to be taken: a little less makes none.
+        slot.bytes < thought / 2
     }
 }
 
@@ -202,16 +230,17 @@ impl Shared {
             let result = built.unwrap_or_else(|payload| Err(panicked(job, payload.as_ref())));
             let mut queue = self.lock();
             let index = ticket - queue.taken;
-            if let Some(slot) = queue.slots.get_mut(crate::cast::to_usize(index)) {
-                slot.result = Some(result);
-            }
+            let has_room = queue.fill(crate::cast::to_usize(index), result);
+            let (consumers, threads) = (queue.consumers_asleep, queue.threads_asleep);
             if index == 0 {
                 self.ready.store(true, Ordering::Release);
-                let asleep = queue.consumers_asleep;
-                drop(queue);
-                if asleep > 0 {
-                    self.filled.notify_all();
-                }
+            }
+            drop(queue);
+            if index == 0 && consumers > 0 {
+                self.filled.notify_all();
+            }
+            if has_room && threads > 0 {
+                self.taken.notify_all();
             }
         }
     }
@@ -228,13 +257,13 @@ impl Shared {
             if self.plan.is_end(job.start) {
                 return None;
             }
-            let bytes = self.plan.bytes(job);
+            let bytes = self.plan.bytes(job, queue.built);
             let fits = queue.slots.len() < self.bounds.batches
                 && queue.bytes.saturating_add(bytes) <= self.bounds.bytes;
             if fits || queue.slots.is_empty() {
                 queue.next = self.plan.after(job);
                 queue.bytes += bytes;
-                queue.slots.push_back(Slot { job, result: None });
+                queue.slots.push_back(Slot { job, bytes, result: None });
                 return Some((queue.taken + crate::cast::to_u64(queue.slots.len()) - 1, job));
             }
             queue.threads_asleep += 1;

@@ -16,6 +16,8 @@ pub enum Stage {
     Training,
     /// Turning text into tokens and writing shards.
     Encoding,
+    /// Reading arrays or columns and writing records.
+    Records,
     /// Comparing checksums.
     Verifying,
     /// Another process prepares the same data.
@@ -28,6 +30,7 @@ impl Stage {
             Stage::Counting => "reading text",
             Stage::Training => "training the vocabulary",
             Stage::Encoding => "tokenising",
+            Stage::Records => "writing records",
             Stage::Verifying => "comparing checksums",
             Stage::Waiting => "waiting for another process that prepares the same data",
         }

@@ -3,7 +3,8 @@
 use std::fmt;
 
 use crate::cast::to_u64;
-use crate::sampler::{Order, Sampler, Tail};
+use crate::order::{Order, Tail};
+use crate::sampler::Sampler;
 
 /// Pairs of neighbours that are looked at.
 const PAIRS: u64 = 1 << 16;

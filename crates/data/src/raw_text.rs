@@ -80,7 +80,7 @@ impl Samples for RawText {
         Ok(self.stream.damaged().iter().map(of).collect())
     }
 
-    fn will_need(&self, samples: Range<u64>) {
+    fn will_need(&self, samples: Range<u64>, _scratch: &mut Scratch) {
         let len = to_u64(self.sequence_len);
         self.stream.will_need(samples.start.saturating_mul(len)..samples.end.saturating_mul(len));
     }

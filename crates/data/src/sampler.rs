@@ -3,8 +3,6 @@
 //! Global batch after global batch, epoch after epoch. A position is two numbers, so that resuming costs nothing and going
 //! to any place costs nothing either.
 
-use std::fmt;
-use std::str::FromStr;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -13,89 +11,9 @@ use crate::blocks::BlockOrder;
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 use crate::mixing::Mixing;
+use crate::order::{Order, Tail};
 use crate::permutation::Permutation;
 use crate::samples::Part;
-
-/// In which order an epoch visits the samples. As text: `shuffled`, `sequential`, `b65536x16`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum Order {
-    /// A [`Permutation`] chosen by seed and epoch.
-    #[default]
-    Shuffled,
-    /// As they lie in the data, in every epoch.
-    Sequential,
-    /// For data that does not fit memory: blocks of neighbours are shuffled, and then the samples of `window` blocks in a
-    /// row. Reading touches `window` blocks at a time. How close that comes to a full shuffle: [`Quality`](crate::Quality).
-    Blocks {
-        /// Samples of a block.
-        block: u64,
-        /// Blocks of a window: 10 or more.
-        window: u64,
-    },
-}
-
-impl fmt::Display for Order {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Order::Shuffled => f.write_str("shuffled"),
-            Order::Sequential => f.write_str("sequential"),
-            Order::Blocks { block, window } => write!(f, "b{block}x{window}"),
-        }
-    }
-}
-
-impl FromStr for Order {
-    type Err = String;
-
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
-        let sizes = || {
-            let (block, window) = text.strip_prefix('b')?.split_once('x')?;
-            Some(Order::Blocks { block: block.parse().ok()?, window: window.parse().ok()? })
-        };
-        match text {
-            "shuffled" => Ok(Order::Shuffled),
-            "sequential" => Ok(Order::Sequential),
-            _ => sizes().ok_or_else(|| {
-                format!("`{text}` is no order: shuffled, sequential, or blocks such as b65536x16")
-            }),
-        }
-    }
-}
-
-impl TryFrom<String> for Order {
-    type Error = String;
-
-    fn try_from(text: String) -> std::result::Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl From<Order> for String {
-    fn from(order: Order) -> String {
-        order.to_string()
-    }
-}
-
-/// What happens to the samples at an epoch's end that do not fill a global batch.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Tail {
-    /// They are left out of this epoch; shuffled, other ones are left out of the next.
-    #[default]
-    Drop,
-    /// They share a global batch with the first samples of the next epoch: every sample is seen exactly once an epoch.
-    Wrap,
-    /// There may be none: an epoch that does not divide into global batches is an error that says the numbers.
-    Refuse,
-    /// The epoch's last global batch is filled up with samples that do not count: every rank has as many rows as ever, and
-    /// [`Batch::valid`](crate::Batch::valid) says which count.
-    Pad,
-    /// The epoch's last global batch is smaller, and ranks weigh as much as they have samples
-    /// ([`Step::weight`](crate::Step::weight)). A rank for which there is none gets one row that does not count.
-    Exact,
-}
 
 /// A sample, and the epoch in which it is visited: what its masks are keyed by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -132,6 +50,8 @@ pub struct Sampler {
     seed: u64,
     order: Order,
     tail: Tail,
+    /// The order ends after so many epochs.
+    epochs: Option<u64>,
     mixing: Option<Arc<Mixing>>,
 }
 
@@ -199,7 +119,13 @@ impl Sampler {
             }
             _ => Some(Arc::new(Mixing::new(parts)?)),
         };
-        Ok(Sampler { sample_count, global_batch, seed, order, tail, mixing })
+        Ok(Sampler { sample_count, global_batch, seed, order, tail, epochs: None, mixing })
+    }
+
+    /// The same order, which ends after so many epochs: no sample of a later one counts. `None`: it has no end.
+    #[must_use]
+    pub fn with_epochs(self, epochs: Option<u64>) -> Self {
+        Sampler { epochs, ..self }
     }
 
     /// How many samples an epoch has.
@@ -211,12 +137,27 @@ impl Sampler {
         self.seed
     }
 
-    /// Samples of a block and blocks of a window, where the order has them and the data is no mixture.
+    /// Samples of a block and blocks of a window, where the order has them.
     pub(crate) fn blocks(&self) -> Option<(u64, u64)> {
         match self.order {
-            Order::Blocks { block, window } if self.mixing.is_none() => Some((block, window)),
-            _ => None,
+            Order::Blocks { block, window } => Some((block, window)),
+            Order::Shuffled | Order::Sequential => None,
         }
+    }
+
+    pub(crate) fn mixing(&self) -> Option<&Mixing> {
+        self.mixing.as_deref()
+    }
+
+    /// How many samples there are from a place on, in all epochs.
+    fn left_of_all(&self, place: Position) -> u128 {
+        let whole = |epochs: u64| u128::from(epochs) * u128::from(self.sample_count);
+        self.epochs.map_or(u128::MAX, |epochs| whole(epochs).saturating_sub(self.stream(place)))
+    }
+
+    /// How many samples of the endless order come before a place.
+    pub(crate) fn stream(&self, Position { epoch, next_global_sample: place }: Position) -> u128 {
+        u128::from(epoch) * u128::from(self.sample_count) + u128::from(place)
     }
 
     pub(crate) fn global_batch(&self) -> u64 {
@@ -224,9 +165,10 @@ impl Sampler {
     }
 
     /// How many global batches an epoch has; the last one may be padded or smaller. [`Tail::Wrap`]: how many begin and end
-    /// in it at least.
+    /// in it at least, if it is not the only one.
     pub fn batches_per_epoch(&self) -> u64 {
         match self.tail {
+            Tail::Wrap if self.epochs == Some(1) => self.sample_count.div_ceil(self.global_batch),
             Tail::Drop | Tail::Wrap | Tail::Refuse => self.sample_count / self.global_batch,
             Tail::Pad | Tail::Exact => self.sample_count.div_ceil(self.global_batch),
         }
@@ -254,7 +196,11 @@ impl Sampler {
         let left = self.sample_count.saturating_sub(start.next_global_sample);
         let there = to_usize(self.global_batch.min(left));
         match self.tail {
-            Tail::Drop | Tail::Wrap | Tail::Refuse => BatchSize { rows: whole, valid: whole },
+            Tail::Drop | Tail::Refuse => BatchSize { rows: whole, valid: whole },
+            Tail::Wrap => {
+                let of_all = self.left_of_all(start).min(u128::from(self.global_batch));
+                BatchSize { rows: whole, valid: u64::try_from(of_all).map_or(whole, to_usize) }
+            }
             Tail::Pad => BatchSize { rows: whole, valid: there },
             Tail::Exact => BatchSize { rows: there, valid: there },
         }
@@ -262,10 +208,11 @@ impl Sampler {
 
     /// Where the order goes on after the global batch that starts at `start`.
     pub fn after(&self, start: Position) -> Position {
-        let next = start.next_global_sample + to_u64(self.size(start).valid);
+        let next = start.next_global_sample.saturating_add(to_u64(self.size(start).valid));
+        let last = next.saturating_sub(1);
         self.start(Position {
-            epoch: start.epoch.wrapping_add((next - 1) / self.sample_count),
-            next_global_sample: (next - 1) % self.sample_count + 1,
+            epoch: start.epoch.wrapping_add(last / self.sample_count),
+            next_global_sample: last % self.sample_count + 1,
         })
     }
 
@@ -282,6 +229,7 @@ impl Sampler {
             }
             Tail::Wrap => {
                 let samples = u128::from(batches) * u128::from(self.global_batch);
+                let samples = samples.min(self.left_of_all(Position::default()));
                 let count = u128::from(self.sample_count);
                 Position {
                     epoch: narrow(samples / count),
@@ -336,8 +284,7 @@ impl Cursor {
             let count = self.sampler.sample_count;
             return Sample { epoch, id: self.of_part(0, count, epoch, place) };
         };
-        let stream = u128::from(epoch) * u128::from(self.sampler.sample_count) + u128::from(place);
-        let drawn = mixing.at(stream);
+        let drawn = mixing.at(self.sampler.stream(Position { epoch, next_global_sample: place }));
         let id = self.of_part(drawn.part, drawn.samples, drawn.round, drawn.place);
         Sample { epoch: drawn.round, id: drawn.first + id }
     }
@@ -409,6 +356,49 @@ mod tests {
                 ids.sort_unstable();
                 assert_eq!(ids, (0..10).collect::<Vec<_>>());
                 assert!(seen.iter().all(|s| s.epoch == epoch as u64));
+            }
+        }
+    }
+
+    #[test]
+    fn a_wrapping_order_ends_with_its_last_epoch() {
+        for (global_batch, count) in [(4, 10), (3, 10), (10, 10), (5, 10), (23, 10), (40, 10)] {
+            let sampler =
+                Sampler::new(count, global_batch, 9, Order::Shuffled, Tail::Wrap).unwrap();
+            let sampler = sampler.with_epochs(Some(3));
+            let (mut start, mut seen, mut batches) = (Position::default(), Vec::new(), 0);
+            while start.epoch < 3 {
+                assert_eq!(sampler.start(sampler.after_batches(batches)), start);
+                let size = sampler.size(start);
+                assert_eq!(size.rows, global_batch);
+                seen.extend((0..size.valid).map(|index| sampler.sample(start, index)));
+                start = sampler.after(start);
+                batches += 1;
+            }
+            assert_eq!(start, Position { epoch: 3, next_global_sample: 0 });
+            assert_eq!(sampler.after_batches(batches + 5), start);
+            seen.sort_unstable();
+            let all = (0..3).flat_map(|epoch| (0..count).map(move |id| Sample { epoch, id }));
+            assert_eq!(
+                seen,
+                all.collect::<Vec<_>>(),
+                "each sample once an epoch, and of no fourth"
+            );
+        }
+        let one = Sampler::new(10, 4, 9, Order::Shuffled, Tail::Wrap).unwrap();
+        assert_eq!(one.batches_per_epoch(), 2);
+        assert_eq!(one.with_epochs(Some(1)).batches_per_epoch(), 3);
+    }
+
+    #[test]
+    fn a_place_out_of_a_damaged_file_is_no_panic() {
+        for tail in [Tail::Drop, Tail::Wrap, Tail::Refuse, Tail::Pad, Tail::Exact] {
+            let sampler =
+                Sampler::new(8, 4, 9, Order::Shuffled, tail).unwrap().with_epochs(Some(2));
+            for next_global_sample in [0, 7, 8, 9, u64::MAX] {
+                let start = Position { epoch: u64::MAX, next_global_sample };
+                sampler.after(start);
+                sampler.sample(start, 3);
             }
         }
     }

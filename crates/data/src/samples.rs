@@ -64,9 +64,10 @@ pub trait Samples: Send + Sync + 'static {
         Ok(Vec::new())
     }
 
-    /// These neighbours will be read soon, in some order: whoever reads them from a disk can have them fetched. A loader says so of
-    /// orders in blocks ([`Order::Blocks`](crate::Order::Blocks)), a window ahead.
-    fn will_need(&self, _samples: Range<u64>) {}
+    /// These neighbours will be read soon, in some order: whoever reads them from a disk can have them fetched. Says nothing of errors:
+    /// who reads them has those. A loader says so of orders in blocks ([`Order::Blocks`](crate::Order::Blocks)), a window ahead, on a
+    /// thread that no batch waits for: bounds may be read here.
+    fn will_need(&self, _samples: Range<u64>, _scratch: &mut Scratch) {}
 
     /// Fills the rows.
     ///
@@ -258,8 +259,8 @@ where
         self.samples.damaged()
     }
 
-    fn will_need(&self, samples: Range<u64>) {
-        self.samples.will_need(samples);
+    fn will_need(&self, samples: Range<u64>, scratch: &mut Scratch) {
+        self.samples.will_need(samples, scratch);
     }
 
     fn fill(&self, seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {

@@ -67,6 +67,18 @@ impl Shares {
             }
         }
     }
+
+    /// How often each part was drawn from before a place.
+    pub(crate) fn before(&self, place: u64, counts: &mut [u64]) {
+        match self {
+            Shares::Part(part) => counts[*part as usize] = place,
+            Shares::Split { left, right, weights } => {
+                let of_left = of_left(place, *weights);
+                left.before(of_left, counts);
+                right.before(place - of_left, counts);
+            }
+        }
+    }
 }
 
 fn joined(heavy: (u64, Shares), light: (u64, Shares)) -> (u64, Shares) {

@@ -6,12 +6,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
-use crate::sampler::{Order, Position};
+use crate::order::Order;
+use crate::sampler::Position;
 
 /// A loader's place: what [`Loader::resume`](crate::Loader::resume) needs.
 ///
 /// It is the same on every rank, and knows nothing of ranks, threads or batch sizes: all of them may differ when a run is
-/// resumed. At most 100 bytes as JSON, whatever the seed, up to 2^62 samples an epoch and 9999 epochs:
+/// resumed. At most 100 bytes as JSON, whatever the seed, up to 2^62 samples an epoch and 9999 epochs, in blocks and buckets as well:
 /// `{"at":"2/999999999","seed":42,"data":"0123456789abcdef b65536x16"}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Stored", into = "Stored")]
@@ -103,10 +104,11 @@ fn shown(buckets: Option<Buckets>) -> String {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Stored {
-    /// `EPOCH/SAMPLE`.
+    /// `EPOCH/SAMPLE`, and in a state that would be too long otherwise `EPOCH/SAMPLE/SEED`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     at: Option<String>,
-    seed: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    seed: Option<u64>,
     /// The fingerprint, and what differs from a shuffled order without buckets, of the first version: `b65536x16`, `8x256`, `v2`.
     #[serde(alias = "fingerprint")]
     data: String,
@@ -124,6 +126,9 @@ struct Stored {
 
 const FIRST_VERSION: u32 = 1;
 
+/// What a state takes as JSON.
+const BYTES_MAX: usize = 100;
+
 impl From<LoaderState> for Stored {
     fn from(state: LoaderState) -> Stored {
         let LoaderState { epoch, next_global_sample, seed, order, buckets, version, fingerprint } =
@@ -139,9 +144,13 @@ impl From<LoaderState> for Stored {
         if version != FIRST_VERSION {
             add(format!("v{version}"));
         }
+        let at = format!("{epoch}/{next_global_sample}");
+        let digits = seed.to_string().len();
+        let fits =
+            r#"{"at":"","seed":,"data":""}"#.len() + at.len() + digits + data.len() <= BYTES_MAX;
         Stored {
-            at: Some(format!("{epoch}/{next_global_sample}")),
-            seed,
+            at: Some(if fits { at } else { format!("{at}/{seed}") }),
+            seed: fits.then_some(seed),
             data,
             epoch: None,
             next_sample: None,
@@ -152,21 +161,33 @@ impl From<LoaderState> for Stored {
     }
 }
 
+/// Epoch, sample and seed of a state.
+fn place(stored: &Stored) -> std::result::Result<(u64, u64, u64), String> {
+    let seed = stored.seed;
+    match (&stored.at, stored.epoch, stored.next_sample) {
+        (Some(at), None, None) => {
+            let numbers = at.split('/').map(|number| number.parse().ok());
+            match (numbers.collect::<Option<Vec<u64>>>().as_deref(), seed) {
+                (Some(&[epoch, next]), Some(seed)) | (Some(&[epoch, next, seed]), None) => {
+                    Ok((epoch, next, seed))
+                }
+                _ => {
+                    let form = "epoch/sample, with `seed` beside it, or epoch/sample/seed";
+                    Err(format!("`{at}` is no place such as 2/999: {form}"))
+                }
+            }
+        }
+        (None, Some(epoch), Some(next)) => Ok((epoch, next, seed.ok_or("a state has a `seed`")?)),
+        _ => Err("a state has a place, once: `at`, or `epoch` and `next_sample`".into()),
+    }
+}
+
 impl TryFrom<Stored> for LoaderState {
     type Error = String;
 
     fn try_from(stored: Stored) -> std::result::Result<Self, String> {
-        let Stored { at, seed, data, epoch, next_sample, mut order, mut buckets, mut version } =
-            stored;
-        let (epoch, next_global_sample) = match (&at, epoch, next_sample) {
-            (Some(at), None, None) => {
-                let numbers = at.split_once('/');
-                let numbers = numbers.and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
-                numbers.ok_or_else(|| format!("`{at}` is no place such as 2/999: epoch/sample"))?
-            }
-            (None, Some(epoch), Some(next)) => (epoch, next),
-            _ => return Err("a state has a place, once: `at`, or `epoch` and `next_sample`".into()),
-        };
+        let (epoch, next_global_sample, seed) = place(&stored)?;
+        let Stored { data, mut order, mut buckets, mut version, .. } = stored;
         let mut words = data.split(' ');
         let fingerprint = words.next().unwrap_or_default().parse()?;
         for word in words {
@@ -210,6 +231,7 @@ mod tests {
             LoaderState { buckets, ..state() },
             LoaderState { version: 2, ..state() },
             LoaderState { order: blocks, buckets, next_global_sample: 1 << 40, ..state() },
+            LoaderState { order: blocks, buckets, ..state() },
         ] {
             let json = serde_json::to_string(&state).unwrap();
             assert!(json.len() <= 100, "{} bytes: {json}", json.len());
@@ -244,6 +266,11 @@ mod tests {
         assert!(error(&format!(r#"{{"seed":7,{data}}}"#)).contains("a place, once"));
         let twice = format!(r#"{{"at":"3/4","epoch":3,"next_sample":4,"seed":7,{data}}}"#);
         assert!(error(&twice).contains("a place, once"));
+        assert!(error(&format!(r#"{{"at":"3/4",{data}}}"#)).contains("epoch/sample/seed"));
+        assert!(
+            error(&format!(r#"{{"at":"3/4/5","seed":5,{data}}}"#)).contains("epoch/sample/seed")
+        );
+        assert!(error(&format!(r#"{{"epoch":3,"next_sample":4,{data}}}"#)).contains("`seed`"));
         assert!(error(r#"{"at":"3/4","seed":7,"data":"ff"}"#).contains("fingerprint"));
         assert!(error(r#"{"at":"3/4","seed":7,"data":"00000000000000ff 8"}"#).contains("8x256"));
         assert!(error(r#"{"at":"3/4","seed":7,"data":"00000000000000ff z"}"#).contains("no order"));

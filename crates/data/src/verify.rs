@@ -5,12 +5,14 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
+use crate::cast::to_usize;
 use crate::damage::{self, DamagedBlock};
 use crate::error::{Error, Result};
+use crate::fingerprint::{Fingerprint, Fingerprinter};
 use crate::format::bytes::Bytes;
 use crate::format::checked::Checked;
 use crate::format::files::Listed;
-use crate::format::{shard, Index, ShardEntry};
+use crate::format::{shard, Index, ShardEntry, TOKENIZER_FILE};
 use crate::pool::in_pool;
 use crate::progress::{Event, Progress, Stage};
 use crate::records::{reader, RecordIndex, RecordShard};
@@ -26,7 +28,8 @@ pub struct Verified {
     pub block_count: u64,
     /// Bytes of all files.
     pub bytes: u64,
-    /// What is wrong, in the order of the files: damaged blocks, missing files, files of another size. Empty: all is good.
+    /// What is wrong, in the order of the files: damaged blocks, missing files, files of another size; at last a `tokenizer.json` that is
+    /// not the one of the tokens. Empty: all is good.
     pub damage: Vec<Error>,
     /// The damaged blocks among that, and those whose checksums are damaged.
     pub blocks: Vec<DamagedBlock>,
@@ -34,8 +37,8 @@ pub struct Verified {
     pub lost: Vec<String>,
 }
 
-/// Reads every shard of a prepared folder (of tokens or records) once, on all processors, and compares all checksums. Damage does not end it:
-/// everything that is wrong is listed.
+/// Reads every shard of a prepared folder (of tokens or records) once, on all processors, and compares all checksums, and the
+/// fingerprint of `tokenizer.json` if there is one. Damage does not end it: everything that is wrong is listed.
 ///
 /// # Errors
 /// If the index itself cannot be used, and [`Error::InvalidOption`] if the threads cannot be started.
@@ -62,10 +65,31 @@ pub fn verify_from(
         let open = |at: usize| reader::Shard::open(folder, &shards[at], &fields).err();
         return in_pool(threads, || check(folder, &listed, &open, progress));
     }
-    let Index { shards, dtype, .. } = Index::read_from(folder)?;
+    let Index { shards, dtype, tokenizer, .. } = Index::read_from(folder)?;
     let listed: Vec<_> = shards.iter().map(ShardEntry::listed).collect();
     let open = |at: usize| shard::Shard::open(folder, &shards[at], dtype).err();
-    in_pool(threads, || check(folder, &listed, &open, progress))
+    let mut found = in_pool(threads, || check(folder, &listed, &open, progress))?;
+    found.damage.extend(check_tokenizer(folder, tokenizer).err());
+    Ok(found)
+}
+
+/// Compares `tokenizer.json`, where there is one, with what the index says of it.
+fn check_tokenizer(folder: &dyn Folder, expected: Fingerprint) -> Result<()> {
+    let of = |json: &[u8]| Fingerprinter::new(TOKENIZER_FILE).bytes(json).finish();
+    // The folder was written without one.
+    if expected == of(b"{}") {
+        return Ok(());
+    }
+    let Some(source) = folder.find(TOKENIZER_FILE)? else { return Ok(()) };
+    let file = Bytes::of(source, None)?;
+    let mut scratch = Vec::new();
+    let actual = of(file.read(0, to_usize(file.len()), &mut scratch)?);
+    file.check(0..file.len())?;
+    if actual != expected {
+        let path = file.path().to_path_buf();
+        return Err(Error::OtherTokenizer { path, expected, actual });
+    }
+    Ok(())
 }
 
 /// Compares all blocks of all files. Must run in a rayon pool. `open` says what is wrong with a file's header.

@@ -3,11 +3,13 @@
 use std::borrow::Cow;
 use std::path::Path;
 
-use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{
+    DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor,
+};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::cast::to_usize;
+use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
 
@@ -38,6 +40,7 @@ struct Model<'a> {
 /// The entries of a vocabulary: names and numbers, or a list of pieces and scores.
 struct Vocabulary<'a> {
     words: &'a mut Continuations,
+    vocab_size: u32,
     marks: Marks<'a>,
 }
 
@@ -58,6 +61,9 @@ impl<'de> Visitor<'de> for Vocabulary<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<(), A::Error> {
         while let Some((token, id)) = map.next_entry::<Token, u64>()? {
+            if id >= to_u64(self.words.bits.len()) * 64 && id < u64::from(self.vocab_size) {
+                return Err(A::Error::custom(format!("token number {id} of so few tokens")));
+            }
             self.words.set(id, continues(&token.0, &self.marks));
         }
         Ok(())
@@ -102,9 +108,11 @@ impl Continuations {
             Some("BPE" | "Unigram") => Marks::Beginning,
             _ => return Err(failed("a model of WordPiece, BPE or Unigram is needed")),
         };
-        let mut words = Continuations::none(vocab_size);
+        // Numbers follow each other, and each takes some bytes of the text.
+        let numbers = vocab_size.min(u32::try_from(text.len()).unwrap_or(u32::MAX));
+        let mut words = Continuations::none(numbers);
         let vocabulary = model.vocab.map_or("null", RawValue::get);
-        let entries = Vocabulary { words: &mut words, marks };
+        let entries = Vocabulary { words: &mut words, vocab_size, marks };
         let read = entries.deserialize(&mut serde_json::Deserializer::from_str(vocabulary));
         read.map_err(|error| failed(&format!("its vocabulary: {error}")))?;
         if words.bits.iter().all(|&bits| bits == 0) {
@@ -194,6 +202,16 @@ mod tests {
         let unigram = r#"{"model": {"type": "Unigram",
             "vocab": [["<unk>", 0.0], ["▁run", -1.0], ["ning", -2.0], [".", -3.0]]}}"#;
         assert_eq!(continuing(&of(unigram).unwrap()), [2]);
+    }
+
+    #[test]
+    fn the_fingerprint_is_frozen() {
+        let words = Continuations::from_fn(100, |id| id % 7 < 3);
+        assert_eq!(
+            words.fingerprint().to_string(),
+            "ffcae450ad6796c6",
+            "states of masked runs hold it"
+        );
     }
 
     #[test]

@@ -5,14 +5,16 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use phalanx_data::progress::Silent;
 use phalanx_data::records::{ColumnValue, Field, RecordSamples, RecordWriter, Records};
 use phalanx_data::{
     record_damage, verify, verify_from, Access, CausalText, DType, Documents, Error, FixedBatches,
-    Folder, Loader, LoaderOptions, LocalFolder, MaskedText, Masking, Order, Result, Samples,
-    Scratch, Source, SpecialTokens, TokenStream, TokenWriter,
+    Folder, Loader, LoaderOptions, LocalFolder, MaskedText, Masking, Mixture, Objective, Order,
+    PaddedText, Result, Samples, Scratch, Source, SpecialTokens, Tail, TokenStream, TokenWriter,
 };
+use safetensors::tensor::{Dtype, TensorView};
 
 /// A folder behind a wall: it gives bytes, and remembers what was asked of it.
 #[derive(Debug)]
@@ -223,19 +225,89 @@ fn what_a_shuffle_in_blocks_reads_was_asked_for_before() {
     for _ in 0..loader.steps_per_epoch() {
         far.asked.read.lock().unwrap().clear();
         loader.next_step().unwrap();
-        let needed = far.asked.needed.lock().unwrap();
-        for (path, start, end) in far.asked.read.lock().unwrap().iter() {
-            let is_whole =
-                |(file, from, to): &(PathBuf, u64, u64)| file == path && from <= start && end <= to;
-            // A sample may begin in one block and its last label lie in the next.
-            let is_cut = |(file, from, to): &(PathBuf, u64, u64)| {
-                file == path && from <= start && start < to
-            };
-            let is_asked = needed.iter().any(|asked| is_whole(asked) || is_cut(asked));
-            assert!(is_asked, "{start}..{end} of {}", path.display());
-        }
+        asked_for_all_that_was_read(&far.asked);
     }
     let needed: u64 = far.asked.needed.lock().unwrap().iter().map(|(_, from, to)| to - from).sum();
     let tokens = TokenStream::open(&target, Access::Read).unwrap().token_count();
     assert!(needed < 2 * tokens + 2 * tokens / 10, "each byte once: {needed} of {tokens} tokens");
+}
+
+/// What was read was asked for, by a thread that may come later than a loader's on a busy machine.
+fn asked_for_all_that_was_read(asked: &Asked) {
+    let started = Instant::now();
+    for (path, start, end) in asked.read.lock().unwrap().iter() {
+        // A sample may begin in one block and its last label lie in the next.
+        let is_in = |(file, from, to): &(PathBuf, u64, u64)| {
+            file == path && from <= start && (end <= to || start < to)
+        };
+        while !asked.needed.lock().unwrap().iter().any(is_in) {
+            let limit = Duration::from_secs(60);
+            assert!(started.elapsed() < limit, "{start}..{end} of {}", path.display());
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+    }
+}
+
+#[test]
+fn parts_of_a_mixture_are_asked_for_before_they_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let far = Far::new(folder.path());
+    let parts = [(600_i64, 3.0), (200, 1.0)].map(|(rows, weight)| {
+        let ids: Vec<u8> = (0..rows * 8).flat_map(|at| (at % 97).to_le_bytes()).collect();
+        let shape = vec![usize::try_from(rows).unwrap(), 8];
+        let view = || TensorView::new(Dtype::I64, shape.clone(), &ids).unwrap();
+        let tensors = [("input_ids", view()), ("labels", view())];
+        let name = format!("{rows}.safetensors");
+        let file = folder.path().join(&name);
+        fs::write(file, safetensors::serialize(tensors, None).unwrap()).unwrap();
+        let fixed: Arc<dyn Samples> = Arc::new(FixedBatches::open_from(&far, &name).unwrap());
+        (fixed, weight)
+    });
+    let options = LoaderOptions {
+        order: Order::Blocks { block: 16, window: 3 },
+        tail: Tail::Wrap,
+        global_batch: 8,
+        ..Default::default()
+    };
+    far.asked.read.lock().unwrap().clear();
+    let mut loader = Loader::new(Arc::new(Mixture::new(parts.into()).unwrap()), options).unwrap();
+    let steps = 3 * loader.steps_per_epoch();
+    for _ in 0..steps {
+        loader.next_step().unwrap();
+        asked_for_all_that_was_read(&far.asked);
+    }
+    let mut scratch = Scratch::default();
+    let fixed = FixedBatches::open_from(&far, "200.safetensors").unwrap();
+    far.asked.needed.lock().unwrap().clear();
+    fixed.will_need(190..1000, &mut scratch);
+    fixed.will_need(1000..1001, &mut scratch);
+    let needed = far.asked.needed.lock().unwrap();
+    let lens: Vec<u64> = needed.iter().map(|(_, start, end)| end - start).collect();
+    assert_eq!(lens, [10 * 64, 10 * 64], "what there is, of both columns");
+}
+
+#[test]
+fn samples_of_any_length_are_asked_for_by_their_bounds() {
+    let folder = tempfile::tempdir().unwrap();
+    write_records(&folder.path().join("records"));
+    write_tokens(&folder.path().join("tokens"), b"{}");
+    let asked = |source: &Far, samples: &dyn Samples, range| -> Vec<u64> {
+        source.asked.needed.lock().unwrap().clear();
+        samples.will_need(range, &mut Scratch::default());
+        let needed = source.asked.needed.lock().unwrap();
+        needed.iter().map(|(_, start, end)| end - start).collect()
+    };
+    let far = Far::new(&folder.path().join("records"));
+    let records = RecordSamples::new(Records::open_from(&far).unwrap()).unwrap();
+    // Sounds of 10 to 19 elements, and as many labels.
+    let sounds = (10..20).sum::<u64>() * 2;
+    assert_eq!(asked(&far, &records, 10..20), [80, sounds]);
+    assert_eq!(asked(&far, &records, 0..0), [0; 0]);
+    assert_eq!(asked(&far, &records, 5000..6000), [0; 0]);
+    let far_tokens = Far::new(&folder.path().join("tokens"));
+    let stream = Arc::new(TokenStream::open_from(&far_tokens).unwrap());
+    let padded = PaddedText::new(stream, 64, Objective::Causal).unwrap();
+    assert_eq!(asked(&far_tokens, &padded, 3..10), [7 * 100 * 2]);
+    assert_eq!(asked(&far_tokens, &padded, 0..0), [0; 0]);
+    assert_eq!(asked(&far_tokens, &padded, 14_999..20_000), [0; 0], "no such document");
 }

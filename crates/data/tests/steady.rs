@@ -90,7 +90,8 @@ fn kinds(folder: &Path, access: Access) -> phalanx_data::Result<Vec<Kind>> {
     let causal = CausalText::new(Arc::clone(&stream), 64, Documents::Apart)?;
     let raw = RawText::new(Arc::clone(&stream), 64)?;
     let padded: Arc<dyn Samples> = Arc::new(PaddedText::new(stream, 128, Objective::Causal)?);
-    let records = RecordSamples::new(Records::open(&folder.join("records"), access)?)?;
+    let records: Arc<dyn Samples> =
+        Arc::new(RecordSamples::new(Records::open(&folder.join("records"), access)?)?);
     let fixed = FixedBatches::open(&folder.join("batches.safetensors"))?;
     let parts = [0.7, 0.2, 0.1].map(|weight| (Arc::clone(&masked), weight));
     let endless = [1.0, std::f64::consts::PI].map(|weight| (Arc::clone(&masked), weight));
@@ -100,19 +101,24 @@ fn kinds(folder: &Path, access: Access) -> phalanx_data::Result<Vec<Kind>> {
     });
     let plain = LoaderOptions::default;
     let wraps = || LoaderOptions { tail: Tail::Wrap, ..plain() };
-    let blocks = Order::Blocks { block: 64, window: 10 };
+    let order = Order::Blocks { block: 64, window: 10 };
+    let blocks = |tail| LoaderOptions { order, tail, ..plain() };
+    let mixture: Arc<dyn Samples> = Arc::new(Mixture::new(parts.into())?);
     let kind = |name, samples, options| Kind { name, samples, options };
     Ok(vec![
         kind("masked", Arc::clone(&masked), plain()),
         kind("raw", Arc::new(raw), plain()),
         kind("causal", Arc::new(causal), plain()),
         kind("padded", Arc::clone(&padded), plain()),
-        kind("records", Arc::new(records), plain()),
+        kind("records", Arc::clone(&records), plain()),
         kind("fixed", Arc::new(fixed), LoaderOptions { tail: Tail::Pad, ..plain() }),
         kind("mapped", Arc::new(mapped), plain()),
-        kind("blocks", masked, LoaderOptions { order: blocks, tail: Tail::Exact, ..plain() }),
+        kind("blocks", masked, blocks(Tail::Exact)),
+        kind("blocks of documents", Arc::clone(&padded), blocks(Tail::Drop)),
+        kind("blocks of records", records, blocks(Tail::Drop)),
+        kind("blocks of a mixture", Arc::clone(&mixture), blocks(Tail::Wrap)),
         kind("buckets", padded, LoaderOptions { bucketing: 8, tail: Tail::Pad, ..plain() }),
-        kind("mixture", Arc::new(Mixture::new(parts.into())?), wraps()),
+        kind("mixture", mixture, wraps()),
         kind("endless mixture", Arc::new(Mixture::new(endless.into())?), wraps()),
         kind(
             "damaged",

@@ -8,6 +8,9 @@
     reason = "a failed unwrap is a failed test; values are small; each case has its own names"
 )]
 
+#[path = "support/seen.rs"]
+mod seen;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::num::NonZeroUsize;
@@ -20,15 +23,18 @@ use arrow_array::{
     ArrayRef, BooleanArray, DictionaryArray, Int64Array, LargeStringArray, RecordBatch,
     StringArray, StringViewArray, StructArray, UInt64Array, UInt8Array,
 };
-use arrow_ipc::writer::{FileWriter, StreamWriter};
+use arrow_ipc::writer::{FileWriter, IpcWriteOptions, StreamWriter};
+use arrow_ipc::CompressionType;
 use arrow_schema::{DataType, Field, Fields};
 use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 use phalanx_data::convert::{convert, BadLines, ConvertOptions, Format, Vocabulary};
-use phalanx_data::progress::Silent;
+use phalanx_data::progress::{Event, Silent};
 use phalanx_data::records::{convert_columns, FieldShape, RecordOptions, Records};
 use phalanx_data::{Access, DType, Error, Scratch};
+
+use seen::Seen;
 
 const ROWS: usize = 1000;
 
@@ -61,6 +67,8 @@ fn write_parquet(path: &Path, batch: &RecordBatch) {
     let properties = WriterProperties::builder()
         .set_compression(Compression::ZSTD(ZstdLevel::default()))
         .set_max_row_group_row_count(Some(300))
+        .set_data_page_row_count_limit(70)
+        .set_write_batch_size(70)
         .build();
     let mut writer =
         ArrowWriter::try_new(File::create(path).unwrap(), batch.schema(), Some(properties))
@@ -154,8 +162,11 @@ fn an_interrupted_conversion_of_rows_goes_on_where_it_was() {
         for file in ["tokenizer.json", "tokens-00000.safetensors", "tokens-00001.safetensors"] {
             fs::copy(whole.join(file), partial.join(file)).unwrap();
         }
-        let made = convert(&[at(name)], &again, &options("text"), &Silent).unwrap();
+        let seen = Seen::default();
+        let note = |event: Event<'_>| seen.note(event);
+        let made = convert(&[at(name)], &again, &options("text"), &note).unwrap();
         assert_eq!(made.resumed_shards, 2, "{name}");
+        seen.is_all_of(&at(name));
         for (shard, bytes) in made.index.shards.iter().zip(&expected) {
             assert_eq!(&fs::read(again.join(&shard.file)).unwrap(), bytes, "{name}");
         }
@@ -175,7 +186,9 @@ fn what_is_wrong_with_a_table_is_said() {
     let error = |options: &ConvertOptions| {
         convert(&inputs, &at("out"), options, &Silent).unwrap_err().to_string()
     };
-    assert!(error(&options("text")).contains("a.parquet, row 2, column `text`: it is null"));
+    let told = error(&options("text"));
+    assert!(told.contains("a.parquet, row 2, column `text`: it is null; correct it"), "{told}");
+    assert!(told.contains("--skip-bad-lines"), "{told}");
     assert!(error(&options("body")).contains("no column `body`; it has: text, id"));
     assert!(error(&options("id")).contains("of type UInt64, not strings"));
     assert!(error(&options("text.inner")).contains("no column `text.inner`"));
@@ -189,7 +202,9 @@ fn what_is_wrong_with_a_table_is_said() {
             .unwrap_err()
             .to_string()
     };
-    assert!(columns(&["text"]).contains("row 2, column `text`: it is null"));
+    let told = columns(&["text"]);
+    assert!(told.contains("row 2, column `text`: it is null, and every row"), "{told}");
+    assert!(told.ends_with("out of --columns") && !told.contains("--skip"), "{told}");
     assert!(columns(&["id"]).contains("of type UInt64, which no field has"));
     assert!(columns(&["none"]).contains("no column `none`"));
 
@@ -275,8 +290,12 @@ fn neither_threads_nor_interruptions_show_in_converted_columns() {
     for name in ["a.parquet", "b.arrow"] {
         let (inputs, one, cut) = ([at(name)], at(&format!("{name}-1")), at(&format!("{name}-cut")));
         let convert = |output: &Path, threads| {
-            convert_columns(&inputs, output, None, &[], &options_of(Some(threads)), &Silent)
-                .unwrap()
+            let seen = Seen::default();
+            let note = |event: Event<'_>| seen.note(event);
+            let options = options_of(Some(threads));
+            let made = convert_columns(&inputs, output, None, &[], &options, &note).unwrap();
+            seen.is_all_of(&inputs[0]);
+            made
         };
         let made = convert(&one, 1);
         assert_eq!(made.index.record_count, ROWS as u64);
@@ -352,6 +371,88 @@ fn columns_become_fields_of_records() {
         convert_columns(&inputs[0], &at("some"), None, &some, &options, &Silent).unwrap().index;
     let names: Vec<&str> = index.fields.iter().map(|field| &*field.name).collect();
     assert_eq!(names, ["pair", "label"]);
+}
+
+/// Puts other bytes in the place of `old`, which is there.
+fn replaced(path: &Path, old: &[u8], new: &[u8]) {
+    let mut bytes = fs::read(path).unwrap();
+    let at = bytes.windows(old.len()).position(|window| window == old).unwrap();
+    bytes.splice(at..at + old.len(), new.iter().copied());
+    fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn sizes_that_a_table_cannot_have_are_errors_before_memory_is_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let error = |name: &str| {
+        let error = convert(&[at(name)], &at("out"), &options("text"), &Silent).unwrap_err();
+        drop(fs::remove_dir_all(at(".out.partial")));
+        error.to_string()
+    };
+    // Buffers that claim to unpack to a petabyte: no memory satisfies that, and it would not be a panic.
+    let strings: Vec<String> = (0..300).map(text).collect();
+    let table = batch(vec![("text", texts("plain", 0..300))]);
+    let bytes = strings.iter().map(String::len).sum::<usize>() as i64;
+    let compressed = IpcWriteOptions::default();
+    let compressed = compressed.try_with_compression(Some(CompressionType::ZSTD)).unwrap();
+    for (name, is_stream) in [("a.arrow", true), ("a.feather", false)] {
+        let file = File::create(at(name)).unwrap();
+        let options = compressed.clone();
+        if is_stream {
+            let mut writer =
+                StreamWriter::try_new_with_options(file, &table.schema(), options).unwrap();
+            writer.write(&table).unwrap();
+            writer.finish().unwrap();
+        } else {
+            let mut writer =
+                FileWriter::try_new_with_options(file, &table.schema(), options).unwrap();
+            writer.write(&table).unwrap();
+            writer.finish().unwrap();
+        }
+        replaced(&at(name), &bytes.to_le_bytes(), &(1_i64 << 50).to_le_bytes());
+        assert!(error(name).contains("claims to hold 1125899906842624"), "{}", error(name));
+    }
+    // A footer of more than the file.
+    let mut bytes = fs::read(at("a.feather")).unwrap();
+    let end = bytes.len() - 10;
+    bytes[end..end + 4].copy_from_slice(&i32::MAX.to_le_bytes());
+    fs::write(at("a.feather"), bytes).unwrap();
+    assert!(
+        error("a.feather").contains("its footer claims 2147483647 of"),
+        "{}",
+        error("a.feather")
+    );
+
+    // A dictionary of 2^31 - 1 entries, and one that claims to unpack to as many bytes. The first page of the file is that of the
+    // only column.
+    let entries = strings.iter().collect::<std::collections::BTreeSet<_>>().len();
+    let of_entries = [0x4C, 0x15, u8::try_from(2 * entries).unwrap()];
+    let most = [0xFE, 0xFF, 0xFF, 0xFF, 0x0F];
+    write_parquet(&at("a.parquet"), &table);
+    replaced(&at("a.parquet"), &of_entries, &[&of_entries[..2], &most].concat());
+    let told = error("a.parquet");
+    assert!(told.contains("claims 2147483647 entries"), "{told}");
+    write_parquet(&at("a.parquet"), &table);
+    let mut bytes = fs::read(at("a.parquet")).unwrap();
+    assert_eq!(bytes[4..7], [0x15, 4, 0x15], "the header of a dictionary");
+    let len = bytes[7..].iter().take_while(|&&byte| byte >= 0x80).count() + 1;
+    bytes.splice(7..7 + len, most);
+    fs::write(at("a.parquet"), bytes).unwrap();
+    let told = error("a.parquet");
+    assert!(told.contains("unpack to 2147483647"), "{told}");
+
+    // Rows of nothing: a file could claim any number of them.
+    let mut nothing = FixedSizeListBuilder::new(Float32Builder::new(), 0);
+    (0..5).for_each(|_| nothing.append(true));
+    write_arrow(
+        &at("b.arrow"),
+        &batch(vec![("none", Arc::new(nothing.finish()) as ArrayRef)]),
+        true,
+    );
+    let options = RecordOptions::default();
+    let refused = convert_columns(&[at("b.arrow")], &at("records"), None, &[], &options, &Silent);
+    assert!(refused.unwrap_err().to_string().contains("which no field has"));
 }
 
 #[test]

@@ -110,8 +110,8 @@ impl Ddp {
     /// duplicated, so that the caller's own collectives never mix with these.
     ///
     /// # Errors
-    /// [`Error::ModelMismatch`], the same on every rank, when the models differ; [`Error::NothingToTrain`];
-    /// [`Error::DeviceMismatch`]; [`Error::NotDense`]; errors of the group.
+    /// [`Error::ModelMismatch`], the same on every rank, when the models differ; [`Error::NothingToTrain`] and
+    /// [`Error::UnsupportedKind`] when they are alike in that; [`Error::DeviceMismatch`]; [`Error::NotDense`]; errors of the group.
     pub fn new(vs: &nn::VarStore, group: &mut Group, options: DdpOptions) -> Result<Self> {
         Self::build(Model::of_var_store(vs)?, group, options)
     }
@@ -127,14 +127,16 @@ impl Ddp {
         group: &mut Group,
         options: DdpOptions,
     ) -> Result<Self> {
-        Self::build(Model::of_tensors(parameters, buffers)?, group, options)
+        Self::build(Model::of_tensors(parameters, buffers), group, options)
     }
 
     fn build(model: Model, group: &mut Group, options: DdpOptions) -> Result<Self> {
         let mut group = group.duplicate()?;
-        let mut signature = model.signature();
-        signature.push(format!("settings {options:?}"));
+        let mut signature = vec![format!("{options:?}")];
+        signature.extend(model.signature());
         verify::same_on_all_ranks(&mut group, &signature)?;
+        // Only now: a rank that ended before it would leave the others to wonder.
+        model.check()?;
         let device = check_devices(&model, &group)?;
         broadcast::tensors(&mut group, "parameters", &model.parameters)?;
         broadcast::tensors(&mut group, "buffers", &model.buffers)?;

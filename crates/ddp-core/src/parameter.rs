@@ -43,21 +43,22 @@ impl Model {
             parameters.iter().map(|p| shim::identity(&p.tensor)).collect::<Result<_>>()?;
         let buffers =
             keyed.into_iter().filter(|(id, _)| !trained.contains(id)).map(|(_, b)| b).collect();
-        Self { parameters, buffers }.checked()
+        Ok(Self { parameters, buffers })
     }
 
     /// Takes tensors by hand: `parameters` in an order that is the same on every rank.
     pub(crate) fn of_tensors(
         parameters: Vec<(String, Tensor)>,
         buffers: Vec<(String, Tensor)>,
-    ) -> Result<Self> {
+    ) -> Self {
         let named = |list: Vec<(String, Tensor)>| {
             list.into_iter().map(|(name, tensor)| Named { name, tensor }).collect()
         };
-        Self { parameters: named(parameters), buffers: named(buffers) }.checked()
+        Self { parameters: named(parameters), buffers: named(buffers) }
     }
 
-    fn checked(self) -> Result<Self> {
+    /// An error unless there is something to train, of kinds that can be trained.
+    pub(crate) fn check(&self) -> Result<()> {
         if self.parameters.is_empty() {
             return Err(Error::NothingToTrain);
         }
@@ -67,7 +68,7 @@ impl Model {
                 return Err(Error::UnsupportedKind { name: name.clone(), kind });
             }
         }
-        Ok(self)
+        Ok(())
     }
 
     /// One line for each tensor: what ranks must agree on.

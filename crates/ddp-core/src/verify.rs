@@ -10,7 +10,7 @@ use crate::{Error, Result};
 /// Differences that are spelt out; the rest is counted.
 const DIFFERENCES_SHOWN: usize = 8;
 
-/// Compares the signature lines of all ranks. Collective.
+/// Compares the signature of all ranks, whose first line is the settings and the others a tensor each. Collective.
 pub(crate) fn same_on_all_ranks(group: &mut Group, mine: &[String]) -> Result<()> {
     let gathered = group.tagged("model signature").all_gather_bytes(mine.join("\n").as_bytes())?;
     let texts: Vec<String> =
@@ -34,7 +34,10 @@ fn differences(lines: &[Vec<&str>]) -> Option<String> {
     let mut report = String::new();
     for &at in differing.iter().take(DIFFERENCES_SHOWN) {
         // Writing to a String cannot fail.
-        _ = writeln!(report, "  tensor {at}:");
+        _ = match at.checked_sub(1) {
+            None => writeln!(report, "  settings:"),
+            Some(tensor) => writeln!(report, "  tensor {tensor}:"),
+        };
         for (view, ranks) in views(lines, at) {
             _ = writeln!(report, "    {ranks}: {view}");
         }
@@ -68,15 +71,18 @@ mod tests {
 
     #[test]
     fn equal_signatures_are_accepted() {
-        assert_eq!(differences(&[vec!["a", "b"], vec!["a", "b"], vec!["a", "b"]]), None);
+        assert_eq!(differences(&[vec!["s", "b"], vec!["s", "b"], vec!["s", "b"]]), None);
     }
 
     #[test]
     fn each_ranks_view_is_shown() {
-        let report = differences(&[vec!["a [3]", "b"], vec!["a [4]", "b"], vec!["a [3]"]]).unwrap();
+        let report =
+            differences(&[vec!["s", "a [3]", "b"], vec!["s", "a [4]", "b"], vec!["t", "a [3]"]])
+                .unwrap();
         assert_eq!(
             report,
-            "  tensor 0:\n    ranks 0, 2: a [3]\n    rank 1: a [4]\n  \
+            "  settings:\n    ranks 0, 1: s\n    rank 2: t\n  \
+             tensor 0:\n    ranks 0, 2: a [3]\n    rank 1: a [4]\n  \
              tensor 1:\n    ranks 0, 1: b\n    rank 2: nothing\n"
         );
     }

@@ -206,7 +206,7 @@ fn layer(path: nn::Path<'_>, bias: bool) {
 }
 
 /// What differs on rank 1, how ranks build it, and what the error must say.
-const DIFFERING: [(&str, Build, [&str; 2]); 6] = [
+const DIFFERING: [(&str, Build, [&str; 2]); 7] = [
     (
         "one parameter more",
         |root, rank| {
@@ -215,12 +215,12 @@ const DIFFERING: [(&str, Build, [&str; 2]); 6] = [
                 layer(&root / "more", false);
             }
         },
-        ["rank 1: parameter more.weight [2, 4] Float", "ranks 0, 2: settings"],
+        ["rank 1: parameter more.weight [2, 4] Float", "ranks 0, 2: nothing"],
     ),
     (
         "one parameter fewer",
         |root, rank| layer(&root / "fc", rank != 1),
-        ["ranks 0, 2: parameter fc.bias [2] Float", "rank 1: settings"],
+        ["ranks 0, 2: parameter fc.bias [2] Float", "rank 1: nothing"],
     ),
     (
         "another type",
@@ -257,6 +257,15 @@ const DIFFERING: [(&str, Build, [&str; 2]); 6] = [
         },
         ["ranks 0, 2: parameter scale [3] Float", "rank 1: buffer scale [3] Float"],
     ),
+    (
+        "nothing to train on one rank",
+        |root, rank| {
+            if rank != 1 {
+                layer(&root / "fc", false);
+            }
+        },
+        ["ranks 0, 2: parameter fc.weight [2, 4] Float", "rank 1: nothing"],
+    ),
 ];
 
 /// Rank 1 of three builds something else; every rank must say so at once, in the same words, which name the parameter
@@ -282,6 +291,17 @@ fn whatever_differs_of_a_model_is_named_alike_on_every_rank_within_a_second() {
                 assert!(error.contains(part), "{what}: no {part:?} in {error}");
             }
         }
+    }
+}
+
+#[test]
+fn models_with_nothing_to_train_are_refused_on_every_rank() {
+    let ended = run_ranks(3, |mut group| {
+        let vs = nn::VarStore::new(Device::Cpu);
+        Ddp::new(&vs, &mut group, options(Zero::Off)).map(drop)
+    });
+    for result in ended {
+        assert!(matches!(result, Err(Error::NothingToTrain)), "{result:?}");
     }
 }
 

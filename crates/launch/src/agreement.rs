@@ -54,9 +54,14 @@ fn numbers(args: &LaunchArgs, world: &World) -> Vec<Number> {
         // Which ranks share a machine is known when they have met.
         return vec![("--nnodes times --nproc-per-node", ranks, world.world_size, "ranks:")];
     }
+    let of_node =
+        ("--nproc-per-node", args.nproc_per_node, world.local_world_size, "ranks of this node:");
+    if world.nodes_are_guessed() {
+        return vec![of_node];
+    }
     vec![
         ("--nnodes", args.nnodes, world.node_count, "nodes:"),
-        ("--nproc-per-node", args.nproc_per_node, world.local_world_size, "ranks of this node:"),
+        of_node,
         ("--node-rank", args.node_rank, world.node_rank, "this node's number:"),
     ]
 }
@@ -89,6 +94,10 @@ mod tests {
 
     const TORCHRUN: &str = "RANK=5 WORLD_SIZE=8 LOCAL_RANK=1 LOCAL_WORLD_SIZE=4 GROUP_RANK=1 GROUP_WORLD_SIZE=2 \
                             MASTER_ADDR=n0 MASTER_PORT=29400 TORCHELASTIC_RUN_ID=j TORCHELASTIC_USE_AGENT_STORE=True";
+    /// The first of two ranks on the second node, after five on the first.
+    const UNEVEN: &str =
+        "OMPI_COMM_WORLD_RANK=5 OMPI_COMM_WORLD_SIZE=7 OMPI_COMM_WORLD_LOCAL_RANK=0 \
+                          OMPI_COMM_WORLD_LOCAL_SIZE=2 PMIX_NAMESPACE=7 MASTER_ADDR=n0";
     const MPIRUN: &str =
         "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_RANK=1 \
                           OMPI_COMM_WORLD_LOCAL_SIZE=4 PMIX_NAMESPACE=7";
@@ -120,6 +129,8 @@ mod tests {
             (TORCHRUN, "--nnodes 2 --nproc-per-node 4 --node-rank 1 --master-addr n0"),
             (TORCHRUN, "--master-port 29400 --threads 3 --no-prefix --grace 1"),
             (MPIRUN, "--nnodes 1 --nproc-per-node 4 --master-addr localhost --master-port 0"),
+            // That launcher does not say which node this is, or how many there are.
+            (UNEVEN, "--nnodes 2 --nproc-per-node 2 --node-rank 1 --master-addr n0"),
             (SRUN, "--nnodes 4 --nproc-per-node 1 --node-rank 1 --master-addr n1"),
             // Handed on by our launcher, which may have had other flags on other nodes.
             (OURS, "--nnodes 3 --nproc-per-node 1 --log-dir logs --torch-store 127.0.0.1:4000"),
@@ -143,6 +154,7 @@ mod tests {
             (TORCHRUN, "--log-dir logs", ["--log-dir logs", "torchrun", "nothing of it"]),
             (MPIRUN, "--nnodes 4", ["--nnodes 4", "mpirun (Open MPI)", "nodes: 1"]),
             (MPIRUN, "--torch-store 127.0.0.1:4000", ["--torch-store", "mpirun", "nothing of it"]),
+            (UNEVEN, "--nproc-per-node 5", ["--nproc-per-node 5", "mpirun", "this node: 2"]),
             (SRUN, "--nnodes 2", ["--nnodes 2", "srun", "nodes: 4"]),
             (SRUN, "--nproc-per-node 2", ["--nproc-per-node 2", "srun", "this node: 1"]),
         ] {

@@ -4,20 +4,28 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use phalanx_comm::recorder::{lineup, summary, FlightRecord, Operation, OperationState, WORLD};
-use phalanx_comm::Op;
+use phalanx_comm::recorder::{lineup, summary, FlightRecord, Operation, OperationState};
 use rustix::time::{clock_gettime, ClockId};
 
+use crate::logs::create_beside;
 use crate::rank::Rank;
 use crate::report::Evidence;
 
+/// The rank that is the root cause.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Culprit {
+    /// The rank of this launcher at this index.
+    Here(usize),
+    /// A rank of another node, by its number.
+    Elsewhere(usize),
+}
+
 /// What [`investigate`] found.
 pub(crate) struct Finding {
-    /// The index of the rank that is the root cause.
-    pub(crate) culprit: usize,
+    pub(crate) culprit: Culprit,
     pub(crate) evidence: Evidence,
 }
 
@@ -33,28 +41,37 @@ pub(crate) fn clock_ns() -> u64 {
     seconds.wrapping_mul(1_000_000_000).wrapping_add(u64::try_from(time.tv_nsec).unwrap_or(0))
 }
 
-/// Whether a rank's group failed because of another rank.
-pub(crate) fn accuses(record: &FlightRecord) -> bool {
-    let blamed = record.failure.as_ref().and_then(|failure| failure.blamed);
-    blamed.is_some_and(|rank| rank != record.rank)
+/// The other rank, of `world_size`, because of which a rank's group failed.
+pub(crate) fn accused(record: &FlightRecord, ranks: &[Rank], world_size: usize) -> Option<Culprit> {
+    let number = record.failure.as_ref()?.blamed.filter(|number| *number != record.rank)?;
+    match ranks.iter().position(|rank| rank.number == number) {
+        Some(at) => Some(Culprit::Here(at)),
+        None => (number < world_size).then_some(Culprit::Elsewhere(number)),
+    }
 }
 
-/// Follows the accusation of the rank at `suspect` to a rank of this launcher, gathers what all have recorded, and
-/// writes the complete line-up to `lineup_path`.
-pub(crate) fn investigate(ranks: &[Rank], suspect: usize, lineup_path: &Path) -> Finding {
+/// Follows the accusation of the rank at `suspect`, gathers what all have recorded, and writes the complete line-up to
+/// `lineup_path`.
+pub(crate) fn investigate(
+    ranks: &[Rank],
+    suspect: usize,
+    world_size: usize,
+    lineup_path: &Path,
+) -> Finding {
     let records: Vec<Option<FlightRecord>> = ranks.iter().map(Rank::record).collect();
-    let accused = |at: usize| {
-        let record = records[at].as_ref().filter(|record| accuses(record))?;
-        let blamed = record.failure.as_ref()?.blamed?;
-        ranks.iter().position(|rank| rank.number == blamed)
-    };
     // One step only: whoever is accused by a witness may itself have been told by another.
-    let culprit = accused(suspect).unwrap_or(suspect);
-    let number = ranks[culprit].number;
-    let mut evidence = Evidence { log: ranks[culprit].log_path.clone(), ..Evidence::default() };
+    let accused = records[suspect].as_ref().and_then(|record| accused(record, ranks, world_size));
+    let culprit = accused.unwrap_or(Culprit::Here(suspect));
+    let (number, at) = match culprit {
+        Culprit::Here(at) => (ranks[at].number, Some(at)),
+        Culprit::Elsewhere(number) => (number, None),
+    };
+    let mut evidence = Evidence::default();
     let all: Vec<FlightRecord> = records.iter().flatten().cloned().collect();
-    if let Some(record) = &records[culprit] {
-        evidence.operation = last_of_world(record).map(operation);
+    if let Some(at) = at {
+        evidence.log.clone_from(&ranks[at].log_path);
+        let record = records[at].as_ref();
+        evidence.operation = record.and_then(FlightRecord::last_collective).map(operation);
     }
     let witness = all
         .iter()
@@ -62,7 +79,7 @@ pub(crate) fn investigate(ranks: &[Rank], suspect: usize, lineup_path: &Path) ->
         .filter_map(|record| Some((record, record.failure.as_ref()?)))
         .min_by_key(|(_, failure)| failure.at_ns);
     if let Some((record, failure)) = witness {
-        let end_ns = ranks[culprit].ended.map(|ended| ended.clock_ns);
+        let end_ns = at.and_then(|at| ranks[at].ended).map(|ended| ended.clock_ns);
         let after = end_ns.map(|end| Duration::from_nanos(failure.at_ns.saturating_sub(end)));
         evidence.witness = Some((record.rank, after));
         evidence.testimony = Some(failure.text.clone());
@@ -70,7 +87,7 @@ pub(crate) fn investigate(ranks: &[Rank], suspect: usize, lineup_path: &Path) ->
     evidence.lineup = summary(&all);
     if evidence.lineup.is_some() {
         match write(lineup_path, &lineup(&all)) {
-            Ok(()) => evidence.lineup_path = Some(lineup_path.to_owned()),
+            Ok(path) => evidence.lineup_path = Some(path),
             Err(error) => {
                 tracing::warn!(path = %lineup_path.display(), %error, "the line-up is not written");
             }
@@ -85,7 +102,7 @@ pub(crate) fn line_up_nodes(all: &[FlightRecord], lineup_path: &Path) -> Option<
     let stem = lineup_path.file_stem().unwrap_or_default().to_string_lossy();
     let path = lineup_path.with_file_name(format!("{stem}-all-nodes.txt"));
     match write(&path, &lineup(all)) {
-        Ok(()) => Some(format!("ranks of all nodes: {said} | operations: {}", path.display())),
+        Ok(at) => Some(format!("ranks of all nodes: {said} | operations: {}", at.display())),
         Err(error) => {
             tracing::warn!(path = %path.display(), %error, "the line-up of all nodes is not written");
             Some(format!("ranks of all nodes: {said}"))
@@ -93,20 +110,15 @@ pub(crate) fn line_up_nodes(all: &[FlightRecord], lineup_path: &Path) -> Option<
     }
 }
 
-/// Only for this user, and never over a file or link of somebody else.
-fn write(path: &Path, text: &str) -> io::Result<()> {
+/// Only for this user, and never over a file or link of somebody else or another run: its name may get a number.
+fn write(path: &Path, text: &str) -> io::Result<PathBuf> {
     let mut options = OpenOptions::new();
     options.write(true).create_new(true).mode(0o600);
-    options.open(path)?.write_all(text.as_bytes())
-}
-
-fn last_of_world(record: &FlightRecord) -> Option<&Operation> {
-    let is_message = |operation: &Operation| matches!(operation.call.op, Op::Send | Op::Receive);
-    record
-        .operations
-        .iter()
-        .filter(|operation| operation.group == WORLD && !is_message(operation))
-        .max_by_key(|operation| operation.call.seq)
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let (mut file, made) = create_beside(folder, &stem, ".txt", |free| options.open(free))?;
+    file.write_all(text.as_bytes())?;
+    Ok(made)
 }
 
 /// `op=all_reduce seq=412 tag=bucket3 bytes=1048576 at=src/train.rs:88`

@@ -48,6 +48,8 @@ mod flight;
 mod gpus;
 mod guard;
 mod lines;
+mod logs;
+mod messenger;
 mod nodes;
 mod options;
 mod plan;

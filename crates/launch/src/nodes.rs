@@ -12,12 +12,14 @@ use phalanx_comm::rendezvous::{
 };
 
 use crate::error::{system, LaunchError};
+use crate::messenger::{Message, Messenger};
 use crate::plan::Plan;
 use crate::rank::Rank;
 use crate::report::Failure;
 use crate::signals;
 
 const FAILURE_KEY: &str = "launch/failure";
+const FOLDER_KEY: &str = "launch/folder";
 /// Node 0 waits this long for the others after its own ranks have ended: they may write checkpoints.
 const DONE_MAX: Duration = Duration::from_secs(3600);
 /// After a failure node 0 waits this long for the other nodes' records.
@@ -35,6 +37,7 @@ pub(crate) struct Nodes {
     /// Readable (closed) when there is news.
     signal: UnixStream,
     watcher: Option<JoinHandle<()>>,
+    messenger: Messenger,
 }
 
 impl Nodes {
@@ -70,7 +73,19 @@ impl Nodes {
                 .spawn(move || watch(&*store, mine, &news, write))
                 .map_err(system("start a thread"))?
         };
-        Ok(Self { store, mine, count, news, signal, watcher: Some(watcher) })
+        let messenger = Messenger::start(Arc::clone(&store))?;
+        Ok(Self { store, mine, count, news, signal, watcher: Some(watcher), messenger })
+    }
+
+    /// On node 0: says what the folder for logs is called.
+    pub(crate) fn name_folder(&self, name: &str) -> Result<(), LaunchError> {
+        Ok(self.store.set(FOLDER_KEY, name.as_bytes())?)
+    }
+
+    /// What node 0 calls the folder for logs.
+    pub(crate) fn folder(&self, deadline: Instant) -> Result<String, LaunchError> {
+        let name = self.store.get(FOLDER_KEY, deadline)?;
+        Ok(String::from_utf8_lossy(&name).into_owned())
     }
 
     /// Becomes readable when another node has failed.
@@ -83,29 +98,35 @@ impl Nodes {
         self.news.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Tells the others that this node failed; the first one to say so counts.
+    /// Tells the others that this node failed; the first one to say so counts. Does not wait, as [`Nodes::publish`].
     pub(crate) fn announce(&self, report: &str, code: u8) {
-        let text = format!("{} {code} {report}", self.mine);
-        if let Err(error) = self.store.compare_set(FAILURE_KEY, None, text.as_bytes()) {
-            tracing::debug!(%error, "the other nodes could not be told of the failure");
-        }
+        let value = format!("{} {code} {report}", self.mine).into_bytes();
+        self.messenger.send(Message { key: FAILURE_KEY.to_owned(), value, is_first: true });
     }
 
-    /// Puts down what the ranks of this node have recorded, for node 0.
+    /// Puts down what the ranks of this node have recorded until now, for node 0.
     pub(crate) fn publish(&self, ranks: &[Rank]) {
-        for rank in ranks.iter().filter(|_| self.mine != 0) {
-            let put = rank.recorded().map_err(|error| error.to_string()).and_then(|record| {
-                self.store.set(&flight_key(rank.number), &record).map_err(|error| error.to_string())
-            });
-            if let Err(error) = put {
-                tracing::debug!(error, rank = rank.number, "its operations are not with node 0");
+        for rank in ranks.iter().filter(|_| !self.is_first()) {
+            match rank.recorded() {
+                Ok(value) => {
+                    let key = flight_key(rank.number);
+                    self.messenger.send(Message { key, value, is_first: false });
+                }
+                Err(error) => {
+                    tracing::debug!(%error, rank = rank.number, "its operations cannot be read");
+                }
             }
         }
     }
 
+    /// The end of what this launcher has to say: waits a short while until the others can hear it.
+    pub(crate) fn flush(&mut self) {
+        self.messenger.flush();
+    }
+
     /// On node 0: what the ranks of the other nodes have recorded, of those who put it down in time.
     pub(crate) fn gather(&self, ranks: impl Iterator<Item = usize>) -> Vec<FlightRecord> {
-        if self.mine != 0 {
+        if !self.is_first() {
             return Vec::new();
         }
         let deadline = Instant::now() + FLIGHT_MAX;
@@ -127,34 +148,35 @@ impl Nodes {
         self.announce(&report, u8::try_from(128 + signal).unwrap_or(70));
     }
 
-    /// Says that this node's ranks have ended well. On node 0, which takes the store with it when it goes, the answer is
-    /// a socket that becomes readable when those of all nodes have.
-    pub(crate) fn finish(&self) -> Result<Option<UnixStream>, LaunchError> {
-        if let Err(error) = self.store.set(&done_key(self.mine), b"") {
-            // The ranks have ended well: that node 0 has gone does not change it any more.
-            tracing::debug!(%error, "node 0 could not be told of the end");
-            return Ok(None);
-        }
-        if self.mine != 0 {
-            return Ok(None);
-        }
+    /// Says that this node's ranks have ended well. The answer is a socket that becomes readable when this launcher may
+    /// end: that of node 0, which takes the store with it, when the ranks of all nodes have ended.
+    pub(crate) fn finish(&self) -> Result<UnixStream, LaunchError> {
         let (signal, write) = UnixStream::pair().map_err(system("socketpair"))?;
-        let (store, count) = (Arc::clone(&self.store), self.count);
+        let (store, mine) = (Arc::clone(&self.store), self.mine);
+        let awaited = if self.is_first() { 1..self.count } else { 0..0 };
+        let say_and_hear = move || {
+            let deadline = Instant::now() + DONE_MAX;
+            // An error is the end of the wait, too: node 0 has gone, the store was cancelled, or the time is over.
+            let heard = store.set(&done_key(mine), b"").and_then(|()| {
+                awaited
+                    .into_iter()
+                    .try_for_each(|node| store.get(&done_key(node), deadline).map(drop))
+            });
+            if let Err(error) = heard {
+                tracing::debug!(%error, "left before the other nodes were done");
+            }
+            drop(write);
+        };
         thread::Builder::new()
             .name("end of other nodes".to_owned())
-            .spawn(move || {
-                let deadline = Instant::now() + DONE_MAX;
-                for node in 1..count {
-                    // An error is the end of the wait, too: the store was cancelled, or the time is over.
-                    if let Err(error) = store.get(&done_key(node), deadline) {
-                        tracing::debug!(%error, node, "left before the other nodes were done");
-                        break;
-                    }
-                }
-                drop(write);
-            })
+            .spawn(say_and_hear)
             .map_err(system("start a thread"))?;
-        Ok(Some(signal))
+        Ok(signal)
+    }
+
+    /// Whether this is node 0.
+    pub(crate) const fn is_first(&self) -> bool {
+        self.mine == 0
     }
 }
 

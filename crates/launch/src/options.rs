@@ -25,7 +25,7 @@ pub struct LaunchOptions {
     pub grace: Duration,
     /// How long nodes wait for each other.
     pub connect_timeout: Duration,
-    /// Keep each rank's output and a record of errors (`errors.jsonl`) in a new folder of the run's name in here.
+    /// Keep each rank's output and a record of errors (`errors.jsonl`) in a new folder of the run's name (`name-2` and so on where there is one) in here.
     pub log_dir: Option<PathBuf>,
     /// Serve PyTorch's `TCPStore` protocol here on node 0, for Python programs beside the job. That protocol has **no
     /// authentication**: see [`TcpStoreServer`](phalanx_comm::rendezvous::TcpStoreServer). `None`: do not.

@@ -181,6 +181,15 @@ pub(crate) fn shares_gpus(plan: &Plan, gpu_count: usize) -> bool {
     is_emulated && gpu_count > 0 && plan.ranks_here() > gpu_count
 }
 
+/// What the user is told where ranks share GPUs. Pure.
+pub(crate) fn sharing_notice(plan: &Plan, gpu_count: usize) -> String {
+    let (ranks, plural) = (plan.ranks_here(), if gpu_count == 1 { "" } else { "s" });
+    format!(
+        "{ranks} ranks share {gpu_count} GPU{plural}: NCCL is set up to take each rank for a machine of its own \
+         (NCCL_HOSTID and loopback sockets); good for correctness, meaningless for speed"
+    )
+}
+
 /// Threads of each rank: an equal share of the cores, unless the user chose.
 pub(crate) fn threads(
     asked: Option<usize>,
@@ -251,6 +260,44 @@ mod tests {
         assert!(message(&any_port).contains("--master-port 0"));
         let no_threads = LaunchOptions { threads: Some(0), ..options(1, 1) };
         assert!(message(&no_threads).contains("--threads 0"));
+    }
+
+    #[test]
+    fn only_emulated_nodes_share_gpus_and_only_where_those_are_too_few() {
+        let shares = |options: &LaunchOptions, gpu_count| {
+            shares_gpus(&Plan::new(options).unwrap(), gpu_count)
+        };
+        let counts = |options: &LaunchOptions| [0, 1, 3, 4].map(|count| shares(options, count));
+        assert_eq!(counts(&options(4, 1)), [false, true, true, false]);
+        assert_eq!(counts(&options(2, 2)), [false, true, true, false]);
+        // One real node, whose ranks want a GPU each, and one of three.
+        assert_eq!(counts(&options(1, 4)), [false; 4]);
+        assert_eq!(counts(&real(1)), [false; 4]);
+    }
+
+    #[test]
+    fn who_shares_gpus_is_told_so_and_so_is_nccl() {
+        let plan = Plan::new(&options(4, 2)).unwrap();
+        assert!(sharing_notice(&plan, 1).starts_with("8 ranks share 1 GPU: NCCL "));
+        assert!(sharing_notice(&plan, 3).starts_with("8 ranks share 3 GPUs: NCCL "));
+        let host_id = |shares_gpus| {
+            let job = Job {
+                world_size: 8,
+                node_count: 4,
+                master_addr: LOOPBACK.to_owned(),
+                master_port: 1,
+                run_id: "a".to_owned(),
+                job_token: "b".to_owned(),
+                restart_count: 0,
+                threads: None,
+                shares_gpus,
+            };
+            let place = plan.places(&[2; 4])[5];
+            let find = |(name, _): &(&str, String)| *name == "NCCL_HOSTID";
+            environment(&job, place).into_iter().find(find).map(|(_, value)| value)
+        };
+        assert_eq!(host_id(true).as_deref(), Some("rank5"));
+        assert_eq!(host_id(false), None);
     }
 
     #[test]

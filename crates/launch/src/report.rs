@@ -25,7 +25,7 @@ pub struct Report {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Failure {
-    /// A rank of this launcher.
+    /// A rank of this launcher, or one that its ranks accuse.
     Rank(RankFailure),
     /// Another node's launcher said that it failed.
     Node {
@@ -38,18 +38,16 @@ pub enum Failure {
     },
 }
 
-/// A rank that died or ended with an error.
+/// A rank that died, ended with an error, or failed the others.
 #[derive(Clone, Debug)]
 pub struct RankFailure {
     /// The rank.
     pub rank: usize,
-    /// The machine's name.
-    pub host: String,
-    /// The rank's process id.
-    pub pid: i32,
-    /// How it ended.
+    /// The machine's name and the rank's process id. `None`: it is of another node, whose launcher has not told its end.
+    pub process: Option<(String, i32)>,
+    /// How it ended, as far as this launcher knows.
     pub exit: Exit,
-    /// When, counted from the start.
+    /// When (or when the others had ended because of it), counted from the start.
     pub after: Duration,
     /// The last lines of its standard error, oldest first.
     pub last_lines: Vec<String>,
@@ -100,11 +98,17 @@ impl Report {
 }
 
 impl RankFailure {
+    /// Of a rank of another node.
+    pub(crate) fn elsewhere(rank: usize, after: Duration, evidence: Box<Evidence>) -> Self {
+        Self { rank, process: None, exit: Exit::Not, after, last_lines: Vec::new(), evidence }
+    }
+
     fn cause(&self) -> String {
         match self.exit {
             Exit::Signal(signal) => format!("died: signal {signal} ({})", signals::name(signal)),
             Exit::Code(0) => "left early, with exit code 0".to_owned(),
             Exit::Code(code) => format!("ended with exit code {code}"),
+            Exit::Not if self.process.is_none() => "failed the others".to_owned(),
             Exit::Not => "failed the others and has not ended".to_owned(),
         }
     }
@@ -116,6 +120,7 @@ impl RankFailure {
             Exit::Signal(6) => "it aborted: its last lines say why",
             Exit::Code(101) => "it panicked: its last lines say where; RUST_BACKTRACE=1 shows the way there",
             Exit::Code(0) => "every rank must run the same number of collectives before it ends",
+            Exit::Not if self.process.is_none() => "its node's launcher has not said how it ended: look at the output there",
             Exit::Not => "what the others say of it names its state; a stopped process goes on with SIGCONT",
             Exit::Code(_) | Exit::Signal(_) => "its last lines say why",
         }
@@ -142,8 +147,8 @@ impl RankFailure {
         serde_json::json!({
             "code": self.number(),
             "rank": self.rank,
-            "host": self.host,
-            "pid": self.pid,
+            "host": self.process.as_ref().map(|(host, _)| host),
+            "pid": self.process.as_ref().map(|(_, pid)| pid),
             "exit_code": exit_code,
             "signal": signal,
             "after_s": self.after.as_secs_f64(),
@@ -166,13 +171,14 @@ const SHOWN_LINES: usize = 3;
 
 impl fmt::Display for RankFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { rank, host, pid, .. } = self;
+        let Self { rank, process, .. } = self;
+        let place = match process {
+            Some((host, pid)) => format!("host {host} (pid {pid})"),
+            None => "another node".to_owned(),
+        };
         let (number, cause) = (self.number(), self.cause());
         let seconds = self.after.as_secs_f64();
-        write!(
-            f,
-            "error[{number}]: rank {rank} on host {host} (pid {pid}) {cause} after {seconds:.1} s"
-        )?;
+        write!(f, "error[{number}]: rank {rank} on {place} {cause} after {seconds:.1} s")?;
         self.evidence.fmt(f)?;
         let skipped = self.last_lines.len().saturating_sub(SHOWN_LINES);
         if !self.last_lines.is_empty() {
@@ -227,8 +233,7 @@ mod tests {
     fn failure(exit: Exit) -> RankFailure {
         RankFailure {
             rank: 2,
-            host: "a".to_owned(),
-            pid: 811,
+            process: Some(("a".to_owned(), 811)),
             exit,
             after: Duration::from_millis(3210),
             evidence: Box::default(),
@@ -261,6 +266,14 @@ mod tests {
             line_of_known.contains("(pid 811) failed the others and has not ended after 3.2 s | op=all_reduce seq=412 | first seen by rank 1 after 0.02 s: rank 2 not responding | log: run/rank2.log | last lines: "),
             "{line_of_known}"
         );
+        let remote = RankFailure::elsewhere(5, known.after, known.evidence);
+        let line_of_remote = remote.to_string();
+        assert!(
+            line_of_remote.starts_with("error[PHX0703]: rank 5 on another node failed the others after 3.2 s | op=all_reduce seq=412 | first seen by rank 1 after 0.02 s: rank 2 not responding | log: run/rank2.log | help: "),
+            "{line_of_remote}"
+        );
+        let record: serde_json::Value = serde_json::from_str(&remote.to_json()).unwrap();
+        assert_eq!((&record["rank"], &record["host"]), (&5.into(), &serde_json::Value::Null));
         let panicked = failure(Exit::Code(101)).to_string();
         assert!(panicked.contains("ended with exit code 101"), "{panicked}");
         assert!(panicked.contains("RUST_BACKTRACE=1"), "{panicked}");
@@ -296,6 +309,8 @@ mod tests {
         ] {
             assert_eq!(code(rank(Exit::Code(of_rank)), None), of_job, "{of_rank}");
         }
+        let remote = RankFailure::elsewhere(1, Duration::ZERO, Box::default());
+        assert_eq!(code(Some(Failure::Rank(remote)), None), 70);
         let node = Failure::Node { node: 1, report: String::new(), code: 74 };
         assert_eq!(code(Some(node), None), 74);
     }

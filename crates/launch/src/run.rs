@@ -1,10 +1,8 @@
 //! From options to a report: meet, start, supervise.
 
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
-use std::io::Write as _;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use phalanx_comm::environment::{JobToken, LauncherEnvironment, World};
@@ -16,12 +14,13 @@ use crate::error::{system, LaunchError};
 use crate::flight;
 use crate::gpus;
 use crate::lines::{Lines, Style, Tail};
+use crate::logs::Logs;
 use crate::nodes::Nodes as NodeLink;
 use crate::options::{LaunchOptions, Prefix};
-use crate::plan::{environment, shares_gpus, threads, Job, Nodes, Place, Plan};
+use crate::plan::{environment, shares_gpus, sharing_notice, threads, Job, Nodes, Place, Plan};
 use crate::process::{ErrorStream, Process, Start};
 use crate::rank::Rank;
-use crate::report::{Failure, Report};
+use crate::report::Report;
 use crate::screen::{Screen, Stream};
 use crate::signals::Signals;
 use crate::supervise::Supervisor;
@@ -79,17 +78,13 @@ pub fn run(
         shares_gpus: shares_gpus(&plan, gpu_count),
     };
     if job.shares_gpus {
-        let ranks = plan.ranks_here();
-        screen.notice(&format!(
-            "{ranks} ranks share {gpu_count} GPU(s): NCCL is set up to take each rank for a machine of its own \
-             (NCCL_HOSTID and loopback sockets); good for correctness, meaningless for speed"
-        ));
+        screen.notice(&sharing_notice(&plan, gpu_count));
     }
-    let logs = Logs::create(options.log_dir.as_deref(), &job.run_id)?;
+    let logs = logs(options.log_dir.as_deref(), &job.run_id, link.as_ref(), deadline)?;
     // Until here a Ctrl-C ends this process as any other: nothing was started that could stay behind.
     let signals = Signals::register()?;
     let mut supervisor = Supervisor::new(signals, link, host_name(), options.grace);
-    supervisor.lineup_path = logs.lineup(&job.run_id);
+    supervisor.lineup_path = logs.lineup(&job.run_id, &host_name());
     supervisor.world_size = job.world_size;
     let what = What { program, args, job: &job, logs: &logs };
     for place in plan.places(&ranks_of_nodes) {
@@ -177,6 +172,22 @@ fn serve_torch(
     Ok(Some(server))
 }
 
+/// The folder for logs, of the same name on all nodes: it may be the same folder.
+fn logs(
+    parent: Option<&Path>,
+    run_id: &str,
+    link: Option<&NodeLink>,
+    deadline: Instant,
+) -> Result<Logs, LaunchError> {
+    let Some(link) = link else { return Logs::create(parent, run_id) };
+    if !link.is_first() {
+        return Logs::join(parent, &link.folder(deadline)?);
+    }
+    let logs = Logs::create(parent, run_id)?;
+    link.name_folder(&logs.folder(parent).unwrap_or_else(|| run_id.to_owned()))?;
+    Ok(logs)
+}
+
 fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
@@ -211,6 +222,7 @@ impl What<'_> {
         let flight = recorder::memory().map_err(system("memfd_create"))?;
         let mut environment = environment(self.job, place);
         environment.push(("PHALANX_FLIGHT_RECORDER", flight::path(&flight)));
+        let (log, log_path) = self.logs.of_rank(place.rank)?.unzip();
         let process = Process::start(&Start {
             program: self.program,
             args: self.args,
@@ -222,60 +234,10 @@ impl What<'_> {
             process,
             lines: [Lines::new(style), Lines::new(error_style)],
             tail: Tail::default(),
-            log: self.logs.of_rank(place.rank)?,
-            log_path: self.logs.path_of_rank(place.rank),
+            log,
+            log_path,
             flight,
             ended: None,
         })
     }
-}
-
-/// The folder of this run, if one was asked for.
-struct Logs {
-    dir: Option<PathBuf>,
-}
-
-impl Logs {
-    fn create(parent: Option<&Path>, run_id: &str) -> Result<Self, LaunchError> {
-        let dir = parent.map(|parent| parent.join(run_id));
-        if let Some(dir) = &dir {
-            fs::create_dir_all(dir).map_err(|source| log_failed(dir, source))?;
-        }
-        Ok(Self { dir })
-    }
-
-    fn path_of_rank(&self, rank: usize) -> Option<PathBuf> {
-        self.dir.as_ref().map(|dir| dir.join(format!("rank{rank}.log")))
-    }
-
-    /// Where the ranks' operations are put side by side when the job fails.
-    fn lineup(&self, run_id: &str) -> PathBuf {
-        let host = host_name();
-        match &self.dir {
-            Some(dir) => dir.join(format!("flight-{host}.txt")),
-            None => std::env::temp_dir().join(format!("phalanx-{run_id}-flight-{host}.txt")),
-        }
-    }
-
-    fn of_rank(&self, rank: usize) -> Result<Option<File>, LaunchError> {
-        let Some(path) = self.path_of_rank(rank) else { return Ok(None) };
-        File::create(&path).map(Some).map_err(|source| log_failed(&path, source))
-    }
-
-    /// Appends the failure in one write, so that several launchers may share the file.
-    fn record(&self, report: &Report) {
-        let (Some(dir), Some(Failure::Rank(failure))) = (&self.dir, &report.failure) else {
-            return;
-        };
-        let path = dir.join("errors.jsonl");
-        let line = format!("{}\n", failure.to_json());
-        let file = OpenOptions::new().create(true).append(true).open(&path);
-        if let Err(error) = file.and_then(|mut file| file.write_all(line.as_bytes())) {
-            tracing::warn!(path = %path.display(), %error, "the failure could not be recorded");
-        }
-    }
-}
-
-fn log_failed(path: &Path, source: std::io::Error) -> LaunchError {
-    LaunchError::Log { path: path.display().to_string(), source }
 }

@@ -13,7 +13,7 @@ use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::process::Signal;
 
 use crate::error::{system, LaunchError};
-use crate::flight;
+use crate::flight::{self, Culprit};
 use crate::guard::Guard;
 use crate::nodes::Nodes;
 use crate::process::{self, Exit};
@@ -21,7 +21,7 @@ use crate::rank::{Ended, Rank};
 use crate::report::{Failure, RankFailure, Report};
 use crate::screen::{Screen, Stream};
 use crate::signals::{Meaning, Signals};
-use crate::suspect::Suspect;
+use crate::suspect::{Accuses, Suspect};
 
 /// After a kill everything should be gone in no time; a process stuck in the kernel is left to it after this.
 const KILL_MAX: Duration = Duration::from_secs(5);
@@ -111,6 +111,9 @@ impl Supervisor {
         if self.is_running() {
             self.wait_for_nodes()?;
         }
+        if let Some(nodes) = &mut self.nodes {
+            nodes.flush();
+        }
         self.line_up_nodes();
         if let Some(failure) = &self.state.failure {
             self.screen.write(Stream::Error, format!("{failure}\n").as_bytes());
@@ -143,11 +146,12 @@ impl Supervisor {
 
     /// All ranks of this node have ended well; node 0 stays for the others, whose store it hosts.
     fn wait_for_nodes(&mut self) -> Result<(), LaunchError> {
-        let Some(done) = self.nodes.as_ref().map(Nodes::finish).transpose()?.flatten() else {
-            return Ok(());
-        };
-        self.screen
-            .notice("the ranks of this node have ended; waiting for those of the other nodes");
+        let Some(nodes) = &self.nodes else { return Ok(()) };
+        let (done, hosts_store) = (nodes.finish()?, nodes.is_first());
+        if hosts_store {
+            self.screen
+                .notice("the ranks of this node have ended; waiting for those of the other nodes");
+        }
         loop {
             self.poll(Some(done.as_fd()))?;
             for (signal, meaning, _) in self.signals.pending() {
@@ -156,19 +160,24 @@ impl Supervisor {
                     return Ok(());
                 }
             }
-            self.state.failure = self.nodes.as_ref().and_then(Nodes::news);
-            if self.state.failure.is_some() || is_readable(&done)? {
+            let news = self.nodes.as_ref().and_then(Nodes::news);
+            if news.is_some() || is_readable(&done)? {
+                // What happens elsewhere does not change that the ranks of another node have ended well.
+                self.state.failure = news.filter(|_| hosts_store);
                 return Ok(());
             }
         }
     }
 
-    /// Ranks that live, or streams that may still bring something.
+    /// Ranks that live, streams that may still bring something, or a suspect who is not yet judged.
     fn has_work(&self) -> bool {
         if let Stage::Killed { give_up_at } = self.state.stage {
             if Instant::now() >= give_up_at {
                 return false;
             }
+        }
+        if self.is_running() && self.state.suspect.is_some() {
+            return true;
         }
         self.ranks
             .iter()
@@ -338,7 +347,8 @@ impl Supervisor {
             }
         }
         let all_ended = self.ranks.iter().all(|rank| rank.ended.is_some());
-        let is_due = |suspect: &Suspect| all_ended || suspect.decide_at <= now;
+        let is_due =
+            |suspect: &Suspect| all_ended && !suspect.is_of_elsewhere || suspect.decide_at <= now;
         if let Some(suspect) = self.state.suspect.filter(is_due).filter(|_| self.is_running()) {
             self.blame(suspect.at, now);
         }
@@ -347,7 +357,13 @@ impl Supervisor {
 
     fn suspect(&mut self, at: usize, exit: Exit, now: Instant) {
         let record = self.ranks[at].record();
-        let accuses = record.as_ref().map(flight::accuses);
+        let accused = record.as_ref().map(|it| flight::accused(it, &self.ranks, self.world_size));
+        let accuses = match accused {
+            None => Accuses::Unknown,
+            Some(None) => Accuses::Nobody,
+            Some(Some(Culprit::Here(_))) => Accuses::Here,
+            Some(Some(Culprit::Elsewhere(_))) => Accuses::Elsewhere,
+        };
         self.state.suspect = Suspect::likelier(self.state.suspect, at, exit, accuses, now);
     }
 
@@ -370,18 +386,26 @@ impl Supervisor {
         self.fail(report.failure, now);
     }
 
-    fn failure_of(&mut self, at: usize) -> RankFailure {
-        let finding = flight::investigate(&self.ranks, at, &self.lineup_path);
-        let rank = &mut self.ranks[finding.culprit];
-        let (exit, when) = rank.ended.map_or((Exit::Not, Instant::now()), |end| (end.exit, end.at));
-        RankFailure {
-            rank: rank.number,
-            host: self.host.clone(),
-            pid: rank.process.id(),
-            exit,
-            after: when.saturating_duration_since(self.started),
-            last_lines: rank.tail.lines(),
-            evidence: Box::new(finding.evidence),
+    fn failure_of(&mut self, suspect: usize) -> RankFailure {
+        let finding = flight::investigate(&self.ranks, suspect, self.world_size, &self.lineup_path);
+        let evidence = Box::new(finding.evidence);
+        let (started, now) = (self.started, Instant::now());
+        let after = |ended: Option<Ended>| ended.map_or(now, |end| end.at).duration_since(started);
+        match finding.culprit {
+            Culprit::Elsewhere(number) => {
+                RankFailure::elsewhere(number, after(self.ranks[suspect].ended), evidence)
+            }
+            Culprit::Here(at) => {
+                let rank = &mut self.ranks[at];
+                RankFailure {
+                    rank: rank.number,
+                    process: Some((self.host.clone(), rank.process.id())),
+                    exit: rank.ended.map_or(Exit::Not, |end| end.exit),
+                    after: after(rank.ended),
+                    last_lines: rank.tail.lines(),
+                    evidence,
+                }
+            }
         }
     }
 
@@ -397,6 +421,7 @@ impl Supervisor {
 
     fn fail(&mut self, failure: Option<Failure>, now: Instant) {
         self.state.failure = failure;
+        // As it is before the others are told to end.
         if let Some(nodes) = &self.nodes {
             nodes.publish(&self.ranks);
         }

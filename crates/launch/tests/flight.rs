@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 
 use support::{Finished, Job};
 
-/// A job of three whose rank 1 has `fault` at its 41st step; its report and the file that the report names.
-fn job(fault: &str) -> (Finished, String, Duration) {
+/// A job of three whose rank 1 has `fault` at its 41st step; its report and the file that the report names. `of` are
+/// the options that say in which group that is.
+fn job(fault: &str, of: &str) -> (Finished, String, Duration) {
     let dir = tempfile::tempdir().expect("a folder");
     let path = dir.path().display();
     let start = Instant::now();
-    let args = format!("--nproc-per-node 3 --act group --rank 1 --fault {fault} --log-dir {path}");
+    let act = format!("--act group --rank 1 --fault {fault} {of}");
+    let args = format!("--nproc-per-node 3 {act} --log-dir {path}");
     let finished = Job::start(&args).finish();
     let elapsed = start.elapsed();
     let (_, named) = finished.report().split_once("operations of all ranks: ").expect("a file");
@@ -23,7 +25,7 @@ fn job(fault: &str) -> (Finished, String, Duration) {
 
 /// The report blames rank 1, says `what`, and knows which collective it had reached.
 fn blames(fault: &str, code: i32, what: &[&str]) -> String {
-    let (finished, lineup, elapsed) = job(fault);
+    let (finished, lineup, elapsed) = job(fault, "");
     let report = finished.report();
     assert!(report.contains("rank 1 on host "), "{fault}: {report}");
     assert!(report.contains("op=all_reduce seq=39 tag=\"bucket 3\" bytes=40000"), "{report}");
@@ -70,6 +72,63 @@ fn a_rank_that_stays_away_is_the_cause_though_it_never_ends() {
     assert!(text.contains("rank 1 after"), "{text}");
 }
 
+/// `Ddp` works on a duplicate of the group of all ranks; in the part, rank 1 has the number 0.
+const PARTS: [&str; 2] = ["--of duplicate", "--of part"];
+
+#[test]
+fn a_death_in_a_part_of_the_group_is_shown_with_the_parts_collective() {
+    for of in PARTS {
+        let (finished, lineup, _) = job("kill", &format!("{of} --inside"));
+        let report = finished.report();
+        assert!(report.contains("PHX0701]: rank 1 on host"), "{of}: {report}");
+        let operation = "| op=all_reduce seq=40 tag=\"bucket 3\" bytes=40000 at=";
+        assert!(report.contains(operation), "{of}: {report}");
+        let (_, ranks) = report.split_once("| ranks: ").expect("where they were");
+        let (ranks, _) = ranks.split_once(" | ").expect("more follows");
+        assert!(ranks.contains("in all_reduce #40 \"bucket 3\""), "{of}: {ranks}");
+        assert!(!ranks.contains("loss"), "{of}: {ranks}");
+        assert!(lineup.contains("\"loss\""), "the file has both groups: {lineup}");
+        assert_eq!(finished.code, Some(70), "{of}: {report}");
+    }
+}
+
+/// The report blames rank 1 with `number` and says `what`; the exit code is 70.
+fn blames_in_parts(fault: &str, number: &str, what: &str) -> [(String, String); 2] {
+    PARTS.map(|of| {
+        let (finished, lineup, elapsed) = job(fault, of);
+        let report = finished.report().to_owned();
+        let start = format!("error[{number}]: rank 1 on host ");
+        assert!(report.starts_with(&start), "{of}: {report}");
+        assert!(report.contains(what), "{of}: no {what:?} in {report}");
+        assert_eq!(finished.code, Some(70), "{of}: {report}");
+        assert!(elapsed < Duration::from_secs(10), "{of}: {elapsed:?}");
+        (report, lineup)
+    })
+}
+
+#[test]
+fn a_rank_that_stays_away_from_a_part_of_the_group_is_the_cause() {
+    let [duplicate, part] = blames_in_parts("idle", "PHX0703", "2s passed on rank");
+    for (report, who) in [(&duplicate.0, "ranks 0,2"), (&part.0, "rank 2")] {
+        let place = format!("| ranks: {who} in all_reduce #40 \"bucket 3\"");
+        assert!(report.contains(&place), "{report}");
+        assert!(report.contains("; rank 1 after all_reduce #39 \"bucket 3\""), "{report}");
+    }
+    assert!(part.0.contains("; rank 0 in no collective of this group"), "{}", part.0);
+    let numbered = "in the group of ranks 1,2, where they are numbered from 0: all_reduce #40";
+    assert!(part.0.contains(numbered), "{}", part.0);
+}
+
+#[test]
+fn a_panic_in_a_part_of_the_group_is_the_cause() {
+    blames_in_parts("panic", "PHX0702", "is out of paper");
+}
+
+#[test]
+fn a_rank_that_is_stopped_in_a_part_of_the_group_is_the_cause() {
+    blames_in_parts("stop", "PHX0703", "process state T (stopped");
+}
+
 #[test]
 fn a_rank_that_is_stopped_for_three_seconds_is_no_failure() {
     let start = Instant::now();
@@ -81,7 +140,7 @@ fn a_rank_that_is_stopped_for_three_seconds_is_no_failure() {
 
 #[test]
 fn a_rank_that_calls_something_else_is_shown_beside_the_others() {
-    let (finished, lineup, elapsed) = job("other");
+    let (finished, lineup, elapsed) = job("other", "");
     let report = finished.report();
     assert!(report.contains("barrier #40 \"other\""), "{report}");
     assert!(report.contains("all_reduce #40 \"bucket 3\""), "{report}");

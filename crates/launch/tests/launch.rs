@@ -4,30 +4,16 @@ mod support;
 
 use std::io::Read as _;
 use std::net::TcpListener;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use support::{command, sorted, Finished, Job, LIMIT};
+use support::{assert_gone, command, lives, sorted, Finished, Job, LIMIT};
 
 fn run(args: &str) -> Finished {
     Job::start(args).finish()
-}
-
-/// Whether a process is there and more than a corpse that nobody collected.
-fn lives(pid: i32) -> bool {
-    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
-    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
-    !matches!(state, Some('Z' | 'X') | None)
-}
-
-fn assert_gone(pids: &[i32], limit: Duration) {
-    let deadline = Instant::now() + limit;
-    while pids.iter().any(|&pid| lives(pid)) {
-        assert!(Instant::now() < deadline, "still there: {pids:?}");
-        thread::park_timeout(Duration::from_millis(5));
-    }
 }
 
 #[test]
@@ -290,6 +276,44 @@ fn logs_and_the_record_of_the_failure_are_kept() {
     assert_eq!(record["message"], finished.report());
     let last_lines = record["last_lines"].to_string();
     assert!(last_lines.contains("panicked at") && last_lines.contains("rank.rs:"), "{last_lines}");
+}
+
+/// A launcher whose run has the same name as others; real machines have one of their address and port.
+fn run_again(args: &str, temporary: &Path) -> Finished {
+    let mut job = command(args);
+    job.env("PHALANX_RUN_ID", "again").env("TMPDIR", temporary);
+    Job::of(job).finish()
+}
+
+#[test]
+fn a_run_of_the_same_name_gets_a_folder_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let args =
+        |act: &str| format!("--nnodes 2 --act {act} --rank 1 --log-dir {}", dir.path().display());
+    run_again(&args("panic"), dir.path());
+    run_again(&args("kill"), dir.path());
+    for (folder, said) in [("again", "out of paper"), ("again-2", "about to die")] {
+        let text = |file| std::fs::read_to_string(dir.path().join(folder).join(file)).unwrap();
+        assert!(text("rank1.log").contains(said), "{folder}");
+        assert_eq!(text("errors.jsonl").lines().count(), 1, "{folder}");
+    }
+}
+
+#[test]
+fn the_operations_of_a_second_failure_are_kept_beside_those_of_the_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let args = "--nproc-per-node 2 --act group --rank 1 --fault exit";
+    let files = [0, 1].map(|_| {
+        let finished = run_again(args, dir.path());
+        let named = finished.report().split_once("operations of all ranks: ");
+        let (_, file) = named.unwrap_or_else(|| panic!("{}", finished.report()));
+        file.split(" | ").next().unwrap().to_owned()
+    });
+    assert_ne!(files[0], files[1]);
+    for file in files {
+        let lineup = std::fs::read_to_string(&file).unwrap();
+        assert!(lineup.contains("rank 1 of 2 (pid "), "{file}: {lineup}");
+    }
 }
 
 #[test]

@@ -1,12 +1,17 @@
 //! Several launchers that make one job, as on several machines; here they meet on loopback.
+#![expect(clippy::print_stderr, reason = "a test that cannot run says so")]
 
+#[path = "../../comm/tests/support/namespaces.rs"]
+mod namespaces;
 mod support;
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
+use namespaces::{ip, namespaces, ADDRESSES};
 use phalanx_comm::testing::free_port;
-use rustix::process::Signal;
-use support::{command, sorted, Finished, Job, LIMIT};
+use rustix::process::{kill_process, Pid, Signal};
+use support::{assert_gone, command, sorted, Finished, Job, LIMIT};
 
 #[test]
 fn two_launchers_make_one_job() {
@@ -55,7 +60,10 @@ fn node_0_shows_the_ranks_of_all_nodes_side_by_side() {
     let port = free_port();
     let options = |node: usize| {
         let path = dir.path().join(node.to_string());
-        format!("--nproc-per-node 2 --act group --rank 3 --fault kill --log-dir {}", path.display())
+        format!(
+            "--nproc-per-node 2 --act group --rank 3 --fault kill --inside --log-dir {}",
+            path.display()
+        )
     };
     let (first, second) = (node(0, port, &options(0)), node(1, port, &options(1)));
     let (first, second) = (first.finish(), second.finish());
@@ -71,6 +79,62 @@ fn node_0_shows_the_ranks_of_all_nodes_side_by_side() {
 }
 
 #[test]
+fn who_is_accused_by_another_node_is_the_cause_and_not_the_witness() {
+    let port = free_port();
+    let options = "--act group --rank 1 --fault idle";
+    let (first, second) = (node(0, port, options), node(1, port, options));
+    let (first, second) = (first.finish(), second.finish());
+    let report = first.report();
+    assert!(
+        report.starts_with("error[PHX0703]: rank 1 on another node failed the others after "),
+        "{report}"
+    );
+    assert!(report.contains("| first seen by rank 0: all_reduce #40"), "{report}");
+    assert!(report.contains("2s passed on rank 0, waiting for rank 1"), "{report}");
+    assert_eq!(second.report(), format!("{report} | reported by node 0"));
+    assert_eq!((first.code, second.code), (Some(70), Some(70)));
+}
+
+#[test]
+fn the_node_of_the_accused_rank_tells_its_end_if_it_can() {
+    let port = free_port();
+    let options = "--nproc-per-node 2 --act group --rank 3 --fault idle";
+    let (first, second) = (node(0, port, options), node(1, port, options));
+    let (first, second) = (first.finish(), second.finish());
+    let report = second.report();
+    assert!(report.starts_with("error[PHX0703]: rank 3 on host "), "{report}");
+    assert!(report.contains("| first seen by rank 2"), "{report}");
+    assert_eq!(first.report(), format!("{report} | reported by node 1"));
+    assert_eq!((first.code, second.code), (Some(70), Some(70)));
+}
+
+#[test]
+fn nodes_share_a_folder_for_logs_with_each_other_and_with_no_other_job() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let port = free_port();
+    // Also where the launchers do not see each other's files.
+    for folders in [["shared", "shared"], ["shared", "shared"], ["mine", "shared"]] {
+        let nodes = [0, 1].map(|rank| {
+            let path = dir.path().join(folders[rank]);
+            node(rank, port, &format!("--act exit --rank 1 --code 74 --log-dir {}", path.display()))
+        });
+        assert_eq!(nodes.map(|node| node.finish().code), [Some(74), Some(74)]);
+    }
+    let files = |folder: &str| {
+        let list = |path| std::fs::read_dir(path).expect("it is there").map(|it| it.expect("read"));
+        let mut files = Vec::new();
+        for run in list(dir.path().join(folder)) {
+            files.extend(list(run.path()).map(|file| file.file_name()));
+        }
+        sorted(files.into_iter().map(|name| name.to_string_lossy().into_owned()).collect())
+    };
+    assert_eq!(files("mine"), ["rank0.log"]);
+    let twice = ["errors.jsonl", "errors.jsonl", "rank0.log", "rank0.log"];
+    let logs_of_1 = ["rank1-2.log", "rank1.log", "rank1.log"];
+    assert_eq!(files("shared"), [&twice[..], &logs_of_1[..]].concat());
+}
+
+#[test]
 fn ctrl_c_on_one_node_ends_the_other() {
     let port = free_port();
     let (first, second) = (node(0, port, "--act polite"), node(1, port, "--act polite"));
@@ -83,13 +147,62 @@ fn ctrl_c_on_one_node_ends_the_other() {
     assert!(second.report().contains("ended by SIGINT to the launcher of node 0"));
 }
 
+/// How long a launcher that has lost node 0 may go on: it tries for two seconds to leave word there.
+const LOST_MAX: Duration = Duration::from_secs(4);
+
+#[test]
+fn a_node_whose_node_0_is_killed_ends_its_ranks_at_once() {
+    let port = free_port();
+    let (first, second) = (node(0, port, "--act wait"), node(1, port, EIGHT));
+    first.numbers("pid", 1);
+    let pids = second.numbers("pid", 8);
+    let start = Instant::now();
+    first.kill();
+    assert_gone(&pids, Duration::from_secs(1));
+    let second = second.finish();
+    assert!(start.elapsed() < LOST_MAX, "{:?}", start.elapsed());
+    assert_eq!(second.code, Some(69));
+    let report = second.report();
+    assert!(report.contains("PHX0703]: the launcher of node 0 is gone"), "{report}");
+}
+
+#[test]
+fn a_node_that_is_cut_off_from_node_0_ends_its_ranks_at_once() {
+    let Some(machines) = namespaces() else { return };
+    let on = |machine: usize, options: &str| {
+        let of = node_command(machine, ADDRESSES[0], 29_518, options);
+        let mut command: Command = machines.command(machine, of.get_program());
+        command.args(of.get_args()).env("PHALANX_JOB_TOKEN", TOKEN.repeat(32));
+        Job::of(command)
+    };
+    let (first, second) = (on(0, "--act wait"), on(1, EIGHT));
+    first.numbers("pid", 1);
+    let pids = second.numbers("pid", 8);
+    ip(&format!("-n {} link set veth0 down", machines.names[0])).expect("the link is ours");
+    let start = Instant::now();
+    kill_process(Pid::from_raw(pids[3]).expect("a rank"), Signal::KILL).expect("it lives");
+    assert_gone(&pids, Duration::from_secs(2));
+    let second = second.finish();
+    assert!(start.elapsed() < LOST_MAX, "{:?}", start.elapsed());
+    assert_eq!(second.code, Some(70));
+    assert!(second.report().contains("died: signal 9 (SIGKILL)"), "{}", second.report());
+    first.kill();
+}
+
+const EIGHT: &str = "--nproc-per-node 8 --act wait";
+const TOKEN: &str = "5a";
+
 /// A node of two that is to do `act`.
 fn node(rank: usize, port: u16, options: &str) -> Job {
+    Job::of(node_command(rank, "127.0.0.1", port, options))
+}
+
+fn node_command(rank: usize, master: &str, port: u16, options: &str) -> Command {
     let mut node = command(&format!(
-        "--nnodes 2 --node-rank {rank} --master-addr 127.0.0.1 --master-port {port} {options}"
+        "--nnodes 2 --node-rank {rank} --master-addr {master} --master-port {port} {options}"
     ));
-    node.env("PHALANX_JOB_TOKEN", "5a".repeat(32));
-    Job::of(node)
+    node.env("PHALANX_JOB_TOKEN", TOKEN.repeat(32));
+    node
 }
 
 #[test]
@@ -118,7 +231,7 @@ fn different_tokens_or_counts_of_nodes_are_told_apart() {
     let mut three = command(&format!(
         "--nnodes 3 --node-rank 1 --master-addr 127.0.0.1 --master-port {port} --act wait"
     ));
-    three.env("PHALANX_JOB_TOKEN", "5a".repeat(32));
+    three.env("PHALANX_JOB_TOKEN", TOKEN.repeat(32));
     let _three = Job::of(three);
     let mismatched = first.finish();
     assert_eq!(mismatched.code, Some(64));

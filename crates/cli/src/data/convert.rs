@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use phalanx_data::convert::{convert, BadLines, ConvertOptions, Document, Format, Vocabulary};
-use phalanx_data::progress::{Event, Progress};
+use phalanx_data::progress::Progress;
 use phalanx_data::records::{convert_safetensors, ConvertedRecords, RecordOptions};
 use phalanx_data::Error;
 use serde_json::json;
@@ -83,7 +83,7 @@ struct ReadingArgs {
     /// What a document is in plain text.
     #[arg(long, value_enum, default_value_t = DocumentFlag::File)]
     document: DocumentFlag,
-    /// Leave lines out that are no JSON or lack the field, and rows without text, and say how many, instead of ending.
+    /// Leave lines out that are no JSON (nor UTF-8), lack the field or have more than 256 MiB, and rows without text, and say how many, instead of ending.
     #[arg(long)]
     skip_bad_lines: bool,
 }
@@ -238,30 +238,7 @@ fn how_long(reused: bool, source_bytes: u64, seconds: f64) -> String {
 }
 
 pub(crate) fn run(args: &ConvertArgs) -> Result<ExitCode> {
-    let progress = args.progress.reporter();
-    let done = convert_any(args, &*progress);
-    if done.is_err() {
-        tell_what_stays(args, &*progress);
-    }
-    done
-}
-
-/// After an error: that nothing is lost.
-fn tell_what_stays(args: &ConvertArgs, progress: &dyn Progress) {
-    let Some(name) = args.output.file_name() else { return };
-    let partial = args.output.with_file_name(format!(".{}.partial", name.to_string_lossy()));
-    // The journal's first line says what is converted, each further one that a shard is whole.
-    let journal = std::fs::read_to_string(partial.join("conversion.jsonl")).unwrap_or_default();
-    let shards = journal.lines().skip(1).count();
-    if shards > 0 {
-        progress.report(Event::Notice(&format!(
-            "finished shards stay in {} ({shards}): the same command goes on there",
-            partial.display()
-        )));
-    }
-}
-
-fn convert_any(args: &ConvertArgs, progress: &dyn Progress) -> Result<ExitCode> {
+    let progress = &*args.progress.reporter();
     let started = Instant::now();
     if !args.columns.is_empty() {
         return columns(args, progress);

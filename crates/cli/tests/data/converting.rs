@@ -117,7 +117,29 @@ fn half_of_another_conversion_is_not_mixed_with_this_one() {
     let journal = at(".out.partial/conversion.jsonl");
     assert!(kill_in_the_middle(&first, &journal), "it ended before it was killed");
     let second = [&base[..], &more, &["400"]].concat();
-    refused(&second, 65, "half done: repeat that command");
+    // Nothing of this conversion is kept, so nothing is said of what stays; and so if somebody else is at it, or it cannot begin.
+    let silent = |args: &[&str], code: i32, part: &str| {
+        let ended = phalanx(args);
+        assert_eq!(ended.code, Some(code), "{ended:?}");
+        assert!(ended.err.contains(part) && !ended.err.contains("shards"), "{}", ended.err);
+    };
+    silent(&second, 65, "half done: repeat that command");
+    let held = fs::File::open(at(".out.lock")).unwrap();
+    held.try_lock().unwrap();
+    silent(&first, 75, ".out.lock");
+    drop(held);
+    silent(&[&first[..], &["--end-token", "</s>"]].concat(), 64, "this is for --tokenizer");
+    silent(&[&first[..], &["--tokenizer", "x"]].concat(), 64, "cannot be used with");
+    let none = at("none.txt");
+    let elsewhere = ["data", "convert", "--input", text(&none), "--output", text(&output)];
+    silent(&elsewhere, 65, "there is nothing to convert");
+    // Of this one some is, and it ends with an error: the journal cannot be renamed over a folder.
+    fs::create_dir(at(".out.partial/conversion.new")).unwrap();
+    let ended = phalanx(&first);
+    let said =
+        ended.err.contains("finished shards stay in") && ended.err.contains("the same command");
+    assert!(ended.code == Some(74) && said, "{ended:?}");
+    fs::remove_dir(at(".out.partial/conversion.new")).unwrap();
     let restarted = [&second[..], &["--restart", "--json"]].concat();
     let json = phalanx(&restarted).json();
     assert_eq!(json["resumed_shards"], 0);

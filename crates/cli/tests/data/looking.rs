@@ -74,6 +74,33 @@ fn verify_finds_good_data_good_and_names_every_damaged_block() {
 }
 
 #[test]
+fn verify_compares_the_tokenizer_and_lists_no_damage_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = prepared(folder.path());
+    let (tokenizer, list) = (target.join("tokenizer.json"), target.join("damage.json"));
+    let right = fs::read(&tokenizer).unwrap();
+    fs::write(&tokenizer, [&right[..], b" "].concat()).unwrap();
+    let verify = || phalanx(&["data", "verify", text(&target), "--record"]);
+    let found = verify();
+    assert_eq!(found.code, Some(65), "{found:?}");
+    let told = "tokenizer.json is not the tokenizer of the tokens beside it";
+    assert!(found.out.contains(told) && found.out.contains("copy the one"), "{}", found.out);
+    assert!(!list.exists() && found.err.lines().all(|line| !line.contains("error")), "{found:?}");
+    // Blocks that are damaged besides are listed, and they alone.
+    damage(&target.join("tokens-00001.safetensors"), 5000);
+    assert_eq!(verify().code, Some(65));
+    let recorded: serde_json::Value = serde_json::from_slice(&fs::read(&list).unwrap()).unwrap();
+    assert_eq!(recorded["blocks"].as_array().unwrap().len(), 1, "{recorded}");
+    assert!(recorded["lost"].is_null(), "{recorded}");
+    damage(&target.join("tokens-00001.safetensors"), 5000);
+    fs::write(&tokenizer, right).unwrap();
+    verify().good();
+    // Who trains needs none.
+    fs::remove_file(&tokenizer).unwrap();
+    verify().good();
+}
+
+#[test]
 fn verify_names_files_that_are_gone_or_cut_off() {
     let folder = tempfile::tempdir().unwrap();
     let target = prepared(folder.path());

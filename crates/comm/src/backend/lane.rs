@@ -19,7 +19,7 @@ use super::host::core::Core;
 use super::patience::Patience;
 use super::runner::{lock, Runner};
 use super::unit::{Held, Unit};
-use super::Backend;
+use super::{guarded, Backend};
 use crate::error::{Error, Result};
 use crate::fingerprint::Op;
 
@@ -349,7 +349,7 @@ impl Lane {
         }
         let result = match self.core.peers.failure() {
             Some(error) => Err(error),
-            None => self.advance(state),
+            None => guarded(self.core.rank, &self.backend.name(), || self.advance(state)),
         };
         let moved = result.unwrap_or_else(|error| {
             // A library that has lost a peer says so without naming it; the control plane names it.
@@ -417,7 +417,13 @@ impl Lane {
         self.ended.notify_all();
         // Last: an abort may wait for the device, and those who wait for the calls must not.
         if !std::mem::replace(&mut state.abandoned, true) {
-            state.transport.abandon(error);
+            let abandoned = guarded(self.core.rank, &self.backend.name(), || {
+                state.transport.abandon(error);
+                Ok(())
+            });
+            if let Err(panic) = abandoned {
+                tracing::error!(%panic, "a group that has failed could not be let go");
+            }
         }
     }
 

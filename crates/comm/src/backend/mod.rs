@@ -14,6 +14,22 @@ mod patience;
 pub(crate) mod runner;
 mod unit;
 
+use crate::error::{Error, Result};
+
+/// What `run` gives, or its panic as this rank's error: nobody waits for a thread that is gone.
+fn guarded<T>(
+    rank: usize,
+    what: &dyn std::fmt::Display,
+    run: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("?");
+        let message = format!("{what} panicked, which is a bug of phalanx: {text}");
+        Err(Error::PeerFailed { rank, message })
+    })
+}
+
 /// Who moves a group's data.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]

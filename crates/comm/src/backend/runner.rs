@@ -172,3 +172,83 @@ impl Runner {
         std::mem::take(&mut rest.1)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::host::call::{Call, Memory};
+    use super::super::host::liveness::Liveness;
+    use super::super::host::setup;
+    use super::super::lane::{Check, Transport};
+    use super::super::Backend;
+    use super::*;
+    use crate::dtype::DType;
+    use crate::environment::{HostLink, World};
+    use crate::error::Error;
+    use crate::fingerprint::{CallRecord, Op};
+    use crate::recorder::Part;
+
+    /// Carries out every call at once, or none.
+    #[derive(Debug)]
+    struct Library {
+        panics: bool,
+        started: usize,
+    }
+
+    impl Transport for Library {
+        fn start(&mut self, _: &Arc<Call>, _: &mut Memory) -> crate::Result<()> {
+            if self.panics {
+                std::panic::panic_any("no such symbol");
+            }
+            self.started += 1;
+            Ok(())
+        }
+
+        fn poll(&mut self, ended: &mut Vec<usize>) -> crate::Result<bool> {
+            ended.extend(0..std::mem::take(&mut self.started));
+            Ok(true)
+        }
+
+        fn abandon(&mut self, _: &Error) {
+            assert!(!self.panics, "again");
+        }
+    }
+
+    fn call(runner: &Arc<Runner>, callers_drive: bool, library: Library) -> crate::Result<()> {
+        let limit = Duration::from_secs(20);
+        let liveness = Liveness { heartbeat: limit, dead_after: limit };
+        let nobody: &mut setup::Exchange<'_> = &mut |_, _| Ok(Vec::new());
+        let (mut world, part) = (World::single(), Part::whole(1));
+        let core = setup::connect(&mut world, HostLink::Auto, limit, liveness, part, nobody)?;
+        let lane = Lane::new(Backend::Mpi, core, runner, callers_drive, Box::new(library));
+        let record = CallRecord {
+            op: Op::Barrier,
+            seq: 0,
+            dtype: None,
+            len: 0,
+            reduction: "",
+            root: None,
+            tag: String::new(),
+        };
+        let call = Call::new(record, DType::U8, None, 0, 1, false, limit, Memory::Nothing);
+        let call = Arc::new(call);
+        lane.submit(Arc::clone(&call), Check::None);
+        lane.wait(&call)?;
+        let result = call.lock().result.clone();
+        lane.close();
+        result.expect("it has ended")
+    }
+
+    #[test]
+    fn a_panic_in_the_library_is_an_error_at_once_and_other_groups_go_on() {
+        let start = Instant::now();
+        let runner = Runner::spawn("phalanx-test".to_owned(), false, || ()).unwrap();
+        for callers_drive in [false, true] {
+            let broken = Library { panics: true, started: 0 };
+            let error = call(&runner, callers_drive, broken).unwrap_err().to_string();
+            assert!(error.contains("no such symbol"), "{error}");
+            let works = Library { panics: false, started: 0 };
+            call(&runner, callers_drive, works).unwrap();
+        }
+        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    }
+}

@@ -35,11 +35,11 @@ use sha2::{Digest, Sha256};
 pub use job_token::JobToken;
 #[cfg(feature = "mpi")]
 pub(crate) use mpi_library::{
-    host_link, is_started_by_mpi, launched, master_addr, mpi_cuda_aware, mpi_threads,
+    host_link, is_started_by_mpi, launched, master_addr, mpi_cuda_aware, mpi_threads, store_port,
 };
 #[cfg(test)]
 pub(crate) use nccl::is_required;
-pub(crate) use nccl::{nccl_host_id, nccl_library};
+pub(crate) use nccl::{nccl_host_id, nccl_lacks, nccl_library};
 pub use nccl_levels::{NcclDebug, NcclGdrLevel, NcclP2pLevel};
 pub use nccl_settings::{NcclSettingError, NcclSettings};
 pub(crate) use recorder::flight_recorder;
@@ -105,10 +105,10 @@ pub enum StoreHost {
 /// How ranks of one machine talk to each other (`PHALANX_HOST_LINK`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum HostLink {
-    /// Shared memory where it works, else TCP.
+    /// Shared memory where it works, else TCP, with a warning.
     #[default]
     Auto,
-    /// Shared memory; an error where it does not work.
+    /// Shared memory; an error where it does not work, as between machines.
     Shm,
     /// TCP also inside a machine (for tests, and to compare).
     Tcp,
@@ -125,8 +125,8 @@ pub struct World {
     pub local_rank: usize,
     /// How many ranks this node has.
     pub local_world_size: usize,
-    /// 0 … `node_count` − 1. Under Open MPI and PMI over several machines this assumes placement in blocks: those
-    /// launchers do not say.
+    /// 0 … `node_count` − 1. Under Open MPI and PMI over several machines this assumes placement in blocks of equal
+    /// length: those launchers do not say. A group knows better, once its ranks have met.
     pub node_rank: usize,
     /// How many nodes there are; emulated ones count.
     pub node_count: usize,
@@ -210,6 +210,17 @@ impl World {
     #[must_use]
     pub fn is_in_env() -> bool {
         !matches!(Self::from_env(), Ok(Self { launcher: Launcher::Single, .. }))
+    }
+
+    /// Whether [`World::node_rank`] and [`World::node_count`] are a guess, of a launcher that does not say which ranks
+    /// share a node.
+    #[must_use]
+    pub const fn nodes_are_guessed(&self) -> bool {
+        let is_silent = matches!(
+            self.launcher,
+            Launcher::OpenMpi | Launcher::Pmi | Launcher::Mvapich | Launcher::Horovod
+        );
+        is_silent && self.local_world_size < self.world_size
     }
 
     /// A world of one, whatever the environment says.

@@ -45,6 +45,11 @@ pub(crate) fn mpi_cuda_aware() -> Result<Option<bool>, EnvironmentError> {
     }
 }
 
+/// `MASTER_PORT`: the port of the store where ranks meet over MPI; any free one if it is not set.
+pub(crate) fn store_port() -> Result<u16, EnvironmentError> {
+    Ok(Variables::new(&process_variable).port("MASTER_PORT")?.unwrap_or(0))
+}
+
 /// `PHALANX_MPI_THREADS`: whether to ask MPI to let every thread call it.
 pub(crate) fn mpi_threads() -> Result<bool, EnvironmentError> {
     const VARIABLE: &str = "PHALANX_MPI_THREADS";

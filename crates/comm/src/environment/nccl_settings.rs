@@ -52,6 +52,11 @@ pub struct NcclSettings {
     pub gdr_level: Option<NcclGdrLevel>,
     /// `NCCL_NVLS_ENABLE`: `NVLink` SHARP.
     pub nvls: Option<bool>,
+    /// `NCCL_LAUNCH_ORDER_IMPLICIT`: the calls of all communicators run on a GPU in the order in which this process makes
+    /// them. From NCCL 2.26 on; a group over an older one is refused. Only for programs that wait for the calls of one
+    /// group before they make those of another: calls of groups side by side reach NCCL in the order in which the
+    /// groups' ranks meet, which may differ between ranks.
+    pub launch_order_implicit: Option<bool>,
 }
 
 /// A setting that NCCL would not take, or that this machine has no use for.
@@ -253,6 +258,7 @@ impl NcclSettings {
             ("NCCL_P2P_LEVEL", word(self.p2p_level.map(NcclP2pLevel::name))),
             ("NCCL_NET_GDR_LEVEL", word(self.gdr_level.map(NcclGdrLevel::name))),
             ("NCCL_NVLS_ENABLE", switch(self.nvls)),
+            ("NCCL_LAUNCH_ORDER_IMPLICIT", switch(self.launch_order_implicit)),
         ];
         all.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
     }
@@ -272,15 +278,28 @@ impl NcclSettings {
         self.check()?;
         let mut seen = Vec::new();
         for (name, value) in self.variables() {
-            match std::env::var(name) {
-                Ok(given) => seen.push((name, given, true)),
-                Err(_) => {
+            match super::process_variable(name).filter(|given| !given.is_empty()) {
+                Some(given) => seen.push((name, given, true)),
+                None => {
                     std::env::set_var(name, &value);
                     seen.push((name, value, false));
                 }
             }
         }
         Ok(seen)
+    }
+
+    /// What a program prints at its start of what [`NcclSettings::apply`] returned: a line for each variable, with
+    /// its value and who has set it, on rank 0; nothing on the others.
+    pub fn lines<'a>(
+        seen: &'a [(&'static str, String, bool)],
+        rank: usize,
+    ) -> impl Iterator<Item = String> + 'a {
+        let shown = if rank == 0 { seen } else { &[] };
+        shown.iter().map(|(name, value, was_set)| {
+            let origin = if *was_set { "set in the environment" } else { "from the configuration" };
+            format!("nccl   {name}={value} ({origin})")
+        })
     }
 }
 
@@ -317,6 +336,7 @@ mod tests {
             socket_interface: Some("eth".to_owned()),
             ib_adapters: Some("=mlx5_1:1".to_owned()),
             nvls: Some(false),
+            launch_order_implicit: Some(true),
             max_channels: Some(8),
             ..NcclSettings::default()
         };
@@ -331,6 +351,7 @@ mod tests {
             ("NCCL_P2P_LEVEL", "PXB"),
             ("NCCL_NET_GDR_LEVEL", "PHB"),
             ("NCCL_NVLS_ENABLE", "0"),
+            ("NCCL_LAUNCH_ORDER_IMPLICIT", "1"),
         ];
         let variables = settings.variables();
         let actual: Vec<_> =

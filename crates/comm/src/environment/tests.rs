@@ -158,9 +158,9 @@ fn under_torchrun_the_agents_store_leads_to_rank_0() {
     assert_eq!(world.store_address(), ("node0", 29500));
     let other = parse(&with(TORCHRUN, &[("RANK", "3")])).unwrap();
     assert_eq!(other.store_host, StoreHost::Agent);
-    // Restart counts of different nodes cannot be compared; those of one can.
+    // Restart counts of different nodes cannot be compared; those of one can. What was exported once would not change.
     assert_eq!(world.restart_count, 0);
-    let one_node = with(TORCHRUN, &[("GROUP_WORLD_SIZE", "1")]);
+    let one_node = with(TORCHRUN, &[("GROUP_WORLD_SIZE", "1"), ("PHALANX_RESTART_COUNT", "7")]);
     assert_eq!(parse(&one_node).unwrap().restart_count, 1);
 }
 

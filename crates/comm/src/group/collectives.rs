@@ -159,6 +159,10 @@ impl Group {
         self.check_segments::<T>(Op::AllGather, "output", output.len(), segment)?;
         let plan = self.whole::<T>(Op::AllGather, segment, None);
         if let Bytes::Region { memory, offset, .. } = &output {
+            self.check_region(Op::AllGather, memory)?;
+            if let Some(error) = self.core.peers.failure() {
+                return Err(error);
+            }
             let memory = Memory::Region { region: Arc::clone(memory), offset: *offset };
             self.end_all_on(&memory, output.len())?;
             output.write(self.rank() * segment, input);

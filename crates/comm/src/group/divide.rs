@@ -3,16 +3,21 @@
 use std::ffi::c_int;
 use std::time::Instant;
 
-use super::{Group, Track};
+use super::Group;
 use crate::backend::nccl;
 use crate::environment::World;
 use crate::error::{Error, Result};
+use crate::recorder::Part;
 
 impl Group {
     /// Divides the group: ranks of equal `color` form one, ordered by `key` and then by rank; `None`
     /// joins none. Collective. The new group is independent: the failure of one does not end the
     /// other, but a rank that dies ends both. With NCCL a group that fails takes the GPU side of all groups
     /// of the process with it: NCCL asks that all communicators are aborted together.
+    ///
+    /// Collectives of two groups have no common order. Over NCCL that matters where both work on one GPU at once: each
+    /// takes a part of it, and ranks that begin them in different orders can wait for each other until the time limit
+    /// is over. Wait for those of one group before those of the other start, or let all ranks start and wait alike.
     ///
     /// # Errors
     ///
@@ -36,9 +41,11 @@ impl Group {
         let members: Vec<usize> = members.into_iter().map(|(_, rank)| rank).collect();
         let places = self.places()?;
         let part = self.part(&members, &places);
-        // Ranks that join no group still take part in the exchange of cards.
-        let track = Track { group: self.part_number(color), ..self.track };
+        // In the group of all ranks, of which this one may itself be a part.
+        let ranks = members.iter().map(|member| self.core.peers.part.ranks[*member]).collect();
+        let recorded = Part { group: self.part_number(color), ranks };
         let options = self.options.clone();
+        // Ranks that join no group still take part in the exchange of cards.
         let group = match part {
             None => {
                 self.all_gather_bytes(&[])?;
@@ -46,14 +53,22 @@ impl Group {
             }
             Some(world) if world.world_size == 1 => {
                 self.all_gather_bytes(&[])?;
-                Some(Self::over(world, options, &mut |_, _| Ok(Vec::new())))
+                Some(Self::over(world, options, recorded, &mut |_, _| Ok(Vec::new())))
             }
-            Some(world) => Some(Self::over(world, options, &mut |card, _| {
-                let cards = self.all_gather_bytes(card)?;
-                Ok(members.iter().map(|member| cards[*member].clone()).collect())
-            })),
+            Some(world) => {
+                let mut has_exchanged = false;
+                let made = Self::over(world, options, recorded, &mut |card, _| {
+                    has_exchanged = true;
+                    let cards = self.all_gather_bytes(card)?;
+                    Ok(members.iter().map(|member| cards[*member].clone()).collect())
+                });
+                if !has_exchanged {
+                    // The others are at it: they are not to take what comes next for this.
+                    self.all_gather_bytes(&[])?;
+                }
+                Some(made)
+            }
         };
-        let group = group.map(|group| group.map(|group| group.tracked(track)));
         if self.has_nccl() {
             let mut colors: Vec<_> =
                 all.iter().filter(|theirs| theirs[0] == 1).map(|theirs| &theirs[1..5]).collect();

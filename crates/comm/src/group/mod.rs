@@ -7,13 +7,12 @@ mod on_device;
 mod on_rank;
 mod options;
 mod place;
+mod regions;
 
 use std::panic::Location;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use crate::backend::gpu::memory::{await_freed, DeviceMemory};
 use crate::backend::gpu::Gpu;
 use crate::backend::host::call::{Call, Memory};
 use crate::backend::host::core::Core;
@@ -22,22 +21,21 @@ use crate::backend::host::region::RegionMemory;
 use crate::backend::host::{board, setup};
 use crate::backend::lane::Lane;
 use crate::backend::Backend;
-use crate::dtype::{DType, Element};
+use crate::dtype::DType;
 #[cfg(feature = "mpi")]
 use crate::environment::StoreHost;
 use crate::environment::World;
 use crate::error::{Error, Result};
 use crate::fingerprint::{CallRecord, Op};
-use crate::recorder::{self, Entry, FlightRecord};
+use crate::recorder::{self, Entry, FlightRecord, Part};
 use crate::reduce_op::Reduction;
-use crate::region::{Region, Stream};
+use crate::region::Stream;
 use crate::rendezvous::{Meeting, Store};
 use crate::work::Work;
 
 pub use self::options::GroupOptions;
+pub(crate) use self::options::LONGEST;
 
-/// How long a failed allocation waits for memory of the GPU that was let go before.
-const FREED: Duration = Duration::from_secs(5);
 /// How long a dropped group with a GPU may take to end its communicator.
 const LEAVE: Duration = Duration::from_secs(6);
 
@@ -63,9 +61,10 @@ struct Next {
 ///
 /// # Determinism
 ///
-/// Reductions fold in rank order, `((g0 ∘ g1) ∘ g2) ∘ g3`, on every path: the result has the same
-/// bits on every rank, every run and every placement of the ranks, and equals one process that
-/// adds in that order.
+/// Reductions of the host's memory, and over MPI, fold in rank order, `((g0 ∘ g1) ∘ g2) ∘ g3`, on every path: the result
+/// has the same bits on every rank, every run and every placement of the ranks, and equals one process that
+/// adds in that order. NCCL sums GPU memory in an order of its own: the same bits on every rank, but other ones with
+/// another algorithm, protocol, number of channels or version.
 ///
 /// # Example
 ///
@@ -113,6 +112,7 @@ impl Group {
     ///
     /// The environment contradicts itself, or the ranks could not meet.
     pub fn from_environment(options: GroupOptions) -> Result<Self> {
+        let options = options.bounded();
         let world = World::from_env()?;
         #[cfg(feature = "mpi")]
         if world.store_host == StoreHost::Mpi {
@@ -134,6 +134,7 @@ impl Group {
     /// [`Error::NoBackend`] where no MPI launcher started this process; the ranks could not meet.
     #[cfg(feature = "mpi")]
     pub fn from_mpi(options: GroupOptions) -> Result<Self> {
+        let options = options.bounded();
         let (world, store) = World::from_mpi(options.connect_timeout)?;
         Self::new(world, store, options)
     }
@@ -171,24 +172,28 @@ impl Group {
         exchange: &mut setup::Exchange<'_>,
     ) -> Result<Self> {
         recorder::begin(world.rank, world.world_size);
-        let mut group = Self::over(world, options, exchange)?;
+        let part = Part::whole(world.world_size);
+        let mut group = Self::over(world, options.bounded(), part, exchange)?;
         group.open()?;
         Ok(group)
     }
 
     /// The control plane: the ranks know each other, and the host backend moves their data.
     fn over(
-        world: World,
+        mut world: World,
         options: GroupOptions,
+        part: Part,
         exchange: &mut setup::Exchange<'_>,
     ) -> Result<Self> {
-        let rank = world.rank;
+        let rank = part.ranks.get(world.rank).copied().unwrap_or(world.rank);
+        let track = Track { group: part.group, rank };
         let link = options.host_link.unwrap_or(world.host_link);
         // Below a heartbeat nobody would live, and no heartbeat at all would be a busy thread.
         let heartbeat = options.heartbeat.max(Duration::from_millis(1));
         let dead_after = options.dead_after.max(heartbeat * 3);
         let liveness = Liveness { heartbeat, dead_after };
-        let core = setup::connect(&world, link, options.connect_timeout, liveness, exchange)?;
+        let timeout = options.connect_timeout;
+        let core = setup::connect(&mut world, link, timeout, liveness, part, exchange)?;
         let number = setup::group_number();
         Ok(Self {
             core,
@@ -201,7 +206,7 @@ impl Group {
             together: None,
             on_regions: Vec::new(),
             next: Next::default(),
-            track: Track { group: recorder::WORLD, rank },
+            track,
             store: None,
             lane: None,
             gpu: None,
@@ -235,60 +240,7 @@ impl Group {
 
     /// Gives the *next* collective its own time limit.
     pub fn within(&mut self, timeout: Duration) -> &mut Self {
-        self.next.timeout = Some(timeout);
-        self
-    }
-
-    /// Registers memory where the group's backend works best (of the GPU with NCCL or
-    /// [`GroupOptions::gpu_memory`], else of the host): every rank gets a [`Region`] of `len` elements, all zero. Collective.
-    ///
-    /// # Errors
-    ///
-    /// The lengths or types differ between ranks, the group is dead, or there is no memory left.
-    #[track_caller]
-    pub fn allocate<T: Element>(&mut self, len: usize) -> Result<Region<T>> {
-        let Some(gpu) = self.gpu.clone() else { return self.allocate_on_host(len) };
-        self.agree(Op::Allocate, T::DTYPE, len)?;
-        self.regions += 1;
-        let (rank, bytes) = (self.rank(), len * T::DTYPE.size_bytes());
-        let device = DeviceMemory::new(&gpu, rank, bytes).or_else(|error| {
-            // What was let go is free only after the device is done with it.
-            let deadline = Instant::now() + FREED;
-            let ended = self.lane.as_ref().is_none_or(|lane| lane.wait_idle(deadline));
-            match ended && await_freed(deadline) {
-                true => DeviceMemory::new(&gpu, rank, bytes),
-                false => Err(error),
-            }
-        });
-        let device = device.map_err(|error| self.core.peers.fail(error))?;
-        let (id, group) = (self.regions, self.number);
-        let memory = RegionMemory { id, group, rank, parts: Vec::new(), device: Some(device) };
-        Ok(Region::new(memory, len))
-    }
-
-    /// As [`Group::allocate`], but memory of the host with every backend. With MPI it lies in huge pages: from 32 KiB
-    /// on a region takes whole pages of 2 MiB.
-    ///
-    /// # Errors
-    ///
-    /// As [`Group::allocate`].
-    #[track_caller]
-    pub fn allocate_on_host<T: Element>(&mut self, len: usize) -> Result<Region<T>> {
-        let deadline = Instant::now() + self.next.timeout.unwrap_or(self.options.timeout);
-        self.agree(Op::Allocate, T::DTYPE, len)?;
-        self.regions += 1;
-        let bytes = len * T::DTYPE.size_bytes();
-        let memory = match self.options.backend {
-            #[cfg(feature = "mpi")]
-            Backend::Mpi => setup::own_region(&self.core, self.number, self.regions, bytes),
-            _ => setup::share_region(&self.core, self.number, self.regions, bytes, deadline),
-        };
-        Ok(Region::new(memory.map_err(|error| self.core.peers.fail(error))?, len))
-    }
-
-    fn tracked(mut self, track: Track) -> Self {
-        self.core.peers.lineage.store(track.group, Ordering::Relaxed);
-        self.track = track;
+        self.next.timeout = Some(timeout.min(LONGEST));
         self
     }
 

@@ -5,7 +5,10 @@ use std::time::Duration;
 use crate::backend::Backend;
 use crate::environment::HostLink;
 
-/// How a group behaves.
+/// The longest time limit, a year: a longer one is as good, and the clock cannot count to all of them.
+pub(crate) const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// How a group behaves. A time of more than a year is taken for a year.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct GroupOptions {
@@ -49,6 +52,17 @@ impl Default for GroupOptions {
 }
 
 impl GroupOptions {
+    /// With times that the clock can count to.
+    pub(super) fn bounded(self) -> Self {
+        Self {
+            timeout: self.timeout.min(LONGEST),
+            connect_timeout: self.connect_timeout.min(LONGEST),
+            heartbeat: self.heartbeat.min(LONGEST),
+            dead_after: self.dead_after.min(LONGEST),
+            ..self
+        }
+    }
+
     /// With another time limit for collectives.
     #[must_use]
     pub fn with_timeout(self, timeout: Duration) -> Self {

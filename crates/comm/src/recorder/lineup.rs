@@ -10,13 +10,42 @@ use crate::fingerprint::Op;
 /// Operations of each rank that the complete report shows.
 const SHOWN: usize = 40;
 
+impl FlightRecord {
+    /// The collectives, oldest first.
+    fn collectives(&self) -> impl Iterator<Item = &Operation> {
+        let is_message =
+            |operation: &Operation| matches!(operation.call.op, Op::Send | Op::Receive);
+        self.operations.iter().filter(move |operation| !is_message(operation))
+    }
+
+    /// The collective that matters, of whatever group: the newest that has not ended well, else the newest.
+    #[must_use]
+    pub fn last_collective(&self) -> Option<&Operation> {
+        last_collective(std::slice::from_ref(self))
+    }
+}
+
+/// Of those that have not ended well rather one of the rank that the first failure blames, then one of the group
+/// that failed first. Of equals the newest.
+fn last_collective(records: &[FlightRecord]) -> Option<&Operation> {
+    let failures = records.iter().filter_map(|record| record.failure.as_ref());
+    let first = failures.min_by_key(|failure| failure.at_ns);
+    let is_culprits = |operation: &Operation| {
+        first.and_then(|failure| failure.blamed).is_some_and(|rank| rank == operation.rank)
+    };
+    let has_failed =
+        |operation: &Operation| first.is_some_and(|failure| failure.group == operation.group);
+    records.iter().flat_map(FlightRecord::collectives).max_by_key(|operation| {
+        let is_open = !matches!(operation.state, OperationState::Finished(_));
+        let matters = is_open.then(|| (is_culprits(operation), has_failed(operation)));
+        (matters, operation.started_ns)
+    })
+}
+
 /// Where each rank is in each group: the last collective that it has started there.
 fn last_of(records: &[FlightRecord]) -> BTreeMap<u64, BTreeMap<usize, &Operation>> {
     let mut groups: BTreeMap<u64, BTreeMap<usize, &Operation>> = BTreeMap::new();
-    for operation in records.iter().flat_map(|record| &record.operations) {
-        if matches!(operation.call.op, Op::Send | Op::Receive) {
-            continue;
-        }
+    for operation in records.iter().flat_map(FlightRecord::collectives) {
         let last = groups.entry(operation.group).or_default();
         let known = last.entry(operation.rank).or_insert(operation);
         if operation.call.seq >= known.call.seq {
@@ -34,7 +63,7 @@ fn place(operation: &Operation) -> String {
     format!("{how} {} ({})", operation.call, operation.site)
 }
 
-fn ranks_text(ranks: &[usize]) -> String {
+pub(super) fn ranks_text(ranks: &[usize]) -> String {
     const SHOWN_RANKS: usize = 16;
     let list: Vec<String> = ranks.iter().take(SHOWN_RANKS).map(ToString::to_string).collect();
     let plural = if ranks.len() == 1 { "rank" } else { "ranks" };
@@ -52,13 +81,16 @@ fn places(last: &BTreeMap<usize, &Operation>) -> Vec<(String, Vec<usize>)> {
     by_place.into_iter().map(|((_, place), ranks)| (place, ranks)).collect()
 }
 
-/// One line: where the ranks are in the group of all ranks. `None` when nobody has called anything.
+/// One line: where the ranks are, in the group with a collective that has not ended (of several: in which the rank that is
+/// blamed is, else that failed first, else with the newest), else in that of the newest. `None` when nobody has called
+/// anything.
 ///
 /// `ranks 0,2 in all_reduce #412 "bucket 3" (262144 × f32, sum) (src/train.rs:88); rank 1 after …`
 #[must_use]
 pub fn summary(records: &[FlightRecord]) -> Option<String> {
+    let group = last_collective(records)?.group;
     let groups = last_of(records);
-    let last = groups.get(&WORLD)?;
+    let last = groups.get(&group)?;
     let mut parts: Vec<String> = places(last)
         .into_iter()
         .map(|(place, ranks)| format!("{} {place}", ranks_text(&ranks)))
@@ -66,7 +98,8 @@ pub fn summary(records: &[FlightRecord]) -> Option<String> {
     let silent: Vec<usize> =
         records.iter().map(|record| record.rank).filter(|rank| !last.contains_key(rank)).collect();
     if !silent.is_empty() {
-        parts.push(format!("{} in no collective yet", ranks_text(&silent)));
+        let of_what = if group == WORLD { "yet" } else { "of this group" };
+        parts.push(format!("{} in no collective {of_what}", ranks_text(&silent)));
     }
     Some(parts.join("; "))
 }
@@ -134,6 +167,7 @@ fn before(end: u64, at: u64) -> String {
 mod tests {
     use super::*;
     use crate::fingerprint::CallRecord;
+    use crate::recorder::RecordedFailure;
 
     fn operation(rank: usize, op: Op, seq: u64, state: OperationState) -> Operation {
         let call = CallRecord {
@@ -174,6 +208,56 @@ mod tests {
              rank 3 in no collective yet"
         );
         assert_eq!(summary(&[record(0, vec![])]), None);
+    }
+
+    fn with_part(mut record: FlightRecord, seq: u64, state: OperationState) -> FlightRecord {
+        let group = 7;
+        let in_part = operation(record.rank, Op::AllReduce, seq, state);
+        record.operations.push(Operation { group, ..in_part });
+        record.started += 1;
+        record
+    }
+
+    #[test]
+    fn the_summary_is_of_the_group_in_which_a_collective_has_not_ended() {
+        let loss = |rank| {
+            record(rank, vec![operation(rank, Op::AllReduce, 9, OperationState::Finished(0))])
+        };
+        let records = [
+            with_part(loss(0), 3, OperationState::Failed(0)),
+            with_part(loss(1), 2, OperationState::Finished(0)),
+            loss(2),
+        ];
+        assert_eq!(
+            summary(&records).unwrap(),
+            "rank 0 in all_reduce #3 \"t3\" (src/train.rs:88); \
+             rank 1 after all_reduce #2 \"t2\" (src/train.rs:88); \
+             rank 2 in no collective of this group"
+        );
+        let seqs = records.map(|record| record.last_collective().unwrap().call.seq);
+        // Of rank 1 all have ended: the newest of them.
+        assert_eq!(seqs, [3, 9, 9]);
+    }
+
+    #[test]
+    fn of_groups_whose_collectives_have_not_ended_the_first_that_failed_counts() {
+        let later = record(0, vec![operation(0, Op::AllReduce, 50, OperationState::Failed(0))]);
+        let fails = |mut record: FlightRecord, at_ns, group| {
+            let text = String::new();
+            record.failure = Some(RecordedFailure { at_ns, group, text, blamed: None });
+            record
+        };
+        let of_part = with_part(record(1, vec![]), 3, OperationState::Failed(0));
+        let records = [fails(later, 20, WORLD), fails(of_part, 10, 7)];
+        assert!(summary(&records).unwrap().starts_with("rank 1 in all_reduce #3"));
+        let blames = |mut record: FlightRecord| {
+            record.failure.as_mut().unwrap().blamed = Some(0);
+            record
+        };
+        let blaming = [records[0].clone(), blames(records[1].clone())];
+        assert!(summary(&blaming).unwrap().starts_with("rank 0 in all_reduce #50"));
+        let silent = [records[0].clone(), fails(record(1, vec![]), 10, 7)];
+        assert!(summary(&silent).unwrap().starts_with("rank 0 in all_reduce #50"));
     }
 
     #[test]

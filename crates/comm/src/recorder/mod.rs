@@ -86,6 +86,31 @@ pub(crate) fn is_kept() -> bool {
     RING.get().and_then(Option::as_ref).is_some_and(Ring::outlives_process)
 }
 
+/// A group as the recorder knows it.
+#[derive(Debug, Clone)]
+pub(crate) struct Part {
+    /// The group, in a word that its ranks agree on.
+    pub(crate) group: u64,
+    /// Its ranks, in its order, by their numbers in the group of all ranks.
+    pub(crate) ranks: Vec<usize>,
+}
+
+impl Part {
+    /// The group of all ranks.
+    pub(crate) fn whole(world_size: usize) -> Self {
+        Self { group: WORLD, ranks: (0..world_size).collect() }
+    }
+
+    /// What an error of this group says to readers who know the ranks by their numbers in the group of all.
+    fn quote(&self, error: &Error) -> String {
+        if self.ranks.iter().copied().eq(0..self.ranks.len()) {
+            return error.to_string();
+        }
+        let ranks = lineup::ranks_text(&self.ranks);
+        format!("in the group of {ranks}, where they are numbered from 0: {error}")
+    }
+}
+
 /// Says which rank this process is.
 pub(crate) fn begin(rank: usize, world_size: usize) {
     if let Some(ring) = ring() {
@@ -129,11 +154,11 @@ impl Entry {
     }
 }
 
-/// Records the first failure of a group.
-pub(crate) fn failed(error: &Error, group: u64) {
+/// Records the first failure of a group, with ranks as they are numbered in the group of all.
+pub(crate) fn failed(error: &Error, part: &Part) {
     if let Some(Some(ring)) = RING.get() {
-        let blamed = error.blamed().filter(|_| group == WORLD);
-        ring.fail(&error.to_string(), blamed);
+        let blamed = error.blamed().and_then(|rank| part.ranks.get(rank).copied());
+        ring.fail(&part.quote(error), part.group, blamed);
     }
 }
 
@@ -158,5 +183,20 @@ impl FlightRecord {
             }
         }
         Ok(Self::decode(&bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_of_a_part_says_whose_numbers_it_has() {
+        let error = Error::Aborted { rank: 1, reason: "enough".to_owned() };
+        let quoted = |ranks: &[usize]| Part { group: 7, ranks: ranks.to_vec() }.quote(&error);
+        assert_eq!(quoted(&[0, 1, 2]), error.to_string());
+        let expected =
+            format!("in the group of ranks 0,2, where they are numbered from 0: {error}");
+        assert_eq!(quoted(&[0, 2]), expected);
     }
 }

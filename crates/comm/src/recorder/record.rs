@@ -24,6 +24,8 @@ pub(super) const BLAMED_AT: usize = 6;
 pub(super) const TEXT_LEN_AT: usize = 7;
 pub(super) const TEXT_AT: usize = 8;
 pub(super) const TEXT_BYTES_MAX: usize = 2048;
+/// The group that failed.
+pub(super) const FAILED_GROUP_AT: usize = TEXT_AT + TEXT_BYTES_MAX / 8;
 
 pub(super) const SITES_AT: usize = 512;
 pub(super) const SITES: usize = 256;
@@ -44,7 +46,7 @@ pub(super) const CALL: usize = 5;
 pub(super) const ENDED_WELL: u64 = 1;
 pub(super) const ENDED_BADLY: u64 = 2;
 const _: () = assert!(CALL + RECORD_BYTES / 8 <= ENTRY_WORDS && RECORD_BYTES.is_multiple_of(8));
-const _: () = assert!(TEXT_AT + TEXT_BYTES_MAX / 8 <= SITES_AT);
+const _: () = assert!(FAILED_GROUP_AT < SITES_AT);
 
 pub(super) const WORDS: usize = ENTRIES_AT + ENTRIES * ENTRY_WORDS;
 pub(super) const BYTES: usize = WORDS * 8;
@@ -73,9 +75,11 @@ pub struct FlightRecord {
 pub struct RecordedFailure {
     /// When: nanoseconds of the machine's monotonic clock.
     pub at_ns: u64,
+    /// The group that failed, as in [`Operation::group`].
+    pub group: u64,
     /// The error's text.
     pub text: String,
-    /// The rank that it names as the cause.
+    /// The rank that it names as the cause, by its number in the group of all ranks.
     pub blamed: Option<usize>,
 }
 
@@ -83,7 +87,7 @@ pub struct RecordedFailure {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Operation {
-    /// The rank that started it.
+    /// The rank that started it, by its number in the group of all ranks.
     pub rank: usize,
     /// The group: [`WORLD`](super::WORLD), or a number that its members agree on.
     pub group: u64,
@@ -126,6 +130,7 @@ impl FlightRecord {
         numbered.sort_unstable_by_key(|(stamp, _)| *stamp);
         let failure = (words[FAILED_AT] != 0).then(|| RecordedFailure {
             at_ns: words[FAILED_AT],
+            group: words[FAILED_GROUP_AT],
             text: text(&words, TEXT_AT, words[TEXT_LEN_AT], TEXT_BYTES_MAX),
             blamed: usize::try_from(words[BLAMED_AT]).ok().and_then(|rank| rank.checked_sub(1)),
         });

@@ -10,9 +10,9 @@ use rustix::time::{clock_gettime, ClockId};
 
 use super::record::{
     BLAMED_AT, BYTES, CALL, ENDED, ENDED_BADLY, ENDED_WELL, ENTRIES, ENTRIES_AT, ENTRY_WORDS,
-    FAILED_AT, GROUP, MAGIC, MAGIC_AT, NEXT_AT, PID_AT, PLACE, RANK_AT, SITES, SITES_AT,
-    SITE_BYTES_MAX, SITE_WORDS, STAMP, STARTED, TEXT_AT, TEXT_BYTES_MAX, TEXT_LEN_AT, WORDS,
-    WORLD_SIZE_AT,
+    FAILED_AT, FAILED_GROUP_AT, GROUP, MAGIC, MAGIC_AT, NEXT_AT, PID_AT, PLACE, RANK_AT, SITES,
+    SITES_AT, SITE_BYTES_MAX, SITE_WORDS, STAMP, STARTED, TEXT_AT, TEXT_BYTES_MAX, TEXT_LEN_AT,
+    WORDS, WORLD_SIZE_AT,
 };
 use crate::backend::host::mapping::{self, Mapping};
 use crate::fingerprint::RECORD_BYTES;
@@ -104,7 +104,7 @@ impl Ring {
         }
     }
 
-    pub(super) fn fail(&self, text: &str, blamed: Option<usize>) {
+    pub(super) fn fail(&self, text: &str, group: u64, blamed: Option<usize>) {
         let words = self.words();
         let now = now_ns().max(1);
         if words[FAILED_AT].load(Ordering::Relaxed) != 0 {
@@ -113,6 +113,7 @@ impl Ring {
         let length = text.floor_char_boundary(TEXT_BYTES_MAX);
         store_bytes(&words[TEXT_AT..], &text.as_bytes()[..length]);
         words[TEXT_LEN_AT].store(length as u64, Ordering::Relaxed);
+        words[FAILED_GROUP_AT].store(group, Ordering::Relaxed);
         words[BLAMED_AT].store(blamed.map_or(0, |rank| rank as u64 + 1), Ordering::Relaxed);
         words[FAILED_AT].store(now, Ordering::Release);
     }
@@ -241,12 +242,13 @@ mod tests {
     fn the_first_failure_is_kept() {
         let ring = ring();
         assert_eq!(read(&ring).failure, None);
-        ring.fail("rank 1 died", Some(1));
-        ring.fail("rank 3 died", Some(3));
+        ring.fail("rank 1 died", 7, Some(1));
+        ring.fail("rank 3 died", 0, Some(3));
         let failure = read(&ring).failure.unwrap();
-        assert_eq!((&failure.text[..], failure.blamed), ("rank 1 died", Some(1)));
+        assert_eq!((&failure.text[..], failure.group), ("rank 1 died", 7));
+        assert_eq!(failure.blamed, Some(1));
         let long = self::ring();
-        long.fail(&"é".repeat(3000), None);
+        long.fail(&"é".repeat(3000), 0, None);
         assert_eq!(read(&long).failure.unwrap().text.len(), TEXT_BYTES_MAX);
     }
 }

@@ -18,7 +18,7 @@
 
 mod advertise;
 mod client;
-mod dial;
+pub(crate) mod dial;
 mod error;
 mod frame;
 mod handshake;

@@ -189,3 +189,14 @@ fn a_rank_that_ends_or_stops_is_named() {
         assert!(lines.iter().all(|line| line.contains("rank 1 (host ")), "{role}: {lines:?}");
     }
 }
+
+#[test]
+fn a_library_that_is_too_old_is_refused_with_what_is_needed() {
+    let old = |command: &mut Command, _| {
+        command.env("DOUBLE_VERSION", "21704");
+    };
+    for (code, output) in world_with(2, "nccl refused", old) {
+        let said = "NCCL 2.17.4 is too old: 2.18 or newer is needed";
+        assert!(code == Some(0) && output.contains(said), "{output}");
+    }
+}

@@ -1,29 +1,26 @@
 //! Collectives on GPU memory in different orders on different ranks, on the stand-in for NCCL: never a hang, never a
 //! result that is not that of the order which all ranks have in common, and no memory changed by a call that fails.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use phalanx_comm::environment::World;
 use phalanx_comm::rendezvous::connect;
-use phalanx_comm::{Error, Group, GroupOptions, Max, Sum, Work};
+use phalanx_comm::{Backend, Error, Group, GroupOptions, Max, Sum, Work};
 
 use crate::permutation_cases::{case, common, expected, value, Call, Kind, LEN_MAX, WORLD};
 use crate::without_gpu::world_with;
 
 /// What a case may take: a mismatch is seen at once, and cores are few.
 const CASE_MAX: Duration = Duration::from_secs(10);
-const CASES: &str = "PHALANX_CASES";
+pub(crate) const CASES: &str = "PHALANX_CASES";
 
 /// All cases, each in a group of its own: one that fails takes with it what else its process has of NCCL.
 pub(crate) fn rank(options: &GroupOptions) {
     let world = World::from_env().expect("of the test");
-    let asked = std::env::var(CASES).expect("of the test");
-    let (first, count): (u64, u64) = asked
-        .split_once('+')
-        .and_then(|(first, count)| Some((first.parse().ok()?, count.parse().ok()?)))
-        .expect("FIRST+COUNT");
+    let cases = asked();
     let mut failed = 0;
-    for number in first..first + count {
+    for number in cases.clone() {
         let orders = case(number);
         // The ranks meet anew, as if the job had been restarted.
         let attempt = u32::try_from(number).expect("small");
@@ -31,29 +28,53 @@ pub(crate) fn rank(options: &GroupOptions) {
         let order = &orders[world.rank];
         let store = connect(&world, Instant::now() + CASE_MAX).expect("a store");
         let group = Group::new(world, store, options.clone()).expect("they meet");
-        let start = Instant::now();
-        let common = common(&orders);
-        let (done, error) = run(group, order, common);
-        assert!(start.elapsed() < CASE_MAX, "case {number}: {:?}: {orders:?}", start.elapsed());
-        assert!(done <= common.min(order.len()), "case {number} went too far: {orders:?}");
-        // Whoever has nothing left to call when the others differ ends well.
-        assert_eq!(error.is_none(), done == order.len(), "case {number}: {error:?}: {orders:?}");
-        let known = matches!(error, None | Some(Error::OutOfStep { .. } | Error::PeerLeft { .. }));
-        assert!(known, "case {number}: {error:?}");
-        failed += usize::from(error.is_some());
+        failed += usize::from(judge(number, &orders, order, || run(group, order, common(&orders))));
     }
-    println!("never wrong: {failed} of {count} failed as they must");
+    println!("never wrong: {failed} of {} failed as they must", cases.count());
+}
+
+/// The cases that a rank is asked for.
+pub(crate) fn asked() -> Range<u64> {
+    let asked = std::env::var(CASES).expect("of the test");
+    let (first, count): (u64, u64) = asked
+        .split_once('+')
+        .and_then(|(first, count)| Some((first.parse().ok()?, count.parse().ok()?)))
+        .expect("FIRST+COUNT");
+    first..first + count
+}
+
+/// Runs a case and looks at how far a rank came, and why not farther; whether it failed, as it must.
+pub(crate) fn judge(
+    number: u64,
+    orders: &[Vec<Call>],
+    order: &[Call],
+    run: impl FnOnce() -> (usize, Option<Error>),
+) -> bool {
+    let start = Instant::now();
+    let (done, error) = run();
+    assert!(start.elapsed() < CASE_MAX, "case {number}: {:?}: {orders:?}", start.elapsed());
+    assert!(done <= common(orders).min(order.len()), "case {number} went too far: {orders:?}");
+    // Whoever has nothing left to call when the others differ ends well.
+    assert_eq!(error.is_none(), done == order.len(), "case {number}: {error:?}: {orders:?}");
+    let known = matches!(error, None | Some(Error::OutOfStep { .. } | Error::PeerLeft { .. }));
+    assert!(known, "case {number}: {error:?}");
+    error.is_some()
 }
 
 /// Runs a rank's order, of which all have the first `common` calls; how many calls ended well, and what the first other one said.
-fn run(mut group: Group, order: &[Call], common: usize) -> (usize, Option<Error>) {
+/// In memory that was allocated: the GPU's where the group has one.
+pub(crate) fn run(mut group: Group, order: &[Call], common: usize) -> (usize, Option<Error>) {
     let rank = group.rank();
     // Allocating is a collective, too: once, for the longest.
     let input = group.allocate::<i32>(LEN_MAX).expect("memory");
     let output = group.allocate::<i32>(LEN_MAX * WORLD).expect("memory");
     for (done, call) in order.iter().enumerate() {
         let mine: Vec<i32> = (0..call.len).map(|index| value(rank, *call, index)).collect();
-        let before = vec![-1; call.len * WORLD];
+        let mut before = vec![-1; call.len * WORLD];
+        let in_place = call.kind == Kind::Gather && group.backend() == Backend::Mpi;
+        if in_place {
+            before[rank * call.len..][..call.len].copy_from_slice(&mine);
+        }
         input.write(0, &mine);
         output.write(0, &before);
         let into = output.range(0..before.len());
@@ -63,6 +84,7 @@ fn run(mut group: Group, order: &[Call], common: usize) -> (usize, Option<Error>
             Kind::Sum => group.all_reduce(own, Sum),
             Kind::Max => group.all_reduce(own, Max),
             Kind::Broadcast => group.broadcast(own, 0),
+            Kind::Gather if in_place => group.all_gather_in_place(into),
             Kind::Gather => group.all_gather_on_device(own, into),
             Kind::Barrier => group.barrier(),
         };

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use phalanx_comm::testing::free_port;
 use phalanx_comm::{Backend, Group, GroupOptions, Work};
 
-use crate::namespaces::{namespaces, ADDRESSES};
+use crate::namespaces::{namespaces, Namespaces, ADDRESSES};
 use crate::CHECKS;
 
 /// What a rank's process runs.
@@ -39,6 +39,11 @@ fn rank_process() {
             let limit = Duration::from_secs(if gpu == "gpu absent" { 1 } else { 30 });
             let options = options.with_backend(Backend::Mpi).with_gpu_memory().with_timeout(limit);
             crate::without_gpu::over_mpi(gpu, Group::from_mpi(options));
+        }
+        "mpi permutations" => {
+            let options = options.with_backend(Backend::Mpi);
+            let group = Group::from_environment(options).expect("the ranks meet");
+            crate::mpi_permutations::rank(group);
         }
         "bootstrap" => crate::mpi_bootstrap::rank(options),
         mpi if mpi.starts_with("mpi fault") => {
@@ -167,6 +172,47 @@ fn the_suite_passes_between_machines() {
             command.env("MASTER_ADDR", ADDRESSES[0]);
         });
         pass(running);
+    }
+}
+
+/// One rank on the first machine and three on the second, as a launcher places them that does not say so. The machines are there as
+/// long as they are held.
+fn unevenly(add: impl Fn(&mut Command)) -> Option<(Namespaces, Vec<Running>)> {
+    let machines = namespaces()?;
+    let program = std::env::current_exe().expect("this test's own path");
+    let command = |rank: usize| machines.command(rank.min(1), &program);
+    let running = ranks_of(4, "suite on host", command, |command, rank| {
+        let (local_rank, on_node) = if rank == 0 { (0, 1) } else { (rank - 1, 3) };
+        command.env_remove("RANK").env_remove("WORLD_SIZE");
+        command.env("OMPI_COMM_WORLD_RANK", rank.to_string()).env("OMPI_COMM_WORLD_SIZE", "4");
+        command.env("OMPI_COMM_WORLD_LOCAL_RANK", local_rank.to_string());
+        command.env("OMPI_COMM_WORLD_LOCAL_SIZE", on_node.to_string());
+        command.env("PMIX_NAMESPACE", "17").env("MASTER_ADDR", ADDRESSES[0]);
+        add(command);
+    });
+    Some((machines, running))
+}
+
+#[test]
+fn the_suite_passes_where_machines_have_different_numbers_of_ranks() {
+    let Some((_machines, running)) = unevenly(|_| ()) else { return };
+    for (rank, running) in running.into_iter().enumerate() {
+        let (status, output) = running.finish(LIMIT);
+        assert!(status.success(), "{output}");
+        let placed = format!("rank {rank} of 4 on node {} of 2 nodes", rank.min(1));
+        assert!(output.contains(&placed), "{output}");
+    }
+}
+
+#[test]
+fn shared_memory_alone_between_machines_is_refused() {
+    let shm = |command: &mut Command| {
+        command.env("PHALANX_HOST_LINK", "shm");
+    };
+    let Some((_machines, running)) = unevenly(shm) else { return };
+    for rank in running {
+        let (status, output) = rank.finish(LIMIT);
+        assert!(!status.success() && output.contains("shares none with this one"), "{output}");
     }
 }
 

@@ -19,11 +19,15 @@ mod faults;
 mod gpu_faults;
 mod gpu_messages;
 mod gpu_permutations;
+mod gpu_settings;
 mod launched;
 mod matrix;
 mod misuse;
 mod mpi_bootstrap;
 mod mpi_faults;
+mod mpi_permutations;
+#[cfg(feature = "mpi")]
+mod mpi_refuses;
 mod mpirun;
 #[path = "../support/namespaces.rs"]
 mod namespaces;

@@ -344,3 +344,36 @@ pub(crate) fn forgotten_work(mut group: Group) {
 fn a_forgotten_work_leaves_the_slice_alone_and_the_group_alive() {
     run_ranks(3, forgotten_work);
 }
+
+/// Lengths and times that cannot be counted are no panic, and no memory that is shorter than it says.
+#[test]
+fn what_cannot_be_counted_is_refused_or_bounded() {
+    let longest = Duration::MAX;
+    let options = GroupOptions::default().with_timeout(longest).with_connect_timeout(longest);
+    let options = options.with_heartbeat(Duration::from_millis(500), longest);
+    run_ranks_with(2, HostLink::Tcp, options, move |mut group| {
+        let error = group.allocate::<f64>((1 << 61) + 1).unwrap_err();
+        assert!(matches!(error, Error::LengthMismatch { .. }), "{error}");
+        let error = group.allocate_on_host::<f32>(1 << 61).unwrap_err();
+        assert!(matches!(error, Error::LengthMismatch { .. }), "{error}");
+        let region = group.allocate::<f32>(100_000).unwrap();
+        region.write(0, &vec![1.0; 100_000]);
+        group.within(longest).all_reduce(region.full(), Sum).and_then(Work::wait).unwrap();
+        assert_eq!(region.read(0..2), [2.0, 2.0]);
+        group.barrier().and_then(Work::wait).unwrap();
+    });
+}
+
+/// What belongs to another group is not touched before it is refused.
+#[test]
+fn a_region_of_another_group_stays_as_it_is() {
+    run_ranks(2, |mut group| {
+        let mut other = group.duplicate().unwrap();
+        let theirs = other.allocate::<f32>(8).unwrap();
+        theirs.write(0, &[3.0; 8]);
+        let error = group.all_gather(&[1.0_f32; 4], theirs.full()).map(drop).unwrap_err();
+        assert!(matches!(error, Error::ForeignRegion { .. }), "{error}");
+        assert_eq!(theirs.read(0..8), [3.0; 8]);
+        group.barrier().and_then(Work::wait).unwrap();
+    });
+}

@@ -4,6 +4,8 @@
 use std::fs::DirEntry;
 use std::path::PathBuf;
 use std::process::Command;
+#[cfg(feature = "mpi")]
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use phalanx_comm::recorder::FlightRecord;
@@ -52,6 +54,10 @@ fn end(how: &str) {
         "panics" => panic!("a bug in rank 1"),
         "aborts itself" => std::process::abort(),
         "stops" => drop(Command::new("kill").args(["-STOP", &own]).status()),
+        #[cfg(feature = "mpi")]
+        "may not send" => crate::mpi_refuses::SENDS.store(true, Ordering::Release),
+        #[cfg(feature = "mpi")]
+        "may not look" => crate::mpi_refuses::TESTS.store(true, Ordering::Release),
         _ => {}
     }
 }
@@ -146,6 +152,24 @@ fn a_rank_that_ends_by_itself_is_named_over_mpi() {
     ends("exits early", &["left the group after"], 0..1000);
     ends("panics", &["(it panicked)"], 0..1000);
     ends("aborts itself", &["died"], 0..1000);
+}
+
+/// Errors of MPI's own come back as errors, with what was called and the library's text; nobody's process ends by them.
+#[test]
+fn what_mpi_refuses_is_an_error_on_every_rank() {
+    for (how, call) in [("may not send", "MPI_Isend"), ("may not look", "MPI_Test")] {
+        let Some(mut command) = mpirun(3, &format!("mpi fault: {how}")) else { return };
+        let place = Place::new(&how.replace(' ', "-"));
+        command.arg(library().lets_survivors_live()).env(FOLDER, &place.0);
+        let (_, output) = Running::start(program(&mut command)).finish(LIMIT);
+        let errors: Vec<_> = (0..3).map(|rank| place.error(rank).expect(&output)).collect();
+        let own = format!("mpi: {call} failed on rank 1: ");
+        for (rank, error) in errors.iter().enumerate() {
+            assert!(error.contains(&own), "{how}, rank {rank}: {error}");
+            assert!(milliseconds(error) < 1000, "{how}, rank {rank}: {error}");
+        }
+        assert!(errors[1].contains("during all_reduce"), "{how}: {errors:?}");
+    }
 }
 
 /// What a rank has done is there after its death, where somebody has asked for that; else the others say how to ask.

@@ -15,7 +15,7 @@ use cudarc::driver::sys::CUdeviceptr;
 use phalanx_comm::{Backend, DeviceSlice, Group, GroupOptions, Stream, Sum, Uploader, Work};
 
 use crate::launched::{ranks, Running};
-use crate::{device, gpu_faults, gpu_messages};
+use crate::{device, gpu_faults, gpu_messages, gpu_settings};
 
 pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 
@@ -55,6 +55,10 @@ pub(crate) fn rank(role: &str) {
         message if message.starts_with("nccl message ") => {
             let group = Group::from_environment(nccl()).expect("the ranks meet");
             gpu_messages::rank(&message["nccl message ".len()..], group);
+        }
+        "nccl settings" => gpu_settings::settings(nccl()),
+        "nccl crossed" => {
+            gpu_settings::crossed(Group::from_environment(nccl()).expect("the ranks meet"));
         }
         "nccl refused" => match Group::from_environment(nccl()) {
             Ok(group) => panic!("a group of {}", group.world_size()),
@@ -375,8 +379,8 @@ fn the_suite_passes_over_nccl() {
 }
 
 #[test]
-fn older_versions_serve_too() {
-    for version in ["21805", "22602", "22703"] {
+fn other_versions_serve_too() {
+    for version in ["21805", "22602", "22703", "23007"] {
         let old = |command: &mut Command, _| {
             command.env("DOUBLE_VERSION", version);
         };

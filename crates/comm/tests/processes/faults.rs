@@ -26,6 +26,7 @@ pub(crate) fn rank(role: &str) {
         "leaves early" if victim => {}
         "sums and forgets" => sum_and_forget(group),
         "starts alone" => start_alone(group),
+        "divides without descriptors" => divide_without_descriptors(&mut group, victim),
         "sums" => {
             let region = group.allocate::<f32>(300_000).expect("memory");
             region.write(0, &vec![group.rank() as f32; 300_000]);
@@ -146,6 +147,32 @@ fn killed(role: &str, link: &str, when: &str, reporter: usize) {
     let pid = ranks.pid(1);
     ranks.kill(1);
     blamed(&ranks.finish(LIMIT), pid, "died");
+}
+
+/// Rank 1 can open no more sockets when the group is divided.
+fn divide_without_descriptors(group: &mut Group, victim: bool) {
+    let before = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    if victim {
+        let none = rustix::process::Rlimit { current: Some(3), ..before };
+        rustix::process::setrlimit(rustix::process::Resource::Nofile, none).expect("less");
+    }
+    let error = group.duplicate().map(drop).expect_err("rank 1 cannot");
+    println!("error: {error}");
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, before).expect("as before");
+    // The undivided group is as good as before.
+    group.barrier().and_then(Work::wait).expect("the ranks go on");
+    println!("goes on");
+}
+
+#[test]
+fn a_rank_that_fails_before_its_part_is_made_is_named_and_the_group_goes_on() {
+    let ended = Ranks::start("divides without descriptors", 3, "auto").finish(LIMIT);
+    for (rank, ended) in ended.iter().enumerate() {
+        let output = &ended.output;
+        assert!(ended.status.success() && output.contains("goes on"), "{output}");
+        let said = if rank == 1 { "os error 24" } else { "rank 1 could not open its sockets" };
+        assert!(output.contains(said), "rank {rank}: {output}");
+    }
 }
 
 #[test]

@@ -17,7 +17,7 @@ use phalanx_comm::rendezvous::{
     join, Credentials, MemoryStore, RendezvousError, StoreClient, StoreServer,
 };
 use phalanx_comm::testing::run_ranks_with;
-use phalanx_comm::{Group, GroupOptions, Sum, Work};
+use phalanx_comm::{Group, GroupOptions, Max, Sum, Work};
 
 const LIMIT: Duration = Duration::from_secs(30);
 /// How long F20 and F22 wait; their figure is what comes on top.
@@ -102,7 +102,7 @@ fn unreachable_master(turn: usize) -> Duration {
 }
 
 /// Three ranks over this link; the longest of the times that `rank` returns.
-fn longest(turn: usize, rank: fn(Group) -> Duration) -> Duration {
+fn longest(turn: usize, rank: impl Fn(Group) -> Duration + Send + Sync + 'static) -> Duration {
     let link = if turn.is_multiple_of(2) { HostLink::Auto } else { HostLink::Tcp };
     let times = run_ranks_with(3, link, GroupOptions::default(), rank);
     times.into_iter().max().expect("three ranks")
@@ -216,20 +216,54 @@ fn is_shown_out(stranger: &mut TcpStream) -> bool {
     end.is_ok() || end.is_err_and(|error| error.kind() == ErrorKind::ConnectionReset)
 }
 
-/// F8: rank 1 calls something else by mistake; until all know.
+/// A call of rank 1 that is not the others', and theirs.
+type Differing = fn(&mut Group, &mut [f32], bool) -> phalanx_comm::Result<()>;
+
+/// F8: rank 1 calls another operation, type, length, root or reduction by mistake: what all must say.
+const DIFFERING: [(&str, Differing); 5] = [
+    ("all_gather #1 (3 × f32)", |group, values, mistaken| {
+        let work = if mistaken {
+            group.all_gather(&[1.0], &mut values[..3])
+        } else {
+            group.all_reduce(values, Sum)
+        };
+        work.and_then(Work::wait)
+    }),
+    ("all_reduce #1 (50000 × f64, sum)", |group, values, mistaken| {
+        let mut wide = vec![1.0_f64; values.len() / 2];
+        let work = if mistaken {
+            group.all_reduce(&mut wide[..], Sum)
+        } else {
+            group.all_reduce(values, Sum)
+        };
+        work.and_then(Work::wait)
+    }),
+    ("all_reduce #1 (99999 × f32, sum)", |group, values, mistaken| {
+        group.all_reduce(&mut values[usize::from(mistaken)..], Sum).and_then(Work::wait)
+    }),
+    ("broadcast #1 (100000 × f32, root 1)", |group, values, mistaken| {
+        group.broadcast(values, usize::from(mistaken)).and_then(Work::wait)
+    }),
+    ("all_reduce #1 (100000 × f32, max)", |group, values, mistaken| {
+        let work =
+            if mistaken { group.all_reduce(values, Max) } else { group.all_reduce(values, Sum) };
+        work.and_then(Work::wait)
+    }),
+];
+
+/// F8, by turns; until all know.
 fn another_call(turn: usize) -> Duration {
-    longest(turn, |mut group| {
+    let (said, call) = DIFFERING[turn / 2 % DIFFERING.len()];
+    longest(turn, move |mut group| {
         group.barrier().and_then(Work::wait).expect("a barrier");
         let mut values = vec![1.0_f32; 100_000];
         let start = Instant::now();
-        let result = if group.rank() == 1 {
-            group.all_gather(&[1.0_f32], &mut values[..3]).and_then(Work::wait)
-        } else {
-            group.all_reduce(&mut values[..], Sum).and_then(Work::wait)
-        };
+        let mistaken = group.rank() == 1;
+        let result = call(&mut group, &mut values, mistaken);
         let after = start.elapsed();
         let error = result.expect_err("the calls differ").to_string();
-        assert!(error.contains("rank 1 called all_gather"), "{error}");
+        assert!(error.contains(&format!("rank 1 called {said}")), "{error}");
+        assert!(values.iter().all(|value| *value == 1.0), "memory changed though the calls differ");
         after
     })
 }

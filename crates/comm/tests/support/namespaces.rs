@@ -28,8 +28,18 @@ impl Namespaces {
         let id = format!("phx{}n{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let both = Self { names: [format!("{id}a"), format!("{id}b")] };
         let [a, b] = &both.names;
-        ip(&format!("netns add {a}"))?;
-        ip(&format!("netns add {b}"))?;
+        {
+            // The first one on a machine mounts the folder of names, which must not happen over a name that another has just made.
+            let path = std::env::temp_dir().join("phalanx-netns.lock");
+            let one_at_a_time = std::fs::File::create(&path).and_then(|file| {
+                rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive)?;
+                Ok(file)
+            });
+            let _one_at_a_time =
+                one_at_a_time.map_err(|error| format!("{}: {error}", path.display()))?;
+            ip(&format!("netns add {a}"))?;
+            ip(&format!("netns add {b}"))?;
+        }
         ip(&format!("-n {a} link add veth0 type veth peer name veth0 netns {b}"))?;
         for (name, address) in both.names.iter().zip(ADDRESSES) {
             ip(&format!("-n {name} addr add {address}/24 dev veth0"))?;

@@ -1,6 +1,8 @@
 //! Collectives in different orders on different ranks: the cases, each made from its number, and what is right.
 #![allow(dead_code, reason = "each test uses its part")]
 
+use phalanx_comm::{Error, Group, Max, Sum, Work};
+
 /// How many ranks a case has.
 pub(crate) const WORLD: usize = 3;
 /// How many elements the longest call has.
@@ -84,4 +86,30 @@ pub(crate) fn common(orders: &[Vec<Call>]) -> usize {
 /// How many calls the longest order has.
 pub(crate) fn longest(orders: &[Vec<Call>]) -> usize {
     orders.iter().map(Vec::len).max().unwrap_or(0)
+}
+
+/// Runs a rank's order; how many calls ended well, and what the first other one said.
+pub(crate) fn run(group: &mut Group, order: &[Call]) -> (usize, Option<Error>) {
+    let rank = group.rank();
+    for (done, call) in order.iter().enumerate() {
+        let mine: Vec<i32> = (0..call.len).map(|index| value(rank, *call, index)).collect();
+        let mut buffer =
+            if call.kind == Kind::Gather { vec![-1; call.len * WORLD] } else { mine.clone() };
+        let before = buffer.clone();
+        group.tagged(&format!("call {}", call.number));
+        let work = match call.kind {
+            Kind::Sum => group.all_reduce(&mut buffer[..], Sum),
+            Kind::Max => group.all_reduce(&mut buffer[..], Max),
+            Kind::Broadcast => group.broadcast(&mut buffer[..], 0),
+            Kind::Gather => group.all_gather(&mine, &mut buffer[..]),
+            Kind::Barrier => group.barrier(),
+        };
+        if let Err(error) = work.and_then(Work::wait) {
+            assert_eq!(buffer, before, "{call:?}: memory changed though it failed");
+            return (done, Some(error));
+        }
+        let right = (0..buffer.len()).map(|index| expected(rank, *call, index));
+        assert!(buffer.iter().copied().eq(right), "{call:?}: a wrong result that nobody noticed");
+    }
+    (order.len(), None)
 }

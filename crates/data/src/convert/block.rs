@@ -1,7 +1,6 @@
 //! Reading a text file in blocks, cut so that blocks can be worked on in parallel with the result of the whole.
 //!
-//! Where a block may end is a [`Cut`]: pure functions of the bytes from the block's start on. A file's last block is followed
-//! by an empty one that says so.
+//! Where a block may end is a [`Cut`]. A file's last block is followed by an empty one that says so.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -9,20 +8,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::cut::{Cut, BLOCK_BYTES, LINE_BYTES_MAX};
 use crate::cast::to_u64;
 use crate::error::{Error, Result};
-
-/// Large enough that starting one costs nothing, small enough to spread a small text over all threads.
-const BLOCK_BYTES: usize = 64 << 10;
-
-/// What is encoded at once at most, where a document can be cut: encoders need some hundred bytes of memory for each.
-pub(crate) const PIECE_BYTES: usize = 256 << 10;
-
-/// A run without white space is cut at a character after so many bytes: no word of a vocabulary is as long.
-const RUN_BYTES_MAX: usize = 1 << 20;
-
-/// A line is held in memory whole; longer ones are rather files of another kind.
-const LINE_BYTES_MAX: usize = 256 << 20;
 
 /// A place in the input: everything before it is done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,8 +31,8 @@ pub(crate) struct Block {
     pub(crate) content: Content,
     /// Bytes of the file that it stands for.
     pub(crate) bytes: u64,
-    /// Whether a document that is open ends before this block.
-    pub(crate) after_gap: bool,
+    /// Whether it may begin in the middle of a document: one that is open goes on here.
+    pub(crate) is_inside: bool,
 }
 
 /// What a block holds.
@@ -55,6 +43,8 @@ pub(crate) enum Content {
     /// Rows of a table.
     #[cfg(feature = "parquet")]
     Rows(Texts),
+    /// A line of more than [`LINE_BYTES_MAX`] bytes, of which nothing is kept.
+    LongLine,
     /// Nothing: the file ends here.
     End,
 }
@@ -96,98 +86,6 @@ impl Texts {
     }
 }
 
-/// Where blocks may end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Cut {
-    /// After white space: for encoders to which words are all that counts.
-    Space,
-    /// After a line. Lines stay whole.
-    Line,
-    /// After an empty line. What is longer than [`PIECE_BYTES`] without one is cut as a piece.
-    BlankLine,
-    /// As pieces: see [`piece_len`].
-    Piece,
-}
-
-impl Cut {
-    /// How long the next block is, if that can be told from what was read. `Err`: a line is too long.
-    fn block_len(self, buffer: &[u8], ended: bool) -> std::result::Result<Option<usize>, ()> {
-        let len = buffer.len();
-        let whole_bytes_max = match self {
-            Cut::Space => RUN_BYTES_MAX - 1,
-            Cut::Piece => PIECE_BYTES,
-            Cut::Line | Cut::BlankLine => usize::MAX,
-        };
-        if ended && len <= whole_bytes_max {
-            return Ok(Some(len));
-        }
-        if len < BLOCK_BYTES {
-            return Ok(None);
-        }
-        let end = match self {
-            // What lies behind the window depends on how the buffer was filled; the cut must not.
-            Cut::Space => space_end(&buffer[..len.min(RUN_BYTES_MAX)]).or_else(|| run_end(buffer)),
-            Cut::Line => match line_end(buffer) {
-                None if len >= LINE_BYTES_MAX => return Err(()),
-                end => end,
-            },
-            Cut::BlankLine => blank_line_end(buffer).or_else(|| piece_len(buffer)),
-            Cut::Piece => piece_len(buffer),
-        };
-        Ok(end.or(ended.then_some(len)))
-    }
-}
-
-/// How long the first piece of a text of more than [`PIECE_BYTES`] is: after the last line in it that begins and ends with
-/// more than white space, so that byte-pair encoders see the same words on both sides of the cut as in the whole; after any
-/// line or white space else. `None` if more bytes are needed.
-pub(crate) fn piece_len(text: &[u8]) -> Option<usize> {
-    if text.len() <= PIECE_BYTES {
-        return None;
-    }
-    let window = &text[..PIECE_BYTES];
-    let is_clean = |at: &usize| {
-        let inside = |byte: &u8| !byte.is_ascii_whitespace();
-        window[*at] == b'\n'
-            && at.checked_sub(1).is_some_and(|before| inside(&window[before]))
-            && text.get(at + 1).is_some_and(inside)
-    };
-    let clean = (0..window.len()).rev().find(is_clean).map(|at| at + 1);
-    clean.or_else(|| line_end(window)).or_else(|| space_end(window)).or_else(|| run_end(text))
-}
-
-fn line_end(bytes: &[u8]) -> Option<usize> {
-    bytes.iter().rposition(|&byte| byte == b'\n').map(|at| at + 1)
-}
-
-fn space_end(bytes: &[u8]) -> Option<usize> {
-    let is_space = |byte: &u8| matches!(byte, b' ' | b'\n' | b'\t' | b'\r');
-    bytes.iter().rposition(is_space).map(|at| at + 1)
-}
-
-/// The end of the last empty line.
-fn blank_line_end(bytes: &[u8]) -> Option<usize> {
-    let mut later = line_end(bytes)?;
-    // Lines from the last one on, each `start..later`.
-    while later > 0 {
-        let start = line_end(&bytes[..later - 1]).unwrap_or(0);
-        if start > 0 && bytes[start..later].trim_ascii().is_empty() {
-            return Some(later);
-        }
-        later = start;
-    }
-    None
-}
-
-/// Before the last character that begins within [`RUN_BYTES_MAX`]: a function of these bytes alone, so that reading that goes on
-/// in the middle of a file cuts where reading it whole does.
-fn run_end(bytes: &[u8]) -> Option<usize> {
-    let window = bytes.get(..RUN_BYTES_MAX)?;
-    // A byte that is not a continuation byte starts a character.
-    let start = window.iter().rposition(|byte| byte & 0xC0 != 0x80).filter(|&at| at > 0);
-    start.or(Some(window.len()))
-}
-
 /// How far a file is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -205,41 +103,43 @@ pub(crate) struct Blocks {
     path: PathBuf,
     file: File,
     cut: Cut,
+    line_bytes_max: usize,
     buffer: Vec<u8>,
     /// Where `buffer` starts.
     place: Place,
     state: State,
+    /// Whether `place` lies in the middle of a document.
+    is_inside: bool,
 }
 
 impl Blocks {
-    /// Starts at a place of the file.
+    /// Starts at a place of the file at which a document begins.
     pub(crate) fn open(path: &Path, cut: Cut, place: Place) -> Result<Self> {
         let mut file = File::open(path).map_err(Error::io("open", path))?;
         file.seek(SeekFrom::Start(place.offset)).map_err(Error::io("read", path))?;
-        let (path, buffer) = (path.to_path_buf(), Vec::new());
-        Ok(Blocks { path, file, cut, buffer, place, state: State::Reading })
+        let (path, buffer, line_bytes_max) = (path.to_path_buf(), Vec::new(), LINE_BYTES_MAX);
+        let (state, is_inside) = (State::Reading, false);
+        Ok(Blocks { path, file, cut, line_bytes_max, buffer, place, state, is_inside })
     }
 
     /// The next block, or `None` after the one that ends the file.
     pub(crate) fn next(&mut self) -> Result<Option<Block>> {
-        let mut after_gap = false;
         while self.state != State::Done {
             if self.cut == Cut::BlankLine {
-                after_gap |= self.skip_blank_lines();
+                self.skip_blank_lines();
             }
             if self.state == State::AtEnd && self.buffer.is_empty() {
                 self.state = State::Done;
                 let (start, content) = (self.place, Content::End);
-                return Ok(Some(Block { start, content, bytes: 0, after_gap }));
+                let is_inside = self.is_inside;
+                return Ok(Some(Block { start, content, bytes: 0, is_inside }));
+            }
+            if self.is_long_line() {
+                return self.long_line().map(Some);
             }
             match self.cut.block_len(&self.buffer, self.state == State::AtEnd) {
-                Ok(Some(len)) => return Ok(Some(self.block(len, after_gap))),
-                Ok(None) => self.fill()?,
-                Err(()) => {
-                    let reason = format!("it has more than {LINE_BYTES_MAX} bytes");
-                    let line = self.place.line + 1;
-                    return Err(Error::BadLine { path: self.path.clone(), line, reason });
-                }
+                Some(len) => return Ok(Some(self.block(len))),
+                None => self.fill()?,
             }
         }
         Ok(None)
@@ -256,10 +156,34 @@ impl Blocks {
         Ok(())
     }
 
-    fn block(&mut self, len: usize, after_gap: bool) -> Block {
+    fn block(&mut self, len: usize) -> Block {
         let start = self.place;
-        let content = Content::Bytes(self.take(len));
-        Block { start, content, bytes: to_u64(len), after_gap }
+        let bytes = self.take(len);
+        let is_inside = std::mem::replace(&mut self.is_inside, self.cut.goes_on(&bytes));
+        Block { start, content: Content::Bytes(bytes), bytes: to_u64(len), is_inside }
+    }
+
+    /// Whether lines stay whole and the first one of the buffer is too long for that. Later ones are not: until the buffer had a
+    /// line break it was no longer than a line may be, and it grows by as much at most.
+    fn is_long_line(&self) -> bool {
+        let first = self.buffer.get(..=self.line_bytes_max);
+        self.cut == Cut::Line && first.is_some_and(|bytes| !bytes.contains(&b'\n'))
+    }
+
+    /// Passes over the line that the buffer begins with.
+    fn long_line(&mut self) -> Result<Block> {
+        let start = self.place;
+        let mut has_ended = false;
+        while !has_ended {
+            let end = self.buffer.iter().position(|&byte| byte == b'\n');
+            has_ended = end.is_some() || self.state == State::AtEnd;
+            drop(self.take(end.map_or(self.buffer.len(), |at| at + 1)));
+            if !has_ended {
+                self.fill()?;
+            }
+        }
+        let bytes = self.place.offset - start.offset;
+        Ok(Block { start, content: Content::LongLine, bytes, is_inside: false })
     }
 
     /// Cuts bytes off the buffer.
@@ -271,8 +195,8 @@ impl Blocks {
         taken
     }
 
-    /// Drops empty lines, so that a block starts where a document does. Says whether there were any.
-    fn skip_blank_lines(&mut self) -> bool {
+    /// Drops empty lines, so that a block starts where a document does.
+    fn skip_blank_lines(&mut self) {
         let mut len = 0;
         while let Some(end) = self.buffer[len..].iter().position(|&byte| byte == b'\n') {
             if !self.buffer[len..len + end].trim_ascii().is_empty() {
@@ -281,12 +205,13 @@ impl Blocks {
             len += end + 1;
         }
         drop(self.take(len));
-        len > 0
+        self.is_inside &= len == 0;
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::cut::PIECE_BYTES;
     use super::*;
 
     fn blocks(text: &[u8], cut: Cut) -> Vec<String> {
@@ -304,6 +229,7 @@ mod tests {
                 }
                 #[cfg(feature = "parquet")]
                 Content::Rows(_) => panic!("text has no rows"),
+                Content::LongLine => panic!("no line is that long"),
                 Content::End => has_ended = true,
             }
         }
@@ -314,12 +240,15 @@ mod tests {
     #[test]
     fn blocks_join_to_the_file_and_end_where_they_may() {
         let text = "some words and ümläute of varying lengths\n".repeat(20_000);
-        for (cut, ends) in [(Cut::Space, " \n"), (Cut::Line, "\n"), (Cut::Piece, "\n")] {
+        for (cut, ends) in [(Cut::Space, " \n"), (Cut::Line, "\n")] {
             let blocks = blocks(text.as_bytes(), cut);
             assert!(blocks.len() > 2, "{cut:?}");
             assert_eq!(blocks.concat(), text);
             assert!(blocks.iter().all(|block| block.ends_with(|last| ends.contains(last))));
         }
+        let pieces = blocks(text.as_bytes(), Cut::Piece);
+        assert!(pieces.len() > 2 && pieces.concat() == text);
+        assert!(pieces[1..].iter().all(|piece| piece.starts_with(' ')));
     }
 
     #[test]
@@ -338,17 +267,22 @@ mod tests {
     }
 
     #[test]
-    fn a_piece_ends_after_a_line_with_words_on_both_sides() {
-        let mut text = "x".repeat(PIECE_BYTES + 10).into_bytes();
-        text[1000] = b'\n';
-        text[2000..2002].copy_from_slice(b"\n\n");
-        text[3000] = b' ';
-        assert_eq!(piece_len(&text), Some(1001));
-        text[1000] = b'x';
-        assert_eq!(piece_len(&text), Some(2002));
-        text[2000..2002].copy_from_slice(b"xx");
-        assert_eq!(piece_len(&text), Some(3001));
-        assert_eq!(piece_len(&text[..PIECE_BYTES]), None);
+    fn blocks_say_whether_they_begin_in_the_middle_of_a_document() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.txt");
+        let long = "word\n".repeat(300_000);
+        std::fs::write(&path, format!("short\n\n{long}\n\n\n{long}")).unwrap();
+        let inside = |cut| {
+            let mut blocks = Blocks::open(&path, cut, Place::default()).unwrap();
+            let next = || blocks.next().unwrap().map(|block| block.is_inside);
+            std::iter::from_fn(next).collect::<Vec<_>>()
+        };
+        let of_paragraphs = inside(Cut::BlankLine);
+        let begin: Vec<usize> = (0..of_paragraphs.len()).filter(|&at| !of_paragraphs[at]).collect();
+        assert_eq!(begin.len(), 3, "as many as there are paragraphs: {of_paragraphs:?}");
+        let of_file = inside(Cut::Piece);
+        assert!(!of_file[0] && of_file[1..].iter().all(|&is_inside| is_inside));
+        assert!(inside(Cut::Line).iter().all(|is_inside| !is_inside));
     }
 
     #[test]
@@ -362,13 +296,41 @@ mod tests {
     }
 
     #[test]
-    fn a_run_is_cut_after_a_mebibyte_however_much_was_read() {
-        let long = "x".repeat(5 << 20).into_bytes();
-        assert_eq!(piece_len(&long), Some(RUN_BYTES_MAX - 1));
-        assert_eq!(piece_len(&long[..RUN_BYTES_MAX]), Some(RUN_BYTES_MAX - 1));
-        let spaced = [&long[..], b" more"].concat();
-        assert_eq!(Cut::Space.block_len(&spaced, false), Ok(Some(RUN_BYTES_MAX - 1)));
-        assert_eq!(Cut::Space.block_len(&spaced, true), Ok(Some(RUN_BYTES_MAX - 1)));
+    fn a_line_is_too_long_by_its_length_wherever_it_begins_and_the_next_one_is_read() {
+        const MAX: usize = BLOCK_BYTES + 1000;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.jsonl");
+        for before in [0, 1, 999, BLOCK_BYTES - 2, BLOCK_BYTES - 1, BLOCK_BYTES, MAX, 2 * MAX] {
+            let lens = [MAX, MAX + 1, 2 * MAX, 5 * MAX];
+            for (len, after) in lens.into_iter().flat_map(|len| [(len, ""), (len, "\nlast")]) {
+                let (first, long) = ("short\n".repeat(before / 6), "x".repeat(len));
+                std::fs::write(&path, [&*first, &long, after].concat()).unwrap();
+                let mut blocks = Blocks::open(&path, Cut::Line, Place::default()).unwrap();
+                blocks.line_bytes_max = MAX;
+                let (mut kept, mut left_out, mut offset) = (Vec::new(), Vec::new(), 0);
+                while let Some(block) = blocks.next().unwrap() {
+                    assert_eq!(block.start.offset, offset);
+                    offset += block.bytes;
+                    match block.content {
+                        Content::Bytes(bytes) => kept.extend(bytes),
+                        Content::LongLine => left_out.push((block.start.line, block.bytes)),
+                        Content::End => {
+                            assert_eq!(offset, to_u64(first.len() + len + after.len()));
+                        }
+                        #[cfg(feature = "parquet")]
+                        Content::Rows(_) => panic!("text has no rows"),
+                    }
+                }
+                let (expected, places) = if len > MAX {
+                    let place = (to_u64(before / 6), to_u64(len + after.len().min(1)));
+                    ([&*first, after.trim_start()].concat(), vec![place])
+                } else {
+                    ([&*first, &long, after].concat(), Vec::new())
+                };
+                assert_eq!(left_out, places, "{len} bytes behind {before}");
+                assert!(kept == expected.as_bytes(), "{len} bytes behind {before}");
+            }
+        }
     }
 
     #[test]

@@ -65,10 +65,11 @@ impl ByteLevel {
         Ok(Some(ByteLevel { splitter, add_prefix_space, normalizer, model, letters: letters() }))
     }
 
-    /// Appends the tokens of a text that the tokenizer would be given whole.
+    /// Appends the tokens of a text, which may begin in the middle of what the tokenizer would be given whole.
     pub(super) fn encode(
         &self,
         text: &str,
+        is_inside: bool,
         known: &mut Known,
         tokens: &mut Vec<u32>,
     ) -> Result<()> {
@@ -76,7 +77,7 @@ impl ByteLevel {
             Some(normalizer) if !text.is_ascii() => Cow::Owned(normalized(normalizer, text)?),
             _ => Cow::Borrowed(text),
         };
-        if self.add_prefix_space && !whole.is_empty() && !whole.starts_with(' ') {
+        if self.add_prefix_space && !is_inside && !whole.is_empty() && !whole.starts_with(' ') {
             whole = format!(" {whole}").into();
         }
         self.splitter

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use super::json_field::json_text;
 use super::options::Document;
+use crate::cast::to_u64;
 
 /// A document, or a part of one.
 #[derive(Debug, PartialEq, Eq)]
@@ -73,25 +74,27 @@ fn paragraphs<E>(text: &str, mut each: impl FnMut(Segment<'_>) -> Result<(), E>)
     each(Segment { text: last.into(), end: at, lines: number, ends_document: gap })
 }
 
-/// Calls `each` for every line of a block of JSON objects: its text, or what is wrong with the line.
+/// Calls `each` for every line of a block of JSON objects: its text, or what is wrong with the line. The block begins at byte
+/// `offset` of its file. Lines are looked at one by one, so that a bad one has no say in the others, wherever the block was cut.
 pub(crate) fn of_json_lines<E>(
-    text: &str,
+    block: &[u8],
+    offset: u64,
     field: &str,
     mut each: impl FnMut(Result<Segment<'_>, BadJson>) -> Result<(), E>,
 ) -> Result<(), E> {
     let (mut at, mut number) = (0, 0);
-    for line in text.split_inclusive('\n') {
+    for line in block.split_inclusive(|&byte| byte == b'\n') {
+        let start = offset + to_u64(at);
         at += line.len();
         number += 1;
         if line.trim_ascii().is_empty() {
             continue;
         }
-        let found = json_text(line, field).map(|found| Segment {
-            text: found,
-            end: at,
-            lines: number,
-            ends_document: true,
+        let found = std::str::from_utf8(line).map_err(|error| {
+            format!("it is not UTF-8 at byte {} of the file", start + to_u64(error.valid_up_to()))
         });
+        let found = found.and_then(|text| json_text(text, field));
+        let found = found.map(|text| Segment { text, end: at, lines: number, ends_document: true });
         each(found.map_err(|reason| BadJson { line: number, reason }))?;
     }
     Ok(())
@@ -162,9 +165,9 @@ mod tests {
 
     #[test]
     fn fields_of_json_are_found_and_what_is_wrong_is_said() {
-        let text = "{\"a\":{\"b\":\"x\\ny\"}}\n\n{\"a\":1}\n{\"a\":{\"b\":[1]}}\nno\n";
+        let text = b"{\"a\":{\"b\":\"x\\ny\"}}\n\n{\"a\":1}\n{\"a\":{\"b\":[1]}}\nno\n{\"n\":\"\xe9\",\"a\":{\"b\":\"z\"}}\n";
         let mut found = Vec::new();
-        let done: Result<(), ()> = of_json_lines(text, "a.b", |segment| {
+        let done: Result<(), ()> = of_json_lines(text, 1000, "a.b", |segment| {
             found.push(match segment {
                 Ok(segment) => format!("{} until {}", segment.text, segment.lines),
                 Err(bad) => format!("{}: {}", bad.line, bad.reason),
@@ -176,6 +179,9 @@ mod tests {
         assert!(found[1].starts_with("3: it has no field `a.b`"), "{found:?}");
         assert_eq!(found[2], "4: its field `a.b` is a list, not a string");
         assert!(found[3].starts_with("5: it is not JSON"), "{found:?}");
-        assert_eq!(found.len(), 4);
+        // Also where it is passed over.
+        let offset = 1000 + text.iter().position(|&byte| byte == 0xe9).unwrap();
+        assert_eq!(found[4], format!("6: it is not UTF-8 at byte {offset} of the file"));
+        assert_eq!(found.len(), 5);
     }
 }

@@ -6,14 +6,15 @@
 //! the two.
 
 use tokenizers::models::wordpiece::WordPiece;
-use tokenizers::{Model, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper, Tokenizer};
+use tokenizers::{ModelWrapper, NormalizerWrapper, PreTokenizerWrapper, Tokenizer};
 
-use super::block::{piece_len, Cut};
 use super::byte_level::ByteLevel;
+use super::cut::{piece_len, Cut};
 use super::options::Document;
-use super::words::Memory;
+use super::word_pieces::WordPieces;
+use super::words::{Memory, Tokens};
 use crate::error::{Error, Result};
-use crate::text::split::{for_each, normalizer, tokenizer_error};
+use crate::text::split::{caught, for_each, normalizer, tokenizer_error};
 
 /// Turns text into tokens. Special tokens that stand in the text are text.
 pub(crate) struct Encoder {
@@ -23,7 +24,7 @@ pub(crate) struct Encoder {
 
 enum Way {
     /// BERT's words, then WordPiece.
-    Words { model: WordPiece, lowercase: bool },
+    Words { model: Box<WordPieces>, lowercase: bool },
     /// Pieces of text, then their bytes.
     Bytes(Box<ByteLevel>),
     /// Whatever the file says.
@@ -33,11 +34,16 @@ enum Way {
 impl Encoder {
     /// WordPiece on BERT's words, for the rayon pool that this is called in.
     pub(crate) fn words(model: WordPiece, lowercase: bool) -> Self {
+        let model = Box::new(WordPieces::new(model));
         Encoder { way: Way::Words { model, lowercase }, memory: Memory::new() }
     }
 
     /// The fastest way to do what a tokenizer does, for the rayon pool that this is called in.
     pub(crate) fn new(tokenizer: Tokenizer) -> Result<Self> {
+        caught("use the tokenizer", || Self::of(tokenizer))
+    }
+
+    fn of(tokenizer: Tokenizer) -> Result<Self> {
         if let Some((model, lowercase)) = as_words(&tokenizer) {
             return Ok(Encoder::words(model, lowercase));
         }
@@ -59,22 +65,21 @@ impl Encoder {
         }
     }
 
-    /// Appends the tokens of a text.
-    pub(crate) fn encode(&self, text: &str, tokens: &mut Vec<u32>) -> Result<()> {
+    /// Appends the tokens of a text, which may begin in the middle of a document.
+    pub(crate) fn encode(&self, text: &str, is_inside: bool, tokens: &mut Vec<u32>) -> Result<()> {
+        caught("tokenise text", || self.encode_any(text, is_inside, tokens))
+    }
+
+    fn encode_any(&self, text: &str, is_inside: bool, tokens: &mut Vec<u32>) -> Result<()> {
         match &self.way {
             Way::Words { model, lowercase } => {
                 let mut known = self.memory.of_this_thread();
-                for_each(text, *lowercase, |word| {
-                    known.push(word, tokens, |word| {
-                        let pieces =
-                            model.tokenize(word).map_err(tokenizer_error("tokenise text"))?;
-                        Ok(pieces.into_iter().map(|piece| piece.id).collect())
-                    })
-                })
+                let encode = |word: &str| model.encode(word);
+                for_each(text, *lowercase, Tokens { known: &mut known, tokens, encode })
             }
             Way::Bytes(bytes) => {
                 let mut known = self.memory.of_this_thread();
-                pieces(text).try_for_each(|piece| bytes.encode(piece, &mut known, tokens))
+                bytes.encode(text, is_inside, &mut known, tokens)
             }
             Way::Any(tokenizer) => pieces(text).try_for_each(|piece| {
                 let encoding = tokenizer.encode_fast(piece, false);
@@ -86,11 +91,11 @@ impl Encoder {
     }
 }
 
-/// What is encoded at once.
+/// What the `tokenizers` crate encodes at once.
 fn pieces(text: &str) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
-        // Always at a character: pieces end after ASCII white space, or where a character begins.
+        // Always at a character.
         let len = piece_len(rest.as_bytes()).unwrap_or(rest.len());
         let (piece, later) = rest.split_at(len);
         rest = later;
@@ -111,7 +116,8 @@ impl std::fmt::Debug for Encoder {
 
 /// Reads a `tokenizer.json`.
 pub(crate) fn read(json: &[u8]) -> Result<Tokenizer> {
-    Tokenizer::from_bytes(json).map_err(tokenizer_error("read the tokenizer"))
+    let action = "read the tokenizer";
+    caught(action, || Tokenizer::from_bytes(json).map_err(tokenizer_error(action)))
 }
 
 /// The smallest vocabulary size that holds every id.
@@ -157,6 +163,23 @@ fn only_special_added(tokenizer: &Tokenizer) -> bool {
     tokenizer.get_added_tokens_decoder().values().all(|token| token.special)
 }
 
+/// Reads a tokenizer and encodes some text with it, as the converter does. Gives whether there are tokens.
+#[cfg(feature = "testing")]
+pub(crate) fn fuzzed(json: &[u8]) -> bool {
+    let encode = || {
+        let tokenizer = read(json)?;
+        drop(super::special::find(None, |name| tokenizer.token_to_id(name)));
+        vocab_size(&tokenizer)?;
+        let (encoder, mut tokens) = (Encoder::new(tokenizer)?, Vec::new());
+        for text in ["", "the king's sword, 12 ", "\u{e9}t\u{e9} \u{4e2d} <s>[MASK]\n\n\0"] {
+            encoder.encode(text, false, &mut tokens)?;
+            encoder.encode(text, true, &mut tokens)?;
+        }
+        Ok::<bool, Error>(!tokens.is_empty())
+    };
+    encode().unwrap_or(false)
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::LazyLock;
@@ -170,6 +193,7 @@ mod tests {
     use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
     use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
+    use super::super::cut::small_pieces;
     use super::*;
 
     const TEXT: &str =
@@ -268,7 +292,7 @@ mod tests {
         for (kind, theirs, ours) in &*ALL {
             let expected = theirs.encode(text, false).unwrap();
             let mut tokens = Vec::new();
-            ours.encode(text, &mut tokens).unwrap();
+            ours.encode(text, false, &mut tokens).unwrap();
             assert_eq!(tokens, expected.get_ids(), "{} of {text:?}", kind.name);
         }
     }
@@ -301,6 +325,65 @@ mod tests {
         let bytes = ByteLevelPart::new(false, true, false);
         removed.with_pre_tokenizer(Some(Sequence::new(vec![split.into(), bytes.into()])));
         assert!(is_slow(removed));
+    }
+
+    /// Letters and a few words; others are unknown.
+    static WORDS: LazyLock<Encoder> = LazyLock::new(|| {
+        let mut vocab = serde_json::Map::new();
+        let letters = ('a'..='z').flat_map(|one| [format!("{one}"), format!("##{one}")]);
+        let few = ["[UNK]", "the", "king", "##s", "'", ",", "中"].map(str::to_owned);
+        for token in few.into_iter().chain(letters) {
+            let id = vocab.len();
+            vocab.entry(token).or_insert(id.into());
+        }
+        let json = serde_json::json!({
+            "version": "1.0",
+            "normalizer": {"type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true,
+                "strip_accents": null, "lowercase": true},
+            "pre_tokenizer": {"type": "BertPreTokenizer"},
+            "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                "max_input_chars_per_word": 100, "vocab": vocab},
+        });
+        let encoder = Encoder::new(read(json.to_string().as_bytes()).unwrap()).unwrap();
+        assert!(matches!(encoder.way, Way::Words { .. }));
+        encoder
+    });
+
+    /// Kinds whose first pattern is known.
+    const CERTAIN: usize = 4;
+
+    fn same_in_pieces(text: &str, piece_bytes: usize) -> usize {
+        let pieces = small_pieces(text, piece_bytes);
+        assert_eq!(pieces.concat(), text);
+        let all = ALL[..CERTAIN].iter().map(|(kind, _, ours)| (kind.name, ours));
+        for (name, ours) in all.chain([("BERT", &*WORDS)]) {
+            let (mut whole, mut joined) = (Vec::new(), Vec::new());
+            ours.encode(text, false, &mut whole).unwrap();
+            for (number, piece) in pieces.iter().enumerate() {
+                ours.encode(piece, number > 0, &mut joined).unwrap();
+            }
+            assert_eq!(joined, whole, "{name} of {pieces:?}");
+        }
+        pieces.len()
+    }
+
+    #[test]
+    fn pieces_are_as_many_as_there_are_boundaries() {
+        assert_eq!(same_in_pieces("the king said\nwords  are \u{3000}\u{3000}words", 1), 6);
+        assert_eq!(same_in_pieces("\u{3000}\u{3000}中文\n\u{3000}\u{3000}中文", 1), 3);
+        assert_eq!(same_in_pieces("oneword\r\n\r\n", 1), 1);
+        assert!(same_in_pieces(TEXT, 8) > 15);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+        #[test]
+        fn any_text_has_the_same_tokens_in_pieces_of_any_size(
+            text in "([ -~]|\\PC|[\t\n\r\x00-\x7f]|[éßΣς́ 　\u{85}\u{a0}\u{2028}\u{200b}\u{feff}\u{301}\u{328}\u{1100}\u{1161}한中，。½²ſ😀👩\u{200d}]|'[sStTrRvVmMlLdDeE]{1,2}|[ \n\r\t　]{1,9}|(\r\n){1,2} {0,9}|\n　{0,3}|[0-9]{1,5}|(the|king|words) ?){0,60}",
+            piece_bytes in 1..40_usize,
+        ) {
+            same_in_pieces(&text, piece_bytes);
+        }
     }
 
     proptest! {

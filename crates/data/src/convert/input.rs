@@ -7,6 +7,7 @@ use std::time::UNIX_EPOCH;
 use super::options::Format;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprinter;
+use crate::format::is_output;
 
 /// Folders deeper than this are a loop or a mistake.
 const DEPTH_MAX: usize = 16;
@@ -43,8 +44,8 @@ impl InputFile {
     }
 }
 
-/// The text under a path: the file itself, or all `.txt` files of a folder and its subfolders, sorted by name. Hidden folders
-/// and links to folders are passed over.
+/// The text under a path: the file itself, or all `.txt` files of a folder and its subfolders, sorted by name. Hidden folders,
+/// links to folders and folders that this crate has made are passed over.
 pub(crate) fn list_text(path: &Path) -> Result<Vec<InputFile>> {
     let mut files = Vec::new();
     list_one(path, Format::Text.extensions(), &mut files)?;
@@ -138,6 +139,10 @@ fn walk(
             continue;
         }
         if kind.is_dir() && depth > 0 {
+            // What was made of this input may lie in it.
+            if is_output(&path) {
+                continue;
+            }
             walk(&path, &format!("{relative}/"), depth - 1, extensions, files)?;
         } else if has_extension(&path, extensions)
             && fs::metadata(&path).map_err(Error::io("open", &path))?.is_file()

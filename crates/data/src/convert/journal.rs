@@ -200,15 +200,6 @@ fn line(value: &impl Serialize, path: &Path) -> Result<Vec<u8>> {
     Ok(text)
 }
 
-impl<S> Entry<S> {
-    /// How far the input is done in bytes, for files of these sizes.
-    pub(crate) fn bytes_done(&self, sizes: &[u64]) -> u64 {
-        let before: u64 = sizes.iter().take(self.next.file).sum();
-        let inside = sizes.get(self.next.file).map_or(0, |&size| self.next.offset.min(size));
-        before + inside
-    }
-}
-
 /// How many shards, for messages.
 pub(crate) fn count<S>(entries: &[Entry<S>]) -> u64 {
     to_u64(entries.len())

@@ -19,6 +19,7 @@
 
 mod block;
 mod byte_level;
+mod cut;
 mod documents;
 pub(crate) mod encoder;
 pub(crate) mod input;
@@ -32,6 +33,7 @@ mod rows;
 mod run;
 pub(crate) mod sink;
 mod special;
+mod word_pieces;
 mod words;
 
 /// What tests feed with bytes. Each says whether anything was found.
@@ -39,6 +41,15 @@ mod words;
 pub(crate) mod fuzzed {
     pub(crate) fn journal(text: &[u8]) -> bool {
         super::journal::parses(text)
+    }
+
+    pub(crate) fn tokenizer(json: &[u8]) -> bool {
+        super::encoder::fuzzed(json)
+    }
+
+    #[cfg(feature = "parquet")]
+    pub(crate) fn rows(path: &std::path::Path) -> bool {
+        super::rows::fuzzed(path, "text").unwrap_or(false)
     }
 
     pub(crate) fn json_text(line: &str, field: &str) -> bool {

@@ -89,9 +89,9 @@ pub struct ConvertOptions {
     pub document: Document,
     /// The token that closes each document; found by name if not given: `[SEP]`, or the end of text.
     pub end_token: Option<String>,
-    /// What happens to lines that are no JSON or lack the field, and to rows without text.
+    /// What happens to lines that are no JSON, not UTF-8, of more than 256 MiB or lack the field, and to rows without text.
     pub bad_lines: BadLines,
-    /// A shard is closed at the first end of a document after so many bytes of tokens.
+    /// A shard is closed at the first end of a document after so many bytes of tokens and of the places of documents (8 each).
     pub shard_bytes: u64,
     /// Threads; all processors if not given. The result does not depend on it.
     pub threads: Option<NonZeroUsize>,

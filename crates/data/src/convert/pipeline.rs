@@ -7,8 +7,9 @@ use rayon::prelude::*;
 
 #[cfg(feature = "parquet")]
 use super::block::Texts;
-use super::block::{Block, Blocks, Content, Cut, Place};
-use super::documents::{self, Segment};
+use super::block::{Block, Blocks, Content, Place};
+use super::cut::{Cut, LINE_BYTES_MAX};
+use super::documents::{self, BadJson, Segment};
 use super::input::InputFile;
 use super::options::{BadLines, Document, Format};
 #[cfg(feature = "parquet")]
@@ -92,32 +93,42 @@ impl Input {
         block: &Block,
         mut each: impl FnMut(Segment<'_>, u64) -> Result<()>,
     ) -> Result<u64> {
-        let bytes = match &block.content {
-            Content::End => return Ok(0),
+        let Place { file, offset, line } = block.start;
+        let path = || self.files[file].path.clone();
+        // How many lines are left out for it.
+        let bad_line = |bad: BadJson| match self.bad_lines {
+            BadLines::Skip => Ok(1),
+            BadLines::Refuse => {
+                let (line, reason) = (line + bad.line, bad.reason);
+                Err(Error::BadLine { path: path(), line, reason })
+            }
+        };
+        let mut skipped = 0;
+        match &block.content {
+            Content::End => {}
             #[cfg(feature = "parquet")]
             Content::Rows(texts) => return self.rows(block, texts, each),
-            Content::Bytes(bytes) => bytes,
-        };
-        let text = std::str::from_utf8(bytes).map_err(|error| Error::InvalidUtf8 {
-            path: self.files[block.start.file].path.clone(),
-            offset: block.start.offset + to_u64(error.valid_up_to()),
-        })?;
-        if self.format == Format::Text {
-            documents::of_text(text, self.unit, |segment| each(segment, 0))?;
-            return Ok(0);
+            Content::LongLine => {
+                let reason = format!("it has more than {LINE_BYTES_MAX} bytes");
+                skipped += bad_line(BadJson { line: 1, reason })?;
+            }
+            Content::Bytes(bytes) if self.format == Format::Text => {
+                let text = std::str::from_utf8(bytes).map_err(|error| {
+                    let offset = offset + to_u64(error.valid_up_to());
+                    Error::InvalidUtf8 { path: path(), offset }
+                })?;
+                documents::of_text(text, self.unit, |segment| each(segment, 0))?;
+            }
+            Content::Bytes(bytes) => {
+                documents::of_json_lines(bytes, offset, &self.field, |found| match found {
+                    Ok(segment) => each(segment, skipped),
+                    Err(bad) => {
+                        skipped += bad_line(bad)?;
+                        Ok(())
+                    }
+                })?;
+            }
         }
-        let mut skipped = 0;
-        documents::of_json_lines(text, &self.field, |found| match found {
-            Ok(segment) => each(segment, skipped),
-            Err(_) if self.bad_lines == BadLines::Skip => {
-                skipped += 1;
-                Ok(())
-            }
-            Err(bad) => {
-                let path = self.files[block.start.file].path.clone();
-                Err(Error::BadLine { path, line: block.start.line + bad.line, reason: bad.reason })
-            }
-        })?;
         Ok(skipped)
     }
 
@@ -140,7 +151,10 @@ impl Input {
                 Err(_) if self.bad_lines == BadLines::Skip => skipped += 1,
                 Err(reason) => {
                     let path = self.files[block.start.file].path.clone();
-                    let (row, reason) = (block.start.line + lines, reason.to_owned());
+                    let row = block.start.line + lines;
+                    let reason = format!(
+                        "{reason}; correct it, or leave such rows out with --skip-bad-lines"
+                    );
                     return Err(Error::BadRow { path, row, column: self.field.clone(), reason });
                 }
             }
@@ -162,6 +176,31 @@ impl Reader {
             Reader::Text(blocks) => blocks.next(),
             #[cfg(feature = "parquet")]
             Reader::Rows(rows) => rows.next(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_which_nothing_is_kept_is_bad() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.jsonl");
+        std::fs::write(&path, "").unwrap();
+        let (files, _) = super::super::input::list(&[path], None).unwrap();
+        let (format, unit, field) = (Format::Text, Document::Line, "text".to_owned());
+        let mut input = Input { files, format, unit, field, bad_lines: BadLines::Skip };
+        let start = Place { file: 0, offset: 700, line: 6 };
+        let block = Block { start, content: Content::LongLine, bytes: 1 << 40, is_inside: false };
+        for one in [Format::JsonLines, Format::Text] {
+            input.format = one;
+            input.bad_lines = BadLines::Skip;
+            assert_eq!(input.segments(&block, |_, _| panic!("nothing is kept")).unwrap(), 1);
+            input.bad_lines = BadLines::Refuse;
+            let error = input.segments(&block, |_, _| Ok(())).unwrap_err().to_string();
+            assert!(error.contains("a.jsonl, line 7: it has more than 268435456 bytes"), "{error}");
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::journal::{self, Entry, Found, Listed};
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
-use crate::format::partial_path;
+use crate::format::files::{is_free, partial_path};
 use crate::lock::{self, Lock};
 use crate::progress::{Event, Progress};
 
@@ -28,13 +28,7 @@ pub(crate) fn finished<S: Listed>(
     key: Fingerprint,
     is_output: impl FnOnce(&Path) -> bool,
 ) -> Result<Option<Vec<Entry<S>>>> {
-    let is_free = match fs::read_dir(output) {
-        Ok(mut entries) => entries.next().is_none(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => true,
-        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => false,
-        Err(error) => return Err(Error::io("open", output)(error)),
-    };
-    if is_free {
+    if is_free(output)? {
         return Ok(None);
     }
     let exists = || Error::OutputExists { path: output.to_path_buf() };
@@ -77,4 +71,34 @@ pub(crate) fn half_done<S: Listed>(
             Ok(Vec::new())
         }
     }
+}
+
+/// After an error of the conversion with that key: says what of it is kept, and how to go on. It is quiet if nothing is.
+pub(crate) fn tell_what_stays<S: Listed>(
+    output: &Path,
+    key: Fingerprint,
+    error: &Error,
+    progress: &dyn Progress,
+) {
+    let partial = partial_path(output);
+    let Ok(Found::Shards(entries)) = journal::read::<S>(&partial, key) else { return };
+    if entries.is_empty() {
+        return;
+    }
+    let (shards, partial) = (journal::count(&entries), partial.display());
+    let what = match error.root() {
+        Error::TextChanged { .. } => format!(
+            "finished shards in {partial} ({shards}) are of the input as it was: \
+             repeat the command with --restart to convert it as it is"
+        ),
+        // Nothing that was given is wrong.
+        Error::Io { .. } | Error::CacheNotWritable { .. } => {
+            format!("finished shards stay in {partial} ({shards}): the same command goes on there")
+        }
+        _ => format!(
+            "finished shards stay in {partial} ({shards}): the same command goes on there, \
+             and with --restart it begins again, as it must after a change of the input"
+        ),
+    };
+    progress.report(Event::Notice(&what));
 }

@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::block::{Cut, Place};
+use super::block::Place;
+use super::cut::Cut;
 use super::encoder::{self, Encoder};
 use super::input;
 use super::journal::{self, Counts, Entry, Journal};
@@ -18,13 +19,17 @@ use crate::pool::in_pool;
 use crate::progress::{Event, Progress, Stage};
 use crate::random::mix;
 use crate::text::decode::read_bounded;
+use crate::text::split::about;
 use crate::text::vocabulary::{self, WordCounts, SPECIAL_IDS, VOCAB_SIZE_MIN};
 
 /// Part of every key: raised when the same input and options give other files.
-const KEY_VERSION: &str = "convert 5";
+const KEY_VERSION: &str = "convert 6";
 
 /// Text that a vocabulary is trained on; of more, so much in blocks that are spread over all of it.
 const TRAINING_BYTES_MAX: u64 = 1 << 30;
+
+/// A text file that is one document has one shard, and is worth a notice from so many bytes on.
+const DOCUMENT_WORTH_A_NOTICE: u64 = 256 << 20;
 
 /// One unknown token in so many is worth a notice.
 const UNKNOWN_WORTH_A_NOTICE: u64 = 50;
@@ -51,13 +56,15 @@ pub struct Converted {
 /// the same call goes on behind the last finished shard, and the result has the bytes of a run without interruption. Of
 /// several processes with one output the first converts and the others fail.
 ///
-/// Documents longer than 256 KiB are encoded in pieces, cut after a line where there is one. Special tokens that stand in
+/// Text is encoded in pieces, cut so that tokenizers of BERT's, GPT-2's, Llama 3's and Qwen's kind give the tokens of the whole; of
+/// others documents longer than 256 KiB are cut at spaces. A run without white space is cut after 1 MiB. Special tokens that stand in
 /// the text are text.
 ///
 /// A vocabulary is trained on all of the text up to 1 GiB, and on 1 GiB of more: blocks of it that are spread evenly. Of its
 /// words the most frequent 65 536 count, or four times as many as the vocabulary has entries.
 ///
-/// Memory: some tens of MiB for each thread, and the words of the text while a vocabulary is trained.
+/// Memory: some tens of MiB for each thread, 8 bytes for each document of a shard, and the words of the text while a vocabulary is
+/// trained.
 ///
 /// # Determinism
 /// The same input and options give the same bytes, whatever the number of threads.
@@ -96,8 +103,12 @@ pub fn convert(
     }
     let has_tokenizer = |partial: &Path| partial.join(TOKENIZER_FILE).is_file();
     let done = resume::half_done(output, key, options.restart, has_tokenizer, progress)?;
+    if let Some(text) = large_document(&input) {
+        progress.report(Event::Notice(&text));
+    }
     let work = Work { input: &input, output, options, key, progress };
-    in_pool(options.threads, || work.run(tokenizer, &done))?
+    let made = in_pool(options.threads, || work.run(tokenizer, &done))?;
+    made.inspect_err(|error| resume::tell_what_stays::<ShardEntry>(output, key, error, progress))
 }
 
 fn check(options: &ConvertOptions) -> Result<()> {
@@ -115,6 +126,22 @@ fn check(options: &ConvertOptions) -> Result<()> {
         return Err(Error::option("shard_bytes", 0, "a shard holds at least one byte"));
     }
     Ok(())
+}
+
+/// What is to be known of files that are one large document each.
+fn large_document(input: &Input) -> Option<String> {
+    let is_whole = input.format == Format::Text && input.unit == Document::File;
+    let mut large = input.files.iter().filter(|file| file.bytes > DOCUMENT_WORTH_A_NOTICE);
+    let first = large.next().filter(|_| is_whole)?;
+    let others = match large.count() {
+        0 => String::new(),
+        more => format!(" (and {more} more)"),
+    };
+    let (path, bytes) = (first.path.display(), first.bytes);
+    Some(format!(
+        "{path}{others} is one document of {bytes} bytes: it lies in one shard, and after an interruption all of it begins again; \
+         --document line or blank-line makes documents of its parts"
+    ))
 }
 
 /// All that decides about the result.
@@ -155,6 +182,8 @@ struct Work<'a> {
 
 /// What text is encoded with.
 struct Language {
+    /// Where it was read.
+    path: PathBuf,
     json: Vec<u8>,
     encoder: Encoder,
     special: SpecialTokens,
@@ -177,7 +206,8 @@ impl Work<'_> {
             shards,
         )?;
         let mut journal = Journal::create(writer.folder(), self.key, done)?;
-        let counts = self.encode(&language, &mut writer, &mut journal, (end_token, done))?;
+        let counts = self.encode(&language, &mut writer, &mut journal, (end_token, done));
+        let counts = counts.map_err(about(&language.path))?;
         self.input.files.iter().try_for_each(input::InputFile::check_unchanged)?;
         if writer.shards().is_empty() {
             return Err(Error::EmptyText { path: self.input.files[0].path.clone() });
@@ -189,28 +219,30 @@ impl Work<'_> {
     }
 
     fn language(&self, given: Option<Vec<u8>>) -> Result<Language> {
-        let (json, trained) = match (given, &self.options.vocabulary) {
-            (Some(json), _) => (json, false),
-            (None, Vocabulary::Train { vocab_size, min_frequency, lowercase }) => {
-                // An interrupted run may have trained it.
-                let found = partial_path(self.output).join(TOKENIZER_FILE);
+        // An interrupted run may have trained it.
+        let found = partial_path(self.output).join(TOKENIZER_FILE);
+        let (path, json) = match (given, &self.options.vocabulary) {
+            (Some(json), Vocabulary::File(path)) => (path.clone(), json),
+            (_, Vocabulary::File(path)) => (path.clone(), read_bounded(path)?),
+            (_, Vocabulary::Train { vocab_size, min_frequency, lowercase }) => {
                 let json = if found.is_file() {
                     read_bounded(&found)?
                 } else {
                     self.train(*vocab_size, *min_frequency, *lowercase)?
                 };
-                (json, true)
+                (found, json)
             }
-            (None, Vocabulary::File(path)) => (read_bounded(path)?, false),
         };
-        let tokenizer = encoder::read(&json)?;
-        let special = if trained {
+        let is_trained = matches!(self.options.vocabulary, Vocabulary::Train { .. });
+        let tokenizer = encoder::read(&json).map_err(about(&path))?;
+        let special = if is_trained {
             SPECIAL_IDS
         } else {
             special::find(self.options.end_token.as_deref(), |name| tokenizer.token_to_id(name))?
         };
-        let vocab_size = encoder::vocab_size(&tokenizer)?;
-        Ok(Language { json, encoder: Encoder::new(tokenizer)?, special, vocab_size })
+        let vocab_size = encoder::vocab_size(&tokenizer).map_err(about(&path))?;
+        let encoder = Encoder::new(tokenizer).map_err(about(&path))?;
+        Ok(Language { path, json, encoder, special, vocab_size })
     }
 
     fn train(&self, vocab_size: u32, min_frequency: u64, lowercase: bool) -> Result<Vec<u8>> {
@@ -231,9 +263,11 @@ impl Work<'_> {
     ) -> Result<Counts> {
         let (place, counts) =
             done.last().map_or_else(Default::default, |last| (last.next, last.counts));
-        let sizes: Vec<u64> = self.input.files.iter().map(|file| file.bytes).collect();
-        let done_bytes = done.last().map_or(0, |last| last.bytes_done(&sizes));
-        let total_bytes = self.input.bytes().saturating_sub(done_bytes);
+        let sizes = self.input.files.iter().map(|file| file.bytes);
+        let of_files: u64 = sizes.skip(place.file).sum();
+        // Places in tables count rows: their file's first block stands for all that is done of it.
+        let is_table = self.input.format.is_table();
+        let total_bytes = of_files.saturating_sub(if is_table { 0 } else { place.offset });
         self.progress.report(Event::Begin { stage: Stage::Encoding, total_bytes });
         let unknown = language.special.unk;
         let journal = Some(journal);
@@ -309,7 +343,7 @@ pub(crate) fn count_words(
         Ok,
     )?;
     progress.report(Event::End { stage: Stage::Counting });
-    Ok(counter.into_total())
+    counter.into_total(lowercase)
 }
 
 /// Whether the words of the block at `start` are counted, of so many bytes of input: as if drawn by lot, the first

@@ -15,7 +15,7 @@ pub(crate) struct Encoded {
     ends: Vec<End>,
     start: Place,
     skipped_lines: u64,
-    after_gap: bool,
+    is_inside: bool,
     /// Where the input goes on, if a file ends with the block.
     next_file: Option<Place>,
 }
@@ -34,12 +34,19 @@ struct End {
 /// Encodes a block.
 pub(crate) fn encode(input: &Input, encoder: &Encoder, block: &Block) -> Result<Encoded> {
     // English has some five letters a word and one token a word.
-    let bytes = usize::try_from(block.bytes).unwrap_or(0);
+    let bytes = match &block.content {
+        Content::Bytes(bytes) => bytes.len(),
+        #[cfg(feature = "parquet")]
+        Content::Rows(texts) => texts.bytes(),
+        Content::LongLine | Content::End => 0,
+    };
     let mut tokens = Vec::with_capacity(bytes / 4);
     let mut ends = Vec::new();
     let start = block.start;
+    let mut is_first = true;
     let skipped_lines = input.segments(block, |segment, skipped_lines| {
-        encoder.encode(&segment.text, &mut tokens)?;
+        let goes_on = block.is_inside && std::mem::take(&mut is_first);
+        encoder.encode(&segment.text, goes_on, &mut tokens)?;
         if segment.ends_document {
             let (offset, line) = (start.offset + to_u64(segment.end), start.line + segment.lines);
             let next = Place { file: start.file, offset, line };
@@ -49,8 +56,8 @@ pub(crate) fn encode(input: &Input, encoder: &Encoder, block: &Block) -> Result<
     })?;
     let is_end = matches!(block.content, Content::End);
     let next_file = is_end.then_some(Place { file: start.file + 1, ..Place::default() });
-    let after_gap = block.after_gap;
-    Ok(Encoded { tokens, ends, start, skipped_lines, after_gap, next_file })
+    let is_inside = block.is_inside;
+    Ok(Encoded { tokens, ends, start, skipped_lines, is_inside, next_file })
 }
 
 /// Writes documents.
@@ -68,7 +75,7 @@ pub(crate) struct Sink<'a> {
 
 impl Sink<'_> {
     pub(crate) fn take(&mut self, block: &Encoded) -> Result<()> {
-        if block.after_gap {
+        if !block.is_inside {
             self.end_document(block.start)?;
         }
         let (mut from, before) = (0, self.counts.skipped_lines);

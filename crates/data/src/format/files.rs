@@ -1,7 +1,7 @@
 //! Folders of checked files: written whole or not at all, and listed in an index.
 
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use super::checked::CHECKSUMS;
@@ -87,13 +87,27 @@ pub(crate) fn partial_path(target: &Path) -> PathBuf {
     target.with_file_name(name)
 }
 
-/// Moves a complete folder to its place and makes that durable.
+/// Whether a folder can appear at `target`: nothing is there, or a folder that holds nothing.
+pub(crate) fn is_free(target: &Path) -> Result<bool> {
+    match fs::symlink_metadata(target) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(true),
+        Err(error) => return Err(Error::io("look at", target)(error)),
+        Ok(metadata) if !metadata.is_dir() => return Ok(false),
+        Ok(_) => {}
+    }
+    Ok(fs::read_dir(target).map_err(Error::io("open", target))?.next().is_none())
+}
+
+/// Moves a complete folder to its place and makes that durable. What came to lie there meanwhile stays, and the folder where it is.
 pub(crate) fn publish(partial: &Path, target: &Path) -> Result<()> {
     sync_folder(partial)?;
-    if target.exists() {
-        fs::remove_dir_all(target).map_err(Error::io("remove", target))?;
-    }
-    fs::rename(partial, target).map_err(Error::io("rename", partial))?;
+    // An empty folder is replaced by the system, anything else is not.
+    fs::rename(partial, target).map_err(|cause| match cause.kind() {
+        ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists | ErrorKind::NotADirectory => {
+            Error::OutputExists { path: target.to_path_buf() }
+        }
+        _ => Error::io("rename", partial)(cause),
+    })?;
     let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty());
     sync_folder(parent.unwrap_or(Path::new(".")))
 }

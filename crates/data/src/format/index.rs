@@ -20,6 +20,8 @@ pub(crate) const INDEX_FILE: &str = "index.json";
 pub(crate) const TOKENIZER_FILE: &str = "tokenizer.json";
 
 const FORMAT: &str = "phalanx-tokens";
+/// What the index of a folder of records says.
+pub(crate) const RECORDS_FORMAT: &str = "phalanx-records";
 const VERSION: u32 = 2;
 
 /// Bytes of a block with a checksum of its own: small enough to verify on first touch.
@@ -303,6 +305,17 @@ impl Index {
         }
         sum.finish()
     }
+}
+
+/// Whether a folder's index says that this crate wrote it: tokens or records, of any version.
+pub(crate) fn is_output(folder: &Path) -> bool {
+    /// The only part of an index that is read for this.
+    #[derive(Deserialize)]
+    struct Kind {
+        format: String,
+    }
+    let index = read_json::<Kind>(&LocalFolder::new(folder, Access::Read));
+    index.is_ok_and(|(kind, _)| [FORMAT, RECORDS_FORMAT].contains(&&*kind.format))
 }
 
 /// The index of a folder, of whatever kind, and what errors call it.

@@ -382,7 +382,7 @@ impl MegatronTokens {
         }
         let size = to_u64(self.kind.bytes());
         let Some(starts) = &self.starts else {
-            return self.read_at(start * size, start, out, scratch, reading);
+            return self.read_at(start * size, (start, 0), out, scratch, reading);
         };
         let mut sequence = starts.partition_point(|&begin| begin <= start).saturating_sub(1);
         let (mut at, mut rest) = (start, out);
@@ -394,7 +394,7 @@ impl MegatronTokens {
                 .word(entry)
                 .map_err(|error| error.while_reading(reading, self.idx.path(), entry))?;
             let offset = offset + (at - starts[sequence]) * size;
-            self.read_at(offset, at, now, scratch, reading)?;
+            self.read_at(offset, (start, to_usize(at - start)), now, scratch, reading)?;
             at += to_u64(there);
             rest = later;
             sequence += 1;
@@ -402,11 +402,11 @@ impl MegatronTokens {
         Ok(())
     }
 
-    /// Reads tokens that lie one behind the other; the first is token `at` of the stream.
+    /// Reads tokens that lie one behind the other: those after the first `before` of a read that started at `start`.
     fn read_at(
         &self,
         offset: u64,
-        at: u64,
+        (start, before): (u64, usize),
         out: &mut [i64],
         scratch: &mut Scratch,
         reading: &dyn Display,
@@ -418,8 +418,8 @@ impl MegatronTokens {
             None => Ok(()),
             Some(position) => Err(Error::BadValue {
                 path: self.bin.path().to_path_buf(),
-                sample: at,
-                position,
+                sample: start,
+                position: before + position,
                 value: out[position],
                 reason: format!(
                     "found while reading {reading}; the vocabulary has {} entries: give the size of the tokenizer's",

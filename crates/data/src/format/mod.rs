@@ -28,7 +28,8 @@ mod writer;
 pub use bytes::Access;
 pub(crate) use files::partial_path;
 pub(crate) use index::{
-    read_json, BLOCK_BYTES, INDEX_BYTES_MAX, INDEX_FILE, TOKENIZER_FILE, VALUE_BYTES,
+    is_output, read_json, BLOCK_BYTES, INDEX_BYTES_MAX, INDEX_FILE, RECORDS_FORMAT, TOKENIZER_FILE,
+    VALUE_BYTES,
 };
 pub use index::{Index, ShardEntry, SpecialTokens, TokenDType};
 pub use megatron::MegatronTokens;

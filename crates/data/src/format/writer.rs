@@ -7,7 +7,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{BufWriter, Seek, Write};
 use std::path::{Path, PathBuf};
 
-use super::files::{partial_path, publish, seal, write_synced};
+use super::files::{is_free, partial_path, publish, seal, write_synced};
 use super::header::{self, Tensor, DATA_START};
 use super::index::{
     Index, ShardEntry, SpecialTokens, TokenDType, BLOCK_BYTES, INDEX_FILE, TOKENIZER_FILE,
@@ -21,7 +21,8 @@ const SHARD_EXTENSION: &str = "safetensors";
 /// Writes a prepared folder.
 ///
 /// The folder appears under its name when [`finish`](Self::finish) succeeds, complete and synced to disk; until then, and if
-/// the writer is dropped, nothing is there. Two writers must not write to the same target at once.
+/// the writer is dropped, nothing is there. Two writers must not write to the same target at once. Memory: 8 bytes for each
+/// document of a shard.
 ///
 /// ```
 /// use phalanx_data::{SpecialTokens, TokenStream, TokenWriter, Access};
@@ -60,10 +61,10 @@ enum OnDrop {
 impl TokenWriter {
     /// Starts a folder that will be renamed to `target`. What an earlier writer of the same target left half done is removed.
     ///
-    /// A shard is closed at the first end of a document after `shard_bytes` of tokens.
+    /// A shard is closed at the first end of a document after `shard_bytes` of tokens and of the places of documents (8 bytes each).
     ///
     /// # Errors
-    /// [`Error::CacheNotWritable`] and [`Error::Io`].
+    /// [`Error::OutputExists`] if `target` is there and no empty folder, [`Error::CacheNotWritable`] and [`Error::Io`].
     pub fn create(
         target: &Path,
         tokenizer_json: &[u8],
@@ -71,6 +72,9 @@ impl TokenWriter {
         special: SpecialTokens,
         shard_bytes: u64,
     ) -> Result<Self> {
+        if !is_free(target)? {
+            return Err(Error::OutputExists { path: target.to_path_buf() });
+        }
         let partial = partial_path(target);
         let failed = |cause| Error::CacheNotWritable { path: partial.clone(), cause };
         if partial.exists() {
@@ -150,7 +154,7 @@ impl TokenWriter {
     pub fn end_document(&mut self) -> Result<()> {
         let Some(shard) = &mut self.current else { return Ok(()) };
         shard.end_document();
-        if shard.token_count * to_u64(shard.dtype.bytes()) >= self.about.shard_bytes {
+        if shard.bytes() >= self.about.shard_bytes {
             self.close_shard()?;
         }
         Ok(())
@@ -159,15 +163,17 @@ impl TokenWriter {
     /// Writes the index and moves the folder to its place. `source_bytes` of text went into it.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::OutputExists`] if something came to lie there meanwhile: it stays, and the complete folder is beside it as
+    /// `.NAME.partial`. [`Error::Io`].
     pub fn finish(mut self, source_bytes: u64) -> Result<Index> {
         self.close_shard()?;
         let ShardInfo { vocab_size, special, tokenizer, .. } = self.about;
         let shards = std::mem::take(&mut self.done);
         let index = Index::new(vocab_size, special, tokenizer, source_bytes, shards);
         write_synced(&self.partial.join(INDEX_FILE), &index.to_json())?;
-        publish(&self.partial, &self.target)?;
+        // It is complete: if it cannot be moved, it is not thrown away.
         self.on_drop = OnDrop::Keep;
+        publish(&self.partial, &self.target)?;
         Ok(index)
     }
 
@@ -206,7 +212,7 @@ struct ShardWriter {
     dtype: TokenDType,
     token_count: u64,
     doc_offsets: Vec<u64>,
-    bytes: Vec<u8>,
+    buffer: Vec<u8>,
 }
 
 impl ShardWriter {
@@ -229,7 +235,7 @@ impl ShardWriter {
             dtype,
             token_count: 0,
             doc_offsets: vec![0],
-            bytes: Vec::new(),
+            buffer: Vec::new(),
         })
     }
 
@@ -243,13 +249,19 @@ impl ShardWriter {
                 reason: format!("the vocabulary has {vocab_size} entries"),
             });
         }
-        self.bytes.clear();
+        self.buffer.clear();
         for &token in tokens {
             // Little-endian: the lower bytes come first.
-            self.bytes.extend_from_slice(&token.to_le_bytes()[..self.dtype.bytes()]);
+            self.buffer.extend_from_slice(&token.to_le_bytes()[..self.dtype.bytes()]);
         }
         self.token_count += to_u64(tokens.len());
-        self.file.write_all(&self.bytes).map_err(Error::io("write", &self.path))
+        self.file.write_all(&self.buffer).map_err(Error::io("write", &self.path))
+    }
+
+    /// Bytes of its tokens and of the offsets of its documents.
+    fn bytes(&self) -> u64 {
+        let offsets = to_u64(self.doc_offsets.len() - 1) * to_u64(size_of::<u64>());
+        self.token_count * to_u64(self.dtype.bytes()) + offsets
     }
 
     fn end_document(&mut self) {
@@ -260,8 +272,8 @@ impl ShardWriter {
 
     fn finish(mut self, about: &ShardInfo) -> Result<ShardEntry> {
         self.end_document();
-        let offsets: Vec<u8> = self.doc_offsets.iter().flat_map(|at| at.to_le_bytes()).collect();
-        self.file.write_all(&offsets).map_err(Error::io("write", &self.path))?;
+        let offsets: &[u8] = bytemuck::cast_slice(&self.doc_offsets);
+        self.file.write_all(offsets).map_err(Error::io("write", &self.path))?;
         let special = about.special;
         let tokens = Tensor {
             name: "tokens".to_owned(),

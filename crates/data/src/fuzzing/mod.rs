@@ -3,7 +3,10 @@
 //! A target makes cases of bytes. Where a checksum or a fingerprint would end each attempt, the case has a right one, so that what lies behind it is reached.
 
 mod folder;
+mod kept;
 mod seeds;
+#[cfg(feature = "parquet")]
+mod tables;
 
 use std::fmt;
 
@@ -25,8 +28,8 @@ use folder::Memory;
 pub struct Case {
     /// Bytes of all files in it.
     pub bytes: usize,
-    /// Reads it: whatever the bytes are, that ends, does not panic, and takes no more memory than twice the bytes and a
-    /// megabyte. Gives whether anything could be read.
+    /// Reads it: whatever the bytes are, that ends, does not panic, and takes no more memory than [`Target::memory`] says.
+    /// Gives whether anything could be read.
     pub read: Box<dyn Fn() -> bool>,
 }
 
@@ -45,23 +48,51 @@ pub struct Target {
     pub seeds: fn() -> Vec<Vec<u8>>,
     /// The cases that bytes make. None if they cannot be what is parsed at all.
     pub cases: fn(&[u8]) -> Vec<Case>,
+    /// The memory that a case may take, in bytes: for each byte of its files, and beside that.
+    pub memory: (usize, usize),
+}
+
+/// Twice the files; a block, and what libraries take for themselves.
+const TWICE: (usize, usize) = (2, (1 << 20) + (64 << 10));
+
+/// What the tokenizers crate makes of a file is its own affair: maps of each token, both ways, and automata.
+const TOKENIZER: (usize, usize) = (256, 64 << 20);
+
+/// Zstandard makes at most 2^15 bytes of one; a dictionary and a batch may take as much again.
+#[cfg(feature = "parquet")]
+const TABLE: (usize, usize) = (4 << 15, 2 << 20);
+
+const fn target(
+    name: &'static str,
+    seeds: fn() -> Vec<Vec<u8>>,
+    cases: fn(&[u8]) -> Vec<Case>,
+) -> Target {
+    Target { name, seeds, cases, memory: TWICE }
 }
 
 /// All of them.
 pub const TARGETS: &[Target] = &[
-    Target { name: "token_index", seeds: seeds::token_index, cases: token_index },
-    Target { name: "token_shard", seeds: seeds::token_shard, cases: token_shard },
-    Target { name: "record_index", seeds: seeds::record_index, cases: record_index },
-    Target { name: "record_shard", seeds: seeds::record_shard, cases: record_shard },
-    Target { name: "damage_list", seeds: seeds::damage_list, cases: damage_list },
-    Target { name: "megatron_index", seeds: seeds::megatron_index, cases: megatron_index },
-    Target { name: "fixed_batches", seeds: seeds::fixed_batches, cases: fixed_batches },
-    Target { name: "tokenizer", seeds: seeds::tokenizer, cases: tokenizer },
-    Target { name: "loader_state", seeds: seeds::loader_state, cases: loader_state },
-    Target { name: "journal", seeds: seeds::journal, cases: journal },
-    Target { name: "json_line", seeds: seeds::json_line, cases: json_line },
+    target("token_index", seeds::token_index, token_index),
+    target("token_shard", seeds::token_shard, token_shard),
+    target("record_index", seeds::record_index, record_index),
+    target("record_shard", seeds::record_shard, record_shard),
+    target("damage_list", seeds::damage_list, damage_list),
+    target("megatron_index", seeds::megatron_index, megatron_index),
+    target("fixed_batches", seeds::fixed_batches, fixed_batches),
+    target("arrays", seeds::arrays, arrays),
+    target("kept_blocks", kept::right, kept::cases),
+    target("tokenizer", seeds::tokenizer, tokenizer),
+    Target {
+        memory: TOKENIZER,
+        ..target("converter_tokenizer", seeds::converter_tokenizer, converter_tokenizer)
+    },
+    target("loader_state", seeds::loader_state, loader_state),
+    target("journal", seeds::journal, journal),
+    target("json_line", seeds::json_line, json_line),
     #[cfg(feature = "http")]
-    Target { name: "http_answer", seeds: seeds::http_answer, cases: http_answer },
+    target("http_answer", seeds::http_answer, http_answer),
+    #[cfg(feature = "parquet")]
+    Target { memory: TABLE, ..target("table", tables::right, tables::cases) },
 ];
 
 /// Vocabularies of both widths.
@@ -254,7 +285,20 @@ fn text(bytes: &[u8], read: impl Fn(&[u8]) -> bool + 'static) -> Vec<Case> {
 }
 
 fn tokenizer(bytes: &[u8]) -> Vec<Case> {
-    text(bytes, |json| Continuations::of_json(json, 1000, "tokenizer.json".as_ref()).is_ok())
+    text(bytes, |json| {
+        let of = |vocab_size| Continuations::of_json(json, vocab_size, "tokenizer.json".as_ref());
+        of(1000).is_ok() & of(u32::MAX).is_ok()
+    })
+}
+
+fn converter_tokenizer(bytes: &[u8]) -> Vec<Case> {
+    text(bytes, fuzzed::tokenizer)
+}
+
+fn arrays(bytes: &[u8]) -> Vec<Case> {
+    in_folder(&[("f", bytes)], |folder| {
+        crate::Folder::open(folder, "f").is_ok_and(crate::records::fuzzed_arrays)
+    })
 }
 
 fn loader_state(bytes: &[u8]) -> Vec<Case> {

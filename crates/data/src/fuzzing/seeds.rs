@@ -1,7 +1,7 @@
 //! Right files, to begin with.
 
 use super::{seal, SPECIAL};
-use crate::cast::to_u64;
+use crate::cast::{to_u64, to_usize};
 use crate::dtype::DType;
 use crate::fingerprint::Fingerprint;
 use crate::format::header::{encode, encode_sealed, Tensor};
@@ -21,39 +21,47 @@ fn shard(mut tensors: Vec<Tensor>, data: &[u8]) -> Vec<u8> {
     seal(&mut file).map_or_else(Vec::new, |_| file)
 }
 
-/// 40 documents of 50 tokens.
-fn tokens_of(element_bytes: usize) -> Vec<u8> {
-    let token = |at: u32| (5 + at / 50).to_le_bytes();
+/// Documents of 50 tokens.
+fn tokens_of(element_bytes: usize, documents: u32) -> Vec<u8> {
+    let token = |at: u32| (5 + at / 50 % 400).to_le_bytes();
+    let count = documents * 50;
     let mut data: Vec<u8> =
-        (0..2000).flat_map(|at| token(at).into_iter().take(element_bytes)).collect();
-    data.extend((0..=40_u64).flat_map(|document| (document * 50).to_le_bytes()));
+        (0..count).flat_map(|at| token(at).into_iter().take(element_bytes)).collect();
+    let ends = 0..=u64::from(documents);
+    data.extend(ends.flat_map(|document| (document * 50).to_le_bytes()));
     let dtype = if element_bytes == 2 { "U16" } else { "U32" };
+    let [tokens, offsets] = [count, documents + 1].map(|count| to_usize(u64::from(count)));
     let tensors = vec![
-        tensor("tokens", dtype, &[2000], element_bytes),
-        tensor("doc_offsets", "U64", &[41], 8),
+        tensor("tokens", dtype, &[tokens], element_bytes),
+        tensor("doc_offsets", "U64", &[offsets], 8),
     ];
     shard(tensors, &data)
 }
 
 pub(super) fn tokens() -> Vec<u8> {
-    tokens_of(2)
+    tokens_of(2, 40)
 }
 
 pub(super) fn token_shard() -> Vec<Vec<u8>> {
-    vec![tokens_of(2), tokens_of(4)]
+    vec![tokens(), tokens_of(4, 40)]
+}
+
+/// The index of a folder of so many documents, and its one shard.
+pub(super) fn token_folder(documents: u32) -> (Vec<u8>, Vec<u8>) {
+    let mut shard = tokens_of(2, documents);
+    let crc32c = seal(&mut shard).unwrap_or_default();
+    let entry = ShardEntry {
+        file: "tokens-00000.safetensors".to_owned(),
+        file_bytes: to_u64(shard.len()),
+        token_count: u64::from(documents) * 50,
+        document_count: u64::from(documents),
+        crc32c,
+    };
+    (Index::new(500, SPECIAL, Fingerprint(1), 7, vec![entry]).to_json(), shard)
 }
 
 pub(super) fn token_index() -> Vec<Vec<u8>> {
-    let mut file = tokens();
-    let crc32c = seal(&mut file).unwrap_or_default();
-    let entry = ShardEntry {
-        file: "tokens-00000.safetensors".to_owned(),
-        file_bytes: to_u64(file.len()),
-        token_count: 2000,
-        document_count: 40,
-        crc32c,
-    };
-    vec![Index::new(500, SPECIAL, Fingerprint(1), 7, vec![entry]).to_json()]
+    vec![token_folder(40).0]
 }
 
 pub(super) fn fields() -> Vec<Field> {
@@ -155,6 +163,46 @@ pub(super) fn tokenizer() -> Vec<Vec<u8>> {
         "vocab": {"[CLS]": 0, "run": 1, "##ning": 2, "\u00e9": 3}}}"###;
     let unigram = r#"{"model": {"vocab": [["<unk>", 0.0], ["run", -1.0], ["ning", -2.5]], "type": "Unigram"}}"#;
     vec![pieces.into(), unigram.into()]
+}
+
+/// Of BERT's kind, byte-level, and one that no way of our own is for.
+pub(super) fn converter_tokenizer() -> Vec<Vec<u8>> {
+    let words = r###"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [{"id": 1, "content": "[SEP]",
+        "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}],
+        "normalizer": {"type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true, "strip_accents": null, "lowercase": true},
+        "pre_tokenizer": {"type": "BertPreTokenizer"}, "post_processor": null, "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
+        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100,
+        "vocab": {"[UNK]": 0, "[SEP]": 1, "the": 2, "k": 3, "##ing": 4, "s": 5}}}"###;
+    let bytes = r#"{"version": "1.0", "truncation": {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0},
+        "padding": {"strategy": {"Fixed": 4}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"},
+        "added_tokens": [], "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "\\p{L}+|\\s+|[^\\s]"}, "behavior": "Isolated", "invert": false},
+        {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}]},
+        "post_processor": null, "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
+        "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+        "vocab": {"t": 0, "h": 1, "e": 2, "th": 3, "the": 4, "Ġ": 5, "<|endoftext|>": 6}, "merges": [["t", "h"], ["th", "e"]]}}"#;
+    let other = r#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [{"id": 0, "content": "<unk>",
+        "single_word": false, "lstrip": true, "rstrip": false, "normalized": true, "special": false}],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]},
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true},
+        "post_processor": null, "decoder": null, "model": {"type": "Unigram", "unk_id": 0, "byte_fallback": false,
+        "vocab": [["<unk>", 0.0], ["▁the", -1.0], ["k", -2.5], ["ing", -3.0], ["s", -3.5], ["</s>", 0.0]]}}"#;
+    vec![words.into(), bytes.into(), other.into()]
+}
+
+/// What the converter of arrays reads: tensors that agree in their rows, and a shard of records, which is such a file as well.
+pub(super) fn arrays() -> Vec<Vec<u8>> {
+    let tensors = [
+        tensor("label", "I64", &[20], 8),
+        tensor("image", "U8", &[20, 3, 4], 1),
+        tensor("good", "BOOL", &[20, 1], 1),
+    ];
+    let mut file = encode(&tensors, &[]);
+    file.extend((0..20_i64).flat_map(i64::to_le_bytes));
+    file.extend([7_u8; 240].iter().chain(&[1; 20]));
+    let fixed = vec![tensor("label", "F32", &[30, 2], 4), tensor("id", "U16", &[30], 2)];
+    vec![file, shard(fixed, &[3; 300])]
 }
 
 pub(super) fn loader_state() -> Vec<Vec<u8>> {

@@ -29,7 +29,7 @@ const PART_BYTES: usize = 4 << 20;
 ///
 /// # Errors
 /// [`Error::NoInput`], [`Error::InvalidOption`] without files, [`Error::BadHeader`], [`Error::WrongShape`] and
-/// [`Error::WrongDType`] for tensors that do not agree, [`Error::TextChanged`], [`Error::OutputExists`],
+/// [`Error::WrongDType`] for tensors that do not agree, [`Error::BadValue`] for truth values other than 0 and 1, [`Error::TextChanged`], [`Error::OutputExists`],
 /// [`Error::OtherConversion`], [`Error::LockTimeout`], [`Error::CacheNotWritable`] and [`Error::Io`].
 pub fn convert_safetensors(
     inputs: &[PathBuf],
@@ -38,8 +38,9 @@ pub fn convert_safetensors(
     progress: &dyn Progress,
 ) -> Result<ConvertedRecords> {
     let files = input::list_named(inputs, &["safetensors"])?;
+    let open = |path| Bytes::open(path, Access::Read, None);
     let arrays: Vec<Arrays> =
-        files.iter().map(|file| Arrays::open(&file.path)).collect::<Result<_>>()?;
+        files.iter().map(|file| Arrays::of(open(&file.path)?)).collect::<Result<_>>()?;
     for file in &arrays[1..] {
         file.agrees_with(&arrays[0])?;
     }
@@ -64,26 +65,11 @@ impl Input for AllArrays {
     }
 
     fn parts(&self, file: usize) -> Result<Parts<'_, ()>> {
-        let arrays = &self.arrays[file];
-        let row_bytes: usize = arrays.fields.iter().map(row_bytes).sum();
-        let step = (PART_BYTES / row_bytes.max(1)).max(1);
-        Ok(Box::new((0..arrays.records).step_by(step).map(move |first| {
-            let rows = (arrays.records - first).min(to_u64(step));
-            let bytes = rows * to_u64(row_bytes);
-            Ok(Part { first, rows, memory_bytes: bytes, file_bytes: bytes, content: () })
-        })))
+        Ok(Box::new(self.arrays[file].parts().map(Ok)))
     }
 
     fn read(&self, file: usize, part: &Part<()>) -> Result<Vec<Packed>> {
-        let (arrays, Part { first, rows, content: (), .. }) = (&self.arrays[file], part);
-        let rows = to_usize(*rows);
-        let columns = arrays.fields.iter().zip(&arrays.starts).map(|(field, &start)| {
-            let (row_bytes, mut bytes) = (row_bytes(field), Vec::new());
-            let at = start + first * to_u64(row_bytes);
-            arrays.bytes.read(at, rows * row_bytes, &mut bytes)?;
-            Ok(Packed::of_rows(bytes, row_bytes, rows))
-        });
-        columns.collect()
+        self.arrays[file].read(part)
     }
 }
 
@@ -103,8 +89,8 @@ struct Arrays {
 }
 
 impl Arrays {
-    fn open(path: &Path) -> Result<Self> {
-        let bytes = Bytes::open(path, Access::Read, None)?;
+    fn of(bytes: Bytes) -> Result<Self> {
+        let path = bytes.path();
         let header = Header::read(&bytes)?;
         let mut names = header.names();
         names.sort_unstable();
@@ -139,6 +125,49 @@ impl Arrays {
         Ok(Arrays { path: path.to_path_buf(), bytes, fields, starts, records })
     }
 
+    fn parts(&self) -> impl Iterator<Item = Part<()>> + '_ {
+        let row_bytes: usize = self.fields.iter().map(row_bytes).sum();
+        let step = (PART_BYTES / row_bytes.max(1)).max(1);
+        (0..self.records).step_by(step).map(move |first| {
+            let rows = (self.records - first).min(to_u64(step));
+            let bytes = rows * to_u64(row_bytes);
+            Part { first, rows, memory_bytes: bytes, file_bytes: bytes, content: () }
+        })
+    }
+
+    fn read(&self, part: &Part<()>) -> Result<Vec<Packed>> {
+        let Part { first, rows, content: (), .. } = part;
+        let rows = to_usize(*rows);
+        let columns = self.fields.iter().zip(&self.starts).map(|(field, &start)| {
+            let (row_bytes, mut bytes) = (row_bytes(field), Vec::new());
+            let at = start + first * to_u64(row_bytes);
+            self.bytes.read(at, rows * row_bytes, &mut bytes)?;
+            self.check_bools(field, *first, &bytes)?;
+            Ok(Packed::of_rows(bytes, row_bytes, rows))
+        });
+        columns.collect()
+    }
+
+    /// Whether all truth values are 0 or 1, in rows from `first` on.
+    fn check_bools(&self, field: &Field, first: u64, bytes: &[u8]) -> Result<()> {
+        if field.dtype != DType::Bool {
+            return Ok(());
+        }
+        bytes.iter().position(|&byte| byte > 1).map_or(Ok(()), |at| {
+            let (row, position) = (at / row_bytes(field), at % row_bytes(field));
+            let name = &field.name;
+            Err(Error::BadValue {
+                path: self.path.clone(),
+                sample: first + to_u64(row),
+                position,
+                value: i64::from(bytes[at]),
+                reason: format!(
+                    "a value of the BOOL tensor `{name}` is 0 or 1; write the file again"
+                ),
+            })
+        })
+    }
+
     fn agrees_with(&self, first: &Arrays) -> Result<()> {
         if self.fields == first.fields {
             return Ok(());
@@ -151,4 +180,22 @@ impl Arrays {
         let reason = format!("it holds {ours}; {} holds {theirs}", first.path.display());
         Err(Error::BadHeader { path: self.path.clone(), reason })
     }
+}
+
+/// Reads all records of a file, as the converter does. Gives whether there are any.
+#[cfg(feature = "testing")]
+pub(crate) fn fuzzed(source: std::sync::Arc<dyn crate::source::Source>) -> bool {
+    let read = || {
+        let arrays = Arrays::of(Bytes::of(source, None)?)?;
+        arrays.agrees_with(&arrays)?;
+        let mut records = 0;
+        for part in arrays.parts() {
+            let columns = arrays.read(&part)?;
+            assert!(columns.iter().all(|column| to_u64(column.rows()) == part.rows));
+            records += part.rows;
+        }
+        assert_eq!(records, arrays.records);
+        Ok::<bool, Error>(records > 0)
+    };
+    read().unwrap_or(false)
 }

@@ -32,7 +32,9 @@ use crate::table;
 /// All files must agree in the columns' types, and every row must have a value in each. Files follow each other by name.
 ///
 /// The folder appears when it is complete; after a crash or an error the same call goes on behind the last finished shard, and
-/// the result has the bytes of a run without interruption. Threads share the row groups of Parquet files; each has one in memory.
+/// the result has the bytes of a run without interruption. Threads share the row groups of Parquet files and the batches of
+/// Arrow files: up to 256 MiB of values for each thread are in memory, or a single larger group or batch; of Arrow files also the batch
+/// that comes next.
 ///
 /// # Determinism
 /// The same input and options give the same bytes, whatever the number of threads.
@@ -89,10 +91,15 @@ impl Input for Tables {
 
     fn parts(&self, file: usize) -> Result<Parts<'_, table::Part>> {
         let parts = table::parts(&self.files[file].path, &self.schemas[file], &self.names)?;
+        let width =
+            |field: &Field| field.elements().unwrap_or(0).saturating_mul(field.dtype.bytes());
+        let row_bytes = self.fields.iter().map(width).fold(0, usize::saturating_add);
         let mut first = 0;
         Ok(Box::new(parts.map(move |part| {
             let content = part?;
-            let table::Part { rows, memory_bytes, file_bytes, .. } = content;
+            let table::Part { rows, file_bytes, .. } = content;
+            // A dictionary says little of what it stands for.
+            let memory_bytes = content.memory_bytes.max(rows.saturating_mul(to_u64(row_bytes)));
             let start = first;
             first += rows;
             Ok(Part { first: start, rows, memory_bytes, file_bytes, content })
@@ -147,12 +154,14 @@ fn field(name: &str, kind: &DataType) -> Option<Field> {
         DataType::Dictionary(_, values) => field(name, values),
         _ => {
             let (mut kind, mut shape) = (kind, Vec::new());
+            // Rows of no bytes: nothing would bound how many of them a file claims.
+            let size = |count: i32| usize::try_from(count).ok().filter(|&size| size > 0);
             while let DataType::FixedSizeList(inner, count) = kind {
-                shape.push(usize::try_from(*count).ok()?);
+                shape.push(size(*count)?);
                 kind = inner.data_type();
             }
             if let DataType::FixedSizeBinary(count) = kind {
-                shape.push(usize::try_from(*count).ok()?);
+                shape.push(size(*count)?);
                 return Some(Field::fixed(name, DType::U8, shape));
             }
             Some(Field::fixed(name, scalar(kind)?, shape))
@@ -185,11 +194,15 @@ fn push(
     columns: &mut [Packed],
 ) -> Result<()> {
     for (Field { name, dtype, .. }, column) in fields.iter().zip(columns) {
-        let bad = |row: usize, reason: &str| Error::BadRow {
+        let bad = |row: usize, reason: &str| {
+            Error::BadRow {
             path: path.to_path_buf(),
             row: first + to_u64(row) + 1,
             column: name.clone(),
-            reason: reason.to_owned(),
+            reason: format!(
+                "{reason}, and every row of a field needs a value; correct it, or leave the column out of --columns"
+            ),
+        }
         };
         let (array, nulls) = table::column(batch, name).ok_or_else(|| bad(0, "it is not there"))?;
         if let Some(row) = first_null(nulls.as_ref()) {
@@ -299,4 +312,23 @@ fn fixed(array: &dyn Array, bytes: &mut Vec<u8>) -> Option<()> {
         }
     }
     Some(())
+}
+
+/// Reads all columns of a file, as the converter does. Gives whether there are rows.
+#[cfg(feature = "testing")]
+pub(crate) fn fuzzed(path: &Path) -> bool {
+    let read = || {
+        let (files, _) = input::list(&[path.to_path_buf()], Some(Format::Parquet))?;
+        let schemas = vec![table::schema(path)?];
+        let names = names(&schemas[0], &[]);
+        let fields = fields(path, &schemas[0], &names)?;
+        let tables = Tables { files, schemas, names, fields };
+        let mut rows = 0;
+        for part in tables.parts(0)?.take(100) {
+            let columns = tables.read(0, &part?)?;
+            rows += columns.first().map_or(0, Packed::rows);
+        }
+        Ok::<bool, Error>(rows > 0)
+    };
+    read().unwrap_or(false)
 }

@@ -24,9 +24,13 @@ use crate::progress::{Event, Progress, Stage};
 const KEY_VERSION: &str = "records 1";
 
 /// Parts in flight for each thread, and their bytes, unless each thread has only one: enough that a slow one does not make the
-/// others wait, few enough to bound memory.
+/// others wait.
 const PARTS_PER_THREAD: usize = 4;
 const BYTES_PER_THREAD: u64 = 64 << 20;
+
+/// Bytes of parts in flight for each thread, whatever their number; a single larger one is let through. Row groups are written with
+/// some hundred MiB.
+const BYTES_PER_THREAD_MAX: u64 = 256 << 20;
 
 /// How files are converted to records.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,7 +89,7 @@ pub(super) struct Part<C> {
     pub(super) rows: u64,
     /// What they take in memory, about.
     pub(super) memory_bytes: u64,
-    /// Bytes of the file that they stand for.
+    /// Bytes of the file that they stand for, about.
     pub(super) file_bytes: u64,
     pub(super) content: C,
 }
@@ -111,7 +115,9 @@ pub(super) fn convert<I: Input>(
     let done = resume::half_done(output, key, options.restart, |_| true, progress)?;
     let resumed_shards = journal::count(&done);
     let work = Work { input, output, shard_bytes: options.shard_bytes, key, progress };
-    let index = in_pool(options.threads, || work.run(&done, lock))??;
+    let index = in_pool(options.threads, || work.run(&done, lock))?.inspect_err(|error| {
+        resume::tell_what_stays::<RecordShard>(output, key, error, progress);
+    })?;
     Ok(ConvertedRecords { index, source_bytes, resumed_shards, reused: false })
 }
 
@@ -144,9 +150,9 @@ impl<I: Input> Work<'_, I> {
         let sizes: Vec<u64> = self.input.files().iter().map(|file| file.bytes).collect();
         // Places of records count rows: of the file in which they go on nothing is counted as done.
         let total_bytes = sizes.iter().skip(place.file).sum();
-        self.progress.report(Event::Begin { stage: Stage::Encoding, total_bytes });
+        self.progress.report(Event::Begin { stage: Stage::Records, total_bytes });
         self.read_all(place, &mut sink)?;
-        self.progress.report(Event::End { stage: Stage::Encoding });
+        self.progress.report(Event::End { stage: Stage::Records });
         self.input.files().iter().try_for_each(InputFile::check_unchanged)?;
         sink.writer.close()?;
         sink.note(Place { file: sizes.len(), ..Place::default() })?;
@@ -155,15 +161,24 @@ impl<I: Input> Work<'_, I> {
 
     fn read_all(&self, place: Place, sink: &mut Sink) -> Result<()> {
         let threads = rayon::current_num_threads();
-        let (mut waiting, mut waiting_bytes) = (Vec::new(), 0);
+        let bytes_max = to_u64(threads) * BYTES_PER_THREAD_MAX;
+        let (mut waiting, mut waiting_bytes) = (Vec::new(), 0_u64);
         for file in place.file..self.input.files().len() {
+            // Parts say about how much of the file they stand for; all of them, and what lies between them, are all of it.
+            let mut rest_bytes = self.input.files()[file].bytes;
             for part in self.input.parts(file)? {
-                let part = part?;
+                let mut part = part?;
+                part.file_bytes = part.file_bytes.min(rest_bytes);
+                rest_bytes -= part.file_bytes;
                 if file == place.file && part.first + part.rows <= place.line {
-                    self.advance(&part);
+                    self.advance(part.file_bytes);
                     continue;
                 }
-                waiting_bytes += part.memory_bytes;
+                if waiting_bytes.saturating_add(part.memory_bytes) > bytes_max {
+                    self.hand_on(&mut waiting, place, sink)?;
+                    waiting_bytes = 0;
+                }
+                waiting_bytes = waiting_bytes.saturating_add(part.memory_bytes);
                 waiting.push((file, part));
                 let is_full = waiting_bytes >= to_u64(threads) * BYTES_PER_THREAD;
                 if waiting.len() >= threads * if is_full { 1 } else { PARTS_PER_THREAD } {
@@ -171,6 +186,7 @@ impl<I: Input> Work<'_, I> {
                     waiting_bytes = 0;
                 }
             }
+            self.advance(rest_bytes);
         }
         self.hand_on(&mut waiting, place, sink)
     }
@@ -182,33 +198,33 @@ impl<I: Input> Work<'_, I> {
         place: Place,
         sink: &mut Sink,
     ) -> Result<()> {
-        let read = |(file, part): &(usize, Part<I::Content>)| {
-            let columns = self.input.read(*file, part);
-            self.advance(part);
-            columns
+        // What a part holds is let go of when it was read.
+        let read = |(file, part): (usize, Part<I::Content>)| {
+            let columns = self.input.read(file, &part);
+            self.advance(part.file_bytes);
+            (file, part.first, part.rows, columns)
         };
         // In order up to the first error, so that the same one is reported whatever the threads do.
-        let all: Vec<Result<Vec<Packed>>> = parts.par_iter().map(read).collect();
-        parts.drain(..).zip(all).try_for_each(|((file, part), columns)| {
+        let all: Vec<_> = parts.par_drain(..).map(read).collect();
+        all.into_iter().try_for_each(|(file, first, rows, columns)| {
             let done = if file == place.file { place.line } else { 0 };
-            let already = to_usize(done.saturating_sub(part.first).min(part.rows));
+            let already = to_usize(done.saturating_sub(first).min(rows));
             let columns = columns?;
             // Places in the journal count rows as the file's own directory does.
-            if let Some(other) = columns.iter().find(|one| to_u64(one.rows()) != part.rows) {
+            if let Some(other) = columns.iter().find(|one| to_u64(one.rows()) != rows) {
                 let path = self.input.files()[file].path.clone();
-                let (rows, at) = (part.rows, part.first);
                 let reason = format!(
-                    "it says that {rows} rows begin at row {at}, and a column has {}",
+                    "it says that {rows} rows begin at row {first}, and a column has {}",
                     other.rows()
                 );
                 return Err(Error::BadTable { path, reason });
             }
-            sink.append(file, part.first, &columns, already)
+            sink.append(file, first, &columns, already)
         })
     }
 
-    fn advance(&self, part: &Part<I::Content>) {
-        self.progress.report(Event::Advance { stage: Stage::Encoding, bytes: part.file_bytes });
+    fn advance(&self, bytes: u64) {
+        self.progress.report(Event::Advance { stage: Stage::Records, bytes });
     }
 }
 
@@ -242,5 +258,91 @@ impl Sink {
         };
         let counts = Counts::default();
         self.journal.add(&Entry { shard: shard.clone(), next, counts })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::convert::input;
+    use crate::dtype::DType;
+    use crate::progress::Silent;
+
+    /// Parts that say how much memory they take, and take none.
+    struct Sized {
+        files: Vec<InputFile>,
+        fields: [Field; 1],
+        part_bytes: Vec<u64>,
+        held: Arc<AtomicU64>,
+        held_max: AtomicU64,
+    }
+
+    /// What is held of a part until it was read.
+    struct Held(Arc<AtomicU64>, u64);
+
+    impl Drop for Held {
+        fn drop(&mut self) {
+            self.0.fetch_sub(self.1, Ordering::SeqCst);
+        }
+    }
+
+    impl Input for Sized {
+        type Content = Held;
+
+        fn files(&self) -> &[InputFile] {
+            &self.files
+        }
+
+        fn fields(&self) -> &[Field] {
+            &self.fields
+        }
+
+        fn parts(&self, _file: usize) -> Result<Parts<'_, Held>> {
+            Ok(Box::new((0..).zip(&self.part_bytes).map(|(first, &memory_bytes)| {
+                let held = self.held.fetch_add(memory_bytes, Ordering::SeqCst) + memory_bytes;
+                self.held_max.fetch_max(held, Ordering::SeqCst);
+                let content = Held(Arc::clone(&self.held), memory_bytes);
+                Ok(Part { first, rows: 1, memory_bytes, file_bytes: 0, content })
+            })))
+        }
+
+        fn read(&self, _file: usize, part: &Part<Held>) -> Result<Vec<Packed>> {
+            Ok(vec![Packed::of_rows(part.first.to_le_bytes().to_vec(), 8, 1)])
+        }
+    }
+
+    #[test]
+    fn parts_in_flight_are_bounded_in_bytes_whatever_the_threads() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("f");
+        std::fs::write(&path, "f").unwrap();
+        let (files, _) = input::list(&[path], Some(crate::convert::Format::Text)).unwrap();
+        let (small, half, huge) = (1_u64 << 10, 150_u64 << 20, 3_u64 << 30);
+        // A part that is too large to come along has been found already.
+        for (part_bytes, expected) in [
+            (vec![small; 40], 16 * small),
+            (vec![half; 12], 4 * half),
+            (vec![huge; 6], 2 * huge),
+            ([vec![small; 5], vec![huge; 2], vec![half; 3]].concat(), 2 * huge),
+        ] {
+            let sized = Sized {
+                files: files.clone(),
+                fields: [Field::fixed("number", DType::I64, [])],
+                part_bytes,
+                held: Arc::default(),
+                held_max: AtomicU64::new(0),
+            };
+            let output = tempfile::tempdir().unwrap();
+            let options =
+                RecordOptions { threads: NonZeroUsize::new(4), ..RecordOptions::default() };
+            let output = output.path().join("records");
+            let made = convert(&sized, "sized", &output, &options, &Silent).unwrap();
+            assert_eq!(made.index.record_count, to_u64(sized.part_bytes.len()));
+            assert_eq!(sized.held.load(Ordering::SeqCst), 0);
+            assert_eq!(sized.held_max.load(Ordering::SeqCst), expected);
+        }
     }
 }

@@ -9,10 +9,9 @@ use crate::cast::to_u64;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
 use crate::format::files::{check_total, Listed};
-use crate::format::{read_json, BLOCK_BYTES};
+use crate::format::{read_json, BLOCK_BYTES, RECORDS_FORMAT};
 use crate::source::{Access, Folder, LocalFolder};
 
-const FORMAT: &str = "phalanx-records";
 const VERSION: u32 = 2;
 
 /// One shard of records.
@@ -61,7 +60,7 @@ pub struct RecordIndex {
 impl RecordIndex {
     pub(crate) fn new(fields: Vec<Field>, shards: Vec<RecordShard>) -> Self {
         let mut index = RecordIndex {
-            format: FORMAT.to_owned(),
+            format: RECORDS_FORMAT.to_owned(),
             version: VERSION,
             creator: concat!("phalanx-data ", env!("CARGO_PKG_VERSION")).to_owned(),
             fields,
@@ -90,7 +89,7 @@ impl RecordIndex {
             format: String,
         }
         let (kind, _): (Kind, _) = read_json(folder)?;
-        Ok(kind.format == FORMAT)
+        Ok(kind.format == RECORDS_FORMAT)
     }
 
     /// Reads and checks the index of a folder.
@@ -125,8 +124,8 @@ impl RecordIndex {
 
     fn check(&self) -> std::result::Result<(), String> {
         let RecordIndex { format, version, block_bytes, .. } = self;
-        if format != FORMAT || *version != VERSION {
-            let ours = format!("this program reads {FORMAT} version {VERSION}");
+        if format != RECORDS_FORMAT || *version != VERSION {
+            let ours = format!("this program reads {RECORDS_FORMAT} version {VERSION}");
             return Err(format!("format {format} version {version}, {ours}"));
         }
         if *block_bytes != to_u64(BLOCK_BYTES) {

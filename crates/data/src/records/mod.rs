@@ -47,8 +47,12 @@ mod samples;
 mod writer;
 
 pub use arrays::convert_safetensors;
+#[cfg(feature = "testing")]
+pub(crate) use arrays::fuzzed as fuzzed_arrays;
 #[cfg(feature = "parquet")]
 pub use columns::convert_columns;
+#[cfg(all(feature = "parquet", feature = "testing"))]
+pub(crate) use columns::fuzzed as fuzzed_columns;
 pub use convert::{ConvertedRecords, RecordOptions};
 pub use field::{ColumnValue, Field, FieldShape};
 pub use index::{RecordIndex, RecordShard};

@@ -6,23 +6,26 @@ use std::ops::Range;
 #[derive(Debug)]
 pub(super) struct Packed {
     bytes: Vec<u8>,
-    /// Where each row begins, and where the last one ends.
+    rows: usize,
+    /// Of each row, if all have the same.
+    row_bytes: usize,
+    /// Where each row begins, and where the last one ends; empty if all have the same length.
     bounds: Vec<usize>,
 }
 
 impl Packed {
     #[cfg(feature = "parquet")]
     pub(super) fn new() -> Self {
-        Packed { bytes: Vec::new(), bounds: vec![0] }
+        Packed { bytes: Vec::new(), rows: 0, row_bytes: 0, bounds: vec![0] }
     }
 
     /// Rows of `row_bytes` each.
     pub(super) fn of_rows(bytes: Vec<u8>, row_bytes: usize, rows: usize) -> Self {
-        Packed { bytes, bounds: (0..=rows).map(|row| row * row_bytes).collect() }
+        Packed { bytes, rows, row_bytes, bounds: Vec::new() }
     }
 
     pub(super) fn rows(&self) -> usize {
-        self.bounds.len() - 1
+        self.rows
     }
 
     /// Bytes of all rows.
@@ -35,15 +38,21 @@ impl Packed {
     #[cfg(feature = "parquet")]
     pub(super) fn end_row_at(&mut self, end: usize) {
         self.bounds.push(end);
+        self.rows += 1;
+    }
+
+    /// Where a row begins, or the one before it ends.
+    fn bound(&self, row: usize) -> usize {
+        self.bounds.get(row).copied().unwrap_or(row * self.row_bytes)
     }
 
     /// The bytes of a row.
     pub(super) fn row_bytes(&self, row: usize) -> usize {
-        self.bounds[row + 1] - self.bounds[row]
+        self.bound(row + 1) - self.bound(row)
     }
 
     /// The bytes of some rows.
     pub(super) fn of(&self, rows: Range<usize>) -> &[u8] {
-        &self.bytes[self.bounds[rows.start]..self.bounds[rows.end]]
+        &self.bytes[self.bound(rows.start)..self.bound(rows.end)]
     }
 }

@@ -197,13 +197,14 @@ impl Records {
         Ok(longest)
     }
 
-    /// Has these records fetched from the disk, where that can be asked for.
-    pub fn will_need(&self, records: Range<u64>) {
+    /// Has these records fetched from the disk, where that can be asked for. Reads the bounds of the first and the last one in variable
+    /// fields, and waits for them.
+    pub fn will_need(&self, records: Range<u64>, scratch: &mut Scratch) {
         for (shard, bounds) in self.shards.iter().zip(self.starts.windows(2)) {
             let (start, end) = (records.start.max(bounds[0]), records.end.min(bounds[1]));
             if let Some(shard) = shard.as_ref().filter(|_| start < end) {
-                shard
-                    .will_need(start - bounds[0]..end - bounds[0], (&self.index.fields, bounds[0]));
+                let rows = start - bounds[0]..end - bounds[0];
+                shard.will_need(rows, (&self.index.fields, bounds[0]), scratch);
             }
         }
     }
@@ -341,10 +342,9 @@ impl Shard {
     }
 
     /// Rows counted within the shard, whose first record is `first`.
-    fn will_need(&self, rows: Range<u64>, (fields, first): (&[Field], u64)) {
-        let mut scratch = Scratch::default();
+    fn will_need(&self, rows: Range<u64>, (fields, first): (&[Field], u64), scratch: &mut Scratch) {
         for (number, field) in fields.iter().enumerate() {
-            let mut place = |row| self.bytes(number, row, first + row, field.dtype, &mut scratch);
+            let mut place = |row| self.bytes(number, row, first + row, field.dtype, scratch);
             // Whoever reads them has the error.
             if let (Ok(start), Ok(end)) = (place(rows.start), place(rows.end - 1)) {
                 self.checked.bytes.will_need(start.start..end.end);

@@ -25,9 +25,10 @@ impl RecordSamples {
     /// A column for each field. Reads the bounds of variable fields once if the folder was written before its index held their longest.
     ///
     /// # Errors
-    /// As [`Records::read`].
+    /// [`Error::InvalidOption`] for a field whose name another one's column of lengths has, and as [`Records::read`].
     pub fn new(records: Records) -> Result<Self> {
         let mut columns = Vec::new();
+        let has = |name: &str| records.fields().iter().any(|field| field.name == name);
         for (number, Field { name, dtype, shape }) in records.fields().iter().enumerate() {
             match shape {
                 FieldShape::Fixed(shape) => {
@@ -35,8 +36,15 @@ impl RecordSamples {
                 }
                 FieldShape::Variable => {
                     let longest = records.longest(number)?;
+                    let len_name = format!("{name}_len");
+                    if has(&len_name) {
+                        let reason = format!(
+                            "the column of that name says how long the field `{name}` is: write the records with another name for one of the two"
+                        );
+                        return Err(Error::option("field", format!("`{len_name}`"), reason));
+                    }
                     columns.push(Column::padded(name.clone(), *dtype, [longest]));
-                    columns.push(Column::new(format!("{name}_len"), DType::I64, []));
+                    columns.push(Column::new(len_name, DType::I64, []));
                 }
             }
         }
@@ -108,8 +116,8 @@ impl Samples for RecordSamples {
         self.records.damaged()
     }
 
-    fn will_need(&self, samples: Range<u64>) {
-        self.records.will_need(samples);
+    fn will_need(&self, samples: Range<u64>, scratch: &mut Scratch) {
+        self.records.will_need(samples, scratch);
     }
 
     fn fill(&self, _seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {

@@ -11,7 +11,7 @@ use crate::cast::to_u64;
 use crate::convert::resume;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::format::files::{partial_path, publish, seal, write_synced};
+use crate::format::files::{is_free, partial_path, publish, seal, write_synced};
 use crate::format::header::{self, Tensor};
 use crate::format::INDEX_FILE;
 use crate::lock::Lock;
@@ -63,12 +63,11 @@ impl RecordWriter {
     /// or 2^24 records.
     ///
     /// # Errors
-    /// [`Error::OutputExists`] if something is there, [`Error::LockTimeout`] if somebody else writes it,
+    /// [`Error::OutputExists`] if something is there but an empty folder, [`Error::LockTimeout`] if somebody else writes it,
     /// [`Error::InvalidOption`] for fields that cannot be, and [`Error::CacheNotWritable`].
     pub fn create(folder: &Path, fields: Vec<Field>, shard_bytes: u64) -> Result<Self> {
         let lock = resume::lock(folder)?;
-        let is_free = fs::read_dir(folder).map_or(!folder.exists(), |mut it| it.next().is_none());
-        if !is_free {
+        if !is_free(folder)? {
             return Err(Error::OutputExists { path: folder.to_path_buf() });
         }
         let mut writer = Self::resume(folder, fields, shard_bytes, Vec::new(), lock)?;
@@ -195,14 +194,16 @@ impl RecordWriter {
     /// Writes the index and moves the folder to its place.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::OutputExists`] if something came to lie there meanwhile: it stays, and the complete folder is beside it as
+    /// `.NAME.partial`. [`Error::Io`].
     pub fn finish(mut self) -> Result<RecordIndex> {
         self.close()?;
         let fields = self.columns.iter().map(|column| column.field.clone()).collect();
         let index = RecordIndex::new(fields, std::mem::take(&mut self.done));
         write_synced(&self.partial.join(INDEX_FILE), &index.to_json())?;
-        publish(&self.partial, &self.target)?;
+        // It is complete: if it cannot be moved, it is not thrown away.
         self.on_drop = OnDrop::Keep;
+        publish(&self.partial, &self.target)?;
         Ok(index)
     }
 

@@ -9,14 +9,16 @@
 //! ```
 //!
 //! A block is written before its entry, and compared with it when a process first uses it: what a crash left unwritten is
-//! fetched again. Several processes share a folder without talking: they write the same bytes. Files are removed whole, to make
-//! room, and not while a process has them open (`flock`).
+//! fetched again. Several processes share a folder: of those that need the same block at once, one fetches it and the others
+//! wait for it, for a while ([`super::only`]); who has waited long enough fetches it as well, and writes the same bytes. Files
+//! are removed whole, to make room, and not while a process has them open (`flock`).
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -24,20 +26,21 @@ use std::time::SystemTime;
 
 use rustix::fs::{flock, FlockOperation};
 
-use super::{Folder, Source};
+use super::only::{self, Only};
+use super::{local, Folder, Source};
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprinter;
 
 const MAGIC: &str = "phalanx-blocks 1";
 const EXTENSION: &str = "blocks";
-const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 
 /// What is fetched at once: what has a checksum of its own in prepared folders.
-const BLOCK_BYTES: u64 = 1 << 20;
+pub(crate) const BLOCK_BYTES: u64 = 1 << 20;
 
-const ENTRY_BYTES: u64 = 8;
-const PRESENT: u64 = 1 << 32;
+pub(crate) const ENTRY_BYTES: u64 = 8;
+pub(crate) const PRESENT: u64 = 1 << 32;
 
 /// Threads that fetch different blocks of a file at once.
 const LOCKS: usize = 16;
@@ -49,7 +52,7 @@ const FETCHING_THREADS: usize = 4;
 const COUNT_AGAIN: u64 = 64 * BLOCK_BYTES;
 
 /// A folder whose files are kept on this machine, block by block, as they are read: each block of 1 MiB is fetched once, also for
-/// later runs and other processes.
+/// later runs and other processes. Who needs a block that another process is fetching waits for it, for at most five seconds.
 ///
 /// Files are known again by name, size and [`Source::version`]; those without a version are not kept. If the folder is full
 /// (see [`new`](Self::new)) or the disk is, what is not kept is read from afar.
@@ -61,7 +64,7 @@ pub struct CachedFolder<F> {
 
 impl<F: Folder> CachedFolder<F> {
     /// Keeps what is read of `inner` in `folder`, about `max_bytes` of it: when that is full, files that no process has open
-    /// are removed, those first that were opened longest ago.
+    /// are removed, those first that were opened longest ago. What dead processes have left half made there is removed at once.
     ///
     /// # Errors
     /// [`Error::CacheNotWritable`].
@@ -78,6 +81,7 @@ impl<F: Folder> CachedFolder<F> {
             ahead: Mutex::default(),
         };
         cache.count().map_err(failed)?;
+        only::remove_left_over(folder);
         Ok(CachedFolder { inner, cache: Arc::new(cache) })
     }
 
@@ -93,8 +97,8 @@ impl<F: Folder> CachedFolder<F> {
         let failed = |cause| Error::CacheNotWritable { path: cache.folder.clone(), cause };
         let blocks = source.size().div_ceil(BLOCK_BYTES);
         let data_at = (PAGE + blocks * ENTRY_BYTES).next_multiple_of(PAGE);
-        let file = match cache.open(&head, data_at + source.size()) {
-            Ok(file) => file,
+        let (path, file) = match cache.open(&head, data_at + source.size()) {
+            Ok(opened) => opened,
             // What does not fit is read from afar.
             Err(error) if is_full(&error) => {
                 tracing::warn!(%error, file = %source.name().display(), "the cache has no room for a file");
@@ -107,6 +111,7 @@ impl<F: Folder> CachedFolder<F> {
             me: Weak::clone(me),
             size: source.size(),
             inner: source,
+            path,
             file,
             data_at,
             good: (0..words).map(|_| AtomicU64::new(0)).collect(),
@@ -159,8 +164,8 @@ impl Cache {
         for entry in fs::read_dir(&self.folder)? {
             let path = entry?.path();
             if path.extension().is_some_and(|end| end == EXTENSION) {
-                // Another process may have removed it.
-                if let Ok(metadata) = fs::metadata(&path) {
+                // Another process may have removed it. What is no file is nobody's of ours, and to open it may take for ever.
+                if let Some(metadata) = fs::metadata(&path).ok().filter(fs::Metadata::is_file) {
                     files.push((metadata.modified()?, path, metadata.blocks() * 512));
                 }
             }
@@ -185,7 +190,9 @@ impl Cache {
         while let Some((file, block)) = self.next_ahead() {
             // Who reads a file that is gone has the error; nobody waits for a folder that was dropped.
             let Some(file) = file.upgrade() else { continue };
-            if file.ensure(block).is_err() {
+            // A source of somebody else's may panic: whoever reads it has that, too.
+            let fetched = catch_unwind(AssertUnwindSafe(|| file.ensure(block)));
+            if !matches!(fetched, Ok(Ok(_))) {
                 self.ahead.lock().unwrap_or_else(PoisonError::into_inner).blocks.clear();
             }
         }
@@ -224,42 +231,48 @@ impl Cache {
     }
 
     /// Opens the file for `head`, or makes it.
-    fn open(&self, head: &str, size: u64) -> io::Result<File> {
+    fn open(&self, head: &str, size: u64) -> io::Result<(PathBuf, File)> {
         let name = Fingerprinter::new("blocks").bytes(head.as_bytes()).finish();
         let path = self.folder.join(format!("{name}.{EXTENSION}"));
         let mut page = vec![0; to_usize(PAGE)];
         page[..head.len()].copy_from_slice(head.as_bytes());
         self.is_full.store(false, Ordering::Relaxed);
-        // Held as long as the file is open: it is in use.
-        let in_use = |file: &File| flock(file, FlockOperation::NonBlockingLockShared).is_ok();
-        if let Ok(file) = OpenOptions::new().read(true).write(true).open(&path) {
-            let mut found = vec![0; page.len()];
-            let is_same = file.read_exact_at(&mut found, 0).is_ok() && found == page;
-            if is_same && file.metadata()?.len() == size {
-                in_use(&file);
-                file.set_modified(SystemTime::now())?;
-                return Ok(file);
+        if let Some(file) = found(&path, &page, size)? {
+            return Ok((path, file));
+        }
+        // Of several that do not find it one makes it.
+        let _only = Only::take(&path.with_extension(only::name("file")));
+        if let Some(file) = found(&path, &page, size)? {
+            return Ok((path, file));
+        }
+        loop {
+            // Complete before it has its name.
+            let (new, file) = self.create_beside(&path)?;
+            let written = file.write_all_at(&page, 0).and_then(|()| file.set_len(size));
+            match written.and_then(|()| fs::rename(&new, &path)) {
+                Ok(()) => return Ok((path, file)),
+                // In the moment before it was locked it was taken for one that a dead process left, and removed.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && self.folder.is_dir() => {}
+                Err(error) => {
+                    // Nobody else has its name.
+                    drop(fs::remove_file(&new));
+                    return Err(error);
+                }
             }
         }
-        // Complete before it has its name. Of several that do so at once, all but one keep a file of their own.
-        let (new, file) = self.create_beside(&path)?;
-        in_use(&file);
-        let written = file.write_all_at(&page, 0).and_then(|()| file.set_len(size));
-        if let Err(error) = written.and_then(|()| fs::rename(&new, &path)) {
-            // Nobody else has its name.
-            drop(fs::remove_file(&new));
-            return Err(error);
-        }
-        Ok(file)
     }
 
-    /// Makes a file beside `path` that nobody else makes: not another thread, nor another folder in this process.
+    /// Makes a file beside `path` that nobody else makes: not another thread, nor another folder in this process. It is in use.
     fn create_beside(&self, path: &Path) -> io::Result<(PathBuf, File)> {
         loop {
             let number = self.created.fetch_add(1, Ordering::Relaxed);
-            let new = path.with_extension(format!("{}-{number}.new", std::process::id()));
-            match OpenOptions::new().read(true).write(true).create_new(true).open(&new) {
-                Ok(file) => return Ok((new, file)),
+            let new = path.with_extension(only::name(&format!("{}-{number}", std::process::id())));
+            let create = || OpenOptions::new().read(true).write(true).create_new(true).open(&new);
+            match local::one_more(create) {
+                Ok(file) => {
+                    use_it(&file);
+                    return Ok((new, file));
+                }
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(error),
             }
@@ -289,6 +302,26 @@ impl Cache {
     }
 }
 
+/// Holds a file as long as it is open: nobody removes it meanwhile. File systems without locks do without.
+fn use_it(file: &File) {
+    // Without it nothing else changes.
+    let _is_held = flock(file, FlockOperation::NonBlockingLockShared);
+}
+
+/// The file at `path`, if it begins with that page and has that size.
+fn found(path: &Path, page: &[u8], size: u64) -> io::Result<Option<File>> {
+    let open = || OpenOptions::new().read(true).write(true).open(path);
+    let Ok(file) = local::one_more(open) else { return Ok(None) };
+    let mut begins = vec![0; page.len()];
+    let is_same = file.read_exact_at(&mut begins, 0).is_ok() && begins == page;
+    if !is_same || file.metadata()?.len() != size {
+        return Ok(None);
+    }
+    use_it(&file);
+    file.set_modified(SystemTime::now())?;
+    Ok(Some(file))
+}
+
 fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
@@ -299,6 +332,8 @@ struct CachedFile {
     me: Weak<CachedFile>,
     inner: Arc<dyn Source>,
     size: u64,
+    /// What it was called when it was opened, for the names of files beside it.
+    path: PathBuf,
     file: File,
     /// Where the blocks begin.
     data_at: u64,
@@ -330,7 +365,7 @@ impl CachedFile {
             return Ok(true);
         }
         let lock = &self.fetching[to_usize(block) % LOCKS];
-        let _only = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let _of_this_process = lock.lock().unwrap_or_else(PoisonError::into_inner);
         if self.is_good(block) {
             return Ok(true);
         }
@@ -340,10 +375,14 @@ impl CachedFile {
             if !self.cache.take(to_u64(bytes.len())) {
                 return Ok(false);
             }
-            self.inner.read_at(range.start, &mut bytes)?;
-            if self.write(block, &bytes).is_err() {
-                // The disk is full, or worse: the bytes are read from afar.
-                return Ok(false);
+            let _only = Only::take(&self.path.with_extension(only::name(&block.to_string())));
+            // Whoever had it before may have fetched the block.
+            if !self.is_there(block, &mut bytes) {
+                self.inner.read_at(range.start, &mut bytes)?;
+                if self.write(block, &bytes).is_err() {
+                    // The disk is full, or worse: the bytes are read from afar.
+                    return Ok(false);
+                }
             }
         }
         let (word, bit) = self.bit(block);

@@ -54,15 +54,15 @@ impl Folder for LocalFolder {
     }
 }
 
-/// Opens a file. A large data set has more shards than a process may have open by default: the limit is raised when it is met.
-fn open_one_more(path: &Path) -> std::io::Result<File> {
+/// Opens one file more. A large data set has more shards than a process may have open by default: the limit is raised when it is met.
+pub(super) fn one_more<T>(open: impl Fn() -> std::io::Result<T>) -> std::io::Result<T> {
     let too_many = rustix::io::Errno::MFILE.raw_os_error();
-    match File::open(path) {
+    match open() {
         Err(error) if error.raw_os_error() == Some(too_many) => {
             let mut limit = rustix::process::getrlimit(Resource::Nofile);
             limit.current = limit.maximum;
             rustix::process::setrlimit(Resource::Nofile, limit)?;
-            File::open(path)
+            open()
         }
         result => result,
     }
@@ -70,7 +70,7 @@ fn open_one_more(path: &Path) -> std::io::Result<File> {
 
 /// Opens a regular file.
 pub(crate) fn open_file(path: &Path, access: Access) -> Result<Arc<dyn Source>> {
-    let file = open_one_more(path).map_err(Error::io("open", path))?;
+    let file = one_more(|| File::open(path)).map_err(Error::io("open", path))?;
     let metadata = file.metadata().map_err(Error::io("read the size of", path))?;
     if !metadata.is_file() {
         let cause = std::io::Error::other("not a regular file");

@@ -2,13 +2,14 @@
 
 #[cfg(feature = "http")]
 mod answer;
-mod cache;
+pub(crate) mod cache;
 mod file;
 mod filesystem;
 #[cfg(feature = "http")]
 mod http;
 mod local;
 mod map;
+mod only;
 mod sigbus;
 #[cfg(feature = "http")]
 mod tls;

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use tokenizers::Tokenizer;
 
-use super::split::tokenizer_error;
+use super::split::{about, caught, tokenizer_error};
+use crate::convert::encoder;
 use crate::error::{Error, Result};
 use crate::format::TOKENIZER_FILE;
 
@@ -28,9 +29,7 @@ impl Detokenizer {
         if json.trim_ascii() == b"{}" {
             return Ok(None);
         }
-        let tokenizer =
-            Tokenizer::from_bytes(&json).map_err(tokenizer_error("read tokenizer.json"))?;
-        Ok(Some(Detokenizer(tokenizer)))
+        Ok(Some(Detokenizer(encoder::read(&json).map_err(about(&path))?)))
     }
 
     /// The text of `tokens`, special tokens included.
@@ -40,7 +39,8 @@ impl Detokenizer {
     pub fn decode(&self, tokens: &[i64]) -> Result<String> {
         let known = |&token: &i64| u32::try_from(token).ok();
         let ids: Vec<u32> = tokens.iter().filter_map(known).collect();
-        self.0.decode(&ids, false).map_err(tokenizer_error("decode tokens"))
+        let action = "decode tokens";
+        caught(action, || self.0.decode(&ids, false).map_err(tokenizer_error(action)))
     }
 }
 

@@ -23,11 +23,14 @@ use crate::progress::{Event, Progress, Stage};
 /// Folder for prepared data inside the data folder.
 const CACHE_FOLDER: &str = ".phalanx";
 
+/// No processor is slower than this, by far.
+const BYTES_A_SECOND_MIN: u64 = 1_000_000;
+
 /// One `[UNK]` in so many tokens is worth a notice.
 const UNKNOWN_WORTH_A_NOTICE: u64 = 50;
 
 /// Part of every key: raised when the same text and options give other files.
-const KEY_VERSION: &str = "prepare 4";
+const KEY_VERSION: &str = "prepare 5";
 
 /// How text is prepared.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,13 +42,14 @@ pub struct PrepareOptions {
     pub min_frequency: u64,
     /// Whether upper and lower case are the same, and accents dropped.
     pub lowercase: bool,
-    /// A shard is closed at the first end of a document after so many bytes of tokens.
+    /// A shard is closed at the first end of a document after so many bytes of tokens and of the places of documents (8 each).
     pub shard_bytes: u64,
     /// Threads; all processors if not given. The result does not depend on it.
     pub threads: Option<NonZeroUsize>,
     /// Where prepared data is kept; `.phalanx` beside the text if not given.
     pub cache_dir: Option<PathBuf>,
-    /// How long to wait for another process that prepares the same data.
+    /// How long to wait for another process that prepares the same data, beside the time that it may take: a second for each
+    /// megabyte of text.
     pub lock_timeout: Duration,
 }
 
@@ -149,7 +153,9 @@ pub fn prepare(path: &Path, options: &PrepareOptions, progress: &dyn Progress) -
         progress.report(Event::Begin { stage: Stage::Waiting, total_bytes: 0 });
     };
     let lock_file = cache.join(format!(".{key}.lock"));
-    let _lock = lock::acquire(&lock_file, options.lock_timeout, waiting)?;
+    let bytes: u64 = files.iter().map(|file| file.bytes).sum();
+    let work = Duration::from_secs(bytes / BYTES_A_SECOND_MIN);
+    let _lock = lock::acquire(&lock_file, options.lock_timeout.saturating_add(work), waiting)?;
     if waited {
         progress.report(Event::End { stage: Stage::Waiting });
     }

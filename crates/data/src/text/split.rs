@@ -4,6 +4,9 @@
 //! English text, are split here, some twenty times faster because no offsets are kept; all others go through the crate.
 //! A test compares the two.
 
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::path::Path;
+
 use tokenizers::normalizers::BertNormalizer;
 use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
 use tokenizers::{
@@ -17,29 +20,36 @@ pub(crate) fn normalizer(lowercase: bool) -> BertNormalizer {
     BertNormalizer::new(true, true, None, lowercase)
 }
 
-/// Calls `word` for each word of `text`.
-pub(crate) fn for_each(
-    text: &str,
-    lowercase: bool,
-    mut word: impl FnMut(&str) -> Result<()>,
-) -> Result<()> {
+/// What takes the words of a text.
+pub(crate) trait Words {
+    fn word(&mut self, word: &str) -> Result<()>;
+
+    /// A piece without white space that is not ASCII: to split it costs a hundred times as much as to look it up.
+    fn piece(&mut self, piece: &str, lowercase: bool) -> Result<()> {
+        of_piece(piece, lowercase, |word| self.word(word))
+    }
+}
+
+impl<F: FnMut(&str) -> Result<()>> Words for F {
+    fn word(&mut self, word: &str) -> Result<()> {
+        self(word)
+    }
+}
+
+/// Hands each word of `text` to `words`.
+pub(crate) fn for_each(text: &str, lowercase: bool, mut words: impl Words) -> Result<()> {
     let mut buffer = String::new();
     for piece in text.split([' ', '\n', '\t', '\r']) {
         if piece.is_ascii() {
-            ascii(piece, lowercase, &mut buffer, &mut word)?;
+            ascii(piece, lowercase, &mut buffer, &mut words)?;
         } else {
-            unicode(piece, lowercase, &mut word)?;
+            words.piece(piece, lowercase)?;
         }
     }
     Ok(())
 }
 
-fn ascii(
-    piece: &str,
-    lowercase: bool,
-    buffer: &mut String,
-    word: &mut impl FnMut(&str) -> Result<()>,
-) -> Result<()> {
+fn ascii(piece: &str, lowercase: bool, buffer: &mut String, words: &mut impl Words) -> Result<()> {
     let stays = |byte: u8| byte.is_ascii_graphic() && !(lowercase && byte.is_ascii_uppercase());
     let mut rest = piece;
     while !rest.is_empty() {
@@ -48,20 +58,25 @@ fn ascii(
         let (part, later) = rest.split_at(len.max(1));
         rest = later;
         if part.bytes().all(stays) {
-            word(part)?;
+            words.word(part)?;
             continue;
         }
         buffer.clear();
         let kept = part.chars().filter(|character| !character.is_ascii_control());
         buffer.extend(kept.map(|kept| if lowercase { kept.to_ascii_lowercase() } else { kept }));
         if !buffer.is_empty() {
-            word(buffer)?;
+            words.word(buffer)?;
         }
     }
     Ok(())
 }
 
-fn unicode(piece: &str, lowercase: bool, word: &mut impl FnMut(&str) -> Result<()>) -> Result<()> {
+/// Calls `word` for each word of a piece.
+pub(crate) fn of_piece(
+    piece: &str,
+    lowercase: bool,
+    mut word: impl FnMut(&str) -> Result<()>,
+) -> Result<()> {
     let mut normalized = NormalizedString::from(piece);
     normalizer(lowercase).normalize(&mut normalized).map_err(tokenizer_error("normalise text"))?;
     let mut pieces = PreTokenizedString::from(normalized);
@@ -81,6 +96,27 @@ pub(crate) fn tokenizer_error(
     move |error| Error::Tokenizer { action, message: error.to_string() }
 }
 
+/// What the tokenizers crate gives; a panic of it, over a file that is cut off or contradicts itself, is an error.
+pub(crate) fn caught<T>(action: &'static str, call: impl FnOnce() -> Result<T>) -> Result<T> {
+    // What a panic leaves half done is the crate's own and is dropped, or a memory of whole words.
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<&str>().copied();
+        let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+        let message = format!("the tokenizer does not work: {}", text.unwrap_or("no reason given"));
+        Err(Error::Tokenizer { action, message })
+    })
+}
+
+/// Closure for `map_err`: says of an error of the tokenizers crate which file it is about.
+pub(crate) fn about(path: &Path) -> impl Fn(Error) -> Error + '_ {
+    move |error| match error {
+        Error::Tokenizer { action, message } => {
+            Error::Tokenizer { action, message: format!("{}: {message}", path.display()) }
+        }
+        other => other,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -88,7 +124,7 @@ mod tests {
 
     fn ours(text: &str, lowercase: bool) -> Vec<String> {
         let mut words = Vec::new();
-        for_each(text, lowercase, |word| {
+        for_each(text, lowercase, |word: &str| {
             words.push(word.to_owned());
             Ok(())
         })
@@ -98,7 +134,7 @@ mod tests {
 
     fn theirs(text: &str, lowercase: bool) -> Vec<String> {
         let mut words = Vec::new();
-        unicode(text, lowercase, &mut |word: &str| {
+        of_piece(text, lowercase, |word| {
             words.push(word.to_owned());
             Ok(())
         })

@@ -197,7 +197,7 @@ mod tests {
 
     fn counts(text: &str) -> WordCounts {
         let mut counts = WordCounts::new();
-        super::super::split::for_each(text, true, |word| {
+        super::super::split::for_each(text, true, |word: &str| {
             *counts.entry(word.to_owned()).or_default() += 1;
             Ok(())
         })

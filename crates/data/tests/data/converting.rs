@@ -3,8 +3,9 @@
 use std::fs;
 use std::path::Path;
 
-use phalanx_data::convert::{convert, ConvertOptions, Document, Vocabulary};
+use phalanx_data::convert::{convert, BadLines, ConvertOptions, Document, Vocabulary};
 use phalanx_data::progress::Silent;
+use phalanx_data::text::Detokenizer;
 use phalanx_data::{
     Access, CausalText, Documents, Error, MaskedText, Masking, Scratch, TokenStream,
 };
@@ -42,10 +43,10 @@ fn added(names: &[&str]) -> Vec<AddedToken> {
     names.iter().map(|name| AddedToken::from(*name, true)).collect()
 }
 
-/// A tokenizer of GPT-2's kind.
-fn byte_level(words: &[String]) -> Tokenizer {
+/// A tokenizer of GPT-2's kind, or with a space in front of each text as `RoBERTa` has it.
+fn byte_level(words: &[String], add_prefix_space: bool) -> Tokenizer {
     let mut tokenizer = Tokenizer::new(BPE::default());
-    let pre = ByteLevel::new(false, true, true);
+    let pre = ByteLevel::new(add_prefix_space, true, true);
     tokenizer.with_pre_tokenizer(Some(pre)).with_decoder(Some(ByteLevelDecoder::default()));
     let mut trainer: TrainerWrapper = BpeTrainer::builder()
         .vocab_size(600)
@@ -106,7 +107,8 @@ fn tokens(folder: &Path) -> (TokenStream, Vec<i64>) {
 fn any_tokenizer_gives_the_tokens_of_the_tokenizers_crate() {
     let words = documents();
     let all = [
-        ("gpt", byte_level(&words), "<|endoftext|>"),
+        ("gpt", byte_level(&words, false), "<|endoftext|>"),
+        ("roberta", byte_level(&words, true), "<|endoftext|>"),
         ("bert", bert(&words, true), "[SEP]"),
         ("cased", bert(&words, false), "[SEP]"),
         ("llama", metaspace(&words), "</s>"),
@@ -139,29 +141,40 @@ fn any_tokenizer_gives_the_tokens_of_the_tokenizers_crate() {
 #[test]
 fn a_long_document_in_pieces_has_the_tokens_of_the_whole() {
     let words = documents();
-    let mut tokenizer = byte_level(&words);
-    let folder = tempfile::tempdir().unwrap();
-    let at = |name: &str| folder.path().join(name);
-    tokenizer.save(at("tokenizer.json"), false).unwrap();
-    tokenizer.set_encode_special_tokens(true);
-    let text = words.join("\n").repeat(8);
-    assert!(text.len() > 600_000, "several pieces");
-    fs::write(at("a.txt"), &text).unwrap();
-    let line = serde_json::json!({ "text": text });
-    fs::write(at("a.jsonl"), format!("{line}\n")).unwrap();
-    let mut expected: Vec<i64> = tokenizer
-        .encode(text.as_str(), false)
-        .unwrap()
-        .get_ids()
-        .iter()
-        .map(|&id| id.into())
-        .collect();
-    expected.push(i64::from(tokenizer.token_to_id("<|endoftext|>").unwrap()));
-    for input in ["a.txt", "a.jsonl"] {
-        let out = at(&format!("{input}-out"));
-        let options = options(&at("tokenizer.json"), Document::File);
-        convert(&[at(input)], &out, &options, &Silent).unwrap();
-        assert!(tokens(&out).1 == expected, "{input}");
+    let lines = words.join("\n").repeat(9);
+    // Without spaces between words, and indented as Chinese is: wide spaces.
+    let wide = "\u{3000}\u{3000}中文字中文e\u{301}中文，字。\n".repeat(16_000);
+    let windows = lines.replace('\n', "\r\n    ");
+    let all = [
+        (byte_level(&words, false), "<|endoftext|>"),
+        (byte_level(&words, true), "<|endoftext|>"),
+        (bert(&words, true), "[SEP]"),
+    ];
+    for (number, (mut tokenizer, end)) in all.into_iter().enumerate() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        tokenizer.save(at("tokenizer.json"), false).unwrap();
+        tokenizer.set_encode_special_tokens(true);
+        for (name, text) in [("lines", &lines), ("wide", &wide), ("windows", &windows)] {
+            assert!(text.len() > 600_000, "several pieces");
+            let encoding = tokenizer.encode(text.as_str(), false).unwrap();
+            let end = tokenizer.token_to_id(end).unwrap();
+            let expected: Vec<i64> =
+                encoding.get_ids().iter().chain([&end]).map(|&id| id.into()).collect();
+            fs::write(at("a.txt"), text).unwrap();
+            let line = serde_json::json!({ "text": text });
+            fs::write(at("a.jsonl"), format!("{line}\n")).unwrap();
+            for (input, document) in [
+                ("a.txt", Document::File),
+                ("a.txt", Document::BlankLine),
+                ("a.jsonl", Document::File),
+            ] {
+                let out = at(&format!("{name}-{input}-{document:?}"));
+                let options = options(&at("tokenizer.json"), document);
+                convert(&[at(input)], &out, &options, &Silent).unwrap();
+                assert!(tokens(&out).1 == expected, "{name} {input} {document:?} {number}");
+            }
+        }
     }
 }
 
@@ -170,7 +183,7 @@ fn a_vocabulary_without_masks_is_for_training_on_the_next_token() {
     let words = documents();
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    byte_level(&words).save(at("tokenizer.json"), false).unwrap();
+    byte_level(&words, false).save(at("tokenizer.json"), false).unwrap();
     fs::write(at("a.txt"), words.join("\n")).unwrap();
     let options = options(&at("tokenizer.json"), Document::Line);
     let made = convert(&[at("a.txt")], &at("out"), &options, &Silent).unwrap();
@@ -199,4 +212,77 @@ fn the_number_of_threads_does_not_show() {
         seen.push(made.index.fingerprint);
     }
     assert!(seen.iter().all(|one| *one == seen[0]), "{seen:?}");
+}
+
+#[test]
+fn a_tokenizer_that_cannot_be_read_is_named_whatever_the_library_does_over_it() {
+    let folder = tempfile::tempdir().unwrap();
+    write_text(folder.path(), 1, 10);
+    let text = [folder.path().join("play-0.txt")];
+    let tokenizer = folder.path().join("tokenizer.json");
+    // No JSON; nothing of its kind; and cut off within a part, over which the library panics.
+    for json in ["{", "{}", r#"{"version": "1.0", "decoder": {"type": "ByteLevel""#] {
+        fs::write(&tokenizer, json).unwrap();
+        let output = folder.path().join("out");
+        let options = options(&tokenizer, Document::File);
+        let error = convert(&text, &output, &options, &Silent).unwrap_err().to_string();
+        let expected = format!("cannot read the tokenizer: {}: ", tokenizer.display());
+        assert!(error.starts_with(&expected), "{json}: {error}");
+        // The same of a folder that was prepared with it; `{}` there means none.
+        if json != "{}" {
+            let error = Detokenizer::open(folder.path()).unwrap_err().to_string();
+            assert!(error.starts_with(&expected), "{json}: {error}");
+        }
+    }
+}
+
+/// A line of JSON whose text has that number, or one that is not UTF-8.
+fn json_line(number: u64, is_good: bool) -> Vec<u8> {
+    let line = format!("{{\"text\":\"scene {number} of the king and queen, \u{fc}ber\"}}\n");
+    let bad = |byte| if byte == 0xbc { 0xff } else { byte };
+    line.bytes().map(|byte| if is_good { byte } else { bad(byte) }).collect()
+}
+
+#[test]
+fn a_line_that_is_not_utf8_is_left_out_alone_wherever_blocks_are_cut() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    bert(&documents(), true).save(at("tokenizer.json"), false).unwrap();
+    // Several blocks; the last line has no end.
+    let is_bad = |number: u64| number.is_multiple_of(997) || number == 4_999;
+    let write = |name: &str, wanted: &dyn Fn(u64) -> bool| {
+        let numbers = (1..5_000).filter(|&number| wanted(number));
+        let lines: Vec<u8> =
+            numbers.flat_map(|number| json_line(number, !is_bad(number))).collect();
+        fs::write(at(name), lines.trim_ascii_end()).unwrap();
+        lines
+    };
+    let lines = write("bad.jsonl", &|_| true);
+    write("good.jsonl", &|number| !is_bad(number));
+    let run = |input: &str, output: &str, bad_lines, threads| {
+        let threads = std::num::NonZeroUsize::new(threads);
+        let options = options(&at("tokenizer.json"), Document::File);
+        let options = ConvertOptions { bad_lines, threads, ..options };
+        convert(&[at(input)], &at(output), &options, &Silent)
+    };
+    run("good.jsonl", "good", BadLines::Refuse, 1).unwrap();
+    for threads in [1, 3] {
+        let error = run("bad.jsonl", "refused", BadLines::Refuse, threads).unwrap_err();
+        let offset = lines.iter().position(|&byte| byte == 0xff).unwrap() - 1;
+        let (path, reason) =
+            (at("bad.jsonl"), format!("it is not UTF-8 at byte {offset} of the file"));
+        let expected = format!("{}, line 997: {reason}; correct the line", path.display());
+        assert!(error.to_string().starts_with(&expected), "{error}");
+        let output = format!("skipped-{threads}");
+        let made = run("bad.jsonl", &output, BadLines::Skip, threads).unwrap();
+        assert_eq!((made.skipped_lines, made.index.document_count), (6, 4_993));
+        assert!(tokens(&at(&output)).1 == tokens(&at("good")).1, "the other lines are as before");
+    }
+    // The vocabulary is trained on the other lines too.
+    let vocabulary = Vocabulary::Train { vocab_size: 300, min_frequency: 2, lowercase: true };
+    let options = ConvertOptions { vocabulary, bad_lines: BadLines::Skip, ..Default::default() };
+    let trained = |input: &str, output: &str| {
+        convert(&[at(input)], &at(output), &options, &Silent).unwrap().index.fingerprint
+    };
+    assert_eq!(trained("bad.jsonl", "trained"), trained("good.jsonl", "trained-good"));
 }

@@ -1,8 +1,8 @@
 //! The documents of a prepared folder.
 
-use phalanx_data::{Access, Error, Scratch, TokenStream};
+use phalanx_data::{Access, Error, Scratch, TokenDType, TokenStream, TokenWriter};
 
-use crate::support::write_tokens;
+use crate::support::{write_tokens, SPECIAL};
 
 /// `[SEP]`
 const SEP: i64 = 3;
@@ -30,4 +30,19 @@ fn documents_are_where_they_were_written_in_all_shards() {
         let error = stream.document(200, &mut scratch).unwrap_err();
         assert!(matches!(error, Error::NoSuchSample { sample: 200, samples: 200 }), "{error}");
     }
+}
+
+#[test]
+fn the_place_of_a_document_counts_eight_bytes_of_its_shard() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("tokens");
+    let mut writer = TokenWriter::create(&target, b"{}", 500, SPECIAL, 1200).unwrap();
+    for _ in 0..250 {
+        writer.tokens(&[7, 3]).unwrap();
+        writer.end_document().unwrap();
+    }
+    let index = writer.finish(0).unwrap();
+    assert_eq!(index.dtype, TokenDType::U16);
+    let documents: Vec<u64> = index.shards.iter().map(|shard| shard.document_count).collect();
+    assert_eq!(documents, [100, 100, 50], "12 bytes each");
 }

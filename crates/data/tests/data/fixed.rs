@@ -75,6 +75,33 @@ fn rows_are_delivered_as_they_are_in_the_order_of_the_file() {
     }
 }
 
+#[test]
+fn what_is_delivered_of_a_file_is_frozen() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("file");
+    // Byte by byte, so that the fingerprint does not depend on who writes such files.
+    let tensor = |name: &str, start: usize| {
+        let end = start + 7 * 3 * 8;
+        format!(r#""{name}":{{"dtype":"I64","shape":[7,3],"data_offsets":[{start},{end}]}}"#)
+    };
+    let header = format!("{{{},{}}}", tensor("input_ids", 0), tensor("labels", 7 * 3 * 8));
+    let mut file = with_header(&header, 0);
+    file.extend(bytes(&rows()));
+    file.extend(bytes(&labels()));
+    fs::write(&path, file).unwrap();
+    let samples = Arc::new(FixedBatches::open(&path).unwrap());
+    assert_eq!(samples.fingerprint().to_string(), FROZEN, "saved states hold it");
+    let options = LoaderOptions { global_batch: 4, seed: 42, ..Default::default() };
+    let batch = &Loader::new(samples, options).unwrap().next_step().unwrap().micro_batches[0];
+    let firsts: Vec<i64> = batch.input_ids().iter().step_by(3).copied().collect();
+    assert_eq!(firsts, FROZEN_ROWS);
+    let learnt: Vec<i64> = batch.labels().iter().skip(1).step_by(3).copied().collect();
+    assert_eq!(learnt, FROZEN_ROWS.map(|first| first + 1));
+}
+
+const FROZEN: &str = "3aa62769c688f122";
+const FROZEN_ROWS: [i64; 4] = [30, 0, 50, 60];
+
 fn refused(columns: &[Column<'_>]) -> Error {
     let folder = tempfile::tempdir().unwrap();
     FixedBatches::open(&write(folder.path(), columns)).unwrap_err()

@@ -5,7 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use phalanx_data::{Error, Loader, LoaderOptions, MicroBatch, Order};
+use phalanx_data::{
+    from_fn, Block, Column, DType, Error, HostMemory, Loader, LoaderOptions, Memory, MicroBatch,
+    Order,
+};
 
 use crate::support::{broken, open, write_tokens, Scripted};
 
@@ -116,17 +119,153 @@ fn the_queue_is_bounded_in_batches_and_in_bytes() {
         let samples = Arc::new(Scripted::new(4000, 1, script));
         let options = LoaderOptions { queue_batches, queue_bytes, ..options(2) };
         let mut loader = Loader::new(samples, options).unwrap();
-        for taken in 0..20_u64 {
+        // Threads that found it full wake when half of it is taken.
+        let taken_at_once = bound - bound / 2;
+        for taken in (0..10).map(|round| round * taken_at_once) {
             let deadline = Instant::now() + LONG;
             let full = (taken + bound) * 4;
             while built.load(Ordering::SeqCst) < full && Instant::now() < deadline {
-                std::thread::yield_now();
+                std::thread::park_timeout(Duration::from_micros(100));
             }
             // It fills the queue, and stays at its bound although both threads have nothing else to do.
             std::thread::park_timeout(Duration::from_millis(2));
             assert_eq!(built.load(Ordering::SeqCst), full, "after {taken} batches");
+            for _ in 0..taken_at_once {
+                loader.next_step().unwrap();
+            }
+        }
+    }
+}
+
+/// Counts what is there of the process's memory.
+#[derive(Clone, Debug, Default)]
+struct Counting(Arc<AtomicU64>);
+
+#[derive(Debug)]
+struct Counted(Box<dyn Block>, Arc<AtomicU64>);
+
+impl Memory for Counting {
+    fn allocate(&self, bytes: usize) -> phalanx_data::Result<Box<dyn Block>> {
+        let block = HostMemory.allocate(bytes)?;
+        self.0.fetch_add(block.bytes().len() as u64, Ordering::SeqCst);
+        Ok(Box::new(Counted(block, Arc::clone(&self.0))))
+    }
+}
+
+impl Block for Counted {
+    fn bytes(&self) -> &[u8] {
+        self.0.bytes()
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        self.0.bytes_mut()
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.1.fetch_sub(self.0.bytes().len() as u64, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn a_step_is_ready_when_it_would_not_be_waited_for() {
+    let gate = Arc::new((Mutex::new(0_u64), Condvar::new()));
+    let open = |up_to: u64| {
+        *gate.0.lock().unwrap() = up_to;
+        gate.1.notify_all();
+    };
+    for (queue_batches, threads) in [(8, 1), (8, 2), (1, 1), (1, 2)] {
+        open(0);
+        let waits = Arc::clone(&gate);
+        let samples = Arc::new(Scripted::new(12, 1, move |sample: phalanx_data::Sample| {
+            let up_to = waits.0.lock().unwrap();
+            drop(waits.1.wait_timeout_while(up_to, LONG, |up_to| *up_to <= sample.id).unwrap());
+            Ok(())
+        }));
+        let two = NonZeroUsize::new(2).unwrap();
+        let micro_batch = MicroBatch::Size(two);
+        let options =
+            LoaderOptions { queue_batches, micro_batch, epochs: Some(1), ..options(threads) };
+        let mut loader = Loader::new(samples, options).unwrap();
+        let wait_until_ready = |loader: &Loader| {
+            let deadline = Instant::now() + LONG;
+            while !loader.is_next_ready() && Instant::now() < deadline {
+                std::thread::park_timeout(Duration::from_micros(100));
+            }
+            loader.is_next_ready()
+        };
+        assert!(!loader.is_next_ready(), "nothing is there");
+        if queue_batches > 1 {
+            open(2);
+            std::thread::park_timeout(Duration::from_millis(5));
+            assert!(
+                !loader.is_next_ready(),
+                "half a step is there, and there is room for the rest"
+            );
+        }
+        open(6);
+        assert!(wait_until_ready(&loader));
+        loader.next_step().unwrap();
+        if queue_batches > 1 {
+            std::thread::park_timeout(Duration::from_millis(5));
+            assert!(!loader.is_next_ready());
+        }
+        open(12);
+        for _ in 0..2 {
+            assert!(wait_until_ready(&loader));
             loader.next_step().unwrap();
         }
+        assert!(loader.is_at_end() && loader.is_next_ready());
+    }
+    let at_once = Loader::new(Arc::new(Scripted::new(12, 1, |_| Ok(()))), options(0)).unwrap();
+    assert!(at_once.is_next_ready());
+    let mut broken =
+        Loader::new(Arc::new(Scripted::new(12, 1, |_| Err(broken()))), options(1)).unwrap();
+    assert!(broken.next_step().is_err());
+    assert!(broken.is_next_ready(), "the same error once more");
+}
+
+#[test]
+fn padded_batches_count_as_long_as_they_are() {
+    // A row may have 8 MiB, and has 64 bytes; of each 200 samples the last 20 have 64 KiB.
+    let len = |id: u64| if id % 200 < 180 { 8 } else { 8 << 10 };
+    const LARGEST: u64 = 4 * (64 << 10);
+    let queue_bytes = 1 << 19;
+    for threads in [1, 2] {
+        let (memory, built) = (Counting::default(), Arc::new(AtomicU64::new(0)));
+        let count = Arc::clone(&built);
+        let columns = vec![Column::padded("x", DType::I64, [1 << 20])];
+        let samples = from_fn(4000, columns, "1", move |sample, _, row| {
+            row.column::<i64>(0)?.fill(sample.id.cast_signed());
+            count.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        });
+        let samples = Arc::new(samples.with_len(move |id| Ok(len(id))));
+        let options = LoaderOptions {
+            queue_bytes,
+            memory: Arc::new(memory.clone()),
+            epochs: Some(1),
+            ..options(threads)
+        };
+        let mut loader = Loader::new(samples, options).unwrap();
+        let deadline = Instant::now() + LONG;
+        while built.load(Ordering::SeqCst) < 8 * 4 && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        assert_eq!(built.load(Ordering::SeqCst), 8 * 4, "short batches fill the queue");
+        let (mut most, mut now) = (0, 0);
+        while !loader.is_at_end() {
+            std::thread::park_timeout(Duration::from_micros(100));
+            let step = loader.next_step().unwrap();
+            let x = step.micro_batches[0].get::<i64>("x").unwrap();
+            assert_eq!(x.len() as u64, 4 * len(step.micro_batches[0].samples()[0].id) as u64);
+            now = memory.0.load(Ordering::SeqCst);
+            most = most.max(now);
+        }
+        // Blocks have half more than was needed. One batch in each thread's hands, one here, one that is not yet given back.
+        let most_max = 3 * (queue_bytes as u64 + (threads as u64 + 2) * LARGEST) / 2;
+        assert!(most <= most_max, "{threads} threads: {most} bytes at once, {now} at the end");
     }
 }
 

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use phalanx_data::{
-    Access, CausalText, Documents, Error, Loader, LoaderOptions, MegatronTokens, Order, Scratch,
-    SpecialTokens, IGNORED,
+    Access, CausalText, Documents, Error, Loader, LoaderOptions, MegatronTokens, Objective, Order,
+    PaddedText, Scratch, SpecialTokens, Tail, IGNORED,
 };
 use proptest::prelude::*;
 
@@ -258,5 +258,27 @@ proptest! {
             }
             drop(all(&tokens));
         }
+    }
+}
+
+#[test]
+fn a_token_that_cannot_be_is_named_by_its_document_and_its_place_there() {
+    let small = Files::small;
+    // One behind the other, and with a gap before all but the first.
+    let mut apart = Files { offsets: vec![0, 8, 8, 22, 34], ..small() };
+    apart.bin.splice(6..6, [0, 0]);
+    for mut files in [small(), apart] {
+        // The second token of the last sequence: six are before it in its document.
+        let at = usize::try_from(files.offsets[4]).unwrap() + 2;
+        files.bin[at] = 60;
+        let folder = tempfile::tempdir().unwrap();
+        let tokens = MegatronTokens::open(&files.write(folder.path()), 50, Access::Read).unwrap();
+        let samples = PaddedText::new(Arc::new(tokens), 100, Objective::Causal).unwrap();
+        let (tail, epochs) = (Tail::Exact, Some(1));
+        let options = LoaderOptions { global_batch: 1, tail, epochs, ..LoaderOptions::default() };
+        let mut loader = Loader::new(Arc::new(samples), options).unwrap();
+        let error = loader.steps().find_map(Result::err).unwrap();
+        let place = matches!(error, Error::BadValue { sample: 2, position: 7, value: 60, .. });
+        assert!(place, "{error}");
     }
 }

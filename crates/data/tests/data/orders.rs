@@ -27,7 +27,11 @@ struct Ragged {
 
 impl Ragged {
     fn samples(count: u64) -> Arc<dyn Samples> {
-        Arc::new(Ragged { count, columns: vec![Column::padded("id", DType::I64, [60])] })
+        Self::up_to(count, 60)
+    }
+
+    fn up_to(count: u64, longest: usize) -> Arc<dyn Samples> {
+        Arc::new(Ragged { count, columns: vec![Column::padded("id", DType::I64, [longest])] })
     }
 }
 
@@ -220,6 +224,32 @@ fn similar_length_needs_whole_batches_and_an_end() {
     let inside = LoaderState { next_global_sample: 33, ..loader.state() };
     let error = resume(options, &inside);
     assert!(error.contains("the global batch of the run that saved it"), "{error}");
+}
+
+#[test]
+fn padded_rows_of_a_mixture_are_as_long_as_those_of_any_part() {
+    // Samples 0 to 2 are 1, 14 and 27 long.
+    let parts =
+        [(Ragged::up_to(3, 27), 1.0), (Ragged::up_to(100, 60), 1.0), (Ragged::up_to(50, 59), 1.0)];
+    let mixture: Arc<dyn Samples> = Arc::new(Mixture::new(parts.to_vec()).unwrap());
+    assert_eq!(mixture.columns(), [Column::padded("id", DType::I64, [60])]);
+    let options = LoaderOptions { tail: Tail::Wrap, global_batch: 12, ..Default::default() };
+    let (batches, _) = run(&mixture, &options, None, 40);
+    for (sample, values) in batches.iter().flatten() {
+        let own = [0, 3, 103]
+            .into_iter()
+            .rfind(|&first| first <= sample.id)
+            .map(|first| sample.id - first)
+            .unwrap();
+        assert_eq!(*values, vec![own.cast_signed(); len_of(own)]);
+    }
+    let several = |shape: [usize; 2]| -> Arc<dyn Samples> {
+        let columns = vec![Column::padded("id", DType::I64, shape)];
+        Arc::new(from_fn(3, columns, "a", |_, _, _| Ok(())))
+    };
+    let error = Mixture::new(vec![(several([5, 2]), 1.0), (several([5, 3]), 1.0)]).unwrap_err();
+    assert!(error.to_string().contains("part 1"), "{error}");
+    assert!(Mixture::new(vec![(several([5, 2]), 1.0), (several([7, 2]), 1.0)]).is_ok());
 }
 
 #[test]

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use phalanx_data::records::{ColumnValue, Field, RecordSamples, RecordWriter, Records};
 use phalanx_data::{
-    Access, Loader, LoaderOptions, Masking, Objective, PaddedText, Scratch, Tail, TokenStream,
-    Tokens, IGNORED,
+    from_fn, Access, Column, DType, Loader, LoaderOptions, Masking, Objective, PaddedText, Scratch,
+    Tail, TokenStream, Tokens, IGNORED,
 };
 
 use crate::support::write_tokens;
@@ -95,4 +96,108 @@ fn masks_are_the_same_however_batches_are_put_together() {
     assert_eq!(plain, bucketed);
     assert!(little * 3 < much, "{little} and {much} positions are padding");
     assert!(plain.iter().all(|(_, [_, labels, _])| labels.iter().any(|&label| label != IGNORED)));
+}
+
+/// Record n: n mod 5 boxes, a name of n mod 41 letters, and a note that nobody has.
+fn write_records(target: &std::path::Path, records: u64) {
+    let fields = ["boxes", "name", "note"].map(|name| Field::variable(name, DType::U8));
+    let mut writer = RecordWriter::create(target, fields.into(), 1 << 20).expect("create");
+    for record in 0..records {
+        let letter = u8::try_from(record % 26).expect("a letter") + b'a';
+        let letters = |count: u64| vec![letter; usize::try_from(record % count).expect("few")];
+        let (boxes, name) = (letters(5), letters(41));
+        let values = [&boxes[..], &name, &[]].map(ColumnValue::of);
+        writer.push(&values).expect("push");
+    }
+    writer.finish().expect("finish");
+}
+
+#[test]
+fn padded_columns_are_each_no_longer_than_they_can_be() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("records");
+    write_records(&target, 200);
+    for (bucketing, threads) in [(0, 0), (0, 2), (5, 2)] {
+        let records = Records::open(&target, Access::Read).unwrap();
+        let samples = RecordSamples::new(records).unwrap();
+        let options = LoaderOptions {
+            tail: Tail::Exact,
+            epochs: Some(1),
+            global_batch: 8,
+            bucketing,
+            threads,
+            ..Default::default()
+        };
+        let mut loader = Loader::new(Arc::new(samples), options).unwrap();
+        let (mut seen, mut shortest) = (0, i64::MAX);
+        for step in loader.steps() {
+            let step = step.unwrap();
+            let batch = &step.micro_batches[0];
+            let longest = batch.samples().iter().map(|sample| (sample.id % 41).max(sample.id % 5));
+            let longest = i64::try_from(longest.max().unwrap()).unwrap();
+            // Columns alternate with their lengths.
+            let widths = [0, 2, 4].map(|column| batch.column_shape(column)[1]);
+            assert_eq!(widths, [longest.min(4), longest, 0]);
+            let (wide, lens) = (batch.get::<u8>("name").unwrap(), batch.get::<i64>("name_len"));
+            let width = usize::try_from(longest).unwrap();
+            for ((row, sample), &len) in wide.chunks(width).zip(batch.samples()).zip(lens.unwrap())
+            {
+                assert_eq!(u64::try_from(len).unwrap(), sample.id % 41);
+                let letter = u8::try_from(sample.id % 26).unwrap() + b'a';
+                let (own, rest) = row.split_at(usize::try_from(len).unwrap());
+                assert!(own.iter().all(|&byte| byte == letter));
+                assert!(rest.iter().all(|&byte| byte == 0));
+            }
+            assert_eq!(batch.get::<u8>("boxes").unwrap().len(), 8 * width.min(4));
+            (seen, shortest) = (seen + batch.rows(), shortest.min(longest));
+        }
+        assert_eq!(seen, 200);
+        assert!(bucketing == 0 || shortest < 10, "short names come together: {shortest}");
+    }
+}
+
+#[test]
+fn a_closure_fills_columns_of_different_lengths() {
+    let columns = vec![
+        Column::padded("encoder", DType::I64, [64]),
+        Column::padded("decoder", DType::F32, [5, 2]),
+    ];
+    let samples = from_fn(96, columns, "v1", |sample, _, row| {
+        row.column::<i64>(0)?.fill(sample.id.cast_signed());
+        row.column::<f32>(1)?.fill(1.0);
+        Ok(())
+    })
+    .with_len(|id| Ok(usize::try_from(id).unwrap_or(0)));
+    let mut loader = Loader::new(Arc::new(samples), LoaderOptions::default()).unwrap();
+    for _ in 0..3 {
+        let step = loader.next_step().unwrap();
+        let batch = &step.micro_batches[0];
+        let longest = batch.samples().iter().map(|sample| sample.id).max().unwrap().min(64);
+        let longest = longest.cast_signed();
+        assert_eq!(batch.column_shape(0), [32, longest]);
+        assert_eq!(batch.column_shape(1), [32, longest.min(5), 2]);
+        assert_eq!(batch.get::<f32>("decoder").unwrap().len(), 320);
+        assert_eq!(batch.sequence_len(), usize::try_from(longest).unwrap());
+    }
+}
+
+#[test]
+fn a_field_with_the_name_of_a_column_of_lengths_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let fields = [Field::variable("boxes", DType::F32), Field::fixed("boxes_len", DType::I64, [])];
+    for order in [[0, 1], [1, 0]] {
+        let target = folder.path().join(format!("records-{}", order[0]));
+        let mut writer = RecordWriter::create(
+            &target,
+            order.map(|at: usize| fields[at].clone()).into(),
+            1 << 20,
+        )
+        .unwrap();
+        let values = [ColumnValue::of(&[0.5_f32, 1.0]), ColumnValue::of(&[7_i64])];
+        writer.push(&order.map(|at| values[at])).unwrap();
+        writer.finish().unwrap();
+        let records = Records::open(&target, Access::Read).unwrap();
+        let error = RecordSamples::new(records).unwrap_err().to_string();
+        assert!(error.contains("`boxes_len`") && error.contains("`boxes`"), "{error}");
+    }
 }

@@ -163,6 +163,24 @@ fn values_that_do_not_fit_are_refused_and_nothing_is_left() {
 }
 
 #[test]
+fn a_truth_value_that_is_none_is_named_in_the_file_it_is_in() {
+    use safetensors::tensor::{serialize_to_file, Dtype, TensorView};
+
+    let folder = tempfile::tempdir().unwrap();
+    let (input, output) = (folder.path().join("a.safetensors"), folder.path().join("out"));
+    let convert = |values: &[u8]| {
+        let flags = TensorView::new(Dtype::BOOL, vec![3, 2], values).unwrap();
+        serialize_to_file([("flags", flags)], None, &input).unwrap();
+        let inputs = [input.clone()];
+        convert_safetensors(&inputs, &output, &RecordOptions::default(), &Silent)
+    };
+    let error = convert(&[0, 1, 1, 0, 0, 7]).unwrap_err();
+    let place = matches!(error, Error::BadValue { sample: 2, position: 1, value: 7, .. });
+    assert!(place && error.to_string().contains("the BOOL tensor `flags` is 0 or 1"), "{error}");
+    assert_eq!(convert(&[0, 1, 1, 0, 0, 1]).unwrap().index.record_count, 3);
+}
+
+#[test]
 fn a_loader_delivers_records_and_pads_variable_ones() {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("records");

@@ -10,7 +10,7 @@ use crate::server::{Answer, Server};
 use crate::{prepared, LONG};
 
 /// Reads all of a stream in pieces, from several threads at once.
-fn read_everything(stream: &TokenStream) -> Vec<i64> {
+pub(crate) fn read_everything(stream: &TokenStream) -> Vec<i64> {
     let total = usize::try_from(stream.token_count()).unwrap();
     let mut all = vec![0; total];
     std::thread::scope(|scope| {

@@ -7,6 +7,7 @@
 
 mod kept;
 mod server;
+mod together;
 
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;

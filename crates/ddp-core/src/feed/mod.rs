@@ -188,8 +188,9 @@ impl Feed {
         };
         let mut waited = Duration::ZERO;
         let (loader, device) = (&mut self.loader, self.device);
-        let begun = self.ahead.next(AHEAD, || {
-            if loader.is_at_end() {
+        let begun = self.ahead.next(AHEAD, |is_needed| {
+            // A step that is there does not wait for one that is still being built.
+            if loader.is_at_end() || !(is_needed || loader.is_next_ready()) {
                 return None;
             }
             let step = loader.next_step().map_err(Into::into).and_then(|step| {

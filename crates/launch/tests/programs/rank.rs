@@ -35,6 +35,21 @@ struct Args {
     /// What goes wrong in `--act group`.
     #[arg(long, value_enum)]
     fault: Option<Fault>,
+    /// The group whose collective the fault meets in `--act group`.
+    #[arg(long, value_enum, default_value_t = Of::World)]
+    of: Of,
+    /// The fault comes when the collective has started, not before.
+    #[arg(long)]
+    inside: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Of {
+    World,
+    /// A group of the same ranks, as `Ddp` makes one.
+    Duplicate,
+    /// All ranks but the first: each has another number there.
+    Part,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -151,7 +166,7 @@ fn work(args: &Args) -> ExitCode {
             return ExitCode::from(args.code);
         }
         Act::Cascade => return cascade(&world, is_chosen),
-        Act::Group => return group(args.fault, is_chosen),
+        Act::Group => return group(args, is_chosen),
         Act::Kill | Act::Panic | Act::Exit => wait(),
     }
     ExitCode::SUCCESS
@@ -199,52 +214,93 @@ fn cascade(world: &World, is_chosen: bool) -> ExitCode {
 }
 
 /// Steps until something fails; a rank that sees an error of the group panics over it, as many programs do.
-fn group(fault: Option<Fault>, is_chosen: bool) -> ExitCode {
+fn group(args: &Args, is_chosen: bool) -> ExitCode {
     // Heartbeats are missed for five seconds; the limit of a collective must not come first.
-    let limit = if matches!(fault, Some(Fault::Stop | Fault::Pause)) { 30 } else { 2 };
-    let fault = fault.filter(|_| is_chosen);
+    let limit = if matches!(args.fault, Some(Fault::Stop | Fault::Pause)) { 30 } else { 2 };
+    let fault = args.fault.filter(|_| is_chosen);
     let options = GroupOptions::default().with_timeout(Duration::from_secs(limit));
-    let mut group = Group::from_environment(options).expect("the ranks meet");
+    let mut world = Group::from_environment(options).expect("the ranks meet");
+    let mut part = match args.of {
+        Of::World => None,
+        Of::Duplicate => Some(world.duplicate().expect("a duplicate")),
+        Of::Part => world.split((world.rank() > 0).then_some(0), 0).expect("a part"),
+    };
     for step in 0..1000 {
-        if step == 40 {
-            match fault {
-                None => {}
-                Some(Fault::Kill) => kill_process(getpid(), Signal::KILL).expect("own process"),
-                Some(Fault::Stop) => kill_process(getpid(), Signal::STOP).expect("own process"),
-                Some(Fault::Pause) => {
-                    let wake = format!("sleep 3; kill -CONT {}", std::process::id());
-                    let mut child =
-                        Command::new("sh").args(["-c", &wake]).spawn().expect("sh is everywhere");
-                    kill_process(getpid(), Signal::STOP).expect("own process");
-                    child.wait().expect("our own child");
-                }
-                Some(Fault::Segv) => {
-                    // The first only takes Rust's own handler away, and may be taken by another thread.
-                    loop {
-                        kill_process(getpid(), Signal::SEGV).expect("own process");
-                        pause(Duration::from_millis(1));
-                    }
-                }
-                Some(Fault::Abort) => std::process::abort(),
-                Some(Fault::Panic) => panic!("rank {} is out of paper", group.rank()),
-                Some(Fault::Exit) => std::process::exit(0),
-                Some(Fault::Leave) => return ExitCode::SUCCESS,
-                Some(Fault::Error) => {
-                    eprintln!("cannot go on");
-                    return ExitCode::from(65);
-                }
-                Some(Fault::Other) => {
-                    let work = group.tagged("other").barrier().expect("a start");
-                    work.wait().expect("a barrier");
-                }
-                Some(Fault::Idle) => pause(LONG),
-            }
+        let fault = fault.filter(|_| step == 40);
+        if args.of != Of::World {
+            let mut loss = vec![1.0_f32; 10_000];
+            // Who waits here only waits for those who wait in the part.
+            let world = world.tagged("loss").within(LONG);
+            world.all_reduce(&mut loss[..], Sum).expect("a start").wait().expect("a sum");
         }
+        let group = match &mut part {
+            Some(part) => part,
+            None if args.of == Of::World => &mut world,
+            None => continue,
+        };
+        if let Some(code) = fault.filter(|_| !args.inside).and_then(|fault| meet(fault, group)) {
+            return code;
+        }
+        if args.inside && step == 40 && !is_chosen && group.rank() + 1 == group.world_size() {
+            // Without this rank the collective cannot end before the chosen one has met its fault.
+            await_failure(group);
+        }
+        let rank = group.rank();
         let mut values = vec![1.0_f32; 10_000];
         let work = group.tagged("bucket 3").all_reduce(&mut values[..], Sum).expect("a start");
+        match fault.filter(|_| args.inside) {
+            None => {}
+            Some(Fault::Kill) => kill_process(getpid(), Signal::KILL).expect("own process"),
+            Some(_) => panic!("rank {rank} knows no such fault inside a collective"),
+        }
         work.wait().expect("a sum");
     }
     ExitCode::SUCCESS
+}
+
+/// Waits until this process has recorded that a group has failed.
+fn await_failure(group: &Group) {
+    let deadline = Instant::now() + LONG;
+    while group.flight_record().is_none_or(|record| record.failure.is_none()) {
+        assert!(Instant::now() < deadline, "nothing has failed");
+        pause(Duration::from_millis(1));
+    }
+}
+
+/// What goes wrong; `Some`: the rank ends with it.
+fn meet(fault: Fault, group: &mut Group) -> Option<ExitCode> {
+    match fault {
+        Fault::Kill => kill_process(getpid(), Signal::KILL).expect("own process"),
+        Fault::Stop => kill_process(getpid(), Signal::STOP).expect("own process"),
+        Fault::Pause => {
+            let wake = format!("sleep 3; kill -CONT {}", std::process::id());
+            let mut child =
+                Command::new("sh").args(["-c", &wake]).spawn().expect("sh is everywhere");
+            kill_process(getpid(), Signal::STOP).expect("own process");
+            child.wait().expect("our own child");
+        }
+        Fault::Segv => {
+            // The first only takes Rust's own handler away, and may be taken by another thread.
+            loop {
+                kill_process(getpid(), Signal::SEGV).expect("own process");
+                pause(Duration::from_millis(1));
+            }
+        }
+        Fault::Abort => std::process::abort(),
+        Fault::Panic => panic!("rank {} is out of paper", group.rank()),
+        Fault::Exit => std::process::exit(0),
+        Fault::Leave => return Some(ExitCode::SUCCESS),
+        Fault::Error => {
+            eprintln!("cannot go on");
+            return Some(ExitCode::from(65));
+        }
+        Fault::Other => {
+            let work = group.tagged("other").barrier().expect("a start");
+            work.wait().expect("a barrier");
+        }
+        Fault::Idle => pause(LONG),
+    }
+    None
 }
 
 fn environment(world: &World) {

@@ -90,6 +90,12 @@ impl Job {
         panic!("the launcher did not end within {LIMIT:?}");
     }
 
+    /// Kills the launcher, as nothing else can: it says nothing to anybody.
+    pub(crate) fn kill(mut self) {
+        self.signal(Signal::KILL);
+        assert_eq!(self.status().code(), None);
+    }
+
     pub(crate) fn finish(mut self) -> Finished {
         let code = self.status().code();
         let rest = |lines: &Receiver<String>| {
@@ -118,6 +124,21 @@ impl Finished {
         let reports: Vec<_> = self.errors.iter().filter(is_report).collect();
         assert_eq!(reports.len(), 1, "one line per failure: {:#?}", self.errors);
         reports[0]
+    }
+}
+
+/// Whether a process is there and more than a corpse that nobody collected.
+pub(crate) fn lives(pid: i32) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
+    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    !matches!(state, Some('Z' | 'X') | None)
+}
+
+pub(crate) fn assert_gone(pids: &[i32], limit: Duration) {
+    let deadline = Instant::now() + limit;
+    while pids.iter().any(|&pid| lives(pid)) {
+        assert!(Instant::now() < deadline, "still there: {pids:?}");
+        thread::park_timeout(Duration::from_millis(5));
     }
 }
 

@@ -16,6 +16,7 @@ use super::executor::Executor;
 use super::peers::Peers;
 use super::waiting;
 use crate::algorithm::topology::Topology;
+use crate::backend::guarded;
 use crate::error::{Error, Result};
 use crate::fingerprint::CallRecord;
 
@@ -358,13 +359,7 @@ impl Core {
 
     /// Runs a call; a panic (a bug of ours) ends the group instead of leaving callers waiting.
     fn run_guarded(&self, executor: &mut Executor, call: &Arc<Call>) -> Result<()> {
-        let run = std::panic::AssertUnwindSafe(|| executor.run(self, call));
-        std::panic::catch_unwind(run).unwrap_or_else(|panic| {
-            let text = panic.downcast_ref::<String>().map(String::as_str);
-            let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("?");
-            let message = format!("{} panicked, which is a bug of phalanx: {text}", call.record);
-            Err(Error::PeerFailed { rank: self.rank, message })
-        })
+        guarded(self.rank, &call.record, || executor.run(self, call))
     }
 
     /// Waits until a queued call has ended, working on the queue where nobody else does.

@@ -14,7 +14,7 @@ use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::net::sockopt;
 
 use super::call::Call;
-use super::peers::Peers;
+use super::peers::{Peers, VERDICT_MAX};
 use crate::error::{Error, Result};
 
 /// The kernel gives a connection up this long after the heartbeats should have: their error says more.
@@ -52,7 +52,9 @@ pub(crate) fn watch_connection(fd: impl AsFd, dead_after: Duration) -> std::io::
     sockopt::set_tcp_keepintvl(fd, Duration::from_secs(1))?;
     sockopt::set_tcp_keepcnt(fd, 4)?;
     let limit = dead_after.saturating_add(KERNEL_LATER);
-    let limit = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
+    // The kernel takes a signed number.
+    let limit = i32::try_from(limit.as_millis()).unwrap_or(i32::MAX);
+    let limit = limit.unsigned_abs();
     sockopt::set_tcp_user_timeout(fd, limit)?;
     Ok(())
 }
@@ -83,8 +85,14 @@ impl Links {
     }
 
     /// Why a socket failed: the monitor's verdict or the peer's goodbye, if either comes soon.
+    ///
+    /// What comes ends the wait; that nothing will come takes all of it. A peer tells its news before it closes its data
+    /// sockets, so the answer to a question that was asked after the break, with no news before it, would prove that
+    /// the peer lives and only this connection is lost. No frame asks such a question: acknowledgements go with
+    /// heartbeats, which are rarer than this limit and may overtake news that a busy connection keeps. To go by
+    /// them, or by what other peers have said meanwhile, could name this peer for one that has failed it.
     fn broken(&self, peer: usize, call: &'static str, error: std::io::Error) -> Error {
-        let deadline = Instant::now() + Duration::from_millis(300);
+        let deadline = Instant::now() + VERDICT_MAX;
         loop {
             if let Some(failure) = self.peers.failure() {
                 return failure;

@@ -17,21 +17,23 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 
+use super::callers::{Callers, Line, HELLO_BYTES};
+use super::mapping;
 use crate::environment::{HostLink, World};
 use crate::error::{Error, Result};
+use crate::rendezvous::dial;
 
-/// How long a connection may take to say who it is.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
 const MAGIC: [u8; 8] = *b"phalanx\x02";
-const HELLO_BYTES: usize = 8 + 8 + 32;
 const SECRET_BYTES: usize = 32;
+/// Before the machine of a rank that shares no memory.
+const APART: &str = "!";
 
 /// Who and where a rank is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Card {
     pub(crate) host: String,
     pub(crate) pid: u32,
-    /// Equal for ranks that can share memory; empty when this rank must not.
+    /// Equal for ranks that can share memory; begins with [`APART`] when this rank must not.
     pub(crate) machine: String,
     pub(crate) unix_name: Vec<u8>,
     pub(crate) address: SocketAddr,
@@ -79,9 +81,15 @@ impl Card {
         })
     }
 
+    /// The machine, or what looks like one: a system and its network.
+    pub(crate) fn node(&self) -> (&str, &str, &str) {
+        let mut words = self.machine.trim_start_matches(APART).splitn(3, ' ');
+        (&self.host, words.next().unwrap_or_default(), words.next().unwrap_or_default())
+    }
+
     /// Whether the two can share memory.
     pub(crate) fn shares_memory_with(&self, other: &Self) -> bool {
-        !self.machine.is_empty() && self.machine == other.machine
+        !self.machine.starts_with(APART) && self.machine == other.machine
     }
 }
 
@@ -115,7 +123,7 @@ enum Kind {
 }
 
 /// Opens this rank's listeners and writes its card.
-pub(crate) fn listen(world: &World, link: HostLink) -> Result<Listening> {
+pub(crate) fn listen(world: &World, link: HostLink, deadline: Instant) -> Result<Listening> {
     let system = |call| move |source: std::io::Error| Error::system(world.rank, call, source);
     let secret: [u8; SECRET_BYTES] = crate::rendezvous::random_bytes()?;
     let mut unix_name = b"phalanx-".to_vec();
@@ -124,39 +132,49 @@ pub(crate) fn listen(world: &World, link: HostLink) -> Result<Listening> {
     let name = std::os::unix::net::SocketAddr::from_abstract_name(&unix_name)
         .map_err(system("name a unix socket"))?;
     let unix = UnixListener::bind_addr(&name).map_err(system("bind a unix socket"))?;
-    let ip = own_address(world).map_err(system("find the address that leads to the master"))?;
+    let ip = own_address(world, deadline)
+        .map_err(system("find the address that leads to the master"))?;
     let tcp = TcpListener::bind((ip, 0)).map_err(system("bind a TCP socket"))?;
     let address = tcp.local_addr().map_err(system("getsockname"))?;
     unix.set_nonblocking(true).map_err(system("set a unix socket non-blocking"))?;
     tcp.set_nonblocking(true).map_err(system("set a TCP socket non-blocking"))?;
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let machine = match link {
-        HostLink::Tcp => String::new(),
-        HostLink::Auto | HostLink::Shm => machine_identity().map_err(system("read the boot id"))?,
-    };
+    let mut machine = machine_identity().map_err(system("read the boot id"))?;
+    if link == HostLink::Tcp || (link == HostLink::Auto && !can_share()) {
+        machine.insert_str(0, APART);
+    }
     let card = Card { host, pid: std::process::id(), machine, unix_name, address, secret };
     Ok(Listening { unix, tcp, card })
 }
 
-/// The boot, the network namespace (abstract sockets end there) and the user.
+/// Whether memory can be shared at all.
+fn can_share() -> bool {
+    let trial = mapping::create("phalanx-trial", mapping::PAGE_BYTES);
+    if let Err(error) = &trial {
+        tracing::warn!(%error, "no shared memory here: ranks of this machine talk over TCP");
+    }
+    trial.is_ok()
+}
+
+/// The boot, the network namespace (abstract sockets end there), that of processes (their numbers mean nothing elsewhere) and
+/// the user.
 fn machine_identity() -> std::io::Result<String> {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
     let namespace = std::fs::read_link("/proc/self/ns/net")?;
+    let processes = std::fs::read_link("/proc/self/ns/pid")?;
     let uid = rustix::process::getuid().as_raw();
-    Ok(format!("{} {} {uid}", boot.trim(), namespace.display()))
+    Ok(format!("{} {} {} {uid}", boot.trim(), namespace.display(), processes.display()))
 }
 
 /// Loopback when the job is on one node, else the address this machine uses towards the master.
-fn own_address(world: &World) -> std::io::Result<IpAddr> {
+fn own_address(world: &World, deadline: Instant) -> std::io::Result<IpAddr> {
     if world.node_count <= 1 {
         return Ok(Ipv4Addr::LOCALHOST.into());
     }
     // Connecting a datagram socket sends nothing; it only looks up the route.
     let (host, port) = world.store_address();
-    let master =
-        std::net::ToSocketAddrs::to_socket_addrs(&(host, port.max(1)))?.next().ok_or_else(
-            || std::io::Error::new(ErrorKind::NotFound, format!("{host} has no address")),
-        )?;
+    let addresses = dial::resolve(host, port.max(1), deadline)?;
+    let master = addresses.first().copied().ok_or(ErrorKind::NotFound)?;
     let any: SocketAddr = match master {
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
         SocketAddr::V6(_) => (std::net::Ipv6Addr::UNSPECIFIED, 0).into(),
@@ -307,8 +325,8 @@ impl Builder<'_> {
 
     fn read_reply(&self, peer: usize, stream: &mut impl Stream) -> Result<()> {
         let mut reply = [0; SECRET_BYTES];
-        stream.timeouts(self.remaining()).map_err(|error| self.failure(peer, error))?;
-        stream.read_exact(&mut reply).map_err(|error| {
+        let read = read_until(stream, &mut reply, self.deadline);
+        read.map_err(|error| {
             self.failure(
                 peer,
                 format_args!("no answer to the greeting ({error}); look at its output"),
@@ -333,6 +351,7 @@ impl Builder<'_> {
     }
 
     fn accept_all(&mut self, listening: &Listening) -> Result<()> {
+        let mut callers = Callers::new(self.cards.len());
         loop {
             let later = self.rank + 1..self.cards.len();
             let missing: Vec<usize> = later.filter(|peer| !self.is_complete(*peer)).collect();
@@ -344,21 +363,25 @@ impl Builder<'_> {
                 );
                 return Err(self.failure(*first, what));
             }
-            self.wait_for_connection(listening)?;
+            self.wait_for_connection(listening, &callers)?;
             while let Ok((stream, _)) = listening.unix.accept() {
-                self.admit_unix(stream);
+                callers.add(Line::Unix(stream));
             }
             while let Ok((stream, _)) = listening.tcp.accept() {
-                self.admit_tcp(stream);
+                callers.add(Line::Tcp(stream));
+            }
+            for (line, hello) in callers.heard() {
+                if !self.admit(line, &hello) {
+                    callers.warn("a connection is no rank of this group");
+                }
             }
         }
     }
 
-    fn wait_for_connection(&self, listening: &Listening) -> Result<()> {
-        let mut fds = [
-            PollFd::from_borrowed_fd(listening.unix.as_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(listening.tcp.as_fd(), PollFlags::IN),
-        ];
+    fn wait_for_connection(&self, listening: &Listening, callers: &Callers) -> Result<()> {
+        let listeners = [listening.unix.as_fd(), listening.tcp.as_fd()].into_iter();
+        let fds = listeners.chain(callers.fds());
+        let mut fds: Vec<_> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
         let limit = self.remaining().min(Duration::from_millis(200));
         let limit = Timespec { tv_sec: 0, tv_nsec: limit.subsec_nanos().into() };
         match poll(&mut fds, Some(&limit)) {
@@ -367,16 +390,8 @@ impl Builder<'_> {
         }
     }
 
-    /// Reads a greeting; whoever does not know our secret is turned away without an answer.
-    fn greeting(&self, stream: &mut impl Stream) -> Option<(usize, Kind)> {
-        let mut hello = [0; HELLO_BYTES];
-        let read = stream
-            .timeouts(HELLO_TIMEOUT.min(self.remaining()))
-            .and_then(|()| stream.read_exact(&mut hello));
-        if let Err(error) = read {
-            tracing::warn!(%error, "a connection said nothing and was closed");
-            return None;
-        }
+    /// Who a greeting is from; whoever does not know our secret is turned away without an answer.
+    fn who(&self, hello: &[u8; HELLO_BYTES]) -> Option<(usize, Kind)> {
         let rank = u32::from_le_bytes([hello[12], hello[13], hello[14], hello[15]]) as usize;
         let kind = match hello[8] {
             1 => Kind::Control,
@@ -384,32 +399,60 @@ impl Builder<'_> {
             _ => return None,
         };
         let known = hello[..8] == MAGIC && equal(&hello[16..], &self.secret);
-        if !known || rank <= self.rank || rank >= self.cards.len() {
-            tracing::warn!("a connection that is no rank of this group was closed");
-            return None;
-        }
-        Some((rank, kind))
+        (known && rank > self.rank && rank < self.cards.len()).then_some((rank, kind))
     }
 
-    fn admit_unix(&mut self, mut stream: UnixStream) {
-        let Some((peer, Kind::Control)) = self.greeting(&mut stream) else { return };
-        if !self.cards[self.rank].shares_memory_with(&self.cards[peer])
-            || self.check_credentials(peer, &stream).is_err()
-        {
-            tracing::warn!(peer, "a unix connection of another process was closed");
-            return;
+    /// Takes the connection of a rank and answers; whether it is one.
+    fn admit(&mut self, line: Line, hello: &[u8; HELLO_BYTES]) -> bool {
+        let Some((peer, kind)) = self.who(hello) else { return false };
+        let local = self.cards[self.rank].shares_memory_with(&self.cards[peer]);
+        let limit = self.remaining();
+        match line {
+            Line::Unix(mut stream) => {
+                let is_it = kind == Kind::Control && local;
+                if !is_it || self.check_credentials(peer, &stream).is_err() {
+                    return false;
+                }
+                let answer = stream.timeouts(limit);
+                let answer = answer.and_then(|()| stream.write_all(&self.cards[peer].secret));
+                // One that is gone by now comes again, or is missed.
+                if answer.is_ok() {
+                    self.controls[peer] = Some(stream.into());
+                }
+            }
+            Line::Tcp(mut stream) => {
+                let answer = stream.timeouts(limit);
+                let answer = answer.and_then(|()| stream.write_all(&self.cards[peer].secret));
+                if answer.is_ok() {
+                    self.keep_tcp(peer, kind, stream);
+                }
+            }
         }
-        if stream.write_all(&self.cards[peer].secret).is_ok() {
-            self.controls[peer] = Some(stream.into());
-        }
+        true
     }
+}
 
-    fn admit_tcp(&mut self, mut stream: TcpStream) {
-        let Some((peer, kind)) = self.greeting(&mut stream) else { return };
-        if stream.write_all(&self.cards[peer].secret).is_ok() {
-            self.keep_tcp(peer, kind, stream);
+/// Fills `buffer` or fails at `deadline`, however slowly bytes trickle in.
+fn read_until(
+    stream: &mut impl Stream,
+    buffer: &mut [u8],
+    deadline: Instant,
+) -> std::io::Result<()> {
+    let mut have = 0;
+    while have < buffer.len() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        stream.timeouts(left.max(Duration::from_millis(1)))?;
+        match stream.read(&mut buffer[have..]) {
+            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(count) => have += count,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+        if have < buffer.len() && left.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
         }
     }
+    Ok(())
 }
 
 /// Compares without telling by its duration where the difference is.

@@ -15,6 +15,7 @@
 
 pub(crate) mod board;
 pub(crate) mod call;
+mod callers;
 pub(crate) mod control;
 pub(crate) mod core;
 pub(crate) mod executor;

@@ -17,6 +17,7 @@ use super::reconnect::{Returned, Way};
 use super::wire::Frame;
 use crate::error::{Error, LastCall, Result};
 use crate::fingerprint::CallRecord;
+use crate::recorder::Part;
 
 /// A rank's process.
 #[derive(Debug, Clone)]
@@ -52,6 +53,9 @@ const BROADCAST_LIMIT: Duration = Duration::from_millis(300);
 const FAREWELL_MAX: Duration = Duration::from_secs(10);
 /// The same for a failure, where a connection is lost at that moment.
 const FAREWELL_AFTER_FAILURE_MAX: Duration = Duration::from_millis(300);
+
+/// How long the reason why a socket failed may take to come; why not less: `Links::broken`.
+pub(crate) const VERDICT_MAX: Duration = Duration::from_millis(300);
 
 /// A rank's orderly end.
 #[derive(Debug)]
@@ -91,8 +95,8 @@ pub(crate) struct Peers {
     pub(crate) liveness: Liveness,
     pub(crate) wake: OwnedFd,
     pub(crate) points: Points,
-    /// The group, in a word that its ranks agree on: see [`crate::recorder`].
-    pub(crate) lineage: AtomicU64,
+    /// For the flight recorder.
+    pub(crate) part: Part,
     failed: AtomicBool,
     failure: OnceLock<Error>,
     departures: Vec<Departure>,
@@ -123,6 +127,7 @@ impl Peers {
         identities: Vec<Identity>,
         sockets: Sockets,
         liveness: Liveness,
+        part: Part,
     ) -> Result<Self> {
         let Sockets { controls, data, ways } = sockets;
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
@@ -144,7 +149,7 @@ impl Peers {
             ways,
             liveness,
             wake,
-            lineage: AtomicU64::new(crate::recorder::WORLD),
+            part,
             failed: AtomicBool::new(false),
             failure: OnceLock::new(),
             departures,
@@ -192,7 +197,7 @@ impl Peers {
     pub(crate) fn fail_quietly(&self, error: Error) -> Option<Error> {
         let first = self.failure.set(error).is_ok();
         if let (true, Some(failure)) = (first, self.failure.get()) {
-            crate::recorder::failed(failure, self.lineage.load(Ordering::Relaxed));
+            crate::recorder::failed(failure, &self.part);
         }
         self.failed.store(true, Ordering::Release);
         self.points.wake();
@@ -233,7 +238,7 @@ impl Peers {
 
     /// Waits briefly for the monitor to say why a socket failed.
     pub(crate) fn verdict(&self) -> Option<Error> {
-        let deadline = Instant::now() + Duration::from_millis(300);
+        let deadline = Instant::now() + VERDICT_MAX;
         let mut parcels = lock(&self.parcels);
         while self.failure().is_none() && Instant::now() < deadline {
             let (guard, _) = self

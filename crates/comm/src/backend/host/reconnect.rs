@@ -287,7 +287,9 @@ mod tests {
             };
             let (heartbeat, dead_after) = (Duration::from_millis(500), Duration::from_secs(5));
             let liveness = Liveness { heartbeat, dead_after };
-            let peers = Peers::new(0, vec![identity.clone(), identity], sockets, liveness).unwrap();
+            let part = crate::recorder::Part::whole(2);
+            let peers =
+                Peers::new(0, vec![identity.clone(), identity], sockets, liveness, part).unwrap();
             Self { peers, door: Door::new(Some(listener)), address, returned: Vec::new() }
         }
 

@@ -25,6 +25,7 @@ use super::wire::Frame;
 use crate::algorithm::topology::Topology;
 use crate::environment::{HostLink, World};
 use crate::error::{Error, Result};
+use crate::recorder::Part;
 
 /// Every rank gives its bytes and gets everybody's, by rank.
 pub(crate) type Exchange<'a> = dyn FnMut(&[u8], Instant) -> Result<Vec<Vec<u8>>> + 'a;
@@ -42,28 +43,31 @@ pub(crate) fn group_number() -> u64 {
 
 /// Connects the ranks of a group.
 pub(crate) fn connect(
-    world: &World,
+    world: &mut World,
     link: HostLink,
     timeout: Duration,
     liveness: Liveness,
+    part: Part,
     exchange: &mut Exchange<'_>,
 ) -> Result<Arc<Core>> {
     let deadline = Instant::now() + timeout;
     let rank = world.rank;
     if world.world_size <= 1 {
-        return alone(liveness);
+        return alone(liveness, part);
     }
-    let listening = mesh::listen(world, link)?;
-    let cards = exchange(&listening.card.encode(), deadline)?
-        .iter()
-        .enumerate()
-        .map(|(peer, bytes)| {
-            Card::decode(bytes).ok_or_else(|| Error::World {
-                rank,
-                what: format!("rank {peer} published no valid address: run the same build of the program on every rank"),
-            })
-        })
-        .collect::<Result<Vec<Card>>>()?;
+    let listening = mesh::listen(world, link, deadline)?;
+    let cards = cards(rank, &exchange(&listening.card.encode(), deadline)?)?;
+    if world.nodes_are_guessed() {
+        (world.node_rank, world.node_count) = node(&cards, rank);
+    }
+    let apart = cards.iter().position(|card| !card.shares_memory_with(&cards[rank]));
+    if let (HostLink::Shm, Some(peer)) = (link, apart) {
+        let what = format!(
+            "shared memory alone was asked for (PHALANX_HOST_LINK=shm), and rank {peer} on host {} shares none with this one: take auto",
+            cards[peer].host
+        );
+        return Err(Error::World { rank, what });
+    }
     let pairs = mesh::connect(&listening, rank, &cards, deadline)?;
     let topology = Topology::new(machines(&cards));
     let ways = ways(world, &topology, &cards);
@@ -103,7 +107,7 @@ pub(crate) fn connect(
         })
         .collect();
     let sockets = Sockets { controls, data: copies, ways };
-    let peers = Arc::new(Peers::new(rank, identities, sockets, liveness)?);
+    let peers = Arc::new(Peers::new(rank, identities, sockets, liveness, part)?);
     monitor::spawn(Arc::clone(&peers), door).map_err(system("start a thread"))?;
     let boards = share_boards(&peers, &topology, deadline)?;
     let links = Links::new(Arc::clone(&peers), streams).map_err(system("set up data sockets"))?;
@@ -112,12 +116,26 @@ pub(crate) fn connect(
     Ok(core)
 }
 
+/// What the ranks have published.
+fn cards(rank: usize, published: &[Vec<u8>]) -> Result<Vec<Card>> {
+    let card = |(peer, bytes): (usize, &Vec<u8>)| {
+        let why = if bytes.is_empty() {
+            "could not open its sockets: look at its output"
+        } else {
+            "published no valid address: run the same build of the program on every rank"
+        };
+        let what = format!("rank {peer} {why}");
+        Card::decode(bytes).ok_or(Error::World { rank, what })
+    };
+    published.iter().enumerate().map(card).collect()
+}
+
 /// A group of one: no sockets, no threads.
-fn alone(liveness: Liveness) -> Result<Arc<Core>> {
+fn alone(liveness: Liveness, part: Part) -> Result<Arc<Core>> {
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let identity = Identity { host, pid: std::process::id(), local: true };
     let sockets = Sockets { controls: vec![None], data: vec![None], ways: vec![None] };
-    let peers = Arc::new(Peers::new(0, vec![identity], sockets, liveness)?);
+    let peers = Arc::new(Peers::new(0, vec![identity], sockets, liveness, part)?);
     let (_, board) = Board::create().map_err(|error| Error::system(0, "memfd_create", error))?;
     let links = Links::new(Arc::clone(&peers), vec![None])
         .map_err(|error| Error::system(0, "set up data sockets", error))?;
@@ -135,6 +153,18 @@ fn ways(world: &World, topology: &Topology, cards: &[Card]) -> Vec<Option<Way>> 
         is_remote.then_some(Way { address: card.address, key })
     };
     cards.iter().enumerate().map(way).collect()
+}
+
+/// The number of a rank's node, by the first rank on each, and how many there are.
+fn node(cards: &[Card], rank: usize) -> (usize, usize) {
+    let mut nodes = Vec::new();
+    for card in cards {
+        if !nodes.contains(&card.node()) {
+            nodes.push(card.node());
+        }
+    }
+    let own = cards[rank].node();
+    (nodes.iter().position(|node| *node == own).unwrap_or(0), nodes.len())
 }
 
 /// Numbers the machines by the first rank on each.

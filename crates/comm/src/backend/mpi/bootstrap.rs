@@ -79,7 +79,7 @@ impl Note {
 
 /// The world of an MPI job, and a connected store. Collective over all ranks of the job.
 fn meet(timeout: Duration) -> Result<(World, Arc<dyn Store>)> {
-    let deadline = Instant::now() + timeout;
+    let deadline = Instant::now() + timeout.min(crate::group::LONGEST);
     let host_link = environment::host_link()?;
     let launched = environment::launched();
     let library = library::get(deadline)?;
@@ -187,7 +187,8 @@ fn host(place: &Placement) -> Result<(Note, StoreServer)> {
     let (token, run) = (random_bytes::<32>()?, random_bytes::<8>()?);
     let note = Note { token, run, port: 0, text: host };
     let ip: IpAddr = note.text.parse().unwrap_or(IpAddr::from([127, 0, 0, 1]));
-    let server = StoreServer::start(SocketAddr::new(ip, 0), note.credentials())?;
+    let port = environment::store_port()?;
+    let server = StoreServer::start(SocketAddr::new(ip, port), note.credentials())?;
     Ok((Note { port: server.address().port(), ..note }, server))
 }
 

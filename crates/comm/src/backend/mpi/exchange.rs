@@ -17,6 +17,11 @@ use crate::reduce_op::Reduction;
 
 /// Pieces under way.
 const WINDOW: usize = 4;
+/// What a library sends at once, its header included, is 4 KiB (Open MPI inside a machine) or more. Longer messages
+/// wait for an answer first.
+const MESSAGE_BYTES: usize = 4032;
+/// Up to so many bytes, several short messages cost less than that wait.
+const CUT_BYTES_MAX: usize = 24 << 10;
 
 /// What every exchange of a group needs.
 #[derive(Debug)]
@@ -94,6 +99,43 @@ enum Stage {
     Done,
 }
 
+impl Piece {
+    /// Starts to receive so many bytes.
+    fn receive(
+        &mut self,
+        context: &Context,
+        (to, bytes): (Place, usize),
+        peer: usize,
+        tag: usize,
+    ) -> Result<()> {
+        for (at, part) in messages(bytes) {
+            self.requests.push(context.communicator.receive(to.at(at), part, peer, tag)?);
+        }
+        Ok(())
+    }
+
+    /// Starts to send so many bytes.
+    fn send(
+        &mut self,
+        context: &Context,
+        (from, bytes): (Place, usize),
+        peer: usize,
+        tag: usize,
+    ) -> Result<()> {
+        for (at, part) in messages(bytes) {
+            self.requests.push(context.communicator.send(from.at(at), part, peer, tag)?);
+        }
+        Ok(())
+    }
+}
+
+/// The messages that so many bytes travel in: where each begins, and how long it is. They arrive in order: one tag
+/// does for all.
+fn messages(bytes: usize) -> impl Iterator<Item = (usize, usize)> {
+    let one = if bytes <= CUT_BYTES_MAX { MESSAGE_BYTES } else { bytes };
+    (0..bytes).step_by(one.max(1)).map(move |at| (at, one.min(bytes - at)))
+}
+
 impl Exchange {
     pub(super) fn new(task: Task) -> Self {
         Self { task, started: 0, pieces: VecDeque::new() }
@@ -164,15 +206,14 @@ impl Task {
             let staging = Place(piece.staging.insert(staging).base());
             for peer in context.others() {
                 let to = staging.at(slot(context.rank, peer) * own.len());
-                let request = context.communicator.receive(to, own.len(), peer, tag)?;
-                piece.requests.push(request);
+                piece.receive(context, (to, own.len()), peer, tag)?;
             }
         }
         for peer in context.others() {
             let part = self.cut.part(peer, index);
             if !part.is_empty() {
                 let from = self.at.at(part.start);
-                piece.requests.push(context.communicator.send(from, part.len(), peer, tag)?);
+                piece.send(context, (from, part.len()), peer, tag)?;
             }
         }
         Ok(())
@@ -234,13 +275,13 @@ impl Task {
             let theirs = self.cut.part(peer, piece.index);
             if !theirs.is_empty() {
                 let to = self.at.at(theirs.start);
-                piece.requests.push(context.communicator.receive(to, theirs.len(), peer, tag)?);
+                piece.receive(context, (to, theirs.len()), peer, tag)?;
             }
         }
         for peer in context.others() {
             if !own.is_empty() {
                 let from = self.at.at(own.start);
-                piece.requests.push(context.communicator.send(from, own.len(), peer, tag)?);
+                piece.send(context, (from, own.len()), peer, tag)?;
             }
         }
         Ok(())

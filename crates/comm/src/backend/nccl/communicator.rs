@@ -8,11 +8,11 @@
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicPtr, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclUniqueId};
 
+use super::alive::{self, Alive, Handle};
 use super::config::{code_of, config};
 use super::library::{Nccl, IN_PROGRESS, SUCCESS};
 use crate::dtype::DType;
@@ -36,26 +36,15 @@ type Result<T> = std::result::Result<T, NcclError>;
 
 /// How long an orderly end may take before it becomes an abort.
 const FINALIZE: Duration = Duration::from_secs(5);
+/// How long aborts wait for the list of communicators.
+const ABORT: Duration = Duration::from_secs(2);
 /// Between two questions.
 const PAUSE: Duration = Duration::from_micros(100);
-
-/// The communicators of this process, for [`abort_all`].
-static ALIVE: Mutex<Vec<Handle>> = Mutex::new(Vec::new());
 
 thread_local! {
     /// Whether this thread is inside a group call, and so holds the list.
     static IN_GROUP: Cell<bool> = const { Cell::new(false) };
 }
-
-/// Why [`abort_all`] was called last.
-static CAUSE: Mutex<String> = Mutex::new(String::new());
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Handle(ncclComm_t);
-// SAFETY: NCCL allows the calls that are made with it here from every thread, one at a time.
-unsafe impl Send for Handle {}
-// SAFETY: as for Send; the list of live communicators makes the calls one at a time.
-unsafe impl Sync for Handle {}
 
 /// A rank's side of an NCCL communicator.
 #[derive(Debug)]
@@ -84,7 +73,7 @@ impl Communicator {
         let code = unsafe { init(&raw mut raw, world_size, id, rank, &raw mut config) };
         let communicator = Self { nccl, raw: Handle(raw) };
         if !communicator.raw.0.is_null() {
-            lock_alive().push(communicator.raw);
+            lock_alive(CALL)?.push(communicator.raw);
         }
         if let Err(error) = communicator.accepted(CALL, code) {
             communicator.abort(&error.what);
@@ -128,7 +117,7 @@ impl Communicator {
             return Err(NcclError::new(CALL, "NCCL gave no communicator"));
         }
         let part = Self { nccl: self.nccl, raw: Handle(raw) };
-        lock_alive().push(part.raw);
+        lock_alive(CALL)?.push(part.raw);
         part.settle_until(CALL, deadline, gives_up)?;
         Ok(Some(part))
     }
@@ -151,7 +140,7 @@ impl Communicator {
             // This thread holds the list, and has looked.
             return self.accepted(call, make(self.raw.0));
         }
-        let alive = lock_alive();
+        let alive = lock_alive(call)?;
         self.check_alive(call, &alive)?;
         let code = make(self.raw.0);
         drop(alive);
@@ -205,7 +194,7 @@ impl Communicator {
         make: impl FnOnce(ncclComm_t) -> c_int,
     ) -> Result<Option<()>> {
         loop {
-            let alive = lock_alive();
+            let alive = lock_alive(call)?;
             self.check_alive(call, &alive)?;
             let mut state = SUCCESS;
             // SAFETY: a live communicator; writes one number.
@@ -228,7 +217,7 @@ impl Communicator {
         if alive.contains(&self.raw) {
             return Ok(());
         }
-        let why = CAUSE.lock().unwrap_or_else(PoisonError::into_inner);
+        let why = alive::cause();
         let what = format!("aborted, because a group of this process has failed: {why}");
         Err(NcclError::new(call, what))
     }
@@ -346,7 +335,7 @@ impl Communicator {
         const START: &str = "ncclGroupStart";
         let functions = &self.nccl.functions;
         let outermost = !IN_GROUP.get();
-        let alive = outermost.then(lock_alive);
+        let alive = outermost.then(|| lock_alive(START)).transpose()?;
         if let Some(alive) = &alive {
             self.check_alive(START, alive)?;
         }
@@ -387,13 +376,8 @@ impl Communicator {
 
     /// Aborts this communicator alone, because of `cause`.
     fn abort(&self, cause: &str) {
-        let mut alive = lock_alive();
-        let before = alive.len();
-        alive.retain(|handle| *handle != self.raw);
-        let ours = alive.len() < before;
-        drop(alive);
-        if ours {
-            cause.clone_into(&mut CAUSE.lock().unwrap_or_else(PoisonError::into_inner));
+        if alive::remove(self.raw) {
+            alive::set_cause(cause);
             // SAFETY: taken off the list by us; never used again.
             let code = unsafe { (self.nccl.functions.abort)(self.raw.0) };
             tracing::debug!(code, "ncclCommAbort");
@@ -411,13 +395,8 @@ impl Communicator {
         let result =
             asked.and_then(|()| self.settle_until(call, Instant::now() + FINALIZE, &|| false));
         // Whoever takes the handle off the list frees it.
-        let mut alive = lock_alive();
-        let before = alive.len();
-        alive.retain(|handle| *handle != self.raw);
-        let ours = alive.len() < before;
         // Other groups go on while this one is taken apart.
-        drop(alive);
-        if !ours {
+        if !alive::remove(self.raw) {
             return;
         }
         let code = match result {
@@ -441,32 +420,21 @@ impl Communicator {
 /// Aborts every communicator of this process inside one group call, because of `cause`.
 pub(crate) fn abort_all(nccl: &Nccl, cause: &str) {
     // A call that holds the list hangs in NCCL: an abort is what frees it.
-    let deadline = Instant::now() + Duration::from_secs(2);
-    let mut list = loop {
-        match ALIVE.try_lock() {
-            Ok(list) => break Some(list),
-            Err(std::sync::TryLockError::Poisoned(poisoned)) => break Some(poisoned.into_inner()),
-            Err(std::sync::TryLockError::WouldBlock) if Instant::now() < deadline => {
-                std::thread::park_timeout(PAUSE);
-            }
-            Err(std::sync::TryLockError::WouldBlock) => break None,
-        }
-    };
-    let Some(taken) = &mut list else {
+    let Some(mut list) = alive::lock_for(ABORT) else {
         tracing::error!("a call of NCCL hangs; its communicators cannot be aborted");
         return;
     };
-    let alive = std::mem::take(&mut **taken);
-    if alive.is_empty() {
+    let taken = std::mem::take(&mut *list);
+    if taken.is_empty() {
         return;
     }
-    cause.clone_into(&mut CAUSE.lock().unwrap_or_else(PoisonError::into_inner));
+    alive::set_cause(cause);
     // An abort may wait for the device; the other groups hear at once that theirs are gone.
-    drop(list.take());
+    drop(list);
     let functions = &nccl.functions;
     // SAFETY: takes nothing.
     let started = unsafe { (functions.group_start)() };
-    for handle in &alive {
+    for handle in &taken {
         // SAFETY: taken off the list by us, so nobody else ends it; a call that another thread has under
         // way on it returns an error.
         let code = unsafe { (functions.abort)(handle.0) };
@@ -479,9 +447,10 @@ pub(crate) fn abort_all(nccl: &Nccl, cause: &str) {
     }
 }
 
-fn lock_alive() -> std::sync::MutexGuard<'static, Vec<Handle>> {
-    // The list is valid after every statement.
-    ALIVE.lock().unwrap_or_else(PoisonError::into_inner)
+/// The list of live communicators, for a call.
+fn lock_alive(call: &'static str) -> Result<Alive> {
+    let hangs = "another call of NCCL in this process holds its communicators and does not return";
+    alive::lock().ok_or_else(|| NcclError { late: true, ..NcclError::new(call, hangs) })
 }
 
 fn number(rank: usize) -> c_int {

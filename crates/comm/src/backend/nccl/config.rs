@@ -7,13 +7,18 @@ use cudarc::nccl::sys::ncclConfig_t;
 
 use crate::dtype::DType;
 
+/// The version whose configuration this is.
+const NEWEST: i32 = 23_000;
+
 /// `ncclConfig_t` with everything undefined (`NCCL_CONFIG_INITIALIZER`), but not blocking, and no
-/// longer than the library knows it.
+/// longer than the library knows it. Later libraries take it for that of [`NEWEST`]: what they have added since lies where
+/// this one has padding.
 pub(super) fn config(version: i32) -> ncclConfig_t {
     const UNDEFINED: c_int = c_int::MIN;
     const MAGIC: u32 = 0xcafe_beef;
+    let version = version.min(NEWEST);
     let size = match version {
-        23_000.. => size_of::<ncclConfig_t>(),
+        NEWEST.. => size_of::<ncclConfig_t>(),
         22_900.. => offset_of!(ncclConfig_t, maxP2pPeers),
         22_800.. => offset_of!(ncclConfig_t, graphUsageMode),
         22_700.. => offset_of!(ncclConfig_t, nChannelsPerNetPeer),

@@ -116,7 +116,7 @@ impl Nccl {
         let mut said = Vec::new();
         let open = |name: &&str| {
             // SAFETY: NCCL's initialisers register nothing and start nothing.
-            unsafe { Library::new(*name) }.map_err(|error| said.push(error.to_string())).ok()
+            unsafe { Library::new(*name) }.map_err(|error| said.push(reason(&error))).ok()
         };
         let library = names.iter().find_map(open).ok_or_else(|| {
             format!(
@@ -188,6 +188,11 @@ impl Nccl {
             Err(self.explain(code))
         }
     }
+}
+
+/// The loader's own words, which name the file.
+fn reason(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 fn text_of(text: *const c_char) -> Option<String> {

@@ -11,6 +11,7 @@
 //! ranks called is compared there before NCCL is asked for anything, so a kernel is only launched when
 //! all ranks launch the same one.
 
+mod alive;
 pub(crate) mod communicator;
 mod config;
 pub(crate) mod library;
@@ -68,6 +69,9 @@ fn said(error: Error) -> String {
 fn prepare(core: &Core, library: Option<&str>) -> Result<(&'static Nccl, Arc<Device>, [u8; 16])> {
     let device = gpu::device_of(core, "nccl")?;
     let nccl = Nccl::get(library).map_err(unavailable)?;
+    if let Some(what) = crate::environment::nccl_lacks(nccl.version_number()) {
+        return Err(unavailable(what));
+    }
     let uuid = device.uuid().map_err(|error| cuda_error(core.rank, error))?;
     Ok((nccl, device, uuid))
 }
@@ -136,7 +140,8 @@ fn carried(core: &Arc<Core>, device: Arc<Device>, nccl: NcclSide) -> Result<(Arc
     };
     let runner = Runner::spawn(format!("phalanx-nccl-{rank}"), true, || ())
         .map_err(|error| Error::system(rank, "start a thread", error))?;
-    // Callers never enter NCCL or wait for a device: only the runner does.
+    // Callers who wait never enter NCCL or wait for a device: only the runner does. Those who allocate or divide do, with
+    // deadlines.
     let lane = Lane::new(Backend::Nccl, Arc::clone(core), &runner, false, Box::new(transport));
     Ok((lane, Arc::new(Gpu { device, nccl: Some(nccl) })))
 }

@@ -112,7 +112,7 @@ impl StoreServer {
     /// From now on it ends as soon as no client is connected any more, at `limit` at the latest. Dropping it afterwards
     /// waits for that: a rank that hosts the store does not take it from under the others.
     pub fn linger(&self, limit: Duration) {
-        let until = Instant::now() + limit;
+        let until = Instant::now() + limit.min(crate::group::LONGEST);
         *self.stop.linger_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(until);
     }
 }

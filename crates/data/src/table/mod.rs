@@ -1,6 +1,10 @@
 //! Tables of Parquet and Arrow files: columns by name, in batches of rows.
 //!
-//! A panic of the libraries over a malformed file is an error here.
+//! A panic of the libraries over a malformed file is an error here; that they are not asked for more memory than there is, see to
+//! [`ipc`] and [`pages`].
+
+mod ipc;
+mod pages;
 
 use std::fs::File;
 use std::io::{BufReader, Read, Seek};
@@ -17,6 +21,9 @@ use parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
 };
 use parquet::arrow::ProjectionMask;
+use parquet::schema::types::SchemaDescriptor;
+
+use pages::Pages;
 
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
@@ -35,15 +42,22 @@ pub(crate) struct Table {
     path: PathBuf,
     batches: Batches,
     bytes: u64,
-    /// As far as the file says it.
-    row_count: Option<u64>,
+    progress: Done,
     /// Rows that are passed over.
     skip: u64,
 }
 
+/// What tells how far a file is read.
+enum Done {
+    /// How many rows it says it has: Parquet.
+    Rows(u64),
+    /// The reader's own place, which it shares with this handle: Arrow.
+    Place(Option<File>),
+}
+
 /// How a file is laid out.
 enum Layout {
-    Parquet(ParquetRecordBatchReaderBuilder<File>),
+    Parquet(ParquetRecordBatchReaderBuilder<Pages>),
     File(FileReader<BufReader<File>>),
     Stream(StreamReader<BufReader<File>>),
 }
@@ -57,10 +71,15 @@ impl Layout {
         caught(path, || {
             Ok(match &*magic {
                 [b'P', b'A', b'R', b'1', ..] => {
-                    let opened = ParquetRecordBatchReaderBuilder::try_new(file);
-                    Layout::Parquet(opened.map_err(|error| error.to_string())?)
+                    let opened = ArrowReaderMetadata::load(&file, ArrowReaderOptions::default());
+                    let about = opened.map_err(|error| error.to_string())?;
+                    let pages = Pages::of(file, about.metadata().row_groups())?;
+                    Layout::Parquet(ParquetRecordBatchReaderBuilder::new_with_metadata(
+                        pages, about,
+                    ))
                 }
                 b"ARROW1" => {
+                    ipc::check(&file, false)?;
                     let opened = FileReader::try_new(BufReader::new(file), columns);
                     Layout::File(opened.map_err(|error| error.to_string())?)
                 }
@@ -68,10 +87,12 @@ impl Layout {
                     return Err("Feather of version 1 is not read: write version 2".to_owned());
                 }
                 _ => {
-                    let opened = StreamReader::try_new(BufReader::new(file), columns);
-                    Layout::Stream(opened.map_err(|error| {
+                    let unknown = |error: String| {
                         format!("it is neither Parquet nor an Arrow file or stream: {error}")
-                    })?)
+                    };
+                    ipc::check(&file, true).map_err(unknown)?;
+                    let opened = StreamReader::try_new(BufReader::new(file), columns);
+                    Layout::Stream(opened.map_err(|error| unknown(error.to_string()))?)
                 }
             })
         })
@@ -132,24 +153,25 @@ impl Table {
         let mut roots: Vec<usize> = columns.iter().filter_map(root).collect();
         roots.sort_unstable();
         roots.dedup();
-        let (mut row_count, mut skip) = (None, first_row);
-        let batches: Batches = match Layout::open(path, Some(roots))? {
-            Layout::File(reader) => Box::new(reader),
-            Layout::Stream(reader) => Box::new(reader),
+        let place = |reader: &BufReader<File>| Done::Place(reader.get_ref().try_clone().ok());
+        let mut skip = first_row;
+        let (progress, batches): (Done, Batches) = match Layout::open(path, Some(roots))? {
+            Layout::File(reader) => (place(reader.get_ref()), Box::new(reader)),
+            Layout::Stream(reader) => (place(reader.get_ref()), Box::new(reader)),
             Layout::Parquet(builder) => {
                 let rows = builder.metadata().file_metadata().num_rows();
-                row_count = u64::try_from(rows).ok();
+                let rows = Done::Rows(u64::try_from(rows).unwrap_or(0));
                 skip = 0;
                 let first = to_usize(first_row);
-                caught(path, || {
-                    let mask = projection(&builder, schema, columns);
+                let reader = caught(path, || {
+                    let mask = projection(builder.parquet_schema(), schema, columns);
                     let builder = builder.with_projection(mask).with_batch_size(BATCH_ROWS);
-                    let reader = builder.with_offset(first).build();
-                    Ok(Box::new(reader.map_err(|error| error.to_string())?))
-                })?
+                    builder.with_offset(first).build().map_err(|error| error.to_string())
+                })?;
+                (rows, Box::new(reader))
             }
         };
-        Ok(Table { path: path.to_path_buf(), batches, bytes, row_count, skip })
+        Ok(Table { path: path.to_path_buf(), batches, bytes, progress, skip })
     }
 
     /// The next rows.
@@ -170,13 +192,23 @@ impl Table {
         }
     }
 
-    /// Bytes of the file that some rows stand for, of `bytes` in memory.
-    pub(crate) fn share(&self, rows: usize, bytes: usize) -> u64 {
-        let of_file = |count: u64| {
-            let share = u128::from(self.bytes) * rows as u128 / u128::from(count.max(1));
-            u64::try_from(share).unwrap_or(self.bytes)
+    /// Bytes of the file.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Bytes of the file up to its row number `rows`, about.
+    pub(crate) fn bytes_until(&self, rows: u64) -> u64 {
+        let done = match &self.progress {
+            Done::Rows(count) => {
+                let share = u128::from(self.bytes) * u128::from(rows) / u128::from((*count).max(1));
+                u64::try_from(share).unwrap_or(self.bytes)
+            }
+            Done::Place(reader) => {
+                reader.as_ref().and_then(|mut file| file.stream_position().ok()).unwrap_or(0)
+            }
         };
-        self.row_count.map_or(to_u64(bytes), of_file)
+        done.min(self.bytes)
     }
 }
 
@@ -186,7 +218,7 @@ pub(crate) struct Part {
     pub(crate) rows: u64,
     /// What they take in memory, about.
     pub(crate) memory_bytes: u64,
-    /// Bytes of the file that they stand for.
+    /// Bytes of the file that they stand for, about.
     pub(crate) file_bytes: u64,
     content: Content,
 }
@@ -206,13 +238,14 @@ pub(crate) fn parts(
 ) -> Result<Box<dyn Iterator<Item = Result<Part>>>> {
     if !matches!(Layout::open(path, None)?, Layout::Parquet(_)) {
         let mut table = Table::open(path, schema, columns, 0)?;
+        let mut done = 0;
         return Ok(Box::new(std::iter::from_fn(move || {
             let batch = table.next().transpose()?;
             Some(batch.map(|batch| {
-                let bytes = to_u64(batch.get_array_memory_size());
-                let rows = to_u64(batch.num_rows());
-                let content = Content::Rows(batch);
-                Part { rows, memory_bytes: bytes, file_bytes: bytes, content }
+                let (before, rows) = (done, to_u64(batch.num_rows()));
+                done = table.bytes_until(rows).max(before);
+                let (memory_bytes, content) = (value_bytes(&batch), Content::Rows(batch));
+                Part { rows, memory_bytes, file_bytes: done - before, content }
             }))
         })));
     }
@@ -222,12 +255,15 @@ pub(crate) fn parts(
         loaded.map_err(|error| error.to_string())
     })?;
     let groups = metadata.metadata().num_row_groups();
+    let mask = projection(metadata.parquet_schema(), schema, columns);
     Ok(Box::new((0..groups).map(move |number| {
         let group = metadata.metadata().row_group(number);
         let unsigned = |count: i64| u64::try_from(count).unwrap_or(0);
+        let read = group.columns().iter().enumerate().filter(|(at, _)| mask.leaf_included(*at));
+        let sizes = read.map(|(_, column)| unsigned(column.uncompressed_size()));
         Ok(Part {
             rows: unsigned(group.num_rows()),
-            memory_bytes: unsigned(group.total_byte_size()),
+            memory_bytes: sizes.fold(0, u64::saturating_add),
             file_bytes: unsigned(group.compressed_size()),
             content: Content::Group(metadata.clone(), number),
         })
@@ -249,8 +285,10 @@ impl Part {
         let row_bytes = self.memory_bytes / self.rows.max(1);
         let batch_rows = (GROUP_BATCH_BYTES / row_bytes.max(1)).clamp(1, GROUP_BATCH_ROWS_MAX);
         let mut batches = caught(path, || {
-            let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(file, metadata);
-            let mask = projection(&builder, schema, columns);
+            let group = std::slice::from_ref(metadata.metadata().row_group(number));
+            let pages = Pages::of(file, group)?;
+            let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(pages, metadata);
+            let mask = projection(builder.parquet_schema(), schema, columns);
             let builder = builder.with_projection(mask).with_row_groups(vec![number]);
             let reader = builder.with_batch_size(to_usize(batch_rows)).build();
             reader.map_err(|error| error.to_string())
@@ -264,13 +302,14 @@ impl Part {
     }
 }
 
+/// What the values of some rows take, which may share memory with other rows and columns.
+fn value_bytes(batch: &RecordBatch) -> u64 {
+    let of = |column: &ArrayRef| column.to_data().get_slice_memory_size().unwrap_or(0);
+    to_u64(batch.columns().iter().map(of).sum())
+}
+
 /// Of Parquet, inner columns are read alone.
-fn projection(
-    builder: &ParquetRecordBatchReaderBuilder<File>,
-    schema: &Schema,
-    columns: &[String],
-) -> ProjectionMask {
-    let about = builder.parquet_schema();
+fn projection(about: &SchemaDescriptor, schema: &Schema, columns: &[String]) -> ProjectionMask {
     let mut mask = ProjectionMask::none(about.num_columns());
     for column in columns {
         mask.union(&match schema.index_of(column) {

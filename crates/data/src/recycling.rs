@@ -1,0 +1,111 @@
+//! The memory of batches, which is used again and again.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::batch::{Batch, Column};
+use crate::error::Result;
+use crate::memory::{Block, Memory};
+use crate::sampler::Sample;
+
+/// The memory of a batch.
+#[derive(Debug, Default)]
+pub(crate) struct Parts {
+    pub(crate) blocks: Vec<Option<Box<dyn Block>>>,
+    pub(crate) samples: Vec<Sample>,
+    pub(crate) valid: Vec<bool>,
+    pub(crate) counted: Counted,
+}
+
+impl Parts {
+    fn bytes(&self) -> usize {
+        self.blocks.iter().flatten().map(|block| block.bytes().len()).sum()
+    }
+}
+
+/// What was counted while rows were filled.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counted {
+    /// The rows whose labels were counted.
+    pub(crate) rows: usize,
+    pub(crate) labels: usize,
+}
+
+/// How much of what was dropped is kept.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Keep {
+    /// The memory of so many batches at most.
+    pub(crate) batches: usize,
+    /// Memory of padded rows, which grows to the longest ones that ever came, only while all there is has no more bytes.
+    pub(crate) bytes: usize,
+}
+
+/// Takes back the memory of dropped batches.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    columns: Arc<[Column]>,
+    memory: Arc<dyn Memory>,
+    keep: Keep,
+    has_padded: bool,
+    free: Mutex<Vec<Parts>>,
+    /// Bytes of all blocks there are, in batches and free.
+    held: AtomicUsize,
+    /// The lists of steps that were dropped.
+    lists: Mutex<Vec<Vec<Batch>>>,
+}
+
+impl Pool {
+    /// A pool for batches of these columns.
+    pub(crate) fn new(columns: Arc<[Column]>, memory: Arc<dyn Memory>, keep: Keep) -> Arc<Self> {
+        let free = Mutex::new(Vec::with_capacity(keep.batches));
+        let has_padded = columns.iter().any(|column| column.padded);
+        let (held, lists) = (AtomicUsize::new(0), Mutex::default());
+        Arc::new(Pool { columns, memory, keep, has_padded, free, held, lists })
+    }
+
+    pub(crate) fn columns(&self) -> &Arc<[Column]> {
+        &self.columns
+    }
+
+    pub(crate) fn take(&self) -> Parts {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+
+    /// A block of at least `bytes` bytes in the place of one that is too small.
+    pub(crate) fn replace(&self, block: &mut Option<Box<dyn Block>>, bytes: usize) -> Result<()> {
+        if let Some(old) = block.take() {
+            self.held.fetch_sub(old.bytes().len(), Ordering::Relaxed);
+        }
+        let new = self.memory.allocate(bytes)?;
+        self.held.fetch_add(new.bytes().len(), Ordering::Relaxed);
+        *block = Some(new);
+        Ok(())
+    }
+
+    pub(crate) fn give(&self, mut parts: Parts) {
+        if self.has_padded && self.held.load(Ordering::Relaxed) > self.keep.bytes {
+            self.held.fetch_sub(parts.bytes(), Ordering::Relaxed);
+            parts.blocks.clear();
+        }
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        if free.len() < self.keep.batches {
+            free.push(parts);
+        } else {
+            self.held.fetch_sub(parts.bytes(), Ordering::Relaxed);
+        }
+    }
+
+    /// A list for the batches of a step.
+    pub(crate) fn list(&self) -> Vec<Batch> {
+        self.lists.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+
+    pub(crate) fn give_list(&self, mut list: Vec<Batch>) {
+        list.clear();
+        let mut lists = self.lists.lock().unwrap_or_else(PoisonError::into_inner);
+        // A caller holds one step, seldom two.
+        if lists.len() < 4 {
+            lists.push(list);
+        }
+    }
+}
