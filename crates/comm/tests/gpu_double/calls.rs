@@ -89,16 +89,19 @@ pub(crate) fn launch(operations: Vec<Operation>) -> c_int {
                 operations.iter().partition(|one| matches!(one.kind, Kind::Send(_)));
             others.into_iter().for_each(Operation::take);
             sends.into_iter().for_each(Operation::take);
-            // Whoever has come to this group has read what was given for those before it.
-            for operation in &operations {
+            // Whoever has come to a collective has read what was given for those before it; of a message
+            // only its two ranks say that.
+            let collectives = || {
+                let is_message = |kind| matches!(kind, Kind::Send(_) | Kind::Receive(_));
+                operations.iter().filter(move |operation| !is_message(operation.kind))
+            };
+            for operation in collectives() {
                 for name in lock(&operation.comm.kept).drain(..) {
                     drop(std::fs::remove_file(operation.comm.path(&name)));
                 }
             }
-            for operation in &operations {
-                if !matches!(operation.kind, Kind::Send(_) | Kind::Receive(_)) {
-                    lock(&operation.comm.kept).push(operation.name(operation.comm.rank));
-                }
+            for operation in collectives() {
+                lock(&operation.comm.kept).push(operation.name(operation.comm.rank));
             }
         });
         for comm in touched {
