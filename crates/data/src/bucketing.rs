@@ -2,11 +2,13 @@
 //! seed and place.
 //!
 //! A window of so many global batches is sorted by length, cut into batches, and these are permuted. Windows are counted
-//! from the epoch's beginning; a last global batch that is not whole stays as it is.
+//! from the epoch's beginning; a last global batch that is not whole stays as it is. A sample that is left out is as long as the
+//! one that stands in for it: its own length may lie in what is damaged.
 //!
 //! Memory: 24 bytes for each sample of a window, in each prefetch thread; after the first window nothing is allocated.
 
 use crate::cast::{to_u64, to_usize};
+use crate::damage::Holes;
 use crate::error::{Error, Result};
 use crate::permutation::Permutation;
 use crate::random::Stream;
@@ -35,7 +37,7 @@ impl Window {
         (sampler, cursor): (&Sampler, &mut Cursor),
         batches: u64,
         start: Position,
-        (data, scratch): (&dyn Samples, &mut Scratch),
+        (data, holes, scratch): (&dyn Samples, &Holes, &mut Scratch),
     ) -> Result<Option<&[(u64, Sample)]>> {
         let global_batch = sampler.global_batch();
         let whole = sampler.sample_count() / global_batch;
@@ -51,7 +53,8 @@ impl Window {
             self.samples.clear();
             for place in 0..in_window * global_batch {
                 let sample = cursor.at(start.epoch, first * global_batch + place);
-                let len = to_u64(data.sample_len(sample.id, scratch)?);
+                let read = holes.instead(sample.id).unwrap_or(sample.id);
+                let len = to_u64(data.sample_len(read, scratch)?);
                 self.samples.push((key(len, place), sample));
             }
             // A stable sort would allocate; keys differ, so this one has the same result.
@@ -108,7 +111,8 @@ mod tests {
         let mut window = Window::default();
         let mut batch = |number: u64| -> Vec<u64> {
             let start = Position { epoch: 3, next_global_sample: number * 8 };
-            let batch = window.batch((&sampler, &mut cursor), 4, start, (&data, &mut scratch));
+            let data = (&data as &dyn Samples, &Holes::default(), &mut scratch);
+            let batch = window.batch((&sampler, &mut cursor), 4, start, data);
             batch.unwrap().unwrap().iter().map(|(_, sample)| sample.id).collect()
         };
         let batches = [batch(0), batch(1), batch(24)];

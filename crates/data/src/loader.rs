@@ -18,7 +18,7 @@ use crate::permutation;
 use crate::plan::{Builder, Job, Plan};
 use crate::prefetch::{left, Bounds, Prefetcher};
 use crate::recycling::{Keep, Pool};
-use crate::sampler::{Cursor, Position, Sampler};
+use crate::sampler::{Position, Sampler};
 use crate::samples::Samples;
 use crate::slice::{MicroBatch, RankSlice};
 use crate::state::{Buckets, LoaderState};
@@ -153,7 +153,7 @@ pub struct Loader {
     options: LoaderOptions,
     source: Source,
     /// Where samples are left out: to count them.
-    cursor: Option<Cursor>,
+    counting: Option<Box<Builder>>,
     /// Where the next step starts.
     position: Position,
     failed: Option<String>,
@@ -241,10 +241,6 @@ impl Loader {
             OnDamage::Fail => Holes::default(),
             OnDamage::Skip => Holes::new(samples.damaged()?, samples.sample_count())?,
         };
-        if options.bucketing > 0 && !holes.is_empty() {
-            let reason = "the lengths of damaged samples are not known: take 0 to leave them out";
-            return Err(Error::option("bucketing", options.bucketing, reason));
-        }
         let asking = Asking::new(&sampler, options.epochs);
         let ahead = asking
             .map(|asking| Ahead::start(asking, Arc::clone(&samples), position))
@@ -271,8 +267,8 @@ impl Loader {
                 Source::Threads(Prefetcher::start(plan.clone(), first, threads, bounds)?)
             }
         };
-        let cursor = (!plan.holes.is_empty()).then(|| plan.sampler.cursor());
-        Ok(Loader { plan, options, source, cursor, position, failed: None })
+        let counting = (!plan.holes.is_empty()).then(|| Box::new(plan.builder()));
+        Ok(Loader { plan, options, source, counting, position, failed: None })
     }
 
     /// The next step. Waits at most the loader's timeout.
@@ -307,11 +303,11 @@ impl Loader {
         let (mut valid, mut global_valid) =
             (self.plan.valid(start), self.plan.sampler.size(start).valid);
         let mut left_out = 0;
-        if let Some(cursor) = &mut self.cursor {
-            let first = self.plan.slice(start).start;
-            valid -= self.plan.left_out(start, first..first + valid, cursor);
-            left_out = self.plan.left_out(start, 0..global_valid, cursor);
-            global_valid -= left_out;
+        if let Some(counting) = &mut self.counting {
+            let (mine, all) = self.plan.left_out(start, global_valid, counting)?;
+            valid -= mine;
+            left_out = all;
+            global_valid -= all;
         }
         Ok(Step {
             start,

@@ -82,14 +82,44 @@ impl Plan {
         slice.end.min(valid).saturating_sub(slice.start)
     }
 
-    /// How many of these rows of a global batch are left out.
+    /// Which samples stand in the rows of a global batch, whether or not they are left out.
+    fn order<'a>(
+        &self,
+        start: Position,
+        (cursor, window): (&'a mut Cursor, &'a mut Window),
+        scratch: &mut Scratch,
+    ) -> Result<impl FnMut(usize) -> Sample + 'a> {
+        let sorted = match self.bucketing {
+            0 => None,
+            batches => {
+                let data = (&*self.samples, &*self.holes, scratch);
+                window.batch((&self.sampler, &mut *cursor), batches, start, data)?
+            }
+        };
+        Ok(move |row: usize| match sorted.and_then(|sorted| sorted.get(row)) {
+            Some(&(_, sample)) => sample,
+            None => cursor.sample(start, row),
+        })
+    }
+
+    /// How many of the first `valid` rows of a global batch are left out: of this rank's, and of all.
     pub(crate) fn left_out(
         &self,
         start: Position,
-        rows: Range<usize>,
-        cursor: &mut Cursor,
-    ) -> usize {
-        rows.filter(|&row| self.holes.instead(cursor.sample(start, row).id).is_some()).count()
+        valid: usize,
+        builder: &mut Builder,
+    ) -> Result<(usize, usize)> {
+        let Builder { cursor, window, scratch } = builder;
+        let mut sample_at = self.order(start, (cursor, window), scratch)?;
+        let slice = self.slice(start);
+        let (mut mine, mut all) = (0, 0);
+        for row in 0..valid {
+            if self.holes.instead(sample_at(row).id).is_some() {
+                mine += usize::from(slice.contains(&row));
+                all += 1;
+            }
+        }
+        Ok((mine, all))
     }
 
     /// How many micro-batches a step has: at least one.
@@ -115,17 +145,7 @@ impl Plan {
             // This rank has nothing, and goes through the step with a row that does not count.
             (rows, valid) = (0..1, 0);
         }
-        let sorted = match self.bucketing {
-            0 => None,
-            batches => {
-                let order = (&self.sampler, &mut *cursor);
-                window.batch(order, batches, start, (&*self.samples, &mut *scratch))?
-            }
-        };
-        let mut sample_at = |index: usize| match sorted.and_then(|sorted| sorted.get(index)) {
-            Some(&(_, sample)) => sample,
-            None => cursor.sample(start, index),
-        };
+        let mut sample_at = self.order(start, (cursor, window), scratch)?;
         let samples = rows.map(|index| {
             let sample = sample_at(index);
             match self.holes.instead(sample.id) {

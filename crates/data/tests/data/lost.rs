@@ -9,7 +9,7 @@ use std::sync::Arc;
 use phalanx_data::progress::Silent;
 use phalanx_data::records::{ColumnValue, Field, RecordSamples, RecordWriter, Records};
 use phalanx_data::{
-    record_damage, verify, Access, DType, Error, Loader, LoaderOptions, MaskedText, Masking,
+    record_damage, verify, Access, Batch, DType, Error, Loader, LoaderOptions, MaskedText, Masking,
     Objective, OnDamage, PaddedText, Samples, Scratch, Tail, TokenStream, Verified,
 };
 
@@ -34,8 +34,15 @@ fn record(folder: &Path) -> Verified {
     found
 }
 
-/// The samples that count in an epoch over some ranks, each once; all ranks agree in how many those are.
+/// The samples that count in an epoch over some ranks, each once; all ranks agree in how many those are. They are the same
+/// with and without batches of similar length.
 fn counted(samples: &Arc<dyn Samples>, world_size: usize) -> BTreeSet<u64> {
+    let by_length = [0, 5].map(|bucketing| counted_with(samples, world_size, bucketing));
+    assert_eq!(by_length[0], by_length[1]);
+    by_length.into_iter().next().expect("two")
+}
+
+fn counted_with(samples: &Arc<dyn Samples>, world_size: usize, bucketing: u64) -> BTreeSet<u64> {
     let mut ranks: Vec<Loader> = (0..world_size)
         .map(|rank| {
             let options = LoaderOptions {
@@ -43,6 +50,7 @@ fn counted(samples: &Arc<dyn Samples>, world_size: usize) -> BTreeSet<u64> {
                 tail: Tail::Exact,
                 epochs: Some(1),
                 global_batch: 64,
+                bucketing,
                 rank,
                 world_size,
                 ..Default::default()
@@ -56,6 +64,8 @@ fn counted(samples: &Arc<dyn Samples>, world_size: usize) -> BTreeSet<u64> {
         for rank in &mut ranks {
             let step = rank.next_step().expect("a step");
             expected.push(step.global_valid);
+            let counts = |batch: &Batch| batch.valid().iter().filter(|&&valid| valid).count();
+            assert_eq!(step.valid, step.micro_batches.iter().map(counts).sum::<usize>());
             for batch in &step.micro_batches {
                 for (sample, _) in batch.samples().iter().zip(batch.valid()).filter(|(_, &v)| v) {
                     assert!(all.insert(sample.id), "sample {} twice", sample.id);

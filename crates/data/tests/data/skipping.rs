@@ -213,10 +213,6 @@ fn what_cannot_be_left_out_is_refused_with_a_reason() {
     let skip = || LoaderOptions { on_damage: OnDamage::Skip, ..Default::default() };
     flip(&path, 2_300_000);
     record(&target);
-    let bucketing = LoaderOptions { bucketing: 4, ..skip() };
-    let error = Loader::new(masked(&target), bucketing).unwrap_err().to_string();
-    assert!(error.contains("lengths of damaged samples"), "{error}");
-
     // Without their checksums all blocks are unknown.
     let len = fs::metadata(&path).unwrap().len();
     flip(&path, len - 1);
