@@ -123,7 +123,7 @@ pub(crate) fn ranks(world: usize, role: &str, add: impl Fn(&mut Command, usize))
 }
 
 /// As [`ranks`], with a command of each rank's own, whose place on its machine `add` says.
-fn ranks_of(
+pub(crate) fn ranks_of(
     world: usize,
     role: &str,
     command: impl Fn(usize) -> Command,

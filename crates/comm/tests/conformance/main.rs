@@ -17,6 +17,7 @@
 mod device;
 mod faults;
 mod gpu_faults;
+mod gpu_links;
 mod gpu_messages;
 mod gpu_permutations;
 mod gpu_settings;

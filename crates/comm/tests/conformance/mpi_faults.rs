@@ -13,7 +13,7 @@ use phalanx_comm::{Group, Sum, Work};
 
 use crate::launched::Running;
 use crate::mpirun::{between_machines, library, mpirun, program, Library};
-use crate::namespaces::{ip, namespaces, Namespaces};
+use crate::namespaces::{namespaces, Namespaces};
 
 /// Where ranks leave their errors: their output may be cut off with them.
 const FOLDER: &str = "PHALANX_TEST_FOLDER";
@@ -224,9 +224,7 @@ fn on_two_machines(name: &str, fault: impl FnOnce(&Namespaces)) -> Option<Place>
 /// The launchers are cut off from each other as well; the ranks end by themselves.
 #[test]
 fn a_link_that_goes_down_ends_both_sides_over_mpi() {
-    let place = on_two_machines("link", |machines| {
-        ip(&format!("-n {} link set veth0 down", machines.names[0])).expect("the link is ours");
-    });
+    let place = on_two_machines("link", Namespaces::link_down);
     let Some(place) = place else { return };
     for rank in 0..4 {
         let Some(error) = place.error(rank) else {

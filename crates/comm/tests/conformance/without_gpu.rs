@@ -15,7 +15,7 @@ use cudarc::driver::sys::CUdeviceptr;
 use phalanx_comm::{Backend, DeviceSlice, Group, GroupOptions, Stream, Sum, Uploader, Work};
 
 use crate::launched::{ranks, Running};
-use crate::{device, gpu_faults, gpu_messages, gpu_settings};
+use crate::{device, gpu_faults, gpu_links, gpu_messages, gpu_settings};
 
 pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 
@@ -56,6 +56,7 @@ pub(crate) fn rank(role: &str) {
             let group = Group::from_environment(nccl()).expect("the ranks meet");
             gpu_messages::rank(&message["nccl message ".len()..], group);
         }
+        "nccl goes on" => gpu_links::goes_on(nccl()),
         "nccl settings" => gpu_settings::settings(nccl()),
         "nccl crossed" => {
             gpu_settings::crossed(Group::from_environment(nccl()).expect("the ranks meet"));

@@ -56,6 +56,50 @@ impl Namespaces {
         command
     }
 
+    /// Runs a program on a machine and returns its output.
+    pub(crate) fn on(&self, machine: usize, command: &str) -> String {
+        let mut words = command.split(' ');
+        let program = words.next().expect("a program");
+        let output = self.command(machine, program).args(words).output().expect("ip runs");
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{command}: {text}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// Takes the cable out.
+    pub(crate) fn link_down(&self) {
+        ip(&format!("-n {} link set veth0 down", self.names[0])).expect("the link is ours");
+    }
+
+    /// The connections between the machines beside those of `store`'s port, as the ports of both ends: the most idle first, the
+    /// busiest last.
+    pub(crate) fn connections(&self, store: u16) -> Vec<(String, String)> {
+        let table = self.on(0, "ss -tniHO state established dst 10.99.0.2");
+        let mut connections: Vec<(u64, &str, &str)> = table
+            .lines()
+            .filter(|line| !line.contains(&format!(":{store} ")))
+            .filter_map(|line| {
+                let fields: Vec<&str> = line.split_whitespace().collect();
+                let number = |name: &str| {
+                    let field = fields.iter().find_map(|field| field.strip_prefix(name));
+                    field.and_then(|value| value.parse::<u64>().ok()).unwrap_or(0)
+                };
+                let (_, ours) = fields.get(2)?.rsplit_once(':')?;
+                let (_, theirs) = fields.get(3)?.rsplit_once(':')?;
+                Some((number("bytes_sent:") + number("bytes_received:"), ours, theirs))
+            })
+            .collect();
+        connections.sort_unstable();
+        let ports = |(_, ours, theirs): (_, &str, &str)| (ours.to_owned(), theirs.to_owned());
+        connections.into_iter().map(ports).collect()
+    }
+
+    /// Resets a connection: both ends see that.
+    pub(crate) fn reset(&self, (ours, theirs): &(String, String)) {
+        let killed = self.on(0, &format!("ss -K -tnH sport = :{ours} and dport = :{theirs}"));
+        assert!(killed.contains(ours), "reset {ours} to {theirs}: {killed}");
+    }
+
     /// A program for MPI launchers to start others on a machine with, as they would use `ssh`: `agent ADDRESS COMMAND…`. Each
     /// machine gets a host name of its own.
     pub(crate) fn write_agent(&self, file: &std::path::Path) {
