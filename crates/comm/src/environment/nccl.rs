@@ -10,23 +10,36 @@ pub(crate) fn nccl_host_id() -> Option<String> {
     read("NCCL_HOSTID")
 }
 
+/// What a version of NCCL is the first to know: a variable, the setting that writes it, and which values of it.
+type Newer = (&'static str, &'static str, i32, fn(&str) -> bool);
+
+const NEWER: [Newer; 2] = [
+    ("NCCL_LAUNCH_ORDER_IMPLICIT", "launch_order_implicit", 22_600, |value| value != "0"),
+    ("NCCL_ALGO", "algorithm", 22_300, |value| {
+        // `^`: not these; per collective (`allgather:pat;allreduce:ring`) from 2.24 on.
+        let mut names = value.split([',', ':', ';', ' ']);
+        !value.starts_with('^') && names.any(|name| name.eq_ignore_ascii_case("pat"))
+    }),
+];
+
 /// What the environment asks of NCCL that `version` (22809 is 2.28.9) would not hear of; an older one ignores it in
 /// silence.
 pub(crate) fn nccl_lacks(version: i32) -> Option<String> {
-    const LAUNCH_ORDER: &str = "NCCL_LAUNCH_ORDER_IMPLICIT";
-    lacks(version, read(LAUNCH_ORDER).as_deref()).then(|| {
-        format!(
-            "{LAUNCH_ORDER} (nccl.launch_order_implicit) is known from NCCL 2.26 on: install a newer one than this \
-             {}.{}, or leave the setting out",
-            version / 10_000,
-            version / 100 % 100
-        )
-    })
+    lacks(version, read)
 }
 
-/// Of the launch order.
-fn lacks(version: i32, value: Option<&str>) -> bool {
-    version < 22_600 && value.is_some_and(|value| value != "0")
+fn lacks(version: i32, read: impl Fn(&str) -> Option<String>) -> Option<String> {
+    let asks = |(variable, _, first, asks): &&Newer| {
+        version < *first && read(variable).is_some_and(|value| asks(&value))
+    };
+    let (variable, setting, first, _) = NEWER.iter().find(asks)?;
+    let shown = |number: i32| format!("{}.{}", number / 10_000, number / 100 % 100);
+    let value = read(variable).unwrap_or_default();
+    Some(format!(
+        "{variable}={value} (nccl.{setting}) is known from NCCL {} on: install a newer one than this {}, or leave the setting out",
+        shown(*first),
+        shown(version)
+    ))
 }
 
 fn read(name: &str) -> Option<String> {
@@ -44,9 +57,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_launch_order_needs_nccl_2_26() {
-        assert!(lacks(22_503, Some("1")));
-        assert!(!lacks(22_602, Some("1")));
-        assert!(!lacks(22_503, Some("0")) && !lacks(21_805, None));
+    fn what_an_older_library_does_not_know_is_refused() {
+        let lacks = |version, variable: &str, value: &str| {
+            lacks(version, |name| (name == variable).then(|| value.to_owned()))
+        };
+        const ORDER: &str = "NCCL_LAUNCH_ORDER_IMPLICIT";
+        let text = lacks(22_503, ORDER, "1").unwrap();
+        assert!(text.contains("from NCCL 2.26 on") && text.contains("this 2.25"), "{text}");
+        assert_eq!(lacks(22_602, ORDER, "1"), None);
+        assert_eq!(lacks(22_503, ORDER, "0"), None);
+        assert_eq!(lacks(21_805, "NCCL_OTHER", "1"), None);
+        for asked in ["PAT", "ring,pat", "allgather:pat;allreduce:ring"] {
+            let refused = lacks(22_203, "NCCL_ALGO", asked).unwrap();
+            assert!(refused.contains(asked) && refused.contains("nccl.algorithm"), "{refused}");
+            assert_eq!(lacks(22_304, "NCCL_ALGO", asked), None);
+        }
+        for others in ["^PAT", "Ring,Tree", "NVLSTree"] {
+            assert_eq!(lacks(22_203, "NCCL_ALGO", others), None);
+        }
     }
 }

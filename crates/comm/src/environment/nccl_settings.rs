@@ -35,8 +35,8 @@ pub struct NcclSettings {
     pub ib_gid_index: Option<u32>,
     /// `NCCL_TOPO_FILE`: an XML file that describes the machine.
     pub topology_file: Option<PathBuf>,
-    /// `NCCL_ALGO`: Ring, Tree, `CollnetDirect`, `CollnetChain`, NVLS, `NVLSTree`, PAT; `^` before the first: not
-    /// these.
+    /// `NCCL_ALGO`: Ring, Tree, `CollnetDirect`, `CollnetChain`, NVLS, `NVLSTree`, PAT (from NCCL 2.23 on); `^` before
+    /// the first: not these.
     pub algorithm: Option<Vec<String>>,
     /// `NCCL_PROTO`: LL, LL128, Simple; `^` as for algorithms.
     pub protocol: Option<Vec<String>>,
