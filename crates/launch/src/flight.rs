@@ -50,6 +50,33 @@ pub(crate) fn accused(record: &FlightRecord, ranks: &[Rank], world_size: usize) 
     }
 }
 
+/// What a rank's record says of the failure of a group.
+#[derive(Clone, Copy)]
+struct Accusation {
+    whom: Culprit,
+    group: u64,
+    at_ns: u64,
+}
+
+/// Whom the accusation of `suspect` leads to. Of the ranks of one group it is followed by one step only: whoever is accused by a
+/// witness may itself have been told by another. But who failed a group because another group of its own had failed is a witness,
+/// too.
+fn root(suspect: usize, accuses: impl Fn(usize) -> Option<Accusation>) -> Culprit {
+    let Some(first) = accuses(suspect) else { return Culprit::Here(suspect) };
+    let (mut last, mut seen) = (first, vec![suspect]);
+    while let Culprit::Here(at) = last.whom {
+        if seen.contains(&at) {
+            return first.whom;
+        }
+        seen.push(at);
+        match accuses(at) {
+            Some(next) if next.group != last.group && next.at_ns <= last.at_ns => last = next,
+            _ => break,
+        }
+    }
+    last.whom
+}
+
 /// Follows the accusation of the rank at `suspect`, gathers what all have recorded, and writes the complete line-up to
 /// `lineup_path`.
 pub(crate) fn investigate(
@@ -59,9 +86,12 @@ pub(crate) fn investigate(
     lineup_path: &Path,
 ) -> Finding {
     let records: Vec<Option<FlightRecord>> = ranks.iter().map(Rank::record).collect();
-    // One step only: whoever is accused by a witness may itself have been told by another.
-    let accused = records[suspect].as_ref().and_then(|record| accused(record, ranks, world_size));
-    let culprit = accused.unwrap_or(Culprit::Here(suspect));
+    let culprit = root(suspect, |at| {
+        let record = records[at].as_ref()?;
+        let failure = record.failure.as_ref()?;
+        let whom = accused(record, ranks, world_size)?;
+        Some(Accusation { whom, group: failure.group, at_ns: failure.at_ns })
+    });
     let (number, at) = match culprit {
         Culprit::Here(at) => (ranks[at].number, Some(at)),
         Culprit::Elsewhere(number) => (number, None),
@@ -135,5 +165,43 @@ fn operation(operation: &Operation) -> String {
     match operation.state {
         OperationState::Finished(_) => text + " (finished)",
         OperationState::Started | OperationState::Failed(_) => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where it leads when ranks 0, 1, … accuse these: another rank, of the failure of which group, and when.
+    fn lead(suspect: usize, accusations: &[Option<(usize, u64, u64)>]) -> Culprit {
+        root(suspect, |at| {
+            let (whom, group, at_ns) = accusations[at]?;
+            let is_here = whom < accusations.len();
+            let whom = if is_here { Culprit::Here(whom) } else { Culprit::Elsewhere(whom) };
+            Some(Accusation { whom, group, at_ns })
+        })
+    }
+
+    #[test]
+    fn an_accusation_is_followed_into_the_group_that_failed_before() {
+        const PART: u64 = 7;
+        let chain = [Some((1, 0, 20)), Some((2, PART, 10)), None];
+        assert_eq!(lead(0, &chain), Culprit::Here(2));
+        assert_eq!(lead(1, &chain), Culprit::Here(2));
+        assert_eq!(lead(2, &chain), Culprit::Here(2));
+        let elsewhere = [Some((1, 0, 20)), Some((5, PART, 20))];
+        assert_eq!(lead(0, &elsewhere), Culprit::Elsewhere(5));
+    }
+
+    #[test]
+    fn it_is_followed_by_one_step_within_a_group_and_never_into_what_came_later() {
+        // Rank 1 stays away; it is told by rank 0, whose time was over first.
+        let told = [Some((1, 0, 10)), Some((0, 0, 10)), Some((1, 0, 10))];
+        assert_eq!(lead(0, &told), Culprit::Here(1));
+        assert_eq!(lead(2, &told), Culprit::Here(1));
+        assert_eq!(lead(0, &[Some((1, 0, 10)), Some((2, 7, 30)), None]), Culprit::Here(1));
+        // Whoever is in a circle is no better a culprit than the first.
+        let circle = [Some((1, 0, 10)), Some((2, 7, 10)), Some((1, 8, 10))];
+        assert_eq!(lead(0, &circle), Culprit::Here(1));
     }
 }

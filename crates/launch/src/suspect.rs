@@ -7,7 +7,7 @@ use crate::process::Exit;
 /// A rank that ended because a peer is gone may be seen before that peer.
 const CAUSE_WAIT: Duration = Duration::from_millis(500);
 /// The launcher of another node, whose rank is accused, knows more of it, and says so in this time.
-const ELSEWHERE_WAIT: Duration = Duration::from_secs(1);
+const ELSEWHERE_WAIT: Duration = Duration::from_secs(2);
 /// What the others, who lose a peer in this moment, have to say is a part of the report.
 const WITNESS_WAIT: Duration = Duration::from_millis(100);
 

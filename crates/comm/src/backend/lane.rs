@@ -325,7 +325,8 @@ impl Lane {
         if idle && !state.is_open() && !state.abandoned {
             // What it says of calls that have ended long ago is of no interest.
             let State { transport, ended, .. } = &mut *state;
-            if let Err(error) = transport.poll(ended) {
+            let polled = guarded(self.core.rank, &self.backend.name(), || transport.poll(ended));
+            if let Err(error) = polled {
                 tracing::debug!(%error, "an idle poll failed");
             }
             ended.clear();
@@ -447,7 +448,13 @@ impl Lane {
             return false;
         }
         if !state.abandoned {
-            state.transport.close();
+            let closed = guarded(self.core.rank, &self.backend.name(), || {
+                state.transport.close();
+                Ok(())
+            });
+            if let Err(panic) = closed {
+                tracing::error!(%panic, "a group did not end in good order");
+            }
         }
         drop(state);
         self.leaving.store(true, Ordering::Release);

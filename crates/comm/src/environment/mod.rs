@@ -213,7 +213,7 @@ impl World {
     }
 
     /// Whether [`World::node_rank`] and [`World::node_count`] are a guess, of a launcher that does not say which ranks
-    /// share a node.
+    /// share a node (or, as Horovod with its `CROSS` variables, not where nodes differ in size).
     #[must_use]
     pub const fn nodes_are_guessed(&self) -> bool {
         let is_silent = matches!(

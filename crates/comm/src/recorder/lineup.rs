@@ -1,5 +1,6 @@
 //! Several ranks' records side by side: who is at which collective, and who is missing. Pure.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
@@ -25,14 +26,26 @@ impl FlightRecord {
     }
 }
 
-/// Of those that have not ended well rather one of the rank that the first failure blames, then one of the group
-/// that failed first. Of equals the newest.
+/// The rank that most failures blame; of equals the one that was blamed first. The clocks of different machines do not compare.
+fn most_blamed(records: &[FlightRecord]) -> Option<usize> {
+    let mut blamed: BTreeMap<usize, (usize, Reverse<u64>)> = BTreeMap::new();
+    for failure in records.iter().filter_map(|record| record.failure.as_ref()) {
+        let Some(rank) = failure.blamed else { continue };
+        let (votes, first) = blamed.entry(rank).or_insert((0, Reverse(u64::MAX)));
+        *votes += 1;
+        *first = Reverse(first.0.min(failure.at_ns));
+    }
+    blamed.into_iter().max_by_key(|(_, said)| *said).map(|(rank, _)| rank)
+}
+
+/// Of those that have not ended well rather one of the rank that is blamed, then one of the group whose failure blames it.
+/// Of equals the newest.
 fn last_collective(records: &[FlightRecord]) -> Option<&Operation> {
+    let culprit = most_blamed(records);
     let failures = records.iter().filter_map(|record| record.failure.as_ref());
-    let first = failures.min_by_key(|failure| failure.at_ns);
-    let is_culprits = |operation: &Operation| {
-        first.and_then(|failure| failure.blamed).is_some_and(|rank| rank == operation.rank)
-    };
+    let first =
+        failures.filter(|failure| failure.blamed == culprit).min_by_key(|failure| failure.at_ns);
+    let is_culprits = |operation: &Operation| culprit == Some(operation.rank);
     let has_failed =
         |operation: &Operation| first.is_some_and(|failure| failure.group == operation.group);
     records.iter().flat_map(FlightRecord::collectives).max_by_key(|operation| {
@@ -73,16 +86,16 @@ pub(super) fn ranks_text(ranks: &[usize]) -> String {
 
 /// Ranks by where they are, furthest first.
 fn places(last: &BTreeMap<usize, &Operation>) -> Vec<(String, Vec<usize>)> {
-    let mut by_place: BTreeMap<(std::cmp::Reverse<u64>, String), Vec<usize>> = BTreeMap::new();
+    let mut by_place: BTreeMap<(Reverse<u64>, String), Vec<usize>> = BTreeMap::new();
     for (rank, operation) in last {
-        let key = (std::cmp::Reverse(operation.call.seq), place(operation));
+        let key = (Reverse(operation.call.seq), place(operation));
         by_place.entry(key).or_default().push(*rank);
     }
     by_place.into_iter().map(|((_, place), ranks)| (place, ranks)).collect()
 }
 
 /// One line: where the ranks are, in the group with a collective that has not ended (of several: in which the rank that is
-/// blamed is, else that failed first, else with the newest), else in that of the newest. `None` when nobody has called
+/// most blame is, else that failed first, else with the newest), else in that of the newest. `None` when nobody has called
 /// anything.
 ///
 /// `ranks 0,2 in all_reduce #412 "bucket 3" (262144 × f32, sum) (src/train.rs:88); rank 1 after …`
@@ -256,6 +269,15 @@ mod tests {
         };
         let blaming = [records[0].clone(), blames(records[1].clone())];
         assert!(summary(&blaming).unwrap().starts_with("rank 0 in all_reduce #50"));
+        // Of another machine, whose clock is behind: two accuse rank 0, one rank 1.
+        let accuses = |rank, blamed, at_ns| {
+            let mut record = fails(record(rank, vec![]), at_ns, WORLD);
+            record.failure.as_mut().unwrap().blamed = Some(blamed);
+            record
+        };
+        let machines =
+            [blaming[0].clone(), blaming[1].clone(), accuses(2, 0, 30), accuses(3, 1, 1)];
+        assert!(summary(&machines).unwrap().starts_with("rank 0 in all_reduce #50"));
         let silent = [records[0].clone(), fails(record(1, vec![]), 10, 7)];
         assert!(summary(&silent).unwrap().starts_with("rank 0 in all_reduce #50"));
     }

@@ -27,6 +27,8 @@ use std::sync::OnceLock;
 pub use lineup::{lineup, summary};
 pub use record::{FlightRecord, Operation, OperationState, RecordedFailure};
 
+use rustix::fs::{Mode, OFlags};
+
 use crate::error::Error;
 use crate::fingerprint::RECORD_BYTES;
 use ring::Ring;
@@ -43,7 +45,17 @@ static RING: OnceLock<Option<Ring>> = OnceLock::new();
 ///
 /// The system has no memory or no file descriptors left.
 pub fn memory() -> std::io::Result<File> {
-    let (fd, _) = crate::backend::host::mapping::create("phalanx-flight", record::BYTES)?;
+    match crate::backend::host::mapping::create("phalanx-flight", record::BYTES) {
+        Ok((fd, _)) => Ok(File::from(fd)),
+        // A sandbox may refuse memory without a name: a file without one does as well.
+        Err(error) => nameless_file(&std::env::temp_dir()).map_err(|_also| error),
+    }
+}
+
+fn nameless_file(folder: &Path) -> std::io::Result<File> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::TMPFILE;
+    let fd = rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR)?;
+    rustix::fs::ftruncate(&fd, record::BYTES as u64)?;
     Ok(File::from(fd))
 }
 

@@ -54,8 +54,9 @@ struct Told {
     at: u128,
 }
 
-/// Two ranks, each on a machine of its own, and what happens to their network while they work.
-fn meanwhile(fault: impl FnOnce(&Namespaces)) -> Option<Told> {
+/// Two ranks, each on a machine of its own, and what happens to their network while they work, from a moment on that `fault`
+/// returns.
+fn meanwhile(fault: impl FnOnce(&Namespaces) -> u128) -> Option<Told> {
     let machines = namespaces()?;
     let program = std::env::current_exe().expect("this test's own path");
     let (folder, exchange) = (libraries(), Exchange::new());
@@ -73,14 +74,12 @@ fn meanwhile(fault: impl FnOnce(&Namespaces)) -> Option<Told> {
         assert!(Instant::now() < end, "the ranks do not begin");
         std::thread::park_timeout(Duration::from_millis(5));
     }
-    let at = clock_ms();
-    fault(&machines);
+    let at = fault(&machines);
     let ended = |rank: Running| {
         let (status, output) = rank.finish(LIMIT);
         (status.code(), output)
     };
     // Where the fault is none, they go on until they are told.
-    std::thread::park_timeout(Duration::from_secs(1));
     std::fs::write(exchange.0.join("enough"), "").expect("written");
     Some(Told { all: running.into_iter().map(ended).collect(), at })
 }
@@ -102,7 +101,12 @@ impl Told {
 
 #[test]
 fn a_link_that_goes_down_ends_both_sides_over_nccl() {
-    let Some(told) = meanwhile(Namespaces::link_down) else { return };
+    let fault = |machines: &Namespaces| {
+        let at = clock_ms();
+        machines.link_down();
+        at
+    };
+    let Some(told) = meanwhile(fault) else { return };
     for (rank, line) in told.errors(6000).iter().enumerate() {
         let other = format!("rank {} (host ", 1 - rank);
         assert!(line.contains(&other) && line.contains("not responding for 5"), "{line}");
@@ -112,10 +116,13 @@ fn a_link_that_goes_down_ends_both_sides_over_nccl() {
 #[test]
 fn a_reset_data_connection_is_an_error_and_no_death_over_nccl() {
     let reset = |machines: &Namespaces| {
-        machines.reset(machines.connections(PORT).last().expect("a data connection"));
+        let connections = machines.connections(PORT);
+        let at = clock_ms();
+        machines.reset(connections.last().expect("a data connection"));
+        at
     };
     let Some(told) = meanwhile(reset) else { return };
-    for line in told.errors(1000) {
+    for line in told.errors(2000) {
         assert!(line.contains("lost, peer alive"), "{line}");
     }
 }
@@ -123,7 +130,18 @@ fn a_reset_data_connection_is_an_error_and_no_death_over_nccl() {
 #[test]
 fn a_reset_control_connection_comes_back_over_nccl() {
     let reset = |machines: &Namespaces| {
-        machines.reset(machines.connections(PORT).first().expect("a control connection"));
+        let before = machines.connections(PORT);
+        assert_eq!(before.len(), 2, "a control and a data connection: {before:?}");
+        machines.reset(&before[0]);
+        let at = Instant::now();
+        while at.elapsed() < LIMIT {
+            let now = machines.connections(PORT);
+            if now.len() == 2 && !now.contains(&before[0]) && now.contains(&before[1]) {
+                return clock_ms();
+            }
+            std::thread::park_timeout(Duration::from_millis(10));
+        }
+        panic!("not back");
     };
     let Some(told) = meanwhile(reset) else { return };
     for (code, output) in told.all {

@@ -37,22 +37,22 @@ pub(crate) fn crossed(mut a: Group) {
     let mut b = a.duplicate().expect("a second communicator");
     let (first, second) = (a.allocate::<f32>(100), b.allocate::<f32>(100));
     let (first, second) = (first.expect("memory"), second.expect("memory"));
-    let limit = Duration::from_secs(1);
+    let (limit, enough) = (Duration::from_secs(1), Duration::from_secs(20));
     let rank = a.rank();
-    let mut of_a = |tag: &str| {
+    let mut of_a = |tag: &str, limit: Duration| {
         let work = a.tagged(tag).within(limit).all_reduce(first.full(), Sum);
         work.and_then(Work::synchronize)
     };
-    let mut of_b = |tag: &str| {
+    let mut of_b = |tag: &str, limit: Duration| {
         let work = b.tagged(tag).within(limit).all_reduce(second.full(), Sum);
         work.and_then(Work::synchronize)
     };
-    of_a("in order").and_then(|()| of_b("in order")).expect("the same order");
+    of_a("in order", enough).and_then(|()| of_b("in order", enough)).expect("the same order");
     let start = Instant::now();
     let done = if rank == 0 {
-        of_a("of a").and_then(|()| of_b("of b"))
+        of_a("of a", limit).and_then(|()| of_b("of b", limit))
     } else {
-        of_b("of b").and_then(|()| of_a("of a"))
+        of_b("of b", limit).and_then(|()| of_a("of a", limit))
     };
     let error = done.expect_err("each waits for the other");
     println!("\nerror after {} ms: {error}", start.elapsed().as_millis());

@@ -478,7 +478,7 @@ fn a_rank_without_a_gpu_is_named_by_all() {
     }
     for (code, output) in world_with(3, "nccl auto", one_without) {
         assert_eq!(code, Some(0), "{output}");
-        assert!(output.contains("chose Host: rank 1 has no GPU"), "{output}");
+        assert!(output.contains("chose Host: rank 1 cannot use NCCL"), "{output}");
     }
     all_end_well(&world(2, "nccl auto"), "chose Nccl: every rank has a GPU");
 }

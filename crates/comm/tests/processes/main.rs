@@ -18,6 +18,7 @@ mod namespaces;
 mod netns;
 mod quota;
 mod resets;
+mod sandbox;
 mod silence;
 mod support;
 
@@ -29,6 +30,7 @@ fn rank_process() {
     match &role[..] {
         "mixed" => netns::rank(),
         "messages" => resets::rank(),
+        "sandbox" => sandbox::rank(),
         "aborts" => resets::aborting_rank(),
         "counts" => silence::rank(),
         "knocks" => resets::stranger(),

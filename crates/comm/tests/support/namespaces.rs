@@ -30,13 +30,12 @@ impl Namespaces {
         let [a, b] = &both.names;
         {
             // The first one on a machine mounts the folder of names, which must not happen over a name that another has just made.
-            let path = std::env::temp_dir().join("phalanx-netns.lock");
-            let one_at_a_time = std::fs::File::create(&path).and_then(|file| {
+            let folder = "/run";
+            let one_at_a_time = std::fs::File::open(folder).and_then(|file| {
                 rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive)?;
                 Ok(file)
             });
-            let _one_at_a_time =
-                one_at_a_time.map_err(|error| format!("{}: {error}", path.display()))?;
+            let _one_at_a_time = one_at_a_time.map_err(|error| format!("{folder}: {error}"))?;
             ip(&format!("netns add {a}"))?;
             ip(&format!("netns add {b}"))?;
         }

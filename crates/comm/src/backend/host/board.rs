@@ -68,6 +68,11 @@ impl Board {
         Ok((fd, Self { mapping }))
     }
 
+    /// Of a rank with which nobody shares memory.
+    pub(crate) fn private() -> std::io::Result<Self> {
+        Ok(Self { mapping: mapping::private(BOARD_BYTES)? })
+    }
+
     pub(crate) fn open(fd: BorrowedFd<'_>) -> std::io::Result<Self> {
         Ok(Self { mapping: mapping::open(fd, BOARD_BYTES)? })
     }

@@ -79,6 +79,8 @@ impl Caller {
 #[derive(Debug)]
 pub(super) struct Callers {
     callers: VecDeque<Caller>,
+    /// Those that had said all when there was no more room for them.
+    whole: Vec<(Line, [u8; HELLO_BYTES])>,
     max: usize,
     warned: Option<Instant>,
 }
@@ -87,7 +89,7 @@ impl Callers {
     /// For a group of so many ranks, each of which may have two connections on their way.
     pub(super) fn new(ranks: usize) -> Self {
         let max = 2 * ranks + STRANGERS_MAX;
-        Self { callers: VecDeque::new(), max, warned: None }
+        Self { callers: VecDeque::new(), whole: Vec::new(), max, warned: None }
     }
 
     /// What to wait for.
@@ -105,17 +107,27 @@ impl Callers {
             return;
         }
         if self.callers.len() >= self.max {
-            self.callers.pop_front();
-            self.warn("there are too many connections that have not said who they are");
+            self.make_room();
         }
         let deadline = Instant::now() + HELLO_TIMEOUT;
         self.callers.push_back(Caller { line, hello: [0; HELLO_BYTES], have: 0, deadline });
     }
 
+    /// The oldest goes, unless it has said all by now.
+    fn make_room(&mut self) {
+        let Some(mut oldest) = self.callers.pop_front() else { return };
+        match oldest.hear() {
+            Heard::Whole => self.whole.push((oldest.line, oldest.hello)),
+            Heard::Later | Heard::Gone => {
+                self.warn("there are too many connections that have not said who they are");
+            }
+        }
+    }
+
     /// Those whose greeting is whole by now.
     pub(super) fn heard(&mut self) -> Vec<(Line, [u8; HELLO_BYTES])> {
         let now = Instant::now();
-        let mut whole = Vec::new();
+        let mut whole = std::mem::take(&mut self.whole);
         for mut caller in std::mem::take(&mut self.callers) {
             match caller.hear() {
                 Heard::Whole => whole.push((caller.line, caller.hello)),

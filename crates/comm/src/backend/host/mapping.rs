@@ -3,8 +3,8 @@
 //! The file descriptor travels over a socket; when the last process is gone, so is the memory,
 //! whichever way the processes ended.
 //!
-//! Beside it private memory in huge pages, for what another library moves by messages: the kernel copies between
-//! processes page by page, and pages of 2 MiB make that up to twice as fast.
+//! Beside it private memory in huge pages, where nobody of this machine shares it: for what another library moves by messages (the
+//! kernel copies between processes page by page, and pages of 2 MiB make that up to twice as fast), and for ranks that are alone.
 #![expect(unsafe_code, reason = "mmap and the raw memory it gives")]
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,10 +16,8 @@ use rustix::mm::{mmap, munmap, MapFlags, ProtFlags};
 pub(crate) const PAGE_BYTES: usize = 4096;
 
 /// A huge page of x86-64 and, with pages of 4 KiB, of aarch64.
-#[cfg(feature = "mpi")]
 const HUGE_BYTES: usize = 2 << 20;
 /// From here on a huge page is worth what it wastes: messages of 64 KiB gain by it, and there are few regions.
-#[cfg(feature = "mpi")]
 const HUGE_BYTES_MIN: usize = 32 << 10;
 
 /// A writable mapping: of a whole memfd, shared, or of memory of this process alone.
@@ -72,7 +70,6 @@ fn map(fd: BorrowedFd<'_>, bytes: usize) -> std::io::Result<Mapping> {
 }
 
 /// Memory of this process alone, all zero, in huge pages where it is long and the system has them.
-#[cfg(feature = "mpi")]
 pub(crate) fn private(bytes: usize) -> std::io::Result<Mapping> {
     use rustix::mm::{madvise, mmap_anonymous, Advice};
 

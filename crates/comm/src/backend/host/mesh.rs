@@ -139,10 +139,16 @@ pub(crate) fn listen(world: &World, link: HostLink, deadline: Instant) -> Result
     unix.set_nonblocking(true).map_err(system("set a unix socket non-blocking"))?;
     tcp.set_nonblocking(true).map_err(system("set a TCP socket non-blocking"))?;
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let mut machine = machine_identity().map_err(system("read the boot id"))?;
-    if link == HostLink::Tcp || (link == HostLink::Auto && !can_share()) {
-        machine.insert_str(0, APART);
-    }
+    let machine = match (link, machine_identity()) {
+        // What is not shared need not be known.
+        (HostLink::Tcp, known) => APART.to_owned() + &known.unwrap_or_default(),
+        (HostLink::Auto, Err(error)) => {
+            tracing::warn!(%error, "what this machine is cannot be read: ranks of this machine talk over TCP");
+            APART.to_owned()
+        }
+        (HostLink::Auto, Ok(known)) if !can_share() => APART.to_owned() + &known,
+        (_, known) => known.map_err(system("read what this machine is (/proc)"))?,
+    };
     let card = Card { host, pid: std::process::id(), machine, unix_name, address, secret };
     Ok(Listening { unix, tcp, card })
 }

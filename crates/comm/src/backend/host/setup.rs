@@ -136,7 +136,7 @@ fn alone(liveness: Liveness, part: Part) -> Result<Arc<Core>> {
     let identity = Identity { host, pid: std::process::id(), local: true };
     let sockets = Sockets { controls: vec![None], data: vec![None], ways: vec![None] };
     let peers = Arc::new(Peers::new(0, vec![identity], sockets, liveness, part)?);
-    let (_, board) = Board::create().map_err(|error| Error::system(0, "memfd_create", error))?;
+    let board = Board::private().map_err(|error| Error::system(0, "mmap", error))?;
     let links = Links::new(Arc::clone(&peers), vec![None])
         .map_err(|error| Error::system(0, "set up data sockets", error))?;
     let topology = Topology::new(vec![0]);
@@ -182,10 +182,16 @@ fn share_boards(
 ) -> Result<Vec<Option<Arc<Board>>>> {
     let rank = peers.rank;
     let system = |call| move |error: std::io::Error| Error::system(rank, call, error);
-    let (fd, own) = Board::create().map_err(system("memfd_create"))?;
     let mut boards: Vec<Option<Arc<Board>>> = (0..peers.world_size()).map(|_| None).collect();
     let locals = topology.locals(rank);
     let others = || locals.iter().copied().filter(|local| *local != rank);
+    if others().next().is_none() {
+        let own = Arc::new(Board::private().map_err(system("mmap"))?);
+        peers.show_board(&own);
+        boards[rank] = Some(own);
+        return Ok(boards);
+    }
+    let (fd, own) = Board::create().map_err(system("memfd_create"))?;
     for peer in others() {
         peers.send(peer, &Frame::Region { id: BOARD_ID, bytes: 0 }, Some(fd.as_fd()))?;
     }
@@ -223,6 +229,9 @@ pub(crate) fn share_region(
     let rank = core.rank;
     let peers = &core.peers;
     let system = |call| move |error: std::io::Error| Error::system(rank, call, error);
+    if core.locals.iter().all(|local| *local == rank) {
+        return own_region(core, group, id, bytes);
+    }
     let (fd, own) = mapping::create("phalanx-region", bytes).map_err(system("memfd_create"))?;
     let mut parts: Vec<Option<Mapping>> = (0..core.world_size()).map(|_| None).collect();
     let others = || core.locals.iter().copied().filter(|local| *local != rank);
@@ -240,8 +249,7 @@ pub(crate) fn share_region(
     Ok(RegionMemory { id, group, rank, parts, device: None })
 }
 
-/// Memory of this rank for region `id`, which no peer maps: another library moves its data.
-#[cfg(feature = "mpi")]
+/// Memory of this rank for region `id`, which no peer maps: another library moves its data, or sockets.
 pub(crate) fn own_region(core: &Core, group: u64, id: u64, bytes: usize) -> Result<RegionMemory> {
     let rank = core.rank;
     let own = mapping::private(bytes).map_err(|error| Error::system(rank, "mmap", error))?;

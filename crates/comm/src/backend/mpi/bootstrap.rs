@@ -9,7 +9,9 @@ use super::ffi::{Communicator, MpiError};
 use super::{address, library};
 use crate::environment::{self, JobToken, Launcher, StoreHost, World, LOOPBACK};
 use crate::error::{Error, Result};
-use crate::rendezvous::{random_bytes, Credentials, Store, StoreClient, StoreServer};
+use crate::rendezvous::{
+    random_bytes, Credentials, RendezvousError, Store, StoreClient, StoreServer,
+};
 
 const NOTE_BYTES: usize = 512;
 const TOKEN_AT: usize = 0;
@@ -188,7 +190,13 @@ fn host(place: &Placement) -> Result<(Note, StoreServer)> {
     let note = Note { token, run, port: 0, text: host };
     let ip: IpAddr = note.text.parse().unwrap_or(IpAddr::from([127, 0, 0, 1]));
     let port = environment::store_port()?;
-    let server = StoreServer::start(SocketAddr::new(ip, port), note.credentials())?;
+    let start = |at| StoreServer::start(SocketAddr::new(ip, at), note.credentials());
+    let own = std::process::id();
+    let server = match start(port) {
+        // An earlier group of this process has it; the note tells the port anyway.
+        Err(RendezvousError::PortInUse { owner: Some((pid, _)), .. }) if pid == own => start(0),
+        started => started,
+    }?;
     Ok((Note { port: server.address().port(), ..note }, server))
 }
 

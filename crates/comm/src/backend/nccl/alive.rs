@@ -73,15 +73,17 @@ mod tests {
     #[test]
     fn a_call_that_hangs_keeps_nobody_for_ever() {
         let (sender, receiver) = std::sync::mpsc::channel();
+        let (release, released) = std::sync::mpsc::channel::<()>();
         let held = std::thread::spawn(move || {
             let list = lock().unwrap();
             sender.send(()).unwrap();
-            std::thread::park_timeout(Duration::from_millis(500));
+            released.recv_timeout(Duration::from_secs(10)).unwrap();
             drop(list);
         });
         receiver.recv_timeout(Duration::from_secs(10)).unwrap();
         assert!(lock_for(Duration::from_millis(50)).is_none());
+        release.send(()).unwrap();
         held.join().unwrap();
-        assert!(lock_for(Duration::from_millis(50)).is_some());
+        assert!(lock_for(Duration::from_secs(10)).is_some());
     }
 }

@@ -342,10 +342,9 @@ impl Communicator {
         // SAFETY: takes nothing.
         self.accepted(START, unsafe { (functions.group_start)() })?;
         IN_GROUP.set(true);
+        let mut started = StartedGroup { nccl: Some(self.nccl), outermost };
         let result = body();
-        IN_GROUP.set(!outermost);
-        // SAFETY: takes nothing; a started group is always ended.
-        let ended = self.accepted("ncclGroupEnd", unsafe { (functions.group_end)() });
+        let ended = self.accepted("ncclGroupEnd", started.end());
         drop(alive);
         result.and(ended)
     }
@@ -414,6 +413,28 @@ impl Communicator {
         if code != SUCCESS && code != IN_PROGRESS {
             tracing::debug!(what = self.nccl.describe(code), "the end of a communicator");
         }
+    }
+}
+
+/// A group call that has been started, and is ended in whatever way its body ends: an abort after a panic would be a part of it.
+struct StartedGroup {
+    /// `None` when it was ended.
+    nccl: Option<&'static Nccl>,
+    outermost: bool,
+}
+
+impl StartedGroup {
+    fn end(&mut self) -> c_int {
+        let Some(nccl) = self.nccl.take() else { return SUCCESS };
+        IN_GROUP.set(!self.outermost);
+        // SAFETY: takes nothing; a started group is always ended.
+        unsafe { (nccl.functions.group_end)() }
+    }
+}
+
+impl Drop for StartedGroup {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

@@ -53,9 +53,13 @@ pub(crate) fn obstacle(cards: &[Vec<u8>]) -> Option<String> {
     let cards: Vec<Card> = cards.iter().map(|bytes| Card::decode(bytes)).collect();
     let troubled = cards.iter().position(|card| !card.trouble.is_empty());
     if let Some(rank) = troubled {
-        return Some(format!("rank {rank} has no GPU to use: {}", cards[rank].trouble));
+        return Some(cannot_use(rank, &cards[rank].trouble));
     }
     check_cards(&cards).err().map(said)
+}
+
+fn cannot_use(rank: usize, trouble: &str) -> String {
+    format!("rank {rank} cannot use NCCL: {trouble}")
 }
 
 fn said(error: Error) -> String {
@@ -229,7 +233,7 @@ impl Card {
 fn check_cards(cards: &[Card]) -> Result<()> {
     for (rank, card) in cards.iter().enumerate() {
         if !card.trouble.is_empty() {
-            return Err(unavailable(format!("rank {rank} has none: {}", card.trouble)));
+            return Err(unavailable(cannot_use(rank, &card.trouble)));
         }
         if card.version != cards[0].version {
             return Err(unavailable(format!(
@@ -281,7 +285,7 @@ mod tests {
     fn a_rank_without_nccl_or_with_another_version_is_named() {
         let without = Card { trouble: "no driver".to_owned(), ..Card::default() };
         let error = check_cards(&[card(1), without]).unwrap_err().to_string();
-        assert!(error.contains("rank 1 has none: no driver"), "{error}");
+        assert!(error.contains("rank 1 cannot use NCCL: no driver"), "{error}");
         let other = Card { version: 22_700, ..card(2) };
         let mixed = check_cards(&[card(1), other]).unwrap_err().to_string();
         assert!(mixed.contains("rank 1 has 22700"), "{mixed}");
