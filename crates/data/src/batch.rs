@@ -8,6 +8,7 @@ use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::masking::IGNORED;
 use crate::memory::Block;
+use crate::plan::LeftOut;
 use crate::recycling::{Counted, Parts, Pool};
 use crate::sampler::Sample;
 
@@ -86,6 +87,8 @@ pub(crate) fn bytes_max(columns: &[Column], rows: usize) -> usize {
 pub struct Batch {
     parts: Parts,
     longest: usize,
+    /// Of the global batch whose first micro-batch this is.
+    pub(crate) left_out: LeftOut,
     pool: Arc<Pool>,
 }
 
@@ -100,7 +103,7 @@ impl Batch {
             parts.samples.push(sample);
             parts.valid.push(valid);
         }
-        Batch { parts, longest: 0, pool: Arc::clone(pool) }
+        Batch { parts, longest: 0, left_out: LeftOut::default(), pool: Arc::clone(pool) }
     }
 
     /// Sets how long the rows of padded columns are, and gets memory where there is too little.
@@ -120,6 +123,8 @@ impl Batch {
                 self.pool.replace(block, bytes)?;
             }
         }
+        let needed = self.bytes();
+        self.pool.use_bytes(&mut self.parts, needed);
         Ok(())
     }
 
@@ -237,7 +242,7 @@ impl Batch {
 
     /// The rows, to be filled.
     pub(crate) fn rows_mut(&mut self) -> Rows<'_> {
-        let Parts { blocks, samples, valid, counted } = &mut self.parts;
+        let Parts { blocks, samples, valid, counted, .. } = &mut self.parts;
         let (columns, longest) = (&self.pool.columns()[..], self.longest);
         Rows { columns, blocks, samples, valid, counted, start: 0, longest }
     }

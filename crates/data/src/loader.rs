@@ -15,7 +15,7 @@ use crate::memory::{HostMemory, Memory};
 use crate::micro_batches::MicroBatches;
 use crate::order::{Order, Tail};
 use crate::permutation;
-use crate::plan::{Builder, Job, Plan};
+use crate::plan::{Builder, Job, LeftOut, Plan};
 use crate::prefetch::{left, Bounds, Prefetcher};
 use crate::recycling::{Keep, Pool};
 use crate::sampler::{Position, Sampler};
@@ -57,6 +57,7 @@ pub struct LoaderOptions {
     pub queue_batches: usize,
     /// About so many bytes of micro-batches wait in the queue; a single larger one is let through. Padded rows are as long as they come:
     /// a batch that is being made counts as those before it were on average, and so each thread may add one batch to these bytes.
+    /// As much memory of padded rows is kept beside what is in use.
     pub queue_bytes: usize,
     /// Where the memory of batches comes from.
     pub memory: Arc<dyn Memory>,
@@ -152,8 +153,6 @@ pub struct Loader {
     plan: Plan,
     options: LoaderOptions,
     source: Source,
-    /// Where samples are left out: to count them.
-    counting: Option<Box<Builder>>,
     /// Where the next step starts.
     position: Position,
     failed: Option<String>,
@@ -267,8 +266,7 @@ impl Loader {
                 Source::Threads(Prefetcher::start(plan.clone(), first, threads, bounds)?)
             }
         };
-        let counting = (!plan.holes.is_empty()).then(|| Box::new(plan.builder()));
-        Ok(Loader { plan, options, source, counting, position, failed: None })
+        Ok(Loader { plan, options, source, position, failed: None })
     }
 
     /// The next step. Waits at most the loader's timeout.
@@ -300,22 +298,15 @@ impl Loader {
                 Source::Caller(builder) => self.plan.build(Job { start, micro }, builder)?,
             });
         }
-        let (mut valid, mut global_valid) =
-            (self.plan.valid(start), self.plan.sampler.size(start).valid);
-        let mut left_out = 0;
-        if let Some(counting) = &mut self.counting {
-            let (mine, all) = self.plan.left_out(start, global_valid, counting)?;
-            valid -= mine;
-            left_out = all;
-            global_valid -= all;
-        }
+        self.plan.pool.note_step(batches.iter().map(Batch::bytes).sum());
+        let LeftOut { mine, all } = batches.first().map_or_else(LeftOut::default, |b| b.left_out);
         Ok(Step {
             start,
             micro_batches: MicroBatches::new(batches, &self.plan.pool),
             data_wait: started.elapsed(),
-            valid,
-            global_valid,
-            left_out,
+            valid: self.plan.valid(start) - mine,
+            global_valid: self.plan.sampler.size(start).valid - all,
+            left_out: all,
             world_size: self.plan.world_size,
         })
     }

@@ -40,6 +40,15 @@ pub(crate) struct Plan {
     pub(crate) ahead: Option<Arc<Ahead>>,
 }
 
+/// Samples of a global batch that are left out.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct LeftOut {
+    /// Of this rank's rows.
+    pub(crate) mine: usize,
+    /// Of all ranks' rows.
+    pub(crate) all: usize,
+}
+
 /// Batches that were built.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Built {
@@ -102,24 +111,24 @@ impl Plan {
         })
     }
 
-    /// How many of the first `valid` rows of a global batch are left out: of this rank's, and of all.
-    pub(crate) fn left_out(
+    /// Counts the first `valid` rows of a global batch that are left out.
+    fn left_out(
         &self,
         start: Position,
         valid: usize,
-        builder: &mut Builder,
-    ) -> Result<(usize, usize)> {
-        let Builder { cursor, window, scratch } = builder;
-        let mut sample_at = self.order(start, (cursor, window), scratch)?;
-        let slice = self.slice(start);
-        let (mut mine, mut all) = (0, 0);
+        mut sample_at: impl FnMut(usize) -> Sample,
+    ) -> LeftOut {
+        let (slice, mut count) = (self.slice(start), LeftOut::default());
+        if self.holes.is_empty() {
+            return count;
+        }
         for row in 0..valid {
             if self.holes.instead(sample_at(row).id).is_some() {
-                mine += usize::from(slice.contains(&row));
-                all += 1;
+                count.mine += usize::from(slice.contains(&row));
+                count.all += 1;
             }
         }
-        Ok((mine, all))
+        count
     }
 
     /// How many micro-batches a step has: at least one.
@@ -140,12 +149,16 @@ impl Plan {
         if let Some(ahead) = &self.ahead {
             ahead.reach(start);
         }
+        let mut sample_at = self.order(start, (cursor, window), scratch)?;
         let mut valid = self.sampler.size(start).valid;
+        let left_out = match job.micro {
+            0 => self.left_out(start, valid, &mut sample_at),
+            _ => LeftOut::default(),
+        };
         if rows.is_empty() {
             // This rank has nothing, and goes through the step with a row that does not count.
             (rows, valid) = (0..1, 0);
         }
-        let mut sample_at = self.order(start, (cursor, window), scratch)?;
         let samples = rows.map(|index| {
             let sample = sample_at(index);
             match self.holes.instead(sample.id) {
@@ -154,6 +167,7 @@ impl Plan {
             }
         });
         let mut batch = Batch::take(&self.pool, samples);
+        batch.left_out = left_out;
         let mut longest = 0;
         if self.columns.iter().any(|column| column.padded) {
             for sample in batch.samples() {

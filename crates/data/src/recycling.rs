@@ -15,6 +15,8 @@ pub(crate) struct Parts {
     pub(crate) samples: Vec<Sample>,
     pub(crate) valid: Vec<bool>,
     pub(crate) counted: Counted,
+    /// Bytes that its rows need, of those that its blocks have.
+    needed: usize,
 }
 
 impl Parts {
@@ -36,7 +38,8 @@ pub(crate) struct Counted {
 pub(crate) struct Keep {
     /// The memory of so many batches at most.
     pub(crate) batches: usize,
-    /// Memory of padded rows, which grows to the longest ones that ever came, only while all there is has no more bytes.
+    /// So many bytes of padded rows, whose blocks grow to the longest ones that ever came, beside what batches in use and those of
+    /// one more step need.
     pub(crate) bytes: usize,
 }
 
@@ -50,6 +53,10 @@ pub(crate) struct Pool {
     free: Mutex<Vec<Parts>>,
     /// Bytes of all blocks there are, in batches and free.
     held: AtomicUsize,
+    /// Bytes that the rows of all batches in use need.
+    needed: AtomicUsize,
+    /// The same of the last step: its batches come back at once, and the next one needs about as much.
+    step: AtomicUsize,
     /// The lists of steps that were dropped.
     lists: Mutex<Vec<Vec<Batch>>>,
 }
@@ -59,8 +66,9 @@ impl Pool {
     pub(crate) fn new(columns: Arc<[Column]>, memory: Arc<dyn Memory>, keep: Keep) -> Arc<Self> {
         let free = Mutex::new(Vec::with_capacity(keep.batches));
         let has_padded = columns.iter().any(|column| column.padded);
-        let (held, lists) = (AtomicUsize::new(0), Mutex::default());
-        Arc::new(Pool { columns, memory, keep, has_padded, free, held, lists })
+        let [held, needed, step] = [(); 3].map(|()| AtomicUsize::new(0));
+        let lists = Mutex::default();
+        Arc::new(Pool { columns, memory, keep, has_padded, free, held, needed, step, lists })
     }
 
     pub(crate) fn columns(&self) -> &Arc<[Column]> {
@@ -82,17 +90,39 @@ impl Pool {
         Ok(())
     }
 
+    /// The rows of a batch need so many bytes.
+    pub(crate) fn use_bytes(&self, parts: &mut Parts, bytes: usize) {
+        self.needed.fetch_add(bytes, Ordering::Relaxed);
+        self.needed.fetch_sub(std::mem::replace(&mut parts.needed, bytes), Ordering::Relaxed);
+    }
+
+    /// The rows of a step that is delivered need so many bytes.
+    pub(crate) fn note_step(&self, bytes: usize) {
+        self.step.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Takes back what a batch had.
     pub(crate) fn give(&self, mut parts: Parts) {
-        if self.has_padded && self.held.load(Ordering::Relaxed) > self.keep.bytes {
+        self.use_bytes(&mut parts, 0);
+        let frees = self.has_padded && self.holds_too_much();
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        if frees || free.len() >= self.keep.batches {
             self.held.fetch_sub(parts.bytes(), Ordering::Relaxed);
             parts.blocks.clear();
         }
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         if free.len() < self.keep.batches {
-            free.push(parts);
-        } else {
-            self.held.fetch_sub(parts.bytes(), Ordering::Relaxed);
+            // Those that have memory are taken first.
+            let at = if frees { 0 } else { free.len() };
+            free.insert(at, parts);
         }
+    }
+
+    /// Whether there is more memory than what is needed, with half as much again, which blocks of padded rows have at first.
+    fn holds_too_much(&self) -> bool {
+        let [held, needed, step] =
+            [&self.held, &self.needed, &self.step].map(|bytes| bytes.load(Ordering::Relaxed));
+        let needed = needed.saturating_add(step);
+        held > needed.saturating_add(needed / 2).saturating_add(self.keep.bytes)
     }
 
     /// A list for the batches of a step.

@@ -120,6 +120,12 @@ fn kinds(folder: &Path, access: Access) -> phalanx_data::Result<Vec<Kind>> {
         kind("blocks of documents", Arc::clone(&padded), blocks(Tail::Drop)),
         kind("blocks of records", records, blocks(Tail::Drop)),
         kind("blocks of a mixture", Arc::clone(&mixture), blocks(Tail::Wrap)),
+        // The queue, a step and what threads have in hand take more than that.
+        kind(
+            "padded, few bytes",
+            Arc::clone(&padded),
+            LoaderOptions { queue_bytes: 150_000, ..plain() },
+        ),
         kind("buckets", padded, LoaderOptions { bucketing: 8, tail: Tail::Pad, ..plain() }),
         kind("mixture", mixture, wraps()),
         kind("endless mixture", Arc::new(Mixture::new(endless.into())?), wraps()),

@@ -2,15 +2,18 @@
 
 use std::fs::{self, OpenOptions};
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::thread::ThreadId;
 
 use phalanx_data::progress::Silent;
 use phalanx_data::records::{ColumnValue, Field, RecordSamples, RecordWriter, Records};
 use phalanx_data::{
-    record_damage, verify, Access, CausalText, DType, Documents, Error, Loader, LoaderOptions,
-    MaskedText, Masking, Mixture, OnDamage, Order, Samples, Tail, TokenStream, IGNORED,
+    record_damage, verify, Access, CausalText, Column, DType, Documents, Error, Fingerprint,
+    Loader, LoaderOptions, MaskedText, Masking, MicroBatch, Mixture, OnDamage, Order, Result, Rows,
+    Samples, Scratch, Tail, TokenStream, IGNORED,
 };
 
 use crate::support::write_tokens;
@@ -266,4 +269,80 @@ fn records_of_fixed_fields_are_left_out_too() {
     let counted: usize = loader.steps().map(|step| step.unwrap().valid).sum();
     let damaged = usize::try_from(end.div_ceil(1000) - first / 1000).unwrap();
     assert_eq!(counted, 4000 - damaged);
+}
+
+/// Samples of different lengths, some of them damaged, that note who asks how long they are.
+struct Watched {
+    columns: [Column; 1],
+    asked_by: Mutex<Vec<ThreadId>>,
+}
+
+impl Samples for Watched {
+    fn sample_count(&self) -> u64 {
+        400
+    }
+
+    fn columns(&self) -> &[Column] {
+        &self.columns
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        Fingerprint(0)
+    }
+
+    fn sample_len(&self, id: u64, _scratch: &mut Scratch) -> Result<usize> {
+        self.asked_by.lock().unwrap().push(std::thread::current().id());
+        Ok(usize::try_from(id % 50).unwrap() + 1)
+    }
+
+    fn damaged(&self) -> Result<Vec<Range<u64>>> {
+        Ok(vec![3..40, 390..400])
+    }
+
+    fn fill(&self, _: u64, _: &mut Rows<'_>, _: &mut Scratch) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn what_is_left_out_of_similar_lengths_is_counted_by_the_threads() {
+    for threads in [0, 2] {
+        let watched = Arc::new(Watched {
+            columns: [Column::padded("x", DType::U8, [50])],
+            asked_by: Mutex::default(),
+        });
+        let two = NonZeroUsize::new(2).unwrap();
+        let mut ranks = [0, 1].map(|rank| {
+            let options = LoaderOptions {
+                on_damage: OnDamage::Skip,
+                tail: Tail::Exact,
+                epochs: Some(2),
+                bucketing: 4,
+                global_batch: 16,
+                micro_batch: MicroBatch::Count(two),
+                rank,
+                world_size: 2,
+                threads,
+                ..Default::default()
+            };
+            Loader::new(Arc::<Watched>::clone(&watched), options).unwrap()
+        });
+        let (mut valid, mut left_out) = (0, 0);
+        while !ranks[0].is_at_end() {
+            let steps = ranks.each_mut().map(|rank| rank.next_step().unwrap());
+            for step in &steps {
+                let counted = step.micro_batches.iter().map(phalanx_data::Batch::valid_count);
+                assert_eq!(counted.sum::<usize>(), step.valid);
+                assert_eq!(step.global_valid + step.left_out, 16);
+                assert_eq!(step.left_out, steps[0].left_out);
+            }
+            assert_eq!(steps[0].valid + steps[1].valid, steps[0].global_valid);
+            valid += steps[0].global_valid;
+            left_out += steps[0].left_out;
+        }
+        assert_eq!((valid, left_out), (2 * (400 - 47), 2 * 47));
+        let asked_by = watched.asked_by.lock().unwrap();
+        let is_here = asked_by.contains(&std::thread::current().id());
+        assert_eq!(is_here, threads == 0, "{threads} threads");
+    }
 }
