@@ -5,6 +5,7 @@
 //! A thread asks: bounds of rows of any length must be read before one knows what to ask for, and the system may take its time.
 
 use std::ops::Range;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -181,7 +182,19 @@ impl Shared {
         while let Some(place) = self.next(done) {
             asking.reach(place, &mut |range| {
                 if !self.lock().closed {
-                    samples.will_need(range, &mut scratch);
+                    // Samples of somebody else's may panic: whoever reads them has that, too.
+                    let asked = catch_unwind(AssertUnwindSafe(|| {
+                        samples.will_need(range.clone(), &mut scratch);
+                    }));
+                    if asked.is_err() {
+                        scratch = Scratch::default();
+                        let Range { start, end } = range;
+                        tracing::warn!(
+                            start,
+                            end,
+                            "asking for samples ahead panicked: they are read when they are needed"
+                        );
+                    }
                 }
             });
             done = Some(place);
@@ -355,6 +368,32 @@ mod tests {
     }
 
     const LIMIT: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_panic_in_asking_does_not_end_it() {
+        let (asked, asks) = mpsc::channel();
+        let columns = [Column::new("x", DType::U8, [])];
+        let (go_on, goes_on) = mpsc::channel();
+        // What it waits for is poisoned by the first panic: every later block panics as well.
+        let poisoned = Mutex::new(goes_on);
+        let panics = catch_unwind(AssertUnwindSafe(|| {
+            let _held = poisoned.lock();
+            panic!("this is to break the lock");
+        }));
+        assert!(panics.is_err());
+        drop(go_on);
+        let stuck = Stuck { columns, asked, goes_on: poisoned };
+        let order = Order::Blocks { block: 10, window: 4 };
+        let options = LoaderOptions { order, threads: 0, global_batch: 10, ..Default::default() };
+        let mut loader = Loader::new(Arc::new(stuck), options).unwrap();
+        let mut ranges = Vec::new();
+        while total(&ranges) < 40 {
+            ranges.push(asks.recv_timeout(LIMIT).unwrap());
+        }
+        loader.next_step().unwrap();
+        loader.next_step().unwrap();
+        assert!(asks.recv_timeout(LIMIT).is_ok(), "the next window is asked for as well");
+    }
 
     #[test]
     fn the_first_window_is_asked_for_at_the_start_and_delivery_does_not_wait_for_it() {
