@@ -71,11 +71,13 @@ pub(crate) struct ShardDamage {
 /// damaged. Copy it to every machine that has a copy of the folder.
 ///
 /// # Errors
-/// What is wrong besides that: a shard that may not be read, say, is not damaged. A `tokenizer.json` of other tokens is passed over.
+/// What is wrong besides that: a shard that may not be read, say, is not damaged. A `tokenizer.json` of other tokens, or that
+/// cannot be read, is passed over.
 /// [`Error::Io`].
 pub fn record_damage(folder: &Path, found: &Verified) -> Result<()> {
     // Of a tokenizer no sample is made: it has no place in the list.
-    let is_beside = |error: &Error| matches!(error, Error::OtherTokenizer { .. });
+    let is_beside =
+        |error: &Error| matches!(error, Error::OtherTokenizer { .. } | Error::Tokenizer { .. });
     let mut others = found.damage.iter().filter(|error| !is_beside(error));
     let other = others.find(|error| !is_damaged(error) && !is_lost(error));
     if let Some(error) = other {

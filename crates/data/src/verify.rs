@@ -29,7 +29,7 @@ pub struct Verified {
     /// Bytes of all files.
     pub bytes: u64,
     /// What is wrong, in the order of the files: damaged blocks, missing files, files of another size; at last a `tokenizer.json` that is
-    /// not the one of the tokens. Empty: all is good.
+    /// not the one of the tokens, or cannot be read. Empty: all is good.
     pub damage: Vec<Error>,
     /// The damaged blocks among that, and those whose checksums are damaged.
     pub blocks: Vec<DamagedBlock>,
@@ -73,8 +73,19 @@ pub fn verify_from(
     Ok(found)
 }
 
-/// Compares `tokenizer.json`, where there is one, with what the index says of it.
+/// Compares `tokenizer.json`, where there is one, with what the index says of it. That it cannot be read is an error of its own kind,
+/// which is told from one of a shard.
 fn check_tokenizer(folder: &dyn Folder, expected: Fingerprint) -> Result<()> {
+    compare_tokenizer(folder, expected).map_err(|error| match error {
+        Error::OtherTokenizer { .. } => error,
+        _ => {
+            let action = "compare the tokenizer with its fingerprint";
+            Error::Tokenizer { action, message: error.to_string() }
+        }
+    })
+}
+
+fn compare_tokenizer(folder: &dyn Folder, expected: Fingerprint) -> Result<()> {
     let of = |json: &[u8]| Fingerprinter::new(TOKENIZER_FILE).bytes(json).finish();
     // The folder was written without one.
     if expected == of(b"{}") {

@@ -4,12 +4,14 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use phalanx_data::progress::Silent;
 use phalanx_data::{
-    Access, Error, Index, LoaderOptions, MaskedText, Masking, Samples, Scratch, TokenStream,
+    record_damage, verify, Access, Error, Index, LoaderOptions, MaskedText, Masking, Samples,
+    Scratch, TokenStream, TokenWriter,
 };
 use proptest::prelude::*;
 
-use crate::support::{open, write_tokens};
+use crate::support::{open, write_tokens, SPECIAL};
 
 const LEN: usize = 34;
 
@@ -232,4 +234,27 @@ proptest! {
         let changed = fs::read(&path).unwrap() != before;
         prop_assert_eq!(first_error(&target, Access::Read).is_some(), changed);
     }
+}
+
+#[test]
+fn a_tokenizer_that_cannot_be_read_is_reported_and_does_not_keep_damage_from_being_recorded() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("tokens");
+    let mut writer =
+        TokenWriter::create(&target, b"{\"version\": 1}", 500, SPECIAL, 1 << 30).unwrap();
+    writer.tokens(&[5; 40_000]).unwrap();
+    writer.end_document().unwrap();
+    writer.finish(0).unwrap();
+    let tokenizer = target.join("tokenizer.json");
+    fs::remove_file(&tokenizer).unwrap();
+    fs::create_dir(&tokenizer).unwrap();
+    overwrite(&shard(&target, 0), 5000, &[0xFF]);
+    let found = verify(&target, None, &Silent).unwrap();
+    let [damaged, unread] = &found.damage[..] else { panic!("{:?}", found.damage) };
+    assert!(matches!(damaged, Error::Damaged { .. }), "{damaged}");
+    let told = unread.to_string();
+    assert!(told.contains("cannot compare the tokenizer") && told.contains("tokenizer.json"));
+    record_damage(&target, &found).unwrap();
+    fs::remove_dir(&tokenizer).unwrap();
+    assert_eq!(TokenStream::open(&target, Access::Read).unwrap().damaged().len(), 1);
 }
