@@ -78,9 +78,11 @@ fn bounded_piece_len(text: &[u8], piece_bytes: usize, run_bytes_max: usize) -> O
     if text.len() <= piece_bytes {
         return None;
     }
-    let mut later = piece_bytes..text.len().min(run_bytes_max);
+    // What lies behind the window depends on how the buffer was filled; the cut must not.
+    let window = &text[..text.len().min(run_bytes_max)];
+    let mut later = piece_bytes..window.len();
     last_boundary(&text[..piece_bytes])
-        .or_else(|| later.find(|&at| boundary(text, at).is_some()))
+        .or_else(|| later.find(|&at| boundary(window, at).is_some()))
         .or_else(|| text.get(..run_bytes_max).map(run_end))
 }
 
@@ -239,6 +241,24 @@ mod tests {
         assert_eq!(Cut::Space.block_len(&spaced, true), Some(RUN_BYTES_MAX - 1));
         let lines = "x\r\n".repeat(1 << 20).into_bytes();
         assert_eq!(piece_len(&lines), Some(RUN_BYTES_MAX / 3 * 3), "after a line at least");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn a_cut_does_not_depend_on_how_much_was_read_behind_it(
+            characters in proptest::collection::vec(0_usize..8, 1..40),
+        ) {
+            let all = [" ", "\n", "\r", "\t", "\u{3000}", "x", "é", "一"];
+            let text: String = characters.into_iter().map(|at| all[at]).collect();
+            let text = text.as_bytes();
+            let (piece, run) = (8, 16);
+            let whole = bounded_piece_len(text, piece, run);
+            for read in 0..=text.len() {
+                let cut = bounded_piece_len(&text[..read], piece, run);
+                assert!(cut.is_none() || cut == whole, "{read} of {text:?}: {cut:?}, {whole:?}");
+                assert!(cut.is_some() || read < run, "{read} of {text:?} are enough");
+            }
+        }
     }
 
     #[test]
