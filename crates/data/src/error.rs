@@ -68,6 +68,12 @@ pub enum Error {
         /// What is wrong with it, and what to do.
         reason: String,
     },
+    /// Something lies where prepared text is to be kept.
+    #[error("{} lies where prepared text is to be kept, and has no index.json: remove it, or choose another cache_dir", path.display())]
+    CacheOccupied {
+        /// What lies there.
+        path: PathBuf,
+    },
     /// A conversion would write over something.
     #[error("{} is there already and holds something else: choose another output, or remove it", path.display())]
     OutputExists {

@@ -8,6 +8,7 @@ use super::options::Format;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprinter;
 use crate::format::is_output;
+use crate::progress::{Event, Progress};
 
 /// Folders deeper than this are a loop or a mistake.
 const DEPTH_MAX: usize = 16;
@@ -46,43 +47,73 @@ impl InputFile {
 
 /// The text under a path: the file itself, or all `.txt` files of a folder and its subfolders, sorted by name. Hidden folders,
 /// links to folders and folders that this crate has made are passed over.
-pub(crate) fn list_text(path: &Path) -> Result<Vec<InputFile>> {
-    let mut files = Vec::new();
-    list_one(path, Format::Text.extensions(), &mut files)?;
-    if files.is_empty() {
+pub(crate) fn list_text(path: &Path) -> Result<Found> {
+    let mut found = Found::default();
+    list_one(path, Format::Text.extensions(), &mut found)?;
+    if found.files.is_empty() {
         return Err(Error::NoText { path: path.to_path_buf() });
     }
-    Ok(files)
+    Ok(found)
+}
+
+/// What is under a path.
+#[derive(Debug, Default)]
+pub(crate) struct Found {
+    pub(crate) files: Vec<InputFile>,
+    /// Folders that this crate has made.
+    outputs: Vec<PathBuf>,
+}
+
+impl Found {
+    /// Says which folders were passed over.
+    pub(crate) fn tell(&self, progress: &dyn Progress) {
+        for path in &self.outputs {
+            progress.report(Event::Notice(&format!(
+                "{} is passed over: it holds tokens or records",
+                path.display()
+            )));
+        }
+    }
 }
 
 /// The files under all paths, in the order of the paths: files as they are given, of folders those with a known extension.
-pub(crate) fn list_named(paths: &[PathBuf], known: &[&str]) -> Result<Vec<InputFile>> {
+pub(crate) fn list_named(
+    paths: &[PathBuf],
+    known: &[&str],
+    progress: &dyn Progress,
+) -> Result<Vec<InputFile>> {
     if paths.is_empty() {
         return Err(Error::option("input", "empty", "give at least one file or folder"));
     }
-    let mut files = Vec::new();
+    let mut found = Found::default();
     for path in paths {
         let nothing = || Error::NoInput { path: path.clone(), expected: known.join(", ") };
         // Also of a broken link it is said that there is nothing; what cannot be looked at is another matter.
         if !path.try_exists().map_err(Error::io("look at", path))? {
             return Err(nothing());
         }
-        let before = files.len();
-        list_one(path, known, &mut files)?;
-        if files.len() == before {
+        let before = found.files.len();
+        list_one(path, known, &mut found)?;
+        if found.files.len() == before {
+            found.tell(progress);
             return Err(nothing());
         }
     }
-    Ok(files)
+    found.tell(progress);
+    Ok(found.files)
 }
 
 /// The same, and their format: as given, or told from their names.
-pub(crate) fn list(paths: &[PathBuf], format: Option<Format>) -> Result<(Vec<InputFile>, Format)> {
+pub(crate) fn list(
+    paths: &[PathBuf],
+    format: Option<Format>,
+    progress: &dyn Progress,
+) -> Result<(Vec<InputFile>, Format)> {
     let known: Vec<&str> = match format {
         Some(one) => one.extensions().to_vec(),
         None => Format::ALL.iter().flat_map(|one| one.extensions()).copied().collect(),
     };
-    let files = list_named(paths, &known)?;
+    let files = list_named(paths, &known, progress)?;
     if let Some(given) = format {
         return Ok((files, given));
     }
@@ -109,17 +140,19 @@ fn has_extension(path: &Path, known: &[&str]) -> bool {
 }
 
 /// A file is taken whatever it is called; of a folder, files with a known extension.
-fn list_one(path: &Path, extensions: &[&str], files: &mut Vec<InputFile>) -> Result<()> {
+fn list_one(path: &Path, extensions: &[&str], all: &mut Found) -> Result<()> {
     let metadata = fs::metadata(path).map_err(Error::io("open", path))?;
     if metadata.is_file() {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        files.push(InputFile::look(path, name)?);
+        all.files.push(InputFile::look(path, name)?);
         return Ok(());
     }
-    let mut found = Vec::new();
+    let mut found = Found::default();
     walk(path, "", DEPTH_MAX, extensions, &mut found)?;
-    found.sort_by(|a, b| a.name.cmp(&b.name));
-    files.append(&mut found);
+    found.files.sort_by(|a, b| a.name.cmp(&b.name));
+    found.outputs.sort();
+    all.files.append(&mut found.files);
+    all.outputs.append(&mut found.outputs);
     Ok(())
 }
 
@@ -128,7 +161,7 @@ fn walk(
     prefix: &str,
     depth: usize,
     extensions: &[&str],
-    files: &mut Vec<InputFile>,
+    found: &mut Found,
 ) -> Result<()> {
     for entry in fs::read_dir(folder).map_err(Error::io("list", folder))? {
         let entry = entry.map_err(Error::io("list", folder))?;
@@ -141,13 +174,14 @@ fn walk(
         if kind.is_dir() && depth > 0 {
             // What was made of this input may lie in it.
             if is_output(&path) {
+                found.outputs.push(path);
                 continue;
             }
-            walk(&path, &format!("{relative}/"), depth - 1, extensions, files)?;
+            walk(&path, &format!("{relative}/"), depth - 1, extensions, found)?;
         } else if has_extension(&path, extensions)
             && fs::metadata(&path).map_err(Error::io("open", &path))?.is_file()
         {
-            files.push(InputFile::look(&path, relative)?);
+            found.files.push(InputFile::look(&path, relative)?);
         }
     }
     Ok(())

@@ -183,13 +183,14 @@ impl Reader {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::progress::Silent;
 
     #[test]
     fn a_line_of_which_nothing_is_kept_is_bad() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.jsonl");
         std::fs::write(&path, "").unwrap();
-        let (files, _) = super::super::input::list(&[path], None).unwrap();
+        let (files, _) = super::super::input::list(&[path], None, &Silent).unwrap();
         let (format, unit, field) = (Format::Text, Document::Line, "text".to_owned());
         let mut input = Input { files, format, unit, field, bad_lines: BadLines::Skip };
         let start = Place { file: 0, offset: 700, line: 6 };

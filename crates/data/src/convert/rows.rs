@@ -1,6 +1,6 @@
 //! Tables: a column of strings, each row a document. A place counts rows.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use arrow_array::cast::AsArray;
 use arrow_array::{Array, ArrayRef};
@@ -20,6 +20,7 @@ const TEXT_BYTES: usize = 256 << 10;
 
 /// The rows of one file, from a place on.
 pub(super) struct Rows {
+    path: PathBuf,
     table: Table,
     column: String,
     place: Place,
@@ -47,8 +48,8 @@ impl Rows {
             return Err(Error::BadTable { path: path.to_path_buf(), reason });
         }
         let table = Table::open(path, &schema, &[column.to_owned()], place.line)?;
-        let column = column.to_owned();
-        Ok(Rows { table, column, place, current: None, done_bytes: 0, ended: false })
+        let (path, column) = (path.to_path_buf(), column.to_owned());
+        Ok(Rows { path, table, column, place, current: None, done_bytes: 0, ended: false })
     }
 
     /// The next block, or `None` after the one that ends the file.
@@ -66,7 +67,7 @@ impl Rows {
                 _ => match self.table.next()? {
                     None => break,
                     Some(batch) => {
-                        let found = table::column(&batch, &self.column);
+                        let found = table::column(&self.path, &batch, &self.column)?;
                         self.current = found.map(Batch::new);
                     }
                 },

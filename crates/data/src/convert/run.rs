@@ -80,7 +80,7 @@ pub fn convert(
     progress: &dyn Progress,
 ) -> Result<Converted> {
     check(options)?;
-    let (files, format) = input::list(inputs, options.format)?;
+    let (files, format) = input::list(inputs, options.format, progress)?;
     let unit = match format {
         Format::Text => options.document,
         // Their rows are documents.

@@ -37,7 +37,7 @@ pub fn convert_safetensors(
     options: &RecordOptions,
     progress: &dyn Progress,
 ) -> Result<ConvertedRecords> {
-    let files = input::list_named(inputs, &["safetensors"])?;
+    let files = input::list_named(inputs, &["safetensors"], progress)?;
     let open = |path| Bytes::open(path, Access::Read, None);
     let arrays: Vec<Arrays> =
         files.iter().map(|file| Arrays::of(open(&file.path)?)).collect::<Result<_>>()?;

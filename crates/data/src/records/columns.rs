@@ -50,7 +50,7 @@ pub fn convert_columns(
     options: &RecordOptions,
     progress: &dyn Progress,
 ) -> Result<ConvertedRecords> {
-    let (files, format) = input::list(inputs, format)?;
+    let (files, format) = input::list(inputs, format, progress)?;
     if !format.is_table() {
         let reason = "columns are those of Parquet and Arrow files (.parquet, .arrow, .feather)";
         return Err(Error::option("columns", columns.join(","), reason));
@@ -94,14 +94,17 @@ impl Input for Tables {
         let width =
             |field: &Field| field.elements().unwrap_or(0).saturating_mul(field.dtype.bytes());
         let row_bytes = self.fields.iter().map(width).fold(0, usize::saturating_add);
-        let mut first = 0;
+        let mut first = 0_u64;
         Ok(Box::new(parts.map(move |part| {
             let content = part?;
             let table::Part { rows, file_bytes, .. } = content;
             // A dictionary says little of what it stands for.
             let memory_bytes = content.memory_bytes.max(rows.saturating_mul(to_u64(row_bytes)));
             let start = first;
-            first += rows;
+            first = start.checked_add(rows).ok_or_else(|| Error::BadTable {
+                path: self.files[file].path.clone(),
+                reason: format!("its row groups claim {start} rows, and then {rows} more"),
+            })?;
             Ok(Part { first: start, rows, memory_bytes, file_bytes, content })
         })))
     }
@@ -204,7 +207,8 @@ fn push(
             ),
         }
         };
-        let (array, nulls) = table::column(batch, name).ok_or_else(|| bad(0, "it is not there"))?;
+        let column_of = table::column(path, batch, name)?;
+        let (array, nulls) = column_of.ok_or_else(|| bad(0, "it is not there"))?;
         if let Some(row) = first_null(nulls.as_ref()) {
             return Err(bad(row, "it is null"));
         }
@@ -317,8 +321,10 @@ fn fixed(array: &dyn Array, bytes: &mut Vec<u8>) -> Option<()> {
 /// Reads all columns of a file, as the converter does. Gives whether there are rows.
 #[cfg(feature = "testing")]
 pub(crate) fn fuzzed(path: &Path) -> bool {
+    use crate::progress::Silent;
+
     let read = || {
-        let (files, _) = input::list(&[path.to_path_buf()], Some(Format::Parquet))?;
+        let (files, _) = input::list(&[path.to_path_buf()], Some(Format::Parquet), &Silent)?;
         let schemas = vec![table::schema(path)?];
         let names = names(&schemas[0], &[]);
         let fields = fields(path, &schemas[0], &names)?;

@@ -319,7 +319,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("f");
         std::fs::write(&path, "f").unwrap();
-        let (files, _) = input::list(&[path], Some(crate::convert::Format::Text)).unwrap();
+        let (files, _) = input::list(&[path], Some(crate::convert::Format::Text), &Silent).unwrap();
         let (small, half, huge) = (1_u64 << 10, 150_u64 << 20, 3_u64 << 30);
         // A part that is too large to come along has been found already.
         for (part_bytes, expected) in [

@@ -320,12 +320,28 @@ fn projection(about: &SchemaDescriptor, schema: &Schema, columns: &[String]) -> 
     mask
 }
 
-/// The column at a path of names, and which rows have no value: in it, or in what it lies in.
-pub(crate) fn column(batch: &RecordBatch, path: &str) -> Option<(ArrayRef, Option<NullBuffer>)> {
-    if let Some(array) = batch.column_by_name(path) {
-        return Some((plain(array), array.logical_nulls()));
+/// A column of some rows, and which of them have no value.
+type Values = (ArrayRef, Option<NullBuffer>);
+
+/// The column at a path of names, and which rows have no value: in it, or in what it lies in. `path` is the file's.
+pub(crate) fn column(path: &Path, batch: &RecordBatch, column: &str) -> Result<Option<Values>> {
+    caught(path, || {
+        let Some((array, nulls)) = at_names(batch, column) else { return Ok(None) };
+        let values = plain(&array).map_err(|error| {
+            format!(
+                "{} rows of column `{column}`, which has a dictionary, are too much at once: {error}; write it without one, or in smaller batches",
+                array.len()
+            )
+        })?;
+        Ok(Some((values, nulls)))
+    })
+}
+
+fn at_names(batch: &RecordBatch, column: &str) -> Option<Values> {
+    if let Some(array) = batch.column_by_name(column) {
+        return Some((Arc::clone(array), array.logical_nulls()));
     }
-    let mut names = path.split('.');
+    let mut names = column.split('.');
     let mut array = Arc::clone(batch.column_by_name(names.next()?)?);
     let mut nulls = array.logical_nulls();
     for name in names {
@@ -333,15 +349,15 @@ pub(crate) fn column(batch: &RecordBatch, path: &str) -> Option<(ArrayRef, Optio
         nulls = NullBuffer::union(nulls.as_ref(), inner.logical_nulls().as_ref());
         array = inner;
     }
-    Some((plain(&array), nulls))
+    Some((array, nulls))
 }
 
 /// A dictionary's values, row by row.
-fn plain(array: &ArrayRef) -> ArrayRef {
-    let values = array.as_any_dictionary_opt().and_then(|dictionary| {
-        arrow_select::take::take(dictionary.values(), dictionary.keys(), None).ok()
-    });
-    values.unwrap_or_else(|| Arc::clone(array))
+fn plain(array: &ArrayRef) -> std::result::Result<ArrayRef, ArrowError> {
+    match array.as_any_dictionary_opt() {
+        None => Ok(Arc::clone(array)),
+        Some(dictionary) => arrow_select::take::take(dictionary.values(), dictionary.keys(), None),
+    }
 }
 
 /// What the libraries give, their errors and their panics.
@@ -350,4 +366,31 @@ fn caught<T>(path: &Path, call: impl FnOnce() -> std::result::Result<T, String>)
     let done = catch_unwind(AssertUnwindSafe(call));
     let done = done.unwrap_or_else(|_| Err("its content contradicts itself".to_owned()));
     done.map_err(|reason| Error::BadTable { path: path.to_path_buf(), reason })
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow_array::types::Int8Type;
+    use arrow_array::{DictionaryArray, Int8Array, StringArray};
+
+    use super::*;
+
+    #[test]
+    fn a_dictionary_of_more_than_its_type_can_hold_is_an_error_that_says_so() {
+        let long = "x".repeat(64 << 20);
+        let values: ArrayRef = Arc::new(StringArray::from_iter_values([&*long]));
+        let rows = |count: usize| {
+            let keys = Int8Array::from(vec![0; count]);
+            let column = DictionaryArray::<Int8Type>::new(keys, Arc::clone(&values));
+            RecordBatch::try_from_iter([("text", Arc::new(column) as ArrayRef)]).unwrap()
+        };
+        let file = Path::new("a.parquet");
+        let (few, nulls) = column(file, &rows(2), "text").unwrap().unwrap();
+        assert_eq!((few.as_string::<i32>().value(1), nulls), (&*long, None));
+        let error = column(file, &rows(40), "text").unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, Error::BadTable { .. }), "{text}");
+        assert!(text.contains("a.parquet") && text.contains("40 rows of column `text`"), "{text}");
+        assert!(column(file, &rows(2), "none").unwrap().is_none());
+    }
 }

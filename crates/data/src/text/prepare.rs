@@ -15,6 +15,7 @@ use crate::convert::sink::Sink;
 use crate::convert::{count_words, encode_all, BadLines, Counts, Document, Format, Place};
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
+use crate::format::files::is_free;
 use crate::format::{Index, SpecialTokens, TokenWriter};
 use crate::lock;
 use crate::pool::in_pool;
@@ -121,7 +122,7 @@ impl Prepared {
 ///
 /// # Errors
 /// [`Error::DataMissing`], [`Error::NoText`], [`Error::EmptyText`], [`Error::InvalidUtf8`], [`Error::TextChanged`],
-/// [`Error::CacheNotWritable`], [`Error::LockTimeout`], [`Error::InvalidOption`], [`Error::Io`], [`Error::Tokenizer`], and
+/// [`Error::CacheNotWritable`], [`Error::CacheOccupied`], [`Error::LockTimeout`], [`Error::InvalidOption`], [`Error::Io`], [`Error::Tokenizer`], and
 /// [`Error::BadIndex`] for a prepared folder that cannot be used.
 pub fn prepare(path: &Path, options: &PrepareOptions, progress: &dyn Progress) -> Result<Prepared> {
     if !path.exists() {
@@ -134,13 +135,14 @@ pub fn prepare(path: &Path, options: &PrepareOptions, progress: &dyn Progress) -
         let reason = format!("at least {VOCAB_SIZE_MIN} entries are needed for the letters");
         return Err(Error::option("vocab_size", options.vocab_size, reason));
     }
-    let files = input::list_text(path)?;
+    let found = input::list_text(path)?;
+    let files = &found.files;
     let cache = match &options.cache_dir {
         Some(folder) => folder.clone(),
         None if path.is_dir() => path.join(CACHE_FOLDER),
         None => path.parent().unwrap_or(Path::new("")).join(CACHE_FOLDER),
     };
-    let key = key(&files, options);
+    let key = key(files, options);
     let target = cache.join(key.to_string());
     if Index::is_in(&target) {
         return Ok(Prepared::new(&target, &Index::read(&target)?, true));
@@ -162,7 +164,12 @@ pub fn prepare(path: &Path, options: &PrepareOptions, progress: &dyn Progress) -
     if Index::is_in(&target) {
         return Ok(Prepared::new(&target, &Index::read(&target)?, true));
     }
-    let index = in_pool(options.threads, || write(path, &target, &files, options, progress))??;
+    // Before all text is read and a vocabulary trained for nothing.
+    if !is_free(&target)? {
+        return Err(Error::CacheOccupied { path: target });
+    }
+    found.tell(progress);
+    let index = in_pool(options.threads, || write(path, &target, files, options, progress))??;
     Ok(Prepared::new(&target, &index, false))
 }
 
