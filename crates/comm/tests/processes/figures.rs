@@ -182,6 +182,7 @@ fn reset_control(machines: &Machines) -> Vec<Duration> {
         times.push(crate::resets::back(machines, &connections[1]));
         crate::silence::pause(Duration::from_millis(150));
     }
+    ranks.say(0, crate::resets::ENOUGH);
     for ended in ranks.finish(LIMIT) {
         assert!(ended.output.contains("no error in"), "{}", ended.output);
     }

@@ -3,6 +3,8 @@
 use std::collections::VecDeque;
 use std::io::Write as _;
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::faults::LIMIT;
@@ -15,18 +17,26 @@ use phalanx_comm::{Group, GroupOptions, Sum, Work};
 const BACK: Duration = Duration::from_secs(1);
 /// A lost data connection is an error in this time.
 const DETECTED: Duration = Duration::from_millis(500);
+/// What rank 0 is told at the end.
+pub(crate) const ENOUGH: &str = "enough\n";
 /// How many elements the messages have: short ones, and some of many parts.
 const LENGTHS: [usize; 5] = [1, 1000, 0, 1_000_000, 7];
 
-/// What a rank does: it sends the other one messages and gets its own, for a while, and checks each of
-/// them. They travel on the control connection.
+/// What a rank does: it sends the other one messages and gets its own, and checks each of them, until rank 0 is told that it is enough.
+/// They travel on the control connection.
 pub(crate) fn rank() {
     let mut group = Group::from_environment(GroupOptions::default()).expect("the ranks meet");
     let (rank, peer) = (group.rank(), 1 - group.rank());
     let value = |of: usize, step: usize, at: usize| {
         i64::try_from(of * 7919 + step * 31 + at).expect("small")
     };
-    let start = Instant::now();
+    let enough = Arc::new(AtomicBool::new(rank > 0));
+    let told = Arc::clone(&enough);
+    std::thread::spawn(move || {
+        // The end of the test is the end of the pipe.
+        drop(std::io::stdin().read_line(&mut String::new()));
+        told.store(true, Ordering::Release);
+    });
     let mut go_on = [1_u8];
     let mut step = 0;
     while go_on == [1] {
@@ -38,7 +48,7 @@ pub(crate) fn rank() {
         sent.wait().expect("a message");
         let right = |(at, got): (usize, &i64)| *got == value(peer, step, at);
         assert!(theirs.iter().enumerate().all(right), "message {step}");
-        go_on = [u8::from(start.elapsed() < Duration::from_secs(3))];
+        go_on = [u8::from(!enough.load(Ordering::Acquire))];
         group.broadcast(&mut go_on[..], 0).and_then(Work::wait).expect("a word");
         step += 1;
         if step == 20 {
@@ -96,6 +106,7 @@ fn a_reset_control_connection_comes_back_and_no_message_is_lost() {
         assert!(after < BACK, "back after {after:?}");
         pause(Duration::from_millis(200));
     }
+    ranks.say(0, ENOUGH);
     for ended in ranks.finish(LIMIT) {
         assert!(ended.output.contains("no error in"), "{}", ended.output);
     }
@@ -160,10 +171,12 @@ fn strangers_at_the_door_keep_no_rank_from_coming_back_and_do_not_disturb_the_jo
     let control = before.last().expect("a control connection");
     machines.reset(control);
     let start = Instant::now();
+    pause(Duration::from_secs(2));
+    ranks.say(0, ENOUGH);
     for ended in ranks.finish(LIMIT) {
         assert!(ended.output.contains("no error in"), "{}", ended.output);
     }
-    // Ranks stop three seconds after their start, and no message waits longer than the reconnection.
+    // No message waits longer than the reconnection.
     assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
     stranger.kill(0);
 }

@@ -10,12 +10,19 @@ use std::time::{Duration, Instant};
 use rustix::event::{poll, Timespec};
 
 use super::core::Core;
+use super::peers::Peers;
 
 /// How long exiting waits for collectives that were started.
 const EXIT_MAX: Duration = Duration::from_secs(10);
 
+/// A group. A thread may be letting go of its core, and be telling its peers.
+struct Live {
+    core: Weak<Core>,
+    peers: Weak<Peers>,
+}
+
 /// This process's groups.
-static LIVE: Mutex<Vec<Weak<Core>>> = Mutex::new(Vec::new());
+static LIVE: Mutex<Vec<Live>> = Mutex::new(Vec::new());
 /// The process that `at_exit` is registered in: a fork of it has nothing to say to the peers.
 static OWNER: OnceLock<u32> = OnceLock::new();
 
@@ -33,8 +40,8 @@ pub(super) fn look_after(core: &Arc<Core>) {
         std::process::id()
     });
     let mut live = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
-    live.retain(|other| other.strong_count() > 0);
-    live.push(Arc::downgrade(core));
+    live.retain(|other| other.peers.strong_count() > 0);
+    live.push(Live { core: Arc::downgrade(core), peers: Arc::downgrade(&core.peers) });
 }
 
 extern "C" fn at_exit() {
@@ -48,17 +55,18 @@ fn leave() {
     #[cfg(feature = "mpi")]
     crate::backend::mpi::close_lanes(EXIT_MAX);
     let live = std::mem::take(&mut *LIVE.lock().unwrap_or_else(PoisonError::into_inner));
-    let live: Vec<Arc<Core>> = live.iter().filter_map(Weak::upgrade).collect();
-    for core in &live {
+    let cores: Vec<Arc<Core>> = live.iter().filter_map(|live| live.core.upgrade()).collect();
+    for core in &cores {
         core.close();
     }
     let deadline = Instant::now() + EXIT_MAX;
-    for core in &live {
-        while !core.peers.is_closed() && core.peers.failure().is_none() && Instant::now() < deadline
-        {
+    for peers in live.iter().filter_map(|live| live.peers.upgrade()) {
+        // After a failure nothing is left to finish, but another thread may be about to say so.
+        let is_busy = || peers.failure().is_none() || peers.is_leaving();
+        while !peers.is_closed() && is_busy() && Instant::now() < deadline {
             // Thread-local storage is gone by now: nothing of std that parks.
             poll(&mut [], Some(&Timespec { tv_sec: 0, tv_nsec: 1_000_000 })).ok();
         }
-        core.peers.close();
+        peers.close();
     }
 }

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `mesh` | connects the ranks, once |
 //! | `control`, `wire`, `monitor`, `peers`, `liveness` | who lives; failures; memfds on their way |
+//! | `absent` | who is waited for |
 //! | `reconnect`, `resume` | control connections that come back |
 //! | `mapping`, `board`, `region` | shared memory |
 //! | `call` | a started collective |
@@ -13,6 +14,7 @@
 //! | `exit` | groups that live when the process exits |
 //! | `point` | `send` and `receive` |
 
+mod absent;
 pub(crate) mod board;
 pub(crate) mod call;
 mod callers;

@@ -259,7 +259,12 @@ fn take_frames(peers: &Peers, peer: usize, incoming: &mut Incoming) -> bool {
                 // It waits for that.
                 incoming.unacknowledged += ACKNOWLEDGE_BYTES;
             }
-            Frame::Failed(error) => failed_elsewhere(peers, peer, error),
+            Frame::Failed(error) => {
+                peers.tells_failure(peer);
+                failed_elsewhere(peers, peer, error);
+                // It may wait for that before it ends.
+                incoming.unacknowledged += ACKNOWLEDGE_BYTES;
+            }
             Frame::Region { id, bytes } => match incoming.descriptors.pop_front() {
                 Some(fd) => peers.deliver(peer, id, bytes, fd),
                 None => return false,
@@ -294,7 +299,8 @@ fn failed_elsewhere(peers: &Peers, peer: usize, error: Error) {
 fn ended(peers: &Arc<Peers>, peer: usize, incoming: &mut Incoming, error: Option<std::io::Error>) {
     incoming.socket = None;
     let control = peers.controls[peer].as_ref().filter(|control| control.is_resumable());
-    let is_over = peers.failure().is_some() && control.is_none_or(Control::is_acknowledged);
+    let needs_no_news = control.is_none_or(Control::is_acknowledged) || peers.knows_failure(peer);
+    let is_over = peers.failure().is_some() && needs_no_news;
     if peers.has_departed(peer) || peers.is_closed() || is_over {
         incoming.ended = true;
         return;

@@ -16,7 +16,6 @@ use super::point::Points;
 use super::reconnect::{Returned, Way};
 use super::wire::Frame;
 use crate::error::{Error, LastCall, Result};
-use crate::fingerprint::CallRecord;
 use crate::recorder::Part;
 
 /// A rank's process.
@@ -43,7 +42,7 @@ impl Journal {
 }
 
 const STAYS: u64 = u64::MAX;
-const NOBODY: usize = usize::MAX;
+pub(super) const NOBODY: usize = usize::MAX;
 /// A peer that takes no news for so long hears them when it reads that our socket is closed.
 const BROADCAST_LIMIT: Duration = Duration::from_millis(300);
 
@@ -51,8 +50,10 @@ const BROADCAST_LIMIT: Duration = Duration::from_millis(300);
 /// without being dead, but no longer than this. A process that ends sooner may take with it what the
 /// kernel has not yet sent, and looks like one that died.
 const FAREWELL_MAX: Duration = Duration::from_secs(10);
-/// The same for a failure, where a connection is lost at that moment.
+/// The same for a failure, where a connection is lost at that moment: who cannot be told has so long to come back.
 const FAREWELL_AFTER_FAILURE_MAX: Duration = Duration::from_millis(300);
+/// And where it seems to be there: what was written may be on a connection of which this end does not know yet that it is lost.
+const HEARD_OF_FAILURE_MAX: Duration = Duration::from_millis(100);
 
 /// How long the reason why a socket failed may take to come; why not less: `Links::broken`.
 pub(crate) const VERDICT_MAX: Duration = Duration::from_millis(300);
@@ -62,6 +63,8 @@ pub(crate) const VERDICT_MAX: Duration = Duration::from_millis(300);
 struct Departure {
     completed: AtomicU64,
     panicking: AtomicBool,
+    /// It knows that the group has failed: it has said so.
+    knows_failure: AtomicBool,
 }
 
 /// A memfd that a peer has sent.
@@ -101,22 +104,22 @@ pub(crate) struct Peers {
     failure: OnceLock<Error>,
     departures: Vec<Departure>,
     /// What each has started last, as it said in its last heartbeat.
-    heard: Mutex<Vec<LastCall>>,
+    pub(super) heard: Mutex<Vec<LastCall>>,
     /// Where this rank's own last call stands.
-    own_board: OnceLock<Arc<Board>>,
+    pub(super) own_board: OnceLock<Arc<Board>>,
     parcels: Mutex<Vec<Parcel>>,
     parcel_came: Condvar,
     returned: Mutex<Vec<Returned>>,
     journal: Mutex<Journal>,
     /// The rank of another machine whose data is waited for; [`NOBODY`].
-    awaited: AtomicUsize,
+    pub(super) awaited: AtomicUsize,
     /// This rank's owner let the group go while it unwound from a panic.
     panicked: AtomicBool,
     leaving: AtomicBool,
     closed: AtomicBool,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What these mutexes guard is valid after every statement.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -137,6 +140,7 @@ impl Peers {
             .map(|_| Departure {
                 completed: AtomicU64::new(STAYS),
                 panicking: AtomicBool::new(false),
+                knows_failure: AtomicBool::new(false),
             })
             .collect();
         let heard = Mutex::new(vec![LastCall::Unknown; identities.len()]);
@@ -293,6 +297,15 @@ impl Peers {
         self.points.wake();
     }
 
+    /// A peer said that the group has failed.
+    pub(crate) fn tells_failure(&self, peer: usize) {
+        self.departures[peer].knows_failure.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn knows_failure(&self, peer: usize) -> bool {
+        self.departures[peer].knows_failure.load(Ordering::Acquire)
+    }
+
     pub(crate) fn has_departed(&self, peer: usize) -> bool {
         self.departures[peer].completed.load(Ordering::Acquire) != STAYS
     }
@@ -389,20 +402,24 @@ impl Peers {
                 None => self.liveness.dead_after.min(FAREWELL_MAX),
             };
             let blamed = failure.as_ref().and_then(Error::blamed);
+            let after = start.elapsed();
             let listens = |peer: usize, control: &Control| {
-                // After a failure others end as well: only who could not be told yet is waited for.
-                let is_told = failure.is_some() && control.socket().is_some();
+                // After a failure others end as well: only who may not have been told yet is waited for.
+                let is_told = || {
+                    self.knows_failure(peer)
+                        || after >= HEARD_OF_FAILURE_MAX && control.socket().is_some()
+                };
                 control.is_resumable()
                     && blamed != Some(peer)
                     && !self.has_departed(peer)
-                    && !is_told
+                    && !(failure.is_some() && is_told())
                     && !control.is_acknowledged()
             };
             let mut controls = self.controls.iter().enumerate();
             let is_heard = !controls.any(|(peer, control)| {
                 control.as_ref().is_some_and(|control| listens(peer, control))
             });
-            if is_heard || start.elapsed() >= limit {
+            if is_heard || after >= limit {
                 return;
             }
             let waited = self.parcel_came.wait_timeout(parcels, Duration::from_millis(5));
@@ -436,6 +453,11 @@ impl Peers {
         }
     }
 
+    /// Whether a thread says goodbye, or has said it.
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Acquire)
+    }
+
     pub(crate) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
     }
@@ -446,53 +468,5 @@ impl Peers {
     pub(crate) fn during_failure(&self) -> Error {
         let unnamed = || Error::PeerFailed { rank: self.rank, message: "unknown".to_owned() };
         self.failure().unwrap_or_else(unnamed)
-    }
-
-    /// Says of which rank of another machine data is waited for; `None`: it has come.
-    pub(crate) fn await_data(&self, peer: Option<usize>) {
-        self.awaited.store(peer.unwrap_or(NOBODY), Ordering::Relaxed);
-    }
-
-    pub(crate) fn awaited(&self) -> Option<usize> {
-        Some(self.awaited.load(Ordering::Relaxed)).filter(|peer| *peer != NOBODY)
-    }
-
-    /// The error for a call whose time is over, for which `peer` is waited.
-    pub(crate) fn late_for(&self, call: &Call, peer: usize) -> Error {
-        let last = lock(&self.heard).get(peer).cloned();
-        self.late(call, &[(peer, last.unwrap_or(LastCall::Unknown))])
-    }
-
-    /// A peer says what it has started last.
-    pub(crate) fn heard(&self, peer: usize, last: Option<CallRecord>) {
-        if let Some(heard) = lock(&self.heard).get_mut(peer) {
-            *heard = last.into();
-        }
-    }
-
-    pub(crate) fn show_board(&self, board: &Arc<Board>) {
-        // Set once, when the group is made.
-        drop(self.own_board.set(Arc::clone(board)));
-    }
-
-    pub(crate) fn own_last(&self) -> Option<CallRecord> {
-        self.own_board.get().and_then(|board| board.last_record())
-    }
-
-    /// The error for a call whose time is over; `absent` are the ranks that were waited for.
-    pub(crate) fn late(&self, call: &Call, absent: &[(usize, LastCall)]) -> Error {
-        let absent = absent
-            .iter()
-            .map(|(rank, last)| {
-                let Identity { host, pid, .. } = self.identities[*rank].clone();
-                crate::error::Absent { rank: *rank, host, pid, last: last.clone() }
-            })
-            .collect();
-        Error::Timeout {
-            rank: self.rank,
-            call: Box::new(call.record.clone()),
-            timeout: call.timeout,
-            absent,
-        }
     }
 }
