@@ -1,5 +1,9 @@
 //! What the footer of a Parquet file claims, and is not so.
-#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a failed unwrap is a failed test; seven bits fit a byte"
+)]
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -60,4 +64,40 @@ fn rows_of_groups_that_have_no_sum_are_an_error() {
         ([0x16, 0xD8, 4], [0x16, 0xFE, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 1]);
     let told = told_of(&rows, &most);
     assert!(told.contains("claim 18446744073709551614 rows, and then"), "{told}");
+}
+
+#[test]
+fn children_that_a_schema_does_not_have_are_an_error() {
+    // The last field of the root: one child.
+    let name = b"\x0Carrow_schema\x15";
+    let (one, most) =
+        ([&name[..], &[2]].concat(), [&name[..], &[0xFE, 0xFF, 0xFF, 0xFF, 0x0F]].concat());
+    let told = told_of(&one, &most);
+    assert!(told.contains("element 0 of 2 in its schema claims 2147483647 children"), "{told}");
+}
+
+#[test]
+fn structures_within_structures_have_an_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, output) = (folder.path().join("a.parquet"), folder.path().join("records"));
+    for (depth, expected) in [(40, "which no field has"), (200_000, "more than 64 structures")] {
+        // A version; a list of structures: a root, groups of one child, and a column; no rows and no groups of them.
+        let mut count = vec![];
+        let mut rest: u32 = depth + 2;
+        while rest >= 0x80 {
+            count.push(0x80 | (rest & 0x7F) as u8);
+            rest >>= 7;
+        }
+        count.push(rest as u8);
+        let mut footer = [&[0x15, 4, 0x19, 0xFC], &count[..]].concat();
+        footer.extend([0x48, 1, b'r', 0x15, 2, 0]);
+        footer.extend([0x35, 2, 0x18, 1, b'g', 0x15, 2, 0].repeat(depth as usize));
+        footer.extend([0x15, 2, 0x25, 0, 0x18, 1, b'x', 0, 0x16, 0, 0x19, 0x0C, 0]);
+        let len = u32::try_from(footer.len()).unwrap().to_le_bytes();
+        fs::write(&path, [b"PAR1", &*footer, &len, b"PAR1"].concat()).unwrap();
+        let options = RecordOptions::default();
+        let inputs = [path.clone()];
+        let error = convert_columns(&inputs, &output, None, &[], &options, &Silent).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
+    }
 }

@@ -1,8 +1,10 @@
 //! Tables of Parquet and Arrow files: columns by name, in batches of rows.
 //!
 //! A panic of the libraries over a malformed file is an error here; that they are not asked for more memory than there is, see to
-//! [`ipc`] and [`pages`].
+//! [`ipc`], [`footer`] and [`pages`].
 
+mod compact;
+mod footer;
 mod ipc;
 mod pages;
 
@@ -71,8 +73,7 @@ impl Layout {
         caught(path, || {
             Ok(match &*magic {
                 [b'P', b'A', b'R', b'1', ..] => {
-                    let opened = ArrowReaderMetadata::load(&file, ArrowReaderOptions::default());
-                    let about = opened.map_err(|error| error.to_string())?;
+                    let about = about(&file)?;
                     let pages = Pages::of(file, about.metadata().row_groups())?;
                     Layout::Parquet(ParquetRecordBatchReaderBuilder::new_with_metadata(
                         pages, about,
@@ -105,6 +106,13 @@ impl Layout {
             Layout::Stream(reader) => reader.schema(),
         }
     }
+}
+
+/// What the footer of a Parquet file says.
+fn about(file: &File) -> std::result::Result<ArrowReaderMetadata, String> {
+    footer::check(file)?;
+    let loaded = ArrowReaderMetadata::load(file, ArrowReaderOptions::default());
+    loaded.map_err(|error| error.to_string())
 }
 
 /// The columns of a file.
@@ -250,10 +258,7 @@ pub(crate) fn parts(
         })));
     }
     let file = File::open(path).map_err(Error::io("open", path))?;
-    let metadata = caught(path, || {
-        let loaded = ArrowReaderMetadata::load(&file, ArrowReaderOptions::default());
-        loaded.map_err(|error| error.to_string())
-    })?;
+    let metadata = caught(path, || about(&file))?;
     let groups = metadata.metadata().num_row_groups();
     let mask = projection(metadata.parquet_schema(), schema, columns);
     Ok(Box::new((0..groups).map(move |number| {

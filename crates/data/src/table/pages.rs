@@ -4,7 +4,7 @@
 //! kilobytes up to 16 GiB, which ends the process where there is less. What a codec can make of the page's bytes is known. What is
 //! within them is not looked at: pages of `DELTA_BYTE_ARRAY` and `DELTA_LENGTH_BYTE_ARRAY` say there how many strings they hold, and the
 //! library (60.1) reserves as much.
-//! Source: <https://parquet.apache.org/docs/file-format/>, and Thrift's compact protocol.
+//! Source: <https://parquet.apache.org/docs/file-format/>.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -16,6 +16,7 @@ use parquet::errors::{ParquetError, Result};
 use parquet::file::metadata::{ColumnChunkMetaData, RowGroupMetaData};
 use parquet::file::reader::{ChunkReader, Length};
 
+use super::compact::{Compact, STRUCT};
 use crate::cast::{to_u64, to_usize};
 
 /// What is read at first of a header; one with statistics of long strings has more.
@@ -176,16 +177,6 @@ struct Page {
     dictionary: u64,
 }
 
-/// Bytes of Thrift's compact protocol. Everything gives `None` if they end early or are none.
-struct Compact<'a> {
-    rest: &'a [u8],
-}
-
-/// Types of values.
-const BOOLS: [u8; 2] = [1, 2];
-const INTEGERS: [u8; 3] = [4, 5, 6];
-const STRUCT: u8 = 12;
-
 impl Compact<'_> {
     fn page(&mut self) -> Option<Page> {
         let (mut page, mut id) = (Page::default(), 0);
@@ -208,87 +199,6 @@ impl Compact<'_> {
             }
         }
         Some(page)
-    }
-
-    fn byte(&mut self) -> Option<u8> {
-        let (&first, rest) = self.rest.split_first()?;
-        self.rest = rest;
-        Some(first)
-    }
-
-    /// A number of seven bits a byte, the lowest first.
-    fn varint(&mut self) -> Option<u64> {
-        let mut value = 0;
-        for shift in (0..64).step_by(7) {
-            let byte = self.byte()?;
-            value |= u64::from(byte & 0x7F) << shift;
-            if byte < 0x80 {
-                return Some(value);
-            }
-        }
-        None
-    }
-
-    fn integer(&mut self) -> Option<i64> {
-        let value = self.varint()?;
-        // The sign is in the last bit.
-        Some(i64::try_from(value >> 1).ok()? ^ -i64::try_from(value & 1).ok()?)
-    }
-
-    /// A number that is not negative.
-    fn size(&mut self, kind: u8) -> Option<u64> {
-        INTEGERS.contains(&kind).then_some(())?;
-        u64::try_from(self.integer()?).ok()
-    }
-
-    /// The type of the next field, whose number is told from the last one's. `Some(None)`: the structure ends.
-    fn field(&mut self, id: &mut i16) -> Option<Option<u8>> {
-        let byte = self.byte()?;
-        let (delta, kind) = (byte >> 4, byte & 0xF);
-        if kind == 0 {
-            return Some(None);
-        }
-        *id = match delta {
-            0 => i16::try_from(self.integer()?).ok()?,
-            _ => id.checked_add(i16::from(delta))?,
-        };
-        Some(Some(kind))
-    }
-
-    fn pass(&mut self, bytes: u64) -> Option<()> {
-        self.rest = self.rest.get(usize::try_from(bytes).ok()?..)?;
-        Some(())
-    }
-
-    fn skip(&mut self, kind: u8, depth: u32) -> Option<()> {
-        let depth = depth.checked_sub(1)?;
-        match kind {
-            kind if BOOLS.contains(&kind) => Some(()),
-            3 => self.pass(1),
-            kind if INTEGERS.contains(&kind) => self.varint().map(drop),
-            7 => self.pass(8),
-            8 => {
-                let len = self.varint()?;
-                self.pass(len)
-            }
-            9 | 10 => {
-                let head = self.byte()?;
-                let short = u64::from(head >> 4);
-                let count = if short == 15 { self.varint()? } else { short };
-                let of = head & 0xF;
-                // In a list a truth value has a byte.
-                let of = if BOOLS.contains(&of) { 3 } else { of };
-                (0..count).try_for_each(|_| self.skip(of, depth))
-            }
-            STRUCT => {
-                let mut id = 0;
-                while let Some(of) = self.field(&mut id)? {
-                    self.skip(of, depth)?;
-                }
-                Some(())
-            }
-            _ => None,
-        }
     }
 }
 
