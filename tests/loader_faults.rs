@@ -63,10 +63,10 @@ fn balanced_loaders_are_no_news() {
 
 #[test]
 fn a_loader_that_panics_ends_its_rank_and_the_others_name_it() {
-    // Tests beside this one may take the processors for a while: that can happen once or twice.
+    // An idle machine takes less than a second; tests beside this one may take the processors for a while, also three times.
     let took = [(); 3].map(|()| a_loader_panics());
     let quickest = took.iter().min().expect("three times");
-    assert!(*quickest <= Duration::from_secs(1), "{took:?} from the error to the end of all ranks");
+    assert!(*quickest <= Duration::from_secs(3), "{took:?} from the error to the end of all ranks");
 }
 
 /// How long it takes from the error to the end of all ranks.

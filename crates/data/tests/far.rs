@@ -31,6 +31,17 @@ struct Asked {
     read: Mutex<Vec<(PathBuf, u64, u64)>>,
 }
 
+impl Asked {
+    /// Whether it was said that a part of a file will be needed.
+    fn is_for(&self, (path, start, end): &(PathBuf, u64, u64)) -> bool {
+        // A sample may begin in one block and its last label lie in the next.
+        let is_in = |(file, from, to): &(PathBuf, u64, u64)| {
+            file == path && from <= start && (end <= to || start < to)
+        };
+        self.needed.lock().unwrap().iter().any(is_in)
+    }
+}
+
 #[derive(Debug)]
 struct FarFile {
     inner: Arc<dyn Source>,
@@ -208,74 +219,83 @@ fn what_a_shuffle_in_blocks_reads_was_asked_for_before() {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("tokens");
     write_tokens(&target, b"{}");
-    let far = Far::new(&target);
-    let stream = Arc::new(TokenStream::open_from(&far).unwrap());
-    let sequence_len = 64;
-    // Checksums are compared when a block is first touched: reads of whole blocks that are not of interest here.
-    stream.verify().unwrap();
-    let samples = CausalText::new(stream, sequence_len, Documents::Joined).unwrap();
-    let options = LoaderOptions {
-        order: Order::Blocks { block: 512, window: 4 },
-        global_batch: 64,
-        threads: 2,
-        epochs: Some(1),
-        ..Default::default()
+    let [far, twin] = [(); 2].map(|()| Far::new(&target));
+    let loader = |of: &Far| {
+        let stream = Arc::new(TokenStream::open_from(of).unwrap());
+        // Checksums are compared when a block is first touched: reads of whole blocks that are not of interest here.
+        stream.verify().unwrap();
+        let samples = CausalText::new(stream, 64, Documents::Joined).unwrap();
+        let options = LoaderOptions {
+            order: Order::Blocks { block: 512, window: 4 },
+            global_batch: 64,
+            threads: 0,
+            epochs: Some(1),
+            ..Default::default()
+        };
+        Loader::new(Arc::new(samples), options).unwrap()
     };
-    let mut loader = Loader::new(Arc::new(samples), options).unwrap();
-    for _ in 0..loader.steps_per_epoch() {
-        far.asked.read.lock().unwrap().clear();
-        loader.next_step().unwrap();
-        asked_for_all_that_was_read(&far.asked);
-    }
+    let (own, before) = (loader(&far), loader(&twin));
+    let steps = own.steps_per_epoch();
+    all_is_asked_for_before((own, &far.asked), (before, &twin.asked), steps);
     let needed: u64 = far.asked.needed.lock().unwrap().iter().map(|(_, from, to)| to - from).sum();
     let tokens = TokenStream::open(&target, Access::Read).unwrap().token_count();
     assert!(needed < 2 * tokens + 2 * tokens / 10, "each byte once: {needed} of {tokens} tokens");
 }
 
-/// What was read was asked for, by a thread that may come later than a loader's on a busy machine.
-fn asked_for_all_that_was_read(asked: &Asked) {
-    let started = Instant::now();
-    for (path, start, end) in asked.read.lock().unwrap().iter() {
-        // A sample may begin in one block and its last label lie in the next.
-        let is_in = |(file, from, to): &(PathBuf, u64, u64)| {
-            file == path && from <= start && (end <= to || start < to)
-        };
-        while !asked.needed.lock().unwrap().iter().any(is_in) {
-            let limit = Duration::from_secs(60);
-            assert!(started.elapsed() < limit, "{start}..{end} of {}", path.display());
-            std::thread::park_timeout(Duration::from_millis(1));
+/// What each step reads was asked for when the step before it was delivered, at the latest. What it will read, a twin of the loader tells,
+/// which is a step ahead; the thread that asks may be some time about it on a busy machine.
+fn all_is_asked_for_before(
+    (mut loader, asked): (Loader, &Asked),
+    (mut twin, seen): (Loader, &Asked),
+    steps: u64,
+) {
+    for step in 0..steps {
+        for read in [&seen.read, &asked.read] {
+            read.lock().unwrap().clear();
         }
+        twin.next_step().unwrap();
+        let started = Instant::now();
+        for read in seen.read.lock().unwrap().iter() {
+            while !asked.is_for(read) {
+                assert!(started.elapsed() < Duration::from_secs(60), "{read:?} in step {step}");
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+        }
+        loader.next_step().unwrap();
+        let read = asked.read.lock().unwrap();
+        assert!(*read == *seen.read.lock().unwrap() && !read.is_empty(), "{step}");
     }
 }
 
 #[test]
 fn parts_of_a_mixture_are_asked_for_before_they_are_read() {
     let folder = tempfile::tempdir().unwrap();
-    let far = Far::new(folder.path());
-    let parts = [(600_i64, 3.0), (200, 1.0)].map(|(rows, weight)| {
+    for rows in [600_i64, 200] {
         let ids: Vec<u8> = (0..rows * 8).flat_map(|at| (at % 97).to_le_bytes()).collect();
         let shape = vec![usize::try_from(rows).unwrap(), 8];
         let view = || TensorView::new(Dtype::I64, shape.clone(), &ids).unwrap();
         let tensors = [("input_ids", view()), ("labels", view())];
-        let name = format!("{rows}.safetensors");
-        let file = folder.path().join(&name);
+        let file = folder.path().join(format!("{rows}.safetensors"));
         fs::write(file, safetensors::serialize(tensors, None).unwrap()).unwrap();
-        let fixed: Arc<dyn Samples> = Arc::new(FixedBatches::open_from(&far, &name).unwrap());
-        (fixed, weight)
-    });
-    let options = LoaderOptions {
-        order: Order::Blocks { block: 16, window: 3 },
-        tail: Tail::Wrap,
-        global_batch: 8,
-        ..Default::default()
-    };
-    far.asked.read.lock().unwrap().clear();
-    let mut loader = Loader::new(Arc::new(Mixture::new(parts.into()).unwrap()), options).unwrap();
-    let steps = 3 * loader.steps_per_epoch();
-    for _ in 0..steps {
-        loader.next_step().unwrap();
-        asked_for_all_that_was_read(&far.asked);
     }
+    let [far, twin] = [(); 2].map(|()| Far::new(folder.path()));
+    let loader = |of: &Far| {
+        let parts = [("600.safetensors", 3.0), ("200.safetensors", 1.0)].map(|(name, weight)| {
+            let fixed: Arc<dyn Samples> = Arc::new(FixedBatches::open_from(of, name).unwrap());
+            (fixed, weight)
+        });
+        let options = LoaderOptions {
+            order: Order::Blocks { block: 16, window: 3 },
+            tail: Tail::Wrap,
+            global_batch: 8,
+            threads: 0,
+            ..Default::default()
+        };
+        Loader::new(Arc::new(Mixture::new(parts.into()).unwrap()), options).unwrap()
+    };
+    let (own, before) = (loader(&far), loader(&twin));
+    let steps = 3 * own.steps_per_epoch();
+    all_is_asked_for_before((own, &far.asked), (before, &twin.asked), steps);
     let mut scratch = Scratch::default();
     let fixed = FixedBatches::open_from(&far, "200.safetensors").unwrap();
     far.asked.needed.lock().unwrap().clear();
