@@ -55,6 +55,8 @@ fn with_flags<'a>(command: &'a mut Command, folder: &Path, flags: &[&str]) -> &'
     command.current_dir(env!("CARGO_MANIFEST_DIR")).args(TRAINING).args(flags);
     command.arg("--metrics").arg(folder.join("metrics.jsonl"));
     command.arg("--output").arg(folder.join("out"));
+    // Open MPI makes and removes one folder for all jobs of a user, and fails where two jobs make it at once.
+    command.env("OMPI_MCA_orte_tmpdir_base", folder.join("mpi"));
     command.stdout(Stdio::piped()).stderr(Stdio::piped())
 }
 

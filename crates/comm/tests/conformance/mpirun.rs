@@ -1,7 +1,8 @@
 //! The suite over MPI, under the real launcher of the library that this test was built with.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use phalanx_comm::testing::free_port;
@@ -53,6 +54,16 @@ impl Library {
     }
 }
 
+/// Where Open MPI keeps a job's files. By itself it makes and removes one folder for all jobs of a user, and fails where two jobs make
+/// it at once.
+const SESSIONS: &str = "OMPI_MCA_orte_tmpdir_base";
+
+fn session_folder() -> PathBuf {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let name = format!("mpi-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(name)
+}
+
 /// `None`, said aloud, where MPI is missing; a failure when `PHALANX_REQUIRE` names it.
 pub(crate) fn mpirun(ranks: usize, role: &str) -> Option<Command> {
     let launcher = library().launcher();
@@ -64,6 +75,7 @@ pub(crate) fn mpirun(ranks: usize, role: &str) -> Option<Command> {
             command.env(ROLE, role).env("RUST_BACKTRACE", "0");
             // So many jobs at once: two of them may compute the same port.
             command.env("MASTER_PORT", free_port().to_string());
+            command.env(SESSIONS, session_folder());
             return Some(command);
         }
         (false, _) => "this test was built without --features mpi",
@@ -162,6 +174,7 @@ pub(crate) fn between_machines(
         }
     }
     command.args(["-n", "4"]).env(ROLE, role).env("RUST_BACKTRACE", "0");
+    command.env(SESSIONS, session_folder());
     command
 }
 
