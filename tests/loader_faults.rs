@@ -50,7 +50,8 @@ fn a_slow_loader_is_attributed_to_its_rank_within_twenty_steps() {
     // Batches that were built while the ranks met are used up by then.
     let last = waits(&run).split_off(10);
     let [other, slow] = [0, 1].map(|rank| last.iter().map(|step| step[rank]).sum::<f64>());
-    assert!(slow > 1000.0 && other < slow / 4.0, "{other} and {slow} ms in ten steps");
+    // A fifth of the time that its batches take at least: on a busy machine the steps themselves take long.
+    assert!(slow > 400.0 && other < slow / 4.0, "{other} and {slow} ms in ten steps");
 }
 
 #[test]
