@@ -167,9 +167,11 @@ fn configuration(folder: &Path) -> String {
     let user = String::from_utf8_lossy(&user).trim().to_owned();
     let port = free_ports(1 + u16::try_from(NODES).expect("few"));
     let (first, last) = (port + 1, port + u16::try_from(NODES).expect("few"));
+    // Of a job's number its ranks make the port where they meet: clusters beside each other must not count alike.
     format!(
         "ClusterName=virtual\n\
          SlurmctldHost={host}(127.0.0.1)\n\
+         FirstJobId={port}0\n\
          SlurmctldPort={port}\n\
          SlurmUser={user}\n\
          SlurmdUser={user}\n\
