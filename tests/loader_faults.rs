@@ -38,6 +38,17 @@ fn waits(run: &support::Run) -> Vec<[f64; 2]> {
 
 #[test]
 fn a_slow_loader_is_attributed_to_its_rank_within_twenty_steps() {
+    // Tests beside this one may take the processors for a while, and then steps take as long as the batches.
+    let mut waited: Vec<[f64; 2]> = Vec::new();
+    while waited.len() < 3 && waited.last().is_none_or(|[_, slow]| *slow <= 1000.0) {
+        waited.push(a_slow_loader());
+    }
+    assert!(waited.iter().any(|[_, slow]| *slow > 1000.0), "{waited:?} ms in ten steps");
+    assert!(waited.iter().all(|[other, slow]| *other < slow / 4.0), "{waited:?} ms in ten steps");
+}
+
+/// What the ranks waited for data in ten steps, of which rank 1 is the slow one.
+fn a_slow_loader() -> [f64; 2] {
     let run = bert(&tiny(&["--steps", "20", "--disturb-loader", "slow:1"]));
     let output = String::from_utf8_lossy(&run.output.stdout).into_owned();
     let note = output.lines().find(|line| line.contains("note   rank "));
@@ -49,9 +60,7 @@ fn a_slow_loader_is_attributed_to_its_rank_within_twenty_steps() {
     assert!(at_end > output.find("where the time of a step went").expect("the report"), "{output}");
     // Batches that were built while the ranks met are used up by then.
     let last = waits(&run).split_off(10);
-    let [other, slow] = [0, 1].map(|rank| last.iter().map(|step| step[rank]).sum::<f64>());
-    // A fifth of the time that its batches take at least: on a busy machine the steps themselves take long.
-    assert!(slow > 400.0 && other < slow / 4.0, "{other} and {slow} ms in ten steps");
+    [0, 1].map(|rank| last.iter().map(|step| step[rank]).sum::<f64>())
 }
 
 #[test]
@@ -64,10 +73,10 @@ fn balanced_loaders_are_no_news() {
 
 #[test]
 fn a_loader_that_panics_ends_its_rank_and_the_others_name_it() {
-    // An idle machine takes less than a second; tests beside this one may take the processors for a while, also three times.
+    // Tests beside this one may take the processors for a while: that can happen once or twice.
     let took = [(); 3].map(|()| a_loader_panics());
     let quickest = took.iter().min().expect("three times");
-    assert!(*quickest <= Duration::from_secs(3), "{took:?} from the error to the end of all ranks");
+    assert!(*quickest <= Duration::from_secs(1), "{took:?} from the error to the end of all ranks");
 }
 
 /// How long it takes from the error to the end of all ranks.

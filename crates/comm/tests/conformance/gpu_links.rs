@@ -123,7 +123,7 @@ fn a_reset_data_connection_is_an_error_and_no_death_over_nccl() {
         Some(at)
     };
     let Some(told) = meanwhile(reset) else { return };
-    for line in told.errors(2000) {
+    for line in told.errors(1000) {
         assert!(line.contains("lost, peer alive"), "{line}");
     }
 }

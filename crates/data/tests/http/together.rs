@@ -91,9 +91,8 @@ fn processes_that_start_at_once_fetch_each_block_once() {
     let (blocks, opened) = (usize::try_from(of_shards).unwrap() + 1, shards.len() + 3);
     let requests = server.requests.load(Ordering::SeqCst);
     assert!(blocks >= 6, "{blocks} blocks");
-    // On a busy machine one may be fetched again, by who waited too long for it or was answered too late: far from all of them by each.
     assert!(
-        requests >= blocks && requests <= 2 * blocks + 4 * opened,
+        requests >= blocks && requests <= blocks + 1 + 4 * opened,
         "{requests} requests, {blocks} blocks, {opened} files"
     );
     assert_eq!(files(&kept, "new"), Vec::<PathBuf>::new());
