@@ -15,6 +15,8 @@ mod holes;
 mod measure;
 mod memory;
 mod peers;
+#[path = "../../crates/data/tests/support/processor.rs"]
+mod processor;
 mod table;
 
 use std::io::Write as _;

@@ -5,16 +5,18 @@ use std::time::{Duration, Instant};
 
 use phalanx::data::{Loader, LoaderOptions, Samples};
 use phalanx::ddp::feed::Feed;
-use rustix::time::{clock_gettime, ClockId};
 use tch::Device;
 
 use super::corpus::Corpus;
+use super::processor::{on_processor, paced};
 
 /// Sequences of a batch.
 pub(crate) const BATCH: usize = 32;
 /// How long a figure is measured, once; the best of [`RUNS`] counts.
 pub(crate) const SECONDS: f64 = 1.0;
 const RUNS: usize = 4;
+/// Of a batch, at 1 000 sequences a second.
+const PERIOD: Duration = Duration::from_millis(32);
 
 /// Sequences a second.
 #[derive(Clone, Copy, Debug, Default)]
@@ -30,21 +32,6 @@ impl Rate {
         self.wall = self.wall.max(other.wall);
         self.busy = other.busy.map(|busy| busy.max(self.busy.unwrap_or(0.0)));
     }
-}
-
-/// Seconds for which this thread had a processor.
-fn on_processor() -> anyhow::Result<f64> {
-    seconds_of(ClockId::ThreadCPUTime)
-}
-
-/// The same of all threads of this process.
-fn all_on_processor() -> anyhow::Result<f64> {
-    seconds_of(ClockId::ProcessCPUTime)
-}
-
-fn seconds_of(clock: ClockId) -> anyhow::Result<f64> {
-    let time = clock_gettime(clock);
-    Ok(Duration::new(u64::try_from(time.tv_sec)?, u32::try_from(time.tv_nsec)?).as_secs_f64())
 }
 
 /// Runs `step`, which gives the sequences of a step, over and over.
@@ -187,26 +174,10 @@ pub(crate) fn pacing(corpus: &Corpus, seconds: f64) -> anyhow::Result<f64> {
     for _ in 0..loader.steps_per_epoch() {
         drop(loader.next_step()?);
     }
-    let with = paced(seconds, || {
+    let with = paced(seconds, PERIOD, || {
         drop(loader.next_step()?);
         Ok(())
     })?;
     drop(loader);
-    Ok(with - paced(seconds, || Ok(()))?)
-}
-
-/// Per cent of a processor that all threads take while `step` is called for a batch 1 000 / [`BATCH`] times a second.
-fn paced(seconds: f64, mut step: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<f64> {
-    let period = Duration::from_micros(32_000);
-    let (started, before, mut steps) = (Instant::now(), all_on_processor()?, 0);
-    while started.elapsed().as_secs_f64() < seconds {
-        step()?;
-        steps += 1;
-        let next = period * steps;
-        while let Some(left) = next.checked_sub(started.elapsed()).filter(|left| !left.is_zero()) {
-            std::thread::park_timeout(left);
-        }
-    }
-    let elapsed = started.elapsed().as_secs_f64();
-    Ok((all_on_processor()? - before) / elapsed * 100.0)
+    Ok(with - paced(seconds, PERIOD, || Ok(()))?)
 }

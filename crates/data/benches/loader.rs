@@ -3,7 +3,7 @@
 //! L = 512, u16 tokens, batches of 32 rows of i64, globally shuffled; 200 000 sequences (205 MB) unless told otherwise. Every
 //! figure is the median of five runs over the data after one that is not counted (it verifies the checksums), and is
 //! given beside that of a plain copy of the same bytes in the same process. The second figure counts only the time for which
-//! this thread had a processor (`/proc/thread-self/schedstat`): compare that one on a machine that is busy. Sums of what was
+//! this thread had a processor (its clock of processor time): compare that one on a machine that is busy. Sums of what was
 //! read are printed, so that nothing is optimised away. Lines with a promise end with whether it is kept, for what one thread does by either
 //! figure; with `--check` one that is not is an error.
 
@@ -17,12 +17,19 @@ use phalanx_data::{
     Masking, RawText, Samples, Scratch, SpecialTokens, TokenStream, TokenWriter,
 };
 
+#[path = "../tests/support/processor.rs"]
+mod processor;
+
+use processor::{on_processor, paced};
+
 const SEQUENCE_LEN: usize = 512;
 const BATCH: usize = 32;
 const VOCAB_SIZE: u32 = 8192;
 const SPECIAL: SpecialTokens = SpecialTokens::bert(0, 1, 2, SEP, 4);
 const SEP: u32 = 3;
 const RUNS: usize = 5;
+/// Of a batch, at 1 000 sequences a second.
+const PERIOD: Duration = Duration::from_millis(32);
 
 /// What is promised of mapped files: sequences a second, milliseconds, per cent of a processor.
 const RAW: f64 = 2e6;
@@ -117,13 +124,6 @@ fn open(target: &Path, access: Access) -> anyhow::Result<Arc<MaskedText>> {
 
 /// Seconds of the median run, of these on a processor, and a sum over what was read.
 type Measured = (f64, f64, i64);
-
-/// Seconds for which this thread had a processor.
-fn on_processor() -> anyhow::Result<f64> {
-    let text = std::fs::read_to_string("/proc/thread-self/schedstat")?;
-    let nanoseconds: f64 = text.split(' ').next().unwrap_or("0").parse()?;
-    Ok(nanoseconds * 1e-9)
-}
 
 fn median(mut run: impl FnMut(u64) -> anyhow::Result<i64>) -> anyhow::Result<Measured> {
     let mut sum = run(0)?;
@@ -231,35 +231,9 @@ fn loader(samples: &Arc<dyn Samples>, threads: usize) -> anyhow::Result<Measured
 fn pacing(samples: &Arc<dyn Samples>, threads: usize, seconds: f64) -> anyhow::Result<f64> {
     let options = LoaderOptions { global_batch: BATCH, threads, ..Default::default() };
     let mut loader = Loader::new(Arc::clone(samples), options)?;
-    let with = paced(seconds, || loader.next_step().map(drop))?;
+    let with = paced(seconds, PERIOD, || loader.next_step().map(drop).map_err(Into::into))?;
     drop(loader);
-    Ok(with - paced(seconds, || Ok(()))?)
-}
-
-/// Per cent of a processor that all threads take while `step` is called for a batch 1 000 / [`BATCH`] times a second.
-fn paced(seconds: f64, mut step: impl FnMut() -> phalanx_data::Result<()>) -> anyhow::Result<f64> {
-    let period = Duration::from_micros(32_000);
-    let (started, before, mut steps) = (Instant::now(), all_on_processor()?, 0);
-    while started.elapsed().as_secs_f64() < seconds {
-        step()?;
-        steps += 1;
-        let next = period * steps;
-        while let Some(left) = next.checked_sub(started.elapsed()).filter(|left| !left.is_zero()) {
-            std::thread::park_timeout(left);
-        }
-    }
-    let elapsed = started.elapsed().as_secs_f64();
-    Ok((all_on_processor()? - before) / elapsed * 100.0)
-}
-
-/// Seconds for which all threads of this process that are left had a processor.
-fn all_on_processor() -> anyhow::Result<f64> {
-    let mut nanoseconds = 0.0;
-    for thread in std::fs::read_dir("/proc/self/task")? {
-        let text = std::fs::read_to_string(thread?.path().join("schedstat"))?;
-        nanoseconds += text.split(' ').next().unwrap_or("0").parse::<f64>()?;
-    }
-    Ok(nanoseconds * 1e-9)
+    Ok(with - paced(seconds, PERIOD, || Ok(()))?)
 }
 
 impl Report {
