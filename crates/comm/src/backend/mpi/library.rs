@@ -12,6 +12,7 @@ use std::sync::{mpsc, Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use super::ffi::{self, Communicator, MpiError};
+use crate::backend::guarded;
 use crate::backend::runner::Runner;
 use crate::error::{Error, Result};
 
@@ -168,7 +169,7 @@ impl Library {
         };
         let (sender, receiver) = mpsc::channel();
         // The receiver is gone only when the time was over.
-        let job = move || drop(sender.send(job()));
+        let job = move || drop(sender.send(guarded(rank, &"mpi", || Ok(job()))));
         if self.multiple {
             let thread = std::thread::Builder::new().name("phalanx-mpi-setup".to_owned());
             drop(thread.spawn(job).map_err(|error| Error::system(rank, "start a thread", error))?);
@@ -177,10 +178,11 @@ impl Library {
         }
         loop {
             match receiver.recv_timeout(LOOK) {
-                Ok(Ok(value)) => return Ok(value),
-                Ok(Err(MpiError { call, code, what })) => {
+                Ok(Ok(Ok(value))) => return Ok(value),
+                Ok(Ok(Err(MpiError { call, code, what }))) => {
                     return Err(backend(call, format!("{what} (code {code})")))
                 }
+                Ok(Err(panic)) => return Err(panic),
                 Err(_) => {}
             }
             let late = || backend("set-up", "the other ranks did not come in time".to_owned());
