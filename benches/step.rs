@@ -28,7 +28,7 @@ use clap::Parser;
 use phalanx::comm::Max;
 use phalanx::launch::{launch_or_join, Joined, LaunchArgs};
 use phalanx::{Ddp, DdpOptions, Group, GroupOptions};
-use phalanx_ddp_core::optim::{AdamW, Optimizer, OptimizerConfig};
+use phalanx_ddp_core::optim::{AdamW, Optimizer};
 use phalanx_ddp_core::{amp, Sync};
 use tch::{nn, Device, Kind, Tensor};
 
@@ -79,8 +79,7 @@ fn measure(flags: &Flags) -> Result<()> {
     let vs = nn::VarStore::new(Device::Cpu);
     let network = model::build(&vs, &config.model, 1, group.rank())?;
     let ddp = Ddp::new(&vs, &mut group, DdpOptions::default())?;
-    let settings = OptimizerConfig::AdamW(AdamW::default());
-    let mut optimizer = Optimizer::new(&ddp, settings, model::decays)?;
+    let mut optimizer = Optimizer::new(&ddp, AdamW::default(), model::groups())?;
     let (ids, labels) = batch(config.model.vocab_size, flags.micro_batch);
     let inputs = model::Inputs { ids: &ids, labels: &labels, attention_mask: None };
     let mut times = [Vec::new(), Vec::new()];
@@ -107,7 +106,7 @@ fn measure(flags: &Flags) -> Result<()> {
                 group.all_reduce(&mut time[..], Max)?.wait()?;
                 slowest[with].push(time[0]);
                 if with == 1 {
-                    exposed.push(ddp.step_times()?.exposed_comm.as_secs_f64() * 1e3);
+                    exposed.push(ddp.statistics()?.exposed_comm.as_secs_f64() * 1e3);
                 }
             }
         }

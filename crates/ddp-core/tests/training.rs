@@ -13,34 +13,41 @@ use std::time::{Duration, Instant};
 
 use phalanx_comm::testing::run_ranks;
 use phalanx_comm::{Group, Work};
-use phalanx_ddp_core::{AdamW, Ddp, Error, Lamb, Optimizer, OptimizerConfig, Sync, Zero};
+use phalanx_ddp_core::optim::Rule;
+use phalanx_ddp_core::{
+    Adam, AdamW, Ddp, Error, Lamb, Optimizer, ParameterGroup, ParameterGroups, Sgd, Sync, Zero,
+};
 use support::{assert_close, options, wrapped, Model};
 use tch::nn::OptimizerConfig as _;
 use tch::{nn, Device, Kind, Tensor};
 
 const WORLD_SIZES: [usize; 4] = [1, 2, 3, 4];
 
-fn adamw() -> OptimizerConfig {
-    OptimizerConfig::AdamW(AdamW { lr: 0.01, weight_decay: 0.1, ..AdamW::default() })
+fn adamw() -> AdamW {
+    AdamW { lr: 0.01, weight_decay: 0.1, ..AdamW::default() }
 }
 
-fn lamb() -> OptimizerConfig {
-    OptimizerConfig::Lamb(Lamb { lr: 0.02, weight_decay: 0.1, ..Lamb::default() })
-}
+/// Makes a rule.
+type Make = fn() -> Box<dyn Rule>;
 
-fn decays(name: &str) -> bool {
-    !name.ends_with("bias") && !name.starts_with("norm")
+/// Every rule, with everything on that it has.
+const RULES: [Make; 4] = [
+    || Box::new(adamw()),
+    || Box::new(Adam { lr: 0.01, weight_decay: 0.1, ..Adam::default() }),
+    || Box::new(Sgd { lr: 0.05, momentum: 0.9, nesterov: true, weight_decay: 0.1, dampening: 0.0 }),
+    || Box::new(Lamb { lr: 0.02, weight_decay: 0.1, ..Lamb::default() }),
+];
+
+fn groups() -> ParameterGroups {
+    ParameterGroups::default()
+        .with(ParameterGroup::matching(["*bias", "norm*"]).weight_decay(0.0))
+        .with(ParameterGroup::matching(["two.*"]).lr(0.004))
 }
 
 /// Trains 5 steps on batches of 12 samples, cut over the ranks and into micro-batches.
-fn train(
-    mut group: Group,
-    zero: Zero,
-    config: OptimizerConfig,
-    accumulate: i64,
-) -> (Vec<u32>, Vec<f64>) {
+fn train(mut group: Group, zero: Zero, rule: Make, accumulate: i64) -> (Vec<u32>, Vec<f64>) {
     let (model, ddp) = wrapped(&mut group, options(zero));
-    let mut optimizer = Optimizer::new(&ddp, config, decays).unwrap();
+    let mut optimizer = Optimizer::new(&ddp, rule(), groups()).unwrap();
     let (rank, world_size) = (group.rank() as i64, group.world_size() as i64);
     let micro = 12 / (world_size * accumulate);
     let mut norms = Vec::new();
@@ -51,7 +58,7 @@ fn train(
             let loss = model.loss_sum(start..start + micro);
             ddp.backward(&loss, micro as f64, sync).unwrap();
         }
-        norms.push(optimizer.step(Some(0.5)).unwrap());
+        norms.push(optimizer.step(Some(0.5)).unwrap().gradient_norm);
     }
     (model.bits(), norms)
 }
@@ -67,7 +74,7 @@ fn plain_tch_training_matches_one_rank_with_the_whole_batch() {
             let start = step * 12 + group.rank() as i64 * micro;
             let loss = model.loss_sum(start..start + micro) / micro as f64;
             optimizer.backward_step(&loss);
-            assert!(ddp.step_times().unwrap().bucket_count >= 3);
+            assert!(ddp.statistics().unwrap().bucket_count >= 3);
         }
         model.values()
     };
@@ -81,16 +88,17 @@ fn plain_tch_training_matches_one_rank_with_the_whole_batch() {
 
 #[test]
 fn ranks_and_micro_batches_give_the_same_bits() {
-    for config in [adamw(), lamb()] {
+    for rule in RULES {
         for zero in [Zero::Off, Zero::One] {
             for parts in [2, 3, 4] {
-                let ranks = run_ranks(parts, move |group| train(group, zero, config, 1));
+                let ranks = run_ranks(parts, move |group| train(group, zero, rule, 1));
                 let alone =
-                    run_ranks(1, move |group| train(group, zero, config, parts as i64)).remove(0);
+                    run_ranks(1, move |group| train(group, zero, rule, parts as i64)).remove(0);
                 for (rank, outcome) in ranks.iter().enumerate() {
                     assert!(
                         *outcome == alone,
-                        "{config:?} {zero:?}: rank {rank} of {parts} differs"
+                        "{:?} {zero:?}: rank {rank} of {parts} differs",
+                        rule()
                     );
                 }
             }
@@ -100,18 +108,18 @@ fn ranks_and_micro_batches_give_the_same_bits() {
 
 #[test]
 fn sharding_the_optimizer_changes_no_bit() {
-    for config in [adamw(), lamb()] {
+    for rule in RULES {
         for world_size in WORLD_SIZES {
-            let off = run_ranks(world_size, move |group| train(group, Zero::Off, config, 1));
-            let one = run_ranks(world_size, move |group| train(group, Zero::One, config, 1));
-            assert!(off == one, "{config:?} on {world_size} ranks");
+            let off = run_ranks(world_size, move |group| train(group, Zero::Off, rule, 1));
+            let one = run_ranks(world_size, move |group| train(group, Zero::One, rule, 1));
+            assert!(off == one, "{:?} on {world_size} ranks", rule());
         }
     }
 }
 
 #[test]
 fn adamw_and_clipping_are_those_of_libtorch() {
-    let ours = run_ranks(1, |group| train(group, Zero::Off, adamw(), 1)).remove(0).0;
+    let ours = run_ranks(1, |group| train(group, Zero::Off, RULES[0], 1)).remove(0).0;
     let model = Model::new(0);
     let mut optimizer = nn::AdamW { wd: 0.1, ..Default::default() }.build(&model.vs, 0.01).unwrap();
     for step in 0..5 {
@@ -126,7 +134,7 @@ fn adamw_and_clipping_are_those_of_libtorch() {
     assert_close(&ours, &model.values(), 5.0 * 0.01 * 0.1 * 1.1);
     let all_decay = run_ranks(1, |mut group| {
         let (model, ddp) = wrapped(&mut group, options(Zero::Off));
-        let mut optimizer = Optimizer::new(&ddp, adamw(), |_| true).unwrap();
+        let mut optimizer = Optimizer::new(&ddp, adamw(), ParameterGroups::default()).unwrap();
         for step in 0..5 {
             let loss = model.loss_sum(step * 12..step * 12 + 12);
             ddp.backward(&loss, 12.0, Sync::Reduce).unwrap();
@@ -255,7 +263,7 @@ const DIFFERING: [(&str, Build, [&str; 2]); 7] = [
             let frozen = root.zeros("scale", &[3]);
             let _scale = frozen.set_requires_grad(rank != 1);
         },
-        ["ranks 0, 2: parameter scale [3] Float", "rank 1: buffer scale [3] Float"],
+        ["ranks 0, 2: parameter scale [3] Float", "rank 1: frozen scale [3] Float"],
     ),
     (
         "nothing to train on one rank",
@@ -365,12 +373,12 @@ fn running_statistics_are_rank_zeros() {
 fn without_a_backward_there_is_no_step() {
     run_ranks(1, |mut group| {
         let (model, ddp) = wrapped(&mut group, options(Zero::Off));
-        let mut optimizer = Optimizer::new(&ddp, adamw(), decays).unwrap();
+        let mut optimizer = Optimizer::new(&ddp, adamw(), groups()).unwrap();
         assert!(matches!(optimizer.step(None), Err(Error::NoGradients)));
         ddp.backward(&model.loss_sum(0..3), 3.0, Sync::Accumulate).unwrap();
         assert!(matches!(optimizer.step(None), Err(Error::NoGradients)));
         ddp.backward(&model.loss_sum(0..3), 3.0, Sync::Reduce).unwrap();
-        assert!(optimizer.step(None).unwrap() > 0.0);
+        assert!(optimizer.step(None).unwrap().gradient_norm > 0.0);
         assert!(matches!(optimizer.step(None), Err(Error::NoGradients)));
     });
 }
@@ -391,8 +399,8 @@ fn the_model_outlives_its_ddp() {
 fn settings_out_of_range_are_refused() {
     run_ranks(1, |mut group| {
         let (model, ddp) = wrapped(&mut group, options(Zero::Off));
-        let bad = OptimizerConfig::AdamW(AdamW { beta2: 1.0, ..AdamW::default() });
-        let error = Optimizer::new(&ddp, bad, decays).unwrap_err().to_string();
+        let bad = AdamW { beta2: 1.0, ..AdamW::default() };
+        let error = Optimizer::new(&ddp, bad, groups()).unwrap_err().to_string();
         assert_eq!(error, "beta2 is 1, expected a number in [0, 1)");
         let refused = ddp.backward(&model.loss_sum(0..1), f64::NAN, Sync::Reduce).unwrap_err();
         assert!(refused.to_string().contains("weight is NaN"), "{refused}");

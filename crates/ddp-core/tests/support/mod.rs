@@ -9,12 +9,7 @@ use tch::{nn, nn::Module, Device, Kind, Tensor};
 
 /// Small caps: the model below has at least three buckets of uneven sizes.
 pub(crate) fn options(zero: Zero) -> DdpOptions {
-    DdpOptions {
-        first_bucket_bytes_max: 256,
-        bucket_bytes_max: 9000,
-        zero,
-        ..DdpOptions::default()
-    }
+    DdpOptions { bucket_bytes: vec![256, 9000], zero, ..DdpOptions::default() }
 }
 
 /// A model of uneven layers; `seed` decides its values, whatever else draws random numbers.
