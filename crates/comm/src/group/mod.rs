@@ -191,7 +191,8 @@ impl Group {
         // Below a heartbeat nobody would live, and no heartbeat at all would be a busy thread.
         let heartbeat = options.heartbeat.max(Duration::from_millis(1));
         let dead_after = options.dead_after.max(heartbeat * 3);
-        let liveness = Liveness { heartbeat, dead_after };
+        let remind_after = options.remind_after.max(Duration::from_millis(1));
+        let liveness = Liveness { heartbeat, dead_after, remind_after };
         let timeout = options.connect_timeout;
         let core = setup::connect(&mut world, link, timeout, liveness, part, exchange)?;
         let number = setup::group_number();
