@@ -24,6 +24,9 @@ pub mod ready;
 mod reducer;
 pub mod schedule;
 mod shim;
+// `Ddp::new` calls `threads::share(group)` once.
+#[cfg_attr(not(test), expect(dead_code, reason = "Ddp::new has yet to call it"))]
+mod threads;
 mod verify;
 
 pub use ddp::{Ddp, DdpOptions, Sync, Zero};
