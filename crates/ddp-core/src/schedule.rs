@@ -101,9 +101,8 @@ impl Schedule {
 
     fn checked(self) -> Result<Self> {
         let Self { shape, peak, floor, warmup_steps, total_steps } = self;
-        let bad = |setting, value: String, expected| {
-            Err(Error::BadSetting { setting, value, expected })
-        };
+        let bad =
+            |setting, value: String, expected| Err(Error::BadSetting { setting, value, expected });
         if !(peak >= 0.0 && peak.is_finite()) {
             return bad("the schedule's peak", peak.to_string(), "a rate of 0 or more");
         }
@@ -123,7 +122,8 @@ impl Schedule {
             return bad("the schedule's warm-up", value, "at most all steps");
         }
         if decay_steps > total_steps - warmup_steps {
-            let value = format!("{decay_steps} steps of {total_steps} after {warmup_steps} of warm-up");
+            let value =
+                format!("{decay_steps} steps of {total_steps} after {warmup_steps} of warm-up");
             return bad("the schedule's decay", value, "at most the steps after the warm-up");
         }
         Ok(self)

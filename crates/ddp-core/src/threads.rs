@@ -38,9 +38,10 @@ fn decide(facts: &Facts) -> Option<(usize, &'static str)> {
         (Launcher::Torchrun, (Some("1"), None)) if threads == 1 => {
             Some((cores, "torchrun sets OMP_NUM_THREADS=1 where nothing else is asked for"))
         }
-        (_, (None, None)) if threads > cores => {
-            Some((cores, "all ranks of this machine together would have more threads than it has cores"))
-        }
+        (_, (None, None)) if threads > cores => Some((
+            cores,
+            "all ranks of this machine together would have more threads than it has cores",
+        )),
         _ => None,
     }
 }
@@ -103,7 +104,8 @@ mod tests {
 
     #[test]
     fn what_the_user_has_chosen_stands() {
-        let omp = |launcher, value, threads| facts(launcher, threads, &[("OMP_NUM_THREADS", value)]);
+        let omp =
+            |launcher, value, threads| facts(launcher, threads, &[("OMP_NUM_THREADS", value)]);
         for chosen in [
             omp(Launcher::Torchrun, "2", 2),
             omp(Launcher::Torchrun, "8", 8),

@@ -200,7 +200,8 @@ impl Optimizer {
         }
         if *decay_steps == 0 {
             return Some(
-                "optimizer.decay_steps is 0; the schedule warmup_stable_decay needs at least 1".into(),
+                "optimizer.decay_steps is 0; the schedule warmup_stable_decay needs at least 1"
+                    .into(),
             );
         }
         (warmup_steps.saturating_add(*decay_steps) > steps).then(|| {

@@ -49,12 +49,9 @@ impl Lane {
         // In this order: what was announced before a goodbye is there after it.
         let departed = peers.has_departed(peer);
         if let Some(theirs) = peers.points.take_announced(peer, call.op(), index) {
-            // As it travels: with the tag cut.
-            let ours = CallRecord::decode(&call.encoded);
-            let ours = ours.as_ref().unwrap_or(&call.record);
             let of =
                 |record: &CallRecord| (record.seq, record.dtype, record.len, record.tag.clone());
-            let fits = of(ours) == of(&theirs);
+            let fits = of(&call.record.travelled()) == of(&theirs);
             return if fits {
                 Ok(true)
             } else {

@@ -36,7 +36,8 @@ mod tests {
 
     #[test]
     fn an_empty_variable_counts_as_unset() {
-        let lookup = |name: &str| Some(if name == "OMP_NUM_THREADS" { " 4 " } else { "" }.to_owned());
+        let lookup =
+            |name: &str| Some(if name == "OMP_NUM_THREADS" { " 4 " } else { "" }.to_owned());
         let expected =
             ThreadVariables { omp_num_threads: Some("4".to_owned()), mkl_num_threads: None };
         assert_eq!(ThreadVariables::from_lookup(&lookup), expected);

@@ -91,7 +91,8 @@ mod tests {
 
     #[test]
     fn a_rank_that_is_bound_has_its_cores_alone() {
-        let bound: Vec<Vec<usize>> = (0..8).map(|rank| (rank * 8..rank * 8 + 8).collect()).collect();
+        let bound: Vec<Vec<usize>> =
+            (0..8).map(|rank| (rank * 8..rank * 8 + 8).collect()).collect();
         for own in &bound {
             assert_eq!(share(own, &bound, 8), 8);
         }

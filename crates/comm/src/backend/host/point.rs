@@ -208,7 +208,7 @@ impl Table {
 }
 
 fn transmit(peers: &Peers, send: &Open, expected: &CallRecord) -> Result<()> {
-    let ours = &send.call.record;
+    let ours = &send.call.record.travelled();
     if ours.dtype != expected.dtype || ours.len != expected.len || ours.tag != expected.tag {
         return Err(Error::OutOfStep {
             seq: send.index,
