@@ -7,8 +7,10 @@ use std::sync::{Arc, Mutex, Once};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use phalanx_comm::environment::JobToken;
+use phalanx_comm::environment::{HostLink, JobToken};
 use phalanx_comm::rendezvous::{join, Credentials, Store as _, StoreClient, StoreServer};
+use phalanx_comm::testing::run_ranks_with;
+use phalanx_comm::{Group, GroupOptions, Sum, Work};
 
 /// The log of this program.
 static LOG: Mutex<Vec<u8>> = Mutex::new(Vec::new());
@@ -113,4 +115,53 @@ fn strangers_get_one_line_together_and_an_honest_rank_its_answers() {
         thread::yield_now();
     }
     assert_eq!(named(), 1, "one line for twenty strangers");
+}
+
+/// Ends when the log has two lines about rank 0's wait for this one in `what`, and one knows what this one called last,
+/// which over sockets a heartbeat says.
+fn stay_away_until_asked_for_twice(what: &str) {
+    let until = Instant::now() + Duration::from_secs(60);
+    let words = ["WARN", "rank 0 has waited", what, "for rank 1 (host ", "that rank is alive"];
+    let knows = |line: &String| line.contains("whose last call was ");
+    while lines(&words).len() < 2 || !lines(&words).iter().any(knows) {
+        assert!(Instant::now() < until, "{:?}", lines(&[what]));
+        thread::park_timeout(Duration::from_millis(1));
+    }
+}
+
+/// One rank does something else while another waits for it in a collective, and in a message.
+fn long_wait(mut group: Group, link: &str) {
+    let (sums, message) = (format!("sum over {link}"), format!("message over {link}"));
+    group.tagged(&format!("before {link}")).barrier().and_then(Work::wait).unwrap();
+    for len in [8, 100_000] {
+        let mut values = vec![1.0_f32; len];
+        let tag = format!("{sums} of {len}");
+        if group.rank() == 1 {
+            stay_away_until_asked_for_twice(&tag);
+        }
+        group.tagged(&tag).all_reduce(&mut values[..], Sum).and_then(Work::wait).unwrap();
+        assert!(values.iter().all(|value| value.to_bits() == 2.0_f32.to_bits()));
+    }
+    let mut values = [0_u8; 5];
+    if group.rank() == 0 {
+        group.tagged(&message).receive(&mut values[..], 1).and_then(Work::wait).unwrap();
+        assert_eq!(values, [7; 5]);
+    } else {
+        stay_away_until_asked_for_twice(&message);
+        group.tagged(&message).send(&[7_u8; 5], 0).and_then(Work::wait).unwrap();
+    }
+}
+
+#[test]
+fn whoever_waits_long_for_a_rank_that_lives_says_so_again_and_again_and_goes_on() {
+    listen();
+    for (link, name) in [(HostLink::Shm, "memory"), (HostLink::Tcp, "sockets")] {
+        let options = GroupOptions::default().with_reminders(Duration::from_millis(10));
+        run_ranks_with(2, link, options, move |group| long_wait(group, name));
+        let said = lines(&["rank 0 has waited", &format!("sum over {name} of 8")]);
+        let last = format!("whose last call was barrier #0 \"before {name}\"");
+        let limit = "it is an error after 1800 s";
+        let fits = |line: &String| line.contains(&last) && line.contains(limit);
+        assert!(said.iter().any(fits), "{said:?}");
+    }
 }

@@ -215,7 +215,7 @@ mod tests {
 
     fn call(runner: &Arc<Runner>, callers_drive: bool, library: Library) -> crate::Result<()> {
         let limit = Duration::from_secs(20);
-        let liveness = Liveness { heartbeat: limit, dead_after: limit };
+        let liveness = Liveness { heartbeat: limit, dead_after: limit, remind_after: limit };
         let nobody: &mut setup::Exchange<'_> = &mut |_, _| Ok(Vec::new());
         let (mut world, part) = (World::single(), Part::whole(1));
         let core = setup::connect(&mut world, HostLink::Auto, limit, liveness, part, nobody)?;

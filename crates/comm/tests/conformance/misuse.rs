@@ -49,13 +49,14 @@ fn differs_on_threads(call: Call) {
     }
 }
 
-const CALLS: [Call; 6] = [
+const CALLS: [Call; 7] = [
     with_another_length,
     with_another_reduction,
     with_another_collective,
     with_another_root,
     with_another_type,
     with_another_tag,
+    with_another_end_of_a_long_tag,
 ];
 
 fn with_another_length(group: &mut Group, values: &mut [f32], odd: bool) -> Error {
@@ -93,13 +94,30 @@ fn with_another_type(group: &mut Group, values: &mut [f32], odd: bool) -> Error 
     }
 }
 
-fn with_another_tag(group: &mut Group, values: &mut [f32], odd: bool) -> Error {
-    let tag = if odd { "bucket 1" } else { "bucket 0" };
+/// Every rank is told what rank 1 called, what one of the others called, and by whom.
+fn with_tags(group: &mut Group, values: &mut [f32], tag: &str, said: [&str; 2]) -> Error {
     let work = group.tagged(tag).all_reduce(&mut values[..], Sum);
     let error = work.and_then(Work::wait).unwrap_err();
-    assert!(error.to_string().contains("bucket 0"), "{error}");
-    assert!(error.to_string().contains("bucket 1"), "{error}");
+    let Error::OutOfStep { rank, ours, peer, theirs, .. } = &error else { panic!("{error}") };
+    for (rank, call) in [(rank, ours), (peer, theirs)] {
+        assert_eq!(call.tag, said[usize::from(*rank == 1)], "{error}");
+        assert!(error.to_string().contains(&format!("rank {rank} called {call}")), "{error}");
+    }
     error
+}
+
+fn with_another_tag(group: &mut Group, values: &mut [f32], odd: bool) -> Error {
+    let tags = ["step 57, bucket 0", "step 58, bucket 0"];
+    with_tags(group, values, tags[usize::from(odd)], tags)
+}
+
+fn with_another_end_of_a_long_tag(group: &mut Group, values: &mut [f32], odd: bool) -> Error {
+    let tag = |bucket: u32| {
+        format!("step 57 of the second epoch, gradients of the encoder, bucket {bucket}")
+    };
+    let said = [0, 1].map(|bucket| format!("step 57 of the second … the encoder, bucket {bucket}"));
+    let said = said.each_ref().map(String::as_str);
+    with_tags(group, values, &tag(u32::from(odd)), said)
 }
 
 #[test]
@@ -130,6 +148,31 @@ fn another_type() {
 #[test]
 fn the_same_call_in_another_order_is_told_apart_by_its_tag() {
     differs_on_threads(with_another_tag);
+    differs_on_threads(with_another_end_of_a_long_tag);
+}
+
+/// Long names are cut on their way, which is no difference.
+pub(crate) fn message_of_a_long_name(mut group: Group) {
+    let name = "a name of more bytes than travel with a call, given to a message";
+    let mut values = [0.0_f32; 4];
+    match group.rank() {
+        0 if group.world_size() > 1 => {
+            group.tagged(name).send(&[1.0_f32; 4], 1).and_then(Work::wait).unwrap();
+        }
+        1 => {
+            group.tagged(name).receive(&mut values[..], 0).and_then(Work::wait).unwrap();
+            assert_eq!(values, [1.0; 4]);
+        }
+        _ => {}
+    }
+    group.barrier().and_then(Work::wait).unwrap();
+}
+
+#[test]
+fn a_message_may_have_a_long_name() {
+    for link in LINKS {
+        run_ranks_with(3, link, GroupOptions::default(), message_of_a_long_name);
+    }
 }
 
 #[test]
