@@ -369,10 +369,10 @@ pub(crate) fn out_of_step(group: &mut Group) -> Result<String> {
     };
     match work.synchronize() {
         Ok(()) => bail!("different calls went through"),
-        Err(error) if start.elapsed() < Duration::from_secs(5) => {
+        Err(error) => {
+            ensure!(!matches!(error, phalanx_comm::Error::Timeout { .. }), "not heard: {error}");
             ensure!(error.to_string().contains("all_reduce"), "{error}");
             Ok(format!("heard after {:.3} s", start.elapsed().as_secs_f64()))
         }
-        Err(error) => bail!("only after {:?}: {error}", start.elapsed()),
     }
 }
