@@ -142,7 +142,9 @@ impl Ranks {
             if let (Some(stopped), false) = (stopped, ended.iter().enumerate().any(is_left)) {
                 self.kill(stopped);
             }
-            assert!(start.elapsed() < limit, "some ranks have not ended: {ended:?}");
+            if start.elapsed() > limit {
+                self.fail(&ended);
+            }
             for (child, slot) in self.children.iter_mut().zip(&mut ended) {
                 if slot.is_none() {
                     *slot = child.try_wait().expect("wait");
@@ -154,19 +156,32 @@ impl Ranks {
         }
         let mut all = Vec::new();
         for (child, slot) in self.children.iter_mut().zip(ended) {
-            let mut output = String::new();
-            for pipe in [
-                child.stdout.take().map(|p| Box::new(p) as Box<dyn Read>),
-                child.stderr.take().map(|p| Box::new(p) as Box<dyn Read>),
-            ] {
-                let read = pipe.expect("piped").read_to_string(&mut output);
-                read.expect("the rank's output");
-            }
-            all.push(Ended { status: slot.expect("ended"), output });
+            all.push(Ended { status: slot.expect("ended"), output: output_of(child) });
         }
         self.children.clear();
         all
     }
+
+    /// Ends all ranks, and shows what they have said.
+    fn fail(&mut self, ended: &[Option<std::process::ExitStatus>]) -> ! {
+        for child in &mut self.children {
+            drop((child.kill(), child.wait()));
+        }
+        let said: Vec<String> = self.children.iter_mut().map(output_of).collect();
+        panic!("some ranks have not ended: {ended:?}\n{said:#?}");
+    }
+}
+
+/// What a rank that has ended has said.
+fn output_of(child: &mut Child) -> String {
+    let mut output = String::new();
+    for pipe in [
+        child.stdout.take().map(|p| Box::new(p) as Box<dyn Read>),
+        child.stderr.take().map(|p| Box::new(p) as Box<dyn Read>),
+    ] {
+        pipe.expect("piped").read_to_string(&mut output).expect("the rank's output");
+    }
+    output
 }
 
 impl Drop for Ranks {

@@ -88,7 +88,9 @@ impl Job {
             }
             thread::park_timeout(Duration::from_millis(2));
         }
-        panic!("the launcher did not end within {LIMIT:?}");
+        let said = |lines: &Receiver<String>| lines.try_iter().collect::<Vec<_>>();
+        let (output, errors) = (said(&self.output), said(&self.errors));
+        panic!("the launcher did not end within {LIMIT:?}: {output:#?} {errors:#?}");
     }
 
     /// Kills the launcher, as nothing else can: it says nothing to anybody.
