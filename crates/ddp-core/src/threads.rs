@@ -68,9 +68,9 @@ pub(crate) fn share(group: &Group) {
 mod tests {
     use super::*;
 
-    fn facts(launcher: Launcher, threads: usize, variables: &[(&str, &str)]) -> Facts {
+    fn facts(launcher: Launcher, threads: usize, set: &[(&str, &str)]) -> Facts {
         let value = |name: &str| {
-            let found = variables.iter().find(|(variable, _)| *variable == name);
+            let found = set.iter().find(|(variable, _)| *variable == name);
             found.map(|(_, value)| (*value).to_owned())
         };
         // 16 cores and 4 ranks.
