@@ -393,7 +393,7 @@ fn batches(folder: &Path, length: i64, id_max: i64) -> String {
     let path = folder.join(format!("{length}-{id_max}.safetensors"));
     let mut ids = Tensor::ones([4, length], (Kind::Int64, Device::Cpu));
     let ids = ids.put_(&Tensor::from_slice(&[0_i64]), &Tensor::from_slice(&[id_max]), false);
-    Tensor::write_safetensors(&[("input_ids", &ids), ("labels", &ids)], &path).unwrap();
+    Tensor::write_safetensors(&[("input_ids", &ids), ("labels", &ids)], &path).expect("written");
     path.to_str().expect("a path in UTF-8").to_owned()
 }
 

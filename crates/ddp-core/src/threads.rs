@@ -1,13 +1,15 @@
 //! How many threads a rank computes with, where nobody has said.
 //!
 //! libtorch takes every core that its process may run on: right for one process, and too many by the number of ranks of
-//! a machine for ranks that mpirun or srun started without binding them. torchrun sets `OMP_NUM_THREADS=1` for the ranks
-//! of a node instead, so that all other cores idle. In both cases a rank takes its share of the cores. What the user has
+//! a machine for ranks that srun or a script started without binding them. torchrun sets `OMP_NUM_THREADS=1` for the ranks
+//! of a node instead, and libtorch's MKL takes one thread where it finds Open MPI's or MPICH's variables, so that all
+//! other cores idle. In all these cases a rank takes its share of the cores. What the user has
 //! chosen stands: `OMP_NUM_THREADS` or `MKL_NUM_THREADS` (but for torchrun's own 1, which cannot be told from a
 //! user's), and [`tch::set_num_threads`] after [`Ddp::new`](crate::Ddp::new). Our launcher sets `OMP_NUM_THREADS` to the share itself.
 //!
 //! Source: `torch/distributed/run.py` (`config_from_args`) for torchrun's default; `aten/src/ATen/ParallelOpenMP.cpp` for
-//! what `set_num_threads` changes: the calling thread, and every thread that computes for the first time later.
+//! what `set_num_threads` changes: the calling thread, and every thread that computes for the first time later. MKL tried
+//! with libtorch 2.11: `OMPI_COMM_WORLD_LOCAL_SIZE` or `MPI_LOCALNRANKS`, whatever they say, make it one thread.
 
 use phalanx_comm::environment::{Launcher, ThreadVariables};
 use phalanx_comm::Group;
@@ -28,22 +30,26 @@ struct Facts {
 /// The threads to set, and why; `None`: what stands is right, or the user's.
 fn decide(facts: &Facts) -> Option<(usize, &'static str)> {
     let Facts { launcher, ranks, cores, threads, variables } = facts;
-    let (ranks, cores, threads) = (*ranks, (*cores).max(1), *threads);
-    // Ranks that are threads of one process share its threads; one rank alone has them all.
-    if *launcher == Launcher::Single || ranks <= 1 || threads == cores {
+    let (has_neighbours, cores, threads) = (*ranks > 1, (*cores).max(1), *threads);
+    // Ranks that are threads of one process share its threads.
+    if *launcher == Launcher::Single || threads == cores {
         return None;
     }
     let asked = (variables.omp_num_threads.as_deref(), variables.mkl_num_threads.as_deref());
-    match (launcher, asked) {
-        (Launcher::Torchrun, (Some("1"), None)) if threads == 1 => {
-            Some((cores, "torchrun sets OMP_NUM_THREADS=1 where nothing else is asked for"))
+    let why = match (launcher, asked) {
+        (Launcher::Torchrun, (Some("1"), None)) if threads == 1 && has_neighbours => {
+            "torchrun sets OMP_NUM_THREADS=1 where nothing else is asked for"
         }
-        (_, (None, None)) if threads > cores => Some((
-            cores,
-            "all ranks of this machine together would have more threads than it has cores",
-        )),
-        _ => None,
-    }
+        (
+            Launcher::OpenMpi | Launcher::Pmi | Launcher::Mvapich | Launcher::Horovod,
+            (None, None),
+        ) if threads == 1 => "libtorch's MKL takes one thread under an MPI launcher",
+        (_, (None, None)) if threads > cores && has_neighbours => {
+            "all ranks of this machine together would have more threads than it has cores"
+        }
+        _ => return None,
+    };
+    Some((cores, why))
 }
 
 /// Sets the number of libtorch's threads to this rank's share of the cores where nobody has chosen one, and says so.
@@ -59,7 +65,7 @@ pub(crate) fn share(group: &Group) {
     tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
     let Facts { ranks, threads: before, .. } = facts;
     tracing::info!(
-        "this rank computes with {threads} threads instead of {before}: its share of the cores among {ranks} ranks of this \
+        "this rank computes with {threads} thread(s) instead of {before}: its share of the cores among {ranks} rank(s) of this \
          machine, because {why}; OMP_NUM_THREADS, or tch::set_num_threads after Ddp::new, chooses another number"
     );
 }
@@ -68,9 +74,9 @@ pub(crate) fn share(group: &Group) {
 mod tests {
     use super::*;
 
-    fn facts(launcher: Launcher, threads: usize, variables: &[(&str, &str)]) -> Facts {
+    fn facts(launcher: Launcher, threads: usize, set: &[(&str, &str)]) -> Facts {
         let value = |name: &str| {
-            let found = variables.iter().find(|(variable, _)| *variable == name);
+            let found = set.iter().find(|(variable, _)| *variable == name);
             found.map(|(_, value)| (*value).to_owned())
         };
         // 16 cores and 4 ranks.
@@ -100,6 +106,17 @@ mod tests {
             assert_eq!(decided(&facts(launcher, 4, &[])), None);
             assert_eq!(decided(&facts(launcher, 2, &[])), None);
         }
+    }
+
+    #[test]
+    fn a_rank_takes_its_share_where_mkl_takes_one_thread_under_mpi() {
+        for launcher in [Launcher::OpenMpi, Launcher::Pmi] {
+            let default = facts(launcher, 1, &[]);
+            assert_eq!(decided(&default), Some(4));
+            assert_eq!(decided(&Facts { ranks: 1, cores: 16, ..default }), Some(16));
+        }
+        // There it is the user's.
+        assert_eq!(decided(&facts(Launcher::Slurm, 1, &[])), None);
     }
 
     #[test]

@@ -22,8 +22,9 @@ fn what_is_saved_is_loaded() {
 
 /// What is in a folder.
 fn names(folder: &std::path::Path) -> Vec<String> {
-    let name = |entry: std::io::Result<std::fs::DirEntry>| entry.unwrap().file_name();
-    std::fs::read_dir(folder).unwrap().map(|e| name(e).into_string().unwrap()).collect()
+    let entries = std::fs::read_dir(folder).expect("a folder");
+    let name = |entry: std::io::Result<std::fs::DirEntry>| entry.expect("an entry").file_name();
+    entries.map(|entry| name(entry).into_string().expect("UTF-8")).collect()
 }
 
 #[test]

@@ -70,8 +70,8 @@ impl Group {
                 Some(made)
             }
         };
-        if let Some(Ok(part)) = &mut group {
-            part.neighbours = Arc::clone(&self.neighbours);
+        if let Some(Ok(made)) = &mut group {
+            made.neighbours = Arc::clone(&self.neighbours);
         }
         if self.has_nccl() {
             let mut colors: Vec<_> =

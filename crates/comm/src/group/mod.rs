@@ -202,7 +202,7 @@ impl Group {
         let number = setup::group_number();
         let identities = &core.peers.identities;
         let is_here = |other: &&Identity| other.host == identities[core.rank].host;
-        let neighbours = identities.iter().filter(is_here).map(|rank| rank.pid).collect();
+        let neighbours = identities.iter().filter(is_here).map(|one| one.pid).collect();
         Ok(Self {
             core,
             world,

@@ -79,11 +79,11 @@ mod tests {
     #[test]
     fn the_line_says_who_waits_where_for_whom_and_until_when() {
         let absent = |rank, last| Absent { rank, host: "a".to_owned(), pid: 811, last };
-        let late = |absent| Error::Timeout {
+        let late = |whom| Error::Timeout {
             rank: 1,
             call: Box::new(record(412, "bucket 0")),
             timeout: SECOND * 1800,
-            absent,
+            absent: whom,
         };
         let one = late(vec![absent(0, LastCall::Call(record(411, "loss")))]);
         assert_eq!(
@@ -103,7 +103,7 @@ mod tests {
             timeout: SECOND * 1800,
             said: None,
         };
-        let text = line(&stalled, SECOND * 30).unwrap();
-        assert!(text.contains("every rank has called and nccl does not end"), "{text}");
+        let said = line(&stalled, SECOND * 30).unwrap();
+        assert!(said.contains("every rank has called and nccl does not end"), "{said}");
     }
 }
