@@ -2,7 +2,7 @@
 """Makes crates/ddp-core/tests/fixtures/parity.json: what PyTorch's own data-parallel training comes to.
 
 Each case trains a small model on two and on three ranks under `DistributedDataParallel` over gloo, in fp32, and keeps the loss of
-every step (the mean over the ranks) and the last weights. `crates/ddp-core/tests/parity.rs` trains the same and has to meet them.
+every step (the mean over the ranks) and the last weights. `crates/ddp-core/tests/parity` trains the same and has to meet them.
 Two rows have no counterpart in PyTorch and say so under `reference`: `weighted` is one process on the whole batch, and `lamb` is
 its paper's algorithm 2 written out below, under `DistributedDataParallel` like all others.
 
