@@ -42,8 +42,6 @@ pub(crate) struct Schedules {
     pub(crate) peak: f64,
     pub(crate) warmup_steps: u64,
     pub(crate) total_steps: u64,
-    pub(crate) power: f64,
-    pub(crate) decay_steps: u64,
     pub(crate) rates: BTreeMap<String, Vec<f64>>,
 }
 

@@ -13,6 +13,7 @@ mod optimizers;
 mod schedules;
 mod training;
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use fixtures::{Fixtures, Outcome};
@@ -48,7 +49,7 @@ impl Case {
             name,
             shape: Shape::Mlp,
             // At least three buckets, of uneven sizes.
-            options: DdpOptions { bucket_bytes: vec![128, 1500], ..DdpOptions::default() },
+            options: DdpOptions { bucket_bytes: vec![128, 600], ..DdpOptions::default() },
             optimizer,
             train: training::plain,
             ways: &[Way::Plain, Way::Weighted],
@@ -86,7 +87,7 @@ struct Run {
     world_size: usize,
     network: Network,
     optimizer: Optimizer,
-    ddp: Ddp,
+    ddp: Rc<Ddp>,
     way: Way,
     train: fn(&mut Run),
     outcome: Outcome,
@@ -98,6 +99,7 @@ impl Run {
         let network = Network::new(case.shape, group.rank());
         let ddp = Ddp::new(&network.vs, &mut group, case.options.clone()).unwrap();
         let optimizer = (case.optimizer)(&ddp);
+        let ddp = Rc::new(ddp);
         let (rank, world_size, train) = (group.rank(), group.world_size(), case.train);
         Self { rank, world_size, network, optimizer, ddp, way, train, outcome: Outcome::default() }
     }

@@ -11,7 +11,7 @@ use super::fixtures::{Fixtures, Outcome};
 use super::networks::{Network, Shape, ROWS};
 use super::Case;
 
-pub(crate) fn made(ddp: &Ddp, rule: impl Into<Rule>) -> Optimizer {
+pub(crate) fn made(ddp: &Ddp, rule: impl Rule + 'static) -> Optimizer {
     Optimizer::new(ddp, rule, ParameterGroups::default()).unwrap()
 }
 
@@ -128,7 +128,7 @@ fn tchs_own_optimizers_find_pytorchs_gradients() {
             let ranks = run_ranks(row.world_size, move |mut group| {
                 tch::set_num_threads(1);
                 let network = Network::new(Shape::Mlp, group.rank());
-                let options = DdpOptions { bucket_bytes: vec![128, 1500], ..DdpOptions::default() };
+                let options = DdpOptions { bucket_bytes: vec![128, 600], ..DdpOptions::default() };
                 let _ddp = Ddp::new(&network.vs, &mut group, options).unwrap();
                 let mut optimizer = build(&network.vs);
                 let mut outcome = Outcome::default();

@@ -1,6 +1,10 @@
 //! How a rank trains: one function for each of the script's.
 
-use phalanx_ddp_core::{LossScaler, Sync};
+use std::rc::Rc;
+
+use phalanx_ddp_core::amp::LossScaler;
+use phalanx_ddp_core::schedule::LinearWarmup;
+use phalanx_ddp_core::Sync;
 use tch::Kind;
 
 use super::networks::ROWS;
@@ -53,13 +57,24 @@ pub(crate) fn accumulated(run: &mut Run) {
     }
 }
 
-/// Two exchanged backwards, of different losses, before each step.
+/// Two backwards, of different losses, before each step. PyTorch exchanges after both; here the first accumulates, which
+/// comes to the same.
 pub(crate) fn two_losses(run: &mut Run) {
     for step in 0..STEPS {
+        let rows = ROWS as f64;
         let first = run.network.loss_sum(step, run.rank, 0, ROWS);
-        run.backward(&first, ROWS);
         let second = run.network.output(step, run.rank, 1, ROWS).square().sum(Kind::Float);
-        run.backward(&second, ROWS);
+        match run.way {
+            Way::Plain => {
+                run.ddp.no_sync(|| (&first / rows).backward()).unwrap();
+                (&second / rows).backward();
+            }
+            // The same samples: they weigh once.
+            Way::Weighted => {
+                run.ddp.backward(&first, rows, Sync::Accumulate).unwrap();
+                run.ddp.backward(&second, 0.0, Sync::Reduce).unwrap();
+            }
+        }
         run.note_loss(&(first + second), ROWS);
         run.optimizer.step(None).unwrap();
     }
@@ -67,17 +82,18 @@ pub(crate) fn two_losses(run: &mut Run) {
 
 /// Rank r ends after 3 + r steps.
 pub(crate) fn joined(run: &mut Run) {
+    let ddp = Rc::clone(&run.ddp);
+    let join = ddp.join().unwrap();
     for step in 0..3 + run.rank {
         one(run, step);
         run.optimizer.step(None).unwrap();
     }
-    let Run { ddp, optimizer, .. } = run;
-    ddp.join().unwrap().finish(|| optimizer.step(None).map(drop)).unwrap();
+    join.finish(|| run.optimizer.step(None).map(drop)).unwrap();
 }
 
 /// The scale grows after two good steps; in step 2 a gradient of the last rank is infinite.
 pub(crate) fn scaled(run: &mut Run) {
-    let mut scaler = LossScaler { scale: 1024.0, growth_interval: 2, ..LossScaler::default() };
+    let mut scaler = LossScaler::new(1024.0, 2.0, 0.5, 2).unwrap();
     for step in 0..=STEPS {
         let sum = run.network.loss_sum(step, run.rank, 0, ROWS);
         run.note_loss(&sum, ROWS);
@@ -93,9 +109,9 @@ pub(crate) fn scaled(run: &mut Run) {
 
 /// Rates of warm-up over three steps, then linearly to zero at step 8.
 pub(crate) fn scheduled(run: &mut Run) {
-    let schedule = super::schedules::linear(0.01, 3, 8);
+    let schedule = LinearWarmup { peak: 0.01, warmup_steps: 3, total_steps: 8 };
     for step in 0..STEPS {
-        let rate = schedule(step as u64);
+        let rate = schedule.lr(step as u64);
         run.optimizer.set_lr(rate).unwrap();
         run.outcome.rates.push(rate);
         one(run, step);
