@@ -6,7 +6,7 @@
 //!
 //! The way of one gradient: [`backward`] sees a backward begin, looks whether the model is what was wrapped, and
 //! brings each gradient to its view; [`ready`] says which buckets that fills; [`exchange`] starts them, waits for
-//! them at the end, and hears what the ranks tell each other ([`notes`]).
+//! them at the end, and hears what the ranks tell each other ([`notes`], [`findings`]); [`delivery`] hands them out.
 //!
 //! Gradients are views of the flat storage. Where the gradient was undefined before this backward, libtorch's
 //! AccumulateGrad takes the incoming tensor as it is, and the hook copies it to its view (one read, one
@@ -15,7 +15,9 @@
 //! Source: the order of events is that of PyTorch's `csrc/distributed/c10d/reducer.cpp`.
 
 mod backward;
+mod delivery;
 mod exchange;
+mod findings;
 mod fingerprint;
 mod finite;
 mod notes;
@@ -37,6 +39,10 @@ use statistics::{Statistics, Window};
 
 /// State of data-parallel training; shared by the hooks, the `Ddp` and the optimizer.
 #[derive(Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "what the caller has switched on, and what is settled"
+)]
 pub(crate) struct Reducer {
     pub(crate) store: Store,
     pub(crate) options: DdpOptions,
