@@ -121,7 +121,6 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
     } else {
         check(flags, settings, world.world_size, world.local_world_size)?
     };
-    let threads = set_threads(config, world);
     let progress: &dyn Progress = if root { &Terminal::stderr() } else { &Silent };
     let mut source = data::open(config, progress)?;
     if let Some(disturbance) = flags.disturb_loader.filter(|one| one.rank == world.rank) {
@@ -132,6 +131,7 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
         .then(|| Journal::open(config, &settings.name, flags.metrics.as_deref(), world.world_size))
         .transpose()?;
     let mut group = join(config, cuda, root)?;
+    let threads = set_threads(config, &group);
     if root {
         announce(settings, &group, batching, threads, &source.description);
     }
@@ -149,6 +149,8 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
     }
     let exchange = !flags.no_exchange;
     let mut trainer = Trainer::new(network, &vs, &mut group, feed, (config, batching, exchange))?;
+    // `--threads 1` under torchrun looks to Ddp like torchrun's own default.
+    use_threads(threads);
     for step in 1..=config.train.steps {
         let record = trainer.step(step, &mut group)?;
         if let Some(journal) = &mut journal {
@@ -164,18 +166,22 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
 }
 
 /// As many threads as the configuration says, else this rank's share of the cores.
-fn set_threads(config: &Config, world: &World) -> usize {
+fn set_threads(config: &Config, group: &Group) -> usize {
     // Our launcher has worked the share out; a lone process takes what libtorch takes. Other
     // launchers do not know that ranks compute with threads: torchrun sets 1.
-    let share = match world.launcher {
+    let share = match group.launcher() {
         Launcher::Phalanx | Launcher::Single => {
             usize::try_from(tch::get_num_threads()).unwrap_or(1)
         }
-        _ => std::thread::available_parallelism().map_or(1, usize::from) / world.local_world_size,
+        _ => group.core_share(),
     };
     let threads = config.train.threads.unwrap_or(share).max(1);
-    tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
+    use_threads(threads);
     threads
+}
+
+fn use_threads(threads: usize) {
+    tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
 }
 
 fn join(config: &Config, cuda: &Cuda, root: bool) -> Result<Group> {

@@ -12,9 +12,11 @@ use bert::batching::{Batching, Wanted};
 use bert::config::{Config, Precision, Rule, SHIPPED};
 use bert::flags::Flags;
 use bert::memory::{self, Estimate, Free};
-use bert::{failure, plot};
+use bert::{data, failure, plot, train};
 use clap::Parser as _;
 use phalanx_comm::environment::{NcclDebug, NcclGdrLevel, NcclP2pLevel, NcclSettings};
+use phalanx_data::progress::Silent;
+use tch::{Device, Kind, Tensor};
 
 fn parse(text: &str) -> Result<Config, String> {
     let config = Config::parse(text, Path::new("a.json")).map_err(|e| e.to_string())?;
@@ -98,6 +100,49 @@ fn values_out_of_range_are_named() {
     check(r#"{ "train": { "steps": 0 } }"#, &["train.steps is 0"]);
     check(r#"{ "train": { "micro_batch": 0 } }"#, &["train.micro_batch is 0"]);
     check(r#"{ "ddp": { "zero": 2 } }"#, &["ddp.zero is 2"]);
+}
+
+#[test]
+fn what_a_schedule_heeds_is_checked_and_nothing_else() {
+    let optimizer = |fields: &str| format!(r#"{{ "optimizer": {{ "lr": 1e-3, {fields} }} }}"#);
+    let wrong = |fields: &str, parts: &[&str]| check(&optimizer(fields), parts);
+    wrong(r#""min_lr": 2e-3"#, &["optimizer.min_lr is 0.002", "optimizer.lr (0.001)"]);
+    wrong(r#""min_lr": -1"#, &["optimizer.min_lr is -1"]);
+    wrong(r#""schedule": "polynomial", "power": -2"#, &["optimizer.power is -2"]);
+    let stable = r#""schedule": "warmup_stable_decay""#;
+    wrong(stable, &["optimizer.decay_steps is 0", "at least 1"]);
+    let long = format!(r#"{stable}, "warmup_steps": 20, "decay_steps": 81"#);
+    wrong(&long, &["warmup_steps (20)", "decay_steps (81)", "train.steps (100)"]);
+    wrong(r#""schedule": "exponential""#, &["unknown variant `exponential`", "`cosine`"]);
+    for fine in [
+        r#""schedule": "constant", "min_lr": 5, "power": -2, "decay_steps": 1000"#,
+        r#""schedule": "cosine", "min_lr": 1e-4, "power": -2"#,
+        r#""schedule": "polynomial", "power": 0.5, "decay_steps": 1000"#,
+        // Cut short, as by --steps.
+        r#""schedule": "linear", "warmup_steps": 1000"#,
+    ] {
+        parse(&optimizer(fine)).unwrap();
+    }
+}
+
+#[test]
+#[expect(clippy::float_cmp, reason = "values that are exact in f64")]
+fn every_schedule_of_a_configuration_ends_where_it_says() {
+    let rates = |name: &str, warmup_steps: u64, steps: [u64; 3]| {
+        let text = format!(
+            r#"{{ "optimizer": {{ "lr": 2, "min_lr": 0.5, "power": 2, "decay_steps": 4, "schedule": "{name}",
+                "warmup_steps": {warmup_steps} }}, "train": {{ "steps": 12 }} }}"#
+        );
+        let config = parse(&text).unwrap();
+        let schedule = train::schedule(&config.optimizer, config.train.steps).unwrap();
+        steps.map(|step| schedule.lr(step))
+    };
+    assert_eq!(rates("linear", 4, [3, 8, 12]), [2.0, 1.25, 0.5]);
+    assert_eq!(rates("cosine", 4, [3, 8, 12]), [2.0, 1.25, 0.5]);
+    assert_eq!(rates("polynomial", 4, [3, 8, 12]), [2.0, 0.875, 0.5]);
+    assert_eq!(rates("constant", 4, [3, 8, 12]), [2.0, 2.0, 2.0]);
+    assert_eq!(rates("warmup_stable_decay", 4, [7, 10, 12]), [2.0, 1.25, 0.5]);
+    assert_eq!(rates("linear", 16, [3, 7, 11]), [0.5, 1.0, 1.5]);
 }
 
 #[test]
@@ -341,6 +386,52 @@ fn a_wrong_flag_is_told_from_a_wrong_file() {
     assert_eq!(failure::exit_code(&error(&["--config", "/nowhere.json"])), failure::IO);
     assert!(flags(&["--precision", "fp8"]).is_err());
     assert!(flags(&["--data", "a", "--batches", "b"]).is_err());
+}
+
+/// A file of samples of `length` tokens, the largest of which is `id_max`.
+fn batches(folder: &Path, length: i64, id_max: i64) -> String {
+    let path = folder.join(format!("{length}-{id_max}.safetensors"));
+    let mut ids = Tensor::ones([4, length], (Kind::Int64, Device::Cpu));
+    let ids = ids.put_(&Tensor::from_slice(&[0_i64]), &Tensor::from_slice(&[id_max]), false);
+    Tensor::write_safetensors(&[("input_ids", &ids), ("labels", &ids)], &path).expect("written");
+    path.to_str().expect("a path in UTF-8").to_owned()
+}
+
+#[test]
+fn a_run_on_fixed_batches_needs_no_more_of_the_model_than_they_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("small.json");
+    // Fewer positions than data.sequence_length, fewer tokens than data.vocab_size.
+    let model = r#"{ "model": { "max_position_embeddings": 64, "vocab_size": 997 } }"#;
+    std::fs::write(&config, model).unwrap();
+    let config = config.to_str().unwrap();
+    let refused = flags(&["--config", config]).unwrap().settings().unwrap_err();
+    assert!(refused.to_string().contains("data.sequence_length is 128"), "{refused}");
+    let open = |length, id_max| {
+        let file = batches(folder.path(), length, id_max);
+        let settings = flags(&["--config", config, "--batches", &file]).unwrap().settings();
+        data::open(&settings.unwrap().config, &Silent).map(|source| source.description)
+    };
+    let description = open(64, 996).unwrap();
+    assert!(description.starts_with("4 fixed samples of 64 tokens"), "{description}");
+    for (error, parts) in [
+        (open(65, 996).unwrap_err(), ["samples of 65 tokens", "max_position_embeddings is 64"]),
+        (open(64, 997).unwrap_err(), ["holds token 997", "model.vocab_size is 997"]),
+    ] {
+        let message = failure::message(&error);
+        assert!(parts.iter().all(|part| message.contains(part)), "{message}");
+        assert_eq!(failure::exit_code(&error), failure::USAGE, "{message}");
+    }
+}
+
+#[test]
+fn prepared_data_brings_its_vocabulary_along() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().to_str().unwrap();
+    let text = format!(r#"{{ "model": {{ "vocab_size": 997 }}, "data": {{ "path": "{data}" }} }}"#);
+    check(&text, &["data.vocab_size (8192)", "(997)"]);
+    std::fs::write(folder.path().join("index.json"), "{}").unwrap();
+    parse(&text).unwrap();
 }
 
 /// Nothing outlives the process of this test; a wrong argument needs no record.

@@ -109,7 +109,7 @@ pub(crate) fn feed(
         world_size,
         threads: config.data.prefetch_threads,
         on_damage: config.data.on_damage,
-        timeout: Duration::from_secs(config.ddp.timeout_s),
+        timeout: Duration::from_secs(config.data.timeout_s),
         ..Default::default()
     };
     Feed::new(Arc::clone(&source.samples), options, device).context("opening the loader")

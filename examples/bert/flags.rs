@@ -80,7 +80,7 @@ pub(crate) struct Flags {
     /// apart.
     #[arg(long, hide = true)]
     pub(crate) no_exchange: bool,
-    /// Disturbs one rank's loader, to try what becomes of the others: `slow:RANK` (200 ms a batch) or
+    /// Disturbs one rank's loader, to try what becomes of the others: `slow:RANK` (500 ms a batch) or
     /// `panic:RANK`.
     #[arg(long, hide = true, value_name = "TROUBLE:RANK")]
     pub(crate) disturb_loader: Option<Disturbance>,
@@ -140,6 +140,8 @@ impl Flags {
         } else {
             Config::read(path)?
         };
+        // A file is checked for what this run uses of it.
+        let config = self.source_laid_over(config);
         config.validate(&path.display().to_string())?;
         let file_batches = Wanted::from(&config.train);
         let config = self.laid_over(config);
@@ -157,20 +159,21 @@ impl Flags {
         })
     }
 
-    fn laid_over(&self, mut config: Config) -> Config {
-        fn put<T: Clone>(field: &mut T, flag: Option<&T>) {
-            if let Some(value) = flag {
-                field.clone_from(value);
-            }
-        }
-        let Config { model, data, optimizer, train, ddp, nccl: _ } = &mut config;
-        put(&mut model.hidden_dropout_prob, self.dropout.as_ref());
-        put(&mut model.attention_probs_dropout_prob, self.dropout.as_ref());
+    /// The configuration with the data that the flags name.
+    fn source_laid_over(&self, mut config: Config) -> Config {
+        let data = &mut config.data;
         put(&mut data.path, self.data.as_ref());
         if self.data.is_some() {
             data.batches = None;
         }
         data.batches = self.batches.clone().or(data.batches.take());
+        config
+    }
+
+    fn laid_over(&self, mut config: Config) -> Config {
+        let Config { model, data, optimizer, train, ddp, nccl: _ } = &mut config;
+        put(&mut model.hidden_dropout_prob, self.dropout.as_ref());
+        put(&mut model.attention_probs_dropout_prob, self.dropout.as_ref());
         data.shuffle &= !self.no_shuffle;
         put(&mut optimizer.rule, self.optimizer.as_ref());
         put(&mut optimizer.lr, self.lr.as_ref());
@@ -186,5 +189,12 @@ impl Flags {
         put(&mut ddp.zero, self.zero.as_ref());
         put(&mut ddp.backend, self.backend.as_ref());
         config
+    }
+}
+
+/// A flag that is given takes the place of the file's value.
+fn put<T: Clone>(field: &mut T, flag: Option<&T>) {
+    if let Some(value) = flag {
+        field.clone_from(value);
     }
 }

@@ -6,12 +6,12 @@ use anyhow::{ensure, Context as _, Result};
 use phalanx_comm::{Group, Sum};
 use phalanx_ddp_core::feed::Feed;
 use phalanx_ddp_core::optim::{self, AdamW, Lamb, Optimizer};
-use phalanx_ddp_core::schedule::LinearWarmup;
+use phalanx_ddp_core::schedule::{Schedule, Shape};
 use phalanx_ddp_core::{amp, Ddp, DdpOptions, Sync, Zero};
 use tch::{nn, Device, Kind};
 
 use super::batching::Batching;
-use super::config::{self, Config, Precision, Rule, Schedule};
+use super::config::{self, Config, Precision, Rule};
 use super::data::Tensors;
 use super::metrics::{milliseconds, StepRecord};
 use super::model::{groups, BertForMaskedLm, Inputs, LossSum, Pass};
@@ -23,7 +23,7 @@ pub(crate) struct Trainer {
     ddp: Ddp,
     optimizer: Optimizer,
     feed: Feed,
-    schedule: LinearWarmup,
+    schedule: Schedule,
     plan: Plan,
 }
 
@@ -63,18 +63,13 @@ impl Trainer {
         let options = DdpOptions { exchange, ..options(&config.ddp) };
         let ddp = Ddp::new(vs, group, options)?;
         let optimizer = Optimizer::new(&ddp, rule(&config.optimizer), groups())?;
-        let total_steps = match config.optimizer.schedule {
-            Schedule::Linear => config.train.steps,
-            Schedule::Constant => 0,
-        };
-        let warmup_steps = config.optimizer.warmup_steps;
         let norm = config.optimizer.max_grad_norm;
         Ok(Trainer {
             network,
             ddp,
             optimizer,
             feed,
-            schedule: LinearWarmup { peak: config.optimizer.lr, warmup_steps, total_steps },
+            schedule: schedule(&config.optimizer, config.train.steps)?,
             plan: Plan {
                 seed: config.train.seed,
                 kind: kind(config.train.precision),
@@ -199,6 +194,21 @@ fn rule(optimizer: &config::Optimizer) -> Box<dyn optim::Rule> {
         Rule::Adamw => Box::new(AdamW { lr, beta1, beta2, eps, weight_decay }),
         Rule::Lamb => Box::new(Lamb { lr, beta1, beta2, eps, weight_decay }),
     }
+}
+
+/// The learning rate of every step.
+pub(crate) fn schedule(optimizer: &config::Optimizer, steps: u64) -> Result<Schedule> {
+    let config::Optimizer { lr, warmup_steps, min_lr, power, decay_steps, .. } = *optimizer;
+    let (shape, floor) = match optimizer.schedule {
+        config::Schedule::Constant => (Shape::Constant, 0.0),
+        config::Schedule::Linear => (Shape::Linear, min_lr),
+        config::Schedule::Cosine => (Shape::Cosine, min_lr),
+        config::Schedule::Polynomial => (Shape::Polynomial { power }, min_lr),
+        config::Schedule::WarmupStableDecay => (Shape::WarmupStableDecay { decay_steps }, min_lr),
+    };
+    // A run that is shorter than its warm-up ends in it.
+    let bare = Schedule::new(shape, lr, steps.max(warmup_steps))?;
+    Ok(bare.with_warmup(warmup_steps)?.with_floor(floor)?)
 }
 
 pub(crate) fn kind(precision: Precision) -> Kind {

@@ -55,7 +55,8 @@ impl std::fmt::Display for Absent {
     }
 }
 
-fn list<T: ToString>(items: &[T]) -> String {
+/// Things, one after the other, in a message.
+pub(crate) fn list<T: ToString>(items: &[T]) -> String {
     items.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 

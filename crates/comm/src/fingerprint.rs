@@ -81,7 +81,7 @@ impl Op {
     }
 }
 
-/// Tags longer than this are cut (at a character) when a record travels; the fingerprint covers all.
+/// Tags longer than this travel without their middle: what tells similar names apart is at their ends. The fingerprint covers all.
 pub(crate) const TAG_BYTES_MAX: usize = 47;
 
 /// One call of a collective, as errors show it.
@@ -143,6 +143,23 @@ fn reduction_code(name: &str) -> u8 {
 /// The record's fixed form: 16 bytes of head, then the tag. Little-endian.
 pub(crate) const RECORD_BYTES: usize = 32 + 1 + TAG_BYTES_MAX;
 
+/// A tag in [`TAG_BYTES_MAX`] bytes: whole, or both its ends.
+fn short(tag: &str) -> [&str; 3] {
+    const MIDDLE: &str = "…";
+    if tag.len() <= TAG_BYTES_MAX {
+        return [tag, "", ""];
+    }
+    let end_bytes = (TAG_BYTES_MAX - MIDDLE.len()) / 2;
+    let (mut head, mut tail) = (end_bytes, tag.len() - end_bytes);
+    while !tag.is_char_boundary(head) {
+        head -= 1;
+    }
+    while !tag.is_char_boundary(tail) {
+        tail += 1;
+    }
+    [&tag[..head], MIDDLE, &tag[tail..]]
+}
+
 impl CallRecord {
     /// A hash of everything that must agree. `reduction_code` tells apart what the record's name
     /// does not (the factor of a scaled sum).
@@ -175,13 +192,19 @@ impl CallRecord {
         bytes[16..24].copy_from_slice(&self.len.to_le_bytes());
         let root = self.root.map_or(u64::MAX, |root| root as u64);
         bytes[24..32].copy_from_slice(&root.to_le_bytes());
-        let mut tag_bytes = self.tag.len().min(TAG_BYTES_MAX);
-        while !self.tag.is_char_boundary(tag_bytes) {
-            tag_bytes -= 1;
+        let (tag_bytes, tag) = bytes[32..].split_at_mut(1);
+        let mut at = 0;
+        for piece in short(&self.tag) {
+            tag[at..at + piece.len()].copy_from_slice(piece.as_bytes());
+            at += piece.len();
         }
-        bytes[32] = u8::try_from(tag_bytes).unwrap_or(0);
-        bytes[33..33 + tag_bytes].copy_from_slice(&self.tag.as_bytes()[..tag_bytes]);
+        tag_bytes[0] = u8::try_from(at).unwrap_or(0);
         bytes
+    }
+
+    /// The record as other ranks have it: with a long tag cut. Two ranks' records are compared, and shown, like that.
+    pub(crate) fn travelled(&self) -> Self {
+        Self::decode(&self.encode()).unwrap_or_else(|| self.clone())
     }
 
     /// `None` for bytes that no version of [`CallRecord::encode`] writes.
@@ -227,8 +250,30 @@ mod tests {
         assert_eq!(CallRecord::decode(&record().encode()), Some(record()));
         let long = CallRecord { tag: "é".repeat(40), root: None, dtype: None, ..record() };
         let back = CallRecord::decode(&long.encode()).unwrap();
-        assert_eq!(back.tag, "é".repeat(23));
+        assert_eq!(back.tag, format!("{0}…{0}", "é".repeat(11)));
         assert_eq!(back.root, None);
+        assert_eq!(back, long.travelled());
+        assert_eq!(back.travelled(), back);
+    }
+
+    #[test]
+    fn a_long_tag_keeps_both_its_ends_and_the_fingerprint_sees_all_of_it() {
+        let tagged = |tag: String| CallRecord { tag, ..record() };
+        let travelled = |tag: &str| tagged(tag.to_owned()).travelled().tag;
+        for bytes in 0..=TAG_BYTES_MAX {
+            let tag = "x".repeat(bytes);
+            assert_eq!(travelled(&tag), tag);
+        }
+        let tag = |step: u32, bucket: u32| {
+            format!("step {step}, the gradients of the encoder's layers, bucket {bucket}")
+        };
+        assert_eq!(travelled(&tag(57, 12)), "step 57, the gradients…er's layers, bucket 12");
+        for wide in ["é", "→", "𝄞"] {
+            let cut = travelled(&wide.repeat(40));
+            assert!(cut.len() <= TAG_BYTES_MAX && cut.contains('…'), "{cut}");
+        }
+        let middle = |word: &str| tagged(format!("{0}{word}{0}", "x".repeat(30))).fingerprint(1);
+        assert_ne!(middle("a"), middle("b"));
     }
 
     #[test]

@@ -1,13 +1,16 @@
 //! Model weights as safetensors files.
 //!
-//! A file is written under another name, flushed to disk and renamed, so that a crash leaves the old file or
-//! the new one, never a part.
+//! A file is written under a name that nobody else has, flushed to disk and renamed, and the folder is flushed as well, so
+//! that a crash leaves the old file or the new one, never a part; and of several writers, on whatever machines,
+//! one has written all of it.
 #![expect(unsafe_code, reason = "gate: maps a weights file")]
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::fs::{self, File};
-use std::path::Path;
+use std::hash::{BuildHasher as _, RandomState};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 
 use safetensors::{Dtype, SafeTensors, View};
 use tch::{nn, Kind, Tensor};
@@ -55,20 +58,48 @@ pub fn save_safetensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<()>
         saved.push((name.clone(), Saved { tensor, dtype, shape }));
     }
     saved.sort_by(|a, b| a.0.cmp(&b.0));
-    let io = |source| Error::Io { doing: "writing", path: path.to_owned(), source };
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(format!(".{}.partial", std::process::id()));
-    let partial = Path::new(&partial);
-    let format = Some([("format".to_owned(), "pt".to_owned())].into_iter().collect());
-    let written = safetensors::serialize_to_file(saved, format, partial)
-        .map_err(|error| io(std::io::Error::other(error.to_string())))
-        .and_then(|()| File::open(partial).and_then(|file| file.sync_all()).map_err(io))
-        .and_then(|()| fs::rename(partial, path).map_err(io));
-    if written.is_err() {
-        // The first error is the one to tell; the partial file may not even exist.
-        drop(fs::remove_file(partial));
+    replace(path, |partial| {
+        let format = Some([("format".to_owned(), "pt".to_owned())].into_iter().collect());
+        safetensors::serialize_to_file(saved, format, partial)
+            .map_err(|error| std::io::Error::other(error.to_string()))
+    })
+    .map_err(|source| Error::Io { doing: "writing", path: path.to_owned(), source })
+}
+
+/// Puts the file that `write` makes at the name that it is given in the place of `path`: all of it or, after an error or a
+/// crash, nothing. It has the mode of any file that this process creates, whatever `write` gave it.
+fn replace(path: &Path, write: impl FnOnce(&Path) -> std::io::Result<()>) -> std::io::Result<()> {
+    let (partial, plain) = reserve(path)?;
+    let replaced = (|| {
+        let permissions = plain.metadata()?.permissions();
+        write(&partial)?;
+        let file = File::open(&partial)?;
+        file.set_permissions(permissions)?;
+        file.sync_all()?;
+        fs::rename(&partial, path)?;
+        // Without this a power cut may take the new name back.
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+    })();
+    if replaced.is_err() {
+        // The first error is the one to tell; the partial file may have its place already.
+        drop(fs::remove_file(&partial));
     }
-    written
+    replaced
+}
+
+/// Creates a file beside `path` that no other thread, process or machine has.
+fn reserve(path: &Path) -> std::io::Result<(PathBuf, File)> {
+    loop {
+        let mut name = path.as_os_str().to_owned();
+        name.push(format!(".{:016x}.partial", RandomState::new().hash_one(std::process::id())));
+        match File::create_new(&name) {
+            Ok(file) => return Ok((name.into(), file)),
+            // One of 2^64, or a server that answers a create that it was asked twice.
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// Copies the tensors of `path` into the variables of `vs` with the same names; returns the names in the

@@ -10,7 +10,7 @@ use crate::reduce::{self, Asked, Reducer, Shared};
 use crate::shard::Sharding;
 use crate::store::model::Model;
 use crate::store::{agree, broadcast, Store};
-use crate::{shim, DdpOptions, Error, Join, Result, Sync};
+use crate::{shim, threads, DdpOptions, Error, Join, Result, Sync};
 
 /// A model whose gradients are averaged over the ranks of a group, inside plain tch's own `backward`.
 ///
@@ -86,6 +86,7 @@ impl Ddp {
     }
 
     fn build(model: Model, group: &mut Group, options: DdpOptions) -> Result<Self> {
+        threads::share(group);
         let mut group = group.duplicate()?;
         let mut signature = vec![format!("{options:?}")];
         signature.extend(model.signature());

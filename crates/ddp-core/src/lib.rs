@@ -22,6 +22,7 @@ pub mod schedule;
 mod shard;
 mod shim;
 mod store;
+mod threads;
 
 pub use ddp::Ddp;
 pub use device::{load_cuda, Cuda};

@@ -17,8 +17,55 @@ fn what_is_saved_is_loaded() {
     let unknown = checkpoint::load_safetensors(&path, &other.vs).unwrap();
     assert!(unknown.is_empty());
     assert_eq!(other.bits(), model.bits());
-    let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().collect();
-    assert_eq!(left.len(), 1, "no partial file is left");
+    assert_eq!(names(folder.path()), ["model.safetensors"], "no partial file is left");
+}
+
+/// What is in a folder.
+fn names(folder: &std::path::Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).expect("a folder");
+    let name = |entry: std::io::Result<std::fs::DirEntry>| entry.expect("an entry").file_name();
+    entries.map(|entry| name(entry).into_string().expect("UTF-8")).collect()
+}
+
+#[test]
+fn writers_of_one_file_at_once_leave_one_whole_file_of_an_ordinary_mode() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    let models: Vec<Model> = (0..4).map(Model::new).collect();
+    let bits: Vec<_> = models.iter().map(Model::bits).collect();
+    let writers = models.into_iter().map(|model| {
+        let path = path.clone();
+        std::thread::spawn(move || {
+            for _ in 0..25 {
+                checkpoint::save_safetensors(&path, &model.sorted()).unwrap();
+                let read = Model::new(99);
+                checkpoint::load_safetensors(&path, &read.vs).unwrap();
+            }
+        })
+    });
+    for writer in writers.collect::<Vec<_>>() {
+        writer.join().unwrap();
+    }
+    assert_eq!(names(folder.path()), ["model.safetensors"]);
+    let read = Model::new(99);
+    checkpoint::load_safetensors(&path, &read.vs).unwrap();
+    assert!(bits.contains(&read.bits()), "the file is a mixture");
+    let plain = folder.path().join("plain");
+    let mode = |of: &std::path::Path| std::fs::metadata(of).unwrap().permissions().mode();
+    std::fs::write(&plain, b"").unwrap();
+    assert_eq!(mode(&path), mode(&plain));
+}
+
+#[test]
+fn a_save_that_fails_leaves_the_old_file_and_nothing_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    std::fs::create_dir(&path).unwrap();
+    let error = checkpoint::save_safetensors(&path, &Model::new(3).sorted()).unwrap_err();
+    assert!(matches!(error, Error::Io { .. }), "{error}");
+    assert_eq!(names(folder.path()), ["model.safetensors"]);
+    assert!(path.is_dir());
 }
 
 #[test]

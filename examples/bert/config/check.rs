@@ -2,7 +2,9 @@
 //!
 //! Each message names the field by its path in the file, its value, and what to do.
 
-use super::{Config, ConfigError, Data, Model, Optimizer};
+use phalanx_data::Index;
+
+use super::{Config, ConfigError, Data, Model, Optimizer, Schedule};
 
 impl Config {
     /// Checks what no single field shows; `origin` is where the values come from.
@@ -11,7 +13,7 @@ impl Config {
             .model
             .problem()
             .or_else(|| self.data.problem(&self.model))
-            .or_else(|| self.optimizer.problem())
+            .or_else(|| self.optimizer.problem(self.train.steps))
             .or_else(|| self.problem())
             .or_else(|| self.nccl.check_values().err().map(|error| error.to_string()));
         match problem {
@@ -50,7 +52,9 @@ impl Config {
                 ));
             }
         }
-        (self.ddp.timeout_s == 0).then(|| "ddp.timeout_s is 0; it must be at least 1".into())
+        let times = [("ddp", self.ddp.timeout_s), ("data", self.data.timeout_s)];
+        let (section, _) = times.into_iter().find(|(_, seconds)| *seconds == 0)?;
+        Some(format!("{section}.timeout_s is 0; it must be at least 1"))
     }
 }
 
@@ -118,18 +122,33 @@ impl Model {
 
 impl Data {
     fn problem(&self, model: &Model) -> Option<String> {
+        // Of a file of fixed batches length and tokens are checked when it is opened.
+        let of_text = || self.problem_of_text(model);
+        if let Some(problem) = self.batches.is_none().then(of_text).flatten() {
+            return Some(problem);
+        }
+        if !(1..=64).contains(&self.prefetch_threads) {
+            return Some(format!(
+                "data.prefetch_threads is {}; it must be from 1 to 64",
+                self.prefetch_threads
+            ));
+        }
+        None
+    }
+
+    /// What only samples that are cut out of text heed.
+    fn problem_of_text(&self, model: &Model) -> Option<String> {
         let length = i64::try_from(self.sequence_length).unwrap_or(i64::MAX);
         let vocab = i64::try_from(self.vocab_size).unwrap_or(i64::MAX);
-        // A file of fixed batches has a length of its own, which is checked when it is opened.
-        let fixed = self.batches.is_some();
-        if !fixed && !(8..=model.max_position_embeddings).contains(&length) {
+        if !(8..=model.max_position_embeddings).contains(&length) {
             return Some(format!(
                 "data.sequence_length is {length}; it must be from 8 to \
                  model.max_position_embeddings ({})",
                 model.max_position_embeddings
             ));
         }
-        if !fixed && vocab > model.vocab_size {
+        // A folder that is prepared has a vocabulary, which is checked when it is opened.
+        if vocab > model.vocab_size && !Index::is_in(&self.path) {
             return Some(format!(
                 "data.vocab_size ({vocab}) is above model.vocab_size ({}); \
                  lower the first or raise the second",
@@ -142,18 +161,12 @@ impl Data {
                 self.mask_probability
             ));
         }
-        if !(1..=64).contains(&self.prefetch_threads) {
-            return Some(format!(
-                "data.prefetch_threads is {}; it must be from 1 to 64",
-                self.prefetch_threads
-            ));
-        }
         None
     }
 }
 
 impl Optimizer {
-    fn problem(&self) -> Option<String> {
+    fn problem(&self, steps: u64) -> Option<String> {
         let positive = [("lr", self.lr), ("eps", self.eps)];
         if let Some((name, value)) =
             positive.into_iter().find(|(_, v)| !(*v > 0.0 && v.is_finite()))
@@ -168,5 +181,34 @@ impl Optimizer {
         rest.into_iter()
             .find(|(_, v)| !(*v >= 0.0 && v.is_finite()))
             .map(|(name, value)| format!("optimizer.{name} is {value}; it must not be negative"))
+            .or_else(|| self.problem_of_schedule(steps))
+    }
+
+    /// What the schedule heeds, and no other.
+    fn problem_of_schedule(&self, steps: u64) -> Option<String> {
+        let Self { schedule, lr, min_lr, power, warmup_steps, decay_steps, .. } = self;
+        if *schedule != Schedule::Constant && !(0.0..=*lr).contains(min_lr) {
+            return Some(format!(
+                "optimizer.min_lr is {min_lr}; it must be from 0 to optimizer.lr ({lr})"
+            ));
+        }
+        if *schedule == Schedule::Polynomial && !(*power >= 0.0 && power.is_finite()) {
+            return Some(format!("optimizer.power is {power}; it must not be negative"));
+        }
+        if *schedule != Schedule::WarmupStableDecay {
+            return None;
+        }
+        if *decay_steps == 0 {
+            return Some(
+                "optimizer.decay_steps is 0; the schedule warmup_stable_decay needs at least 1"
+                    .into(),
+            );
+        }
+        (warmup_steps.saturating_add(*decay_steps) > steps).then(|| {
+            format!(
+                "optimizer.warmup_steps ({warmup_steps}) and optimizer.decay_steps ({decay_steps}) are more than \
+                 train.steps ({steps}); lower one of the first or raise the last"
+            )
+        })
     }
 }

@@ -169,6 +169,8 @@ pub(crate) struct Data {
     pub(crate) shuffle: bool,
     /// Threads that make batches ahead of the trainer.
     pub(crate) prefetch_threads: usize,
+    /// How long a rank waits for a batch, in seconds, before it gives the storage up.
+    pub(crate) timeout_s: u64,
     /// `fail`, or `skip`: samples in blocks that `phalanx data verify --record` has listed are left out.
     pub(crate) on_damage: OnDamage,
 }
@@ -201,20 +203,32 @@ pub(crate) struct Optimizer {
     pub(crate) weight_decay: f64,
     /// Global gradient norm that is clipped to; 0 turns clipping off.
     pub(crate) max_grad_norm: f64,
-    /// Steps in which the learning rate rises linearly from 0.
+    /// Steps in which the learning rate rises linearly from 0. A run of fewer steps ends before the peak.
     pub(crate) warmup_steps: u64,
     /// What follows the warm-up.
     pub(crate) schedule: Schedule,
+    /// Learning rate at the last step, and at least; not of `constant`.
+    pub(crate) min_lr: f64,
+    /// Of `polynomial`.
+    pub(crate) power: f64,
+    /// Steps in which `warmup_stable_decay` falls at the end.
+    pub(crate) decay_steps: u64,
 }
 
 /// The learning rate after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum Schedule {
-    /// Falls linearly to 0 at the last step.
+    /// Falls linearly to `min_lr` at the last step.
     Linear,
     /// Stays.
     Constant,
+    /// Falls by half a cosine to `min_lr` at the last step.
+    Cosine,
+    /// Falls by the power `power` of the steps that are left.
+    Polynomial,
+    /// Stays, and falls by half a cosine in the last `decay_steps` steps.
+    WarmupStableDecay,
 }
 
 /// The type that matrix products run in; weights, gradients and optimizer state are fp32 always.
@@ -275,7 +289,7 @@ pub(crate) struct Ddp {
     pub(crate) first_bucket_mib: f64,
     /// `auto`, `host`, `nccl` or `mpi`.
     pub(crate) backend: Backend,
-    /// How long a collective may wait for its peers, in seconds.
+    /// How long a collective may wait for ranks that live and do not call, in seconds. Dead ones are found at once.
     pub(crate) timeout_s: u64,
 }
 
@@ -324,6 +338,7 @@ impl Default for Data {
             mask_probability: 0.15,
             shuffle: true,
             prefetch_threads: 1,
+            timeout_s: 300,
             on_damage: OnDamage::Fail,
         }
     }
@@ -341,6 +356,9 @@ impl Default for Optimizer {
             max_grad_norm: 1.0,
             warmup_steps: 0,
             schedule: Schedule::Linear,
+            min_lr: 0.0,
+            power: 1.0,
+            decay_steps: 0,
         }
     }
 }
@@ -368,7 +386,7 @@ impl Default for Ddp {
             bucket_mib: 25.0,
             first_bucket_mib: 1.0,
             backend: Backend::Auto,
-            timeout_s: 60,
+            timeout_s: 1800,
         }
     }
 }

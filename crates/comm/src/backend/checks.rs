@@ -49,12 +49,9 @@ impl Lane {
         // In this order: what was announced before a goodbye is there after it.
         let departed = peers.has_departed(peer);
         if let Some(theirs) = peers.points.take_announced(peer, call.op(), index) {
-            // As it travels: with the tag cut.
-            let ours = CallRecord::decode(&call.encoded);
-            let ours = ours.as_ref().unwrap_or(&call.record);
             let of =
                 |record: &CallRecord| (record.seq, record.dtype, record.len, record.tag.clone());
-            let fits = of(ours) == of(&theirs);
+            let fits = of(&call.record.travelled()) == of(&theirs);
             return if fits {
                 Ok(true)
             } else {
@@ -156,20 +153,25 @@ impl Lane {
         let Some(oldest) = moving.or(waiting.map(|front| &front.call)) else {
             return Ok(());
         };
-        if state.turn.elapsed() < oldest.timeout {
-            return Ok(());
-        }
-        let is_message = match waiting {
-            Some(Submitted { check: Check::Collective(check), .. }) if moving.is_none() => {
-                return Err(self.core.late(check));
+        let late = || {
+            let is_message = match waiting {
+                Some(Submitted { check: Check::Collective(check), .. }) if moving.is_none() => {
+                    return self.core.late(check);
+                }
+                Some(Submitted { check: Check::Message(_), .. }) => moving.is_none(),
+                _ => false,
+            };
+            if is_message || state.unmet.iter().any(|(call, _)| Arc::ptr_eq(call, oldest)) {
+                return self.core.peers.late_for(oldest, oldest.root);
             }
-            Some(Submitted { check: Check::Message(_), .. }) => moving.is_none(),
-            _ => false,
+            self.stalled(oldest, state.transport.last_words())
         };
-        if is_message || state.unmet.iter().any(|(call, _)| Arc::ptr_eq(call, oldest)) {
-            return Err(self.core.peers.late_for(oldest, oldest.root));
+        let left = oldest.timeout.saturating_sub(state.turn.elapsed());
+        if left.is_zero() {
+            return Err(late());
         }
-        Err(self.stalled(oldest, state.transport.last_words()))
+        self.core.peers.remind(oldest, left, late);
+        Ok(())
     }
 
     /// The error for a call that every rank has called and that does not end.
@@ -186,9 +188,11 @@ impl Lane {
     /// An error when a message can come no more; whether its peer has left.
     fn check_message(&self, call: &Call, lonely: Option<Instant>) -> Result<bool> {
         let (peers, peer) = (&self.core.peers, call.root);
-        if call.started.is_some_and(|started| started.elapsed() >= call.timeout) {
+        let waited = call.started.map_or(Duration::ZERO, |started| started.elapsed());
+        if waited >= call.timeout {
             return Err(peers.late_for(call, peer));
         }
+        peers.remind(call, call.timeout - waited, || peers.late_for(call, peer));
         if !peers.has_departed(peer) {
             return Ok(false);
         }

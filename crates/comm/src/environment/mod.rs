@@ -28,6 +28,7 @@ mod slurm;
 mod slurm_step;
 #[cfg(test)]
 mod tests;
+mod threads;
 mod variables;
 
 use sha2::{Digest, Sha256};
@@ -43,6 +44,7 @@ pub(crate) use nccl::{nccl_host_id, nccl_lacks, nccl_library};
 pub use nccl_levels::{NcclDebug, NcclGdrLevel, NcclP2pLevel};
 pub use nccl_settings::{NcclSettingError, NcclSettings};
 pub(crate) use recorder::flight_recorder;
+pub use threads::ThreadVariables;
 
 /// Who started this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

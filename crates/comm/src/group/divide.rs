@@ -1,6 +1,7 @@
 //! Groups made of parts of a group.
 
 use std::ffi::c_int;
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::Group;
@@ -46,7 +47,7 @@ impl Group {
         let recorded = Part { group: self.part_number(color), ranks };
         let options = self.options.clone();
         // Ranks that join no group still take part in the exchange of cards.
-        let group = match part {
+        let mut group = match part {
             None => {
                 self.all_gather_bytes(&[])?;
                 None
@@ -69,6 +70,9 @@ impl Group {
                 Some(made)
             }
         };
+        if let Some(Ok(made)) = &mut group {
+            made.neighbours = Arc::clone(&self.neighbours);
+        }
         if self.has_nccl() {
             let mut colors: Vec<_> =
                 all.iter().filter(|theirs| theirs[0] == 1).map(|theirs| &theirs[1..5]).collect();

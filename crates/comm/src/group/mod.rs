@@ -2,6 +2,7 @@
 
 mod backends;
 mod collectives;
+mod cores;
 mod divide;
 mod on_device;
 mod on_rank;
@@ -17,6 +18,7 @@ use crate::backend::gpu::Gpu;
 use crate::backend::host::call::{Call, Memory};
 use crate::backend::host::core::Core;
 use crate::backend::host::liveness::Liveness;
+use crate::backend::host::peers::Identity;
 use crate::backend::host::region::RegionMemory;
 use crate::backend::host::{board, setup};
 use crate::backend::lane::Lane;
@@ -93,6 +95,8 @@ pub struct Group {
     on_regions: Vec<OnRegion>,
     next: Next,
     track: Track,
+    /// The processes of the ranks of this machine, of the group of all ranks.
+    neighbours: Arc<[u32]>,
     /// Kept: where this rank hosts the store, it goes on answering (and refusing) late comers.
     store: Option<Arc<dyn Store>>,
     /// Who moves the data, where the host backend does not.
@@ -191,10 +195,14 @@ impl Group {
         // Below a heartbeat nobody would live, and no heartbeat at all would be a busy thread.
         let heartbeat = options.heartbeat.max(Duration::from_millis(1));
         let dead_after = options.dead_after.max(heartbeat * 3);
-        let liveness = Liveness { heartbeat, dead_after };
+        let remind_after = options.remind_after.max(Duration::from_millis(1));
+        let liveness = Liveness { heartbeat, dead_after, remind_after };
         let timeout = options.connect_timeout;
         let core = setup::connect(&mut world, link, timeout, liveness, part, exchange)?;
         let number = setup::group_number();
+        let identities = &core.peers.identities;
+        let is_here = |other: &&Identity| other.host == identities[core.rank].host;
+        let neighbours = identities.iter().filter(is_here).map(|one| one.pid).collect();
         Ok(Self {
             core,
             world,
@@ -207,6 +215,7 @@ impl Group {
             on_regions: Vec::new(),
             next: Next::default(),
             track,
+            neighbours,
             store: None,
             lane: None,
             gpu: None,

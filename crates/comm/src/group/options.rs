@@ -12,7 +12,11 @@ pub(crate) const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct GroupOptions {
-    /// How long a collective may take before it fails; 60 s by default. See also [`Group::within`](crate::Group::within).
+    /// How long a collective may wait before it fails; 30 min by default, which is `PyTorch`'s for its host backend. It is
+    /// for ranks that live and do not call: one that is dead, stopped or cut off is found within
+    /// [`GroupOptions::dead_after`] and ends the wait at once. So it must be longer than anything that one rank does
+    /// while the others wait: evaluation, a checkpoint, the first look at the data. See also
+    /// [`Group::within`](crate::Group::within).
     pub timeout: Duration,
     /// How long the ranks may take to meet; 60 s by default.
     pub connect_timeout: Duration,
@@ -33,20 +37,23 @@ pub struct GroupOptions {
     /// How long a rank may say nothing before it counts as dead; 5 s by default. Ranks that compute
     /// are not silent: a thread of their own sends the heartbeats. Raise it to debug a rank.
     pub dead_after: Duration,
+    /// After how long a wait the log (`tracing`) says for whom this rank waits, what that one called last and that it
+    /// lives; 30 s by default, then after twice as long, and so on.
+    pub remind_after: Duration,
 }
 
 impl Default for GroupOptions {
     fn default() -> Self {
-        let minute = Duration::from_secs(60);
         Self {
-            timeout: minute,
-            connect_timeout: minute,
+            timeout: Duration::from_secs(30 * 60),
+            connect_timeout: Duration::from_secs(60),
             host_link: None,
             backend: Backend::default(),
             gpu_trouble: None,
             gpu_memory: false,
             heartbeat: Duration::from_millis(500),
             dead_after: Duration::from_secs(5),
+            remind_after: Duration::from_secs(30),
         }
     }
 }
@@ -59,6 +66,7 @@ impl GroupOptions {
             connect_timeout: self.connect_timeout.min(LONGEST),
             heartbeat: self.heartbeat.min(LONGEST),
             dead_after: self.dead_after.min(LONGEST),
+            remind_after: self.remind_after.min(LONGEST),
             ..self
         }
     }
@@ -79,6 +87,12 @@ impl GroupOptions {
     #[must_use]
     pub fn with_heartbeat(self, heartbeat: Duration, dead_after: Duration) -> Self {
         Self { heartbeat, dead_after, ..self }
+    }
+
+    /// With another wait before the log says what it is for.
+    #[must_use]
+    pub fn with_reminders(self, remind_after: Duration) -> Self {
+        Self { remind_after, ..self }
     }
 
     /// With another way for ranks of one machine to talk.

@@ -1,6 +1,7 @@
 //! Where this rank is among the others.
 
 use super::Group;
+use crate::environment::Launcher;
 
 impl Group {
     /// This rank's number in the group, from 0.
@@ -25,6 +26,12 @@ impl Group {
     #[must_use]
     pub fn local_world_size(&self) -> usize {
         self.world.local_world_size
+    }
+
+    /// Who started this process.
+    #[must_use]
+    pub fn launcher(&self) -> Launcher {
+        self.world.launcher
     }
 
     /// The number of its node.

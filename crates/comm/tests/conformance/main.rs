@@ -43,7 +43,7 @@ use phalanx_comm::Group;
 /// What a rank checks with a group of its own.
 type Check = fn(Group);
 
-const CHECKS: [(&str, Check); 19] = [
+const CHECKS: [(&str, Check); 20] = [
     ("reductions of every type", matrix::every_type),
     ("near the oracle", matrix::near_the_oracle),
     ("movement", matrix::movement),
@@ -62,5 +62,6 @@ const CHECKS: [(&str, Check); 19] = [
     ("abort", misuse::abort_is_heard),
     ("leaver", misuse::leaver_is_named),
     ("message of another length", misuse::message_of_another_length),
+    ("message of a long name", misuse::message_of_a_long_name),
     ("forgotten work", misuse::forgotten_work),
 ];

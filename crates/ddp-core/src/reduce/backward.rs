@@ -154,6 +154,8 @@ impl Reducer {
         if !self.accumulated.pending.contains(&true) {
             return Ok(now);
         }
+        let samples = self.store.samples();
+        let is_other = |slot: usize| samples.get(slot) != self.accumulated.samples.get(slot);
         let mut is_pending = false;
         let mut stepped = None;
         for (variable, state) in now.iter().enumerate() {
@@ -163,7 +165,8 @@ impl Reducer {
             }
             is_pending |= self.accumulated.pending[slot];
             let known = self.accumulated.states.get(variable);
-            if known.is_some_and(|known| known.version != state.version) {
+            let is_changed = known.is_some_and(|known| known.version != state.version);
+            if is_changed || is_other(slot) {
                 stepped = stepped.or(Some(variable));
             }
         }

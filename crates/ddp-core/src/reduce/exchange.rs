@@ -131,6 +131,7 @@ impl Reducer {
             self.accumulated.weight += asked.map_or(0.0, |asked| asked.weight);
             self.accumulated.is_weighted = asked.is_some();
             self.accumulated.states = self.store.model.states()?;
+            self.accumulated.samples = self.store.samples();
             return Ok(());
         }
         self.settle_missing(false)?;

@@ -94,8 +94,9 @@ struct Accumulated {
     pending: Vec<bool>,
     weight: f64,
     is_weighted: bool,
-    /// The variables after the last accumulation.
+    /// The variables after the last accumulation, and a sample of each parameter.
     states: Vec<Variable>,
+    samples: Vec<u32>,
 }
 
 /// What is timed from exchange to exchange.

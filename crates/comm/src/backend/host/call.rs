@@ -11,11 +11,12 @@
 //! | `scatter` | the root: `world_size` segments; others: one segment | segment 0 (the root: segment `rank`) |
 //! | `all_to_all` | segment r is for rank r | segment r is from rank r |
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::region::RegionMemory;
+use super::reminder;
 use crate::backend::gpu::on_device::OnDevice;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -110,6 +111,8 @@ pub(crate) struct Call {
     done: AtomicBool,
     /// In the queue: only the holder of the executor works on it.
     queued: AtomicBool,
+    /// How often the log has said that it waits.
+    reminders: AtomicU32,
 }
 
 impl Call {
@@ -139,6 +142,7 @@ impl Call {
             state: Mutex::new(State { memory, result: None }),
             done: AtomicBool::new(false),
             queued: AtomicBool::new(false),
+            reminders: AtomicU32::new(0),
             entry: Entry::default(),
             record,
         }
@@ -198,6 +202,15 @@ impl Call {
             state.result = Some(result);
         }
         self.done.store(true, Ordering::Release);
+    }
+
+    /// Whether the log is to say that it has waited so long: no reminder is given twice, whoever waits.
+    pub(crate) fn reminds(&self, waited: Duration, first: Duration) -> bool {
+        if waited < first {
+            return false;
+        }
+        let due = reminder::due(waited, first);
+        self.reminders.fetch_max(due, Ordering::Relaxed) < due
     }
 
     pub(crate) fn set_queued(&self) {

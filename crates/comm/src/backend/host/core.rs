@@ -255,9 +255,9 @@ impl Core {
         Error::OutOfStep {
             seq: call.seq(),
             rank: self.rank,
-            ours: Box::new(call.record.clone()),
+            ours: Box::new(call.record.travelled()),
             peer,
-            theirs: Box::new(theirs.unwrap_or_else(|| call.record.clone())),
+            theirs: Box::new(theirs.unwrap_or_else(|| call.record.travelled())),
         }
     }
 

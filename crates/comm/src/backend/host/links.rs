@@ -176,12 +176,15 @@ impl Links {
                 return Err(error);
             }
         }
-        if Instant::now() >= wait.deadline {
-            return Err(match peer {
-                Some(peer) => self.peers.late_for(wait.call, peer),
-                None => self.peers.late(wait.call, &[]),
-            });
+        let late = || match peer {
+            Some(peer) => self.peers.late_for(wait.call, peer),
+            None => self.peers.late(wait.call, &[]),
+        };
+        let left = wait.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(late());
         }
+        self.peers.remind(wait.call, left, late);
         let mut fds = Vec::new();
         let mut whose = Vec::new();
         for (rank, link) in self.links.iter().enumerate() {

@@ -11,11 +11,12 @@ use std::time::Duration;
 
 use rustix::net::{getpeername, getsockname, SocketAddrAny};
 
-/// How often ranks say that they live, and when silence means death.
+/// How often ranks say that they live, when silence means death, and when a wait is worth a line in the log.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Liveness {
     pub(crate) heartbeat: Duration,
     pub(crate) dead_after: Duration,
+    pub(crate) remind_after: Duration,
 }
 
 /// How long each peer has been silent.
@@ -119,7 +120,7 @@ mod tests {
     const BEAT: Duration = Duration::from_millis(500);
 
     fn silences() -> Silences {
-        Silences::new(3, Liveness { heartbeat: BEAT, dead_after: BEAT * 10 })
+        Silences::new(3, Liveness { heartbeat: BEAT, dead_after: BEAT * 10, remind_after: BEAT })
     }
 
     #[test]

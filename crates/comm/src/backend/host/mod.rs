@@ -33,6 +33,7 @@ pub(crate) mod point;
 pub(crate) mod reconnect;
 pub(crate) mod reduction;
 pub(crate) mod region;
+mod reminder;
 pub(crate) mod resume;
 pub(crate) mod setup;
 pub(crate) mod transfer;

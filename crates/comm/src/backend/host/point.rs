@@ -208,7 +208,7 @@ impl Table {
 }
 
 fn transmit(peers: &Peers, send: &Open, expected: &CallRecord) -> Result<()> {
-    let ours = &send.call.record;
+    let ours = &send.call.record.travelled();
     if ours.dtype != expected.dtype || ours.len != expected.len || ours.tag != expected.tag {
         return Err(Error::OutOfStep {
             seq: send.index,
@@ -255,10 +255,12 @@ pub(crate) fn wait(peers: &Peers, peer: usize, call: &Call) -> Result<()> {
             let gone = peers.gone_before(peer, u64::MAX - 1, &during);
             return Err(gone.map_or_else(|| peers.during_failure(), |error| peers.fail(error)));
         }
-        if std::time::Instant::now() >= deadline {
+        let left = deadline.saturating_duration_since(std::time::Instant::now());
+        if left.is_zero() {
             drop(table);
             return Err(peers.fail(peers.late_for(call, peer)));
         }
+        peers.remind(call, left, || peers.late_for(call, peer));
         let (guard, _) = peers
             .points
             .changed

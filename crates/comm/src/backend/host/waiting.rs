@@ -113,9 +113,11 @@ impl Core {
             if let Some(error) = self.peers.failure() {
                 return Err(error);
             }
-            if Instant::now() >= deadline {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
                 return Err(self.late(call));
             }
+            self.peers.remind(call, left, || self.late(call));
             if self.peers.has_departed(peer) {
                 let gone = self.peers.gone_before(peer, call.seq(), &call.record.to_string());
                 // What it announced before its goodbye is visible after it.
@@ -131,15 +133,14 @@ impl Core {
     pub(crate) fn late(&self, call: &Call) -> Error {
         let seq = call.seq();
         let came = |rank: &usize| self.board(*rank).published(seq).load(Ordering::Acquire) > seq;
-        let finished = |rank: &usize| {
-            self.board(*rank).consumed().load(Ordering::Acquire) > seq || *rank == self.rank
-        };
-        let mut absent: Vec<usize> = self.locals.iter().copied().filter(|r| !came(r)).collect();
+        let finished = |rank: &usize| self.board(*rank).consumed().load(Ordering::Acquire) > seq;
+        let others = || self.locals.iter().copied().filter(|rank| *rank != self.rank);
+        let mut absent: Vec<usize> = others().filter(|rank| !came(rank)).collect();
         if let (true, Some(remote)) = (absent.is_empty(), self.peers.awaited()) {
             return self.peers.late_for(call, remote);
         }
         if absent.is_empty() {
-            absent = self.locals.iter().copied().filter(|r| !finished(r)).collect();
+            absent = others().filter(|rank| !finished(rank)).collect();
         }
         let absent: Vec<_> =
             absent.into_iter().map(|rank| (rank, self.board(rank).last_record().into())).collect();

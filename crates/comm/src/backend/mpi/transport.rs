@@ -326,9 +326,8 @@ impl MpiTransport {
     /// Whether the sender sends what is expected here.
     fn compare(&self, ours: &CallRecord, theirs: &[u8]) -> Result<()> {
         let theirs = CallRecord::decode(theirs);
+        let ours = ours.travelled();
         let fits = |sent: &CallRecord| {
-            let cut = CallRecord::decode(&ours.encode());
-            let ours = cut.as_ref().unwrap_or(ours);
             (sent.dtype, sent.len, &sent.tag) == (ours.dtype, ours.len, &ours.tag)
         };
         match theirs {
