@@ -3,8 +3,8 @@
 
 Each case trains a small model on two and on three ranks under `DistributedDataParallel` over gloo, in fp32, and keeps the loss of
 every step (the mean over the ranks) and the last weights. `crates/ddp-core/tests/parity` trains the same and has to meet them.
-Two rows have no counterpart in PyTorch and say so under `reference`: `weighted` is one process on the whole batch, and `lamb` is
-its paper's algorithm 2 written out below, under `DistributedDataParallel` like all others.
+What has no counterpart there says so under `reference`: `single` is one process with everybody's samples, and `lamb` is its paper's
+algorithm 2 written out below, under `DistributedDataParallel` like the others.
 
 Weights and data are k / 1024 with k from a hash of a name and an index (`number`), so that both sides start from the same bits.
 Every weight begins with a magnitude of 0.125 to 0.375 and stays away from zero, activations are tanh, losses squared errors, and
@@ -109,16 +109,15 @@ class Mlp(nn.Module):
 
 
 class Branches(Mlp):
-    """Beside the layers of `Mlp`: one used on even steps, one on rank 1, one never."""
+    """Beside the layers of `Mlp`: one used on even steps, one on odd steps, one on rank 1, one never."""
 
     def __init__(self):
         super().__init__()
-        self.even, self.never, self.one = (nn.Linear(INPUTS, OUTPUTS) for _ in range(3))
+        self.even, self.never, self.odd, self.one = (nn.Linear(INPUTS, OUTPUTS) for _ in range(4))
 
     def forward(self, x, step=0, rank=0):
         y = super().forward(x)
-        if step % 2 == 0:
-            y = y + self.even(x).tanh()
+        y = y + (self.even if step % 2 == 0 else self.odd)(x).tanh()
         return y + self.one(x).tanh() if rank == 1 else y
 
 
@@ -247,6 +246,33 @@ def accumulated(run):
         run.step()
 
 
+def accumulated_alone(run):
+    """As `accumulated`, in one process with everybody's samples: a static graph that begins inside `no_sync` ends PyTorch's
+    reducer with an internal assertion (`expect_autograd_hooks_`)."""
+    for step in range(STEPS):
+        total = 0.0
+        for rank in range(run.world_size):
+            for part in range(3):
+                x, y = samples(step * 64 + rank * 16 + part * ROWS, ROWS)
+                loss = (run.inner(x) - y).square().sum() / (ROWS * 3 * run.world_size)
+                loss.backward()
+                total += loss.item()
+        run.losses.append(total)
+        run.step()
+
+
+def unused_in_the_last(run):
+    """Of two micro-batches a step the first uses branches that the second, which exchanges, does not."""
+    for step in range(0, 2 * STEPS, 2):
+        with run.model.no_sync():
+            first = run.loss(step) / 2
+            first.backward()
+        second = run.loss(step + 1) / 2
+        second.backward()
+        run.losses.append(first.item() + second.item())
+        run.step()
+
+
 def two_losses(run):
     """Two exchanged backwards, of different losses, before each step."""
     for step in range(STEPS):
@@ -300,6 +326,22 @@ def scheduled(run):
         schedule.step()
 
 
+def together(run):
+    """Micro-batches, clipping, groups and a schedule."""
+    schedule = schedulers.LambdaLR(run.optimizer, lambda step: (step + 1) / 3 if step < 3 else (8 - step) / 5)
+    for step in range(STEPS):
+        with run.model.no_sync():
+            first = run.loss(step) / 2
+            first.backward()
+        second = run.loss(step, 1) / 2
+        second.backward()
+        run.losses.append(first.item() + second.item())
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), 0.5)
+        run.note("gradient_norms", norm.item())
+        run.step()
+        schedule.step()
+
+
 def averaged_buffers(run):
     """As `plain`, and after each backward the running statistics become the mean over the ranks."""
     for step in range(STEPS):
@@ -313,9 +355,11 @@ def averaged_buffers(run):
 
 
 def weighted(run):
-    """One process on everything: rank r's batch has 1 + r rows, and each row counts alike."""
-    rows = [1 + rank for rank in range(run.world_size)]
+    """One process on everything: rank r's batch has 1 + r rows, in step 3 the last one's none; each row counts alike."""
     for step in range(STEPS):
+        rows = [1 + rank for rank in range(run.world_size)]
+        if step == 3:
+            rows[-1] = 0
         run.optimizer.zero_grad()
         total = 0.0
         for rank, count in enumerate(rows):
@@ -372,11 +416,15 @@ CASES = [
     Case("adamw_groups", ADAMW, groups=by_name),
     Case("sgd_groups", DECAYED, groups=by_name),
     Case("lamb", using(Lamb, lr=0.02, weight_decay=0.1), reference="formula"),
-    Case("unused_sgd", DECAYED, **UNUSED),
+    # Momentum begins undamped, at each parameter's first gradient.
+    Case("unused_sgd", using(SGD, lr=0.01, momentum=0.9, dampening=0.3, weight_decay=0.1), **UNUSED),
     Case("unused_adamw", ADAMW, **UNUSED),
     Case("static_graph", MOMENTUM, model=Tied, static_graph=True),
     Case("join", MOMENTUM, joined),
     Case("accumulation", MOMENTUM, accumulated),
+    Case("unused_in_the_last", DECAYED, unused_in_the_last, **UNUSED),
+    Case("static_graph_accumulation", MOMENTUM, accumulated_alone, model=Tied, reference="single"),
+    Case("together", ADAMW, together, groups=by_name),
     Case("two_losses", using(SGD, lr=0.005, momentum=0.9), two_losses),
     Case("clipping", MOMENTUM, clipped),
     Case("loss_scaling", ADAMW, scaled),

@@ -1,29 +1,43 @@
 //! What `DistributedDataParallel` does beside averaging: unused parameters, joining, accumulation, and so on.
 
-use phalanx_ddp_core::{Buffers, DdpOptions, NonFinite, SparseGradients};
+use phalanx_ddp_core::optim::{Optimizer, Sgd};
+use phalanx_ddp_core::{Buffers, Ddp, DdpOptions, NonFinite, SparseGradients};
 
 use super::fixtures::Fixtures;
 use super::networks::Shape;
-use super::optimizers::{adamw, decayed, made, momentum, slow};
+use super::optimizers::{adamw, adamw_of_groups, decayed, made, momentum, slow, DECAYED};
 use super::{training, Case, Way};
-use phalanx_ddp_core::optim::Sgd;
 
 /// Parameters that no rank used are left alone, by momentum, decay and step counts as well; those that some rank used
 /// have the mean over all ranks.
 #[test]
 fn unused_parameters() {
-    for (name, optimizer) in [("unused_sgd", decayed as fn(&_) -> _), ("unused_adamw", adamw)] {
-        let case = Case::new(name, optimizer);
-        let options = DdpOptions { find_unused_parameters: true, ..case.options.clone() };
-        Case { shape: Shape::Branches, options, ..case }.check();
-    }
+    let damped = |ddp: &_| made(ddp, Sgd { dampening: 0.3, ..DECAYED });
+    with_branches("unused_sgd", damped).check();
+    with_branches("unused_adamw", adamw).check();
+}
+
+fn with_branches(name: &'static str, optimizer: fn(&Ddp) -> Optimizer) -> Case {
+    let case = Case::new(name, optimizer);
+    let options = DdpOptions { find_unused_parameters: true, ..case.options.clone() };
+    Case { shape: Shape::Branches, options, ..case }
+}
+
+/// The gradients of earlier micro-batches count, also of parameters that the last one does not use.
+#[test]
+fn parameters_unused_in_the_micro_batch_that_exchanges() {
+    let case = with_branches("unused_in_the_last", decayed);
+    Case { train: training::unused_in_the_last, ..case }.check();
 }
 
 #[test]
 fn a_static_graph_with_shared_and_unused_parameters() {
     let case = Case::new("static_graph", momentum);
     let options = DdpOptions { static_graph: true, ..case.options.clone() };
-    Case { shape: Shape::Tied, options, ..case }.check();
+    let case = Case { shape: Shape::Tied, options, ..case };
+    case.clone().check();
+    let name = "static_graph_accumulation";
+    Case { name, train: training::accumulated, ..case }.check();
 }
 
 #[test]
@@ -40,6 +54,11 @@ fn micro_batches_accumulate() {
 fn several_losses_before_one_step_add_up() {
     let optimizer = |ddp: &_| made(ddp, Sgd { lr: 0.005, momentum: 0.9, ..Sgd::default() });
     Case { train: training::two_losses, ..Case::new("two_losses", optimizer) }.check();
+}
+
+#[test]
+fn micro_batches_clipping_groups_and_a_schedule_together() {
+    Case { train: training::together, ..Case::new("together", adamw_of_groups) }.check();
 }
 
 #[test]

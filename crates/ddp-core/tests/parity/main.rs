@@ -49,7 +49,11 @@ impl Case {
             name,
             shape: Shape::Mlp,
             // At least three buckets, of uneven sizes.
-            options: DdpOptions { bucket_bytes: vec![128, 600], ..DdpOptions::default() },
+            options: DdpOptions {
+                bucket_bytes: vec![128, 600],
+                fingerprint_interval: 2,
+                ..DdpOptions::default()
+            },
             optimizer,
             train: training::plain,
             ways: &[Way::Plain, Way::Weighted],

@@ -16,7 +16,7 @@ const OUTPUTS: usize = 3;
 pub(crate) enum Shape {
     /// Four layers.
     Mlp,
-    /// Beside them one layer that is used on even steps, one on rank 1, one never.
+    /// Beside them one layer that is used on even steps, one on odd steps, one on rank 1, one never.
     Branches,
     /// A layer that is used twice, one whose weight is the first one's, one never used.
     Tied,
@@ -52,6 +52,7 @@ impl Network {
                 ("d", 7, OUTPUTS),
                 ("even", INPUTS, OUTPUTS),
                 ("never", INPUTS, OUTPUTS),
+                ("odd", INPUTS, OUTPUTS),
                 ("one", INPUTS, OUTPUTS),
             ],
             Shape::Tied => {
@@ -89,10 +90,8 @@ impl Network {
         match self.shape {
             Shape::Mlp => self.mlp(&x),
             Shape::Branches => {
-                let mut y = self.mlp(&x);
-                if step % 2 == 0 {
-                    y += through("even", &x).tanh();
-                }
+                let turn = if step % 2 == 0 { "even" } else { "odd" };
+                let mut y = self.mlp(&x) + through(turn, &x).tanh();
                 if rank == 1 {
                     y += through("one", &x).tanh();
                 }

@@ -11,6 +11,7 @@ use super::networks::ROWS;
 use super::{Run, Way};
 
 const STEPS: usize = 6;
+const SCHEDULE: LinearWarmup = LinearWarmup { peak: 0.01, warmup_steps: 3, total_steps: 8 };
 
 /// A backward, a step.
 pub(crate) fn plain(run: &mut Run) {
@@ -35,25 +36,50 @@ pub(crate) fn clipped(run: &mut Run) {
     }
 }
 
-/// Three micro-batches a step, of which the last exchanges.
+/// Backwards of micro-batches (step and part), of which the last exchanges.
+fn micro_batches(run: &mut Run, batches: &[(usize, usize)]) {
+    let rows = ROWS as f64;
+    let all = rows * batches.len() as f64;
+    let mut loss = 0.0;
+    for (at, &(step, part)) in batches.iter().enumerate() {
+        let sum = run.network.loss_sum(step, run.rank, part, ROWS);
+        let is_last = at + 1 == batches.len();
+        match run.way {
+            Way::Plain if is_last => (&sum / all).backward(),
+            Way::Plain => run.ddp.no_sync(|| (&sum / all).backward()).unwrap(),
+            Way::Weighted => {
+                let sync = if is_last { Sync::Reduce } else { Sync::Accumulate };
+                run.ddp.backward(&sum, rows, sync).unwrap();
+            }
+        }
+        loss += sum.double_value(&[]) / all;
+    }
+    run.outcome.losses.push(loss);
+}
+
+/// Three micro-batches a step.
 pub(crate) fn accumulated(run: &mut Run) {
     for step in 0..STEPS {
-        let mut loss = 0.0;
-        for part in 0..3 {
-            let sum = run.network.loss_sum(step, run.rank, part, ROWS);
-            let (last, rows) = (part == 2, ROWS as f64);
-            match run.way {
-                Way::Plain if last => (&sum / (3.0 * rows)).backward(),
-                Way::Plain => run.ddp.no_sync(|| (&sum / (3.0 * rows)).backward()).unwrap(),
-                Way::Weighted => {
-                    let sync = if last { Sync::Reduce } else { Sync::Accumulate };
-                    run.ddp.backward(&sum, rows, sync).unwrap();
-                }
-            }
-            loss += sum.double_value(&[]) / (3.0 * rows);
-        }
-        run.outcome.losses.push(loss);
+        micro_batches(run, &[(step, 0), (step, 1), (step, 2)]);
         run.optimizer.step(None).unwrap();
+    }
+}
+
+/// Of two micro-batches a step the first uses branches that the second, which exchanges, does not.
+pub(crate) fn unused_in_the_last(run: &mut Run) {
+    for step in (0..2 * STEPS).step_by(2) {
+        micro_batches(run, &[(step, 0), (step + 1, 0)]);
+        run.optimizer.step(None).unwrap();
+    }
+}
+
+/// Micro-batches, clipping, groups and a schedule.
+pub(crate) fn together(run: &mut Run) {
+    for step in 0..STEPS {
+        run.optimizer.set_lr(SCHEDULE.lr(step as u64)).unwrap();
+        micro_batches(run, &[(step, 0), (step, 1)]);
+        let norm = run.optimizer.step(Some(0.5)).unwrap().gradient_norm;
+        run.outcome.gradient_norms.push(norm);
     }
 }
 
@@ -109,9 +135,8 @@ pub(crate) fn scaled(run: &mut Run) {
 
 /// Rates of warm-up over three steps, then linearly to zero at step 8.
 pub(crate) fn scheduled(run: &mut Run) {
-    let schedule = LinearWarmup { peak: 0.01, warmup_steps: 3, total_steps: 8 };
     for step in 0..STEPS {
-        let rate = schedule.lr(step as u64);
+        let rate = SCHEDULE.lr(step as u64);
         run.optimizer.set_lr(rate).unwrap();
         run.outcome.rates.push(rate);
         one(run, step);
@@ -119,14 +144,15 @@ pub(crate) fn scheduled(run: &mut Run) {
     }
 }
 
-/// Rank r's batch has 1 + r samples, and each counts alike.
+/// Rank r's batch has 1 + r samples, in step 3 the last one's none; each counts alike.
 pub(crate) fn weighted(run: &mut Run) {
     for step in 0..STEPS {
-        let rows = 1 + run.rank;
+        let of = |rank| if step == 3 && rank + 1 == run.world_size { 0 } else { 1 + rank };
+        let rows = of(run.rank);
         let sum = run.network.loss_sum(step, run.rank, 0, rows);
         run.backward(&sum, rows);
         // The loss of all is Σ sums / Σ rows: a rank's part of it, times the ranks that are averaged over.
-        let all: usize = (1..=run.world_size).sum();
+        let all: usize = (0..run.world_size).map(of).sum();
         run.outcome.losses.push(sum.double_value(&[]) * run.world_size as f64 / all as f64);
         run.optimizer.step(None).unwrap();
     }
