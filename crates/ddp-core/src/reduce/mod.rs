@@ -319,3 +319,64 @@ fn hidden(exposed: Duration, exchange: Duration) -> f64 {
     }
     (1.0 - exposed.as_secs_f64() / exchange.as_secs_f64()).clamp(0.0, 1.0)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use phalanx_comm::testing::run_ranks;
+    use phalanx_comm::Group;
+    use tch::{Device, Kind, Tensor};
+
+    use crate::{shim, Ddp, DdpOptions};
+
+    /// A backward inside of a backward, as checkpointing makes it: when `a` has its gradient, `b` gets as many as
+    /// `inner` says, each from a backward of its own.
+    fn nested(mut group: Group, inner: usize, static_graph: bool) -> Result<[f64; 2], String> {
+        let make = || Tensor::ones([40], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let (a, b) = (make(), make());
+        let named = [("b", &b), ("a", &a)];
+        let parameters = named.map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone()));
+        let options = DdpOptions { bucket_bytes: vec![1], static_graph, ..DdpOptions::default() };
+        let _ddp = Ddp::from_tensors(parameters.into(), vec![], &mut group, options).unwrap();
+        let factor = group.rank() as f64 + 1.0;
+        let inside = Mutex::new(b.shallow_clone());
+        let _hook = shim::Hook::add(
+            &a,
+            Box::new(move || {
+                for _ in 0..inner {
+                    let b = inside.lock().map_err(|error| error.to_string())?;
+                    // Hooks run without recording.
+                    let loss = tch::with_grad(|| (&*b * factor).sum(Kind::Float));
+                    loss.f_backward().map_err(|error| error.to_string())?;
+                }
+                Ok(())
+            }),
+        )
+        .unwrap();
+        let mut means = [0.0; 2];
+        for _ in 0..2 {
+            for variable in [&a, &b] {
+                shim::gradient_set(variable, None).unwrap();
+            }
+            let loss = (&a * (10.0 * factor)).sum(Kind::Float);
+            loss.f_backward().map_err(|error| error.to_string())?;
+            means = [&a, &b].map(|variable| variable.grad().double_value(&[7]));
+        }
+        Ok(means)
+    }
+
+    #[test]
+    fn a_backward_inside_of_a_backward_is_a_part_of_it() {
+        let all = run_ranks(2, |group| nested(group, 1, false));
+        assert_eq!(all, [Ok([15.0, 1.5]), Ok([15.0, 1.5])]);
+    }
+
+    #[test]
+    fn several_gradients_of_one_parameter_take_a_static_graph() {
+        let all = run_ranks(2, |group| nested(group, 2, true));
+        assert_eq!(all, [Ok([15.0, 3.0]), Ok([15.0, 3.0])]);
+        let errors = run_ranks(2, |group| nested(group, 2, false).unwrap_err());
+        assert!(errors.iter().any(|error| error.contains("set static_graph")), "{errors:?}");
+    }
+}
