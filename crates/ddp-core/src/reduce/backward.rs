@@ -87,6 +87,11 @@ impl Run {
         // One reference is ours; libtorch drops the callback's when a backward fails half-way.
         Arc::strong_count(&self.token) > 1
     }
+
+    /// Whether it ended half-way, with an exchange begun and no error told.
+    fn was_abandoned(&self) -> bool {
+        self.is_open && self.sync && !self.is_over
+    }
 }
 
 impl Reducer {
@@ -99,7 +104,7 @@ impl Reducer {
                 self.run = Some(run);
                 return;
             }
-            Some(run) => run.is_open && run.sync && !run.is_over,
+            Some(run) => run.was_abandoned(),
             None => false,
         };
         self.failed = None;
@@ -138,8 +143,13 @@ impl Reducer {
 
     /// A run that is no backward of libtorch's.
     pub(super) fn begin_without_backward(&mut self, asked: Option<Asked>) -> Result<()> {
-        if self.run.as_ref().is_some_and(Run::is_running) {
-            return Err(Error::InsideBackward);
+        match self.run.take() {
+            Some(run) if run.is_running() => {
+                self.run = Some(run);
+                return Err(Error::InsideBackward);
+            }
+            Some(run) if run.was_abandoned() => return Err(Error::BackwardAbandoned),
+            _ => {}
         }
         self.failed = None;
         let states = self.looked_at()?;

@@ -252,6 +252,8 @@ impl Reducer {
         self.accumulated.pending.fill(false);
         self.accumulated.weight = 0.0;
         self.accumulated.is_weighted = false;
+        self.clock.waited = Duration::ZERO;
+        self.clock.ended = Instant::now();
         let is_usable = self.judge(&tails)?;
         self.compare_fingerprints(&tails)?;
         if self.options.exchange {
@@ -267,7 +269,6 @@ impl Reducer {
         self.hand_out(&has_gradient)?;
         self.outcome = Outcome::Reduced(has_gradient);
         self.clock.ended = Instant::now();
-        self.clock.waited = Duration::ZERO;
         Ok(())
     }
 
