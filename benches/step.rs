@@ -18,6 +18,8 @@
 mod config;
 #[path = "../examples/bert/model.rs"]
 mod model;
+#[path = "step/turns.rs"]
+mod turns;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -28,7 +30,7 @@ use clap::Parser;
 use phalanx::comm::Max;
 use phalanx::launch::{launch_or_join, Joined, LaunchArgs};
 use phalanx::{Ddp, DdpOptions, Group, GroupOptions};
-use phalanx_ddp_core::optim::{AdamW, Optimizer, OptimizerConfig};
+use phalanx_ddp_core::optim::{AdamW, Optimizer};
 use phalanx_ddp_core::{amp, Sync};
 use tch::{nn, Device, Kind, Tensor};
 
@@ -48,6 +50,9 @@ struct Flags {
     /// Timed steps of each kind.
     #[arg(long, default_value_t = 20)]
     steps: usize,
+    /// A rank beside PyTorch: makes the steps that standard input asks for (`scripts/bench_ddp.sh`).
+    #[arg(long, hide = true)]
+    take_turns: bool,
     /// Passed by cargo.
     #[arg(long, hide = true)]
     bench: bool,
@@ -65,6 +70,38 @@ fn main() -> ExitCode {
     })
 }
 
+/// One rank's model, and what a step of it needs.
+struct Stepper<'a> {
+    network: &'a model::BertForMaskedLm,
+    ddp: &'a Ddp,
+    optimizer: Optimizer,
+    group: Group,
+    ids: Tensor,
+    labels: Tensor,
+    kind: Kind,
+    parameter_elements: usize,
+}
+
+impl Stepper<'_> {
+    /// Milliseconds that this rank's step takes, with the exchange of gradients or without it. All ranks start
+    /// together.
+    fn time(&mut self, with_exchange: bool) -> Result<f64> {
+        self.ddp.set_exchange(with_exchange)?;
+        self.group.barrier()?.wait()?;
+        let start = Instant::now();
+        let inputs = model::Inputs { ids: &self.ids, labels: &self.labels, attention_mask: None };
+        let forward = || self.network.loss(&inputs, model::Pass { train: true, kind: self.kind });
+        let sum = match self.kind {
+            Kind::Float => forward(),
+            narrow => amp::autocast(Device::Cpu, narrow, forward)?,
+        }
+        .context("forward")?;
+        self.ddp.backward(&sum.loss, sum.masked_count as f64, Sync::Reduce)?;
+        self.optimizer.step(None)?;
+        Ok(start.elapsed().as_secs_f64() * 1e3)
+    }
+}
+
 fn measure(flags: &Flags) -> Result<()> {
     let kind = match flags.precision.as_str() {
         "fp32" => Kind::Float,
@@ -79,46 +116,46 @@ fn measure(flags: &Flags) -> Result<()> {
     let vs = nn::VarStore::new(Device::Cpu);
     let network = model::build(&vs, &config.model, 1, group.rank())?;
     let ddp = Ddp::new(&vs, &mut group, DdpOptions::default())?;
-    let settings = OptimizerConfig::AdamW(AdamW::default());
-    let mut optimizer = Optimizer::new(&ddp, settings, model::decays)?;
+    let optimizer = Optimizer::new(&ddp, AdamW::default(), model::groups())?;
     let (ids, labels) = batch(config.model.vocab_size, flags.micro_batch);
-    let inputs = model::Inputs { ids: &ids, labels: &labels, attention_mask: None };
+    let parameter_elements = vs.trainable_variables().iter().map(Tensor::numel).sum();
+    let (network, ddp) = (&network, &ddp);
+    let mut stepper =
+        Stepper { network, ddp, optimizer, group, ids, labels, kind, parameter_elements };
+    if flags.take_turns {
+        return turns::serve(&mut stepper);
+    }
+    compare(&mut stepper, flags, threads)
+}
+
+/// Steps with the exchange and steps without it, taking turns.
+fn compare(stepper: &mut Stepper<'_>, flags: &Flags, threads: i32) -> Result<()> {
     let mut times = [Vec::new(), Vec::new()];
     let mut slowest = [Vec::new(), Vec::new()];
     let mut exposed = Vec::new();
     for step in 0..flags.steps + 2 {
         // Taking turns at who comes first: what drifts meets both alike.
         for with in [step % 2, 1 - step % 2] {
-            ddp.set_exchange(with == 1)?;
-            group.barrier()?.wait()?;
-            let start = Instant::now();
-            let forward = || network.loss(&inputs, model::Pass { train: true, kind });
-            let sum = match kind {
-                Kind::Float => forward(),
-                narrow => amp::autocast(Device::Cpu, narrow, forward)?,
-            }
-            .context("forward")?;
-            ddp.backward(&sum.loss, sum.masked_count as f64, Sync::Reduce)?;
-            optimizer.step(None)?;
+            let mut time = [stepper.time(with == 1)?];
             // The first two rounds warm up allocators and caches.
             if step >= 2 {
-                let mut time = [start.elapsed().as_secs_f64() * 1e3];
                 times[with].push(time[0]);
-                group.all_reduce(&mut time[..], Max)?.wait()?;
+                stepper.group.all_reduce(&mut time[..], Max)?.wait()?;
                 slowest[with].push(time[0]);
                 if with == 1 {
-                    exposed.push(ddp.step_times()?.exposed_comm.as_secs_f64() * 1e3);
+                    let statistics = stepper.ddp.statistics()?;
+                    exposed.push(statistics.exposed_comm.as_secs_f64() * 1e3);
                 }
             }
         }
     }
-    if group.rank() == 0 {
+    if stepper.group.rank() == 0 {
         let [rank_without, rank_with] = times.map(median);
         let [without, with] = slowest.map(median);
         println!(
             "{} ranks × {threads} threads, {}, {} × 128 tokens: with exchange {with:.1} ms, without \
              {without:.1} ms, ratio {:.4} (rank 0 alone {:.4}); exposed {:.2} ms (median of {})",
-            group.world_size(),
+            stepper.group.world_size(),
             flags.precision,
             flags.micro_batch,
             with / without,

@@ -25,7 +25,7 @@ use clap::Parser;
 use phalanx::comm::{Backend, Sum};
 use phalanx::data::{from_fn, Column, DType, LoaderOptions};
 use phalanx::ddp::feed::Feed;
-use phalanx::ddp::optim::{AdamW, Optimizer, OptimizerConfig};
+use phalanx::ddp::optim::{AdamW, Optimizer, ParameterGroups};
 use phalanx::ddp::{load_cuda, Cuda};
 use phalanx::launch::{launch_or_join, Joined, LaunchArgs};
 use phalanx::tch::{self, nn, nn::Module, Device, Kind, Tensor};
@@ -190,10 +190,10 @@ fn training(group: &mut Group, zero: Zero) -> Result<String> {
     let mut losses = Vec::new();
     for device in [Device::Cpu, device] {
         let Net { vs, net } = network(device, 64);
-        let options = DdpOptions { zero, bucket_bytes_max: 16 << 10, ..DdpOptions::default() };
+        let options = DdpOptions { zero, bucket_bytes: vec![16 << 10], ..DdpOptions::default() };
         let ddp = Ddp::new(&vs, group, options)?;
-        let config = OptimizerConfig::AdamW(AdamW { lr: 1e-3, ..AdamW::default() });
-        let mut optimizer = Optimizer::new(&ddp, config, |_name| true)?;
+        let rule = AdamW { lr: 1e-3, ..AdamW::default() };
+        let mut optimizer = Optimizer::new(&ddp, rule, ParameterGroups::default())?;
         let rank = i64::try_from(group.rank())?;
         let mut of_device = Vec::new();
         for step in 0..10 {
@@ -201,7 +201,7 @@ fn training(group: &mut Group, zero: Zero) -> Result<String> {
             let x = (x * 0.37 + (step + rank) as f64).sin().to_device(device);
             let loss = (net.forward(&x) - &x).square().sum(Kind::Float);
             ddp.backward(&loss, 32.0, Sync::Reduce)?;
-            let norm = optimizer.step(Some(1.0))?;
+            let norm = optimizer.step(Some(1.0))?.gradient_norm;
             ensure!(norm.is_finite() && norm > 0.0, "gradient norm {norm}");
             of_device.push(loss.double_value(&[]));
         }

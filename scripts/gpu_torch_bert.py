@@ -21,8 +21,9 @@ IGNORED = -100
 
 
 class Layer(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, dropout):
         super().__init__()
+        self.dropout = dropout
         width = config["hidden_size"]
         self.heads = config["num_attention_heads"]
         self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
@@ -37,23 +38,29 @@ class Layer(nn.Module):
         def split(of):
             return of.view(samples, length, self.heads, -1).transpose(1, 2)
 
+        # Cast once: autocast would do it for each of the three.
+        kind = x.device.type
+        y = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
         attention = F.scaled_dot_product_attention(
-            split(self.query(x)), split(self.key(x)), split(self.value(x)), dropout_p=0.1
+            split(self.query(y)), split(self.key(y)), split(self.value(y)), dropout_p=0.1
         )
         attention = self.output(attention.transpose(1, 2).reshape(samples, length, width))
-        x = self.norm(x + F.dropout(attention, 0.1))
-        return self.last_norm(x + F.dropout(self.down(F.gelu(self.up(x))), 0.1))
+        x = self.norm(x + self.dropout(attention, 0.1))
+        return self.last_norm(x + self.dropout(self.down(F.gelu(self.up(x))), 0.1))
 
 
 class Bert(nn.Module):
-    def __init__(self, config):
+    """`config` is the part `model` of a configuration file."""
+
+    def __init__(self, config, dropout=F.dropout):
         super().__init__()
+        self.dropout = dropout
         width, vocabulary = config["hidden_size"], config["vocab_size"]
         self.word = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(config.get("max_position_embeddings", 512), width)
         self.kind = nn.Embedding(2, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config["num_hidden_layers"]))
+        self.layers = nn.ModuleList(Layer(config, dropout) for _ in range(config["num_hidden_layers"]))
         self.dense = nn.Linear(width, width)
         self.head_norm = nn.LayerNorm(width, eps=1e-12)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
@@ -62,9 +69,9 @@ class Bert(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, ids, labels):
-        positions = torch.arange(ids.shape[1], device=ids.device)
-        x = self.word(ids) + self.position(positions) + self.kind(torch.zeros_like(ids))
-        x = F.dropout(self.norm(x), 0.1)
+        # All tokens are of type 0.
+        x = self.word(ids) + self.kind.weight[0] + self.position.weight[: ids.shape[1]]
+        x = self.dropout(self.norm(x), 0.1)
         for layer in self.layers:
             x = layer(x)
         labels = labels.flatten()

@@ -189,7 +189,6 @@ fn a_model_that_does_not_fit_into_memory_is_refused_before_it_starts() {
          \"num_attention_heads\": 128, \"intermediate_size\": 65536}}",
     );
     ended.assert_failed_saying(&["GiB", "bert_small"]);
-    assert!(ended.took < Duration::from_secs(20), "{:?}", ended.took);
 }
 
 #[test]

@@ -93,6 +93,7 @@ fn damaged_data_ends_the_run_or_once_listed_is_left_out_alike_on_all_ranks() {
     let [(alone, losses), (both, losses_of_both)] = ["1", "2"].map(left_out);
     assert_eq!(alone, both, "the same samples whatever the number of ranks");
     for (one, two) in losses.iter().zip(&losses_of_both) {
+        // As in bert_parity.
         assert!((one - two).abs() < 1e-5 * one.abs(), "{one} and {two}");
     }
 }

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use phalanx_data::{Column, Fingerprint, Part, Result, Rows, Samples, Scratch};
 
-/// What happens to each batch of a slow loader.
-const DELAY: Duration = Duration::from_millis(200);
+/// What happens to each batch of a slow loader: many steps of a tiny model, also on a busy machine.
+const DELAY: Duration = Duration::from_millis(500);
 
 /// So many batches are built before the loader breaks.
 const GOOD_BATCHES: usize = 5;

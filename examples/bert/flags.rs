@@ -80,7 +80,7 @@ pub(crate) struct Flags {
     /// apart.
     #[arg(long, hide = true)]
     pub(crate) no_exchange: bool,
-    /// Disturbs one rank's loader, to try what becomes of the others: `slow:RANK` (200 ms a batch) or
+    /// Disturbs one rank's loader, to try what becomes of the others: `slow:RANK` (500 ms a batch) or
     /// `panic:RANK`.
     #[arg(long, hide = true, value_name = "TROUBLE:RANK")]
     pub(crate) disturb_loader: Option<Disturbance>,

@@ -12,6 +12,7 @@
 //! `transformers/models/bert/modeling_bert.py`.
 
 use anyhow::{Context as _, Result};
+use phalanx_ddp_core::optim::{ParameterGroup, ParameterGroups};
 use tch::nn::{self, Path};
 use tch::{Kind, Reduction, TchError, Tensor};
 
@@ -106,8 +107,9 @@ impl BertForMaskedLm {
 }
 
 /// Weights that take part in weight decay: all but biases and layer norms, as BERT was trained.
-pub(crate) fn decays(name: &str) -> bool {
-    !(name.ends_with(".bias") || name.contains("LayerNorm"))
+pub(crate) fn groups() -> ParameterGroups {
+    let no_decay = ParameterGroup::matching(["*.bias", "*LayerNorm*"]).weight_decay(0.0);
+    ParameterGroups::default().with(no_decay)
 }
 
 /// Seeds the generator and says which process draws: every other one gets rank 0's values by

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{ensure, Context as _, Result};
 use phalanx_comm::{Group, Sum};
 use phalanx_ddp_core::feed::Feed;
-use phalanx_ddp_core::optim::{AdamW, Lamb, Optimizer, OptimizerConfig};
+use phalanx_ddp_core::optim::{self, AdamW, Lamb, Optimizer};
 use phalanx_ddp_core::schedule::{Schedule, Shape};
 use phalanx_ddp_core::{amp, Ddp, DdpOptions, Sync, Zero};
 use tch::{nn, Device, Kind};
@@ -14,7 +14,7 @@ use super::batching::Batching;
 use super::config::{self, Config, Precision, Rule};
 use super::data::Tensors;
 use super::metrics::{milliseconds, StepRecord};
-use super::model::{decays, BertForMaskedLm, Inputs, LossSum, Pass};
+use super::model::{groups, BertForMaskedLm, Inputs, LossSum, Pass};
 
 /// A rank's model, optimizer and batches.
 #[derive(Debug)]
@@ -62,7 +62,7 @@ impl Trainer {
     ) -> Result<Trainer> {
         let options = DdpOptions { exchange, ..options(&config.ddp) };
         let ddp = Ddp::new(vs, group, options)?;
-        let optimizer = Optimizer::new(&ddp, rule(&config.optimizer), decays)?;
+        let optimizer = Optimizer::new(&ddp, rule(&config.optimizer), groups())?;
         let norm = config.optimizer.max_grad_norm;
         Ok(Trainer {
             network,
@@ -91,7 +91,7 @@ impl Trainer {
             let tensors = Tensors::of(batch)?;
             self.micro_batch(&tensors, (step, index), sync, &mut sums)?;
         }
-        let exposed = self.ddp.step_times()?.exposed_comm;
+        let exposed = self.ddp.statistics()?.exposed_comm;
         let data_wait_ms = milliseconds(batches.data_wait);
         let mut totals = vec![0.0; OWN_TOTALS + group.world_size()];
         let of_all = [sums.loss, count(sums.masked_count), count(sums.token_count)];
@@ -102,8 +102,8 @@ impl Trainer {
         let totals_work = group.all_reduce(&mut totals[..], Sum)?;
         let optimizer_start = Instant::now();
         let lr = self.schedule.lr(step - 1);
-        self.optimizer.set_lr(lr);
-        let grad_norm = self.optimizer.step(self.plan.max_grad_norm)?;
+        self.optimizer.set_lr(lr)?;
+        let grad_norm = self.optimizer.step(self.plan.max_grad_norm)?.gradient_norm;
         self.finish_device();
         let optimizer_time = optimizer_start.elapsed();
         totals_work.wait()?;
@@ -182,18 +182,17 @@ impl Trainer {
 
 fn options(ddp: &config::Ddp) -> DdpOptions {
     DdpOptions {
-        bucket_bytes_max: bytes(ddp.bucket_mib),
-        first_bucket_bytes_max: bytes(ddp.first_bucket_mib),
+        bucket_bytes: vec![bytes(ddp.first_bucket_mib), bytes(ddp.bucket_mib)],
         zero: if ddp.zero == 0 { Zero::Off } else { Zero::One },
         ..DdpOptions::default()
     }
 }
 
-fn rule(optimizer: &config::Optimizer) -> OptimizerConfig {
+fn rule(optimizer: &config::Optimizer) -> Box<dyn optim::Rule> {
     let config::Optimizer { rule, lr, beta1, beta2, eps, weight_decay, .. } = *optimizer;
     match rule {
-        Rule::Adamw => OptimizerConfig::AdamW(AdamW { lr, beta1, beta2, eps, weight_decay }),
-        Rule::Lamb => OptimizerConfig::Lamb(Lamb { lr, beta1, beta2, eps, weight_decay }),
+        Rule::Adamw => Box::new(AdamW { lr, beta1, beta2, eps, weight_decay }),
+        Rule::Lamb => Box::new(Lamb { lr, beta1, beta2, eps, weight_decay }),
     }
 }
 

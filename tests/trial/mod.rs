@@ -15,7 +15,6 @@ use std::time::{Duration, Instant};
 pub(crate) struct Ended {
     pub(crate) status: ExitStatus,
     pub(crate) output: String,
-    pub(crate) took: Duration,
 }
 
 impl Ended {
@@ -38,7 +37,6 @@ pub(crate) struct Trial {
     folder: tempfile::TempDir,
     lines: Receiver<String>,
     output: String,
-    started: Instant,
     deadline: Instant,
 }
 
@@ -69,8 +67,8 @@ impl Trial {
         let (sender, lines) = channel();
         pass_lines(child.stdout.take().expect("piped"), sender.clone());
         pass_lines(child.stderr.take().expect("piped"), sender);
-        let started = Instant::now();
-        Trial { child, folder, lines, output: String::new(), started, deadline: started + deadline }
+        let deadline = Instant::now() + deadline;
+        Trial { child, folder, lines, output: String::new(), deadline }
     }
 
     /// The folder of this run.
@@ -94,14 +92,13 @@ impl Trial {
         }
     }
 
-    /// Waits until this has been printed; gives the moment.
-    pub(crate) fn wait_for_output(&mut self, text: &str) -> Instant {
+    /// Waits until this has been printed.
+    pub(crate) fn wait_for_output(&mut self, text: &str) {
         while !self.output.contains(text) {
             if !self.take_output(Duration::from_millis(2)) {
                 panic!("ended before it said {text:?}:\n{}", self.output);
             }
         }
-        Instant::now()
     }
 
     /// The process of a rank.
@@ -127,14 +124,13 @@ impl Trial {
     pub(crate) fn end(mut self) -> Ended {
         while self.take_output(Duration::from_millis(100)) {}
         let status = self.child.wait().expect("our own child");
-        let took = self.started.elapsed();
         // Output is at its end when the last process that held it is gone; a process may still be
         // on its way out for a moment.
         while !self.processes().is_empty() {
             assert!(Instant::now() < self.deadline, "left running: {:?}", self.processes());
             std::thread::yield_now();
         }
-        Ended { status, output: std::mem::take(&mut self.output), took }
+        Ended { status, output: std::mem::take(&mut self.output) }
     }
 
     /// Takes what was printed; false at the end of all output.

@@ -57,9 +57,14 @@ fn await_end(child: &mut Owned) -> ExitStatus {
 
 fn flight(place: &std::path::Path) -> (bool, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_phalanx"));
-    let output = command.arg("flight").arg(place).output().expect("the command starts");
-    let text = [output.stdout, output.stderr].concat();
-    (output.status.success(), String::from_utf8_lossy(&text).into_owned())
+    command.arg("flight").arg(place).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut running = Owned(command.spawn().expect("the command starts"));
+    let (mut out, mut err) = (running.0.stdout.take(), running.0.stderr.take());
+    let errors = std::thread::spawn(move || std::io::read_to_string(err.take().expect("piped")));
+    let output = std::thread::spawn(move || std::io::read_to_string(out.take().expect("piped")));
+    let status = await_end(&mut running);
+    let text = [output, errors].map(|text| text.join().expect("a reader").expect("text"));
+    (status.success(), text.concat())
 }
 
 #[test]

@@ -4,7 +4,7 @@
 #[path = "support/permutation_cases.rs"]
 mod permutation_cases;
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use phalanx_comm::environment::HostLink;
 use phalanx_comm::testing::run_ranks_with;
@@ -12,27 +12,21 @@ use phalanx_comm::{Error, GroupOptions};
 
 use permutation_cases::{case, common, longest, run, WORLD};
 
-/// What a case may take: its ranks' mismatch is seen at once, so this is mostly for the threads to get a core.
-const CASE_MAX: Duration = Duration::from_secs(10);
-
 fn check(number: u64) {
     let orders = case(number);
     let link = if number.is_multiple_of(8) { HostLink::Tcp } else { HostLink::Auto };
-    let start = Instant::now();
     let ranks = orders.clone();
-    let options = GroupOptions::default().with_timeout(CASE_MAX);
-    let ended = run_ranks_with(WORLD, link, options, move |mut group| {
+    let ended = run_ranks_with(WORLD, link, GroupOptions::default(), move |mut group| {
         let order = &ranks[group.rank()];
         run(&mut group, order)
     });
-    let elapsed = start.elapsed();
-    assert!(elapsed < CASE_MAX, "case {number}: {elapsed:?}: {orders:?}");
     let (longest, common) = (longest(&orders), common(&orders));
     for (rank, (done, error)) in ended.iter().enumerate() {
         // Whoever has nothing left to call when the others differ ends well.
         let all = orders[rank].len();
         assert!(*done <= common.min(all), "case {number}: rank {rank} went too far: {orders:?}");
         assert_eq!(error.is_none(), *done == all, "case {number}: rank {rank}: {error:?}");
+        // A difference is seen: no time runs out.
         let known = matches!(error, None | Some(Error::OutOfStep { .. } | Error::PeerLeft { .. }));
         assert!(known, "case {number}: rank {rank}: {error:?}");
     }

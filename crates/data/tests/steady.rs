@@ -10,6 +10,7 @@ mod counting;
 use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use phalanx_data::progress::Silent;
 use phalanx_data::records::{ColumnValue, Field, RecordSamples, RecordWriter, Records};
@@ -158,6 +159,17 @@ fn nothing_is_allocated_and_nothing_grows() {
     }
 }
 
+/// Waits until loader threads allocate no more, because the queue is full.
+fn wait_until_full() {
+    let (mut seen, mut quiet, end) = (0, 0, Instant::now() + Duration::from_secs(60));
+    while quiet < 20 && Instant::now() < end {
+        std::thread::park_timeout(Duration::from_millis(5));
+        let now = counting::allocations();
+        quiet = if now == seen { quiet + 1 } else { 0 };
+        seen = now;
+    }
+}
+
 fn steady(kind: &Kind, threads: usize, parts: usize) {
     let Kind { name, samples, options } = kind;
     let micro_batch = MicroBatch::Count(NonZeroUsize::new(parts).unwrap());
@@ -166,7 +178,7 @@ fn steady(kind: &Kind, threads: usize, parts: usize) {
     let steps = loader.steps_per_epoch();
     // As many batches as there can be at once, and more: so many steps are held that threads fill the queue again.
     let held: Vec<_> = (0..6).map(|_| loader.next_step().unwrap()).collect();
-    std::thread::park_timeout(std::time::Duration::from_millis(100));
+    wait_until_full();
     drop(held);
     let (mut sum, mut left_out) = (0_u64, 0);
     let mut epoch = || {

@@ -6,17 +6,24 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/_fused_adam.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/_fused_sgd.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/record_function.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/utils/lambda_post_hook.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/variable.h>
 
 namespace {
@@ -65,10 +72,48 @@ class Callback {
   std::shared_ptr<void> context_;
 };
 
-struct Hook {
-  std::shared_ptr<torch::autograd::Node> accumulator;  // the variable holds it weakly
-  uintptr_t key;
+// All hooks of one variable; it has room for one object.
+class Hooks : public torch::autograd::PostAccumulateGradHook {
+ public:
+  void operator()(const at::Tensor&) override {
+    for (const auto& entry : calls_) entry.second();
+  }
+  uint64_t add(Callback call) {
+    calls_.emplace_back(++last_, std::move(call));
+    return last_;
+  }
+  bool remove(uint64_t key) {
+    for (auto entry = calls_.begin(); entry != calls_.end(); ++entry) {
+      if (entry->first == key) {
+        calls_.erase(entry);
+        break;
+      }
+    }
+    return calls_.empty();
+  }
+
+ private:
+  uint64_t last_ = 0;
+  std::vector<std::pair<uint64_t, Callback>> calls_;
 };
+
+struct Hook {
+  at::Tensor variable;
+  uint64_t key;
+};
+
+// A function for a record callback, which carries no context of its own.
+thread_local ddp_witness witness = nullptr;
+thread_local int witnessed = -1;
+
+std::unique_ptr<at::ObserverContext> on_node(const at::RecordFunction&) {
+  int task = torch::autograd::get_current_graph_task_id();
+  if (task != witnessed && witness != nullptr) {
+    witnessed = task;
+    witness();
+  }
+  return nullptr;
+}
 
 const at::Tensor& tensor_at(const void* pointer) {
   return *static_cast<const at::Tensor*>(pointer);
@@ -116,13 +161,38 @@ ddp_status ddp_set_data(void* variable, const void* data) {
   return guarded([&] { tensor_at(variable).set_data(tensor_at(data)); });
 }
 
-ddp_status ddp_gradient_place(const void* variable, const void* view, int32_t* place) {
+ddp_status ddp_variables(void* const* variables, size_t count, ddp_variable* states) {
+  return guarded([&] {
+    for (size_t i = 0; i < count; ++i) {
+      const at::Tensor& variable = tensor_at(variables[i]);
+      ddp_variable& state = states[i];
+      state.data = reinterpret_cast<uint64_t>(variable.const_data_ptr());
+      state.version = static_cast<uint32_t>(variable._version());
+      state.requires_grad = variable.requires_grad() ? 1 : 0;
+      state.scalar_type = static_cast<int32_t>(variable.scalar_type());
+      state.cuda_device = variable.is_cuda() ? static_cast<int32_t>(variable.device().index()) : -1;
+      state.has_gradient = variable.is_leaf() && variable.grad().defined() ? 1 : 0;
+    }
+  });
+}
+
+ddp_status ddp_gradient_of(const void* variable, const void* view, ddp_gradient* found) {
   return guarded([&] {
     const at::Tensor& gradient = tensor_at(variable).grad();
+    const at::Tensor& target = tensor_at(view);
+    found->data = nullptr;
     if (!gradient.defined()) {
-      *place = 0;
+      found->place = 0;
+    } else if (gradient.layout() != at::kStrided) {
+      found->place = 4;
+    } else if (gradient.const_data_ptr() == target.const_data_ptr()) {
+      found->place = 1;
+    } else if (gradient.scalar_type() == target.scalar_type() && gradient.device() == target.device() &&
+               gradient.sizes() == target.sizes() && gradient.strides() == target.strides()) {
+      found->place = 3;
+      found->data = gradient.const_data_ptr();
     } else {
-      *place = gradient.data_ptr() == tensor_at(view).data_ptr() ? 1 : 2;
+      found->place = 2;
     }
   });
 }
@@ -131,30 +201,47 @@ ddp_status ddp_gradient_move(void* variable, const void* view) {
   return guarded([&] {
     at::NoGradGuard no_grad;
     at::Tensor& gradient = tensor_at(variable).mutable_grad();
-    tensor_at(view).copy_(gradient);
+    if (gradient.layout() != at::kStrided) {
+      tensor_at(view).copy_(gradient.to_dense());
+    } else {
+      tensor_at(view).copy_(gradient);
+    }
     gradient = tensor_at(view);
   });
 }
 
-ddp_status ddp_gradient_clear(void* variable) {
-  return guarded([&] { tensor_at(variable).mutable_grad() = at::Tensor(); });
+ddp_status ddp_gradient_set(void* variable, const void* gradient) {
+  return guarded([&] {
+    tensor_at(variable).mutable_grad() = gradient == nullptr ? at::Tensor() : tensor_at(gradient);
+  });
+}
+
+ddp_status ddp_write(void* tensor, const void* values) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    tensor_at(tensor).variable_data().copy_(tensor_at(values));
+  });
 }
 
 ddp_status ddp_hook_add(void* variable, ddp_callback callback, void* context, ddp_destroy destroy,
                         void** hook) {
   Callback call(callback, context, destroy);
   return guarded([&] {
-    using torch::autograd::variable_list;
-    auto accumulator = torch::autograd::impl::grad_accumulator(tensor_at(variable));
-    if (accumulator == nullptr) throw std::invalid_argument("the tensor does not require gradients");
-    auto post_hook = std::make_unique<torch::autograd::utils::LambdaPostHook>(
-        [call](const variable_list& outputs, const variable_list&) {
-          call();
-          return outputs;
-        });
+    const at::Tensor& tensor = tensor_at(variable);
+    if (!tensor.is_leaf()) throw std::invalid_argument("the tensor is computed, not a variable");
+    auto& present = torch::autograd::impl::post_acc_grad_hooks(tensor);
+    auto* ours = dynamic_cast<Hooks*>(present.get());
+    if (present != nullptr && ours == nullptr) {
+      throw std::invalid_argument("the variable has a post-accumulate hook of somebody else");
+    }
     auto added = std::make_unique<Hook>();
-    added->key = accumulator->add_post_hook(std::move(post_hook));
-    added->accumulator = std::move(accumulator);
+    if (ours == nullptr) {
+      auto hooks = std::make_unique<Hooks>();
+      ours = hooks.get();
+      torch::autograd::impl::set_post_acc_grad_hooks(tensor, std::move(hooks));
+    }
+    added->key = ours->add(std::move(call));
+    added->variable = tensor;
     *hook = added.release();
   });
 }
@@ -162,7 +249,48 @@ ddp_status ddp_hook_add(void* variable, ddp_callback callback, void* context, dd
 ddp_status ddp_hook_remove(void* hook) {
   return guarded([&] {
     std::unique_ptr<Hook> removed(static_cast<Hook*>(hook));
-    removed->accumulator->del_post_hook(removed->key);
+    auto& present = torch::autograd::impl::post_acc_grad_hooks(removed->variable);
+    auto* ours = dynamic_cast<Hooks*>(present.get());
+    if (ours != nullptr && ours->remove(removed->key)) present.reset();
+  });
+}
+
+ddp_status ddp_witness_add(ddp_witness callback, uint64_t* handle) {
+  return guarded([&] {
+    witness = callback;
+    *handle = at::addThreadLocalCallback(
+        at::RecordFunctionCallback(on_node).scopes({at::RecordScope::BACKWARD_FUNCTION}));
+  });
+}
+
+ddp_status ddp_witness_remove(uint64_t handle) {
+  return guarded([&] { at::removeCallback(handle); });
+}
+
+ddp_status ddp_graph_reaches(void* const* variables, size_t count, uint8_t* used) {
+  return guarded([&] {
+    std::unordered_map<const void*, size_t> indices;
+    for (size_t i = 0; i < count; ++i) {
+      used[i] = 0;
+      indices.emplace(tensor_at(variables[i]).unsafeGetTensorImpl(), i);
+    }
+    std::shared_ptr<torch::autograd::Node> root = torch::autograd::get_current_node();
+    if (root == nullptr) throw std::logic_error("no backward is running on this thread");
+    std::unordered_set<torch::autograd::Node*> seen{root.get()};
+    std::vector<torch::autograd::Node*> open{root.get()};
+    while (!open.empty()) {
+      torch::autograd::Node* node = open.back();
+      open.pop_back();
+      if (auto* leaf = dynamic_cast<torch::autograd::AccumulateGrad*>(node)) {
+        auto found = indices.find(leaf->variable.unsafeGetTensorImpl());
+        if (found != indices.end()) used[found->second] = 1;
+      }
+      for (const auto& edge : node->next_edges()) {
+        if (edge.function != nullptr && seen.insert(edge.function.get()).second) {
+          open.push_back(edge.function.get());
+        }
+      }
+    }
   });
 }
 
@@ -173,19 +301,41 @@ ddp_status ddp_end_of_backward(ddp_callback callback, void* context, ddp_destroy
   });
 }
 
-ddp_status ddp_fused_adamw(void* const* parameters, void* const* gradients, void* const* first_moments,
-                           void* const* second_moments, size_t count, const void* step,
-                           const void* gradient_divisor, ddp_adamw_settings settings) {
+ddp_status ddp_fused_adam(void* const* parameters, void* const* gradients, void* const* first_moments,
+                          void* const* second_moments, size_t count, const void* step,
+                          const void* gradient_divisor, ddp_adam_settings settings) {
   return guarded([&] {
     at::NoGradGuard no_grad;
     std::vector<at::Tensor> p, g, m, v;
     std::vector<at::Tensor> steps(count, tensor_at(step));
     std::optional<at::Tensor> divisor;
     if (gradient_divisor != nullptr) divisor = tensor_at(gradient_divisor);
-    at::_fused_adamw_(list_of(p, parameters, count), list_of(g, gradients, count),
-                      list_of(m, first_moments, count), list_of(v, second_moments, count), {}, steps,
-                      settings.lr, settings.beta1, settings.beta2, settings.weight_decay, settings.eps,
-                      /*amsgrad=*/false, /*maximize=*/false, divisor);
+    auto fused = [&](auto function) {
+      function(list_of(p, parameters, count), list_of(g, gradients, count),
+               list_of(m, first_moments, count), list_of(v, second_moments, count), at::TensorList(), steps,
+               settings.lr, settings.beta1, settings.beta2, settings.weight_decay, settings.eps,
+               /*amsgrad=*/false, /*maximize=*/false, divisor);
+    };
+    if (settings.decoupled != 0) {
+      fused([](auto&&... all) { at::_fused_adamw_(all...); });
+    } else {
+      fused([](auto&&... all) { at::_fused_adam_(all...); });
+    }
+  });
+}
+
+ddp_status ddp_fused_sgd(void* const* parameters, void* const* gradients, void* const* momenta,
+                         size_t count, const void* gradient_divisor, ddp_sgd_settings settings) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    std::vector<at::Tensor> p, g, m;
+    std::optional<at::Tensor> divisor;
+    if (gradient_divisor != nullptr) divisor = tensor_at(gradient_divisor);
+    at::TensorList momentum;
+    if (settings.momentum != 0.0) momentum = list_of(m, momenta, count);
+    at::_fused_sgd_(list_of(p, parameters, count), list_of(g, gradients, count), momentum,
+                    settings.weight_decay, settings.momentum, settings.lr, settings.dampening,
+                    settings.nesterov != 0, /*maximize=*/false, settings.first_step != 0, divisor);
   });
 }
 

@@ -40,33 +40,79 @@ ddp_status ddp_current_stream(int32_t cuda_device, uint64_t* handle);
 /* variable.set_data(data): the variable keeps its identity and its autograd metadata. */
 ddp_status ddp_set_data(void* variable, const void* data);
 
-/* Where the gradient of `variable` lies: 0 nowhere (undefined), 1 in the memory of `view`, 2 elsewhere. */
-ddp_status ddp_gradient_place(const void* variable, const void* view, int32_t* place);
-/* Copies the gradient into `view` and makes `view` the gradient. */
-ddp_status ddp_gradient_move(void* variable, const void* view);
-/* Makes the gradient undefined. */
-ddp_status ddp_gradient_clear(void* variable);
+/* What a variable is at this moment. */
+typedef struct {
+  uint64_t data;          /* address of its first element */
+  uint32_t version;       /* counts changes in place */
+  int32_t requires_grad;  /* 0 or 1 */
+  int32_t scalar_type;    /* c10::ScalarType */
+  int32_t cuda_device;    /* -1: on the CPU */
+  int32_t has_gradient;   /* 0 or 1 */
+} ddp_variable;
+ddp_status ddp_variables(void* const* variables, size_t count, ddp_variable* states);
 
-/* Runs `callback` after each accumulation into `variable`'s gradient, until ddp_hook_remove. */
+/* Where the gradient of a variable lies, compared with `view`: 0 nowhere (undefined), 1 in the memory of
+ * `view`, 2 elsewhere, 3 elsewhere with the kind and the strides of `view`, 4 sparse. `data` is its first
+ * element where it is 3. */
+typedef struct {
+  const void* data;
+  int32_t place;
+} ddp_gradient;
+ddp_status ddp_gradient_of(const void* variable, const void* view, ddp_gradient* gradient);
+/* Copies the gradient, dense or sparse, of any kind, into `view` and makes `view` the gradient. */
+ddp_status ddp_gradient_move(void* variable, const void* view);
+/* Makes `gradient` the gradient; null makes it undefined. */
+ddp_status ddp_gradient_set(void* variable, const void* gradient);
+
+/* Copies `values` into `tensor` without counting it as a change: graphs that have saved the tensor stay
+ * good, as they do when a kernel updates running statistics. */
+ddp_status ddp_write(void* tensor, const void* values);
+
+/* Runs `callback` after each accumulation into `variable`'s gradient, until ddp_hook_remove. The hook is
+ * the variable's own: freezing the variable or giving it other data does not remove it. */
 ddp_status ddp_hook_add(void* variable, ddp_callback callback, void* context, ddp_destroy destroy,
                         void** hook);
 ddp_status ddp_hook_remove(void* hook);
+
+/* Runs `callback` on this thread whenever a backward comes to run its first node here, or comes back from
+ * one that it contains. It cannot stop that backward. */
+typedef void (*ddp_witness)(void);
+ddp_status ddp_witness_add(ddp_witness callback, uint64_t* handle);
+ddp_status ddp_witness_remove(uint64_t handle);
+
+/* used[i] = 1 where the graph below the node that is running now reaches `variables[i]`; only from inside
+ * a witness or a hook. */
+ddp_status ddp_graph_reaches(void* const* variables, size_t count, uint8_t* used);
 
 /* Runs `callback` once at the end of the backward that is running on this thread; must be called from
  * inside a hook. If that backward fails first, only `destroy` runs. */
 ddp_status ddp_end_of_backward(ddp_callback callback, void* context, ddp_destroy destroy);
 
-/* at::_fused_adamw_ over `count` tensors; `step` is a scalar f32 tensor; `gradient_divisor` may be null. */
+/* at::_fused_adamw_, or with `decoupled` 0 at::_fused_adam_, over `count` tensors; `step` is a scalar f32
+ * tensor; gradients are divided by `gradient_divisor`, which may be null, in place. */
 typedef struct {
   double lr;
   double beta1;
   double beta2;
   double weight_decay;
   double eps;
-} ddp_adamw_settings;
-ddp_status ddp_fused_adamw(void* const* parameters, void* const* gradients, void* const* first_moments,
-                           void* const* second_moments, size_t count, const void* step,
-                           const void* gradient_divisor, ddp_adamw_settings settings);
+  int32_t decoupled;
+} ddp_adam_settings;
+ddp_status ddp_fused_adam(void* const* parameters, void* const* gradients, void* const* first_moments,
+                          void* const* second_moments, size_t count, const void* step,
+                          const void* gradient_divisor, ddp_adam_settings settings);
+
+/* at::_fused_sgd_; `momenta` is not read where `momentum` is 0. */
+typedef struct {
+  double lr;
+  double momentum;
+  double dampening;
+  double weight_decay;
+  int32_t nesterov;
+  int32_t first_step;
+} ddp_sgd_settings;
+ddp_status ddp_fused_sgd(void* const* parameters, void* const* gradients, void* const* momenta,
+                         size_t count, const void* gradient_divisor, ddp_sgd_settings settings);
 
 /* Autocast of a device type (at::DeviceType: 0 CPU, 1 CUDA) on this thread. */
 ddp_status ddp_autocast_get(int32_t device_type, int32_t* enabled, int32_t* scalar_type);

@@ -1,73 +1,28 @@
 //! [`Ddp`]: a model that trains data-parallel.
 
+use std::sync::{Arc, Mutex};
+
 use phalanx_comm::Group;
 use tch::{nn, Device, Tensor};
 
-use crate::flat::{self, Flat};
-use crate::parameter::{self, Model};
-use crate::plan::{self, Caps, Extent, Plan};
-use crate::reducer::{self, Parts, Reducer, Shared, StepTimes};
-use crate::{broadcast, shim, verify, Error, Result};
-
-use std::sync::{Arc, Mutex};
-
-/// What of the training state is sharded over the ranks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Zero {
-    /// Nothing: every rank reduces all gradients and updates all parameters.
-    #[default]
-    Off,
-    /// Optimizer state (ZeRO-1): a rank reduces and updates its segment of every bucket, then the
-    /// parameters are gathered. A rank's gradients hold the mean only in its own segments.
-    One,
-}
-
-/// Settings of [`Ddp`]. The same on every rank.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "two switches that have nothing to do with each other"
-)]
-pub struct DdpOptions {
-    /// Bytes after which a bucket closes. Default 25 MiB.
-    pub bucket_bytes_max: usize,
-    /// Bytes after which the first bucket closes. Default 1 MiB.
-    pub first_bucket_bytes_max: usize,
-    /// Whether rank 0's buffers (running statistics) replace everybody's after each exchanged backward.
-    pub broadcast_buffers: bool,
-    /// What is sharded.
-    pub zero: Zero,
-    /// Off: gradients are not exchanged, so that the cost of the exchange can be measured. The ranks'
-    /// models drift apart.
-    pub exchange: bool,
-}
-
-impl Default for DdpOptions {
-    fn default() -> Self {
-        Self {
-            bucket_bytes_max: plan::BUCKET_BYTES_MAX,
-            first_bucket_bytes_max: plan::FIRST_BUCKET_BYTES_MAX,
-            broadcast_buffers: true,
-            zero: Zero::Off,
-            exchange: true,
-        }
-    }
-}
-
-/// Whether a backward exchanges gradients.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sync {
-    /// Not yet: gradients and weights add up on this rank.
-    Accumulate,
-    /// Yes: this is the last micro-batch of the step.
-    Reduce,
-}
+use crate::reduce::statistics::Statistics;
+use crate::reduce::{self, Asked, Reducer, Shared};
+use crate::shard::Sharding;
+use crate::store::model::Model;
+use crate::store::{agree, broadcast, Store};
+use crate::{shim, threads, DdpOptions, Error, Join, Result, Sync};
 
 /// A model whose gradients are averaged over the ranks of a group, inside plain tch's own `backward`.
 ///
 /// While it lives, every `loss.backward()` exchanges gradients, overlapped with the backward itself, from
 /// the first step on; when it returns, `grad()` of every parameter is the mean over the ranks. Dropping it
 /// ends that; the model stays usable.
+///
+/// # What may change
+/// Parameters may be frozen and unfrozen between steps, on all ranks alike: frozen ones are left out, and
+/// ones that were frozen when the model was wrapped are exchanged from their first gradient on. Everything
+/// else has to stay what it was: variables that are added, converted or given other memory are an error of
+/// the next backward, on every rank.
 ///
 /// # Determinism
 /// Buckets are started by index, never by arrival, and the host backend sums in rank order: the same seed
@@ -99,28 +54,28 @@ pub struct Ddp {
     // Hooks go first: none may fire while the reducer is torn down.
     hooks: Vec<shim::Hook>,
     shared: Shared,
-    weight: Mutex<f64>,
 }
 
 impl Ddp {
     /// Wraps the variables of `vs`. Collective.
     ///
-    /// Compares names, shapes and kinds across the ranks, lays parameters and gradients flat, and gives
-    /// every rank the values of rank 0. Build the optimizer after it or before it, both work. The group is
+    /// Compares names, shapes, strides and kinds across the ranks, lays parameters and gradients flat, and
+    /// gives every rank the values of rank 0. Build the optimizer after it or before it, both work. The group is
     /// duplicated, so that the caller's own collectives never mix with these.
     ///
     /// # Errors
     /// [`Error::ModelMismatch`], the same on every rank, when the models differ; [`Error::NothingToTrain`] and
-    /// [`Error::UnsupportedKind`] when they are alike in that; [`Error::DeviceMismatch`]; [`Error::NotDense`]; errors of the group.
+    /// [`Error::UnsupportedKind`] when they are alike in that; [`Error::DeviceMismatch`]; [`Error::NotDense`];
+    /// [`Error::BadSetting`]; errors of the group.
     pub fn new(vs: &nn::VarStore, group: &mut Group, options: DdpOptions) -> Result<Self> {
         Self::build(Model::of_var_store(vs)?, group, options)
     }
 
-    /// As [`Ddp::new`] for tensors by hand: `parameters` require gradients and come in the same order on
-    /// every rank; `buffers` are not trained.
+    /// As [`Ddp::new`] for tensors by hand: `parameters` require gradients (or will, later) and come in the
+    /// same order on every rank; `buffers` are not trained. Tensors that are added later cannot be seen.
     ///
     /// # Errors
-    /// As [`Ddp::new`].
+    /// As [`Ddp::new`]; [`Error::SameTensorTwice`].
     pub fn from_tensors(
         parameters: Vec<(String, Tensor)>,
         buffers: Vec<(String, Tensor)>,
@@ -131,19 +86,22 @@ impl Ddp {
     }
 
     fn build(model: Model, group: &mut Group, options: DdpOptions) -> Result<Self> {
+        threads::share(group);
         let mut group = group.duplicate()?;
         let mut signature = vec![format!("{options:?}")];
         signature.extend(model.signature());
-        verify::same_on_all_ranks(&mut group, &signature)?;
+        agree::same_on_all_ranks(&mut group, "model signature", &signature)?;
         // Only now: a rank that ended before it would leave the others to wonder.
+        options.check()?;
         model.check()?;
-        let device = check_devices(&model, &group)?;
-        broadcast::tensors(&mut group, "parameters", &model.parameters)?;
-        broadcast::tensors(&mut group, "buffers", &model.buffers)?;
-        let parts = lay_flat(group, model, device, options)?;
-        let shared = Arc::new(Mutex::new(Reducer::new(parts)?));
-        let hooks = reducer::hook_all(&shared)?;
-        Ok(Self { hooks, shared, weight: Mutex::new(0.0) })
+        check_devices(&model, &group)?;
+        let sent: Vec<_> = model.variables.iter().chain(&model.buffers).collect();
+        broadcast::tensors(&mut group, "parameters and buffers", 0, &sent)?;
+        let sharding = Sharding::new(options.zero, &group);
+        let store = Store::new(group, model, sharding, &options)?;
+        let shared = Arc::new(Mutex::new(Reducer::new(store, options)?));
+        let hooks = reduce::attach(&shared)?;
+        Ok(Self { hooks, shared })
     }
 
     /// Runs `body`, in which backwards accumulate on this rank and exchange nothing. The next backward
@@ -160,7 +118,7 @@ impl Ddp {
                 }
             }
         }
-        let before = std::mem::replace(&mut reducer::lock(&self.shared)?.synchronising, false);
+        let before = std::mem::replace(&mut reduce::lock(&self.shared)?.synchronising, false);
         let restore = Restore(&self.shared, before);
         let value = body();
         drop(restore);
@@ -170,36 +128,73 @@ impl Ddp {
     /// Backward of a *sum* of losses over `weight` samples or tokens; with [`Sync::Reduce`] the gradients
     /// become Σ gradients / Σ weights over all ranks and all micro-batches since the last exchange.
     ///
-    /// This is exact also where ranks hold different numbers of tokens, which a mean of means is not.
+    /// This is exact also where ranks hold different numbers of tokens, which a mean of means is not. A loss
+    /// that reaches several `Ddp`s of this thread is weighed alike in each of them.
     ///
     /// # Errors
-    /// [`Error::BadSetting`] for a weight that is negative or not finite; [`Error::MissingGradients`];
-    /// errors of libtorch and of the group.
+    /// [`Error::BadSetting`] for a weight that is negative or not finite; [`Error::MissingGradients`],
+    /// [`Error::NonFinite`] and the other errors of a backward; errors of libtorch and of the group.
     pub fn backward(&self, loss_sum: &Tensor, weight: f64, sync: Sync) -> Result<()> {
         if !weight.is_finite() || weight < 0.0 {
             let (setting, value) = ("weight", weight.to_string());
             return Err(Error::BadSetting { setting, value, expected: "a number ≥ 0" });
         }
-        let total = {
-            let mut accumulated = self.weight.lock().map_err(|_poisoned| Error::Poisoned)?;
-            *accumulated += weight;
-            match sync {
-                Sync::Accumulate => None,
-                Sync::Reduce => Some(std::mem::take(&mut *accumulated)),
-            }
-        };
-        let outcome = match total {
-            None => self.no_sync(|| loss_sum.f_backward())?,
-            Some(total) => {
-                reducer::lock(&self.shared)?.start_weight(total)?;
-                loss_sum.f_backward()
-            }
-        };
-        match (outcome, reducer::lock(&self.shared)?.take_failure()) {
+        let reached = reduce::reachable(&self.shared);
+        let asked = Asked { weight, sync: sync == Sync::Reduce };
+        for shared in &reached {
+            reduce::lock(shared)?.asked = Some(asked);
+        }
+        let outcome = loss_sum.f_backward();
+        let mut failure = None;
+        for shared in &reached {
+            let mut reducer = reduce::lock(shared)?;
+            reducer.asked = None;
+            failure = failure.or(reducer.take_failure());
+        }
+        match (outcome, failure) {
             (_, Some(failure)) => Err(failure),
             (Err(error), None) => Err(error.into()),
             (Ok(()), None) => Ok(()),
         }
+    }
+
+    /// Exchanges without a backward: what this rank has accumulated since the last exchange, and zero for
+    /// every parameter that has no gradient. It is the counterpart of the other ranks' plain `backward`, for a
+    /// rank that has nothing to add in a step: its part of the mean is zero. Collective.
+    ///
+    /// # Errors
+    /// As [`Ddp::backward`].
+    pub fn exchange(&self) -> Result<()> {
+        reduce::lock(&self.shared)?.exchange_now(false).map(drop)
+    }
+
+    /// As [`Ddp::exchange`], as the counterpart of the other ranks' [`Ddp::backward`] with [`Sync::Reduce`]: the
+    /// weight is what this rank has accumulated, 0 if that is nothing, so the mean is over the others'
+    /// samples. Collective.
+    ///
+    /// # Errors
+    /// As [`Ddp::backward`].
+    pub fn exchange_weighted(&self) -> Result<()> {
+        reduce::lock(&self.shared)?.exchange_now(true).map(drop)
+    }
+
+    /// Tells the program's own number of the step (or batch) that comes next. The ranks compare it in
+    /// the next exchange, so that a rank which left one out is told at once: `rank 1 is at "step 8, bucket
+    /// 0", rank 0 at "step 7, bucket 0"`.
+    ///
+    /// # Errors
+    /// [`Error::Poisoned`].
+    pub fn at_step(&self, step: u64) -> Result<()> {
+        reduce::lock(&self.shared)?.step = Some(step);
+        Ok(())
+    }
+
+    /// From here on ranks may run out of batches at different times: see [`Join`]. On all ranks alike.
+    ///
+    /// # Errors
+    /// [`Error::Poisoned`].
+    pub fn join(&self) -> Result<Join<'_>> {
+        Join::begin(&self.shared)
     }
 
     /// Turns the exchange of gradients off and on, to measure a step with and without it side by side.
@@ -208,30 +203,49 @@ impl Ddp {
     /// # Errors
     /// [`Error::Poisoned`].
     pub fn set_exchange(&self, on: bool) -> Result<()> {
-        reducer::lock(&self.shared)?.exchange = on;
+        reduce::lock(&self.shared)?.options.exchange = on;
         Ok(())
     }
 
-    /// Where the time of the last exchanged backward went. With models on a GPU it is the GPU's time, and
-    /// this waits until the GPU has finished that backward.
+    /// What the exchanges so far cost, and which ranks are slow. With models on a GPU the last exchange's
+    /// times are the GPU's, and this waits until the GPU has finished that backward.
     ///
     /// # Errors
     /// [`Error::Poisoned`], or the GPU does not finish.
-    pub fn step_times(&self) -> Result<StepTimes> {
-        reducer::lock(&self.shared)?.step_times()
+    pub fn statistics(&self) -> Result<Statistics> {
+        reduce::lock(&self.shared)?.statistics()
     }
 
-    /// Makes all gradients undefined, as an optimizer's `zero_grad` does.
+    /// Compares the parameters of all ranks, as happens by itself every
+    /// [`fingerprint_interval`](DdpOptions::fingerprint_interval) exchanges. Collective.
+    ///
+    /// # Errors
+    /// [`Error::ParametersDiffer`], the same on every rank; errors of the group.
+    pub fn compare_parameters(&self) -> Result<()> {
+        reduce::lock(&self.shared)?.compare_parameters()
+    }
+
+    /// The names of the parameters in the order in which backward makes their gradients ready, as the
+    /// buckets have it: for [`DdpOptions::ready_order`] of a run that goes on where this one ends.
+    ///
+    /// # Errors
+    /// [`Error::Poisoned`].
+    pub fn ready_order(&self) -> Result<Vec<String>> {
+        Ok(reduce::lock(&self.shared)?.ready_order())
+    }
+
+    /// Makes all gradients undefined, as an optimizer's `zero_grad` does, and forgets the weights that belong
+    /// to them.
     ///
     /// # Errors
     /// [`Error::Poisoned`], libtorch's own.
     pub fn release_gradients(&self) -> Result<()> {
-        reducer::lock(&self.shared)?.release_gradients()
+        reduce::lock(&self.shared)?.release_gradients()
     }
 
-    /// How many parameters have hooks.
+    /// How many variables have hooks.
     #[must_use]
-    pub fn parameter_count(&self) -> usize {
+    pub fn variable_count(&self) -> usize {
         self.hooks.len()
     }
 
@@ -240,46 +254,22 @@ impl Ddp {
     }
 }
 
-/// Plans the buckets, allocates flat storage, and makes parameters views of it.
-fn lay_flat(mut group: Group, model: Model, device: Device, options: DdpOptions) -> Result<Parts> {
-    let kinds = kinds_of(&model);
-    let extents: Vec<Extent> = model.parameters.iter().map(|p| extent(&p.tensor, &kinds)).collect();
-    let order: Vec<usize> = (0..extents.len()).rev().collect();
-    let caps = [options.first_bucket_bytes_max.max(1), options.bucket_bytes_max.max(1)];
-    let caps = Caps { bucket_bytes: &caps, world_size: group.world_size() };
-    let plan = Plan::new(&extents, &order, caps);
-    let (mut gradients, mut parameters) = (Vec::new(), Vec::new());
-    for (&kind, &len) in kinds.iter().zip(&plan.storage_lens) {
-        gradients.push(Flat::registered(&mut group, kind, device, len)?);
-        parameters.push(match options.zero {
-            Zero::Off => Flat::private(kind, device, len)?,
-            Zero::One => Flat::registered(&mut group, kind, device, len)?,
-        });
+impl Drop for Ddp {
+    fn drop(&mut self) {
+        reduce::detach(&self.shared);
     }
-    let mut views = Vec::with_capacity(extents.len());
-    for (named, place) in model.parameters.iter().zip(&plan.places) {
-        let strides = flat::dense_strides(&named.name, &named.tensor)?;
-        let shape = named.tensor.size();
-        let mut data = parameters[place.storage].view(&place.range, &shape, &strides)?;
-        tch::no_grad(|| data.f_copy_(&named.tensor).map(drop))?;
-        shim::set_data(&named.tensor, &data)?;
-        shim::gradient_clear(&named.tensor)?;
-        // Detached: optimizers call detach_() on gradients, which libtorch refuses for views it tracks.
-        views.push(gradients[place.storage].view(&place.range, &shape, &strides)?.f_detach()?);
-    }
-    Ok(Parts { group, model, plan, gradients, parameters, views, options })
 }
 
-/// The one device of all parameters: the CPU, or the GPU that the group's backend works on.
-fn check_devices(model: &Model, group: &Group) -> Result<Device> {
-    let device = model.parameters.first().map_or(Device::Cpu, |first| first.tensor.device());
+/// An error unless all variables are on the CPU, or on the GPU that the group's backend works on.
+fn check_devices(model: &Model, group: &Group) -> Result<()> {
+    let device = model.variables.first().map_or(Device::Cpu, |first| first.tensor.device());
     let served = match device {
         Device::Cpu => true,
         Device::Cuda(index) => group.device() == Some(index),
         _ => false,
     };
-    let stray = model.parameters.iter().find(|named| !served || named.tensor.device() != device);
-    stray.map_or(Ok(device), |named| {
+    let stray = model.variables.iter().find(|named| !served || named.tensor.device() != device);
+    stray.map_or(Ok(()), |named| {
         Err(Error::DeviceMismatch {
             name: named.name.clone(),
             device: format!("{:?}", named.tensor.device()),
@@ -295,24 +285,4 @@ fn check_devices(model: &Model, group: &Group) -> Result<Device> {
             },
         })
     })
-}
-
-/// The kinds of the parameters, one storage each, in the order in which they first appear.
-fn kinds_of(model: &Model) -> Vec<tch::Kind> {
-    let mut kinds = Vec::new();
-    for named in &model.parameters {
-        if !kinds.contains(&named.tensor.kind()) {
-            kinds.push(named.tensor.kind());
-        }
-    }
-    kinds
-}
-
-fn extent(tensor: &Tensor, kinds: &[tch::Kind]) -> Extent {
-    let kind = tensor.kind();
-    Extent {
-        len: tensor.numel(),
-        element_bytes: parameter::element_bytes(kind),
-        storage: kinds.iter().position(|&other| other == kind).unwrap_or(0),
-    }
 }

@@ -35,10 +35,34 @@ pub enum Error {
         /// One line for each difference: parameter, and what each rank has there.
         report: String,
     },
+    /// Variables were added to the `VarStore` after it was wrapped.
+    #[error(
+        "{names} came into the VarStore after it was wrapped, so nobody exchanges their gradients; \
+         build the whole model first, then Ddp::new"
+    )]
+    LateVariables {
+        /// Their names (the first few).
+        names: String,
+    },
+    /// A variable is not what it was when the model was wrapped.
+    #[error("the model is not what was wrapped:\n{report}convert and move it before Ddp::new, or wrap it anew")]
+    ModelChanged {
+        /// One line for each variable.
+        report: String,
+    },
+    /// A tensor was given under two names.
+    #[error("{first} and {second} are one tensor; give it once")]
+    SameTensorTwice {
+        /// One name.
+        first: String,
+        /// The other.
+        second: String,
+    },
     /// A backward ended without a gradient for some parameters.
     #[error(
         "rank {rank}: backward ended without a gradient for {count} of {total} parameters: {names}; \
-         every trainable parameter must take part in every loss: freeze those that do not, or use them"
+         use them in every loss, or freeze those that do not train (set_requires_grad(false)), \
+         or set find_unused_parameters"
     )]
     MissingGradients {
         /// This rank.
@@ -50,15 +74,86 @@ pub enum Error {
         /// Their names (the first few).
         names: String,
     },
-    /// A gradient was accumulated twice in one backward.
+    /// A gradient came after its bucket was sent.
     #[error(
-        "the gradient of {name} was ready twice in one backward, after its bucket may have been sent; \
-         re-entrant backward (checkpointing) of a parameter used several times is not supported"
+        "the gradient of {name} was ready again in one backward, after its bucket was sent; \
+         where parameters get several gradients in one backward (checkpointing), set static_graph"
     )]
     GradientTwice {
         /// The parameter.
         name: String,
     },
+    /// A gradient is sparse.
+    #[error(
+        "the gradient of {name} is sparse; set sparse_gradients to Densify, or make the embedding \
+         with sparse: false"
+    )]
+    SparseGradient {
+        /// The parameter.
+        name: String,
+    },
+    /// A gradient is not finite. Every rank gets this same text.
+    #[error(
+        "rank {rank}: {count} of {total} elements of the gradient of {name} are not finite, in exchange \
+         {exchange}; lower the learning rate or clip, or set non_finite to SkipStep"
+    )]
+    NonFinite {
+        /// The rank that computed it.
+        rank: usize,
+        /// The first such parameter of that rank; on a GPU the first of its bucket.
+        name: String,
+        /// Elements that are not finite; on a GPU those of the bucket.
+        count: usize,
+        /// Elements of the parameter.
+        total: usize,
+        /// The number of the exchange, from 1.
+        exchange: u64,
+    },
+    /// Ranks hold different parameters. Every rank gets this same text.
+    #[error(
+        "{name} is not the same on every rank: rank {ranks} differs; something changed it on some \
+         ranks only, outside of the exchange"
+    )]
+    ParametersDiffer {
+        /// The first parameter that differs.
+        name: String,
+        /// The ranks that differ from most others.
+        ranks: String,
+    },
+    /// Some gradients of a step were weighed and some were not.
+    #[error(
+        "gradients accumulated by Ddp::backward with a weight and by plain backward cannot be exchanged \
+         together; use one of them for a whole step"
+    )]
+    MixedWeights,
+    /// Gradients that were exchanged already would be exchanged again.
+    #[error(
+        "{name}: a gradient that was exchanged already is there; several losses before one step go \
+         through Sync::Accumulate or no_sync but for the last; else step, or release_gradients, first"
+    )]
+    ExchangedTwice {
+        /// The parameter.
+        name: String,
+    },
+    /// Parameters changed while gradients that no other rank has seen were waiting for their exchange.
+    #[error(
+        "{name} was changed between accumulating gradients and exchanging them: a step on this rank's \
+         own gradients lets the ranks drift apart; step after an exchanged backward"
+    )]
+    SteppedOnLocalGradients {
+        /// The first parameter.
+        name: String,
+    },
+    /// Sharded gradients, and no optimizer that can step on them.
+    #[error(
+        "with Zero::One each rank has the gradients of its segment alone, and no other optimizer than \
+         phalanx's Optimizer can step on them: build one with Optimizer::new(&ddp, …) before backward, \
+         or take Zero::Off"
+    )]
+    ShardedWithoutOptimizer,
+    /// An exchange was asked for while a backward runs.
+    #[error("an exchange cannot be started inside of a backward")]
+    InsideBackward,
     /// The last backward failed before its gradients were exchanged, so the ranks are out of step.
     #[error("the last backward failed before its gradients were exchanged; build the Ddp anew")]
     BackwardAbandoned,

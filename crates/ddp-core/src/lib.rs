@@ -5,32 +5,31 @@
 //! same backward waits for what is left. [`optim::Optimizer`] updates the flat storage, with its state
 //! sharded if wanted ([`Zero::One`]).
 //!
-//! The reading order is [`plan`], [`ready`], `flat`, `reducer`, [`Ddp`], [`optim`]; `shim/README.md` has the
-//! rules of the C++ boundary.
+//! The reading order is `store` (what lies where), `reduce` (how gradients travel), `shard` (who holds what),
+//! [`Ddp`], [`optim`]; `shim/README.md` has the rules of the C++ boundary.
 
 pub mod amp;
-mod broadcast;
 pub mod checkpoint;
 mod ddp;
 mod device;
 mod error;
 pub mod feed;
-mod ffi;
-mod flat;
+mod join;
 pub mod optim;
-mod parameter;
-pub mod plan;
-pub mod ready;
-mod reducer;
+mod options;
+mod reduce;
 pub mod schedule;
+mod shard;
 mod shim;
-// `Ddp::new` calls `threads::share(group)` once.
-#[cfg_attr(not(test), expect(dead_code, reason = "Ddp::new has yet to call it"))]
+mod store;
 mod threads;
-mod verify;
 
-pub use ddp::{Ddp, DdpOptions, Sync, Zero};
+pub use ddp::Ddp;
 pub use device::{load_cuda, Cuda};
 pub use error::{Error, Result};
-pub use optim::{AdamW, Lamb, Optimizer, OptimizerConfig};
-pub use reducer::StepTimes;
+pub use join::Join;
+pub use optim::{Adam, AdamW, Lamb, Optimizer, ParameterGroup, ParameterGroups, Sgd, Step};
+pub use options::{Buffers, DdpOptions, NonFinite, SparseGradients, Sync, Zero};
+pub use reduce::ready;
+pub use reduce::statistics::{Phase, RankTimes, Statistics, Straggler};
+pub use store::plan;

@@ -9,38 +9,50 @@
 
 mod support;
 
-use std::time::{Duration, Instant};
-
 use phalanx_comm::testing::run_ranks;
-use phalanx_comm::{Group, Work};
-use phalanx_ddp_core::{AdamW, Ddp, Error, Lamb, Optimizer, OptimizerConfig, Sync, Zero};
-use support::{assert_close, options, wrapped, Model};
+use phalanx_comm::Group;
+use phalanx_ddp_core::optim::Rule;
+use phalanx_ddp_core::{
+    Adam, AdamW, Ddp, Error, Lamb, Optimizer, ParameterGroup, ParameterGroups, Sgd, Sync, Zero,
+};
+use support::{assert_within, options, whole_gradients, wrapped, Model, ROUNDOFF, WHOLE_MAX};
 use tch::nn::OptimizerConfig as _;
 use tch::{nn, Device, Kind, Tensor};
 
 const WORLD_SIZES: [usize; 4] = [1, 2, 3, 4];
 
-fn adamw() -> OptimizerConfig {
-    OptimizerConfig::AdamW(AdamW { lr: 0.01, weight_decay: 0.1, ..AdamW::default() })
+fn adamw() -> AdamW {
+    AdamW { lr: 0.01, weight_decay: 0.1, ..AdamW::default() }
 }
 
-fn lamb() -> OptimizerConfig {
-    OptimizerConfig::Lamb(Lamb { lr: 0.02, weight_decay: 0.1, ..Lamb::default() })
-}
+/// Makes a rule.
+type Make = fn() -> Box<dyn Rule>;
+
+/// Every rule, with everything on that it has.
+const RULES: [Make; 4] = [
+    || Box::new(adamw()),
+    || Box::new(Adam { lr: 0.01, weight_decay: 0.1, ..Adam::default() }),
+    || Box::new(Sgd { lr: 0.05, momentum: 0.9, nesterov: true, weight_decay: 0.1, dampening: 0.0 }),
+    || Box::new(Lamb { lr: 0.02, weight_decay: 0.1, ..Lamb::default() }),
+];
 
 fn decays(name: &str) -> bool {
     !name.ends_with("bias") && !name.starts_with("norm")
 }
 
+fn no_decay() -> ParameterGroups {
+    let others = ParameterGroup::chosen(|name| !decays(name));
+    ParameterGroups::default().with(others.weight_decay(0.0))
+}
+
+fn groups() -> ParameterGroups {
+    no_decay().with(ParameterGroup::matching(["two.*"]).lr(0.004))
+}
+
 /// Trains 5 steps on batches of 12 samples, cut over the ranks and into micro-batches.
-fn train(
-    mut group: Group,
-    zero: Zero,
-    config: OptimizerConfig,
-    accumulate: i64,
-) -> (Vec<u32>, Vec<f64>) {
+fn train(mut group: Group, zero: Zero, rule: Make, accumulate: i64) -> (Vec<u32>, Vec<f64>) {
     let (model, ddp) = wrapped(&mut group, options(zero));
-    let mut optimizer = Optimizer::new(&ddp, config, decays).unwrap();
+    let mut optimizer = Optimizer::new(&ddp, rule(), groups()).unwrap();
     let (rank, world_size) = (group.rank() as i64, group.world_size() as i64);
     let micro = 12 / (world_size * accumulate);
     let mut norms = Vec::new();
@@ -51,46 +63,59 @@ fn train(
             let loss = model.loss_sum(start..start + micro);
             ddp.backward(&loss, micro as f64, sync).unwrap();
         }
-        norms.push(optimizer.step(Some(0.5)).unwrap());
+        norms.push(optimizer.step(Some(0.5)).unwrap().gradient_norm);
     }
     (model.bits(), norms)
 }
 
 #[test]
 fn plain_tch_training_matches_one_rank_with_the_whole_batch() {
+    const LR: f64 = 0.001;
+    const STEPS: i64 = 6;
     let plain = |mut group: Group| {
         let (model, ddp) = wrapped(&mut group, options(Zero::Off));
         let mut optimizer =
-            nn::Sgd { momentum: 0.9, ..Default::default() }.build(&model.vs, 0.05).unwrap();
+            nn::Sgd { momentum: 0.9, ..Default::default() }.build(&model.vs, LR).unwrap();
         let micro = 12 / group.world_size() as i64;
-        for step in 0..6 {
+        for step in 0..STEPS {
             let start = step * 12 + group.rank() as i64 * micro;
-            let loss = model.loss_sum(start..start + micro) / micro as f64;
+            let loss = model.whole_loss_sum(start..start + micro) / micro as f64;
             optimizer.backward_step(&loss);
-            assert!(ddp.step_times().unwrap().bucket_count >= 3);
+            assert!(ddp.statistics().unwrap().bucket_count >= 3);
         }
         model.values()
     };
+    // Against exact arithmetic, in units of the roundoff: a gradient of at most WHOLE_MAX has eight roundings (1 / micro
+    // and its product: 3, the sum over four ranks: 3, their mean: 2); a step adds two of the velocity (its product, its
+    // sum; it is at most `step` gradients), one of the velocity times LR, and one of a weight, which is below 0.3 and
+    // moves by less than 0.2. Two runs are off by twice as much.
+    let (mut of_velocity, mut of_weight) = (0.0, 0.0);
+    for step in 1..=STEPS {
+        let velocity = WHOLE_MAX * step as f64;
+        of_velocity += 8.0 * WHOLE_MAX + 2.0 * velocity;
+        of_weight += LR * (of_velocity + velocity) + 0.5;
+    }
     let alone = run_ranks(1, plain).remove(0);
     for world_size in [2, 3, 4] {
         let all = run_ranks(world_size, plain);
         assert!(all.iter().all(|values| *values == all[0]), "ranks differ");
-        assert_close(&all[0], &alone, 1e-5);
+        assert_within(&all[0], &alone, 2.0 * of_weight * ROUNDOFF);
     }
 }
 
 #[test]
 fn ranks_and_micro_batches_give_the_same_bits() {
-    for config in [adamw(), lamb()] {
+    for rule in RULES {
         for zero in [Zero::Off, Zero::One] {
             for parts in [2, 3, 4] {
-                let ranks = run_ranks(parts, move |group| train(group, zero, config, 1));
+                let ranks = run_ranks(parts, move |group| train(group, zero, rule, 1));
                 let alone =
-                    run_ranks(1, move |group| train(group, zero, config, parts as i64)).remove(0);
+                    run_ranks(1, move |group| train(group, zero, rule, parts as i64)).remove(0);
                 for (rank, outcome) in ranks.iter().enumerate() {
                     assert!(
                         *outcome == alone,
-                        "{config:?} {zero:?}: rank {rank} of {parts} differs"
+                        "{:?} {zero:?}: rank {rank} of {parts} differs",
+                        rule()
                     );
                 }
             }
@@ -100,41 +125,117 @@ fn ranks_and_micro_batches_give_the_same_bits() {
 
 #[test]
 fn sharding_the_optimizer_changes_no_bit() {
-    for config in [adamw(), lamb()] {
+    for rule in RULES {
         for world_size in WORLD_SIZES {
-            let off = run_ranks(world_size, move |group| train(group, Zero::Off, config, 1));
-            let one = run_ranks(world_size, move |group| train(group, Zero::One, config, 1));
-            assert!(off == one, "{config:?} on {world_size} ranks");
+            let off = run_ranks(world_size, move |group| train(group, Zero::Off, rule, 1));
+            let one = run_ranks(world_size, move |group| train(group, Zero::One, rule, 1));
+            assert!(off == one, "{:?} on {world_size} ranks", rule());
         }
     }
 }
 
-#[test]
-fn adamw_and_clipping_are_those_of_libtorch() {
-    let ours = run_ranks(1, |group| train(group, Zero::Off, adamw(), 1)).remove(0).0;
+/// Samples and steps of the comparison with libtorch. Sixteen: the mean is exact too.
+const LIBTORCH: (i64, i64) = (16, 5);
+
+/// Our weights after the steps, and the gradients' norms.
+fn with_ours(
+    adamw: AdamW,
+    groups: fn() -> ParameterGroups,
+    clip: Option<f64>,
+) -> (Vec<f32>, Vec<f64>) {
+    let mut all = run_ranks(1, move |mut group| {
+        let (samples, steps) = LIBTORCH;
+        let (model, ddp) = wrapped(&mut group, options(Zero::Off));
+        let mut optimizer = Optimizer::new(&ddp, adamw, groups()).unwrap();
+        let mut norms = Vec::new();
+        for step in 0..steps {
+            let loss = model.whole_loss_sum(step * samples..(step + 1) * samples);
+            ddp.backward(&loss, samples as f64, Sync::Reduce).unwrap();
+            norms.push(optimizer.step(clip).unwrap().gradient_norm);
+        }
+        (model.values(), norms)
+    });
+    all.remove(0)
+}
+
+/// libtorch's weights after the steps, by parameter.
+fn with_libtorch(adamw: AdamW, clip: Option<f64>) -> Vec<(String, Vec<f32>)> {
+    let (samples, steps) = LIBTORCH;
     let model = Model::new(0);
-    let mut optimizer = nn::AdamW { wd: 0.1, ..Default::default() }.build(&model.vs, 0.01).unwrap();
-    for step in 0..5 {
-        let loss = model.loss_sum(step * 12..step * 12 + 12) / 12.0;
+    let AdamW { lr, beta1, beta2, eps, weight_decay: wd } = adamw;
+    let settings = nn::AdamW { beta1, beta2, wd, eps, amsgrad: false };
+    let mut optimizer = settings.build(&model.vs, lr).unwrap();
+    for step in 0..steps {
+        let loss = model.whole_loss_sum(step * samples..(step + 1) * samples) / samples as f64;
         optimizer.zero_grad();
         loss.backward();
-        optimizer.clip_grad_norm(0.5);
+        if let Some(norm_max) = clip {
+            optimizer.clip_grad_norm(norm_max);
+        }
         optimizer.step();
     }
-    // Biases and the normalisation decay there and not here: 5 steps × lr × wd of their value.
-    let ours: Vec<f32> = ours.into_iter().map(f32::from_bits).collect();
-    assert_close(&ours, &model.values(), 5.0 * 0.01 * 0.1 * 1.1);
-    let all_decay = run_ranks(1, |mut group| {
-        let (model, ddp) = wrapped(&mut group, options(Zero::Off));
-        let mut optimizer = Optimizer::new(&ddp, adamw(), |_| true).unwrap();
-        for step in 0..5 {
-            let loss = model.loss_sum(step * 12..step * 12 + 12);
-            ddp.backward(&loss, 12.0, Sync::Reduce).unwrap();
-            optimizer.step(Some(0.5)).unwrap();
-        }
-        model.values()
-    });
-    assert_close(&all_decay[0], &model.values(), 2e-6);
+    model.sorted().into_iter().map(|(name, value)| (name, support::values(&value))).collect()
+}
+
+fn joined(parameters: Vec<(String, Vec<f32>)>) -> Vec<f32> {
+    parameters.into_iter().flat_map(|(_, values)| values).collect()
+}
+
+/// How far two AdamW may be apart after the steps of [`LIBTORCH`] if both round every operation once, whatever their
+/// order, in units of the roundoff: `ratio_max` bounds the first moment over the root of the second plus ε,
+/// `of_gradients` is the relative error of the gradients, and weights start below 0.3.
+///
+/// After step t the moments have 4 t roundings each (4 a step: two constants, a product or two, the sum), relative to the sum
+/// of the absolute terms; the root halves those of the second. Seven more: the root, its correction (2), + ε, the
+/// quotient, the step size (2). A weight has three a step: 1 − lr × decay, its product, the difference.
+fn of_adamw(lr: f64, ratio_max: f64, of_gradients: f64) -> f64 {
+    let (mut weight, mut of_weight) = (0.3, 0.0);
+    for step in 1..=LIBTORCH.1 {
+        weight += lr * ratio_max;
+        let of_ratio = 4.0 * step as f64 + 2.0 * step as f64 + 7.0 + 2.0 * of_gradients;
+        of_weight += 3.0 * weight + lr * ratio_max * of_ratio;
+    }
+    2.0 * of_weight * ROUNDOFF
+}
+
+/// Both get the same gradients, bit for bit. Those of a network would not do: where a gradient is nothing but rounding,
+/// Adam divides it by its own size.
+#[test]
+fn adamw_is_that_of_libtorch() {
+    let adamw = AdamW { lr: 0.01, weight_decay: 0.1, ..AdamW::default() };
+    // The first moment is Σ aᵢgᵢ, the second Σ bᵢgᵢ², with Σ aᵢ = Σ bᵢ = 1: by Cauchy and Schwarz their ratio is at most
+    // √Σ aᵢ²/bᵢ, which is 1.013 after five steps of β = (0.9, 0.999), and less before.
+    let bound = of_adamw(adamw.lr, 1.02, 0.0);
+    let all_decay = with_libtorch(adamw, None);
+    let none_decay = with_libtorch(AdamW { weight_decay: 0.0, ..adamw }, None);
+    let (ours, _) = with_ours(adamw, no_decay, None);
+    let pairs = all_decay.iter().zip(none_decay);
+    let chosen = pairs.map(|(with, without)| if decays(&with.0) { with.clone() } else { without });
+    assert_within(&ours, &joined(chosen.collect()), bound);
+    assert_within(&with_ours(adamw, ParameterGroups::default, None).0, &joined(all_decay), bound);
+}
+
+/// With ε = 1 the update is as large as the gradient, and so shows by how much it was clipped.
+#[test]
+fn clipping_is_that_of_libtorch() {
+    const NORM_MAX: f64 = 0.5;
+    let adamw = AdamW { lr: 1.0, eps: 1.0, weight_decay: 0.1, ..AdamW::default() };
+    let (ours, norms) = with_ours(adamw, ParameterGroups::default, Some(NORM_MAX));
+    let model = Model::new(0);
+    for (step, norm) in (0..).zip(&norms) {
+        let range = step * LIBTORCH.0..(step + 1) * LIBTORCH.0;
+        let squares = whole_gradients(&model, range).into_iter().map(|c| c.square());
+        let sum = squares.map(|s| s.sum(Kind::Double).double_value(&[])).sum::<f64>();
+        // Whole numbers below 2^24: exact in f32, in which libtorch adds them up.
+        assert!(sum < f64::from(1 << 24));
+        assert!(norm.to_bits() == (sum.sqrt() / 16.0).to_bits(), "step {step}: {norm}");
+    }
+    // No ratio is above the largest clipped gradient. libtorch's clipped gradients have ten roundings: the norm of each
+    // parameter (1), the norm of the six norms (squares of rounded numbers 3, sums 5, halved, and the root: 5), + 1e-6, the
+    // quotient, the product; and one to spare for ours, which have two.
+    let ratio_max = norms.iter().map(|norm| WHOLE_MAX * NORM_MAX / norm).fold(0.0, f64::max);
+    let libtorchs = joined(with_libtorch(adamw, Some(NORM_MAX)));
+    assert_within(&ours, &libtorchs, of_adamw(adamw.lr, ratio_max, 10.0));
 }
 
 #[test]
@@ -143,15 +244,20 @@ fn uneven_weights_give_the_mean_over_all_samples() {
     let gradients = run_ranks(3, move |mut group| {
         let (model, ddp) = wrapped(&mut group, options(Zero::Off));
         let rank = group.rank();
-        let loss = model.loss_sum(cuts[rank]..cuts[rank + 1]);
+        let loss = model.whole_loss_sum(cuts[rank]..cuts[rank + 1]);
         ddp.backward(&loss, (cuts[rank + 1] - cuts[rank]) as f64, Sync::Reduce).unwrap();
         gradients(&model)
     });
-    let alone = Model::new(0);
-    (alone.loss_sum(0..12) / 12.0).backward();
     for of_rank in &gradients {
-        assert_close(of_rank, &self::gradients(&alone), 1e-5);
+        // The sum is exact; 1/12 and its product round once each, the expected value once.
+        assert_within(of_rank, &mean_of_twelve(), 3.0 * WHOLE_MAX * ROUNDOFF);
     }
+}
+
+/// The mean gradients of the first twelve samples, rounded once.
+fn mean_of_twelve() -> Vec<f32> {
+    let means = whole_gradients(&Model::new(0), 0..12).into_iter().map(|sum| sum / 12.0);
+    means.flat_map(|mean| support::values(&mean.reshape([-1]))).collect()
 }
 
 fn gradients(model: &Model) -> Vec<f32> {
@@ -165,13 +271,13 @@ fn no_sync_accumulates_and_the_next_backward_exchanges_the_sum() {
     let gradients = run_ranks(2, |mut group| {
         let (model, ddp) = wrapped(&mut group, options(Zero::Off));
         let start = group.rank() as i64 * 6;
-        ddp.no_sync(|| (model.loss_sum(start..start + 3) / 6.0).backward()).unwrap();
-        (model.loss_sum(start + 3..start + 6) / 6.0).backward();
+        ddp.no_sync(|| (model.whole_loss_sum(start..start + 3) / 6.0).backward()).unwrap();
+        (model.whole_loss_sum(start + 3..start + 6) / 6.0).backward();
         self::gradients(&model)
     });
-    let model = Model::new(0);
-    (model.loss_sum(0..12) / 12.0).backward();
-    assert_close(&gradients[0], &self::gradients(&model), 1e-5);
+    // 1/6 and its product (3 roundings), the sum of two halves, the sum of two ranks, their mean (exact); one of the
+    // expected value.
+    assert_within(&gradients[0], &mean_of_twelve(), 6.0 * WHOLE_MAX * ROUNDOFF);
     assert!(gradients[0] == gradients[1], "ranks differ");
 }
 
@@ -255,7 +361,7 @@ const DIFFERING: [(&str, Build, [&str; 2]); 7] = [
             let frozen = root.zeros("scale", &[3]);
             let _scale = frozen.set_requires_grad(rank != 1);
         },
-        ["ranks 0, 2: parameter scale [3] Float", "rank 1: buffer scale [3] Float"],
+        ["ranks 0, 2: parameter scale [3] Float", "rank 1: frozen scale [3] Float"],
     ),
     (
         "nothing to train on one rank",
@@ -268,25 +374,21 @@ const DIFFERING: [(&str, Build, [&str; 2]); 7] = [
     ),
 ];
 
-/// Rank 1 of three builds something else; every rank must say so at once, in the same words, which name the parameter
-/// and what each rank has.
+/// Rank 1 of three builds something else; every rank must say so itself and in the same words, which name the parameter
+/// and what each rank has. A rank that had waited for another would say instead that its call timed out.
 #[test]
-fn whatever_differs_of_a_model_is_named_alike_on_every_rank_within_a_second() {
+fn whatever_differs_of_a_model_is_named_alike_on_every_rank() {
     for (what, build, parts) in DIFFERING {
         let ended = run_ranks(3, move |mut group| {
             let vs = nn::VarStore::new(Device::Cpu);
             build(vs.root(), group.rank());
-            group.barrier().and_then(Work::wait).unwrap();
-            let start = Instant::now();
-            let error = match Ddp::new(&vs, &mut group, options(Zero::Off)) {
+            match Ddp::new(&vs, &mut group, options(Zero::Off)) {
                 Err(error @ Error::ModelMismatch { .. }) => error.to_string(),
                 other => panic!("{what}: expected a mismatch, got {other:?}"),
-            };
-            (error, start.elapsed())
+            }
         });
-        for (error, after) in &ended {
-            assert_eq!(*error, ended[0].0, "{what}");
-            assert!(*after < Duration::from_secs(1), "{what}: {after:?}");
+        for error in &ended {
+            assert_eq!(*error, ended[0], "{what}");
             for part in parts {
                 assert!(error.contains(part), "{what}: no {part:?} in {error}");
             }
@@ -365,12 +467,12 @@ fn running_statistics_are_rank_zeros() {
 fn without_a_backward_there_is_no_step() {
     run_ranks(1, |mut group| {
         let (model, ddp) = wrapped(&mut group, options(Zero::Off));
-        let mut optimizer = Optimizer::new(&ddp, adamw(), decays).unwrap();
+        let mut optimizer = Optimizer::new(&ddp, adamw(), groups()).unwrap();
         assert!(matches!(optimizer.step(None), Err(Error::NoGradients)));
         ddp.backward(&model.loss_sum(0..3), 3.0, Sync::Accumulate).unwrap();
         assert!(matches!(optimizer.step(None), Err(Error::NoGradients)));
         ddp.backward(&model.loss_sum(0..3), 3.0, Sync::Reduce).unwrap();
-        assert!(optimizer.step(None).unwrap() > 0.0);
+        assert!(optimizer.step(None).unwrap().gradient_norm > 0.0);
         assert!(matches!(optimizer.step(None), Err(Error::NoGradients)));
     });
 }
@@ -391,8 +493,8 @@ fn the_model_outlives_its_ddp() {
 fn settings_out_of_range_are_refused() {
     run_ranks(1, |mut group| {
         let (model, ddp) = wrapped(&mut group, options(Zero::Off));
-        let bad = OptimizerConfig::AdamW(AdamW { beta2: 1.0, ..AdamW::default() });
-        let error = Optimizer::new(&ddp, bad, decays).unwrap_err().to_string();
+        let bad = AdamW { beta2: 1.0, ..AdamW::default() };
+        let error = Optimizer::new(&ddp, bad, groups()).unwrap_err().to_string();
         assert_eq!(error, "beta2 is 1, expected a number in [0, 1)");
         let refused = ddp.backward(&model.loss_sum(0..1), f64::NAN, Sync::Reduce).unwrap_err();
         assert!(refused.to_string().contains("weight is NaN"), "{refused}");

@@ -18,10 +18,10 @@ use phalanx_comm::{
 pub(crate) type DeviceCheck = fn(&mut Group) -> Result<String>;
 
 pub(crate) const CHECKS: [(&str, DeviceCheck); 15] = [
-    ("f32 collectives", |group| floats::<f32>(group, |x| x as f32, |x| f64::from(*x), 1e-6)),
-    ("f64 collectives", |group| floats::<f64>(group, |x| x, |x| *x, 1e-12)),
-    ("f16 collectives", |group| floats(group, half::f16::from_f64, |x| x.to_f64(), 2e-3)),
-    ("bf16 collectives", |group| floats(group, half::bf16::from_f64, |x| x.to_f64(), 2e-2)),
+    ("f32 collectives", |group| floats::<f32>(group, |x| x as f32, |x| f64::from(*x), 24)),
+    ("f64 collectives", |group| floats::<f64>(group, |x| x, |x| *x, 53)),
+    ("f16 collectives", |group| floats(group, half::f16::from_f64, |x| x.to_f64(), 11)),
+    ("bf16 collectives", |group| floats(group, half::bf16::from_f64, |x| x.to_f64(), 8)),
     ("i32 collectives", |group| integers::<i32>(group, |x| x as i32)),
     ("i64 collectives", |group| integers::<i64>(group, |x| x as i64)),
     ("u8 collectives", |group| integers::<u8>(group, |x| x as u8)),
@@ -61,19 +61,22 @@ fn expect<T: Element>(
 ) -> Result<()> {
     for (index, actual) in range.clone().zip(region.read(range)) {
         let (actual, expected) = (to_f64(&actual), expected(index));
-        let wrong = (actual - expected).abs() > tolerance * expected.abs().max(1.0);
+        let wrong = (actual - expected).abs() > tolerance * expected.abs();
         ensure!(!wrong, "{what}: element {index} is {actual}, expected {expected}");
     }
     Ok(())
 }
 
+/// Of a type with `digits` binary digits.
 fn floats<T: Float>(
     group: &mut Group,
     of: impl Fn(f64) -> T + Copy,
     to_f64: impl Fn(&T) -> f64 + Copy,
-    tolerance: f64,
+    digits: i32,
 ) -> Result<String> {
     let (rank, ranks) = (group.rank(), group.world_size());
+    // Terms are positive: each of the `ranks - 1` operations and of two for a factor is off by half a unit in its last digit.
+    let tolerance = (ranks + 1) as f64 * 2.0_f64.powi(-digits);
     let all = |index: usize| (0..ranks).map(move |peer| value(peer, index));
     let sum = |index: usize| all(index).sum::<f64>();
     let segment = LEN / ranks;
@@ -242,7 +245,7 @@ fn message_after_sum(group: &mut Group) -> Result<String> {
         message.into_iter().chain([sum]).try_for_each(Work::synchronize)?;
         let all = |index: usize| (0..ranks).map(|peer| value(peer, index)).sum();
         if rank == 1 {
-            expect(&format!("round {round}"), &b, 0..LEN, all, |x| *x, 1e-12)?;
+            expect(&format!("round {round}"), &b, 0..LEN, all, |x| *x, 0.0)?;
         }
     }
     Ok(format!("{LEN} elements"))
@@ -270,8 +273,8 @@ fn coalesced(group: &mut Group) -> Result<String> {
         })?;
         works.into_iter().try_for_each(Work::synchronize)?;
         let sum = |index: usize| (0..ranks).map(|peer| value(peer, index)).sum::<f64>();
-        expect("the first", &a, 0..LEN, sum, |x| f64::from(*x), 1e-6)?;
-        expect("the second", &b, 0..LEN, |index| sum(index) * 0.5, |x| *x, 1e-12)?;
+        expect("the first", &a, 0..LEN, sum, |x| f64::from(*x), 0.0)?;
+        expect("the second", &b, 0..LEN, |index| sum(index) * 0.5, |x| *x, 0.0)?;
         if ranks > 1 {
             let sent = |index| value(previous, index);
             expect("a message", &received, 0..LEN, sent, |x| f64::from(*x), 0.0)?;
@@ -369,10 +372,10 @@ pub(crate) fn out_of_step(group: &mut Group) -> Result<String> {
     };
     match work.synchronize() {
         Ok(()) => bail!("different calls went through"),
-        Err(error) if start.elapsed() < Duration::from_secs(5) => {
+        Err(error) => {
+            ensure!(!matches!(error, phalanx_comm::Error::Timeout { .. }), "not heard: {error}");
             ensure!(error.to_string().contains("all_reduce"), "{error}");
             Ok(format!("heard after {:.3} s", start.elapsed().as_secs_f64()))
         }
-        Err(error) => bail!("only after {:?}: {error}", start.elapsed()),
     }
 }

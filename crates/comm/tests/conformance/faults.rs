@@ -72,7 +72,6 @@ fn killed(role: &str) {
     let Some(mut command) = mpirun(3, role) else { return };
     command.env("LD_LIBRARY_PATH", libraries()); // for those with a GPU
     command.arg(library().lets_survivors_live());
-    let start = Instant::now();
     // So mpirun's own exit status says nothing.
     let (_, output) = Running::start(program(&mut command)).finish(LIMIT);
     let lines: Vec<&str> = output.lines().filter(|line| line.contains("error after")).collect();
@@ -80,13 +79,9 @@ fn killed(role: &str) {
     let is_mpich = library() == Library::Mpich;
     assert!(lines.len() == 2 || is_mpich, "{output}");
     for line in lines {
-        let late = line.split_whitespace().skip_while(|word| *word != "after").nth(1);
-        let late: u64 = late.and_then(|ms| ms.parse().ok()).expect("a number");
         let is_told = line.contains("rank 1 (host ") && line.contains("died");
         assert!(is_told || is_mpich && line.contains("died (signal 6)"), "{line}");
-        assert!(late < 1000, "{line}");
     }
-    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
 }
 
 #[test]
@@ -115,10 +110,8 @@ fn a_rank_whose_gpu_memory_does_not_come_is_named() {
 #[test]
 fn kill_9_ends_the_job() {
     let Some(mut command) = mpirun(3, "killed in large all-reduces") else { return };
-    let start = Instant::now();
     let (status, output) = Running::start(program(&mut command)).finish(LIMIT);
     assert!(!status.success(), "{output}");
-    assert!(start.elapsed() < Duration::from_secs(20), "{:?}\n{output}", start.elapsed());
 }
 
 #[test]
@@ -142,12 +135,10 @@ fn works_and_groups_may_be_dropped_before_the_end() {
 #[test]
 fn what_was_started_is_finished_though_the_group_is_forgotten() {
     let Some(mut command) = mpirun(3, "forgets its group") else { return };
-    let start = Instant::now();
     let (status, output) = Running::start(program(&mut command)).finish(LIMIT);
     assert!(status.success(), "{status}\n{output}");
     assert_eq!(output.matches("summed").count(), 2, "{output}");
     assert!(!output.contains("mpirun"), "mpirun complains:\n{output}");
-    assert!(start.elapsed() < Duration::from_secs(9), "exiting has waited: {:?}", start.elapsed());
 }
 
 #[test]

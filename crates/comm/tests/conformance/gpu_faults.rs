@@ -145,30 +145,30 @@ fn memory_that_was_let_go_can_be_had_again() {
 #[test]
 fn an_error_does_not_wait_for_an_abort_that_takes_long() {
     let slow = |command: &mut Command, _| {
-        command.env("DOUBLE_ABORT_MS", "3000");
+        // Longer than this test waits for its ranks.
+        command.env("DOUBLE_ABORT_MS", "600000");
     };
     let all = world_with(3, "nccl killed", slow);
-    assert_eq!(complaints(&all, 1000).len(), 2, "{all:?}");
+    assert_eq!(complaints(&all).len(), 2, "{all:?}");
 }
 
 #[test]
 fn a_caller_notices_that_the_library_hangs() {
     let all = world(2, "nccl hang");
-    let lines = complaints(&all, 4500);
+    let lines = complaints(&all);
     assert_eq!(lines.len(), 2, "{all:?}");
 }
 
 #[test]
 fn the_one_who_died_is_named_when_the_library_is_first_to_notice() {
     let all = world(3, "nccl unnamed");
-    let lines = complaints(&all, 1000);
+    let lines = complaints(&all);
     assert_eq!(lines.len(), 2, "{all:?}");
     assert!(lines.iter().all(|line| line.contains("rank 1 (host ")), "{lines:?}");
 }
 
 #[test]
 fn a_rank_that_cannot_join_ends_the_joining_of_the_others() {
-    let start = Instant::now();
     let one_fails = |command: &mut Command, rank: usize| {
         if rank == 1 {
             command.env("DOUBLE_INIT", "fails");
@@ -177,14 +177,13 @@ fn a_rank_that_cannot_join_ends_the_joining_of_the_others() {
     for (code, output) in world_with(3, "nccl refused", one_fails) {
         assert!(code == Some(0) && output.contains("as the test wants it"), "{output}");
     }
-    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
 }
 
 #[test]
 fn a_rank_that_ends_or_stops_is_named() {
-    for (role, limit_ms) in [("leaves", 1000), ("exits", 1000), ("stops", 6000)] {
+    for role in ["leaves", "exits", "stops"] {
         let all = world(3, &format!("nccl {role}"));
-        let lines = complaints(&all, limit_ms);
+        let lines = complaints(&all);
         assert_eq!(lines.len(), 2, "{role}: {all:?}");
         assert!(lines.iter().all(|line| line.contains("rank 1 (host ")), "{role}: {lines:?}");
     }

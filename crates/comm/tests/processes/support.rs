@@ -4,6 +4,7 @@ use std::io::{Read, Write as _};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::faults::LIMIT;
 use phalanx_comm::testing::free_port;
 use rustix::process::{kill_process, Pid, Signal};
 
@@ -26,7 +27,6 @@ pub(crate) fn clock_ns() -> u64 {
 pub(crate) struct Ended {
     pub(crate) status: std::process::ExitStatus,
     pub(crate) output: String,
-    pub(crate) after: Duration,
 }
 
 impl Ended {
@@ -61,6 +61,15 @@ pub(crate) fn rank_environment(
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
 }
 
+/// Waits until there is something to read, or the end of it; panics at `end`.
+fn wait_to_read(pipe: &impl std::os::fd::AsFd, end: Instant) {
+    let left = end.saturating_duration_since(Instant::now());
+    let left = rustix::time::Timespec::try_from(left).expect("short");
+    let mut watched = [rustix::event::PollFd::new(pipe, rustix::event::PollFlags::IN)];
+    let ready = rustix::event::poll(&mut watched, Some(&left)).expect("poll");
+    assert!(ready > 0, "a rank has said nothing more for {LIMIT:?}");
+}
+
 impl Ranks {
     /// Starts `world` ranks on this machine, over `link`.
     pub(crate) fn start(role: &str, world: usize, link: &str) -> Self {
@@ -85,10 +94,14 @@ impl Ranks {
     /// Waits until `rank` has printed a line that contains `text`.
     pub(crate) fn wait_for_line(&mut self, rank: usize, text: &str) {
         let stdout = self.children[rank].stdout.as_mut().expect("stdout is piped");
+        let end = Instant::now() + LIMIT;
         let mut line = Vec::new();
         let mut byte = [0];
-        // The deadline is the rank's own: it ends by itself, which closes the pipe.
-        while stdout.read(&mut byte).expect("the pipe") == 1 {
+        loop {
+            wait_to_read(stdout, end);
+            if stdout.read(&mut byte).expect("the pipe") == 0 {
+                break;
+            }
             if byte[0] == b'\n' {
                 if String::from_utf8_lossy(&line).contains(text) {
                     return;
@@ -115,7 +128,7 @@ impl Ranks {
         self.children[rank].kill().expect("kill -9");
     }
 
-    /// Waits for every rank to end; `after` counts from this call.
+    /// Waits for every rank to end.
     pub(crate) fn finish(self, limit: Duration) -> Vec<Ended> {
         self.finish_without(None, limit)
     }
@@ -123,17 +136,18 @@ impl Ranks {
     /// As [`Ranks::finish`]; rank `stopped` cannot end by itself and is killed once the others have ended.
     pub(crate) fn finish_without(mut self, stopped: Option<usize>, limit: Duration) -> Vec<Ended> {
         let start = Instant::now();
-        let mut ended: Vec<Option<(std::process::ExitStatus, Duration)>> =
-            self.children.iter().map(|_| None).collect();
+        let mut ended: Vec<Option<std::process::ExitStatus>> = vec![None; self.children.len()];
         while ended.iter().any(Option::is_none) {
             let is_left = |(rank, end): (usize, &Option<_>)| end.is_none() && Some(rank) != stopped;
             if let (Some(stopped), false) = (stopped, ended.iter().enumerate().any(is_left)) {
                 self.kill(stopped);
             }
-            assert!(start.elapsed() < limit, "some ranks have not ended: {ended:?}");
+            if start.elapsed() > limit {
+                self.fail(&ended);
+            }
             for (child, slot) in self.children.iter_mut().zip(&mut ended) {
                 if slot.is_none() {
-                    *slot = child.try_wait().expect("wait").map(|s| (s, start.elapsed()));
+                    *slot = child.try_wait().expect("wait");
                 }
             }
             // A short sleep without std::thread::sleep: nobody sends.
@@ -142,20 +156,32 @@ impl Ranks {
         }
         let mut all = Vec::new();
         for (child, slot) in self.children.iter_mut().zip(ended) {
-            let mut output = String::new();
-            for pipe in [
-                child.stdout.take().map(|p| Box::new(p) as Box<dyn Read>),
-                child.stderr.take().map(|p| Box::new(p) as Box<dyn Read>),
-            ] {
-                let read = pipe.expect("piped").read_to_string(&mut output);
-                read.expect("the rank's output");
-            }
-            let (status, after) = slot.expect("ended");
-            all.push(Ended { status, output, after });
+            all.push(Ended { status: slot.expect("ended"), output: output_of(child) });
         }
         self.children.clear();
         all
     }
+
+    /// Ends all ranks, and shows what they have said.
+    fn fail(&mut self, ended: &[Option<std::process::ExitStatus>]) -> ! {
+        for child in &mut self.children {
+            drop((child.kill(), child.wait()));
+        }
+        let said: Vec<String> = self.children.iter_mut().map(output_of).collect();
+        panic!("some ranks have not ended: {ended:?}\n{said:#?}");
+    }
+}
+
+/// What a rank that has ended has said.
+fn output_of(child: &mut Child) -> String {
+    let mut output = String::new();
+    for pipe in [
+        child.stdout.take().map(|p| Box::new(p) as Box<dyn Read>),
+        child.stderr.take().map(|p| Box::new(p) as Box<dyn Read>),
+    ] {
+        pipe.expect("piped").read_to_string(&mut output).expect("the rank's output");
+    }
+    output
 }
 
 impl Drop for Ranks {

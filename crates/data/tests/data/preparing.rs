@@ -57,7 +57,6 @@ impl Process {
             .args(["--exact", "preparing::a_process_prepares_the_text_it_is_given"])
             .current_dir(folder)
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
             .spawn()
             .expect("start a process");
         Process(child)

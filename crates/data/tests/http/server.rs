@@ -72,8 +72,16 @@ impl Server {
         Server { address, requests, connections, is_over, accepting: Some(accepting) }
     }
 
+    /// No attempt is cut off: tests count them.
     pub(crate) fn folder(&self, timeout: Duration) -> HttpFolder {
-        let attempt_timeout = Duration::from_millis(300);
+        self.folder_of_attempts(timeout, timeout)
+    }
+
+    pub(crate) fn folder_of_attempts(
+        &self,
+        timeout: Duration,
+        attempt_timeout: Duration,
+    ) -> HttpFolder {
         let options = HttpOptions { timeout, attempt_timeout, ..Default::default() };
         HttpFolder::new(&format!("http://{}/data/", self.address), options).unwrap()
     }

@@ -163,7 +163,7 @@ fn who_waits_too_long_for_another_process_fetches_the_block_as_well() {
     file.read_at(0, &mut out).unwrap();
     assert_eq!(out, [5; 3000]);
     let waited = started.elapsed();
-    assert!(waited >= Duration::from_secs(4) && waited < LONG, "{waited:?}");
+    assert!(waited >= Duration::from_secs(4), "{waited:?}");
     // It is kept all the same.
     let requests = server.requests.load(Ordering::SeqCst);
     file.read_at(0, &mut out).unwrap();

@@ -1,121 +1,97 @@
-//! The LAMB step. Plain tensor operations, each a single IEEE operation per element, so that the bits do not
-//! depend on how libtorch cuts the work.
+//! LAMB. Plain tensor operations, each a single IEEE operation per element, so that the bits do not depend on how
+//! libtorch cuts the work.
 
-use tch::Tensor;
-
-use super::Optimizer;
-use crate::flat::Flat;
-use crate::reducer::Reducer;
+use super::rule::{check_betas, check_lr_and_decay};
+use super::{Now, Rule, Runs};
 use crate::Result;
 
-/// The steps of the elements that this rank owns, before their scaling; one for each storage.
-#[derive(Debug)]
-pub(super) struct Scratch {
-    steps: Vec<Flat>,
+/// LAMB: AdamW's step, scaled per parameter by ‖parameter‖ / ‖step‖; for very large batches.
+///
+/// # Source
+/// You et al. 2020, "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", algorithm 2
+/// with φ(x) = x and bias correction.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Lamb {
+    /// Learning rate.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Weight decay inside the step.
+    pub weight_decay: f64,
 }
 
-impl Scratch {
-    pub(super) fn new(steps: Vec<Flat>) -> Self {
-        Self { steps }
+impl Default for Lamb {
+    fn default() -> Self {
+        Self { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-6, weight_decay: 0.01 }
     }
 }
 
-impl Optimizer {
-    pub(super) fn lamb_step(&mut self, reducer: &mut Reducer, divisor: f64) -> Result<()> {
-        for bucket in 0..self.owned.len() {
-            self.moments_and_steps(reducer, bucket, divisor)?;
-        }
-        let ratios = self.trust_ratios(reducer)?;
-        let mut works = Vec::new();
-        for bucket in 0..self.owned.len() {
-            let owned = &self.owned[bucket];
-            for piece in &owned.pieces {
-                let step = self.step_of(owned.storage, &piece.run.state)?;
-                let factor = self.rule.settings.lr * ratios[piece.parameter];
-                let mut parameter = reducer.parameters[owned.storage].range(&piece.run.range)?;
-                let scaled = step.f_mul_scalar(factor)?;
-                tch::no_grad(|| parameter.f_sub_(&scaled).map(drop))?;
-            }
-            works.extend(super::start_gather(reducer, bucket)?);
-        }
-        super::wait_all(works)
+impl Rule for Lamb {
+    fn name(&self) -> &'static str {
+        "LAMB"
     }
 
-    fn step_of(&self, storage: usize, state: &std::ops::Range<usize>) -> Result<Tensor> {
-        let scratch = self.lamb.as_ref().ok_or(crate::Error::NoGradients)?;
-        scratch.steps[storage].range(state)
+    fn lr(&self) -> f64 {
+        self.lr
     }
 
-    /// m, v and the step m̂ / (√v̂ + ε) + λp of a bucket's own runs.
-    fn moments_and_steps(&self, reducer: &Reducer, bucket: usize, divisor: f64) -> Result<()> {
-        let settings = &self.rule.settings;
-        let count = i32::try_from(self.step_count).unwrap_or(i32::MAX);
-        let (correct1, correct2) =
-            (1.0 - settings.beta1.powi(count), 1.0 - settings.beta2.powi(count));
-        let owned = &self.owned[bucket];
-        for run in &owned.runs {
-            let gradient = reducer.gradients[owned.storage].range(&run.range)?;
-            let gradient = if divisor > 1.0 { gradient.f_div_scalar(divisor)? } else { gradient };
-            let mut first = self.moments.first[owned.storage].range(&run.state)?;
-            let mut second = self.moments.second[owned.storage].range(&run.state)?;
-            drop(first.f_mul_scalar_(settings.beta1)?);
-            drop(first.f_add_(&gradient.f_mul_scalar(1.0 - settings.beta1)?)?);
-            drop(second.f_mul_scalar_(settings.beta2)?);
+    fn weight_decay(&self) -> f64 {
+        self.weight_decay
+    }
+
+    fn states(&self) -> &'static [&'static str] {
+        &["exp_avg", "exp_avg_sq"]
+    }
+
+    fn check(&self) -> Result<()> {
+        check_lr_and_decay(self.lr, self.weight_decay)?;
+        check_betas(self.beta1, self.beta2, self.eps)
+    }
+
+    /// m, v and the direction m̂ / (√v̂ + ε) + λp.
+    fn update(&self, now: &Now, runs: &Runs) -> Result<()> {
+        let count = i32::try_from(now.step).unwrap_or(i32::MAX);
+        let (correct1, correct2) = (1.0 - self.beta1.powi(count), 1.0 - self.beta2.powi(count));
+        for (at, parameter) in runs.parameters.iter().enumerate() {
+            let gradient = &runs.gradients[at];
+            let gradient = match now.divisor_tensor {
+                Some(_) => gradient.f_div_scalar(now.divisor)?,
+                None => gradient.shallow_clone(),
+            };
+            let mut first = runs.states[0][at].shallow_clone();
+            let mut second = runs.states[1][at].shallow_clone();
+            drop(first.f_mul_scalar_(self.beta1)?);
+            drop(first.f_add_(&gradient.f_mul_scalar(1.0 - self.beta1)?)?);
+            drop(second.f_mul_scalar_(self.beta2)?);
             let square = gradient.f_mul(&gradient)?;
-            drop(second.f_add_(&square.f_mul_scalar(1.0 - settings.beta2)?)?);
+            drop(second.f_add_(&square.f_mul_scalar(1.0 - self.beta2)?)?);
             let mut root = second.f_div_scalar(correct2)?;
             drop(root.f_sqrt_()?);
-            drop(root.f_add_scalar_(settings.eps)?);
-            let mut step = first.f_div_scalar(correct1)?;
-            drop(step.f_div_(&root)?);
-            if run.decays && settings.weight_decay > 0.0 {
-                let parameter = reducer.parameters[owned.storage].range(&run.range)?;
-                drop(step.f_add_(&parameter.f_mul_scalar(settings.weight_decay)?)?);
+            drop(root.f_add_scalar_(self.eps)?);
+            let mut direction = first.f_div_scalar(correct1)?;
+            drop(direction.f_div_(&root)?);
+            if now.weight_decay > 0.0 {
+                drop(direction.f_add_(&parameter.f_mul_scalar(now.weight_decay)?)?);
             }
-            self.step_of(owned.storage, &run.state)?.f_copy_(&step)?;
+            runs.directions[at].shallow_clone().f_copy_(&direction)?;
         }
         Ok(())
     }
 
-    /// ‖parameter‖ / ‖step‖ of every parameter; 1 where either is zero.
-    fn trust_ratios(&self, reducer: &mut Reducer) -> Result<Vec<f64>> {
-        let parameters = Flat::sums_of_squares(&reducer.parameters, &self.cells.places())?;
-        let steps = self.step_sums()?;
-        let parameters = self.cells.gather(&mut reducer.group, &parameters)?;
-        let steps = self.cells.gather(&mut reducer.group, &steps)?;
-        let mut sums = vec![(0.0, 0.0); reducer.model.parameters.len()];
-        for (&(index, parameter), &(_, step)) in parameters.iter().zip(&steps) {
-            let (parameter_sum, step_sum): &mut (f64, f64) = &mut sums[index];
-            *parameter_sum += parameter;
-            *step_sum += step;
-        }
-        let ratio = |(parameter, step): (f64, f64)| {
-            if parameter > 0.0 && step > 0.0 {
-                parameter.sqrt() / step.sqrt()
-            } else {
-                1.0
-            }
-        };
-        Ok(sums.into_iter().map(ratio).collect())
-    }
-
-    /// Sums of squares of the steps, cell by cell: the cells of this rank's pieces, which lie in the
-    /// scratch at other offsets than in the storage.
-    fn step_sums(&self) -> Result<Vec<f64>> {
-        let Some(scratch) = &self.lamb else { return Ok(Vec::new()) };
-        let mut pieces = self.owned.iter().flat_map(|o| o.pieces.iter().map(|p| (o.storage, p)));
-        let mut current = pieces.next();
-        let mut cells = Vec::with_capacity(self.cells.mine.len());
-        for cell in &self.cells.mine {
-            while let Some((storage, piece)) = current {
-                if storage == cell.storage && piece.run.range.contains(&cell.range.start) {
-                    let start = piece.run.state.start + (cell.range.start - piece.run.range.start);
-                    cells.push((storage, start..start + cell.range.len()));
-                    break;
+    /// 1 where either norm is zero.
+    fn trust_ratio(&self) -> Option<fn(f64, f64) -> f64> {
+        Some(
+            |parameter, direction| {
+                if parameter > 0.0 && direction > 0.0 {
+                    parameter / direction
+                } else {
+                    1.0
                 }
-                current = pieces.next();
-            }
-        }
-        Flat::sums_of_squares(&scratch.steps, &cells)
+            },
+        )
     }
 }

@@ -1,112 +1,62 @@
-//! Optimizers over the flat storage: fused AdamW and LAMB, replicated or with their state sharded (ZeRO-1).
+//! Optimizers over the flat storage, replicated or with their state sharded (ZeRO-1): one file a rule, and
+//! [`Optimizer`] around it.
 //!
-//! Under ZeRO-1 a rank keeps the moments of its segment of every bucket, updates those parameters, and the
-//! updated segments are gathered, bucket by bucket, while later buckets are still being updated. The
-//! arithmetic on an element is the same in both stages, so are the bits.
+//! The way of one sharded parameter: a rank keeps the state of its segment of every bucket, updates those
+//! elements ([`Rule::update`]), and the updated segments are gathered, bucket by bucket, while later buckets are
+//! still being updated. The arithmetic on an element is the same in every stage, so are the bits.
+//!
+//! Parameters in half precision have f32 masters, which is what a rule updates, and f32 state: a small step is not
+//! lost in a large parameter's last bit.
 
-pub(crate) mod device_norm;
+mod adam;
+mod adamw;
+mod groups;
 mod lamb;
-pub(crate) mod norm;
 mod piece;
+mod rule;
+mod sgd;
+mod state;
+
+use std::time::Instant;
 
 use phalanx_comm::Work;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use crate::flat::Flat;
-use crate::reducer::{self, Reducer, Shared};
-use crate::shim::{self, AdamWLists, AdamWSettings};
-use crate::{Ddp, Error, Result, Zero};
-use norm::Cells;
-use piece::{Owned, Run};
+pub use adam::Adam;
+pub use adamw::AdamW;
+pub use groups::{ParameterGroup, ParameterGroups};
+pub use lamb::Lamb;
+pub use rule::{Now, Rule, Runs};
+pub use sgd::Sgd;
 
-/// AdamW with decoupled weight decay; defaults are PyTorch's.
-///
-/// # Source
-/// Loshchilov & Hutter 2019; `at::_fused_adamw_`.
+use crate::amp::LossScaler;
+use crate::reduce::{self, Outcome, Reducer, Shared};
+use crate::store::flat::Flat;
+use crate::store::norm::Cells;
+use crate::store::{Attached, Store};
+use crate::{Ddp, Error, Result};
+use groups::GroupSettings;
+use piece::{Owned, Treatment};
+use state::State;
+
+/// What came of a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdamW {
-    /// Learning rate.
-    pub lr: f64,
-    /// Decay of the first moment.
-    pub beta1: f64,
-    /// Decay of the second moment.
-    pub beta2: f64,
-    /// Added to the root of the second moment.
-    pub eps: f64,
-    /// Weight decay, times the learning rate.
-    pub weight_decay: f64,
-}
-
-impl Default for AdamW {
-    fn default() -> Self {
-        Self { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 }
-    }
-}
-
-/// LAMB: AdamW's step, scaled per parameter by ‖parameter‖ / ‖step‖; for very large batches.
-///
-/// # Source
-/// You et al. 2020, "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", algorithm 2
-/// with φ(x) = x and bias correction.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Lamb {
-    /// Learning rate.
-    pub lr: f64,
-    /// Decay of the first moment.
-    pub beta1: f64,
-    /// Decay of the second moment.
-    pub beta2: f64,
-    /// Added to the root of the second moment.
-    pub eps: f64,
-    /// Weight decay inside the step.
-    pub weight_decay: f64,
-}
-
-impl Default for Lamb {
-    fn default() -> Self {
-        Self { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-6, weight_decay: 0.01 }
-    }
-}
-
-/// Which optimizer, with its settings.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum OptimizerConfig {
-    /// [`AdamW`].
-    AdamW(AdamW),
-    /// [`Lamb`].
-    Lamb(Lamb),
-}
-
-/// One optimizer for both: AdamW's settings have the same fields.
-#[derive(Clone, Copy, Debug)]
-struct Rule {
-    settings: AdamWSettings,
-    is_lamb: bool,
-}
-
-impl From<OptimizerConfig> for Rule {
-    fn from(config: OptimizerConfig) -> Self {
-        let (lr, beta1, beta2, eps, weight_decay, is_lamb) = match config {
-            OptimizerConfig::AdamW(a) => (a.lr, a.beta1, a.beta2, a.eps, a.weight_decay, false),
-            OptimizerConfig::Lamb(l) => (l.lr, l.beta1, l.beta2, l.eps, l.weight_decay, true),
-        };
-        Self { settings: AdamWSettings { lr, beta1, beta2, weight_decay, eps }, is_lamb }
-    }
-}
-
-/// Moments of the elements that this rank owns, one pair for each storage.
-#[derive(Debug)]
-struct Moments {
-    first: Vec<Flat>,
-    second: Vec<Flat>,
+pub struct Step {
+    /// Norm of all gradients, before clipping; not finite where that is why the step was skipped.
+    pub gradient_norm: f64,
+    /// Whether parameters stayed as they were, on every rank: gradients were not finite.
+    pub skipped: bool,
 }
 
 /// Updates a [`Ddp`]'s parameters after each exchanged backward.
 ///
+/// A parameter without a gradient (frozen, or unused on every rank) is left alone, and so is its state; each
+/// parameter counts its own steps, as in PyTorch.
+///
 /// # Example
 /// ```
 /// use phalanx_comm::{Group, GroupOptions};
-/// use phalanx_ddp_core::optim::{AdamW, Optimizer, OptimizerConfig};
+/// use phalanx_ddp_core::optim::{AdamW, Optimizer, ParameterGroup, ParameterGroups};
 /// use phalanx_ddp_core::{Ddp, DdpOptions, Sync, Zero};
 /// use tch::{nn, nn::Module, Device, Kind, Tensor};
 ///
@@ -115,72 +65,79 @@ struct Moments {
 /// let vs = nn::VarStore::new(Device::Cpu);
 /// let net = nn::linear(vs.root() / "fc", 4, 1, Default::default());
 /// let ddp = Ddp::new(&vs, &mut group, DdpOptions { zero: Zero::One, ..DdpOptions::default() })?;
-/// let config = OptimizerConfig::AdamW(AdamW { lr: 0.01, ..AdamW::default() });
-/// let mut optimizer = Optimizer::new(&ddp, config, |name| !name.ends_with("bias"))?;
+/// let rule = AdamW { lr: 0.01, ..AdamW::default() };
+/// let no_decay = ParameterGroup::matching(["*.bias"]).weight_decay(0.0);
+/// let mut optimizer = Optimizer::new(&ddp, rule, ParameterGroups::default().with(no_decay))?;
 /// let loss_sum = net.forward(&Tensor::ones([8, 4], (Kind::Float, Device::Cpu))).square().sum(Kind::Float);
 /// ddp.backward(&loss_sum, 8.0, Sync::Reduce)?;
-/// let gradient_norm = optimizer.step(Some(1.0))?;
-/// assert!(gradient_norm > 0.0);
+/// assert!(optimizer.step(Some(1.0))?.gradient_norm > 0.0);
 /// # Ok(())
 /// # }
 /// ```
 #[derive(Debug)]
 pub struct Optimizer {
     shared: Shared,
-    rule: Rule,
-    /// By bucket: what this rank updates.
-    owned: Vec<Owned>,
-    moments: Moments,
-    cells: Cells,
-    step: Tensor,
+    rule: Box<dyn Rule>,
+    groups: ParameterGroups,
+    settings: Vec<GroupSettings>,
+    lr: f64,
     step_count: u64,
-    lamb: Option<lamb::Scratch>,
+    /// By parameter: its group, and how often it was updated.
+    parameters: Vec<Treatment>,
+    /// The plan that what follows belongs to.
+    layout: u64,
+    state: State,
+    cells: Cells,
 }
 
 impl Optimizer {
-    /// Allocates the state. Collective. `decays` says by name which parameters have weight decay (biases
-    /// and normalisation weights usually do not).
+    /// Allocates the state. Collective.
     ///
     /// # Errors
     /// [`Error::BadSetting`]; errors of the group and of libtorch.
-    pub fn new(ddp: &Ddp, config: OptimizerConfig, decays: impl Fn(&str) -> bool) -> Result<Self> {
-        let rule = Rule::from(config);
-        check(&rule.settings)?;
+    pub fn new(ddp: &Ddp, rule: impl Rule + 'static, groups: ParameterGroups) -> Result<Self> {
+        rule.check()?;
+        let settings = groups.settings(&rule)?;
         let shared = Shared::clone(ddp.shared());
-        let mut reducer = reducer::lock(&shared)?;
-        let reducer_ref = &mut *reducer;
-        let (rank, world_size) = match reducer_ref.zero {
-            Zero::Off => (0, 1),
-            Zero::One => (reducer_ref.group.rank(), reducer_ref.group.world_size()),
+        let mut reducer = reduce::lock(&shared)?;
+        let store = &mut reducer.store;
+        let state = State::new(store, &rule)?;
+        let cells = Cells::new(&store.plan, store.sharding, &mut store.group)?;
+        if store.optimizer == Attached::No {
+            store.optimizer = Attached::Yes;
+        }
+        let layout = store.layout;
+        let mut optimizer = Self {
+            shared: Shared::clone(&shared),
+            lr: rule.lr(),
+            rule: Box::new(rule),
+            groups,
+            settings,
+            step_count: 0,
+            parameters: Vec::new(),
+            layout,
+            state,
+            cells,
         };
-        let decays: Vec<bool> =
-            reducer_ref.model.parameters.iter().map(|p| decays(&p.name)).collect();
-        let (owned, state_lens) = piece::owned(&reducer_ref.plan, rank, world_size, &decays);
-        let moments = Moments {
-            first: state(reducer_ref, &state_lens)?,
-            second: state(reducer_ref, &state_lens)?,
-        };
-        let cells = Cells::new(&reducer_ref.plan, reducer_ref.zero, &mut reducer_ref.group)?;
-        let lamb = if rule.is_lamb {
-            Some(lamb::Scratch::new(state(reducer_ref, &state_lens)?))
-        } else {
-            None
-        };
-        let device = reducer.gradients.first().map_or(Device::Cpu, Flat::device);
-        let step = Tensor::f_zeros([] as [i64; 0], (Kind::Float, device))?;
+        optimizer.take_in(store);
         drop(reducer);
-        Ok(Self { shared, rule, owned, moments, cells, step, step_count: 0, lamb })
+        Ok(optimizer)
     }
 
     /// Sets the learning rate of the next steps.
-    pub fn set_lr(&mut self, lr: f64) {
-        self.rule.settings.lr = lr;
+    ///
+    /// # Errors
+    /// [`Error::BadSetting`] for one that is negative or not finite.
+    pub fn set_lr(&mut self, lr: f64) -> Result<()> {
+        rule::check_setting("lr", lr, lr >= 0.0 && lr.is_finite(), "a number ≥ 0")?;
+        self.lr = lr;
+        Ok(())
     }
 
     /// The learning rate.
     #[must_use]
     pub fn lr(&self) -> f64 {
-        self.rule.settings.lr
+        self.lr
     }
 
     /// Steps made.
@@ -195,117 +152,206 @@ impl Optimizer {
     /// # Errors
     /// [`Error::NoGradients`] when no backward exchanged gradients since the last step; [`Error::BadSetting`]
     /// for a `norm_max` that is not above zero; errors of the group.
-    pub fn step(&mut self, norm_max: Option<f64>) -> Result<f64> {
+    pub fn step(&mut self, norm_max: Option<f64>) -> Result<Step> {
+        self.step_divided(norm_max, 1.0)
+    }
+
+    /// As [`step`](Self::step) for a loss that was [scaled](LossScaler::scale): divides the gradients by the scale
+    /// first, and tells the scaler whether they were finite. If not, every rank skips the step and the scale
+    /// goes down.
+    ///
+    /// The [`Ddp`] must not refuse such gradients itself: give it [`NonFinite::SkipStep`](crate::NonFinite::SkipStep).
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn step_scaled(&mut self, norm_max: Option<f64>, scaler: &mut LossScaler) -> Result<Step> {
+        let step = self.step_divided(norm_max, scaler.value())?;
+        scaler.update(step.skipped);
+        Ok(step)
+    }
+
+    fn step_divided(&mut self, norm_max: Option<f64>, loss_scale: f64) -> Result<Step> {
         if let Some(max) = norm_max.filter(|max| max.is_nan() || *max <= 0.0) {
             let (setting, value) = ("norm_max", max.to_string());
             return Err(Error::BadSetting { setting, value, expected: "a number > 0" });
         }
         let shared = Shared::clone(&self.shared);
-        let mut reducer = reducer::lock(&shared)?;
-        if !std::mem::replace(&mut reducer.reduced, false) {
-            return Err(Error::NoGradients);
+        let mut reducer = reduce::lock(&shared)?;
+        let has_gradient = match std::mem::take(&mut reducer.outcome) {
+            Outcome::Nothing => return Err(Error::NoGradients),
+            Outcome::Skipped => return Ok(Step { gradient_norm: f64::NAN, skipped: true }),
+            Outcome::Reduced(has_gradient) => has_gradient,
+        };
+        self.fit(&mut reducer.store)?;
+        let gradient_norm = self.gradient_norm(&mut reducer)? / loss_scale;
+        let is_scaled = (loss_scale - 1.0).abs() > 0.0;
+        if is_scaled && !gradient_norm.is_finite() {
+            reducer.release_gradients()?;
+            return Ok(Step { gradient_norm, skipped: true });
         }
-        let gradient_norm = self.gradient_norm(&mut reducer)?;
-        let divisor = norm_max.map_or(1.0, |max| ((gradient_norm + 1e-6) / max).max(1.0));
+        let clip = norm_max.map_or(1.0, |max| ((gradient_norm + 1e-6) / max).max(1.0));
+        self.update(&mut reducer, &has_gradient, clip * loss_scale)?;
+        reducer.store.optimizer = Attached::Stepped;
         self.step_count += 1;
-        if self.lamb.is_some() {
-            self.lamb_step(&mut reducer, divisor)?;
-        } else {
-            self.adamw_step(&mut reducer, divisor)?;
-        }
         reducer.release_gradients()?;
-        Ok(gradient_norm)
+        Ok(Step { gradient_norm, skipped: false })
+    }
+
+    /// Gives parameters that are new their group.
+    fn take_in(&mut self, store: &Store) {
+        for named in store.model.parameters().skip(self.parameters.len()) {
+            let group = self.groups.index_of(&named.name);
+            self.parameters.push(Treatment { group, step: 0 });
+        }
+    }
+
+    /// Follows the store to its present plan: parameters were added, or, before the first step, all were laid
+    /// anew. Collective under ZeRO.
+    fn fit(&mut self, store: &mut Store) -> Result<()> {
+        if self.layout != store.layout {
+            self.state.fit(store, &*self.rule, self.step_count == 0)?;
+            self.cells = Cells::new(&store.plan, store.sharding, &mut store.group)?;
+            self.layout = store.layout;
+            self.take_in(store);
+        }
+        self.state.heed_masters(store)
     }
 
     fn gradient_norm(&self, reducer: &mut Reducer) -> Result<f64> {
-        let sums = Flat::sums_of_squares(&reducer.gradients, &self.cells.places())?;
-        let all = self.cells.gather(&mut reducer.group, &sums)?;
+        let start = Instant::now();
+        let store = &mut reducer.store;
+        let sums = Flat::sums_of_squares(&store.gradients(), &self.cells.places())?;
+        let computed = start.elapsed();
+        let all = self.cells.gather(&mut store.group, &sums)?;
+        reducer.waited(start.elapsed().saturating_sub(computed));
         Ok(all.iter().map(|&(_, sum)| sum).sum::<f64>().sqrt())
     }
 
+    fn update(&mut self, reducer: &mut Reducer, has_gradient: &[bool], divisor: f64) -> Result<()> {
+        for (treatment, _) in self.parameters.iter_mut().zip(has_gradient).filter(|(_, has)| **has)
+        {
+            treatment.step += 1;
+        }
+        let treated = self.parameters.iter().zip(has_gradient);
+        let treatments: Vec<Option<Treatment>> =
+            treated.map(|(&treatment, &has)| has.then_some(treatment)).collect();
+        let store = &mut reducer.store;
+        let sharding = store.sharding;
+        let parts = piece::owned(&store.plan, |bucket| sharding.segment(bucket), &treatments);
+        let now = Numbers { divisor, device: store.device() };
+        let mut works = Vec::new();
+        match self.rule.trust_ratio() {
+            None => {
+                for (bucket, owned) in parts.iter().enumerate() {
+                    self.update_runs(store, owned, &now)?;
+                    self.state.write_back(store, owned)?;
+                    works.extend(gather(store, bucket)?);
+                }
+            }
+            Some(trust_ratio) => {
+                for owned in &parts {
+                    self.update_runs(store, owned, &now)?;
+                }
+                let ratios = self.trust_ratios(store, &parts, trust_ratio)?;
+                for (bucket, owned) in parts.iter().enumerate() {
+                    self.apply(store, owned, &ratios)?;
+                    self.state.write_back(store, owned)?;
+                    works.extend(gather(store, bucket)?);
+                }
+            }
+        }
+        let start = Instant::now();
+        let ended = wait_all(works);
+        reducer.waited(start.elapsed());
+        ended
+    }
+
+    /// Lets the rule update a bucket's runs, those that are treated alike in one call.
+    fn update_runs(&self, store: &Store, owned: &Owned, numbers: &Numbers) -> Result<()> {
+        let mut treatments: Vec<Treatment> = Vec::new();
+        for run in &owned.runs {
+            if !treatments.contains(&run.treatment) {
+                treatments.push(run.treatment);
+            }
+        }
+        for treatment in treatments {
+            let alike: Vec<_> =
+                owned.runs.iter().filter(|run| run.treatment == treatment).collect();
+            let runs = self.state.runs(store, owned.storage, &alike)?;
+            self.rule.update(&numbers.now(treatment, self.lr, &self.settings)?, &runs)?;
+        }
+        Ok(())
+    }
+
+    /// The factors of the steps, by parameter.
+    fn trust_ratios(
+        &self,
+        store: &mut Store,
+        owned: &[Owned],
+        trust_ratio: fn(f64, f64) -> f64,
+    ) -> Result<Vec<f64>> {
+        let parameters = Flat::sums_of_squares(&store.parameters(), &self.cells.places())?;
+        let directions = self.state.sums_of_directions(&self.cells, owned)?;
+        let parameters = self.cells.gather(&mut store.group, &parameters)?;
+        let directions = self.cells.gather(&mut store.group, &directions)?;
+        let mut sums = vec![(0.0, 0.0); self.parameters.len()];
+        for (&(index, parameter), &(_, direction)) in parameters.iter().zip(&directions) {
+            let (parameter_sum, direction_sum): &mut (f64, f64) = &mut sums[index];
+            *parameter_sum += parameter;
+            *direction_sum += direction;
+        }
+        Ok(sums.into_iter().map(|(p, d)| trust_ratio(p.sqrt(), d.sqrt())).collect())
+    }
+
+    /// Parameters of a bucket go in their directions.
+    fn apply(&self, store: &Store, owned: &Owned, ratios: &[f64]) -> Result<()> {
+        for piece in &owned.pieces {
+            let runs = self.state.runs(store, owned.storage, &[&piece.run])?;
+            let factor = self.settings[piece.run.treatment.group].lr_factor;
+            let factor = self.lr * factor * ratios[piece.parameter];
+            let scaled = runs.directions[0].f_mul_scalar(factor)?;
+            tch::no_grad(|| runs.parameters[0].shallow_clone().f_sub_(&scaled).map(drop))?;
+        }
+        Ok(())
+    }
+}
+
+/// What the numbers of an update are made of.
+struct Numbers {
+    divisor: f64,
+    device: tch::Device,
+}
+
+impl Numbers {
     #[expect(
         clippy::cast_precision_loss,
         reason = "steps are far below 2^24; PyTorch counts in f32 too"
     )]
-    #[expect(clippy::cast_possible_truncation, reason = "the divisor is a ratio near 1")]
-    fn adamw_step(&mut self, reducer: &mut Reducer, divisor: f64) -> Result<()> {
-        drop(self.step.f_fill_(self.step_count as f64)?);
-        let divisor = (divisor > 1.0)
-            .then(|| Tensor::from(divisor as f32).f_to_device(self.step.device()))
-            .transpose()?;
-        let mut works = Vec::new();
-        for bucket in 0..self.owned.len() {
-            for decays in [true, false] {
-                let runs =
-                    self.owned[bucket].runs.iter().filter(|run| run.decays == decays).cloned();
-                let lists = self.lists(reducer, bucket, runs)?;
-                let weight_decay = if decays { self.rule.settings.weight_decay } else { 0.0 };
-                let settings = AdamWSettings { weight_decay, ..self.rule.settings };
-                shim::fused_adamw(&lists, &self.step, divisor.as_ref(), settings)?;
-            }
-            works.extend(start_gather(reducer, bucket)?);
-        }
-        wait_all(works)
-    }
-
-    fn lists(
-        &self,
-        reducer: &Reducer,
-        bucket: usize,
-        runs: impl Iterator<Item = Run>,
-    ) -> Result<AdamWLists> {
-        let storage = self.owned[bucket].storage;
-        let mut lists = AdamWLists::default();
-        for run in runs {
-            lists.parameters.push(reducer.parameters[storage].range(&run.range)?);
-            lists.gradients.push(reducer.gradients[storage].range(&run.range)?);
-            lists.first_moments.push(self.moments.first[storage].range(&run.state)?);
-            lists.second_moments.push(self.moments.second[storage].range(&run.state)?);
-        }
-        Ok(lists)
+    #[expect(clippy::cast_possible_truncation, reason = "the kernels divide in f32")]
+    fn now(&self, treatment: Treatment, lr: f64, settings: &[GroupSettings]) -> Result<Now> {
+        let GroupSettings { lr_factor, weight_decay } = settings[treatment.group];
+        let is_divided = (self.divisor - 1.0).abs() > 0.0;
+        let scalar = |value: f32| Tensor::from(value).f_to_device(self.device);
+        let step_tensor = Tensor::f_zeros([] as [i64; 0], (Kind::Float, self.device))?;
+        drop(step_tensor.shallow_clone().f_fill_(treatment.step as f64)?);
+        Ok(Now {
+            step: treatment.step,
+            step_tensor,
+            lr: lr * lr_factor,
+            weight_decay,
+            divisor: self.divisor,
+            divisor_tensor: is_divided.then(|| scalar(self.divisor as f32)).transpose()?,
+        })
     }
 }
 
-/// Zeroed state, one for each storage.
-fn state(reducer: &Reducer, lens: &[usize]) -> Result<Vec<Flat>> {
-    let like = reducer.gradients.iter().zip(lens);
-    like.map(|(gradients, &len)| Flat::private(gradients.kind(), gradients.device(), len)).collect()
-}
-
-/// Starts the gathering of a bucket's updated parameters, under ZeRO.
-fn start_gather(reducer: &mut Reducer, bucket: usize) -> Result<Option<Work<'static>>> {
-    if reducer.zero == Zero::Off {
-        return Ok(None);
-    }
-    let planned = &reducer.plan.buckets[bucket];
-    let stream = shim::current_stream(reducer.parameters[planned.storage].device())?;
-    reducer.group.set_stream(stream);
-    reducer.group.tagged(&format!("parameters of bucket {bucket}"));
-    let parameters = &reducer.parameters[planned.storage];
-    Ok(Some(parameters.all_gather(&mut reducer.group, planned.range.clone())?))
+/// Starts the gathering of a bucket's updated parameters, where they are not everywhere.
+fn gather(store: &mut Store, bucket: usize) -> Result<Option<Work<'static>>> {
+    let planned = &store.plan.buckets[bucket];
+    let parameters = &store.storages[planned.storage].parameters;
+    store.sharding.gather(&mut store.group, parameters, (bucket, planned.range.clone()))
 }
 
 fn wait_all(works: Vec<Work<'static>>) -> Result<()> {
     works.into_iter().try_for_each(|work| Ok(work.wait()?))
-}
-
-fn check(settings: &AdamWSettings) -> Result<()> {
-    let bad = |setting, value: f64, expected| {
-        Err(Error::BadSetting { setting, value: value.to_string(), expected })
-    };
-    if !(settings.lr >= 0.0 && settings.lr.is_finite()) {
-        return bad("lr", settings.lr, "a number ≥ 0");
-    }
-    for (setting, beta) in [("beta1", settings.beta1), ("beta2", settings.beta2)] {
-        if !(0.0..1.0).contains(&beta) {
-            return bad(setting, beta, "a number in [0, 1)");
-        }
-    }
-    if !(settings.eps > 0.0 && settings.eps.is_finite()) {
-        return bad("eps", settings.eps, "a number > 0");
-    }
-    if !(settings.weight_decay >= 0.0 && settings.weight_decay.is_finite()) {
-        return bad("weight_decay", settings.weight_decay, "a number ≥ 0");
-    }
-    Ok(())
 }

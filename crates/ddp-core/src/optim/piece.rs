@@ -1,22 +1,29 @@
 //! What a rank updates: for each bucket its segment (ZeRO) or all of it, cut into pieces of parameters, and
-//! neighbouring pieces with the same weight decay joined into runs. Pure.
+//! neighbouring pieces that are treated alike joined into runs. Pure.
 //!
 //! Pieces end at the padding before the next parameter, so that every run is a multiple of the alignment:
 //! no kernel's scalar tail ever computes different elements in one ZeRO stage than in the other. Padding
-//! holds zeros and stays zero under AdamW and LAMB.
+//! holds zeros and stays zero under every rule.
 
 use std::ops::Range;
 
-use crate::plan::{Plan, PARAMETER_ALIGNMENT_LEN};
+use crate::store::plan::{Bucket, Plan, PARAMETER_ALIGNMENT_LEN};
 
-/// Neighbouring elements with one weight decay.
+/// How a parameter is treated in a step: with which group's settings, and as which of its own steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Treatment {
+    pub(super) group: usize,
+    pub(super) step: u64,
+}
+
+/// Neighbouring elements that are treated alike.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Run {
     /// Elements of the flat storage.
     pub(super) range: Range<usize>,
     /// The same elements in the optimizer's state.
     pub(super) state: Range<usize>,
-    pub(super) decays: bool,
+    pub(super) treatment: Treatment,
 }
 
 /// A part of one parameter.
@@ -34,35 +41,40 @@ pub(super) struct Owned {
     pub(super) runs: Vec<Run>,
 }
 
-/// A rank's parts of all buckets, and the elements of state that each storage needs.
+/// Elements of state that each storage needs, of which a rank has `segment` of each bucket.
+pub(super) fn state_lens(plan: &Plan, segment: impl Fn(&Bucket) -> Range<usize>) -> Vec<usize> {
+    let mut lens = vec![0; plan.storage_lens.len()];
+    for bucket in &plan.buckets {
+        lens[bucket.storage] += segment(bucket).len();
+    }
+    lens
+}
+
+/// A rank's parts of all buckets; `treatments` says of each parameter how it is treated, if it is updated.
 pub(super) fn owned(
     plan: &Plan,
-    rank: usize,
-    world_size: usize,
-    decays: &[bool],
-) -> (Vec<Owned>, Vec<usize>) {
-    let mut state_lens = vec![0; plan.storage_lens.len()];
+    segment: impl Fn(&Bucket) -> Range<usize>,
+    treatments: &[Option<Treatment>],
+) -> Vec<Owned> {
+    let mut state_ends = vec![0; plan.storage_lens.len()];
     let mut parts = Vec::with_capacity(plan.buckets.len());
     for bucket in &plan.buckets {
-        let segment = bucket.segment(rank, world_size);
-        let state_len = &mut state_lens[bucket.storage];
+        let segment = segment(bucket);
+        let state_start = state_ends[bucket.storage];
         let mut pieces = Vec::new();
         for &parameter in &bucket.parameters {
             let place = &plan.places[parameter].range;
             let end = place.end.next_multiple_of(PARAMETER_ALIGNMENT_LEN).min(segment.end);
             let start = place.start.max(segment.start);
-            if start >= end {
-                continue;
-            }
-            let state_start = *state_len + (start - segment.start);
-            let state = state_start..state_start + (end - start);
-            let run = Run { range: start..end, state, decays: decays[parameter] };
+            let Some(treatment) = treatments[parameter].filter(|_| start < end) else { continue };
+            let state = state_start + (start - segment.start);
+            let run = Run { range: start..end, state: state..state + (end - start), treatment };
             pieces.push(Piece { parameter, run });
         }
-        *state_len += segment.len();
+        state_ends[bucket.storage] += segment.len();
         parts.push(Owned { storage: bucket.storage, runs: joined(&pieces), pieces });
     }
-    (parts, state_lens)
+    parts
 }
 
 fn joined(pieces: &[Piece]) -> Vec<Run> {
@@ -70,7 +82,8 @@ fn joined(pieces: &[Piece]) -> Vec<Run> {
     for piece in pieces {
         match runs.last_mut() {
             Some(last)
-                if last.decays == piece.run.decays && last.range.end == piece.run.range.start =>
+                if last.treatment == piece.run.treatment
+                    && last.range.end == piece.run.range.start =>
             {
                 last.range.end = piece.run.range.end;
                 last.state.end = piece.run.state.end;
@@ -84,12 +97,14 @@ fn joined(pieces: &[Piece]) -> Vec<Run> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::{Caps, Extent};
+    use crate::store::plan::{Caps, Extent};
 
     #[test]
     fn the_ranks_parts_together_are_every_parameter_once() {
         let lens = [5000, 64, 1, 9000, 0, 2048, 77];
-        let decays = [true, false, false, true, true, true, false];
+        let treatment = |group| Some(Treatment { group, step: 3 });
+        let treatments =
+            [0, 1, 1, 0, 0, 2, 1].map(|group| treatment(group).filter(|t| t.group < 2));
         let extents: Vec<Extent> =
             lens.iter().map(|&len| Extent { len, element_bytes: 4, storage: 0 }).collect();
         for world_size in [1, 2, 3, 4, 7] {
@@ -97,8 +112,9 @@ mod tests {
             let plan = Plan::new(&extents, &[6, 5, 4, 3, 2, 1, 0], caps);
             let mut covered = vec![0; plan.storage_lens[0]];
             for rank in 0..world_size {
-                let (parts, state_lens) = owned(&plan, rank, world_size, &decays);
-                let mut state = vec![0; state_lens[0]];
+                let segment = |bucket: &Bucket| bucket.segment(rank, world_size);
+                let parts = owned(&plan, segment, &treatments);
+                let mut state = vec![0; state_lens(&plan, segment)[0]];
                 for run in parts.iter().flat_map(|part| &part.runs) {
                     assert_eq!(run.range.len(), run.state.len());
                     assert_eq!(run.range.start % PARAMETER_ALIGNMENT_LEN, 0);
@@ -108,11 +124,13 @@ mod tests {
                 }
                 assert!(state.iter().all(|&count| count <= 1), "state is not shared");
                 for piece in parts.iter().flat_map(|part| &part.pieces) {
-                    assert_eq!(piece.run.decays, decays[piece.parameter]);
+                    assert_eq!(Some(piece.run.treatment), treatments[piece.parameter]);
                 }
             }
-            for place in &plan.places {
-                assert!(place.range.clone().all(|at| covered[at] == 1), "{world_size} ranks");
+            for (parameter, place) in plan.places.iter().enumerate() {
+                let times = usize::from(treatments[parameter].is_some());
+                let mut all = place.range.clone();
+                assert!(all.all(|at| covered[at] == times), "{world_size} ranks");
             }
             assert!(covered.iter().all(|&count| count <= 1));
         }

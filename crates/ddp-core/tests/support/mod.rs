@@ -9,12 +9,7 @@ use tch::{nn, nn::Module, Device, Kind, Tensor};
 
 /// Small caps: the model below has at least three buckets of uneven sizes.
 pub(crate) fn options(zero: Zero) -> DdpOptions {
-    DdpOptions {
-        first_bucket_bytes_max: 256,
-        bucket_bytes_max: 9000,
-        zero,
-        ..DdpOptions::default()
-    }
+    DdpOptions { bucket_bytes: vec![256, 400, 9000], zero, ..DdpOptions::default() }
 }
 
 /// A model of uneven layers; `seed` decides its values, whatever else draws random numbers.
@@ -52,6 +47,16 @@ impl Model {
     pub(crate) fn loss_sum(&self, range: std::ops::Range<i64>) -> Tensor {
         let (x, y) = samples(range);
         (self.net.forward(&x) - y).square().sum(Kind::Float)
+    }
+
+    /// A loss whose gradients are known exactly: [`whole_gradients`] summed over samples `range`.
+    ///
+    /// The network's own loss takes part, times zero, so that gradients become ready in the order of its graph.
+    pub(crate) fn whole_loss_sum(&self, range: std::ops::Range<i64>) -> Tensor {
+        let sums = whole_gradients(self, range.clone());
+        let products = self.sorted().into_iter().zip(sums);
+        let exact = products.map(|((_, v), c)| (v * c).sum(Kind::Float)).sum::<Tensor>();
+        self.loss_sum(range) * 0.0 + exact
     }
 
     /// All parameters, as bits.
@@ -95,9 +100,33 @@ pub(crate) fn wrapped(group: &mut Group, options: DdpOptions) -> (Model, Ddp) {
     (model, ddp)
 }
 
-pub(crate) fn assert_close(left: &[f32], right: &[f32], tolerance: f32) {
+/// Half the distance from 1 to the next `f32`: what one operation may be off by, relative to its result.
+pub(crate) const ROUNDOFF: f64 = f32::EPSILON as f64 / 2.0;
+
+/// The largest gradient of a single sample in [`whole_gradients`].
+pub(crate) const WHOLE_MAX: f64 = 8.0;
+
+/// A gradient for each parameter, in the order of their names, summed over samples `range`: whole numbers of at most
+/// [`WHOLE_MAX`] a sample. They are exact in any type, and so are their sums and those of their products, in any order:
+/// no processor can differ about them.
+pub(crate) fn whole_gradients(model: &Model, range: std::ops::Range<i64>) -> Vec<Tensor> {
+    let of = |(index, (_, variable)): (usize, (String, Tensor))| {
+        let at = Tensor::arange(variable.numel() as i64, (Kind::Int64, Device::Cpu));
+        let of_sample = |sample: i64| {
+            let mixed = &at * &at * 3 + &at * (7 * sample) + (5 * sample * sample + index as i64);
+            mixed.remainder(17) - 8
+        };
+        let sum = range.clone().map(of_sample).sum::<Tensor>();
+        sum.to_kind(Kind::Float).reshape(variable.size())
+    };
+    model.sorted().into_iter().enumerate().map(of).collect()
+}
+
+/// No element differs by more than `bound`.
+pub(crate) fn assert_within(left: &[f32], right: &[f32], bound: f64) {
     assert_eq!(left.len(), right.len());
-    for (at, (l, r)) in left.iter().zip(right).enumerate() {
-        assert!((l - r).abs() <= tolerance * (1.0 + r.abs()), "element {at}: {l} and {r}");
+    for (at, (&l, &r)) in left.iter().zip(right).enumerate() {
+        let off = (f64::from(l) - f64::from(r)).abs();
+        assert!(off <= bound, "element {at}: {l} and {r}, off by {off:.1e} of {bound:.1e}");
     }
 }

@@ -102,7 +102,7 @@ enum Fault {
 }
 
 /// Longer than any test waits.
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_secs(600);
 
 fn main() -> ExitCode {
     let args = Args::parse();
@@ -144,7 +144,7 @@ fn work(args: &Args) -> ExitCode {
         }
         Act::Wait => wait(),
         Act::Children => {
-            let mut child = Command::new("sleep").arg("60").spawn().expect("sleep is everywhere");
+            let mut child = Command::new("sleep").arg("600").spawn().expect("sleep is everywhere");
             println!("child {}", child.id());
             wait();
             child.wait().expect("our own child");
@@ -215,10 +215,15 @@ fn cascade(world: &World, is_chosen: bool) -> ExitCode {
 
 /// Steps until something fails; a rank that sees an error of the group panics over it, as many programs do.
 fn group(args: &Args, is_chosen: bool) -> ExitCode {
-    // Heartbeats are missed for five seconds; the limit of a collective must not come first.
-    let limit = if matches!(args.fault, Some(Fault::Stop | Fault::Pause)) { 30 } else { 2 };
+    // The limit of a collective is for a rank that stays away; nothing else is to run into it.
+    let limit = if args.fault == Some(Fault::Idle) { Duration::from_secs(5) } else { LONG };
+    let options = GroupOptions::default().with_timeout(limit);
+    let options = match args.fault {
+        // Heartbeats that are missed for three seconds, and for as long as a busy machine may add.
+        Some(Fault::Pause) => options.with_heartbeat(Duration::from_millis(500), LONG),
+        _ => options,
+    };
     let fault = args.fault.filter(|_| is_chosen);
-    let options = GroupOptions::default().with_timeout(Duration::from_secs(limit));
     let mut world = Group::from_environment(options).expect("the ranks meet");
     let mut part = match args.of {
         Of::World => None,
@@ -322,7 +327,7 @@ fn environment(world: &World) {
 }
 
 fn join_all(world: &World) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + LONG;
     let store = connect(world, deadline).expect("the launcher hosts the store");
     let mine = world.rank.to_string();
     let all = join(&*store, "test", world.rank, world.world_size, mine.as_bytes(), deadline)
@@ -337,11 +342,23 @@ fn bar(world: &World) {
         assert!(std::io::stderr().is_terminal(), "no terminal, no bar");
         for step in 1..=5 {
             eprint!("\r\x1b[2Kstep {step}/5");
-            pause(Duration::from_millis(40));
+            if step == 3 {
+                std::fs::write("drawn", "").expect("a mark");
+                // The test has seen the line of the other rank.
+                wait_for_file("seen");
+            }
         }
         eprintln!();
     } else {
-        pause(Duration::from_millis(100));
+        wait_for_file("drawn");
         println!("line between");
+    }
+}
+
+fn wait_for_file(name: &str) {
+    let deadline = Instant::now() + LONG;
+    while !std::path::Path::new(name).exists() {
+        assert!(Instant::now() < deadline, "no {name}");
+        pause(Duration::from_millis(5));
     }
 }

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{kill_process, Pid, Signal};
 
-pub(crate) const LIMIT: Duration = Duration::from_secs(20);
+/// Longer than anything takes on a busy machine, and far shorter than what ranks wait for that nobody ends.
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 /// A launcher and what it says.
 pub(crate) struct Job {
@@ -87,7 +88,9 @@ impl Job {
             }
             thread::park_timeout(Duration::from_millis(2));
         }
-        panic!("the launcher did not end within {LIMIT:?}");
+        let said = |lines: &Receiver<String>| lines.try_iter().collect::<Vec<_>>();
+        let (output, errors) = (said(&self.output), said(&self.errors));
+        panic!("the launcher did not end within {LIMIT:?}: {output:#?} {errors:#?}");
     }
 
     /// Kills the launcher, as nothing else can: it says nothing to anybody.
@@ -134,6 +137,7 @@ pub(crate) fn lives(pid: i32) -> bool {
     !matches!(state, Some('Z' | 'X') | None)
 }
 
+/// Waits until no such process is left; with no limit there must be none.
 pub(crate) fn assert_gone(pids: &[i32], limit: Duration) {
     let deadline = Instant::now() + limit;
     while pids.iter().any(|&pid| lives(pid)) {

@@ -249,8 +249,6 @@ mod tests {
     use super::*;
     use crate::environment::{JobToken, World};
 
-    const SOON: Duration = Duration::from_millis(500);
-
     fn key(token: &str) -> PairKey {
         let card = |secret| Card {
             host: "a".into(),
@@ -293,16 +291,15 @@ mod tests {
             Self { peers, door: Door::new(Some(listener)), address, returned: Vec::new() }
         }
 
-        /// Serves until something is true; says how long that took.
-        fn serve_until(&mut self, mut is_true: impl FnMut(&mut Self) -> bool) -> Duration {
+        /// Serves until something is true.
+        fn serve_until(&mut self, mut is_true: impl FnMut(&mut Self) -> bool) {
             let start = Instant::now();
             while !is_true(self) {
-                assert!(start.elapsed() < Duration::from_secs(10), "for ever");
+                assert!(start.elapsed() < Duration::from_secs(60), "for ever");
                 let more = self.door.serve(&self.peers, |_| Some(7));
                 self.returned.extend(more);
                 std::thread::park_timeout(Duration::from_millis(1));
             }
-            start.elapsed()
         }
 
         /// Somebody at the door, and what was said to them.
@@ -317,13 +314,12 @@ mod tests {
             (stream, greeting.try_into().unwrap())
         }
 
-        /// How long until they are shown out, having heard nothing.
-        fn shown_out(&mut self, stream: &mut TcpStream) -> Duration {
+        /// Serves until they are shown out, having heard nothing.
+        fn show_out(&mut self, stream: &mut TcpStream) {
             let mut heard = Vec::new();
-            let after = self.serve_until(|_| read_all(stream, &mut heard));
+            self.serve_until(|_| read_all(stream, &mut heard));
             assert_eq!(heard, b"", "a stranger is told nothing");
             assert!(self.returned.is_empty(), "nobody is back");
-            after
         }
     }
 
@@ -359,13 +355,12 @@ mod tests {
         ] {
             let (mut stream, _) = house.visitor();
             stream.write_all(&words).unwrap();
-            let after = house.shown_out(&mut stream);
-            assert!(after < SOON, "{words:?}: {after:?}");
+            house.show_out(&mut stream);
         }
         // The right words in answer to this very greeting, with another job's secret.
         let (mut stream, greeting) = house.visitor();
         stream.write_all(&claim(&key("another"), &greeting)).unwrap();
-        assert!(house.shown_out(&mut stream) < SOON);
+        house.show_out(&mut stream);
 
         let (mut peer, its_greeting) = house.visitor();
         let right = claim(&key("ours"), &its_greeting);
@@ -381,16 +376,16 @@ mod tests {
         // What the peer has just said, said again.
         let (mut replay, _) = house.visitor();
         replay.write_all(&right).unwrap();
-        assert!(house.shown_out(&mut replay) < SOON);
+        house.show_out(&mut replay);
     }
 
     #[test]
     fn the_silent_and_the_slow_are_shown_out_after_two_seconds() {
         let mut house = House::new();
+        let (start, mut sent) = (Instant::now(), 0);
         let (mut silent, _) = house.visitor();
         let (mut slow, greeting) = house.visitor();
         let right = claim(&key("ours"), &greeting);
-        let (start, mut sent) = (Instant::now(), 0);
         let mut heard = Vec::new();
         house.serve_until(|_| {
             let due = usize::try_from(start.elapsed().as_millis() / 100).unwrap();
@@ -401,9 +396,9 @@ mod tests {
             }
             read_all(&mut slow, &mut heard)
         });
-        let after = start.elapsed();
-        assert!((CLAIM_MAX - SOON..CLAIM_MAX + SOON).contains(&after), "{after:?}");
-        assert!(house.shown_out(&mut silent) < SOON);
+        // However it trickles: its last byte would have come at 6.4 s.
+        assert!(start.elapsed() >= CLAIM_MAX && sent < right.len(), "{sent} bytes");
+        house.show_out(&mut silent);
         assert!(house.door.strangers.is_empty() && house.returned.is_empty() && heard.is_empty());
     }
 
@@ -415,8 +410,7 @@ mod tests {
         house.serve_until(|house| house.door.strangers.len() == STRANGERS_MAX);
         let (mut stream, greeting) = house.visitor();
         stream.write_all(&claim(&key("ours"), &greeting)).unwrap();
-        let after = house.serve_until(|house| !house.returned.is_empty());
-        assert!(after < SOON, "{after:?}");
+        house.serve_until(|house| !house.returned.is_empty());
         assert!(house.door.strangers.len() <= STRANGERS_MAX);
         drop(crowd);
     }

@@ -1,8 +1,12 @@
-//! Autocast: matrix products in a narrower type, on CPU and CUDA.
+//! Mixed precision: autocast (matrix products in a narrower type, on CPU and CUDA) and loss scaling.
 //!
 //! tch's own `autocast` is the CUDA one with libtorch's default type; this one takes device and type.
 
+mod scaler;
+
 use tch::{Device, Kind};
+
+pub use scaler::LossScaler;
 
 use crate::{shim, Error, Result};
 

@@ -11,8 +11,8 @@ use crate::{Error, Result};
 const DIFFERENCES_SHOWN: usize = 8;
 
 /// Compares the signature of all ranks, whose first line is the settings and the others a tensor each. Collective.
-pub(crate) fn same_on_all_ranks(group: &mut Group, mine: &[String]) -> Result<()> {
-    let gathered = group.tagged("model signature").all_gather_bytes(mine.join("\n").as_bytes())?;
+pub(crate) fn same_on_all_ranks(group: &mut Group, tag: &str, mine: &[String]) -> Result<()> {
+    let gathered = group.tagged(tag).all_gather_bytes(mine.join("\n").as_bytes())?;
     let texts: Vec<String> =
         gathered.iter().map(|bytes| String::from_utf8_lossy(bytes).into_owned()).collect();
     let lines: Vec<Vec<&str>> = texts.iter().map(|text| text.split('\n').collect()).collect();

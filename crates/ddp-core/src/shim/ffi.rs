@@ -10,18 +10,49 @@ pub(crate) struct Status {
     pub(crate) message: [c_char; DDP_MESSAGE_BYTES],
 }
 
+/// What a variable is at this moment.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Variable {
+    pub(crate) data: u64,
+    pub(crate) version: u32,
+    pub(crate) requires_grad: i32,
+    pub(crate) scalar_type: i32,
+    pub(crate) cuda_device: i32,
+    pub(crate) has_gradient: i32,
+}
+
+#[repr(C)]
+pub(crate) struct Gradient {
+    pub(crate) data: *const c_void,
+    pub(crate) place: i32,
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct AdamWSettings {
+pub(crate) struct AdamSettings {
     pub(crate) lr: f64,
     pub(crate) beta1: f64,
     pub(crate) beta2: f64,
     pub(crate) weight_decay: f64,
     pub(crate) eps: f64,
+    pub(crate) decoupled: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SgdSettings {
+    pub(crate) lr: f64,
+    pub(crate) momentum: f64,
+    pub(crate) dampening: f64,
+    pub(crate) weight_decay: f64,
+    pub(crate) nesterov: i32,
+    pub(crate) first_step: i32,
 }
 
 pub(crate) type Callback = extern "C" fn(*mut c_void, *mut c_char, usize) -> i32;
 pub(crate) type Destroy = extern "C" fn(*mut c_void);
+pub(crate) type Witness = extern "C" fn();
 
 extern "C" {
     pub(crate) fn ddp_tensor_identity(tensor: *const c_void, identity: *mut u64) -> Status;
@@ -36,13 +67,19 @@ extern "C" {
     ) -> Status;
     pub(crate) fn ddp_current_stream(cuda_device: i32, handle: *mut u64) -> Status;
     pub(crate) fn ddp_set_data(variable: *mut c_void, data: *const c_void) -> Status;
-    pub(crate) fn ddp_gradient_place(
+    pub(crate) fn ddp_variables(
+        variables: *const *mut c_void,
+        count: usize,
+        states: *mut Variable,
+    ) -> Status;
+    pub(crate) fn ddp_gradient_of(
         variable: *const c_void,
         view: *const c_void,
-        place: *mut i32,
+        gradient: *mut Gradient,
     ) -> Status;
     pub(crate) fn ddp_gradient_move(variable: *mut c_void, view: *const c_void) -> Status;
-    pub(crate) fn ddp_gradient_clear(variable: *mut c_void) -> Status;
+    pub(crate) fn ddp_gradient_set(variable: *mut c_void, gradient: *const c_void) -> Status;
+    pub(crate) fn ddp_write(tensor: *mut c_void, values: *const c_void) -> Status;
     pub(crate) fn ddp_hook_add(
         variable: *mut c_void,
         callback: Callback,
@@ -51,12 +88,19 @@ extern "C" {
         hook: *mut *mut c_void,
     ) -> Status;
     pub(crate) fn ddp_hook_remove(hook: *mut c_void) -> Status;
+    pub(crate) fn ddp_witness_add(callback: Witness, handle: *mut u64) -> Status;
+    pub(crate) fn ddp_witness_remove(handle: u64) -> Status;
+    pub(crate) fn ddp_graph_reaches(
+        variables: *const *mut c_void,
+        count: usize,
+        used: *mut u8,
+    ) -> Status;
     pub(crate) fn ddp_end_of_backward(
         callback: Callback,
         context: *mut c_void,
         destroy: Destroy,
     ) -> Status;
-    pub(crate) fn ddp_fused_adamw(
+    pub(crate) fn ddp_fused_adam(
         parameters: *const *mut c_void,
         gradients: *const *mut c_void,
         first_moments: *const *mut c_void,
@@ -64,7 +108,15 @@ extern "C" {
         count: usize,
         step: *const c_void,
         gradient_divisor: *const c_void,
-        settings: AdamWSettings,
+        settings: AdamSettings,
+    ) -> Status;
+    pub(crate) fn ddp_fused_sgd(
+        parameters: *const *mut c_void,
+        gradients: *const *mut c_void,
+        momenta: *const *mut c_void,
+        count: usize,
+        gradient_divisor: *const c_void,
+        settings: SgdSettings,
     ) -> Status;
     pub(crate) fn ddp_autocast_get(
         device_type: i32,

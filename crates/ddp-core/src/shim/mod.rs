@@ -9,17 +9,22 @@ use std::ptr;
 use phalanx_comm::Stream;
 use tch::{Device, Kind, Tensor};
 
-use crate::ffi;
 use crate::{Error, Result};
 
-pub(crate) use crate::ffi::AdamWSettings;
+mod ffi;
 
-/// Where a parameter's gradient lies.
+pub(crate) use ffi::{AdamSettings, SgdSettings, Variable};
+
+/// Where a parameter's gradient lies, compared with a view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum GradientPlace {
     Undefined,
     InView,
+    /// Elsewhere, with another kind or other strides.
     Elsewhere,
+    /// Elsewhere, with the kind and the strides of the view; here it begins.
+    Alike(*const c_void),
+    Sparse,
 }
 
 fn check(call: &'static str, status: &ffi::Status) -> Result<()> {
@@ -130,31 +135,63 @@ pub(crate) fn set_data(variable: &Tensor, data: &Tensor) -> Result<()> {
     check("ddp_set_data", &status)
 }
 
+/// What each of `variables` is at this moment.
+pub(crate) fn variables(variables: &[&Tensor]) -> Result<Vec<Variable>> {
+    let pointers: Vec<*mut c_void> = variables.iter().map(|tensor| raw(tensor)).collect();
+    let mut states = vec![Variable::default(); pointers.len()];
+    // SAFETY: both arrays have `len` elements; the pointers are live at::Tensor* for the call.
+    let status =
+        unsafe { ffi::ddp_variables(pointers.as_ptr(), pointers.len(), states.as_mut_ptr()) };
+    check("ddp_variables", &status)?;
+    Ok(states)
+}
+
+/// Which of `variables` the graph below the running node reaches; only from inside a witness or a hook.
+pub(crate) fn graph_reaches(variables: &[&Tensor]) -> Result<Vec<bool>> {
+    let pointers: Vec<*mut c_void> = variables.iter().map(|tensor| raw(tensor)).collect();
+    let mut used = vec![0_u8; pointers.len()];
+    // SAFETY: both arrays have `len` elements; the pointers are live at::Tensor* for the call.
+    let status =
+        unsafe { ffi::ddp_graph_reaches(pointers.as_ptr(), pointers.len(), used.as_mut_ptr()) };
+    check("ddp_graph_reaches", &status)?;
+    Ok(used.into_iter().map(|flag| flag != 0).collect())
+}
+
 /// Says where the gradient of `variable` lies, compared with `view`.
 pub(crate) fn gradient_place(variable: &Tensor, view: &Tensor) -> Result<GradientPlace> {
-    let mut place = 0;
-    // SAFETY: both are live at::Tensor*, and `place` outlives the call.
-    let status = unsafe { ffi::ddp_gradient_place(raw(variable), raw(view), &raw mut place) };
-    check("ddp_gradient_place", &status)?;
-    Ok(match place {
+    let mut found = ffi::Gradient { data: ptr::null(), place: 0 };
+    // SAFETY: both are live at::Tensor*, and `found` outlives the call.
+    let status = unsafe { ffi::ddp_gradient_of(raw(variable), raw(view), &raw mut found) };
+    check("ddp_gradient_of", &status)?;
+    Ok(match found.place {
         0 => GradientPlace::Undefined,
         1 => GradientPlace::InView,
+        3 => GradientPlace::Alike(found.data),
+        4 => GradientPlace::Sparse,
         _ => GradientPlace::Elsewhere,
     })
 }
 
-/// Copies the gradient of `variable` into `view`, which becomes the gradient.
+/// Copies the gradient of `variable`, dense or sparse, into `view`, which becomes the gradient.
 pub(crate) fn gradient_move(variable: &Tensor, view: &Tensor) -> Result<()> {
     // SAFETY: both are live at::Tensor* for the call.
     let status = unsafe { ffi::ddp_gradient_move(raw(variable), raw(view)) };
     check("ddp_gradient_move", &status)
 }
 
-/// Makes the gradient of `variable` undefined.
-pub(crate) fn gradient_clear(variable: &Tensor) -> Result<()> {
-    // SAFETY: a live at::Tensor* for the call.
-    let status = unsafe { ffi::ddp_gradient_clear(raw(variable)) };
-    check("ddp_gradient_clear", &status)
+/// Makes `gradient` the gradient of `variable`; `None` makes it undefined.
+pub(crate) fn gradient_set(variable: &Tensor, gradient: Option<&Tensor>) -> Result<()> {
+    let gradient = gradient.map_or(ptr::null_mut(), raw);
+    // SAFETY: live at::Tensor* for the call, or null.
+    let status = unsafe { ffi::ddp_gradient_set(raw(variable), gradient) };
+    check("ddp_gradient_set", &status)
+}
+
+/// Copies `values` into `tensor` without counting it as a change in place.
+pub(crate) fn write(tensor: &Tensor, values: &Tensor) -> Result<()> {
+    // SAFETY: both are live at::Tensor* for the call.
+    let status = unsafe { ffi::ddp_write(raw(tensor), raw(values)) };
+    check("ddp_write", &status)
 }
 
 type Body = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
@@ -237,6 +274,33 @@ impl Drop for Hook {
     }
 }
 
+/// A function that this thread's backwards tell of their first node; dropping it ends that.
+#[derive(Debug)]
+pub(crate) struct Witness {
+    handle: u64,
+}
+
+impl Witness {
+    /// On this thread, until it is dropped (on this thread, too).
+    pub(crate) fn add(callback: extern "C" fn()) -> Result<Self> {
+        let mut handle = 0;
+        // SAFETY: a function that lives as long as the program; `handle` outlives the call.
+        let status = unsafe { ffi::ddp_witness_add(callback, &raw mut handle) };
+        check("ddp_witness_add", &status)?;
+        Ok(Self { handle })
+    }
+}
+
+impl Drop for Witness {
+    fn drop(&mut self) {
+        // SAFETY: the handle came from ddp_witness_add and is removed once, here.
+        let status = unsafe { ffi::ddp_witness_remove(self.handle) };
+        if let Err(error) = check("ddp_witness_remove", &status) {
+            tracing::error!(%error, "the witness of backwards could not be removed");
+        }
+    }
+}
+
 /// Runs `body` at the end of the backward that is running; only from inside a hook.
 pub(crate) fn end_of_backward(body: Body) -> Result<()> {
     // SAFETY: the shim takes the context over, also on failure.
@@ -244,48 +308,76 @@ pub(crate) fn end_of_backward(body: Body) -> Result<()> {
     check("ddp_end_of_backward", &status)
 }
 
-/// The lists of one fused AdamW call; all of one length, tensors of one position of one shape.
-#[derive(Debug, Default)]
-pub(crate) struct AdamWLists {
-    pub(crate) parameters: Vec<Tensor>,
-    pub(crate) gradients: Vec<Tensor>,
-    pub(crate) first_moments: Vec<Tensor>,
-    pub(crate) second_moments: Vec<Tensor>,
+fn pointers(list: &[Tensor]) -> Vec<*mut c_void> {
+    list.iter().map(raw).collect()
 }
 
-/// `at::_fused_adamw_`; gradients are divided by `gradient_divisor` first, in place.
-pub(crate) fn fused_adamw(
-    lists: &AdamWLists,
+/// An error unless all lists of a fused call are as long as the first.
+fn check_lists(count: usize, others: &[&[Tensor]]) -> Result<()> {
+    if others.iter().all(|list| list.len() == count) {
+        return Ok(());
+    }
+    let (setting, value) = ("lists of a fused step", "of different lengths".to_owned());
+    Err(Error::BadSetting { setting, value, expected: "one length" })
+}
+
+/// `at::_fused_adamw_` or `at::_fused_adam_`; gradients are divided by `divisor` first, in place.
+pub(crate) fn fused_adam(
+    [parameters, gradients, first_moments, second_moments]: [&[Tensor]; 4],
     step: &Tensor,
-    gradient_divisor: Option<&Tensor>,
-    settings: AdamWSettings,
+    divisor: Option<&Tensor>,
+    settings: AdamSettings,
 ) -> Result<()> {
-    let count = lists.parameters.len();
+    let count = parameters.len();
+    check_lists(count, &[gradients, first_moments, second_moments])?;
     if count == 0 {
         return Ok(());
     }
-    let same = [&lists.gradients, &lists.first_moments, &lists.second_moments];
-    if same.iter().any(|list| list.len() != count) {
-        let (setting, value) = ("lists of AdamW", "of different lengths".to_owned());
-        return Err(Error::BadSetting { setting, value, expected: "one length" });
-    }
-    let pointers = |list: &[Tensor]| list.iter().map(raw).collect::<Vec<_>>();
-    let (parameters, gradients) = (pointers(&lists.parameters), pointers(&lists.gradients));
-    let (first, second) = (pointers(&lists.first_moments), pointers(&lists.second_moments));
+    let (parameters, gradients) = (pointers(parameters), pointers(gradients));
+    let (first, second) = (pointers(first_moments), pointers(second_moments));
     // SAFETY: four arrays of `count` live at::Tensor* each; `step` is live; the divisor live or null.
     let status = unsafe {
-        ffi::ddp_fused_adamw(
+        ffi::ddp_fused_adam(
             parameters.as_ptr(),
             gradients.as_ptr(),
             first.as_ptr(),
             second.as_ptr(),
             count,
             raw(step),
-            gradient_divisor.map_or(ptr::null(), |tensor| raw(tensor).cast_const()),
+            divisor.map_or(ptr::null(), |tensor| raw(tensor).cast_const()),
             settings,
         )
     };
-    check("ddp_fused_adamw", &status)
+    check("ddp_fused_adam", &status)
+}
+
+/// `at::_fused_sgd_`; `momenta` is empty where there is no momentum.
+pub(crate) fn fused_sgd(
+    [parameters, gradients, momenta]: [&[Tensor]; 3],
+    divisor: Option<&Tensor>,
+    settings: SgdSettings,
+) -> Result<()> {
+    let count = parameters.len();
+    check_lists(count, &[gradients])?;
+    check_lists(if settings.momentum > 0.0 { count } else { 0 }, &[momenta])?;
+    if count == 0 {
+        return Ok(());
+    }
+    let (parameters, gradients) = (pointers(parameters), pointers(gradients));
+    let momenta = pointers(momenta);
+    // SAFETY: arrays of `count` live at::Tensor* each (none for `momenta` where it is not read); the
+    // divisor is live or null.
+    let status = unsafe {
+        ffi::ddp_fused_sgd(
+            parameters.as_ptr(),
+            gradients.as_ptr(),
+            momenta.as_ptr(),
+            count,
+            divisor.map_or(ptr::null(), |tensor| raw(tensor).cast_const()),
+            settings,
+        )
+    };
+    check("ddp_fused_sgd", &status)
 }
 
 /// Whether autocast is on for a device type on this thread, and to which kind.

@@ -9,8 +9,9 @@ use std::ops::Range;
 
 use phalanx_comm::{Group, Region};
 
-use crate::plan::{Plan, BLOCK_LEN};
-use crate::{Result, Zero};
+use super::plan::{Plan, BLOCK_LEN};
+use crate::shard::Sharding;
+use crate::Result;
 
 /// Independent sums per cell: two AVX-512 registers of f64, so that the additions overlap.
 const LANES: usize = 16;
@@ -70,11 +71,8 @@ pub(crate) struct Cells {
 
 impl Cells {
     /// Collective under ZeRO: allocates the memory for gathering.
-    pub(crate) fn new(plan: &Plan, zero: Zero, group: &mut Group) -> Result<Self> {
-        let (rank, world_size) = match zero {
-            Zero::Off => (0, 1),
-            Zero::One => (group.rank(), group.world_size()),
-        };
+    pub(crate) fn new(plan: &Plan, sharding: Sharding, group: &mut Group) -> Result<Self> {
+        let (rank, world_size) = (sharding.part(), sharding.parts());
         let mut per_rank: Vec<Vec<Cell>> = vec![Vec::new(); world_size];
         let mut all = Vec::new();
         for (index, bucket) in plan.buckets.iter().enumerate() {
@@ -87,9 +85,9 @@ impl Cells {
         }
         let stride = per_rank.iter().map(Vec::len).max().unwrap_or(0);
         let all = all.into_iter().map(|(p, owner, at)| (p, owner * stride + at)).collect();
-        let gathered = match zero {
-            Zero::Off => None,
-            Zero::One => Some(group.allocate_on_host(world_size * stride)?),
+        let gathered = match world_size {
+            1 => None,
+            parts => Some(group.allocate_on_host(parts * stride)?),
         };
         Ok(Self { mine: per_rank.swap_remove(rank), all, gathered })
     }
@@ -116,7 +114,7 @@ impl Cells {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::{Caps, Extent};
+    use crate::store::plan::{Caps, Extent};
 
     #[test]
     fn the_sum_is_right_for_every_remainder() {

@@ -8,8 +8,8 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use crate::flat::Flat;
-use crate::plan::PARAMETER_ALIGNMENT_LEN as ROW;
+use super::flat::Flat;
+use super::plan::PARAMETER_ALIGNMENT_LEN as ROW;
 use crate::Result;
 
 /// Elements that are squared at once: bounds the f64 copy.
@@ -64,13 +64,13 @@ fn as_i64(rows: usize) -> i64 {
 
 /// Sums of squares of `cells`: a storage, and elements of it from a multiple of [`ROW`] on.
 pub(crate) fn sums_of_squares(
-    storages: &[Flat],
+    storages: &[&Flat],
     cells: &[(usize, Range<usize>)],
 ) -> Result<Vec<f64>> {
     let stretches = stretches(cells);
     let mut sums = Vec::new();
     for stretch in &stretches {
-        let storage = &storages[stretch.storage];
+        let storage = storages[stretch.storage];
         let values = storage.range(&(stretch.rows.start * ROW..stretch.rows.end * ROW))?;
         let squares = values.f_view([-1, as_i64(ROW)])?.f_to_kind(Kind::Double)?.f_square()?;
         let rows = squares.f_sum_dim_intlist(1, false, Kind::Double)?;
@@ -115,7 +115,7 @@ mod tests {
         let storage = Flat::private(Kind::Float, tch::Device::Cpu, values.len()).unwrap();
         let mut target = storage.range(&(0..values.len())).unwrap();
         target.copy_(&Tensor::from_slice(&values));
-        let storages = [storage];
+        let storages = [&storage];
         let on_cpu = Flat::sums_of_squares(&storages, &cells).unwrap();
         let by_rows = sums_of_squares(&storages, &cells).unwrap();
         assert_eq!(by_rows, on_cpu, "sums of small integers are exact");

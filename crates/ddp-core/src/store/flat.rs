@@ -10,7 +10,7 @@ use half::{bf16, f16};
 use phalanx_comm::{Element, Float, Group, Region, ScaledSum, Work};
 use tch::{Device, Kind, Tensor};
 
-use crate::optim::{device_norm, norm};
+use super::{device_norm, norm};
 use crate::{shim, Error, Result};
 
 /// A registered region of one of the four kinds that a parameter can have.
@@ -91,6 +91,10 @@ impl Flat {
         Ok(Self { tensor, memory: Memory::Private })
     }
 
+    pub(crate) fn len(&self) -> usize {
+        self.tensor.numel()
+    }
+
     pub(crate) fn kind(&self) -> Kind {
         self.tensor.kind()
     }
@@ -119,7 +123,7 @@ impl Flat {
     /// Sums of squares of `cells` (a storage and its elements, in order), each in an order that depends on
     /// nothing but the cell on the CPU.
     pub(crate) fn sums_of_squares(
-        storages: &[Self],
+        storages: &[&Self],
         cells: &[(usize, Range<usize>)],
     ) -> Result<Vec<f64>> {
         if storages.iter().any(|storage| storage.device().is_cuda()) {
@@ -137,6 +141,15 @@ impl Flat {
             Kind::Half => norm::sum_of_squares(self.elements(range), f16::to_f64),
             Kind::BFloat16 => norm::sum_of_squares(self.elements(range), bf16::to_f64),
             _ => norm::sum_of_squares(self.elements::<f32>(range), f64::from),
+        }
+    }
+
+    /// The bytes of elements `range`, on the CPU.
+    pub(crate) fn bytes(&self, range: &Range<usize>) -> &[u8] {
+        match self.kind() {
+            Kind::Double => bytemuck::cast_slice(self.elements::<f64>(range)),
+            Kind::Half | Kind::BFloat16 => bytemuck::cast_slice(self.elements::<f16>(range)),
+            _ => bytemuck::cast_slice(self.elements::<f32>(range)),
         }
     }
 

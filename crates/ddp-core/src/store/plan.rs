@@ -137,6 +137,54 @@ impl Plan {
     }
 }
 
+impl Plan {
+    /// Adds the buckets of parameters that came later, planned by themselves: they follow in storages of
+    /// their own.
+    pub fn append(&mut self, later: Self) {
+        let (parameters, storages) = (self.places.len(), self.storage_lens.len());
+        let buckets = self.buckets.len();
+        self.buckets.extend(later.buckets.into_iter().map(|bucket| Bucket {
+            storage: bucket.storage + storages,
+            range: bucket.range,
+            parameters: bucket.parameters.into_iter().map(|index| index + parameters).collect(),
+        }));
+        self.places.extend(later.places.into_iter().map(|place| Place {
+            storage: place.storage + storages,
+            bucket: place.bucket + buckets,
+            range: place.range,
+        }));
+        self.storage_lens.extend(later.storage_lens);
+    }
+
+    /// How late buckets start when gradients become ready in `order`: the share of all elements that are
+    /// ready by then, averaged over the elements. 0.5 is as good as it gets, 1.0 is at the end.
+    ///
+    /// # Panics
+    /// If `order` names a parameter that the plan does not have: our bug.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "counts of elements are far below 2^53")]
+    pub fn lateness(&self, order: &[usize]) -> f64 {
+        let mut ready_at = vec![0; self.places.len()];
+        let mut elements = 0;
+        for &index in order {
+            elements += self.places[index].range.len();
+            ready_at[index] = elements;
+        }
+        let (mut start, mut weighted, mut total) = (0, 0.0, 0.0);
+        for bucket in &self.buckets {
+            let len = bucket.range.len() as f64;
+            let full = bucket.parameters.iter().map(|&index| ready_at[index]).max().unwrap_or(0);
+            start = start.max(full);
+            weighted += len * (start as f64);
+            total += len;
+        }
+        if elements == 0 {
+            return 0.0;
+        }
+        weighted / (total * (elements as f64))
+    }
+}
+
 impl Open {
     fn new() -> Self {
         Self { parameters: Vec::new(), bytes: 0, closed_count: 0 }
@@ -244,6 +292,29 @@ mod tests {
         };
         assert_eq!(offsets(1), offsets(4));
         assert_eq!(offsets(1), offsets(7));
+    }
+
+    #[test]
+    fn later_parameters_follow_in_storages_of_their_own() {
+        let mut plan = check(&extents(&[100, 5000]), &[4000], 2);
+        let (buckets, storages) = (plan.buckets.len(), plan.storage_lens.len());
+        plan.append(check(&extents(&[70, 9]), &[4000], 2));
+        assert_eq!(plan.places.len(), 4);
+        assert_eq!(plan.places[2].storage, storages);
+        assert_eq!(plan.places[2].bucket, buckets);
+        assert_eq!(plan.buckets[buckets].parameters, [3, 2]);
+        assert_eq!(plan.storage_lens.len(), storages + 1);
+    }
+
+    #[test]
+    fn a_plan_in_the_order_of_backward_starts_early_and_one_against_it_at_the_end() {
+        let sizes = extents(&[1024; 16]);
+        let backward: Vec<usize> = (0..16).collect();
+        let caps = Caps { bucket_bytes: &[4096], world_size: 1 };
+        let along = Plan::new(&sizes, &backward, caps).lateness(&backward);
+        let against = Plan::new(&sizes, &reverse(16), caps).lateness(&backward);
+        assert!((along - 17.0 / 32.0).abs() < 1e-12, "{along}");
+        assert!((against - 1.0).abs() < 1e-12, "{against}");
     }
 
     #[test]

@@ -1,0 +1,153 @@
+//! What an optimizer keeps of the elements that this rank updates: its rule's state, f32 masters of parameters in
+//! half precision, and directions where norms of whole parameters decide.
+
+use tch::Kind;
+
+use super::piece::{self, Owned, Run};
+use super::rule::{Rule, Runs};
+use crate::shim::Variable;
+use crate::store::flat::Flat;
+use crate::store::norm::Cells;
+use crate::store::Store;
+use crate::Result;
+
+/// Of one storage.
+#[derive(Debug)]
+struct Part {
+    states: Vec<Flat>,
+    masters: Option<Flat>,
+    directions: Option<Flat>,
+}
+
+/// Of all storages.
+#[derive(Debug)]
+pub(super) struct State {
+    parts: Vec<Part>,
+    /// The variables when masters were last read from them; else empty.
+    seen: Vec<Variable>,
+}
+
+impl State {
+    pub(super) fn new(store: &Store, rule: &dyn Rule) -> Result<Self> {
+        let mut state = Self { parts: Vec::new(), seen: Vec::new() };
+        state.fit(store, rule, true)?;
+        Ok(state)
+    }
+
+    /// Allocates what the present plan needs: all of it `anew`, or that of storages that were added.
+    pub(super) fn fit(&mut self, store: &Store, rule: &dyn Rule, anew: bool) -> Result<()> {
+        if anew {
+            self.parts.clear();
+        }
+        let lens = piece::state_lens(&store.plan, |bucket| store.sharding.segment(bucket));
+        for (storage, len) in store.storages.iter().zip(lens).skip(self.parts.len()) {
+            let kind = storage.parameters.kind();
+            let device = storage.parameters.device();
+            let flat = || Flat::private(work_kind(kind), device, len);
+            let states = rule.states().iter().map(|_| flat());
+            self.parts.push(Part {
+                states: states.collect::<Result<_>>()?,
+                masters: (work_kind(kind) != kind).then(flat).transpose()?,
+                directions: rule.trust_ratio().map(|_| flat()).transpose()?,
+            });
+        }
+        self.seen.clear();
+        self.heed_masters(store)
+    }
+
+    /// Reads masters anew where parameters were changed by somebody else: weights were loaded.
+    pub(super) fn heed_masters(&mut self, store: &Store) -> Result<()> {
+        if self.parts.iter().all(|part| part.masters.is_none()) {
+            return Ok(());
+        }
+        let now = store.model.states()?;
+        let is_same = now.len() == self.seen.len()
+            && now.iter().zip(&self.seen).all(|(now, seen)| now.version == seen.version);
+        self.seen = now;
+        if is_same {
+            return Ok(());
+        }
+        let mut state_ends = vec![0; self.parts.len()];
+        for bucket in &store.plan.buckets {
+            let segment = store.sharding.segment(bucket);
+            let start = state_ends[bucket.storage];
+            state_ends[bucket.storage] += segment.len();
+            let Some(masters) = &self.parts[bucket.storage].masters else { continue };
+            let parameters = store.storages[bucket.storage].parameters.range(&segment)?;
+            let mut target = masters.range(&(start..start + segment.len()))?;
+            tch::no_grad(|| target.f_copy_(&parameters).map(drop))?;
+        }
+        Ok(())
+    }
+
+    /// The tensors of `runs` of one storage, in the kind that the rule works in.
+    pub(super) fn runs(&self, store: &Store, storage: usize, runs: &[&Run]) -> Result<Runs> {
+        let (part, memory) = (&self.parts[storage], &store.storages[storage]);
+        let kind = work_kind(memory.parameters.kind());
+        let mut all =
+            Runs { states: part.states.iter().map(|_| Vec::new()).collect(), ..Runs::default() };
+        for run in runs {
+            all.parameters.push(match &part.masters {
+                Some(masters) => masters.range(&run.state)?,
+                None => memory.parameters.range(&run.range)?,
+            });
+            // The same tensor where the kind is the same.
+            all.gradients.push(memory.gradients.range(&run.range)?.f_to_kind(kind)?);
+            for (list, state) in all.states.iter_mut().zip(&part.states) {
+                list.push(state.range(&run.state)?);
+            }
+            if let Some(directions) = &part.directions {
+                all.directions.push(directions.range(&run.state)?);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Rounds a bucket's updated masters to its parameters.
+    pub(super) fn write_back(&self, store: &Store, owned: &Owned) -> Result<()> {
+        let Some(masters) = &self.parts[owned.storage].masters else { return Ok(()) };
+        for run in &owned.runs {
+            let mut parameters = store.storages[owned.storage].parameters.range(&run.range)?;
+            let updated = masters.range(&run.state)?;
+            tch::no_grad(|| parameters.f_copy_(&updated).map(drop))?;
+        }
+        Ok(())
+    }
+
+    /// Sums of squares of the directions, cell by cell: the cells of this rank's pieces, which lie in the
+    /// directions at other offsets than in the storage; zero where a parameter is not updated.
+    pub(super) fn sums_of_directions(&self, cells: &Cells, owned: &[Owned]) -> Result<Vec<f64>> {
+        let pieces: Vec<(usize, &piece::Piece)> =
+            owned.iter().flat_map(|o| o.pieces.iter().map(|p| (o.storage, p))).collect();
+        let (mut places, mut slots) = (Vec::new(), Vec::new());
+        let mut next = 0;
+        for (slot, cell) in cells.mine.iter().enumerate() {
+            let holds = |&(storage, piece): &(usize, &piece::Piece)| {
+                storage == cell.storage && piece.run.range.contains(&cell.range.start)
+            };
+            // Both lists are in storage order within each bucket, bucket by bucket.
+            let Some(found) = pieces[next..].iter().position(holds) else { continue };
+            next += found;
+            let run = &pieces[next].1.run;
+            let start = run.state.start + (cell.range.start - run.range.start);
+            places.push((cell.storage, start..start + cell.range.len()));
+            slots.push(slot);
+        }
+        let directions: Vec<&Flat> =
+            self.parts.iter().filter_map(|part| part.directions.as_ref()).collect();
+        let found = Flat::sums_of_squares(&directions, &places)?;
+        let mut sums = vec![0.0; cells.mine.len()];
+        for (slot, sum) in slots.into_iter().zip(found) {
+            sums[slot] = sum;
+        }
+        Ok(sums)
+    }
+}
+
+/// The kind in which a rule works.
+fn work_kind(kind: Kind) -> Kind {
+    match kind {
+        Kind::Half | Kind::BFloat16 => Kind::Float,
+        other => other,
+    }
+}

@@ -1,0 +1,161 @@
+//! The settings of a [`Ddp`](crate::Ddp): a small value, the same on every rank.
+
+use tch::Kind;
+
+use crate::store::plan;
+use crate::{Error, Result};
+
+/// What of the training state is sharded over the ranks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Zero {
+    /// Nothing: every rank reduces all gradients and updates all parameters.
+    #[default]
+    Off,
+    /// Optimizer state (ZeRO-1): a rank reduces and updates its segment of every bucket, then the
+    /// parameters are gathered. Only [`Optimizer`](crate::Optimizer) can step on gradients that are
+    /// sharded, so `grad()` of the parameters is undefined after an exchange.
+    One,
+}
+
+/// What becomes of the model's buffers (running statistics) after each exchanged backward.
+///
+/// Weights that were frozen when the model was wrapped are no buffers: they are compared and sent once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Buffers {
+    /// Rank 0's replace everybody's. While ranks have [joined](crate::Ddp::join), those of the first rank that
+    /// still trains.
+    #[default]
+    RankZero,
+    /// Floating-point buffers become the mean over the ranks, the others rank 0's.
+    Mean,
+    /// Each rank keeps its own.
+    Own,
+}
+
+/// What to do with gradients that are not finite.
+///
+/// Every rank looks at its own gradients as they come, before they are added to anybody's, and all ranks
+/// learn of all. On a GPU the flags are read at the end of backward, which waits for the GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NonFinite {
+    /// [`Error::NonFinite`], the same on every rank, with the rank and the parameter. The group stays good.
+    #[default]
+    Error,
+    /// The step is left out on every rank, and a warning names the rank and the parameter: gradients become
+    /// undefined, which plain tch optimizers leave alone, and [`Optimizer::step`](crate::Optimizer::step)
+    /// says that it skipped.
+    SkipStep,
+    /// A warning with the rank and the parameter; the gradients are used as they are.
+    Warn,
+    /// Nobody looks.
+    Ignore,
+}
+
+/// What to do with sparse gradients, those of embeddings made with `sparse: true`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SparseGradients {
+    /// [`Error::SparseGradient`], which names the parameter.
+    #[default]
+    Refuse,
+    /// They are made dense and exchanged like the others.
+    Densify,
+}
+
+/// Settings of [`Ddp`](crate::Ddp). The same on every rank.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "switches that have nothing to do with each other"
+)]
+pub struct DdpOptions {
+    /// Bytes after which the i-th bucket of a kind closes; the last cap holds for all that follow. Default 1 MiB,
+    /// then 25 MiB: a small first bucket starts the exchange early.
+    pub bucket_bytes: Vec<usize>,
+    /// What is sharded.
+    pub zero: Zero,
+    /// What becomes of buffers.
+    pub buffers: Buffers,
+    /// Whether a backward may leave parameters without a gradient. The graph is walked when a backward
+    /// begins, and ranks tell each other what they used: a parameter that no rank used keeps its gradient
+    /// untouched. Off, such a backward is an error that names the parameters.
+    pub find_unused_parameters: bool,
+    /// The model uses the same parameters equally often in every exchanged backward. The first one, which
+    /// sends nothing before its end, counts; later ones wait for as many gradients of each parameter.
+    /// This is what parameters need that get several gradients in one backward (checkpointing), and it
+    /// finds unused ones without a walk.
+    pub static_graph: bool,
+    /// In which kind gradients add up and travel. `None`: f32 for f16 and bf16 parameters, else the
+    /// parameter's own.
+    pub gradient_kind: Option<Kind>,
+    /// What to do with sparse gradients.
+    pub sparse_gradients: SparseGradients,
+    /// What to do with gradients that are not finite.
+    pub non_finite: NonFinite,
+    /// After how many exchanges the ranks compare fingerprints of their parameters; 0 is never.
+    pub fingerprint_interval: u64,
+    /// The order in which gradients become ready, as [`Ddp::ready_order`](crate::Ddp::ready_order) of an
+    /// earlier run tells it. `None`: the reverse of registration at first, and the order that rank 0 saw in
+    /// the first exchanged backward from then on, where that makes buckets start earlier.
+    pub ready_order: Option<Vec<String>>,
+    /// Off: gradients are not exchanged, so that the cost of the exchange can be measured. The ranks'
+    /// models drift apart.
+    pub exchange: bool,
+}
+
+impl Default for DdpOptions {
+    fn default() -> Self {
+        Self {
+            bucket_bytes: vec![plan::FIRST_BUCKET_BYTES_MAX, plan::BUCKET_BYTES_MAX],
+            zero: Zero::Off,
+            buffers: Buffers::RankZero,
+            find_unused_parameters: false,
+            static_graph: false,
+            gradient_kind: None,
+            sparse_gradients: SparseGradients::Refuse,
+            non_finite: NonFinite::Error,
+            fingerprint_interval: 100,
+            ready_order: None,
+            exchange: true,
+        }
+    }
+}
+
+impl DdpOptions {
+    /// An error for what cannot be.
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.bucket_bytes.is_empty() || self.bucket_bytes.contains(&0) {
+            let (setting, value) = ("bucket_bytes", format!("{:?}", self.bucket_bytes));
+            return Err(Error::BadSetting {
+                setting,
+                value,
+                expected: "at least one cap, all > 0",
+            });
+        }
+        if self.find_unused_parameters && self.static_graph {
+            let (setting, value) = ("find_unused_parameters", "true".to_owned());
+            let expected = "false beside static_graph, which finds them in the first backward";
+            return Err(Error::BadSetting { setting, value, expected });
+        }
+        match self.gradient_kind {
+            None | Some(Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16) => Ok(()),
+            Some(kind) => Err(Error::UnsupportedKind { name: "gradient_kind".to_owned(), kind }),
+        }
+    }
+
+    /// In which kind the gradients of parameters of `kind` add up and travel.
+    pub(crate) fn gradients_of(&self, kind: Kind) -> Kind {
+        self.gradient_kind.unwrap_or(match kind {
+            Kind::Half | Kind::BFloat16 => Kind::Float,
+            other => other,
+        })
+    }
+}
+
+/// Whether a backward exchanges gradients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sync {
+    /// Not yet: gradients and weights add up on this rank.
+    Accumulate,
+    /// Yes: this is the last micro-batch of the step.
+    Reduce,
+}

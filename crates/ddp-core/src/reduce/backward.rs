@@ -1,0 +1,448 @@
+//! One backward, as far as it is this rank's own: its beginning, and each gradient's way to its view.
+
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use phalanx_comm::{Mark, Work};
+use tch::Kind;
+
+use super::finite;
+use super::ready::Ready;
+use super::{Asked, Outcome, Reducer};
+use crate::shim::{self, GradientPlace, Variable};
+use crate::store::agree;
+use crate::store::flat::Scale;
+use crate::store::model;
+use crate::{Error, NonFinite, Result, SparseGradients};
+
+/// What is known of the backward that is going on.
+#[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "what has happened in it, and what has not")]
+pub(super) struct Run {
+    /// Held twice while libtorch has the end-of-backward callback.
+    token: Arc<()>,
+    /// Whether it is a backward, and not an exchange by itself.
+    pub(super) is_backward: bool,
+    pub(super) began: Instant,
+    /// Whether it exchanges gradients at its end.
+    pub(super) sync: bool,
+    pub(super) asked: Option<Asked>,
+    /// The variables when it began.
+    states: Vec<Variable>,
+    /// By parameter, where the graph was walked: whether it reaches it.
+    reached: Option<Vec<bool>>,
+    /// Whether the first gradient has come.
+    pub(super) is_open: bool,
+    /// Whether it has failed, and its error was told.
+    pub(super) is_over: bool,
+    pub(super) ready: Ready,
+    /// By parameter: gradients that came.
+    pub(super) counts: Vec<u32>,
+    /// Parameters as their first gradients came.
+    pub(super) order: Vec<usize>,
+    pub(super) works: Vec<Work<'static>>,
+    pub(super) first_start: Option<Instant>,
+    pub(super) first_mark: Option<Mark>,
+    pub(super) scale: Option<Scale>,
+    /// The head is on its way.
+    pub(super) head: Option<Work<'static>>,
+    /// The rank whose buffers count.
+    pub(super) leader: usize,
+    /// The first parameter with what is not finite, and how many elements.
+    pub(super) non_finite: Option<(usize, usize)>,
+    /// On a GPU, by bucket: flags that are still there.
+    pub(super) flags: Vec<(usize, tch::Tensor)>,
+    /// What it waited for other ranks before its end.
+    pub(super) waited: Duration,
+}
+
+impl Run {
+    fn new(token: Arc<()>, sync: bool, asked: Option<Asked>, states: Vec<Variable>) -> Self {
+        Self {
+            token,
+            is_backward: true,
+            began: Instant::now(),
+            sync,
+            asked,
+            states,
+            reached: None,
+            is_open: false,
+            is_over: false,
+            ready: Ready::new(Vec::new(), 0, Vec::new()),
+            counts: Vec::new(),
+            order: Vec::new(),
+            works: Vec::new(),
+            first_start: None,
+            first_mark: None,
+            scale: None,
+            head: None,
+            leader: 0,
+            non_finite: None,
+            flags: Vec::new(),
+            waited: Duration::ZERO,
+        }
+    }
+
+    fn is_running(&self) -> bool {
+        // One reference is ours; libtorch drops the callback's when a backward fails half-way.
+        Arc::strong_count(&self.token) > 1
+    }
+}
+
+impl Reducer {
+    /// A backward has come to its first node, or to a gradient. What is wrong is kept for its first hook and its
+    /// end to say: here nothing can stop it.
+    pub(super) fn begin(&mut self, weak: &Weak<Mutex<Self>>) {
+        let abandoned = match self.run.take() {
+            // Seen before; or one inside of it, which is a part of it.
+            Some(run) if run.is_running() => {
+                self.run = Some(run);
+                return;
+            }
+            Some(run) => run.is_open && run.sync && !run.is_over,
+            None => false,
+        };
+        self.failed = None;
+        let begun = self.try_begin(weak);
+        let outcome = if abandoned { Err(Error::BackwardAbandoned) } else { begun };
+        if let Err(error) = outcome {
+            self.fail(error);
+        }
+    }
+
+    fn try_begin(&mut self, weak: &Weak<Mutex<Self>>) -> Result<()> {
+        let token = Arc::new(());
+        let asked = self.asked;
+        let sync = self.synchronising && asked.is_none_or(|asked| asked.sync);
+        self.run = Some(Run::new(Arc::clone(&token), sync, asked, Vec::new()));
+        let weak = Weak::clone(weak);
+        shim::end_of_backward(Box::new(move || {
+            let _held_by_libtorch = &token;
+            super::on_end(&weak)
+        }))?;
+        let states = self.looked_at()?;
+        let reached = match self.options.find_unused_parameters && sync {
+            true => {
+                let parameters = self.store.model.parameters();
+                let parameters: Vec<_> = parameters.map(|named| &named.tensor).collect();
+                // Where nobody runs below a root, unused parameters show at the end.
+                shim::graph_reaches(&parameters).ok()
+            }
+            false => None,
+        };
+        if let Some(run) = &mut self.run {
+            (run.states, run.reached) = (states, reached);
+        }
+        Ok(())
+    }
+
+    /// A run that is no backward of libtorch's.
+    pub(super) fn begin_without_backward(&mut self, asked: Option<Asked>) -> Result<()> {
+        if self.run.as_ref().is_some_and(Run::is_running) {
+            return Err(Error::InsideBackward);
+        }
+        self.failed = None;
+        let states = self.looked_at()?;
+        let run = Run::new(Arc::new(()), true, asked, states);
+        self.run = Some(Run { is_backward: false, ..run });
+        Ok(())
+    }
+
+    /// The variables as they are, if they are what was wrapped. Gradients that accumulated and were
+    /// released since are forgotten.
+    fn looked_at(&mut self) -> Result<Vec<Variable>> {
+        let now = self.store.inspect()?;
+        if !self.accumulated.pending.contains(&true) {
+            return Ok(now);
+        }
+        let samples = self.store.samples();
+        let is_other = |slot: usize| samples.get(slot) != self.accumulated.samples.get(slot);
+        let mut is_pending = false;
+        let mut stepped = None;
+        for (variable, state) in now.iter().enumerate() {
+            let Some(slot) = self.store.model.slot(variable) else { continue };
+            if self.accumulated.pending[slot] && state.has_gradient == 0 {
+                self.accumulated.pending[slot] = false;
+            }
+            is_pending |= self.accumulated.pending[slot];
+            let known = self.accumulated.states.get(variable);
+            let is_changed = known.is_some_and(|known| known.version != state.version);
+            if is_changed || is_other(slot) {
+                stepped = stepped.or(Some(variable));
+            }
+        }
+        if !is_pending {
+            self.accumulated.weight = 0.0;
+            self.accumulated.is_weighted = false;
+            return Ok(now);
+        }
+        match stepped {
+            Some(variable) => Err(Error::SteppedOnLocalGradients {
+                name: self.store.model.variables[variable].name.clone(),
+            }),
+            None => Ok(now),
+        }
+    }
+
+    /// The first gradient of a backward has come: ranks agree on what trains, if that changed, and the exchange is
+    /// prepared.
+    pub(super) fn open(&mut self) -> Result<()> {
+        let Some(begun) = &mut self.run else { return Err(Error::InsideBackward) };
+        begun.is_open = true;
+        let sync = begun.sync;
+        let trains: Vec<bool> = begun.states.iter().map(|state| state.requires_grad != 0).collect();
+        if trains != self.agreed {
+            self.agree_on_what_trains(trains)?;
+        }
+        let count = self.store.model.parameters().len();
+        if let Some(run) = &mut self.run {
+            run.counts = vec![0; count];
+        }
+        self.check_outcome()?;
+        if sync {
+            self.check_weights()?;
+            self.start_head()?;
+            self.await_gradients()?;
+        }
+        Ok(())
+    }
+
+    /// A step's gradients are all weighed or none is.
+    fn check_weights(&self) -> Result<()> {
+        let asked = self.run.as_ref().is_some_and(|run| run.asked.is_some());
+        let is_pending = self.accumulated.pending.contains(&true);
+        if is_pending && asked != self.accumulated.is_weighted {
+            return Err(Error::MixedWeights);
+        }
+        Ok(())
+    }
+
+    /// Sharded gradients cannot be added to.
+    fn check_outcome(&self) -> Result<()> {
+        let has_gradients = matches!(self.outcome, Outcome::Reduced(_));
+        if has_gradients && self.store.sharding.needs_our_optimizer() {
+            return Err(Error::ExchangedTwice { name: "the parameters".to_owned() });
+        }
+        Ok(())
+    }
+
+    /// Ranks compare which variables train; those that begin to are laid flat, those that ended are taken
+    /// out. Collective on every rank that sees the change.
+    fn agree_on_what_trains(&mut self, trains: Vec<bool>) -> Result<()> {
+        let line = |(named, &on): (&model::Named, &bool)| {
+            format!("{} {}", if on { "trains" } else { "frozen" }, named.name)
+        };
+        let mut signature = vec![String::from("which variables train")];
+        signature.extend(self.store.model.variables.iter().zip(&trains).map(line));
+        agree::same_on_all_ranks(
+            &mut self.store.group,
+            "a change of which variables train",
+            &signature,
+        )?;
+        for (variable, _) in trains.iter().enumerate().filter(|(_, &trains)| !trains) {
+            if let Some(slot) = self.store.model.slot(variable).filter(|_| self.agreed[variable]) {
+                self.retire(slot)?;
+            }
+        }
+        self.agreed = trains;
+        self.store.adopt(&self.options)?;
+        self.fit()?;
+        if let Some(counts) = &mut self.counts {
+            counts.resize(self.store.model.parameters().len(), 1);
+        }
+        Ok(())
+    }
+
+    /// A parameter trains no more: what gradient it has stays, outside of the exchange.
+    fn retire(&mut self, slot: usize) -> Result<()> {
+        let variable = &self.store.model.parameter(slot).tensor;
+        let view = self.store.view(slot);
+        if shim::gradient_place(variable, view)? == GradientPlace::InView {
+            let mut kept = view.f_zeros_like()?;
+            tch::no_grad(|| kept.f_copy_(view).map(drop))?;
+            shim::gradient_set(variable, Some(&kept))?;
+        }
+        self.accumulated.pending[slot] = false;
+        self.store.zero_view(slot)
+    }
+
+    /// Whether a parameter trains.
+    pub(super) fn trains(&self, slot: usize) -> bool {
+        self.agreed[self.store.model.variable_of(slot)]
+    }
+
+    /// From here on buckets start as gradients come.
+    fn await_gradients(&mut self) -> Result<()> {
+        let plan = &self.store.plan;
+        let bucket_of: Vec<usize> = plan.places.iter().map(|place| place.bucket).collect();
+        let expected = (0..bucket_of.len()).map(|slot| self.expected(slot)).collect();
+        let mut ready = Ready::new(bucket_of, plan.buckets.len(), expected);
+        if self.is_counting() {
+            // The first backward of a static graph sends nothing before its end.
+            if let Some(run) = &mut self.run {
+                run.ready = ready;
+            }
+            return Ok(());
+        }
+        let mut startable = ready.startable();
+        let reached = self.run.as_mut().and_then(|run| run.reached.take());
+        for slot in 0..reached.as_ref().map_or(0, Vec::len) {
+            if reached.as_ref().is_some_and(|reached| !reached[slot]) && self.trains(slot) {
+                self.stand_in(slot)?;
+                startable.end = ready.settle(slot).end.max(startable.end);
+            }
+        }
+        if let Some(run) = &mut self.run {
+            run.ready = ready;
+        }
+        self.start_all(startable)
+    }
+
+    /// Whether this backward counts the gradients of a static graph.
+    pub(super) fn is_counting(&self) -> bool {
+        self.options.static_graph && self.counts.is_none()
+    }
+
+    /// How many gradients a parameter gets in a backward.
+    fn expected(&self, slot: usize) -> u32 {
+        if !self.trains(slot) {
+            return 0;
+        }
+        self.counts.as_ref().map_or(1, |counts| counts[slot])
+    }
+
+    /// A parameter without a gradient in this backward takes part with what has accumulated, or zero.
+    pub(super) fn stand_in(&mut self, slot: usize) -> Result<()> {
+        let variable = &self.store.model.parameter(slot).tensor;
+        let is_there =
+            shim::gradient_place(variable, self.store.view(slot))? == GradientPlace::InView;
+        if !is_there {
+            return self.store.zero_view(slot);
+        }
+        self.check_addition(slot)?;
+        self.look_at_view(slot)
+    }
+
+    /// A gradient of `variable` has been accumulated.
+    pub(super) fn gradient_came(&mut self, variable: usize) -> Result<()> {
+        if !self.run.as_ref().is_some_and(|run| run.is_open) {
+            self.open()?;
+        }
+        let Some(slot) = self.store.model.slot(variable) else {
+            // It began to train in the middle of this backward.
+            return Err(Error::ModelChanged {
+                report: format!("  {}: it was unfrozen during backward\n", self.name_of(variable)),
+            });
+        };
+        let sync = self.run.as_ref().is_some_and(|run| run.sync);
+        if !self.place(slot, sync)? {
+            return Ok(());
+        }
+        if !sync {
+            self.accumulated.pending[slot] = true;
+            return Ok(());
+        }
+        let is_counting = self.is_counting();
+        let Some(run) = &mut self.run else { return Ok(()) };
+        run.counts[slot] += 1;
+        if run.counts[slot] == 1 {
+            run.order.push(slot);
+        }
+        if is_counting {
+            return Ok(());
+        }
+        let startable = run.ready.mark(slot).map_err(|late| Error::GradientTwice {
+            name: self.store.model.parameter(late.parameter).name.clone(),
+        })?;
+        self.start_all(startable)
+    }
+
+    fn name_of(&self, variable: usize) -> String {
+        self.store.model.variables[variable].name.clone()
+    }
+
+    /// Brings a gradient to its view; with `look` it is looked at on the way. `false`: there is none.
+    fn place(&mut self, slot: usize, look: bool) -> Result<bool> {
+        let variable = &self.store.model.parameter(slot).tensor;
+        let view = self.store.view(slot);
+        let look = look && self.options.non_finite != NonFinite::Ignore;
+        let on_host = !view.device().is_cuda();
+        match shim::gradient_place(variable, view)? {
+            GradientPlace::Undefined => return Ok(false),
+            GradientPlace::InView => {
+                self.check_addition(slot)?;
+                if look {
+                    self.look_at_view(slot)?;
+                }
+            }
+            GradientPlace::Alike(data) if on_host && is_floating(view.kind()) => {
+                let count = self.copied(slot, data)?;
+                shim::gradient_set(variable, Some(view))?;
+                if look {
+                    self.found(slot, count);
+                }
+            }
+            GradientPlace::Alike(_) | GradientPlace::Elsewhere => {
+                shim::gradient_move(variable, view)?;
+                if look {
+                    self.look_at_view(slot)?;
+                }
+            }
+            GradientPlace::Sparse => {
+                if self.options.sparse_gradients == SparseGradients::Refuse {
+                    let name = self.store.model.parameter(slot).name.clone();
+                    return Err(Error::SparseGradient { name });
+                }
+                shim::gradient_move(variable, view)?;
+                if look {
+                    self.look_at_view(slot)?;
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Gradients that were exchanged by weight cannot be added to: the sum would be divided again.
+    fn check_addition(&self, slot: usize) -> Result<()> {
+        let Some(run) = &self.run else { return Ok(()) };
+        if run.asked.is_none() || self.accumulated.pending[slot] {
+            return Ok(());
+        }
+        // More than one gradient in this backward.
+        if run.counts.get(slot).is_some_and(|&count| count > 0) {
+            return Ok(());
+        }
+        Err(Error::ExchangedTwice { name: self.store.model.parameter(slot).name.clone() })
+    }
+
+    /// Copies a gradient that is like its view there; says how many elements are not finite.
+    #[expect(unsafe_code, reason = "gate: hands a gradient's memory on")]
+    fn copied(&self, slot: usize, data: *const std::ffi::c_void) -> Result<usize> {
+        // SAFETY: the gradient has the kind, the size and the dense strides of its view, on the CPU; it lies
+        // elsewhere, belongs to this thread's backward, and the view to this reducer, which is locked.
+        unsafe { finite::copy(data, self.store.view(slot)) }
+    }
+
+    /// Looks whether a gradient that is in its view is finite; on a GPU its whole bucket is looked at later.
+    fn look_at_view(&mut self, slot: usize) -> Result<()> {
+        if self.options.non_finite == NonFinite::Ignore || self.store.device().is_cuda() {
+            return Ok(());
+        }
+        let count = finite::count(self.store.view(slot))?;
+        self.found(slot, count);
+        Ok(())
+    }
+
+    pub(super) fn found(&mut self, slot: usize, count: usize) {
+        if count == 0 {
+            return;
+        }
+        if let Some(run) = &mut self.run {
+            run.non_finite.get_or_insert((slot, count));
+        }
+    }
+}
+
+fn is_floating(kind: Kind) -> bool {
+    matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16)
+}

@@ -1,0 +1,112 @@
+//! Are the parameters still the same on every rank? A hash of each, compared now and then.
+//!
+//! CRC-32C on the CPU, at the speed of memory; on a GPU the sum of the bits of all elements, which needs one
+//! number a parameter from there.
+
+use phalanx_comm::Group;
+use tch::{Kind, Tensor};
+
+use crate::store::Store;
+use crate::{Error, Result};
+
+/// One number for each parameter.
+pub(crate) fn of_parameters(store: &Store) -> Result<Vec<u32>> {
+    if store.device().is_cuda() {
+        return on_device(store);
+    }
+    let hash = |place: &crate::store::plan::Place| {
+        crc32c::crc32c(store.storages[place.storage].parameters.bytes(&place.range))
+    };
+    Ok(store.plan.places.iter().map(hash).collect())
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the lower half of a sum of bits"
+)]
+fn on_device(store: &Store) -> Result<Vec<u32>> {
+    let mut sums = Vec::with_capacity(store.plan.places.len());
+    for place in &store.plan.places {
+        let values = store.storages[place.storage].parameters.range(&place.range)?;
+        let bits = match values.kind() {
+            Kind::Double => values.f_view_dtype(Kind::Int64)?,
+            Kind::Half | Kind::BFloat16 => values.f_view_dtype(Kind::Int16)?,
+            _ => values.f_view_dtype(Kind::Int)?,
+        };
+        sums.push(bits.f_sum(Kind::Int64)?);
+    }
+    if sums.is_empty() {
+        return Ok(Vec::new());
+    }
+    let sums: Vec<i64> = Vec::try_from(&Tensor::f_stack(&sums, 0)?.f_to_device(tch::Device::Cpu)?)?;
+    Ok(sums.into_iter().map(|sum| (sum ^ (sum >> 32)) as u32).collect())
+}
+
+/// One number for all.
+pub(crate) fn combined(hashes: &[u32]) -> u32 {
+    let bytes: Vec<u8> = hashes.iter().flat_map(|hash| hash.to_le_bytes()).collect();
+    crc32c::crc32c(&bytes)
+}
+
+/// Compares each parameter over the ranks. Collective.
+///
+/// # Errors
+/// [`Error::ParametersDiffer`], the same on every rank.
+pub(crate) fn compare(store: &mut Store, hashes: &[u32]) -> Result<()> {
+    let mine: Vec<u8> = hashes.iter().flat_map(|hash| hash.to_le_bytes()).collect();
+    let all = gather(&mut store.group, &mine)?;
+    match first_difference(&all) {
+        None => Ok(()),
+        Some((parameter, ranks)) => Err(Error::ParametersDiffer {
+            name: store.model.parameter(parameter).name.clone(),
+            ranks: ranks.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+        }),
+    }
+}
+
+fn gather(group: &mut Group, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
+    Ok(group.tagged("fingerprints of parameters").all_gather_bytes(mine)?)
+}
+
+/// The first parameter that is not the same everywhere, and the ranks that differ from most others there (from
+/// rank 0 where there is no majority). Pure.
+fn first_difference(all: &[Vec<u8>]) -> Option<(usize, Vec<usize>)> {
+    let parameters = all.iter().map(Vec::len).max().unwrap_or(0) / 4;
+    let of = |rank: usize, parameter: usize| all[rank].get(parameter * 4..parameter * 4 + 4);
+    let differs =
+        |&parameter: &usize| (1..all.len()).any(|rank| of(rank, parameter) != of(0, parameter));
+    let parameter = (0..parameters).find(differs)?;
+    let votes = |rank: usize| {
+        (0..all.len()).filter(|&other| of(other, parameter) == of(rank, parameter)).count()
+    };
+    // The first rank with the most votes.
+    let mut right = 0;
+    for rank in 1..all.len() {
+        if votes(rank) > votes(right) {
+            right = rank;
+        }
+    }
+    let odd = (0..all.len()).filter(|&rank| of(rank, parameter) != of(right, parameter)).collect();
+    Some((parameter, odd))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_odd_rank_is_named_at_the_first_parameter_that_differs() {
+        let same = vec![1_u8; 12];
+        let mut odd = same.clone();
+        odd[9] = 7;
+        assert_eq!(first_difference(&[same.clone(), same.clone()]), None);
+        assert_eq!(
+            first_difference(&[odd.clone(), same.clone(), same.clone()]),
+            Some((2, vec![0]))
+        );
+        assert_eq!(first_difference(&[same.clone(), odd.clone()]), Some((2, vec![1])));
+        odd[0] = 3;
+        assert_eq!(first_difference(&[same.clone(), odd, same]), Some((0, vec![1])));
+    }
+}

@@ -1,0 +1,311 @@
+//! The store: a model, the plan of where its parameters and gradients lie, and the flat memory under both.
+//!
+//! Parameters become views of one flat tensor a kind, gradients of another with the same layout, in memory that
+//! the group registered. What is laid down stays where it is, with two exceptions: parameters that begin to train
+//! later are laid behind the others ([`Store::adopt`]), and the whole is laid anew once, in the order
+//! in which backward really makes gradients ready ([`Store::lay_anew`]).
+
+pub(crate) mod agree;
+pub(crate) mod broadcast;
+mod device_norm;
+pub(crate) mod flat;
+pub(crate) mod model;
+pub(crate) mod norm;
+pub mod plan;
+
+use phalanx_comm::Group;
+use tch::{Device, Kind, Tensor};
+
+use crate::shard::Sharding;
+use crate::shim::{self, Variable};
+use crate::{DdpOptions, Error, Result};
+use flat::Flat;
+use model::Model;
+use plan::{Caps, Extent, Plan};
+
+/// By how much sooner, as [`Plan::lateness`] counts, buckets must start to be worth a new layout.
+const WORTHWHILE: f64 = 0.02;
+
+/// Parameters of one kind, and their gradients, which may be of another.
+#[derive(Debug)]
+pub(crate) struct Storage {
+    pub(crate) parameters: Flat,
+    pub(crate) gradients: Flat,
+}
+
+/// A model and its flat memory.
+#[derive(Debug)]
+pub(crate) struct Store {
+    pub(crate) group: Group,
+    pub(crate) model: Model,
+    pub(crate) plan: Plan,
+    pub(crate) storages: Vec<Storage>,
+    pub(crate) sharding: Sharding,
+    /// By parameter: where its gradient goes.
+    views: Vec<Tensor>,
+    /// By variable: what it was when it was last looked at with approval.
+    expected: Vec<Variable>,
+    /// Counts the plans: who keeps something by place looks whether it is still that one.
+    pub(crate) layout: u64,
+    /// Whether an optimizer of this library steps on the gradients, and whether it has.
+    pub(crate) optimizer: Attached,
+    device: Device,
+}
+
+/// What a store knows of this library's optimizer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Attached {
+    No,
+    Yes,
+    Stepped,
+}
+
+impl Store {
+    /// Lays `model` flat. Collective.
+    pub(crate) fn new(
+        group: Group,
+        model: Model,
+        sharding: Sharding,
+        options: &DdpOptions,
+    ) -> Result<Self> {
+        let device = model.parameters().next().map_or(Device::Cpu, |first| first.tensor.device());
+        let plan = Plan { buckets: Vec::new(), places: Vec::new(), storage_lens: Vec::new() };
+        let expected = model.states()?;
+        let mut store = Self {
+            group,
+            model,
+            plan,
+            storages: Vec::new(),
+            sharding,
+            views: Vec::new(),
+            expected,
+            layout: 0,
+            optimizer: Attached::No,
+            device,
+        };
+        let order = store.initial_order(options)?;
+        store.lay(&order, options)?;
+        Ok(store)
+    }
+
+    /// The order of an earlier run if there is one, else the reverse of registration.
+    fn initial_order(&self, options: &DdpOptions) -> Result<Vec<usize>> {
+        let reverse: Vec<usize> = (0..self.model.parameters().len()).rev().collect();
+        let Some(names) = &options.ready_order else { return Ok(reverse) };
+        let mut order = Vec::with_capacity(reverse.len());
+        for name in names {
+            let at = self.model.parameters().position(|named| named.name == *name);
+            match at.filter(|at| !order.contains(at)) {
+                Some(at) => order.push(at),
+                None => {
+                    let (setting, value) = ("ready_order", name.clone());
+                    let expected = "names of parameters that train, each once";
+                    return Err(Error::BadSetting { setting, value, expected });
+                }
+            }
+        }
+        let rest: Vec<usize> = reverse.into_iter().filter(|at| !order.contains(at)).collect();
+        order.extend(rest);
+        Ok(order)
+    }
+
+    /// Lays the parameters that have no place yet behind those that have, in `order` of their numbers from
+    /// the first new one on.
+    fn lay(&mut self, order: &[usize], options: &DdpOptions) -> Result<()> {
+        let first = self.views.len();
+        let later = self.planned(first, order, options);
+        let kinds = self.kinds(first);
+        let storages = self.allocate(&kinds, &later, options)?;
+        self.plan.append(later);
+        self.storages.extend(storages);
+        let count = self.model.parameters().len();
+        for index in first..count {
+            self.settle(index)?;
+            let named = self.model.parameter(index);
+            shim::gradient_set(&named.tensor, None)?;
+        }
+        self.layout += 1;
+        self.approve()
+    }
+
+    /// Memory for a plan whose storages have `kinds`. Collective.
+    fn allocate(
+        &mut self,
+        kinds: &[Kind],
+        plan: &Plan,
+        options: &DdpOptions,
+    ) -> Result<Vec<Storage>> {
+        let mut storages = Vec::with_capacity(kinds.len());
+        for (&kind, &len) in kinds.iter().zip(&plan.storage_lens) {
+            let (group, device) = (&mut self.group, self.device);
+            let gradients = Flat::registered(group, options.gradients_of(kind), device, len)?;
+            let parameters = self.sharding.parameter_memory(group, kind, device, len)?;
+            storages.push(Storage { parameters, gradients });
+        }
+        Ok(storages)
+    }
+
+    /// Copies parameter `index` to its place and makes it, and the view of its gradient, point there.
+    fn settle(&mut self, index: usize) -> Result<()> {
+        let place = &self.plan.places[index];
+        let storage = &self.storages[place.storage];
+        let named = self.model.parameter(index);
+        let strides = flat::dense_strides(&named.name, &named.tensor)?;
+        let shape = named.tensor.size();
+        let mut data = storage.parameters.view(&place.range, &shape, &strides)?;
+        tch::no_grad(|| data.f_copy_(&named.tensor).map(drop))?;
+        shim::set_data(&named.tensor, &data)?;
+        // Detached: optimizers call detach_() on gradients, which libtorch refuses for views it tracks.
+        let view = storage.gradients.view(&place.range, &shape, &strides)?.f_detach()?;
+        match self.views.get_mut(index) {
+            Some(present) => *present = view,
+            None => self.views.push(view),
+        }
+        Ok(())
+    }
+
+    /// A plan of the parameters from `first` on, by themselves.
+    fn planned(&self, first: usize, order: &[usize], options: &DdpOptions) -> Plan {
+        let kinds = self.kinds(first);
+        let extent = |named: &model::Named| {
+            let kind = named.tensor.kind();
+            Extent {
+                len: named.tensor.numel(),
+                element_bytes: options.gradients_of(kind).elt_size_in_bytes(),
+                storage: kinds.iter().position(|&other| other == kind).unwrap_or(0),
+            }
+        };
+        let extents: Vec<Extent> = self.model.parameters().skip(first).map(extent).collect();
+        let world_size = self.group.world_size();
+        Plan::new(&extents, order, Caps { bucket_bytes: &options.bucket_bytes, world_size })
+    }
+
+    /// The kinds of the parameters from `first` on, in the order in which they first appear.
+    fn kinds(&self, first: usize) -> Vec<Kind> {
+        let mut kinds = Vec::new();
+        for named in self.model.parameters().skip(first) {
+            if !kinds.contains(&named.tensor.kind()) {
+                kinds.push(named.tensor.kind());
+            }
+        }
+        kinds
+    }
+
+    /// Gives places to variables that train and have none. Collective: where there are any, the ranks
+    /// compare them first.
+    pub(crate) fn adopt(&mut self, options: &DdpOptions) -> Result<()> {
+        let before = self.model.lay_trained();
+        let count = self.model.parameters().len() - before;
+        if count == 0 {
+            return Ok(());
+        }
+        let order: Vec<usize> = (0..count).rev().collect();
+        self.lay(&order, options)
+    }
+
+    /// Lays everything anew in `order`, if buckets start sooner then. Gradients that are in their views
+    /// stay what they are; what the optimizer keeps by place is void. Needs room for a second copy of the
+    /// gradients, then of the parameters. Collective.
+    pub(crate) fn lay_anew(&mut self, order: &[usize], options: &DdpOptions) -> Result<bool> {
+        let plan = self.planned(0, order, options);
+        if self.plan.lateness(order) - plan.lateness(order) < WORTHWHILE {
+            return Ok(false);
+        }
+        let kinds = self.kinds(0);
+        let count = self.views.len();
+        let mut kept = Vec::with_capacity(count);
+        for index in 0..count {
+            let variable = &self.model.parameter(index).tensor;
+            let place = shim::gradient_place(variable, &self.views[index])?;
+            kept.push(place == shim::GradientPlace::InView);
+        }
+        let storages = self.allocate(&kinds, &plan, options)?;
+        let old_views: Vec<Tensor> = self.views.iter().map(Tensor::shallow_clone).collect();
+        self.plan = plan;
+        let old = std::mem::replace(&mut self.storages, storages);
+        for (index, old_view) in old_views.iter().enumerate() {
+            self.settle(index)?;
+            let view = &self.views[index];
+            tch::no_grad(|| view.shallow_clone().f_copy_(old_view).map(drop))?;
+            if kept[index] {
+                shim::gradient_set(&self.model.parameter(index).tensor, Some(view))?;
+            }
+        }
+        drop(old);
+        self.layout += 1;
+        self.approve()?;
+        Ok(true)
+    }
+
+    /// Where the gradient of parameter `index` goes.
+    pub(crate) fn view(&self, index: usize) -> &Tensor {
+        &self.views[index]
+    }
+
+    /// Zeroes the place of a gradient.
+    pub(crate) fn zero_view(&self, index: usize) -> Result<()> {
+        Ok(tch::no_grad(|| self.views[index].shallow_clone().f_zero_().map(drop))?)
+    }
+
+    /// Where parameters and gradients are.
+    pub(crate) fn device(&self) -> Device {
+        self.device
+    }
+
+    /// The gradients, by storage.
+    pub(crate) fn gradients(&self) -> Vec<&Flat> {
+        self.storages.iter().map(|storage| &storage.gradients).collect()
+    }
+
+    /// The parameters, by storage.
+    pub(crate) fn parameters(&self) -> Vec<&Flat> {
+        self.storages.iter().map(|storage| &storage.parameters).collect()
+    }
+
+    /// Bytes of all gradients.
+    pub(crate) fn exchanged_bytes(&self) -> u64 {
+        let bytes = |storage: &Storage| {
+            storage.gradients.len() * storage.gradients.kind().elt_size_in_bytes()
+        };
+        self.storages.iter().map(bytes).sum::<usize>() as u64
+    }
+
+    /// What the variables are at this moment; an error if they are not what was wrapped.
+    pub(crate) fn inspect(&self) -> Result<Vec<Variable>> {
+        self.model.check_complete()?;
+        let now = self.model.states()?;
+        match self.model.moved(&now, &self.expected) {
+            Some(report) => Err(Error::ModelChanged { report }),
+            None => Ok(now),
+        }
+    }
+
+    /// A few bytes of each parameter, to see whether somebody steps on them: libtorch's optimizers do not count
+    /// their changes in place. On a GPU there are none.
+    pub(crate) fn samples(&self) -> Vec<u32> {
+        /// Evenly spread over a parameter, each of a word.
+        const WORDS: usize = 16;
+        if self.device.is_cuda() {
+            return Vec::new();
+        }
+        let sample = |place: &plan::Place| {
+            let bytes = self.storages[place.storage].parameters.bytes(&place.range);
+            let stride = (bytes.len() / WORDS).next_multiple_of(8).max(8);
+            bytes
+                .chunks(stride)
+                .fold(0, |hash, chunk| crc32c::crc32c_append(hash, &chunk[..chunk.len().min(8)]))
+        };
+        self.plan.places.iter().map(sample).collect()
+    }
+
+    /// Takes the variables as they are for what they should be.
+    fn approve(&mut self) -> Result<()> {
+        self.expected = self.model.states()?;
+        Ok(())
+    }
+
+    /// Makes all gradients undefined, so that the next backward needs no zeroed memory.
+    pub(crate) fn clear_gradients(&self) -> Result<()> {
+        self.model.parameters().try_for_each(|named| shim::gradient_set(&named.tensor, None))
+    }
+}
