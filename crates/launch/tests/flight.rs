@@ -41,10 +41,17 @@ fn blames(fault: &str, code: i32, what: &[&str]) -> String {
 #[test]
 fn deaths_are_named_with_their_operation_and_their_witness() {
     let seen = "first seen by rank ";
-    let lineup = blames("kill", 70, &["PHX0701", "died: signal 9 (SIGKILL)", seen]);
-    assert!(lineup.contains("in all_reduce #40 \"bucket 3\""), "{lineup}");
+    blames("kill", 70, &["PHX0701", "died: signal 9 (SIGKILL)", seen]);
     blames("abort", 70, &["PHX0701", "died: signal 6 (SIGABRT)", seen]);
     blames("segv", 70, &["PHX0701", "died: signal 11 (SIGSEGV)", seen]);
+}
+
+/// Here it has begun the call; where it dies before, others may hear of that before they begin it.
+#[test]
+fn a_death_in_the_middle_of_a_collective_is_shown_in_it() {
+    let (finished, lineup) = job("kill", "--inside");
+    assert!(finished.report().contains("rank 1 on host "), "{}", finished.report());
+    assert!(lineup.contains("in all_reduce #40 \"bucket 3\""), "{lineup}");
 }
 
 #[test]
