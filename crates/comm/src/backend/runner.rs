@@ -187,35 +187,56 @@ mod tests {
     use crate::fingerprint::{CallRecord, Op};
     use crate::recorder::Part;
 
-    /// Carries out every call at once, or none.
+    /// What a library does with calls.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Manner {
+        /// It carries out each at once.
+        Quick,
+        /// It carries out each once the log has said twice that it waits.
+        Slow,
+        /// It carries out none.
+        Panics,
+    }
+
     #[derive(Debug)]
     struct Library {
-        panics: bool,
-        started: usize,
+        manner: Manner,
+        started: Vec<Arc<Call>>,
+    }
+
+    fn library(manner: Manner) -> Library {
+        Library { manner, started: Vec::new() }
     }
 
     impl Transport for Library {
-        fn start(&mut self, _: &Arc<Call>, _: &mut Memory) -> crate::Result<()> {
-            if self.panics {
+        fn start(&mut self, call: &Arc<Call>, _: &mut Memory) -> crate::Result<()> {
+            if self.manner == Manner::Panics {
                 std::panic::panic_any("no such symbol");
             }
-            self.started += 1;
+            self.started.push(Arc::clone(call));
             Ok(())
         }
 
         fn poll(&mut self, ended: &mut Vec<usize>) -> crate::Result<bool> {
-            ended.extend(0..std::mem::take(&mut self.started));
-            Ok(true)
+            let is_ready = |call: &Arc<Call>| self.manner != Manner::Slow || call.reminded() >= 2;
+            if self.started.iter().all(is_ready) {
+                ended.extend(0..std::mem::take(&mut self.started).len());
+            }
+            Ok(!ended.is_empty())
         }
 
         fn abandon(&mut self, _: &Error) {
-            assert!(!self.panics, "again");
+            assert!(self.manner != Manner::Panics, "again");
         }
     }
 
     fn call(runner: &Arc<Runner>, callers_drive: bool, library: Library) -> crate::Result<()> {
         let limit = Duration::from_secs(20);
-        let liveness = Liveness { heartbeat: limit, dead_after: limit, remind_after: limit };
+        let liveness = Liveness {
+            heartbeat: limit,
+            dead_after: limit,
+            remind_after: Duration::from_millis(1),
+        };
         let nobody: &mut setup::Exchange<'_> = &mut |_, _| Ok(Vec::new());
         let (mut world, part) = (World::single(), Part::whole(1));
         let core = setup::connect(&mut world, HostLink::Auto, limit, liveness, part, nobody)?;
@@ -242,11 +263,18 @@ mod tests {
     fn a_panic_in_the_library_is_an_error_and_other_groups_go_on() {
         let runner = Runner::spawn("phalanx-test".to_owned(), false, || ()).unwrap();
         for callers_drive in [false, true] {
-            let broken = Library { panics: true, started: 0 };
-            let error = call(&runner, callers_drive, broken).unwrap_err().to_string();
+            let error =
+                call(&runner, callers_drive, library(Manner::Panics)).unwrap_err().to_string();
             assert!(error.contains("no such symbol"), "{error}");
-            let works = Library { panics: false, started: 0 };
-            call(&runner, callers_drive, works).unwrap();
+            call(&runner, callers_drive, library(Manner::Quick)).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_library_that_takes_long_is_spoken_of_and_waited_for() {
+        let runner = Runner::spawn("phalanx-test".to_owned(), false, || ()).unwrap();
+        for callers_drive in [false, true] {
+            call(&runner, callers_drive, library(Manner::Slow)).unwrap();
         }
     }
 }

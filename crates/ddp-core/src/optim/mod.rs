@@ -237,23 +237,23 @@ impl Optimizer {
             treated.map(|(&treatment, &has)| has.then_some(treatment)).collect();
         let store = &mut reducer.store;
         let sharding = store.sharding;
-        let owned = piece::owned(&store.plan, |bucket| sharding.segment(bucket), &treatments);
+        let parts = piece::owned(&store.plan, |bucket| sharding.segment(bucket), &treatments);
         let now = Numbers { divisor, device: store.device() };
         let mut works = Vec::new();
         match self.rule.trust_ratio() {
             None => {
-                for (bucket, owned) in owned.iter().enumerate() {
+                for (bucket, owned) in parts.iter().enumerate() {
                     self.update_runs(store, owned, &now)?;
                     self.state.write_back(store, owned)?;
                     works.extend(gather(store, bucket)?);
                 }
             }
             Some(trust_ratio) => {
-                for owned in &owned {
+                for owned in &parts {
                     self.update_runs(store, owned, &now)?;
                 }
-                let ratios = self.trust_ratios(store, &owned, trust_ratio)?;
-                for (bucket, owned) in owned.iter().enumerate() {
+                let ratios = self.trust_ratios(store, &parts, trust_ratio)?;
+                for (bucket, owned) in parts.iter().enumerate() {
                     self.apply(store, owned, &ratios)?;
                     self.state.write_back(store, owned)?;
                     works.extend(gather(store, bucket)?);

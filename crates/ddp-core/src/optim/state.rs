@@ -43,12 +43,12 @@ impl State {
         for (storage, len) in store.storages.iter().zip(lens).skip(self.parts.len()) {
             let kind = storage.parameters.kind();
             let device = storage.parameters.device();
-            let flat = |kind| Flat::private(kind, device, len);
-            let states = rule.states().iter().map(|_| flat(work_kind(kind)));
+            let flat = || Flat::private(work_kind(kind), device, len);
+            let states = rule.states().iter().map(|_| flat());
             self.parts.push(Part {
                 states: states.collect::<Result<_>>()?,
-                masters: (work_kind(kind) != kind).then(|| flat(work_kind(kind))).transpose()?,
-                directions: rule.trust_ratio().map(|_| flat(work_kind(kind))).transpose()?,
+                masters: (work_kind(kind) != kind).then(flat).transpose()?,
+                directions: rule.trust_ratio().map(|_| flat()).transpose()?,
             });
         }
         self.seen.clear();

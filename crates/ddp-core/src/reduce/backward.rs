@@ -17,6 +17,7 @@ use crate::{Error, NonFinite, Result, SparseGradients};
 
 /// What is known of the backward that is going on.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "what has happened in it, and what has not")]
 pub(super) struct Run {
     /// Held twice while libtorch has the end-of-backward callback.
     token: Arc<()>,
@@ -186,10 +187,10 @@ impl Reducer {
     /// The first gradient of a backward has come: ranks agree on what trains, if that changed, and the exchange is
     /// prepared.
     pub(super) fn open(&mut self) -> Result<()> {
-        let Some(run) = &mut self.run else { return Err(Error::InsideBackward) };
-        run.is_open = true;
-        let sync = run.sync;
-        let trains: Vec<bool> = run.states.iter().map(|state| state.requires_grad != 0).collect();
+        let Some(begun) = &mut self.run else { return Err(Error::InsideBackward) };
+        begun.is_open = true;
+        let sync = begun.sync;
+        let trains: Vec<bool> = begun.states.iter().map(|state| state.requires_grad != 0).collect();
         if trains != self.agreed {
             self.agree_on_what_trains(trains)?;
         }
@@ -228,8 +229,8 @@ impl Reducer {
     /// Ranks compare which variables train; those that begin to are laid flat, those that ended are taken
     /// out. Collective on every rank that sees the change.
     fn agree_on_what_trains(&mut self, trains: Vec<bool>) -> Result<()> {
-        let line = |(named, &trains): (&model::Named, &bool)| {
-            format!("{} {}", if trains { "trains" } else { "frozen" }, named.name)
+        let line = |(named, &on): (&model::Named, &bool)| {
+            format!("{} {}", if on { "trains" } else { "frozen" }, named.name)
         };
         let mut signature = vec![String::from("which variables train")];
         signature.extend(self.store.model.variables.iter().zip(&trains).map(line));

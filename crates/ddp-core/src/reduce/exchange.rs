@@ -4,35 +4,32 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use phalanx_comm::Max;
-use tch::{Kind, Tensor};
+use phalanx_comm::{Max, Work};
+use tch::Kind;
 
 use super::backward::Run;
 use super::notes::{Head, Tail};
-use super::statistics::RankTimes;
-use super::{fingerprint, hidden, Asked, Outcome, Reducer};
-use crate::shim::{self, GradientPlace};
-use crate::store::flat::Scale;
-use crate::store::model::{self, Named};
-use crate::store::{agree, broadcast, Attached};
-use crate::{Buffers, Error, NonFinite, Result};
+use super::{hidden, Asked, Outcome, Reducer};
+use crate::shim;
+use crate::store::{agree, flat::Scale, model};
+use crate::{Error, NonFinite, Result};
 
 impl Reducer {
     /// The name of a collective of this exchange.
-    fn tag(&self, what: &str) -> String {
+    pub(super) fn tag(&self, what: &str) -> String {
         self.step.map_or_else(|| what.to_owned(), |step| format!("step {step}, {what}"))
     }
 
     /// Starts to tell what the divisor depends on, where it does.
     pub(super) fn start_head(&mut self) -> Result<()> {
-        let Some(run) = &self.run else { return Ok(()) };
-        if !self.options.exchange || (run.asked.is_none() && !self.joining) {
+        let Some(open) = &self.run else { return Ok(()) };
+        if !self.options.exchange || (open.asked.is_none() && !self.joining) {
             return Ok(());
         }
         let head = Head {
-            weight: self.accumulated.weight + run.asked.map_or(0.0, |asked| asked.weight),
-            is_weighted: run.asked.is_some(),
-            takes_part: run.is_backward || self.accumulated.pending.contains(&true),
+            weight: self.accumulated.weight + open.asked.map_or(0.0, |asked| asked.weight),
+            is_weighted: open.asked.is_some(),
+            takes_part: open.is_backward || self.accumulated.pending.contains(&true),
         };
         let tag = self.tag(if self.joining { "who takes part" } else { "weight" });
         let work = self.head.start(&mut self.store.group, &tag, head.encode())?;
@@ -54,7 +51,7 @@ impl Reducer {
                 let start = Instant::now();
                 work.wait()?;
                 let heads: Vec<Head> = self.head.read().into_iter().map(Head::decode).collect();
-                let leader = heads.iter().position(|head| head.takes_part).unwrap_or(0);
+                let leader = heads.iter().position(|of_rank| of_rank.takes_part).unwrap_or(0);
                 if let Some(run) = &mut self.run {
                     run.waited += start.elapsed();
                     run.leader = leader;
@@ -77,8 +74,8 @@ impl Reducer {
         if !self.options.exchange {
             return Ok(());
         }
-        let bucket = &self.store.plan.buckets[index];
-        if !bucket.parameters.iter().any(|&slot| self.trains(slot)) {
+        let parameters = &self.store.plan.buckets[index].parameters;
+        if !parameters.iter().any(|&slot| self.trains(slot)) {
             return Ok(()); // all of it is frozen, on every rank
         }
         let scale = self.scale()?;
@@ -209,8 +206,8 @@ impl Reducer {
 
     /// The first backward of a static graph has ended: its counts are those of all, and its buckets start.
     fn count_gradients(&mut self) -> Result<()> {
-        let Some(run) = &mut self.run else { return Ok(()) };
-        let counts = run.counts.clone();
+        let Some(first) = &mut self.run else { return Ok(()) };
+        let counts = first.counts.clone();
         let mut signature = vec![String::from("gradients in the first backward")];
         let lines = self.store.model.parameters().zip(&counts);
         signature.extend(lines.map(|(named, count)| format!("{}: {count} gradients", named.name)));
@@ -219,8 +216,8 @@ impl Reducer {
             "gradients of the static graph",
             &signature,
         )?;
-        let startable = run.ready.startable();
-        self.start_all(startable)?;
+        let frozen = first.ready.startable();
+        self.start_all(frozen)?;
         for (slot, &count) in counts.iter().enumerate() {
             if count == 0 && !self.accumulated.pending[slot] {
                 continue; // unused on every rank: `settle_missing` stands in
@@ -297,7 +294,7 @@ impl Reducer {
     }
 
     /// Starts to tell which parameters have gradients here.
-    fn start_used(&mut self) -> Result<Option<phalanx_comm::Work<'static>>> {
+    fn start_used(&mut self) -> Result<Option<Work<'static>>> {
         let tag = self.tag("used parameters");
         let (Some(region), Some(run)) = (&self.used, &self.run) else { return Ok(None) };
         if !self.options.exchange {
@@ -308,194 +305,6 @@ impl Reducer {
         let mine: Vec<i32> = run.counts.iter().enumerate().map(has).collect();
         region.write(0, &mine);
         Ok(Some(self.store.group.tagged(&tag).all_reduce(region.full(), Max)?))
-    }
-
-    /// By parameter: whether any rank has a gradient for it.
-    fn with_gradients(&self, run: &Run) -> Vec<bool> {
-        let used = self.used.as_ref().filter(|_| self.options.exchange);
-        let used = used.map(|region| region.read(0..region.len()));
-        let has = |slot: usize| {
-            let is_here = run.counts[slot] > 0 || self.accumulated.pending[slot];
-            let is_used = match (&used, &self.counts) {
-                (Some(used), _) => used[slot] > 0,
-                (None, Some(counts)) => counts[slot] > 0 || is_here,
-                (None, None) => is_here || !self.options.find_unused_parameters,
-            };
-            is_used && self.trains(slot)
-        };
-        (0..self.store.model.parameters().len()).map(has).collect()
-    }
-
-    fn start_tail(&mut self, now: Instant) -> Result<Option<phalanx_comm::Work<'static>>> {
-        if !self.options.exchange {
-            return Ok(None);
-        }
-        self.read_flags()?;
-        let interval = self.options.fingerprint_interval;
-        let number = self.clock.statistics.exchange_count + 1;
-        let fingerprint = match interval > 0 && number % interval == 0 {
-            true => Some(fingerprint::combined(&fingerprint::of_parameters(&self.store)?)),
-            false => None,
-        };
-        let Some(run) = &self.run else { return Ok(None) };
-        let outside = run.began.saturating_duration_since(self.clock.ended);
-        let tail = Tail {
-            non_finite: run.non_finite,
-            fingerprint,
-            outside: outside.saturating_sub(self.clock.waited),
-            backward: now.saturating_duration_since(run.began).saturating_sub(run.waited),
-        };
-        let tag = self.tag("what ranks found");
-        Ok(Some(self.tail.start(&mut self.store.group, &tag, tail.encode())?))
-    }
-
-    /// Brings flags of buckets from the GPU.
-    fn read_flags(&mut self) -> Result<()> {
-        let flags = self.run.as_mut().map_or_else(Vec::new, |run| std::mem::take(&mut run.flags));
-        if flags.is_empty() {
-            return Ok(());
-        }
-        let counts: Vec<&Tensor> = flags.iter().map(|(_, flag)| flag).collect();
-        let counts = Tensor::f_stack(&counts, 0)?.f_to_device(tch::Device::Cpu)?;
-        let counts: Vec<i64> = Vec::try_from(&counts)?;
-        for ((bucket, _), count) in flags.iter().zip(counts) {
-            let first = self.store.plan.buckets[*bucket].parameters.first().copied();
-            if let Some(slot) = first {
-                self.found(slot, usize::try_from(count).unwrap_or(0));
-            }
-        }
-        Ok(())
-    }
-
-    fn finish_statistics(&mut self, run: &Run, tails: &[Tail], last_gradient: Instant) {
-        let statistics = &mut self.clock.statistics;
-        statistics.exchange_count += u64::from(self.options.exchange);
-        statistics.bytes = self.store.exchanged_bytes();
-        let own = RankTimes {
-            outside: run.began.saturating_duration_since(self.clock.ended),
-            backward: last_gradient.saturating_duration_since(run.began),
-        };
-        let of = |tail: &Tail| RankTimes { outside: tail.outside, backward: tail.backward };
-        let ranks: Vec<RankTimes> =
-            if tails.is_empty() { vec![own] } else { tails.iter().map(of).collect() };
-        statistics.ranks.clone_from(&ranks);
-        if tails.is_empty() {
-            return;
-        }
-        // A first backward has no exchange before it.
-        let slow =
-            if statistics.exchange_count > 1 { self.clock.window.push(ranks) } else { vec![] };
-        for straggler in &slow {
-            let known = |other: &super::statistics::Straggler| {
-                other.rank == straggler.rank && other.phase == straggler.phase
-            };
-            if self.store.group.rank() == 0 && !statistics.stragglers.iter().any(known) {
-                tracing::warn!("{straggler}, over the last exchanges");
-            }
-        }
-        statistics.stragglers = slow;
-    }
-
-    /// What becomes of gradients that are not finite: whether they may be used.
-    fn judge(&mut self, tails: &[Tail]) -> Result<bool> {
-        let found = tails.iter().enumerate().find_map(|(rank, tail)| {
-            tail.non_finite.map(|(slot, elements)| (rank, slot, elements))
-        });
-        let Some((rank, slot, elements)) = found else { return Ok(true) };
-        let named = self.store.model.parameter(slot);
-        let error = Error::NonFinite {
-            rank,
-            name: named.name.clone(),
-            count: elements,
-            total: named.tensor.numel(),
-            exchange: self.clock.statistics.exchange_count,
-        };
-        match self.options.non_finite {
-            NonFinite::Error => {
-                self.store.clear_gradients()?;
-                self.outcome = Outcome::Nothing;
-                Err(error)
-            }
-            NonFinite::SkipStep => {
-                tracing::warn!("{error}: the step is skipped on every rank");
-                Ok(false)
-            }
-            NonFinite::Warn | NonFinite::Ignore => {
-                tracing::warn!("{error}");
-                Ok(true)
-            }
-        }
-    }
-
-    /// Where ranks told different fingerprints: an error that names the parameter and the rank.
-    fn compare_fingerprints(&mut self, tails: &[Tail]) -> Result<()> {
-        match tails.iter().all(|tail| tail.fingerprint == tails[0].fingerprint) {
-            true => Ok(()),
-            false => self.compare_parameters(),
-        }
-    }
-
-    /// What the next forward starts from is the same on every rank, if so wanted.
-    fn exchange_buffers(&mut self, leader: usize) -> Result<()> {
-        let tag = self.tag("buffers");
-        let (group, buffers) = (&mut self.store.group, &self.store.model.buffers);
-        let is_mean = self.options.buffers == Buffers::Mean;
-        let averaged = |named: &Named| is_mean && is_floating(named.tensor.kind());
-        if self.options.buffers == Buffers::Own {
-            return Ok(());
-        }
-        let means: Vec<&Named> = buffers.iter().filter(|named| averaged(named)).collect();
-        broadcast::mean(group, &tag, &means)?;
-        let sent: Vec<&Named> = buffers.iter().filter(|named| !averaged(named)).collect();
-        broadcast::tensors(group, &tag, leader, &sent)
-    }
-
-    /// Settles the order in which gradients become ready: the one that rank 0 saw, as soon as it has seen
-    /// one, unless the optimizer has begun to keep things by place.
-    fn settle_order(&mut self, run: &Run) -> Result<()> {
-        if self.is_order_settled {
-            return Ok(());
-        }
-        let count = self.store.model.parameters().len();
-        let mut seen = vec![-1_i64; count];
-        for (place, &slot) in seen.iter_mut().zip(&run.order) {
-            *place = i64::try_from(slot).unwrap_or(-1);
-        }
-        let tag = self.tag("ready order");
-        self.store.group.tagged(&tag).broadcast(&mut seen[..], 0)?.wait()?;
-        let mut order: Vec<usize> =
-            seen.into_iter().filter_map(|slot| usize::try_from(slot).ok()).collect();
-        if order.is_empty() {
-            return Ok(()); // rank 0 had no backward
-        }
-        self.is_order_settled = true;
-        if self.store.optimizer == Attached::Stepped {
-            return Ok(());
-        }
-        let rest = (0..count).rev().filter(|slot| !order.contains(slot)).collect::<Vec<_>>();
-        order.extend(rest);
-        if self.store.lay_anew(&order, &self.options)? {
-            tracing::info!("buckets follow the order in which gradients became ready on rank 0");
-        }
-        Ok(())
-    }
-
-    /// Makes exchanged gradients those of the variables; sharded ones stay with the optimizer.
-    fn hand_out(&mut self, has_gradient: &[bool]) -> Result<()> {
-        if self.store.sharding.needs_our_optimizer() {
-            if self.store.optimizer == Attached::No {
-                return Err(Error::ShardedWithoutOptimizer);
-            }
-            return self.store.clear_gradients();
-        }
-        for (slot, named) in self.store.model.parameters().enumerate() {
-            let view = self.store.view(slot);
-            let place = shim::gradient_place(&named.tensor, view)?;
-            if has_gradient[slot] && place != GradientPlace::InView {
-                shim::gradient_set(&named.tensor, Some(view))?;
-            }
-        }
-        Ok(())
     }
 
     fn missing_gradients(&self, missing: &[usize]) -> Error {
@@ -520,10 +329,6 @@ fn divisor(heads: &[Head], joining: bool) -> Result<Scale> {
     let is_weighted = if joining { weighted > 0 } else { true };
     let sum: f64 = heads.iter().map(|head| head.weight).sum();
     Ok(Scale(one_over(if is_weighted { sum } else { count(total) })))
-}
-
-fn is_floating(kind: Kind) -> bool {
-    matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "world sizes are far below 2^53")]

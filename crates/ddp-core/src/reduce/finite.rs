@@ -65,33 +65,29 @@ impl Bits for Bf16 {
 /// `from` points to `to.numel()` elements of `to`'s kind, which nobody writes; `to` is dense and on the CPU,
 /// and nobody else reads or writes it.
 pub(crate) unsafe fn copy(from: *const c_void, to: &Tensor) -> Result<usize> {
-    let (len, target) = (to.numel(), to.data_ptr());
-    // SAFETY: handed on from the caller, with the type of the kind's size.
-    unsafe {
-        match to.kind() {
-            Kind::Float => Ok(copy_as::<u32>(from, target, len)),
-            Kind::Double => Ok(copy_as::<u64>(from, target, len)),
-            Kind::Half => Ok(copy_as::<F16>(from, target, len)),
-            Kind::BFloat16 => Ok(copy_as::<Bf16>(from, target, len)),
-            kind => Err(Error::UnsupportedKind { name: "a gradient".to_owned(), kind }),
-        }
-    }
+    let copy = match to.kind() {
+        Kind::Float => copy_as::<u32>,
+        Kind::Double => copy_as::<u64>,
+        Kind::Half => copy_as::<F16>,
+        Kind::BFloat16 => copy_as::<Bf16>,
+        kind => return Err(Error::UnsupportedKind { name: "a gradient".to_owned(), kind }),
+    };
+    // SAFETY: handed on from the caller, with a type of the kind's size.
+    Ok(unsafe { copy(from, to.data_ptr(), to.numel()) })
 }
 
 /// How many elements of `tensor`, which is dense and on the CPU, are not finite.
 pub(crate) fn count(tensor: &Tensor) -> Result<usize> {
-    let (len, source) = (tensor.numel(), tensor.data_ptr().cast_const());
-    // SAFETY: a dense tensor on the CPU has `len` elements of its kind from its data pointer on, and the
+    let count = match tensor.kind() {
+        Kind::Float => count_as::<u32>,
+        Kind::Double => count_as::<u64>,
+        Kind::Half => count_as::<F16>,
+        Kind::BFloat16 => count_as::<Bf16>,
+        kind => return Err(Error::UnsupportedKind { name: "a gradient".to_owned(), kind }),
+    };
+    // SAFETY: a dense tensor on the CPU has as many elements of its kind from its data pointer on, and the
     // borrow keeps them.
-    unsafe {
-        match tensor.kind() {
-            Kind::Float => Ok(count_as::<u32>(source, len)),
-            Kind::Double => Ok(count_as::<u64>(source, len)),
-            Kind::Half => Ok(count_as::<F16>(source, len)),
-            Kind::BFloat16 => Ok(count_as::<Bf16>(source, len)),
-            kind => Err(Error::UnsupportedKind { name: "a gradient".to_owned(), kind }),
-        }
-    }
+    Ok(unsafe { count(tensor.data_ptr().cast_const(), tensor.numel()) })
 }
 
 unsafe fn copy_as<B: Bits>(from: *const c_void, to: *mut c_void, len: usize) -> usize {
@@ -103,11 +99,11 @@ unsafe fn copy_as<B: Bits>(from: *const c_void, to: *mut c_void, len: usize) -> 
     // SAFETY: as above; the two do not overlap, for nobody else uses `to`.
     let target = unsafe { std::slice::from_raw_parts_mut(to.cast::<B>(), len) };
     let part = PART_BYTES / size_of::<B>();
-    let copied = |(source, target): (&[B], &mut [B])| blocks_copied(source, target);
     match pool().filter(|_| len > part) {
-        None => copied((source, target)),
-        Some(pool) => pool
-            .install(|| source.par_chunks(part).zip(target.par_chunks_mut(part)).map(copied).sum()),
+        None => blocks_copied((source, target)),
+        Some(pool) => pool.install(|| {
+            source.par_chunks(part).zip(target.par_chunks_mut(part)).map(blocks_copied).sum()
+        }),
     }
 }
 
@@ -124,12 +120,12 @@ unsafe fn count_as<B: Bits>(from: *const c_void, len: usize) -> usize {
     }
 }
 
-fn blocks_copied<B: Bits>(source: &[B], target: &mut [B]) -> usize {
-    let block = BLOCK_BYTES / size_of::<B>();
+fn blocks_copied<B: Bits>((source, target): (&[B], &mut [B])) -> usize {
+    let len = BLOCK_BYTES / size_of::<B>();
     let mut found = 0;
-    for (source, target) in source.chunks(block).zip(target.chunks_mut(block)) {
-        found += looked_at(source);
-        target.copy_from_slice(source);
+    for (from, to) in source.chunks(len).zip(target.chunks_mut(len)) {
+        found += looked_at(from);
+        to.copy_from_slice(from);
     }
     found
 }

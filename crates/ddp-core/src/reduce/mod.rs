@@ -6,7 +6,7 @@
 //!
 //! The way of one gradient: [`backward`] sees a backward begin, looks whether the model is what was wrapped, and
 //! brings each gradient to its view; [`ready`] says which buckets that fills; [`exchange`] starts them, waits for
-//! them at the end, and hears what the ranks tell each other ([`notes`]).
+//! them at the end, and hears what the ranks tell each other ([`notes`], [`findings`]); [`delivery`] hands them out.
 //!
 //! Gradients are views of the flat storage. Where the gradient was undefined before this backward, libtorch's
 //! AccumulateGrad takes the incoming tensor as it is, and the hook copies it to its view (one read, one
@@ -15,7 +15,9 @@
 //! Source: the order of events is that of PyTorch's `csrc/distributed/c10d/reducer.cpp`.
 
 mod backward;
+mod delivery;
 mod exchange;
+mod findings;
 mod fingerprint;
 mod finite;
 mod notes;
@@ -37,6 +39,10 @@ use statistics::{Statistics, Window};
 
 /// State of data-parallel training; shared by the hooks, the `Ddp` and the optimizer.
 #[derive(Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "what the caller has switched on, and what is settled"
+)]
 pub(crate) struct Reducer {
     pub(crate) store: Store,
     pub(crate) options: DdpOptions,
@@ -312,4 +318,65 @@ fn hidden(exposed: Duration, exchange: Duration) -> f64 {
         return 1.0;
     }
     (1.0 - exposed.as_secs_f64() / exchange.as_secs_f64()).clamp(0.0, 1.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use phalanx_comm::testing::run_ranks;
+    use phalanx_comm::Group;
+    use tch::{Device, Kind, Tensor};
+
+    use crate::{shim, Ddp, DdpOptions};
+
+    /// A backward inside of a backward, as checkpointing makes it: when `a` has its gradient, `b` gets as many as
+    /// `inner` says, each from a backward of its own.
+    fn nested(mut group: Group, inner: usize, static_graph: bool) -> Result<[f64; 2], String> {
+        let make = || Tensor::ones([40], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let (a, b) = (make(), make());
+        let named = [("b", &b), ("a", &a)];
+        let parameters = named.map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone()));
+        let options = DdpOptions { bucket_bytes: vec![1], static_graph, ..DdpOptions::default() };
+        let _ddp = Ddp::from_tensors(parameters.into(), vec![], &mut group, options).unwrap();
+        let factor = group.rank() as f64 + 1.0;
+        let inside = Mutex::new(b.shallow_clone());
+        let _hook = shim::Hook::add(
+            &a,
+            Box::new(move || {
+                for _ in 0..inner {
+                    let b = inside.lock().map_err(|error| error.to_string())?;
+                    // Hooks run without recording.
+                    let loss = tch::with_grad(|| (&*b * factor).sum(Kind::Float));
+                    loss.f_backward().map_err(|error| error.to_string())?;
+                }
+                Ok(())
+            }),
+        )
+        .unwrap();
+        let mut means = [0.0; 2];
+        for _ in 0..2 {
+            for variable in [&a, &b] {
+                shim::gradient_set(variable, None).unwrap();
+            }
+            let loss = (&a * (10.0 * factor)).sum(Kind::Float);
+            loss.f_backward().map_err(|error| error.to_string())?;
+            means = [&a, &b].map(|variable| variable.grad().double_value(&[7]));
+        }
+        Ok(means)
+    }
+
+    #[test]
+    fn a_backward_inside_of_a_backward_is_a_part_of_it() {
+        let all = run_ranks(2, |group| nested(group, 1, false));
+        assert_eq!(all, [Ok([15.0, 1.5]), Ok([15.0, 1.5])]);
+    }
+
+    #[test]
+    fn several_gradients_of_one_parameter_take_a_static_graph() {
+        let all = run_ranks(2, |group| nested(group, 2, true));
+        assert_eq!(all, [Ok([15.0, 3.0]), Ok([15.0, 3.0])]);
+        let errors = run_ranks(2, |group| nested(group, 2, false).unwrap_err());
+        assert!(errors.iter().any(|error| error.contains("set static_graph")), "{errors:?}");
+    }
 }

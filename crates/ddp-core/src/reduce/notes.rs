@@ -41,6 +41,7 @@ impl<const N: usize> Notes<N> {
 
 /// Told before the first bucket.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "two answers to two questions")]
 pub(crate) struct Head {
     /// Samples or tokens.
     pub(crate) weight: f64,

@@ -192,13 +192,13 @@ impl Model {
     /// What no longer is what was wrapped, one line for each variable; `expected` is what they were.
     pub(crate) fn moved(&self, now: &[Variable], expected: &[Variable]) -> Option<String> {
         let mut report = String::new();
-        for ((named, now), expected) in self.variables.iter().zip(now).zip(expected) {
-            if now.data == expected.data && now.scalar_type == expected.scalar_type {
+        for (named, (is, was)) in self.variables.iter().zip(now.iter().zip(expected)) {
+            if is.data == was.data && is.scalar_type == was.scalar_type {
                 continue;
             }
             let kind = named.tensor.kind();
             // Writing to a String cannot fail.
-            _ = match now.scalar_type == expected.scalar_type {
+            _ = match is.scalar_type == was.scalar_type {
                 true => writeln!(report, "  {}: it has other memory", named.name),
                 false => writeln!(report, "  {}: its kind is {kind:?}, it was another", named.name),
             };

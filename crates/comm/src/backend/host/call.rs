@@ -213,6 +213,12 @@ impl Call {
         self.reminders.fetch_max(due, Ordering::Relaxed) < due
     }
 
+    /// How many reminders there were.
+    #[cfg(test)]
+    pub(crate) fn reminded(&self) -> u32 {
+        self.reminders.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn set_queued(&self) {
         self.queued.store(true, Ordering::Release);
     }

@@ -1,0 +1,125 @@
+//! What ranks found beside gradients, told to all in the tail of each exchange, and what follows from it.
+
+use std::time::Instant;
+
+use phalanx_comm::Work;
+use tch::Tensor;
+
+use super::backward::Run;
+use super::fingerprint;
+use super::notes::Tail;
+use super::statistics::{RankTimes, Straggler};
+use super::{Outcome, Reducer};
+use crate::{Error, NonFinite, Result};
+
+impl Reducer {
+    /// Starts to tell what this rank found.
+    pub(super) fn start_tail(&mut self, now: Instant) -> Result<Option<Work<'static>>> {
+        if !self.options.exchange {
+            return Ok(None);
+        }
+        self.read_flags()?;
+        let interval = self.options.fingerprint_interval;
+        let number = self.clock.statistics.exchange_count + 1;
+        let fingerprint = match interval > 0 && number.is_multiple_of(interval) {
+            true => Some(fingerprint::combined(&fingerprint::of_parameters(&self.store)?)),
+            false => None,
+        };
+        let Some(run) = &self.run else { return Ok(None) };
+        let outside = run.began.saturating_duration_since(self.clock.ended);
+        let tail = Tail {
+            non_finite: run.non_finite,
+            fingerprint,
+            outside: outside.saturating_sub(self.clock.waited),
+            backward: now.saturating_duration_since(run.began).saturating_sub(run.waited),
+        };
+        let tag = self.tag("what ranks found");
+        Ok(Some(self.tail.start(&mut self.store.group, &tag, tail.encode())?))
+    }
+
+    /// Brings flags of buckets from the GPU.
+    fn read_flags(&mut self) -> Result<()> {
+        let flags = self.run.as_mut().map_or_else(Vec::new, |run| std::mem::take(&mut run.flags));
+        if flags.is_empty() {
+            return Ok(());
+        }
+        let counts: Vec<&Tensor> = flags.iter().map(|(_, flag)| flag).collect();
+        let counts = Tensor::f_stack(&counts, 0)?.f_to_device(tch::Device::Cpu)?;
+        let counts: Vec<i64> = Vec::try_from(&counts)?;
+        for ((bucket, _), count) in flags.iter().zip(counts) {
+            let first = self.store.plan.buckets[*bucket].parameters.first().copied();
+            if let Some(slot) = first {
+                self.found(slot, usize::try_from(count).unwrap_or(0));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes down what the exchange cost, here and on the other ranks.
+    pub(super) fn finish_statistics(&mut self, run: &Run, tails: &[Tail], last_gradient: Instant) {
+        let statistics = &mut self.clock.statistics;
+        statistics.exchange_count += u64::from(self.options.exchange);
+        statistics.bytes = self.store.exchanged_bytes();
+        let own = RankTimes {
+            outside: run.began.saturating_duration_since(self.clock.ended),
+            backward: last_gradient.saturating_duration_since(run.began),
+        };
+        let of = |tail: &Tail| RankTimes { outside: tail.outside, backward: tail.backward };
+        let ranks: Vec<RankTimes> =
+            if tails.is_empty() { vec![own] } else { tails.iter().map(of).collect() };
+        statistics.ranks.clone_from(&ranks);
+        if tails.is_empty() {
+            return;
+        }
+        // A first backward has no exchange before it.
+        let slow =
+            if statistics.exchange_count > 1 { self.clock.window.push(ranks) } else { vec![] };
+        for straggler in &slow {
+            let known =
+                |other: &Straggler| other.rank == straggler.rank && other.phase == straggler.phase;
+            if self.store.group.rank() == 0 && !statistics.stragglers.iter().any(known) {
+                tracing::warn!("{straggler}, over the last exchanges");
+            }
+        }
+        statistics.stragglers = slow;
+    }
+
+    /// What becomes of gradients that are not finite: whether they may be used.
+    pub(super) fn judge(&mut self, tails: &[Tail]) -> Result<bool> {
+        let found = tails.iter().enumerate().find_map(|(rank, tail)| {
+            tail.non_finite.map(|(slot, elements)| (rank, slot, elements))
+        });
+        let Some((rank, slot, elements)) = found else { return Ok(true) };
+        let named = self.store.model.parameter(slot);
+        let error = Error::NonFinite {
+            rank,
+            name: named.name.clone(),
+            count: elements,
+            total: named.tensor.numel(),
+            exchange: self.clock.statistics.exchange_count,
+        };
+        match self.options.non_finite {
+            NonFinite::Error => {
+                self.store.clear_gradients()?;
+                self.outcome = Outcome::Nothing;
+                Err(error)
+            }
+            NonFinite::SkipStep => {
+                tracing::warn!("{error}: the step is skipped on every rank");
+                Ok(false)
+            }
+            NonFinite::Warn | NonFinite::Ignore => {
+                tracing::warn!("{error}");
+                Ok(true)
+            }
+        }
+    }
+
+    /// Where ranks told different fingerprints: an error that names the parameter and the rank.
+    pub(super) fn compare_fingerprints(&mut self, tails: &[Tail]) -> Result<()> {
+        match tails.iter().all(|tail| tail.fingerprint == tails[0].fingerprint) {
+            true => Ok(()),
+            false => self.compare_parameters(),
+        }
+    }
+}
