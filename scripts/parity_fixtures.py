@@ -477,8 +477,8 @@ def rates(make, peak, steps):
 
 def schedule_rows():
     """PyTorch's schedulers behind a linear warm-up whose first step has peak / warmup."""
-    peak, steps, warmup = 0.5, 24, 4
-    left = 20 - warmup
+    peak, steps, warmup, floor = 0.5, 24, 4, 0.0625
+    left, decay_steps = 20 - warmup, 6
 
     def after_warmup(*parts, lengths=()):
         def make(optimizer):
@@ -492,20 +492,23 @@ def schedule_rows():
         return make
 
     constant = lambda optimizer: schedulers.ConstantLR(optimizer, 1.0, 1)
-    linear = lambda optimizer: schedulers.LinearLR(optimizer, 1.0, 0.0, left)
-    decay = lambda optimizer: schedulers.LinearLR(optimizer, 1.0, 0.0, 6)
-    cosine = lambda optimizer: schedulers.CosineAnnealingLR(optimizer, left, eta_min=0.0)
+    linear = lambda optimizer: schedulers.LinearLR(optimizer, 1.0, floor / peak, left)
+    cosine = lambda optimizer: schedulers.CosineAnnealingLR(optimizer, left, floor)
+    decay = lambda optimizer: schedulers.CosineAnnealingLR(optimizer, decay_steps, floor)
     square = lambda optimizer: schedulers.PolynomialLR(optimizer, left, power=2.0)
+    # PyTorch's cosine rises again after its period: the comparison ends with it. Its polynomial has no floor.
     made = {
-        "constant": (after_warmup(constant), steps),
-        "linear": (after_warmup(linear), steps),
-        # PyTorch's cosine rises again after its period: the comparison ends with it.
-        "cosine": (after_warmup(cosine), 21),
-        "polynomial": (after_warmup(square), steps),
-        "warmup_stable_decay": (after_warmup(constant, decay, lengths=[10]), steps),
+        "constant": (after_warmup(constant), steps, 0.0),
+        "linear": (after_warmup(linear), steps, floor),
+        "cosine": (after_warmup(cosine), 21, floor),
+        "polynomial": (after_warmup(square), steps, 0.0),
+        "warmup_stable_decay": (after_warmup(constant, decay, lengths=[left - decay_steps]), 21, floor),
     }
-    settings = {"peak": peak, "warmup_steps": warmup, "total_steps": 20, "power": 2.0, "decay_steps": 6}
-    return {**settings, "rates": {name: rates(make, peak, n) for name, (make, n) in made.items()}}
+    settings = {"peak": peak, "warmup_steps": warmup, "total_steps": 20, "power": 2.0, "decay_steps": decay_steps}
+    rows = [
+        {"name": name, "floor": lowest, "rates": rates(make, peak, n)} for name, (make, n, lowest) in made.items()
+    ]
+    return {**settings, "rows": rows}
 
 
 # ---------------------------------------------------------------- writing

@@ -10,7 +10,8 @@ Both sides stay resident and wait for a line on their standard input while the o
 A round asks each for a block of steps with the exchange of gradients and one without it, in turned order. The first step of a
 block warms the caches up again and does not count. Where four models do not fit into memory (`--apart`, by itself where that is so),
 each side is started anew for its blocks. Ranks start a step together, after a barrier that is not timed; a step takes what its
-slowest rank takes. PyTorch's step without exchange is that inside `no_sync`.
+slowest rank takes. PyTorch's step without exchange is that inside `no_sync`. On a machine that does other things as well, the time
+that the processors spent says more than the clock; what a rank spins while it waits is in it.
 
 The limit is that of `benches/collectives.rs`: an all-reduce in place, in shared memory, of as many bytes as the gradients have.
 """
@@ -98,6 +99,7 @@ class Side:
         self.environment = environment or {}
         self.ranks, self.parameters = [], None
         self.times = {"with": [], "without": []}
+        self.busy = {"with": [], "without": []}
 
     def start(self):
         with socket.socket() as free:
@@ -150,7 +152,18 @@ class Side:
         return [max(times) for times in zip(*self.answers("ms"))]
 
     def block(self, kind):
-        self.times[kind] += self.ask(kind, self.arguments.steps + 1)[1:]
+        steps = self.arguments.steps + 1
+        before = self.processor_ms()
+        self.times[kind] += self.ask(kind, steps)[1:]
+        self.busy[kind].append((self.processor_ms() - before) / steps / len(self.ranks))
+
+    def processor_ms(self):
+        """What all ranks have used so far, with all their threads."""
+        ticks = 0
+        for process in self.ranks:
+            fields = pathlib.Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+        return ticks * 1e3 / os.sysconf("SC_CLK_TCK")
 
     def stop(self):
         for process in self.ranks:
@@ -231,6 +244,9 @@ def table(sides, arguments, limit, ours_alone):
     for kind in ("with", "without"):
         a, b = ours.median(kind), peer.median(kind)
         lines.append(f"| step {kind} exchange | {a:.1f} ms | {b:.1f} ms | {b / a:.3f} |")
+    for kind in ("with", "without"):
+        a, b = (statistics.median(side.busy[kind]) for side in sides)
+        lines.append(f"| processor time of a rank, {kind} | {a:.0f} ms | {b:.0f} ms | {b / a:.3f} |")
     shares = [side.median("with") / side.median("without") for side in sides]
     lines.append(f"| with / without | {shares[0]:.4f} | {shares[1]:.4f} | |")
     costs = [side.median("with") - side.median("without") for side in sides]
@@ -255,6 +271,7 @@ def written(arguments, sides, limit, ours_alone):
         "limit_ms": limit,
         "all_reduce_ms": ours_alone,
         "times_ms": {side.name: side.times for side in sides},
+        "processor_ms": {side.name: side.busy for side in sides},
     }
     pathlib.Path(arguments.json).write_text(json.dumps(document, indent=1) + "\n")
 

@@ -42,7 +42,17 @@ pub(crate) struct Schedules {
     pub(crate) peak: f64,
     pub(crate) warmup_steps: u64,
     pub(crate) total_steps: u64,
-    pub(crate) rates: BTreeMap<String, Vec<f64>>,
+    pub(crate) power: f64,
+    pub(crate) decay_steps: u64,
+    pub(crate) rows: Vec<Schedule>,
+}
+
+/// One scheduler's.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Schedule {
+    pub(crate) name: String,
+    pub(crate) floor: f64,
+    pub(crate) rates: Vec<f64>,
 }
 
 /// What one rank's run came to.
@@ -103,7 +113,7 @@ impl Row {
     }
 
     /// The buffers of `ranks` against those that PyTorch left on rank `of(rank)`.
-    pub(crate) fn compare_buffers(&self, ranks: &[Outcome], of: fn(usize) -> usize) {
+    pub(crate) fn compare_buffers(&self, ranks: &[Outcome], of: impl Fn(usize) -> usize) {
         assert!(!self.buffers.is_empty(), "{} has no buffers", self.name);
         for (rank, outcome) in ranks.iter().enumerate() {
             for (name, digits) in &self.buffers[of(rank)] {
@@ -128,8 +138,8 @@ fn decoded(digits: &str) -> Vec<f64> {
 
 fn close(what: &str, ours: impl ExactSizeIterator<Item = f64>, theirs: &[f64]) {
     assert_eq!(ours.len(), theirs.len(), "{what}: how many");
-    for (at, (ours, theirs)) in ours.zip(theirs).enumerate() {
-        let off = (ours - theirs).abs();
-        assert!(off <= TOLERANCE * theirs.abs(), "{what}: {at}: {ours}, and PyTorch's {theirs}");
+    for (at, (left, right)) in ours.zip(theirs).enumerate() {
+        let off = (left - right).abs();
+        assert!(off <= TOLERANCE * right.abs(), "{what}: {at}: {left}, and PyTorch's {right}");
     }
 }

@@ -86,11 +86,11 @@ impl Network {
     /// What the model says of those samples.
     pub(crate) fn output(&self, step: usize, rank: usize, part: usize, rows: usize) -> Tensor {
         let (x, _) = samples(step * 64 + rank * 16 + part * ROWS, rows);
-        let through = |name: &str, x: &Tensor| self.layers[name].forward(x);
+        let through = |name: &str, of: &Tensor| self.layers[name].forward(of);
         match self.shape {
             Shape::Mlp => self.mlp(&x),
             Shape::Branches => {
-                let turn = if step % 2 == 0 { "even" } else { "odd" };
+                let turn = if step.is_multiple_of(2) { "even" } else { "odd" };
                 let mut y = self.mlp(&x) + through(turn, &x).tanh();
                 if rank == 1 {
                     y += through("one", &x).tanh();
@@ -112,8 +112,8 @@ impl Network {
                 let at: Vec<i64> =
                     (0..ROWS).map(|row| len((step * 3 + rank * 2 + row * row) % 11)).collect();
                 let weight = self.embedding.as_ref().expect("made with the model");
-                let rows = Tensor::embedding(weight, &Tensor::from_slice(&at), -1, false, true);
-                self.mlp(&(x + rows))
+                let at = Tensor::from_slice(&at);
+                self.mlp(&(x + Tensor::embedding(weight, &at, -1, false, true)))
             }
         }
     }

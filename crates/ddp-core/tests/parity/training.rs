@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use phalanx_ddp_core::amp::LossScaler;
-use phalanx_ddp_core::schedule::LinearWarmup;
+use phalanx_ddp_core::schedule::{Schedule, Shape};
 use phalanx_ddp_core::Sync;
 use tch::Kind;
 
@@ -11,7 +11,11 @@ use super::networks::ROWS;
 use super::{Run, Way};
 
 const STEPS: usize = 6;
-const SCHEDULE: LinearWarmup = LinearWarmup { peak: 0.01, warmup_steps: 3, total_steps: 8 };
+
+/// Warm-up over three steps, then linearly to zero at step 8.
+fn schedule() -> Schedule {
+    Schedule::new(Shape::Linear, 0.01, 8).unwrap().with_warmup(3).unwrap()
+}
 
 /// A backward, a step.
 pub(crate) fn plain(run: &mut Run) {
@@ -75,8 +79,9 @@ pub(crate) fn unused_in_the_last(run: &mut Run) {
 
 /// Micro-batches, clipping, groups and a schedule.
 pub(crate) fn together(run: &mut Run) {
+    let schedule = schedule();
     for step in 0..STEPS {
-        run.optimizer.set_lr(SCHEDULE.lr(step as u64)).unwrap();
+        run.optimizer.set_lr(schedule.lr(step as u64)).unwrap();
         micro_batches(run, &[(step, 0), (step, 1)]);
         let norm = run.optimizer.step(Some(0.5)).unwrap().gradient_norm;
         run.outcome.gradient_norms.push(norm);
@@ -133,10 +138,11 @@ pub(crate) fn scaled(run: &mut Run) {
     run.outcome.scales.push(scaler.value());
 }
 
-/// Rates of warm-up over three steps, then linearly to zero at step 8.
+/// With a schedule.
 pub(crate) fn scheduled(run: &mut Run) {
+    let schedule = schedule();
     for step in 0..STEPS {
-        let rate = SCHEDULE.lr(step as u64);
+        let rate = schedule.lr(step as u64);
         run.optimizer.set_lr(rate).unwrap();
         run.outcome.rates.push(rate);
         one(run, step);
