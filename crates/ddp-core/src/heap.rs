@@ -19,7 +19,11 @@ pub(crate) fn keep() {
         {
             // SAFETY: three numbers that the allocator's manual has for this; it may be called at any time.
             if unsafe { libc::mallopt(setting, value) } == 0 {
-                tracing::debug!(setting, value, "the C library's allocator does not take this setting");
+                tracing::debug!(
+                    setting,
+                    value,
+                    "the C library's allocator does not take this setting"
+                );
             }
         }
     });

@@ -154,7 +154,7 @@ fn a_static_graph_is_counted_once() {
             // Twice the same weights.
             let loss = (model.loss("acd", factor) + model.loss("a", factor)) * 3.0;
             loss.backward();
-            assert!(optimizer.step(None).unwrap().gradient_norm > 0.0);
+            assert!(!optimizer.step(None).unwrap().skipped);
         }
         model.values()
     });
