@@ -35,6 +35,10 @@ use phalanx_ddp_core::{amp, Sync};
 use tch::{nn, Device, Kind, Tensor};
 
 #[derive(Debug, Parser)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "two flags that have nothing to do with each other"
+)]
 struct Flags {
     #[command(flatten)]
     launch: LaunchArgs,
