@@ -9,13 +9,14 @@ mod bert;
 use std::path::Path;
 
 use bert::batching::{Batching, Wanted};
-use bert::config::{Config, Precision, Rule, SHIPPED};
+use bert::config::{Config, NonFinite, Precision, Rule, SHIPPED};
 use bert::flags::Flags;
 use bert::memory::{self, Estimate, Free};
 use bert::{data, failure, plot, train};
 use clap::Parser as _;
 use phalanx_comm::environment::{NcclDebug, NcclGdrLevel, NcclP2pLevel, NcclSettings};
 use phalanx_data::progress::Silent;
+use phalanx_ddp_core::{Buffers, DdpOptions, Zero};
 use tch::{Device, Kind, Tensor};
 
 fn parse(text: &str) -> Result<Config, String> {
@@ -126,6 +127,58 @@ fn what_a_schedule_heeds_is_checked_and_nothing_else() {
 }
 
 #[test]
+fn what_a_rule_heeds_is_checked_and_nothing_else() {
+    let optimizer = |fields: &str| format!(r#"{{ "optimizer": {{ {fields} }} }}"#);
+    let wrong = |fields: &str, parts: &[&str]| check(&optimizer(fields), parts);
+    wrong(r#""rule": "adagrad""#, &["optimizer.rule: unknown variant `adagrad`", "`adam`, `sgd`"]);
+    wrong(r#""rule": "adam", "beta1": -0.1"#, &["optimizer.beta1 is -0.1"]);
+    wrong(r#""rule": "sgd", "momentum": -1"#, &["optimizer.momentum is -1"]);
+    wrong(r#""rule": "sgd", "nesterov": true"#, &["optimizer.nesterov", "optimizer.momentum is 0"]);
+    wrong(r#""rule": "sgd", "nesterov": 1"#, &["optimizer.nesterov: ", "expected a boolean"]);
+    for fine in [
+        r#""rule": "sgd", "momentum": 0.9, "nesterov": true, "beta1": 2, "eps": 0"#,
+        // A file for sgd under --optimizer adam, for one.
+        r#""rule": "adam", "momentum": -1, "nesterov": true"#,
+    ] {
+        parse(&optimizer(fine)).unwrap();
+    }
+}
+
+#[test]
+fn the_ddp_section_becomes_the_options_of_the_library() {
+    let text = r#"{ "ddp": { "zero": 1, "bucket_mib": 2, "first_bucket_mib": 0.5, "static_graph": true,
+        "buffers": "mean", "non_finite": "skip_step", "gradient_kind": "bf16", "fingerprint_interval": 7 } }"#;
+    let expected = DdpOptions {
+        zero: Zero::One,
+        bucket_bytes: vec![1 << 19, 2 << 20],
+        static_graph: true,
+        buffers: Buffers::Mean,
+        non_finite: phalanx_ddp_core::NonFinite::SkipStep,
+        gradient_kind: Some(Kind::BFloat16),
+        fingerprint_interval: 7,
+        ..DdpOptions::default()
+    };
+    assert_eq!(parse(text).unwrap().ddp.options(), expected);
+    assert_eq!(Config::default().ddp.options(), DdpOptions::default());
+    let unused = r#"{ "ddp": { "find_unused_parameters": true, "gradient_kind": null } }"#;
+    let options = parse(unused).unwrap().ddp.options();
+    assert!(options.find_unused_parameters && options.gradient_kind.is_none());
+}
+
+#[test]
+fn wrong_settings_of_ddp_are_named() {
+    let wrong =
+        |field: &str, parts: &[&str]| check(&format!(r#"{{ "ddp": {{ {field} }} }}"#), parts);
+    wrong(r#""buffers": "none""#, &["ddp.buffers: unknown variant `none`", "`rank_zero`, `mean`"]);
+    wrong(r#""non_finite": "skip""#, &["ddp.non_finite: unknown variant `skip`", "`skip_step`"]);
+    wrong(r#""gradient_kind": "fp8""#, &["ddp.gradient_kind: unknown variant `fp8`", "`bf16`"]);
+    wrong(r#""fingerprint_interval": -1"#, &["ddp.fingerprint_interval: ", "-1"]);
+    wrong(r#""static_graph": "yes""#, &["ddp.static_graph: ", "expected a boolean"]);
+    let both = r#""find_unused_parameters": true, "static_graph": true"#;
+    wrong(both, &["ddp.find_unused_parameters and ddp.static_graph", "turn the first off"]);
+}
+
+#[test]
 #[expect(clippy::float_cmp, reason = "values that are exact in f64")]
 fn every_schedule_of_a_configuration_ends_where_it_says() {
     let rates = |name: &str, warmup_steps: u64, steps: [u64; 3]| {
@@ -232,6 +285,21 @@ fn sharding_the_optimizer_state_shows_in_the_estimate() {
     assert_eq!(four.optimizer, one.optimizer / 4);
 }
 
+#[test]
+fn rules_and_kinds_of_gradients_show_in_the_estimate() {
+    let of = |text: &str| Estimate::new(&parse(text).expect("valid"), 1, 2);
+    let states = |fields: &str| {
+        let estimate = of(&format!(r#"{{ "optimizer": {{ {fields} }} }}"#));
+        estimate.optimizer / estimate.parameters
+    };
+    assert_eq!(states(r#""rule": "adam""#), 2);
+    assert_eq!(states(r#""rule": "lamb""#), 3);
+    assert_eq!(states(r#""rule": "sgd""#), 0);
+    assert_eq!(states(r#""rule": "sgd", "momentum": 0.9"#), 1);
+    let half = of(r#"{ "ddp": { "gradient_kind": "bf16" } }"#);
+    assert_eq!(half.gradients, half.parameters / 2);
+}
+
 /// Writes files of a pretended system under a folder.
 fn system(files: &[(&str, &str)]) -> tempfile::TempDir {
     let root = tempfile::tempdir().expect("a temporary folder");
@@ -306,7 +374,9 @@ fn flags_come_before_the_file() {
         "--precision",
         "bf16",
         "--optimizer",
-        "lamb",
+        "sgd",
+        "--non-finite",
+        "skip_step",
         "--global-batch",
         "16",
     ];
@@ -315,7 +385,8 @@ fn flags_come_before_the_file() {
     assert_eq!(nccl, &NcclSettings::default(), "no flag changes it");
     assert_eq!((train.steps, train.seed, ddp.zero, data.shuffle), (9, 5, 1, false));
     assert!(model.hidden_dropout_prob + model.attention_probs_dropout_prob < f64::MIN_POSITIVE);
-    assert_eq!((optimizer.rule, train.precision), (Rule::Lamb, Precision::Bf16));
+    assert_eq!((optimizer.rule, train.precision), (Rule::Sgd, Precision::Bf16));
+    assert_eq!(ddp.non_finite, NonFinite::SkipStep);
     assert_eq!(settings.batching(4).unwrap().accumulate, 2);
 }
 
@@ -385,6 +456,7 @@ fn a_wrong_flag_is_told_from_a_wrong_file() {
     assert_eq!(failure::exit_code(&wrong), failure::USAGE);
     assert_eq!(failure::exit_code(&error(&["--config", "/nowhere.json"])), failure::IO);
     assert!(flags(&["--precision", "fp8"]).is_err());
+    assert!(flags(&["--non-finite", "skip"]).is_err());
     assert!(flags(&["--data", "a", "--batches", "b"]).is_err());
 }
 
