@@ -60,6 +60,10 @@ pub(crate) enum GradientKind {
 /// How the ranks work together.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "switches that have nothing to do with each other, but that not both may be on"
+)]
 pub(crate) struct Ddp {
     /// 0: every rank holds the whole optimizer state; 1: each a part of it.
     pub(crate) zero: u8,
