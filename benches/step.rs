@@ -29,12 +29,16 @@ use anyhow::{ensure, Context as _, Result};
 use clap::Parser;
 use phalanx::comm::Max;
 use phalanx::launch::{launch_or_join, Joined, LaunchArgs};
-use phalanx::{Ddp, DdpOptions, Group, GroupOptions};
+use phalanx::{Ddp, DdpOptions, Group, GroupOptions, Zero};
 use phalanx_ddp_core::optim::{AdamW, Optimizer};
 use phalanx_ddp_core::{amp, Sync};
 use tch::{nn, Device, Kind, Tensor};
 
 #[derive(Debug, Parser)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "two flags that have nothing to do with each other"
+)]
 struct Flags {
     #[command(flatten)]
     launch: LaunchArgs,
@@ -47,6 +51,9 @@ struct Flags {
     /// Samples of 128 tokens on each rank.
     #[arg(long, default_value_t = 8)]
     micro_batch: i64,
+    /// What is sharded: 0 or 1, else what the configuration has.
+    #[arg(long)]
+    zero: Option<u8>,
     /// Timed steps of each kind.
     #[arg(long, default_value_t = 20)]
     steps: usize,
@@ -115,7 +122,13 @@ fn measure(flags: &Flags) -> Result<()> {
     let config = config::Config::read(Path::new(&flags.config))?;
     let vs = nn::VarStore::new(Device::Cpu);
     let network = model::build(&vs, &config.model, 1, group.rank())?;
-    let ddp = Ddp::new(&vs, &mut group, DdpOptions::default())?;
+    let zero = match flags.zero.unwrap_or(config.ddp.zero) {
+        0 => Zero::Off,
+        1 => Zero::One,
+        other => anyhow::bail!("--zero {other}: expected 0 or 1"),
+    };
+    let options = DdpOptions { zero, ..DdpOptions::default() };
+    let ddp = Ddp::new(&vs, &mut group, options)?;
     let optimizer = Optimizer::new(&ddp, AdamW::default(), model::groups())?;
     let (ids, labels) = batch(config.model.vocab_size, flags.micro_batch);
     let parameter_elements = vs.trainable_variables().iter().map(Tensor::numel).sum();

@@ -283,6 +283,7 @@ def parsed():
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
     parser.add_argument("--micro-batch", type=int, default=8, help="samples of a rank")
+    parser.add_argument("--zero", type=int, choices=(0, 1), help="of ours; else what the configuration has")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a block")
     parser.add_argument("--apart", action="store_true", help="one side in memory at a time")
@@ -307,9 +308,10 @@ def main():
     shared = ["--config", arguments.config, "--precision", arguments.precision]
     shared += ["--micro-batch", str(arguments.micro_batch)]
     peer = [sys.executable, "-W", "ignore", __file__, "--worker", "--threads", str(arguments.threads)]
+    zero = [] if arguments.zero is None else ["--zero", str(arguments.zero)]
     libraries = {"LD_LIBRARY_PATH": str(ROOT / "third_party/libtorch/lib")}
     sides = [
-        Side("ours", [arguments.ours, "--take-turns", *shared], arguments, libraries),
+        Side("ours", [arguments.ours, "--take-turns", *zero, *shared], arguments, libraries),
         Side("PyTorch", [*peer, *shared], arguments),
     ]
     limits = [limit_ms(arguments.collectives, arguments.ranks, 4 * count)]

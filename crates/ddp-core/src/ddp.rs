@@ -10,7 +10,7 @@ use crate::reduce::{self, Asked, Reducer, Shared};
 use crate::shard::Sharding;
 use crate::store::model::Model;
 use crate::store::{agree, broadcast, Store};
-use crate::{shim, threads, DdpOptions, Error, Join, Result, Sync};
+use crate::{heap, shim, threads, DdpOptions, Error, Join, Result, Sync};
 
 /// A model whose gradients are averaged over the ranks of a group, inside plain tch's own `backward`.
 ///
@@ -97,6 +97,10 @@ impl Ddp {
         check_devices(&model, &group)?;
         let sent: Vec<_> = model.variables.iter().chain(&model.buffers).collect();
         broadcast::tensors(&mut group, "parameters and buffers", 0, &sent)?;
+        let device = model.variables.first().map(|first| first.tensor.device());
+        if options.keep_memory && device == Some(Device::Cpu) {
+            heap::keep();
+        }
         let sharding = Sharding::new(options.zero, &group);
         let store = Store::new(group, model, sharding, &options)?;
         let shared = Arc::new(Mutex::new(Reducer::new(store, options)?));

@@ -14,6 +14,7 @@ mod ddp;
 mod device;
 mod error;
 pub mod feed;
+mod heap;
 mod join;
 pub mod optim;
 mod options;

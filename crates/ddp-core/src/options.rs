@@ -97,6 +97,9 @@ pub struct DdpOptions {
     /// earlier run tells it. `None`: the reverse of registration at first, and the order that rank 0 saw in
     /// the first exchanged backward from then on, where that makes buckets start earlier.
     pub ready_order: Option<Vec<String>>,
+    /// Whether this process keeps memory that it has freed, for the next step, instead of giving it back to the
+    /// system: for models on the CPU, with glibc. It concerns the whole process.
+    pub keep_memory: bool,
     /// Off: gradients are not exchanged, so that the cost of the exchange can be measured. The ranks'
     /// models drift apart.
     pub exchange: bool,
@@ -115,6 +118,7 @@ impl Default for DdpOptions {
             non_finite: NonFinite::Error,
             fingerprint_interval: 100,
             ready_order: None,
+            keep_memory: true,
             exchange: true,
         }
     }

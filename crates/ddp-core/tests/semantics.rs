@@ -1,5 +1,5 @@
 //! What data-parallel training promises beyond the plain case: unused parameters, static graphs, uneven inputs, buffers,
-//! kinds, several models, loss scaling.
+//! several models.
 
 #![allow(clippy::cast_possible_wrap, clippy::cast_precision_loss, reason = "small numbers")]
 #![allow(
@@ -12,10 +12,8 @@ mod support;
 
 use phalanx_comm::testing::run_ranks;
 use phalanx_comm::Group;
-use phalanx_ddp_core::amp::LossScaler;
 use phalanx_ddp_core::{
-    Adam, AdamW, Buffers, Ddp, DdpOptions, Error, NonFinite, Optimizer, ParameterGroups, Sgd, Sync,
-    Zero,
+    Adam, Buffers, Ddp, DdpOptions, Error, Optimizer, ParameterGroups, Sgd, Sync, Zero,
 };
 use support::{options, pattern, values, wrapped, Model};
 use tch::nn::{Module, OptimizerConfig as _};
@@ -154,7 +152,7 @@ fn a_static_graph_is_counted_once() {
             // Twice the same weights.
             let loss = (model.loss("acd", factor) + model.loss("a", factor)) * 3.0;
             loss.backward();
-            assert!(optimizer.step(None).unwrap().gradient_norm > 0.0);
+            assert!(!optimizer.step(None).unwrap().skipped);
         }
         model.values()
     });
@@ -289,80 +287,6 @@ fn frozen_weights_are_no_buffers() {
     assert!(all[0] != all[1]);
 }
 
-/// Four ranks, four micro-batches each, in bf16: small gradients that a bf16 sum would lose.
-#[test]
-fn half_precision_gradients_add_up_and_travel_in_f32() {
-    let sums = |kind: Option<Kind>| {
-        run_ranks(4, move |mut group| {
-            let weight = Tensor::ones([500], (Kind::BFloat16, Device::Cpu)).set_requires_grad(true);
-            let parameters = vec![("w".to_owned(), weight.shallow_clone())];
-            let options = DdpOptions { gradient_kind: kind, ..options(Zero::Off) };
-            let ddp = Ddp::from_tensors(parameters, vec![], &mut group, options).unwrap();
-            for part in 0..4 {
-                // 256 once, then 1: bf16 has 8 bits.
-                let factor = if part == 0 { 256.0 } else { 1.0 };
-                let loss = (&weight * factor).sum(Kind::Float);
-                let sync = if part == 3 { Sync::Reduce } else { Sync::Accumulate };
-                ddp.backward(&loss, 0.25, sync).unwrap();
-            }
-            let gradient = weight.grad();
-            (gradient.kind(), values(&gradient.to_kind(Kind::Float))[0])
-        })
-    };
-    assert_eq!(sums(None), [(Kind::Float, 259.0); 4]);
-    assert_eq!(sums(Some(Kind::BFloat16)), [(Kind::BFloat16, 256.0); 4]);
-    assert_eq!(sums(Some(Kind::Double)), [(Kind::Double, 259.0); 4]);
-}
-
-/// Steps of a thousandth of a weight's last bit, a thousand times.
-#[test]
-fn half_precision_parameters_have_masters_that_keep_small_steps() {
-    for zero in [Zero::Off, Zero::One] {
-        let all = run_ranks(2, move |mut group| {
-            let weight =
-                Tensor::ones([3000], (Kind::BFloat16, Device::Cpu)).set_requires_grad(true);
-            let parameters = vec![("w".to_owned(), weight.shallow_clone())];
-            let ddp = Ddp::from_tensors(parameters, vec![], &mut group, options(zero)).unwrap();
-            let rule = Sgd { lr: 1.0 / 8192.0, ..Sgd::default() };
-            let mut optimizer = Optimizer::new(&ddp, rule, ParameterGroups::default()).unwrap();
-            for _ in 0..64 {
-                weight.sum(Kind::Float).backward();
-                let _step = optimizer.step(None).unwrap();
-            }
-            // Weights that are loaded count: masters follow.
-            let once = values(&weight.to_kind(Kind::Float))[2999];
-            let _filled = tch::no_grad(|| weight.shallow_clone().fill_(2.0));
-            weight.sum(Kind::Float).backward();
-            let _step = optimizer.step(None).unwrap();
-            (once, values(&weight.to_kind(Kind::Float))[0])
-        });
-        // 1 − 64/8192 is a bf16 number; in bf16 alone 1 − 1/8192 is 1.
-        assert_eq!(all, [(1.0 - 64.0 / 8192.0, 2.0); 2], "{zero:?}");
-    }
-}
-
-#[test]
-fn kinds_can_be_mixed() {
-    let all = run_ranks(3, |mut group| {
-        let make = |kind| Tensor::ones([300], (kind, Device::Cpu)).set_requires_grad(true);
-        let (a, b, c) = (make(Kind::Float), make(Kind::BFloat16), make(Kind::Double));
-        let named = [("a", &a), ("b", &b), ("c", &c)];
-        let parameters = named.map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone()));
-        let ddp =
-            Ddp::from_tensors(parameters.into(), vec![], &mut group, options(Zero::One)).unwrap();
-        let mut optimizer =
-            Optimizer::new(&ddp, AdamW::default(), ParameterGroups::default()).unwrap();
-        for _ in 0..2 {
-            let sum = named.iter().map(|(_, tensor)| tensor.sum(Kind::Double)).sum::<Tensor>();
-            ddp.backward(&(sum * (group.rank() as f64 + 1.0)), 2.0, Sync::Reduce).unwrap();
-            let _step = optimizer.step(Some(1.0)).unwrap();
-        }
-        named.map(|(_, tensor)| values(&tensor.to_kind(Kind::Float)))
-    });
-    assert!(all[0] == all[1] && all[0] == all[2]);
-    assert!(all[0].iter().all(|values| values[0] < 1.0), "{:?}", all[0]);
-}
-
 /// Two models whose losses are one sum: the weight is that of both.
 #[test]
 fn one_weighted_backward_over_two_models_weighs_both() {
@@ -472,34 +396,6 @@ fn buckets_follow_the_order_in_which_gradients_become_ready() {
     let resumed = train(Some(after.clone()));
     assert_eq!(resumed[0].0, *after);
     assert!(resumed[0].2 == *weights);
-}
-
-#[test]
-fn the_loss_scale_goes_down_with_a_skipped_step_and_up_with_good_ones() {
-    for zero in [Zero::Off, Zero::One] {
-        let all = run_ranks(2, move |mut group| {
-            let weight = Tensor::ones([300], (Kind::Half, Device::Cpu)).set_requires_grad(true);
-            let parameters = vec![("w".to_owned(), weight.shallow_clone())];
-            let options = DdpOptions { non_finite: NonFinite::SkipStep, ..options(zero) };
-            let ddp = Ddp::from_tensors(parameters, vec![], &mut group, options).unwrap();
-            let rule = Sgd { lr: 0.5, ..Sgd::default() };
-            let mut optimizer = Optimizer::new(&ddp, rule, ParameterGroups::default()).unwrap();
-            let mut scaler = LossScaler::new(32768.0, 2.0, 0.5, 2).unwrap();
-            let mut told = Vec::new();
-            for step in 0..5 {
-                // 4 × 32768 is infinite in f16, on rank 1 alone in the first step.
-                let factor = if step == 0 && group.rank() == 0 { 0.0 } else { 0.25 };
-                let factor = if step == 0 && group.rank() == 1 { 4.0 } else { factor };
-                let loss = (&weight * factor).sum(Kind::Float);
-                ddp.backward(&scaler.scale(&loss).unwrap(), 1.0, Sync::Reduce).unwrap();
-                told.push(optimizer.step_scaled(None, &mut scaler).unwrap().skipped);
-            }
-            (told, scaler.value(), values(&weight.to_kind(Kind::Float))[7])
-        });
-        // Four steps of 0.5 × 0.25; the scale: halved, doubled after two good steps, twice.
-        let right = (vec![true, false, false, false, false], 65536.0, 0.5);
-        assert_eq!(all, [right.clone(), right], "{zero:?}");
-    }
 }
 
 #[test]

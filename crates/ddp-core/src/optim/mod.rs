@@ -42,8 +42,9 @@ use state::State;
 /// What came of a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Step {
-    /// Norm of all gradients, before clipping; not finite where that is why the step was skipped.
-    pub gradient_norm: f64,
+    /// Norm of all gradients, before clipping; not finite where that is why the step was skipped. `None` where
+    /// nobody asked: it takes a pass over all gradients.
+    pub gradient_norm: Option<f64>,
     /// Whether parameters stayed as they were, on every rank: gradients were not finite.
     pub skipped: bool,
 }
@@ -70,7 +71,7 @@ pub struct Step {
 /// let mut optimizer = Optimizer::new(&ddp, rule, ParameterGroups::default().with(no_decay))?;
 /// let loss_sum = net.forward(&Tensor::ones([8, 4], (Kind::Float, Device::Cpu))).square().sum(Kind::Float);
 /// ddp.backward(&loss_sum, 8.0, Sync::Reduce)?;
-/// assert!(optimizer.step(Some(1.0))?.gradient_norm > 0.0);
+/// assert!(optimizer.step(Some(1.0))?.gradient_norm > Some(0.0));
 /// # Ok(())
 /// # }
 /// ```
@@ -147,7 +148,8 @@ impl Optimizer {
     }
 
     /// Clips the gradients to the global norm `norm_max`, if given, updates the parameters, makes the
-    /// gradients undefined, and returns their norm before clipping. Collective under ZeRO.
+    /// gradients undefined, and returns their norm before clipping: with `Some(f64::INFINITY)` without clipping.
+    /// Collective under ZeRO.
     ///
     /// # Errors
     /// [`Error::NoGradients`] when no backward exchanged gradients since the last step; [`Error::BadSetting`]
@@ -179,22 +181,28 @@ impl Optimizer {
         let mut reducer = reduce::lock(&shared)?;
         let has_gradient = match std::mem::take(&mut reducer.outcome) {
             Outcome::Nothing => return Err(Error::NoGradients),
-            Outcome::Skipped => return Ok(Step { gradient_norm: f64::NAN, skipped: true }),
+            Outcome::Skipped => return Ok(Step { gradient_norm: Some(f64::NAN), skipped: true }),
             Outcome::Reduced(has_gradient) => has_gradient,
         };
         self.fit(&mut reducer.store)?;
-        let gradient_norm = self.gradient_norm(&mut reducer)? / loss_scale;
         let is_scaled = (loss_scale - 1.0).abs() > 0.0;
-        if is_scaled && !gradient_norm.is_finite() {
+        let norm = match norm_max.is_some() || is_scaled {
+            true => Some(self.gradient_norm(&mut reducer)? / loss_scale),
+            false => None,
+        };
+        if is_scaled && norm.is_some_and(|norm| !norm.is_finite()) {
             reducer.release_gradients()?;
-            return Ok(Step { gradient_norm, skipped: true });
+            return Ok(Step { gradient_norm: norm, skipped: true });
         }
-        let clip = norm_max.map_or(1.0, |max| ((gradient_norm + 1e-6) / max).max(1.0));
+        let clip = match (norm, norm_max) {
+            (Some(norm), Some(max)) => ((norm + 1e-6) / max).max(1.0),
+            _ => 1.0,
+        };
         self.update(&mut reducer, &has_gradient, clip * loss_scale)?;
         reducer.store.optimizer = Attached::Stepped;
         self.step_count += 1;
         reducer.release_gradients()?;
-        Ok(Step { gradient_norm, skipped: false })
+        Ok(Step { gradient_norm: norm, skipped: false })
     }
 
     /// Gives parameters that are new their group.

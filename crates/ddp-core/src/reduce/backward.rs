@@ -3,9 +3,6 @@
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
-use phalanx_comm::{Mark, Work};
-use tch::Kind;
-
 use super::finite;
 use super::ready::Ready;
 use super::{Asked, Outcome, Reducer};
@@ -14,6 +11,7 @@ use crate::store::agree;
 use crate::store::flat::Scale;
 use crate::store::model;
 use crate::{Error, NonFinite, Result, SparseGradients};
+use phalanx_comm::{Mark, Work};
 
 /// What is known of the backward that is going on.
 #[derive(Debug)]
@@ -385,9 +383,8 @@ impl Reducer {
                     self.look_at_view(slot)?;
                 }
             }
-            GradientPlace::Alike(data) if on_host && is_floating(view.kind()) => {
-                let count = self.copied(slot, data)?;
-                shim::gradient_set(variable, Some(view))?;
+            GradientPlace::Alike(_) if on_host => {
+                let count = finite::copy_gradient(variable, view)?;
                 if look {
                     self.found(slot, count);
                 }
@@ -425,14 +422,6 @@ impl Reducer {
         Err(Error::ExchangedTwice { name: self.store.model.parameter(slot).name.clone() })
     }
 
-    /// Copies a gradient that is like its view there; says how many elements are not finite.
-    #[expect(unsafe_code, reason = "gate: hands a gradient's memory on")]
-    fn copied(&self, slot: usize, data: *const std::ffi::c_void) -> Result<usize> {
-        // SAFETY: the gradient has the kind, the size and the dense strides of its view, on the CPU; it lies
-        // elsewhere, belongs to this thread's backward, and the view to this reducer, which is locked.
-        unsafe { finite::copy(data, self.store.view(slot)) }
-    }
-
     /// Looks whether a gradient that is in its view is finite; on a GPU its whole bucket is looked at later.
     fn look_at_view(&mut self, slot: usize) -> Result<()> {
         if self.options.non_finite == NonFinite::Ignore || self.store.device().is_cuda() {
@@ -451,8 +440,4 @@ impl Reducer {
             run.non_finite.get_or_insert((slot, count));
         }
     }
-}
-
-fn is_floating(kind: Kind) -> bool {
-    matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16)
 }

@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 use rayon::prelude::*;
 use tch::{Kind, Tensor};
 
+use crate::shim::{self, GradientPlace};
 use crate::{Error, Result};
 
 /// Bytes that are looked at and copied at once: half of a level-one cache.
@@ -58,13 +59,30 @@ impl Bits for Bf16 {
     }
 }
 
+/// Copies the gradient of `variable`, which lies elsewhere on the CPU with the kind and the strides of `view`, into
+/// `view`, which becomes the gradient; says how many elements are not finite.
+///
+/// # Errors
+/// The gradient is not like that.
+pub(super) fn copy_gradient(variable: &Tensor, view: &Tensor) -> Result<usize> {
+    let GradientPlace::Alike(data) = shim::gradient_place(variable, view)? else {
+        let (setting, value) = ("a gradient's place", "another".to_owned());
+        return Err(Error::BadSetting { setting, value, expected: "memory like its view's" });
+    };
+    // SAFETY: just looked at: as many elements, of the same kind, with the same dense strides as the view, which is on
+    // the CPU like its gradient; the gradient lies elsewhere, and this thread's backward has just finished it.
+    let count = unsafe { copy(data, view) }?;
+    shim::gradient_set(variable, Some(view))?;
+    Ok(count)
+}
+
 /// Copies the elements at `from`, as many and of the same kind as `to` has, into `to`; says how many of them
 /// are not finite.
 ///
 /// # Safety
 /// `from` points to `to.numel()` elements of `to`'s kind, which nobody writes; `to` is dense and on the CPU,
 /// and nobody else reads or writes it.
-pub(crate) unsafe fn copy(from: *const c_void, to: &Tensor) -> Result<usize> {
+unsafe fn copy(from: *const c_void, to: &Tensor) -> Result<usize> {
     let copy = match to.kind() {
         Kind::Float => copy_as::<u32>,
         Kind::Double => copy_as::<u64>,

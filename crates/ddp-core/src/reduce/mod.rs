@@ -331,23 +331,23 @@ mod tests {
     use crate::{shim, Ddp, DdpOptions};
 
     /// A backward inside of a backward, as checkpointing makes it: when `a` has its gradient, `b` gets as many as
-    /// `inner` says, each from a backward of its own.
-    fn nested(mut group: Group, inner: usize, static_graph: bool) -> Result<[f64; 2], String> {
+    /// `times` says, each from a backward of its own.
+    fn nested(mut group: Group, times: usize, static_graph: bool) -> Result<[f64; 2], String> {
         let make = || Tensor::ones([40], (Kind::Float, Device::Cpu)).set_requires_grad(true);
         let (a, b) = (make(), make());
         let named = [("b", &b), ("a", &a)];
         let parameters = named.map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone()));
         let options = DdpOptions { bucket_bytes: vec![1], static_graph, ..DdpOptions::default() };
         let _ddp = Ddp::from_tensors(parameters.into(), vec![], &mut group, options).unwrap();
-        let factor = group.rank() as f64 + 1.0;
+        let factor = if group.rank() == 0 { 1.0 } else { 2.0 };
         let inside = Mutex::new(b.shallow_clone());
         let _hook = shim::Hook::add(
             &a,
             Box::new(move || {
-                for _ in 0..inner {
-                    let b = inside.lock().map_err(|error| error.to_string())?;
+                for _ in 0..times {
+                    let inner = inside.lock().map_err(|error| error.to_string())?;
                     // Hooks run without recording.
-                    let loss = tch::with_grad(|| (&*b * factor).sum(Kind::Float));
+                    let loss = tch::with_grad(|| (&*inner * factor).sum(Kind::Float));
                     loss.f_backward().map_err(|error| error.to_string())?;
                 }
                 Ok(())

@@ -35,7 +35,7 @@ fn one(run: &mut Run, step: usize) {
 pub(crate) fn clipped(run: &mut Run) {
     for step in 0..STEPS {
         one(run, step);
-        let norm = run.optimizer.step(Some(0.5)).unwrap().gradient_norm;
+        let norm = run.optimizer.step(Some(0.5)).unwrap().gradient_norm.unwrap();
         run.outcome.gradient_norms.push(norm);
     }
 }
@@ -83,7 +83,7 @@ pub(crate) fn together(run: &mut Run) {
     for step in 0..STEPS {
         run.optimizer.set_lr(schedule.lr(step as u64)).unwrap();
         micro_batches(run, &[(step, 0), (step, 1)]);
-        let norm = run.optimizer.step(Some(0.5)).unwrap().gradient_norm;
+        let norm = run.optimizer.step(Some(0.5)).unwrap().gradient_norm.unwrap();
         run.outcome.gradient_norms.push(norm);
     }
 }
