@@ -15,6 +15,8 @@ for row in rows:
     ).split():
         assert math.isfinite(row[key]) and row[key] >= 0, (row["step"], key, row[key])
     assert len(row["data_wait_ms_by_rank"]) == world_size and row["left_out"] == 0, row
+    assert row["skipped"] == 0, row
 assert rows[-1]["loss"] < rows[0]["loss"], "the loss did not fall"
 assert last["summary"]["world_size"] == world_size, last
+assert last["summary"]["skipped"] == 0 and isinstance(last["summary"]["stragglers"], list), last
 print(f"{path}: {steps} steps, loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f}")

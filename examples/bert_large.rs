@@ -159,7 +159,7 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
     }
     let peak_memory = gather_usage(&mut group)?;
     if let Some(journal) = journal {
-        let summary = summary(config, &group, batching, threads, peak_memory);
+        let summary = summary(config, &group, batching, (threads, peak_memory), &trainer)?;
         print!("{}", journal.close(&vs, config, &summary)?);
     }
     Ok(())
@@ -268,10 +268,10 @@ fn summary(
     config: &Config,
     group: &Group,
     batching: Batching,
-    threads: usize,
-    peak_memory: Vec<Usage>,
-) -> Summary {
-    Summary {
+    (threads, peak_memory): (usize, Vec<Usage>),
+    trainer: &Trainer,
+) -> Result<Summary> {
+    Ok(Summary {
         steps: config.train.steps,
         parameters: config.model.parameter_count(),
         world_size: group.world_size(),
@@ -283,8 +283,10 @@ fn summary(
         accumulate: batching.accumulate,
         precision: config.train.precision,
         zero: config.ddp.zero,
+        skipped: trainer.skipped_count(),
+        stragglers: trainer.stragglers()?,
         peak_memory_sum_bytes: peak_memory.iter().map(|m| m.proportional_peak_bytes).sum(),
         peak_memory,
         versions: Versions::new(),
-    }
+    })
 }

@@ -15,6 +15,8 @@
 
 #[path = "../crates/comm/tests/conformance/device.rs"]
 mod device;
+#[path = "gpu_check/training.rs"]
+mod training;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -25,11 +27,11 @@ use clap::Parser;
 use phalanx::comm::{Backend, Sum};
 use phalanx::data::{from_fn, Column, DType, LoaderOptions};
 use phalanx::ddp::feed::Feed;
-use phalanx::ddp::optim::{AdamW, Optimizer, ParameterGroups};
 use phalanx::ddp::{load_cuda, Cuda};
 use phalanx::launch::{launch_or_join, Joined, LaunchArgs};
-use phalanx::tch::{self, nn, nn::Module, Device, Kind, Tensor};
-use phalanx::{Ddp, DdpOptions, Group, GroupOptions, Sync, Zero};
+use phalanx::tch::{self, nn, nn::Module as _, Device, Kind, Tensor};
+use phalanx::{Ddp, DdpOptions, Group, GroupOptions};
+use training::network;
 
 #[derive(Parser)]
 struct Flags {
@@ -73,8 +75,10 @@ fn check(flags: &Flags) -> Result<ExitCode> {
     for (what, check) in device::CHECKS {
         report.line(what, check(&mut group));
     }
-    report.line("training, zero 0", training(&mut group, Zero::Off));
-    report.line("training, zero 1", training(&mut group, Zero::One));
+    let gpu = Device::Cuda(group.device().context("a group with a GPU")?);
+    for (what, check) in training::CHECKS {
+        report.line(what, check(&mut group, gpu));
+    }
     report.line("batches on the GPU", feeding(&group));
     report.line("all_reduce 64 MiB", speed(&mut group));
     if group.world_size() == 1 {
@@ -102,33 +106,6 @@ impl Report {
         if self.shown || text.starts_with("FAIL") {
             println!("{text}");
         }
-    }
-}
-
-struct Net {
-    vs: nn::VarStore,
-    net: nn::Sequential,
-}
-
-fn network(device: Device, width: i64) -> Net {
-    tch::manual_seed(7);
-    let vs = nn::VarStore::new(device);
-    let mut net = nn::seq();
-    for layer in 0..4 {
-        net =
-            net.add(nn::linear(vs.root() / format!("l{layer}"), width, width, Default::default()));
-        net = net.add_fn(Tensor::gelu_plain);
-    }
-    Net { vs, net }
-}
-
-trait GeluPlain {
-    fn gelu_plain(&self) -> Tensor;
-}
-
-impl GeluPlain for Tensor {
-    fn gelu_plain(&self) -> Tensor {
-        self.gelu("none")
     }
 }
 
@@ -182,40 +159,6 @@ fn feeding(group: &Group) -> Result<String> {
     let (alone, fed) = (time(false)?, time(true)?);
     let ratio = fed.as_secs_f64() / alone.as_secs_f64();
     Ok(format!("300 batches of 4 MiB are right; a step with a new batch ÷ without {ratio:.3}"))
-}
-
-/// A few steps on the GPU beside the same on the CPU over the host's memory.
-fn training(group: &mut Group, zero: Zero) -> Result<String> {
-    let device = Device::Cuda(group.device().context("a group with a GPU")?);
-    let mut losses = Vec::new();
-    for device in [Device::Cpu, device] {
-        let Net { vs, net } = network(device, 64);
-        let options = DdpOptions { zero, bucket_bytes: vec![16 << 10], ..DdpOptions::default() };
-        let ddp = Ddp::new(&vs, group, options)?;
-        let rule = AdamW { lr: 1e-3, ..AdamW::default() };
-        let mut optimizer = Optimizer::new(&ddp, rule, ParameterGroups::default())?;
-        let rank = i64::try_from(group.rank())?;
-        let mut of_device = Vec::new();
-        for step in 0..10 {
-            let x = Tensor::arange(32 * 64, (Kind::Float, Device::Cpu)).view([32, 64]);
-            let x = (x * 0.37 + (step + rank) as f64).sin().to_device(device);
-            let loss = (net.forward(&x) - &x).square().sum(Kind::Float);
-            ddp.backward(&loss, 32.0, Sync::Reduce)?;
-            let norm = optimizer.step(Some(1.0))?.gradient_norm;
-            ensure!(norm.is_finite() && norm > 0.0, "gradient norm {norm}");
-            of_device.push(loss.double_value(&[]));
-        }
-        losses.push(of_device);
-    }
-    let difference = losses[0]
-        .iter()
-        .zip(&losses[1])
-        .map(|(cpu, gpu)| ((cpu - gpu) / cpu).abs())
-        .fold(0.0, f64::max);
-    ensure!(difference < 1e-3, "losses differ from the CPU's by {difference:.1e}: {losses:?}");
-    let (first, last) = (losses[1][0], losses[1][9]);
-    ensure!(last < first, "the loss does not fall: {first} → {last}");
-    Ok(format!("loss {first:.1} → {last:.1}, within {difference:.1e} of the CPU"))
 }
 
 fn speed(group: &mut Group) -> Result<String> {

@@ -125,6 +125,35 @@ fn text_that_is_not_utf_8_is_named() {
     ended.assert_failed_saying(&["latin.txt", "UTF-8", "byte 3"]);
 }
 
+/// After the first step weights are so large that nothing is finite.
+const FAR_TOO_FAST: [&str; 6] = ["--steps", "4", "--lr", "1e30", "--warmup-steps", "0"];
+
+#[test]
+fn gradients_that_are_not_finite_end_the_run_with_rank_step_and_parameter() {
+    let ended = tiny_with(&FAR_TOO_FAST, &[]).end();
+    let advice = "step 2: gradients are not finite; lower --lr, raise --warmup-steps, or take --non-finite skip_step";
+    ended.assert_failed_saying(&[advice, "elements of the gradient of ", "in exchange 2"]);
+}
+
+#[test]
+fn steps_that_are_skipped_are_counted() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let kept = folder.path().join("kept.jsonl");
+    let metrics = kept.to_str().expect("a path in UTF-8");
+    let ended =
+        tiny_with(&FAR_TOO_FAST, &["--non-finite", "skip_step", "--metrics", metrics]).end();
+    assert!(ended.status.success(), "{}", ended.output);
+    assert!(ended.output.contains("3 steps were skipped"), "{}", ended.output);
+    let text = fs::read_to_string(&kept).expect("metrics");
+    let lines: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let skipped: Vec<_> = lines[..4].iter().map(|step| step["skipped"].as_u64()).collect();
+    assert_eq!(skipped, [0, 1, 1, 1].map(Some));
+    let summary = &lines[4]["summary"];
+    assert_eq!(summary["skipped"], 3);
+    assert!(summary["stragglers"].is_array(), "{summary}");
+}
+
 #[test]
 fn no_ranks_at_all_are_refused() {
     let ended = Trial::start(&["--config", TINY, "--nnodes", "0"], SOON).end();
@@ -221,6 +250,12 @@ fn a_killed_launcher_takes_its_ranks_with_it() {
 fn tiny(more: &[&str], deadline: Duration) -> Trial {
     let arguments = [&["--config", TINY, "--nnodes", "2", "--steps", "2"], more].concat();
     Trial::start(&arguments, deadline)
+}
+
+/// The tiny configuration on two nodes, to its end.
+fn tiny_with(steps: &[&str], more: &[&str]) -> Trial {
+    let arguments = ["--config", TINY, "--nnodes", "2", "--output", "{folder}/output"];
+    Trial::start(&[&arguments[..], steps, more].concat(), RUN)
 }
 
 /// Far more steps than it will be let to make.

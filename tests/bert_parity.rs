@@ -89,7 +89,10 @@ fn each_step_says_where_its_time_went() {
             assert!(step[key].as_f64().is_some_and(f64::is_finite), "{key} in {step}");
         }
     }
+    assert!(run.steps.iter().all(|step| step["skipped"] == 0), "{:?}", run.steps);
     let summary = &run.summary["summary"];
+    assert_eq!(summary["skipped"], 0);
+    assert!(summary["stragglers"].is_array(), "{summary}");
     assert_eq!(summary["world_size"], 2);
     assert!(run.folder.path().join("out").read_dir().is_ok_and(|files| files
         .filter_map(Result::ok)

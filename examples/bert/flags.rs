@@ -7,7 +7,7 @@ use clap::Parser;
 use phalanx_launch::{LaunchArgs, LaunchOptions};
 
 use super::batching::{Batching, Wanted};
-use super::config::{Backend, Config, ConfigError, Precision, Rule, SHIPPED};
+use super::config::{Backend, Config, ConfigError, NonFinite, Precision, Rule, SHIPPED};
 use super::disturbed::Disturbance;
 use super::failure;
 
@@ -61,6 +61,9 @@ pub(crate) struct Flags {
     /// 0: every rank holds the whole optimizer state; 1: each a part.
     #[arg(long, value_name = "STAGE")]
     pub(crate) zero: Option<u8>,
+    /// What to do with gradients that are not finite.
+    #[arg(long, value_name = "POLICY")]
+    pub(crate) non_finite: Option<NonFinite>,
     /// Both dropout probabilities.
     #[arg(long, value_name = "P")]
     pub(crate) dropout: Option<f64>,
@@ -187,6 +190,7 @@ impl Flags {
         train.accumulate = self.accumulate.or(train.accumulate);
         train.output = self.output.clone().or(train.output.take());
         put(&mut ddp.zero, self.zero.as_ref());
+        put(&mut ddp.non_finite, self.non_finite.as_ref());
         put(&mut ddp.backend, self.backend.as_ref());
         config
     }

@@ -11,7 +11,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use super::config::{Config, Model, Precision};
+use super::config::{Config, GradientKind, Model, Precision};
 
 /// Too little memory: the need, what is free, and what would fit.
 #[derive(Debug, thiserror::Error)]
@@ -23,9 +23,9 @@ pub(crate) struct TooLittleMemory(String);
 pub(crate) struct Estimate {
     /// Weights in fp32.
     pub(crate) parameters: u64,
-    /// Gradients in fp32.
+    /// Gradients, in the type in which they travel.
     pub(crate) gradients: u64,
-    /// Both moments of Adam or LAMB; the rank's part of them when sharded.
+    /// What the rule keeps: both moments of Adam, for one; the rank's part of it when sharded.
     pub(crate) optimizer: u64,
     /// What backward needs from forward, the bf16 weights of autocast included.
     pub(crate) activations: u64,
@@ -40,11 +40,16 @@ impl Estimate {
     /// For one rank of `world_size`.
     pub(crate) fn new(config: &Config, world_size: usize, micro_batch: usize) -> Estimate {
         let parameters = config.model.parameter_count() * 4;
+        let gradient_bytes = match config.ddp.gradient_kind {
+            None | Some(GradientKind::Fp32) => 4,
+            Some(GradientKind::Bf16 | GradientKind::Fp16) => 2,
+        };
+        let states = config.optimizer.rule.state_count(config.optimizer.momentum);
         let shards = if config.ddp.zero == 0 { 1 } else { world_size as u64 };
         Estimate {
             parameters,
-            gradients: parameters,
-            optimizer: (2 * parameters).div_ceil(shards),
+            gradients: parameters / 4 * gradient_bytes,
+            optimizer: (states * parameters).div_ceil(shards),
             activations: activations(config, micro_batch as u64),
             runtime: RUNTIME_BYTES,
         }

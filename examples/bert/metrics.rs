@@ -15,12 +15,14 @@ use super::memory::Usage;
 pub(crate) struct StepRecord {
     /// From 1.
     pub(crate) step: u64,
-    /// Mean over all masked tokens of the global batch.
+    /// Mean over all masked tokens of the global batch; null where it is not finite.
     pub(crate) loss: f64,
     /// Learning rate of this step.
     pub(crate) lr: f64,
-    /// Global norm before clipping.
+    /// Global norm before clipping; null where it is not finite.
     pub(crate) grad_norm: f64,
+    /// 1 where the step was left out because gradients were not finite, else 0.
+    pub(crate) skipped: u8,
     /// Tokens of the global batch, padding left out.
     pub(crate) tokens: u64,
     /// Samples of the global batch that were left out because they are damaged.
@@ -57,6 +59,10 @@ pub(crate) struct Summary {
     pub(crate) accumulate: usize,
     pub(crate) precision: super::config::Precision,
     pub(crate) zero: u8,
+    /// Steps that were left out because gradients were not finite.
+    pub(crate) skipped: u64,
+    /// Ranks that the others waited for over the last exchanges, a text each.
+    pub(crate) stragglers: Vec<String>,
     /// By rank.
     pub(crate) peak_memory: Vec<Usage>,
     /// Sum over the ranks, shared pages once.

@@ -63,6 +63,16 @@ pub(crate) fn screen(
     if !slow.is_empty() {
         add(waiting(slow));
     }
+    if summary.skipped > 0 {
+        add(format!(
+            "{} step{} skipped: gradients were not finite",
+            summary.skipped,
+            if summary.skipped == 1 { " was" } else { "s were" }
+        ));
+    }
+    for straggler in &summary.stragglers {
+        add(straggler.clone());
+    }
     let left_out: usize = records.iter().map(|record| record.left_out).sum();
     if left_out > 0 {
         add(format!("{left_out} damaged samples were left out"));

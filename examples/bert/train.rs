@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 use anyhow::{ensure, Context as _, Result};
 use phalanx_comm::{Group, Sum};
 use phalanx_ddp_core::feed::Feed;
-use phalanx_ddp_core::optim::{self, AdamW, Lamb, Optimizer};
+use phalanx_ddp_core::optim::{self, Adam, AdamW, Lamb, Optimizer, Sgd, Step};
 use phalanx_ddp_core::schedule::{Schedule, Shape};
-use phalanx_ddp_core::{amp, Ddp, DdpOptions, Sync, Zero};
+use phalanx_ddp_core::{amp, Ddp, DdpOptions, Error, Sync};
 use tch::{nn, Device, Kind};
 
 use super::batching::Batching;
-use super::config::{self, Config, Precision, Rule};
+use super::config::{self, Config, NonFinite, Precision, Rule};
 use super::data::Tensors;
 use super::metrics::{milliseconds, StepRecord};
 use super::model::{groups, BertForMaskedLm, Inputs, LossSum, Pass};
@@ -25,6 +25,7 @@ pub(crate) struct Trainer {
     feed: Feed,
     schedule: Schedule,
     plan: Plan,
+    skipped_count: u64,
 }
 
 /// What the loop needs to know of the configuration.
@@ -34,6 +35,7 @@ struct Plan {
     kind: Kind,
     device: Device,
     max_grad_norm: Option<f64>,
+    non_finite: NonFinite,
     /// Number of this rank's first micro-batch among those of a global batch.
     first_micro_batch: usize,
 }
@@ -60,7 +62,7 @@ impl Trainer {
         feed: Feed,
         (config, batching, exchange): (&Config, Batching, bool),
     ) -> Result<Trainer> {
-        let options = DdpOptions { exchange, ..options(&config.ddp) };
+        let options = DdpOptions { exchange, ..config.ddp.options() };
         let ddp = Ddp::new(vs, group, options)?;
         let optimizer = Optimizer::new(&ddp, rule(&config.optimizer), groups())?;
         let norm = config.optimizer.max_grad_norm;
@@ -75,8 +77,10 @@ impl Trainer {
                 kind: kind(config.train.precision),
                 device: vs.device(),
                 max_grad_norm: (norm > 0.0).then_some(norm),
+                non_finite: config.ddp.non_finite,
                 first_micro_batch: group.rank() * batching.accumulate,
             },
+            skipped_count: 0,
         })
     }
 
@@ -89,6 +93,9 @@ impl Trainer {
         for (index, batch) in batches.micro_batches.iter().enumerate() {
             let sync = if index == last { Sync::Reduce } else { Sync::Accumulate };
             let tensors = Tensors::of(batch)?;
+            if index == last {
+                self.ddp.at_step(step)?;
+            }
             self.micro_batch(&tensors, (step, index), sync, &mut sums)?;
         }
         let exposed = self.ddp.statistics()?.exposed_comm;
@@ -103,7 +110,9 @@ impl Trainer {
         let optimizer_start = Instant::now();
         let lr = self.schedule.lr(step - 1);
         self.optimizer.set_lr(lr)?;
-        let grad_norm = self.optimizer.step(self.plan.max_grad_norm)?.gradient_norm;
+        let Step { gradient_norm: grad_norm, skipped } =
+            self.optimizer.step(self.plan.max_grad_norm)?;
+        self.skipped_count += u64::from(skipped);
         self.finish_device();
         let optimizer_time = optimizer_start.elapsed();
         totals_work.wait()?;
@@ -114,8 +123,11 @@ impl Trainer {
             masked_count > 0.0,
             "step {step}: no token of the global batch is masked; give larger batches"
         );
+        // Where the user wants to go on, Ddp has said what there is to say.
+        let goes_on =
+            skipped || matches!(self.plan.non_finite, NonFinite::Warn | NonFinite::Ignore);
         ensure!(
-            loss.is_finite() && grad_norm.is_finite(),
+            goes_on || loss.is_finite() && grad_norm.is_finite(),
             "step {step}: loss {loss}, gradient norm {grad_norm}; lower --lr or raise --warmup-steps"
         );
         let step_time = start.elapsed();
@@ -124,6 +136,7 @@ impl Trainer {
             loss,
             lr,
             grad_norm,
+            skipped: u8::from(skipped),
             tokens: tokens(token_count),
             left_out: batches.left_out,
             step_ms: milliseconds(step_time),
@@ -161,7 +174,9 @@ impl Trainer {
         self.finish_device();
         sums.forward += start.elapsed();
         let middle = Instant::now();
-        self.ddp.backward(&loss, count(masked_count), sync)?;
+        self.ddp
+            .backward(&loss, count(masked_count), sync)
+            .map_err(|error| advised(error, step))?;
         self.finish_device();
         sums.backward += middle.elapsed();
         sums.loss += loss.f_double_value(&[])?;
@@ -172,6 +187,17 @@ impl Trainer {
 }
 
 impl Trainer {
+    /// Steps that were left out.
+    pub(crate) fn skipped_count(&self) -> u64 {
+        self.skipped_count
+    }
+
+    /// The ranks that the others waited for over the last exchanges, a line each.
+    pub(crate) fn stragglers(&self) -> Result<Vec<String>> {
+        let stragglers = self.ddp.statistics()?.stragglers;
+        Ok(stragglers.iter().map(ToString::to_string).collect())
+    }
+
     /// Waits for the GPU, so that times are those of the work and not of asking for it.
     fn finish_device(&self) {
         if let Device::Cuda(index) = self.plan.device {
@@ -180,18 +206,25 @@ impl Trainer {
     }
 }
 
-fn options(ddp: &config::Ddp) -> DdpOptions {
-    DdpOptions {
-        bucket_bytes: vec![bytes(ddp.first_bucket_mib), bytes(ddp.bucket_mib)],
-        zero: if ddp.zero == 0 { Zero::Off } else { Zero::One },
-        ..DdpOptions::default()
+/// What to do about gradients that are not finite, in the words of this program.
+fn advised(error: Error, step: u64) -> anyhow::Error {
+    let is_non_finite = matches!(error, Error::NonFinite { .. });
+    let error = anyhow::Error::from(error);
+    match is_non_finite {
+        true => error.context(format!(
+            "step {step}: gradients are not finite; lower --lr, raise --warmup-steps, or take --non-finite skip_step"
+        )),
+        false => error,
     }
 }
 
 fn rule(optimizer: &config::Optimizer) -> Box<dyn optim::Rule> {
     let config::Optimizer { rule, lr, beta1, beta2, eps, weight_decay, .. } = *optimizer;
+    let config::Optimizer { momentum, nesterov, .. } = *optimizer;
     match rule {
         Rule::Adamw => Box::new(AdamW { lr, beta1, beta2, eps, weight_decay }),
+        Rule::Adam => Box::new(Adam { lr, beta1, beta2, eps, weight_decay }),
+        Rule::Sgd => Box::new(Sgd { lr, momentum, dampening: 0.0, nesterov, weight_decay }),
         Rule::Lamb => Box::new(Lamb { lr, beta1, beta2, eps, weight_decay }),
     }
 }
@@ -231,15 +264,6 @@ fn dropout_seed(seed: u64, step: u64, number: usize) -> i64 {
     const STRIDE: u64 = 0x9e37_79b9_7f4a_7c15;
     let of_step = mix(seed.wrapping_add(step.wrapping_mul(STRIDE)));
     mix(of_step.wrapping_add((number as u64).wrapping_mul(STRIDE))).cast_signed()
-}
-
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "checked when the configuration was: above 0 and at most 65536 MiB"
-)]
-fn bytes(mib: f64) -> usize {
-    (mib * f64::from(1 << 20)) as usize
 }
 
 /// Counts of tokens stay far below 2^53.

@@ -4,7 +4,7 @@
 
 use phalanx_data::Index;
 
-use super::{Config, ConfigError, Data, Model, Optimizer, Schedule};
+use super::{Config, ConfigError, Data, Ddp, Model, Optimizer, Rule, Schedule};
 
 impl Config {
     /// Checks what no single field shows; `origin` is where the values come from.
@@ -37,24 +37,34 @@ impl Config {
         if train.steps == 0 {
             return Some("train.steps is 0; it must be at least 1".into());
         }
-        if self.ddp.zero > 1 {
-            return Some(format!(
-                "ddp.zero is {}; stages are 0 (off) and 1 (optimizer state sharded)",
-                self.ddp.zero
-            ));
-        }
-        for (name, value) in
-            [("bucket_mib", self.ddp.bucket_mib), ("first_bucket_mib", self.ddp.first_bucket_mib)]
-        {
-            if !(value > 0.0 && value <= 65_536.0) {
-                return Some(format!(
-                    "ddp.{name} is {value}; it must be above 0 and at most 65536"
-                ));
-            }
+        if let Some(problem) = self.ddp.problem() {
+            return Some(problem);
         }
         let times = [("ddp", self.ddp.timeout_s), ("data", self.data.timeout_s)];
         let (section, _) = times.into_iter().find(|(_, seconds)| *seconds == 0)?;
         Some(format!("{section}.timeout_s is 0; it must be at least 1"))
+    }
+}
+
+impl Ddp {
+    fn problem(&self) -> Option<String> {
+        if self.zero > 1 {
+            return Some(format!(
+                "ddp.zero is {}; stages are 0 (off) and 1 (optimizer state sharded)",
+                self.zero
+            ));
+        }
+        if self.find_unused_parameters && self.static_graph {
+            return Some(
+                "ddp.find_unused_parameters and ddp.static_graph are both true; turn the first off: the second \
+                 finds unused parameters in the first backward"
+                    .into(),
+            );
+        }
+        let caps = [("bucket_mib", self.bucket_mib), ("first_bucket_mib", self.first_bucket_mib)];
+        let (name, value) =
+            caps.into_iter().find(|(_, value)| !(*value > 0.0 && *value <= 65_536.0))?;
+        Some(format!("ddp.{name} is {value}; it must be above 0 and at most 65536"))
     }
 }
 
@@ -167,21 +177,37 @@ impl Data {
 
 impl Optimizer {
     fn problem(&self, steps: u64) -> Option<String> {
-        let positive = [("lr", self.lr), ("eps", self.eps)];
-        if let Some((name, value)) =
-            positive.into_iter().find(|(_, v)| !(*v > 0.0 && v.is_finite()))
-        {
-            return Some(format!("optimizer.{name} is {value}; it must be above 0"));
+        let Self { lr, weight_decay, max_grad_norm, .. } = *self;
+        if !(lr > 0.0 && lr.is_finite()) {
+            return Some(format!("optimizer.lr is {lr}; it must be above 0"));
         }
-        let betas = [("beta1", self.beta1), ("beta2", self.beta2)];
-        if let Some((name, value)) = betas.into_iter().find(|(_, v)| !(0.0..1.0).contains(v)) {
-            return Some(format!("optimizer.{name} is {value}; it must be at least 0 and below 1"));
-        }
-        let rest = [("weight_decay", self.weight_decay), ("max_grad_norm", self.max_grad_norm)];
+        let rest = [("weight_decay", weight_decay), ("max_grad_norm", max_grad_norm)];
         rest.into_iter()
             .find(|(_, v)| !(*v >= 0.0 && v.is_finite()))
             .map(|(name, value)| format!("optimizer.{name} is {value}; it must not be negative"))
+            .or_else(|| self.problem_of_rule())
             .or_else(|| self.problem_of_schedule(steps))
+    }
+
+    /// What the rule heeds, and no other.
+    fn problem_of_rule(&self) -> Option<String> {
+        let Self { rule, beta1, beta2, eps, momentum, nesterov, .. } = *self;
+        if rule == Rule::Sgd {
+            if !(momentum >= 0.0 && momentum.is_finite()) {
+                return Some(format!("optimizer.momentum is {momentum}; it must not be negative"));
+            }
+            return (nesterov && momentum <= 0.0).then(|| {
+                "optimizer.nesterov is true and optimizer.momentum is 0; give a momentum (0.9), or turn \
+                 nesterov off"
+                    .into()
+            });
+        }
+        if !(eps > 0.0 && eps.is_finite()) {
+            return Some(format!("optimizer.eps is {eps}; it must be above 0"));
+        }
+        let betas = [("beta1", beta1), ("beta2", beta2)];
+        let (name, value) = betas.into_iter().find(|(_, v)| !(0.0..1.0).contains(v))?;
+        Some(format!("optimizer.{name} is {value}; it must be at least 0 and below 1"))
     }
 
     /// What the schedule heeds, and no other.

@@ -6,12 +6,17 @@
 //! line and column.
 
 mod check;
+mod ddp;
+mod optimizer;
 
 use std::path::{Path, PathBuf};
 
 use phalanx_comm::environment::NcclSettings;
 use phalanx_data::OnDamage;
 use serde::{Deserialize, Serialize};
+
+pub(crate) use ddp::{Backend, Ddp, GradientKind, NonFinite};
+pub(crate) use optimizer::{Optimizer, Rule, Schedule};
 
 /// The configurations in the source tree, smallest first, as `--config` takes them, and their text.
 pub(crate) const SHIPPED: [(&str, &str); 4] = [
@@ -175,63 +180,8 @@ pub(crate) struct Data {
     pub(crate) on_damage: OnDamage,
 }
 
-/// Which rule updates the weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Rule {
-    /// Adam with decoupled weight decay.
-    Adamw,
-    /// Layer-wise adaptive rates, for large batches.
-    Lamb,
-}
-
-/// How weights are updated.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub(crate) struct Optimizer {
-    /// `adamw` or `lamb`.
-    pub(crate) rule: Rule,
-    /// Learning rate at its peak.
-    pub(crate) lr: f64,
-    /// Decay of the first moment.
-    pub(crate) beta1: f64,
-    /// Decay of the second moment.
-    pub(crate) beta2: f64,
-    /// Added to the root of the second moment.
-    pub(crate) eps: f64,
-    /// Decay of weights, biases and layer norms excepted.
-    pub(crate) weight_decay: f64,
-    /// Global gradient norm that is clipped to; 0 turns clipping off.
-    pub(crate) max_grad_norm: f64,
-    /// Steps in which the learning rate rises linearly from 0. A run of fewer steps ends before the peak.
-    pub(crate) warmup_steps: u64,
-    /// What follows the warm-up.
-    pub(crate) schedule: Schedule,
-    /// Learning rate at the last step, and at least; not of `constant`.
-    pub(crate) min_lr: f64,
-    /// Of `polynomial`.
-    pub(crate) power: f64,
-    /// Steps in which `warmup_stable_decay` falls at the end.
-    pub(crate) decay_steps: u64,
-}
-
-/// The learning rate after the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(crate) enum Schedule {
-    /// Falls linearly to `min_lr` at the last step.
-    Linear,
-    /// Stays.
-    Constant,
-    /// Falls by half a cosine to `min_lr` at the last step.
-    Cosine,
-    /// Falls by the power `power` of the steps that are left.
-    Polynomial,
-    /// Stays, and falls by half a cosine in the last `decay_steps` steps.
-    WarmupStableDecay,
-}
-
-/// The type that matrix products run in; weights, gradients and optimizer state are fp32 always.
+/// The type that matrix products run in; weights and optimizer state are fp32 always, gradients unless
+/// `ddp.gradient_kind` says otherwise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Precision {
@@ -261,36 +211,6 @@ pub(crate) struct Train {
     pub(crate) threads: Option<usize>,
     /// Where weights, plot and metrics go.
     pub(crate) output: Option<PathBuf>,
-}
-
-/// Which library moves the bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Backend {
-    /// NCCL when every rank has a GPU, else the host backend.
-    Auto,
-    /// On the CPU: shared memory inside a machine, TCP between machines.
-    Host,
-    /// On GPUs.
-    Nccl,
-    /// On the CPU, with the site's MPI library: under `mpirun`, built with `--features mpi`.
-    Mpi,
-}
-
-/// How the ranks work together.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub(crate) struct Ddp {
-    /// 0: every rank holds the whole optimizer state; 1: each a part of it.
-    pub(crate) zero: u8,
-    /// Gradients reduced together, in MiB.
-    pub(crate) bucket_mib: f64,
-    /// The bucket that backward fills first, in MiB.
-    pub(crate) first_bucket_mib: f64,
-    /// `auto`, `host`, `nccl` or `mpi`.
-    pub(crate) backend: Backend,
-    /// How long a collective may wait for ranks that live and do not call, in seconds. Dead ones are found at once.
-    pub(crate) timeout_s: u64,
 }
 
 impl Default for Model {
@@ -344,25 +264,6 @@ impl Default for Data {
     }
 }
 
-impl Default for Optimizer {
-    fn default() -> Self {
-        Optimizer {
-            rule: Rule::Adamw,
-            lr: 1e-4,
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 1e-8,
-            weight_decay: 0.01,
-            max_grad_norm: 1.0,
-            warmup_steps: 0,
-            schedule: Schedule::Linear,
-            min_lr: 0.0,
-            power: 1.0,
-            decay_steps: 0,
-        }
-    }
-}
-
 impl Default for Train {
     fn default() -> Self {
         Train {
@@ -374,19 +275,6 @@ impl Default for Train {
             seed: 42,
             threads: None,
             output: None,
-        }
-    }
-}
-
-impl Default for Ddp {
-    fn default() -> Self {
-        // The bucket sizes are PyTorch's.
-        Ddp {
-            zero: 0,
-            bucket_mib: 25.0,
-            first_bucket_mib: 1.0,
-            backend: Backend::Auto,
-            timeout_s: 1800,
         }
     }
 }

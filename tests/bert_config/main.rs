@@ -2,17 +2,18 @@
 #![expect(clippy::shadow_unrelated, reason = "one case after the other, of the same names")]
 #![expect(clippy::cast_precision_loss, reason = "millions of parameters are compared coarsely")]
 
-#[path = "../examples/bert/mod.rs"]
+#[path = "../../examples/bert/mod.rs"]
 #[expect(dead_code, reason = "the tests use a part of the example")]
 mod bert;
+mod sections;
 
 use std::path::Path;
 
 use bert::batching::{Batching, Wanted};
-use bert::config::{Config, Precision, Rule, SHIPPED};
+use bert::config::{Config, NonFinite, Precision, Rule, SHIPPED};
 use bert::flags::Flags;
 use bert::memory::{self, Estimate, Free};
-use bert::{data, failure, plot, train};
+use bert::{data, failure, plot};
 use clap::Parser as _;
 use phalanx_comm::environment::{NcclDebug, NcclGdrLevel, NcclP2pLevel, NcclSettings};
 use phalanx_data::progress::Silent;
@@ -100,49 +101,6 @@ fn values_out_of_range_are_named() {
     check(r#"{ "train": { "steps": 0 } }"#, &["train.steps is 0"]);
     check(r#"{ "train": { "micro_batch": 0 } }"#, &["train.micro_batch is 0"]);
     check(r#"{ "ddp": { "zero": 2 } }"#, &["ddp.zero is 2"]);
-}
-
-#[test]
-fn what_a_schedule_heeds_is_checked_and_nothing_else() {
-    let optimizer = |fields: &str| format!(r#"{{ "optimizer": {{ "lr": 1e-3, {fields} }} }}"#);
-    let wrong = |fields: &str, parts: &[&str]| check(&optimizer(fields), parts);
-    wrong(r#""min_lr": 2e-3"#, &["optimizer.min_lr is 0.002", "optimizer.lr (0.001)"]);
-    wrong(r#""min_lr": -1"#, &["optimizer.min_lr is -1"]);
-    wrong(r#""schedule": "polynomial", "power": -2"#, &["optimizer.power is -2"]);
-    let stable = r#""schedule": "warmup_stable_decay""#;
-    wrong(stable, &["optimizer.decay_steps is 0", "at least 1"]);
-    let long = format!(r#"{stable}, "warmup_steps": 20, "decay_steps": 81"#);
-    wrong(&long, &["warmup_steps (20)", "decay_steps (81)", "train.steps (100)"]);
-    wrong(r#""schedule": "exponential""#, &["unknown variant `exponential`", "`cosine`"]);
-    for fine in [
-        r#""schedule": "constant", "min_lr": 5, "power": -2, "decay_steps": 1000"#,
-        r#""schedule": "cosine", "min_lr": 1e-4, "power": -2"#,
-        r#""schedule": "polynomial", "power": 0.5, "decay_steps": 1000"#,
-        // Cut short, as by --steps.
-        r#""schedule": "linear", "warmup_steps": 1000"#,
-    ] {
-        parse(&optimizer(fine)).unwrap();
-    }
-}
-
-#[test]
-#[expect(clippy::float_cmp, reason = "values that are exact in f64")]
-fn every_schedule_of_a_configuration_ends_where_it_says() {
-    let rates = |name: &str, warmup_steps: u64, steps: [u64; 3]| {
-        let text = format!(
-            r#"{{ "optimizer": {{ "lr": 2, "min_lr": 0.5, "power": 2, "decay_steps": 4, "schedule": "{name}",
-                "warmup_steps": {warmup_steps} }}, "train": {{ "steps": 12 }} }}"#
-        );
-        let config = parse(&text).unwrap();
-        let schedule = train::schedule(&config.optimizer, config.train.steps).unwrap();
-        steps.map(|step| schedule.lr(step))
-    };
-    assert_eq!(rates("linear", 4, [3, 8, 12]), [2.0, 1.25, 0.5]);
-    assert_eq!(rates("cosine", 4, [3, 8, 12]), [2.0, 1.25, 0.5]);
-    assert_eq!(rates("polynomial", 4, [3, 8, 12]), [2.0, 0.875, 0.5]);
-    assert_eq!(rates("constant", 4, [3, 8, 12]), [2.0, 2.0, 2.0]);
-    assert_eq!(rates("warmup_stable_decay", 4, [7, 10, 12]), [2.0, 1.25, 0.5]);
-    assert_eq!(rates("linear", 16, [3, 7, 11]), [0.5, 1.0, 1.5]);
 }
 
 #[test]
@@ -306,7 +264,9 @@ fn flags_come_before_the_file() {
         "--precision",
         "bf16",
         "--optimizer",
-        "lamb",
+        "sgd",
+        "--non-finite",
+        "skip_step",
         "--global-batch",
         "16",
     ];
@@ -315,7 +275,8 @@ fn flags_come_before_the_file() {
     assert_eq!(nccl, &NcclSettings::default(), "no flag changes it");
     assert_eq!((train.steps, train.seed, ddp.zero, data.shuffle), (9, 5, 1, false));
     assert!(model.hidden_dropout_prob + model.attention_probs_dropout_prob < f64::MIN_POSITIVE);
-    assert_eq!((optimizer.rule, train.precision), (Rule::Lamb, Precision::Bf16));
+    assert_eq!((optimizer.rule, train.precision), (Rule::Sgd, Precision::Bf16));
+    assert_eq!(ddp.non_finite, NonFinite::SkipStep);
     assert_eq!(settings.batching(4).unwrap().accumulate, 2);
 }
 
@@ -385,6 +346,7 @@ fn a_wrong_flag_is_told_from_a_wrong_file() {
     assert_eq!(failure::exit_code(&wrong), failure::USAGE);
     assert_eq!(failure::exit_code(&error(&["--config", "/nowhere.json"])), failure::IO);
     assert!(flags(&["--precision", "fp8"]).is_err());
+    assert!(flags(&["--non-finite", "skip"]).is_err());
     assert!(flags(&["--data", "a", "--batches", "b"]).is_err());
 }
 

@@ -1,0 +1,119 @@
+//! The sections `optimizer` and `ddp`: what is checked of them, and what the library is told.
+
+use phalanx_ddp_core::{Buffers, DdpOptions, Zero};
+use tch::Kind;
+
+use super::bert::config::Config;
+use super::bert::memory::Estimate;
+use super::bert::train;
+use super::{check, parse};
+
+#[test]
+fn what_a_schedule_heeds_is_checked_and_nothing_else() {
+    let optimizer = |fields: &str| format!(r#"{{ "optimizer": {{ "lr": 1e-3, {fields} }} }}"#);
+    let wrong = |fields: &str, parts: &[&str]| check(&optimizer(fields), parts);
+    wrong(r#""min_lr": 2e-3"#, &["optimizer.min_lr is 0.002", "optimizer.lr (0.001)"]);
+    wrong(r#""min_lr": -1"#, &["optimizer.min_lr is -1"]);
+    wrong(r#""schedule": "polynomial", "power": -2"#, &["optimizer.power is -2"]);
+    let stable = r#""schedule": "warmup_stable_decay""#;
+    wrong(stable, &["optimizer.decay_steps is 0", "at least 1"]);
+    let long = format!(r#"{stable}, "warmup_steps": 20, "decay_steps": 81"#);
+    wrong(&long, &["warmup_steps (20)", "decay_steps (81)", "train.steps (100)"]);
+    wrong(r#""schedule": "exponential""#, &["unknown variant `exponential`", "`cosine`"]);
+    for fine in [
+        r#""schedule": "constant", "min_lr": 5, "power": -2, "decay_steps": 1000"#,
+        r#""schedule": "cosine", "min_lr": 1e-4, "power": -2"#,
+        r#""schedule": "polynomial", "power": 0.5, "decay_steps": 1000"#,
+        // Cut short, as by --steps.
+        r#""schedule": "linear", "warmup_steps": 1000"#,
+    ] {
+        parse(&optimizer(fine)).unwrap();
+    }
+}
+
+#[test]
+fn what_a_rule_heeds_is_checked_and_nothing_else() {
+    let optimizer = |fields: &str| format!(r#"{{ "optimizer": {{ {fields} }} }}"#);
+    let wrong = |fields: &str, parts: &[&str]| check(&optimizer(fields), parts);
+    wrong(r#""rule": "adagrad""#, &["optimizer.rule: unknown variant `adagrad`", "`adam`, `sgd`"]);
+    wrong(r#""rule": "adam", "beta1": -0.1"#, &["optimizer.beta1 is -0.1"]);
+    wrong(r#""rule": "sgd", "momentum": -1"#, &["optimizer.momentum is -1"]);
+    wrong(r#""rule": "sgd", "nesterov": true"#, &["optimizer.nesterov", "optimizer.momentum is 0"]);
+    wrong(r#""rule": "sgd", "nesterov": 1"#, &["optimizer.nesterov: ", "expected a boolean"]);
+    for fine in [
+        r#""rule": "sgd", "momentum": 0.9, "nesterov": true, "beta1": 2, "eps": 0"#,
+        // A file for sgd under --optimizer adam, for one.
+        r#""rule": "adam", "momentum": -1, "nesterov": true"#,
+    ] {
+        parse(&optimizer(fine)).unwrap();
+    }
+}
+
+#[test]
+fn the_ddp_section_becomes_the_options_of_the_library() {
+    let text = r#"{ "ddp": { "zero": 1, "bucket_mib": 2, "first_bucket_mib": 0.5, "static_graph": true,
+        "buffers": "mean", "non_finite": "skip_step", "gradient_kind": "bf16", "fingerprint_interval": 7 } }"#;
+    let expected = DdpOptions {
+        zero: Zero::One,
+        bucket_bytes: vec![1 << 19, 2 << 20],
+        static_graph: true,
+        buffers: Buffers::Mean,
+        non_finite: phalanx_ddp_core::NonFinite::SkipStep,
+        gradient_kind: Some(Kind::BFloat16),
+        fingerprint_interval: 7,
+        ..DdpOptions::default()
+    };
+    assert_eq!(parse(text).unwrap().ddp.options(), expected);
+    assert_eq!(Config::default().ddp.options(), DdpOptions::default());
+    let unused = r#"{ "ddp": { "find_unused_parameters": true, "gradient_kind": null } }"#;
+    let options = parse(unused).unwrap().ddp.options();
+    assert!(options.find_unused_parameters && options.gradient_kind.is_none());
+}
+
+#[test]
+fn wrong_settings_of_ddp_are_named() {
+    let wrong =
+        |field: &str, parts: &[&str]| check(&format!(r#"{{ "ddp": {{ {field} }} }}"#), parts);
+    wrong(r#""buffers": "none""#, &["ddp.buffers: unknown variant `none`", "`rank_zero`, `mean`"]);
+    wrong(r#""non_finite": "skip""#, &["ddp.non_finite: unknown variant `skip`", "`skip_step`"]);
+    wrong(r#""gradient_kind": "fp8""#, &["ddp.gradient_kind: unknown variant `fp8`", "`bf16`"]);
+    wrong(r#""fingerprint_interval": -1"#, &["ddp.fingerprint_interval: ", "-1"]);
+    wrong(r#""static_graph": "yes""#, &["ddp.static_graph: ", "expected a boolean"]);
+    let both = r#""find_unused_parameters": true, "static_graph": true"#;
+    wrong(both, &["ddp.find_unused_parameters and ddp.static_graph", "turn the first off"]);
+}
+
+#[test]
+#[expect(clippy::float_cmp, reason = "values that are exact in f64")]
+fn every_schedule_of_a_configuration_ends_where_it_says() {
+    let rates = |name: &str, warmup_steps: u64, steps: [u64; 3]| {
+        let text = format!(
+            r#"{{ "optimizer": {{ "lr": 2, "min_lr": 0.5, "power": 2, "decay_steps": 4, "schedule": "{name}",
+                "warmup_steps": {warmup_steps} }}, "train": {{ "steps": 12 }} }}"#
+        );
+        let config = parse(&text).unwrap();
+        let schedule = train::schedule(&config.optimizer, config.train.steps).unwrap();
+        steps.map(|step| schedule.lr(step))
+    };
+    assert_eq!(rates("linear", 4, [3, 8, 12]), [2.0, 1.25, 0.5]);
+    assert_eq!(rates("cosine", 4, [3, 8, 12]), [2.0, 1.25, 0.5]);
+    assert_eq!(rates("polynomial", 4, [3, 8, 12]), [2.0, 0.875, 0.5]);
+    assert_eq!(rates("constant", 4, [3, 8, 12]), [2.0, 2.0, 2.0]);
+    assert_eq!(rates("warmup_stable_decay", 4, [7, 10, 12]), [2.0, 1.25, 0.5]);
+    assert_eq!(rates("linear", 16, [3, 7, 11]), [0.5, 1.0, 1.5]);
+}
+
+#[test]
+fn rules_and_kinds_of_gradients_show_in_the_estimate() {
+    let of = |text: &str| Estimate::new(&parse(text).expect("valid"), 1, 2);
+    let states = |fields: &str| {
+        let estimate = of(&format!(r#"{{ "optimizer": {{ {fields} }} }}"#));
+        estimate.optimizer / estimate.parameters
+    };
+    assert_eq!(states(r#""rule": "adam""#), 2);
+    assert_eq!(states(r#""rule": "lamb""#), 3);
+    assert_eq!(states(r#""rule": "sgd""#), 0);
+    assert_eq!(states(r#""rule": "sgd", "momentum": 0.9"#), 1);
+    let half = of(r#"{ "ddp": { "gradient_kind": "bf16" } }"#);
+    assert_eq!(half.gradients, half.parameters / 2);
+}
