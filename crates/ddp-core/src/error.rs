@@ -83,6 +83,28 @@ pub enum Error {
         /// The parameter.
         name: String,
     },
+    /// A parameter got more gradients than in the first backward of a static graph.
+    #[error(
+        "{name} got {actual} gradients in this backward and {expected} in the first; with static_graph \
+         every backward uses the same parameters equally often: set find_unused_parameters instead"
+    )]
+    StaticGraphChanged {
+        /// The parameter.
+        name: String,
+        /// Gradients in the first exchanged backward.
+        expected: u32,
+        /// Gradients so far.
+        actual: u32,
+    },
+    /// A parameter was frozen with gradients that no other rank has seen.
+    #[error(
+        "{name} was frozen while it held gradients that were not exchanged; exchange them first, or make \
+         them undefined (zero_grad)"
+    )]
+    FrozenWithGradients {
+        /// The parameter.
+        name: String,
+    },
     /// A gradient is sparse.
     #[error(
         "the gradient of {name} is sparse; set sparse_gradients to Densify, or make the embedding \

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use phalanx_comm::{Mark, Work};
 use tch::Kind;
 
-use super::finite;
 use super::ready::Ready;
+use super::{fingerprint, finite};
 use super::{Asked, Outcome, Reducer};
 use crate::shim::{self, GradientPlace, Variable};
 use crate::store::agree;
@@ -22,6 +22,8 @@ pub(super) struct Run {
     token: Arc<()>,
     /// Whether it is a backward, and not an exchange by itself.
     pub(super) is_backward: bool,
+    /// Whether this rank has nothing to add: it only follows the others.
+    pub(super) is_shadow: bool,
     pub(super) began: Instant,
     /// Whether it exchanges gradients at its end.
     pub(super) sync: bool,
@@ -60,6 +62,7 @@ impl Run {
         Self {
             token,
             is_backward: true,
+            is_shadow: false,
             began: Instant::now(),
             sync,
             asked,
@@ -143,7 +146,8 @@ impl Reducer {
         self.failed = None;
         let states = self.looked_at()?;
         let run = Run::new(Arc::new(()), true, asked, states);
-        self.run = Some(Run { is_backward: false, ..run });
+        let is_shadow = self.joining && !self.accumulated.pending.contains(&true);
+        self.run = Some(Run { is_backward: false, is_shadow, ..run });
         Ok(())
     }
 
@@ -154,8 +158,8 @@ impl Reducer {
         if !self.accumulated.pending.contains(&true) {
             return Ok(now);
         }
-        let mut is_pending = false;
-        let mut stepped = None;
+        let samples = fingerprint::sampled(&self.store);
+        let (mut is_pending, mut stepped) = (false, None);
         for (variable, state) in now.iter().enumerate() {
             let Some(slot) = self.store.model.slot(variable) else { continue };
             if self.accumulated.pending[slot] && state.has_gradient == 0 {
@@ -163,13 +167,16 @@ impl Reducer {
             }
             is_pending |= self.accumulated.pending[slot];
             let known = self.accumulated.states.get(variable);
-            if known.is_some_and(|known| known.version != state.version) {
+            let is_other = self.accumulated.samples.get(slot).is_some_and(|s| *s != samples[slot]);
+            if is_other || known.is_some_and(|known| known.version != state.version) {
                 stepped = stepped.or(Some(variable));
             }
         }
         if !is_pending {
             self.accumulated.weight = 0.0;
             self.accumulated.is_weighted = false;
+            // Stepped on first, or loaded since: a look at the parameters tells.
+            self.is_suspect |= stepped.is_some();
             return Ok(now);
         }
         match stepped {
@@ -181,8 +188,8 @@ impl Reducer {
     }
 
     /// The first gradient of a backward has come: ranks agree on what trains, if that changed, and the exchange is
-    /// prepared.
-    pub(super) fn open(&mut self) -> Result<()> {
+    /// prepared. `coming` is its variable.
+    pub(super) fn open(&mut self, coming: Option<usize>) -> Result<()> {
         let Some(run) = &mut self.run else { return Err(Error::InsideBackward) };
         run.is_open = true;
         let sync = run.sync;
@@ -195,10 +202,11 @@ impl Reducer {
             run.counts = vec![0; count];
         }
         self.check_outcome()?;
+        self.check_weights()?;
         if sync {
-            self.check_weights()?;
             self.start_head()?;
-            self.await_gradients()?;
+            let coming = coming.and_then(|variable| self.store.model.slot(variable));
+            self.await_gradients(coming)?;
         }
         Ok(())
     }
@@ -225,6 +233,7 @@ impl Reducer {
     /// Ranks compare which variables train; those that begin to are laid flat, those that ended are taken
     /// out. Collective on every rank that sees the change.
     fn agree_on_what_trains(&mut self, trains: Vec<bool>) -> Result<()> {
+        self.check_frozen(&trains)?;
         let line = |(named, &trains): (&model::Named, &bool)| {
             format!("{} {}", if trains { "trains" } else { "frozen" }, named.name)
         };
@@ -249,6 +258,17 @@ impl Reducer {
         Ok(())
     }
 
+    /// Gradients of a parameter that is frozen are not exchanged any more, so none may wait for it.
+    fn check_frozen(&self, trains: &[bool]) -> Result<()> {
+        let holds = |variable: usize| {
+            self.store.model.slot(variable).is_some_and(|slot| self.accumulated.pending[slot])
+        };
+        match (0..trains.len()).find(|&variable| !trains[variable] && holds(variable)) {
+            Some(variable) => Err(Error::FrozenWithGradients { name: self.name_of(variable) }),
+            None => Ok(()),
+        }
+    }
+
     /// A parameter trains no more: what gradient it has stays, outside of the exchange.
     fn retire(&mut self, slot: usize) -> Result<()> {
         let variable = &self.store.model.parameter(slot).tensor;
@@ -268,7 +288,7 @@ impl Reducer {
     }
 
     /// From here on buckets start as gradients come.
-    fn await_gradients(&mut self) -> Result<()> {
+    fn await_gradients(&mut self, coming: Option<usize>) -> Result<()> {
         let plan = &self.store.plan;
         let bucket_of: Vec<usize> = plan.places.iter().map(|place| place.bucket).collect();
         let expected = (0..bucket_of.len()).map(|slot| self.expected(slot)).collect();
@@ -279,6 +299,13 @@ impl Reducer {
                 run.ready = ready;
             }
             return Ok(());
+        }
+        for slot in 0..self.counts.as_ref().map_or(0, Vec::len) {
+            // Nothing comes for it, also not at the end.
+            let is_unused = self.counts.as_ref().is_some_and(|counts| counts[slot] == 0);
+            if is_unused && self.trains(slot) && Some(slot) != coming {
+                self.stand_in(slot)?;
+            }
         }
         let mut startable = ready.startable();
         let reached = self.run.as_mut().and_then(|run| run.reached.take());
@@ -310,10 +337,16 @@ impl Reducer {
     /// A parameter without a gradient in this backward takes part with what has accumulated, or zero.
     pub(super) fn stand_in(&mut self, slot: usize) -> Result<()> {
         let variable = &self.store.model.parameter(slot).tensor;
-        let is_there =
-            shim::gradient_place(variable, self.store.view(slot))? == GradientPlace::InView;
-        if !is_there {
-            return self.store.zero_view(slot);
+        let view = self.store.view(slot);
+        match shim::gradient_place(variable, view)? {
+            // A shadow's gradient is that of the last step.
+            _ if self.run.as_ref().is_some_and(|run| run.is_shadow) => {
+                return self.store.zero_view(slot)
+            }
+            GradientPlace::Undefined => return self.store.zero_view(slot),
+            GradientPlace::InView => {}
+            // It was frozen meanwhile, or somebody has set it.
+            _ => shim::gradient_move(variable, view)?,
         }
         self.check_addition(slot)?;
         self.look_at_view(slot)
@@ -322,7 +355,7 @@ impl Reducer {
     /// A gradient of `variable` has been accumulated.
     pub(super) fn gradient_came(&mut self, variable: usize) -> Result<()> {
         if !self.run.as_ref().is_some_and(|run| run.is_open) {
-            self.open()?;
+            self.open(Some(variable))?;
         }
         let Some(slot) = self.store.model.slot(variable) else {
             // It began to train in the middle of this backward.
@@ -341,8 +374,14 @@ impl Reducer {
         let is_counting = self.is_counting();
         let Some(run) = &mut self.run else { return Ok(()) };
         run.counts[slot] += 1;
-        if run.counts[slot] == 1 {
+        let actual = run.counts[slot];
+        if actual == 1 {
             run.order.push(slot);
+        }
+        let expected = self.counts.as_ref().map_or(u32::MAX, |counts| counts[slot]);
+        if actual > expected {
+            let name = self.store.model.parameter(slot).name.clone();
+            return Err(Error::StaticGraphChanged { name, expected, actual });
         }
         if is_counting {
             return Ok(());

@@ -54,7 +54,8 @@ impl Reducer {
                 let start = Instant::now();
                 work.wait()?;
                 let heads: Vec<Head> = self.head.read().into_iter().map(Head::decode).collect();
-                let leader = heads.iter().position(|head| head.takes_part).unwrap_or(0);
+                let first = heads.iter().position(|head| head.takes_part && self.joining);
+                let leader = first.unwrap_or(0);
                 if let Some(run) = &mut self.run {
                     run.waited += start.elapsed();
                     run.leader = leader;
@@ -131,6 +132,7 @@ impl Reducer {
             self.accumulated.weight += asked.map_or(0.0, |asked| asked.weight);
             self.accumulated.is_weighted = asked.is_some();
             self.accumulated.states = self.store.model.states()?;
+            self.accumulated.samples = fingerprint::sampled(&self.store);
             return Ok(());
         }
         self.settle_missing(false)?;
@@ -158,7 +160,7 @@ impl Reducer {
 
     fn try_exchange_now(&mut self, asked: Option<Asked>) -> Result<usize> {
         self.begin_without_backward(asked)?;
-        self.open()?;
+        self.open(None)?;
         if self.joining {
             self.scale()?;
             let heads = self.head.read().into_iter().map(Head::decode);
@@ -228,7 +230,9 @@ impl Reducer {
             let startable = run.ready.settle(slot);
             self.start_all(startable)?;
         }
-        self.counts = Some(counts);
+        // What is frozen by now is taken to get one gradient when it trains.
+        let later = |(slot, count): (usize, u32)| if self.trains(slot) { count } else { 1 };
+        self.counts = Some(counts.into_iter().enumerate().map(later).collect());
         Ok(())
     }
 
@@ -266,7 +270,7 @@ impl Reducer {
             self.outcome = Outcome::Skipped;
             return Ok(());
         }
-        self.hand_out(&has_gradient)?;
+        self.hand_out(&has_gradient, run.is_shadow)?;
         self.outcome = Outcome::Reduced(has_gradient);
         self.clock.ended = Instant::now();
         self.clock.waited = Duration::ZERO;
@@ -298,20 +302,35 @@ impl Reducer {
     /// Starts to tell which parameters have gradients here.
     fn start_used(&mut self) -> Result<Option<phalanx_comm::Work<'static>>> {
         let tag = self.tag("used parameters");
+        let is_told = self.tells_used();
         let (Some(region), Some(run)) = (&self.used, &self.run) else { return Ok(None) };
-        if !self.options.exchange {
+        if !is_told {
             return Ok(None);
         }
-        let has =
-            |(slot, &count): (usize, &u32)| i32::from(count > 0 || self.accumulated.pending[slot]);
+        let states = self.store.model.states()?;
+        let has = |(slot, &count): (usize, &u32)| {
+            let is_held = states[self.store.model.variable_of(slot)].has_gradient != 0;
+            let is_used = count > 0 || self.accumulated.pending[slot];
+            i32::from(is_used || (is_held && !run.is_shadow))
+        };
         let mine: Vec<i32> = run.counts.iter().enumerate().map(has).collect();
         region.write(0, &mine);
         Ok(Some(self.store.group.tagged(&tag).all_reduce(region.full(), Max)?))
     }
 
-    /// By parameter: whether any rank has a gradient for it.
+    /// Whether ranks tell which parameters they used: where that can differ.
+    fn tells_used(&self) -> bool {
+        let is_static = self.options.static_graph;
+        let leaves_out = |slot| {
+            self.counts.as_ref().is_some_and(|counts| counts[slot] == 0) && self.trains(slot)
+        };
+        let count = self.store.model.parameters().len();
+        self.options.exchange && (!is_static || (0..count).any(leaves_out))
+    }
+
+    /// By parameter: whether any rank has a gradient for it, of this backward or of one since the last step.
     fn with_gradients(&self, run: &Run) -> Vec<bool> {
-        let used = self.used.as_ref().filter(|_| self.options.exchange);
+        let used = self.used.as_ref().filter(|_| self.tells_used());
         let used = used.map(|region| region.read(0..region.len()));
         let has = |slot: usize| {
             let is_here = run.counts[slot] > 0 || self.accumulated.pending[slot];
@@ -332,7 +351,8 @@ impl Reducer {
         self.read_flags()?;
         let interval = self.options.fingerprint_interval;
         let number = self.clock.statistics.exchange_count + 1;
-        let fingerprint = match interval > 0 && number % interval == 0 {
+        let is_time = number.is_multiple_of(interval) || std::mem::take(&mut self.is_suspect);
+        let fingerprint = match interval > 0 && is_time {
             true => Some(fingerprint::combined(&fingerprint::of_parameters(&self.store)?)),
             false => None,
         };
@@ -480,7 +500,7 @@ impl Reducer {
     }
 
     /// Makes exchanged gradients those of the variables; sharded ones stay with the optimizer.
-    fn hand_out(&mut self, has_gradient: &[bool]) -> Result<()> {
+    fn hand_out(&mut self, has_gradient: &[bool], is_shadow: bool) -> Result<()> {
         if self.store.sharding.needs_our_optimizer() {
             if self.store.optimizer == Attached::No {
                 return Err(Error::ShardedWithoutOptimizer);
@@ -492,6 +512,10 @@ impl Reducer {
             let place = shim::gradient_place(&named.tensor, view)?;
             if has_gradient[slot] && place != GradientPlace::InView {
                 shim::gradient_set(&named.tensor, Some(view))?;
+            }
+            // What a shadow still has is of a step before.
+            if is_shadow && !has_gradient[slot] && self.trains(slot) {
+                shim::gradient_set(&named.tensor, None)?;
             }
         }
         Ok(())

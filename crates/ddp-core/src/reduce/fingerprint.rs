@@ -20,6 +20,22 @@ pub(crate) fn of_parameters(store: &Store) -> Result<Vec<u32>> {
     Ok(store.plan.places.iter().map(hash).collect())
 }
 
+/// One number for each parameter on the CPU, of its first and its last elements: cheap enough for every
+/// micro-batch. What it tells is that something stepped: tch's optimizers do so behind the count of changes.
+pub(crate) fn sampled(store: &Store) -> Vec<u32> {
+    const ELEMENTS: usize = 32;
+    if store.device().is_cuda() {
+        return Vec::new();
+    }
+    let sample = |place: &crate::store::plan::Place| {
+        let (memory, range) = (&store.storages[place.storage].parameters, &place.range);
+        let head = range.start..range.end.min(range.start + ELEMENTS);
+        let tail = head.end.max(range.end.saturating_sub(ELEMENTS))..range.end;
+        crc32c::crc32c_append(crc32c::crc32c(memory.bytes(&head)), memory.bytes(&tail))
+    };
+    store.plan.places.iter().map(sample).collect()
+}
+
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,

@@ -59,11 +59,13 @@ pub(crate) struct Reducer {
     agreed: Vec<bool>,
     /// With `static_graph`, by parameter, once the first backward has counted: how many gradients it gets.
     counts: Option<Vec<u32>>,
+    /// Whether parameters may have changed on this rank alone: the next exchange compares them.
+    is_suspect: bool,
     /// Whether the order in which gradients become ready is settled.
     is_order_settled: bool,
     head: Notes<{ Head::LEN }>,
     tail: Notes<{ Tail::LEN }>,
-    /// By parameter, with `find_unused_parameters`: on how many ranks it has a gradient.
+    /// By parameter, where some may be unused: whether some rank has a gradient for it.
     used: Option<Region<i32>>,
     clock: Clock,
 }
@@ -96,6 +98,8 @@ struct Accumulated {
     is_weighted: bool,
     /// The variables after the last accumulation.
     states: Vec<Variable>,
+    /// By parameter: some of its elements then, as one number.
+    samples: Vec<u32>,
 }
 
 /// What is timed from exchange to exchange.
@@ -198,6 +202,7 @@ impl Reducer {
             accumulated: Accumulated::default(),
             agreed,
             counts: None,
+            is_suspect: false,
             is_order_settled,
             head,
             tail,
@@ -218,7 +223,7 @@ impl Reducer {
     fn fit(&mut self) -> Result<()> {
         let count = self.store.model.parameters().len();
         self.accumulated.pending.resize(count, false);
-        if self.options.find_unused_parameters
+        if (self.options.find_unused_parameters || self.options.static_graph)
             && self.used.as_ref().is_none_or(|r| r.len() != count)
         {
             self.used = Some(self.store.group.allocate_on_host(count)?);

@@ -83,6 +83,10 @@ impl Store {
             optimizer: Attached::No,
             device,
         };
+        // What was accumulated before is no rank's part of anything; later on gradients are only moved.
+        for named in &store.model.variables {
+            shim::gradient_set(&named.tensor, None)?;
+        }
         let order = store.initial_order(options)?;
         store.lay(&order, options)?;
         Ok(store)
@@ -121,8 +125,6 @@ impl Store {
         let count = self.model.parameters().len();
         for index in first..count {
             self.settle(index)?;
-            let named = self.model.parameter(index);
-            shim::gradient_set(&named.tensor, None)?;
         }
         self.layout += 1;
         self.approve()
