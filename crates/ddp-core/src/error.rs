@@ -91,6 +91,28 @@ pub enum Error {
         /// The parameter.
         name: String,
     },
+    /// A parameter got more gradients than in the first backward of a static graph.
+    #[error(
+        "{name} got {actual} gradients in this backward and {expected} in the first; with static_graph \
+         every backward uses the same parameters equally often: set find_unused_parameters instead"
+    )]
+    StaticGraphChanged {
+        /// The parameter.
+        name: String,
+        /// Gradients in the first exchanged backward.
+        expected: u32,
+        /// Gradients so far.
+        actual: u32,
+    },
+    /// A parameter was frozen with gradients that no other rank has seen.
+    #[error(
+        "{name} was frozen while it held gradients that were not exchanged; exchange them first, or make \
+         them undefined (zero_grad)"
+    )]
+    FrozenWithGradients {
+        /// The parameter.
+        name: String,
+    },
     /// A gradient is sparse.
     #[error(
         "the gradient of {name} is sparse; set sparse_gradients to Densify, or make the embedding \
@@ -150,15 +172,6 @@ pub enum Error {
     )]
     SteppedOnLocalGradients {
         /// The first parameter.
-        name: String,
-    },
-    /// A parameter was frozen while a gradient of it waited for its exchange.
-    #[error(
-        "{name} was frozen between accumulating gradients and exchanging them, and has one that no \
-         other rank has seen; freeze it between steps, or release_gradients first"
-    )]
-    FrozenWhileAccumulating {
-        /// The first such parameter.
         name: String,
     },
     /// Sharded gradients, and no optimizer that can step on them.

@@ -70,7 +70,10 @@ fn freezing_between_micro_batches_is_named() {
         let _same = frozen.set_requires_grad(false);
         panic_text(|| model.loss_sum(0..2).backward())
     });
-    assert!(errors.iter().all(|e| e.contains("two.bias was frozen between")), "{errors:?}");
+    assert!(
+        errors.iter().all(|e| e.contains("two.bias was frozen while it held gradients")),
+        "{errors:?}"
+    );
 }
 
 #[test]

@@ -21,6 +21,8 @@ pub(super) struct Run {
     token: Arc<()>,
     /// Whether it is a backward, and not an exchange by itself.
     pub(super) is_backward: bool,
+    /// Whether this rank has nothing to add: it only follows the others.
+    pub(super) is_shadow: bool,
     pub(super) began: Instant,
     /// Whether it exchanges gradients at its end.
     pub(super) sync: bool,
@@ -59,6 +61,7 @@ impl Run {
         Self {
             token,
             is_backward: true,
+            is_shadow: false,
             began: Instant::now(),
             sync,
             asked,
@@ -153,7 +156,8 @@ impl Reducer {
         self.failed = None;
         let states = self.looked_at()?;
         let run = Run::new(Arc::new(()), true, asked, states);
-        self.run = Some(Run { is_backward: false, ..run });
+        let is_shadow = self.joining && !self.accumulated.pending.contains(&true);
+        self.run = Some(Run { is_backward: false, is_shadow, ..run });
         Ok(())
     }
 
@@ -222,8 +226,8 @@ impl Reducer {
     }
 
     /// The first gradient of a backward has come: ranks agree on what trains, if that changed, and the exchange is
-    /// prepared.
-    pub(super) fn open(&mut self) -> Result<()> {
+    /// prepared. `coming` is its variable.
+    pub(super) fn open(&mut self, coming: Option<usize>) -> Result<()> {
         let Some(begun) = &mut self.run else { return Err(Error::InsideBackward) };
         begun.is_open = true;
         let sync = begun.sync;
@@ -239,7 +243,8 @@ impl Reducer {
         self.check_weights()?;
         if sync {
             self.start_head()?;
-            self.await_gradients()?;
+            let coming = coming.and_then(|variable| self.store.model.slot(variable));
+            self.await_gradients(coming)?;
         }
         Ok(())
     }
@@ -266,6 +271,7 @@ impl Reducer {
     /// Ranks compare which variables train; those that begin to are laid flat, those that ended are taken
     /// out. Collective on every rank that sees the change.
     fn agree_on_what_trains(&mut self, trains: Vec<bool>) -> Result<()> {
+        self.check_frozen(&trains)?;
         let line = |(named, &on): (&model::Named, &bool)| {
             format!("{} {}", if on { "trains" } else { "frozen" }, named.name)
         };
@@ -285,14 +291,21 @@ impl Reducer {
         Ok(())
     }
 
+    /// Gradients of a parameter that is frozen are not exchanged any more, so none may wait for it.
+    fn check_frozen(&self, trains: &[bool]) -> Result<()> {
+        let holds = |variable: usize| {
+            self.store.model.slot(variable).is_some_and(|slot| self.accumulated.pending[slot])
+        };
+        match (0..trains.len()).find(|&variable| !trains[variable] && holds(variable)) {
+            Some(variable) => Err(Error::FrozenWithGradients { name: self.name_of(variable) }),
+            None => Ok(()),
+        }
+    }
+
     /// A parameter trains no more: what gradient it has stays, outside of the exchange.
     fn retire(&mut self, slot: usize) -> Result<()> {
         let variable = &self.store.model.parameter(slot).tensor;
         let view = self.store.view(slot);
-        if self.accumulated.pending[slot] {
-            let name = self.store.model.parameter(slot).name.clone();
-            return Err(Error::FrozenWhileAccumulating { name });
-        }
         if shim::gradient_place(variable, view)? == GradientPlace::InView {
             let mut kept = view.f_zeros_like()?;
             tch::no_grad(|| kept.f_copy_(view).map(drop))?;
@@ -307,7 +320,7 @@ impl Reducer {
     }
 
     /// From here on buckets start as gradients come.
-    fn await_gradients(&mut self) -> Result<()> {
+    fn await_gradients(&mut self, coming: Option<usize>) -> Result<()> {
         let plan = &self.store.plan;
         let bucket_of: Vec<usize> = plan.places.iter().map(|place| place.bucket).collect();
         let count = bucket_of.len();
@@ -321,8 +334,8 @@ impl Reducer {
             return Ok(());
         }
         for slot in 0..count {
-            // Unused in a static graph: nobody writes there.
-            if self.trains(slot) && self.expected(slot) == 0 && !self.accumulated.pending[slot] {
+            // Unused in a static graph: nothing comes for it, also not at the end.
+            if self.trains(slot) && self.expected(slot) == 0 && Some(slot) != coming {
                 self.stand_in(slot)?;
             }
         }
@@ -356,10 +369,16 @@ impl Reducer {
     /// A parameter without a gradient in this backward takes part with what has accumulated, or zero.
     pub(super) fn stand_in(&mut self, slot: usize) -> Result<()> {
         let variable = &self.store.model.parameter(slot).tensor;
-        let is_there =
-            shim::gradient_place(variable, self.store.view(slot))? == GradientPlace::InView;
-        if !is_there {
-            return self.store.zero_view(slot);
+        let view = self.store.view(slot);
+        match shim::gradient_place(variable, view)? {
+            // A shadow's gradient is that of the last step.
+            _ if self.run.as_ref().is_some_and(|run| run.is_shadow) => {
+                return self.store.zero_view(slot)
+            }
+            GradientPlace::Undefined => return self.store.zero_view(slot),
+            GradientPlace::InView => {}
+            // It was frozen meanwhile, or somebody has set it.
+            _ => shim::gradient_move(variable, view)?,
         }
         self.check_addition(slot)?;
         self.look_at_view(slot)
@@ -368,7 +387,7 @@ impl Reducer {
     /// A gradient of `variable` has been accumulated.
     pub(super) fn gradient_came(&mut self, variable: usize) -> Result<()> {
         if !self.run.as_ref().is_some_and(|run| run.is_open) {
-            self.open()?;
+            self.open(Some(variable))?;
         }
         let Some(slot) = self.store.model.slot(variable) else {
             // It began to train in the middle of this backward.
@@ -387,8 +406,14 @@ impl Reducer {
         let is_counting = self.is_counting();
         let Some(run) = &mut self.run else { return Ok(()) };
         run.counts[slot] += 1;
-        if run.counts[slot] == 1 {
+        let actual = run.counts[slot];
+        if actual == 1 {
             run.order.push(slot);
+        }
+        let expected = self.counts.as_ref().map_or(u32::MAX, |counts| counts[slot]);
+        if actual > expected {
+            let name = self.store.model.parameter(slot).name.clone();
+            return Err(Error::StaticGraphChanged { name, expected, actual });
         }
         if is_counting {
             return Ok(());

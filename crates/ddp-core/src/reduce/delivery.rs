@@ -4,39 +4,30 @@
 use tch::Kind;
 
 use super::backward::Run;
-use super::{Outcome, Reducer};
+use super::Reducer;
 use crate::shim::{self, GradientPlace};
 use crate::store::broadcast;
 use crate::store::model::Named;
 use crate::{Buffers, Error, Result};
 
 impl Reducer {
-    /// By parameter: whether any rank has a gradient for it.
-    pub(super) fn with_gradients(&self, run: &Run) -> Result<Vec<bool>> {
-        let used = self.used.as_ref().filter(|_| self.options.exchange);
+    /// By parameter: whether any rank has a gradient for it, of this backward or of one since the last step.
+    pub(super) fn with_gradients(&self, run: &Run) -> Vec<bool> {
+        let used = self.used.as_ref().filter(|_| self.tells_used());
         let used = used.map(|region| region.read(0..region.len()));
-        let before = match &self.outcome {
-            Outcome::Reduced(before) => before.as_slice(),
-            Outcome::Nothing | Outcome::Skipped => &[],
-        };
-        let mut all = Vec::with_capacity(self.store.model.parameters().len());
-        for (slot, named) in self.store.model.parameters().enumerate() {
+        let has = |slot: usize| {
             let is_here = run.counts[slot] > 0 || self.accumulated.pending[slot];
             let is_used = match &used {
                 Some(used) => used[slot] > 0,
                 None => is_here || !self.options.find_unused_parameters,
             };
-            // Of an exchange before this one, if nobody took it.
-            let is_left = before.get(slot) == Some(&true)
-                && shim::gradient_place(&named.tensor, self.store.view(slot))?
-                    == GradientPlace::InView;
-            all.push((is_used || is_left) && self.trains(slot));
-        }
-        Ok(all)
+            is_used && self.trains(slot)
+        };
+        (0..self.store.model.parameters().len()).map(has).collect()
     }
 
     /// Makes exchanged gradients those of the variables; sharded ones stay with the optimizer.
-    pub(super) fn hand_out(&mut self, has_gradient: &[bool]) -> Result<()> {
+    pub(super) fn hand_out(&mut self, has_gradient: &[bool], is_shadow: bool) -> Result<()> {
         if self.store.sharding.needs_our_optimizer() {
             if self.store.optimizer.count == 0 {
                 return Err(Error::ShardedWithoutOptimizer);
@@ -48,6 +39,10 @@ impl Reducer {
             let place = shim::gradient_place(&named.tensor, view)?;
             if has_gradient[slot] && place != GradientPlace::InView {
                 shim::gradient_set(&named.tensor, Some(view))?;
+            }
+            // What a shadow still has is of a step before.
+            if is_shadow && !has_gradient[slot] && self.trains(slot) {
+                shim::gradient_set(&named.tensor, None)?;
             }
         }
         Ok(())

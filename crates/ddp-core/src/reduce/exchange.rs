@@ -53,7 +53,8 @@ impl Reducer {
                 let start = Instant::now();
                 work.wait()?;
                 let heads: Vec<Head> = self.head.read().into_iter().map(Head::decode).collect();
-                let leader = heads.iter().position(|of_rank| of_rank.takes_part).unwrap_or(0);
+                let first = heads.iter().position(|of| of.takes_part && self.joining);
+                let leader = first.unwrap_or(0);
                 if let Some(run) = &mut self.run {
                     run.waited += start.elapsed();
                     run.leader = leader;
@@ -159,7 +160,7 @@ impl Reducer {
 
     fn try_exchange_now(&mut self, asked: Option<Asked>) -> Result<usize> {
         self.begin_without_backward(asked)?;
-        self.open()?;
+        self.open(None)?;
         if self.joining && !self.options.exchange {
             self.run = None;
             return Ok(0);
@@ -211,20 +212,41 @@ impl Reducer {
             || self.options.find_unused_parameters)
     }
 
-    /// The first backward of a static graph has ended: its counts are those of all, and its buckets start.
+    /// The first backward of a static graph has ended: its counts are those of all, and its buckets start. A rank
+    /// that had no backward goes by the others.
     fn count_gradients(&mut self) -> Result<()> {
         let Some(first) = &mut self.run else { return Ok(()) };
-        let counts = first.counts.clone();
-        let mut signature = vec![String::from("gradients in the first backward")];
-        let lines = self.store.model.parameters().zip(&counts);
-        signature.extend(lines.map(|(named, count)| format!("{}: {count} gradients", named.name)));
-        let tag = "gradients of the static graph";
-        agree::alike(&mut self.store.group, tag, "what the static graph uses", &signature)?;
+        let own = first.counts.clone();
+        let told = if first.is_backward { own.as_slice() } else { &[] };
+        let bytes: Vec<u8> = told.iter().flat_map(|count| count.to_le_bytes()).collect();
         let frozen = first.ready.startable();
+        let group = &mut self.store.group;
+        let told = group.tagged("gradients of the static graph").all_gather_bytes(&bytes)?;
+        let decoded = |bytes: &Vec<u8>| -> Vec<u32> {
+            let numbers = bytes.chunks_exact(4);
+            numbers.map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+        };
+        let all: Vec<Vec<u32>> = told.iter().map(decoded).collect();
+        let Some(counts) = all.iter().find(|counts| !counts.is_empty()).cloned() else {
+            return self.start_all(frozen); // nobody had one: the next exchange counts
+        };
+        let lines = |of_rank: &Vec<u32>| {
+            let of_rank = if of_rank.is_empty() { &counts } else { of_rank };
+            let line = |(named, count): (&model::Named, &u32)| {
+                format!("{}: {count} gradients", named.name)
+            };
+            let title = std::iter::once(String::from("gradients in the first backward"));
+            title.chain(self.store.model.parameters().zip(of_rank).map(line)).collect()
+        };
+        let lines: Vec<Vec<String>> = all.iter().map(lines).collect();
+        agree::compared("what the static graph uses", &lines)?;
         self.start_all(frozen)?;
         for (slot, &count) in counts.iter().enumerate() {
             if count == 0 && !self.accumulated.pending[slot] {
                 continue; // unused on every rank: `settle_missing` stands in
+            }
+            if own[slot] == 0 {
+                self.stand_in(slot)?;
             }
             let Some(run) = &mut self.run else { return Ok(()) };
             let startable = run.ready.settle(slot);
@@ -252,7 +274,7 @@ impl Reducer {
             }
         };
         self.finish_statistics(&run, &tails, last_gradient);
-        let has_gradient = self.with_gradients(&run)?;
+        let has_gradient = self.with_gradients(&run);
         self.accumulated.pending.fill(false);
         self.accumulated.weight = 0.0;
         self.accumulated.is_weighted = false;
@@ -270,7 +292,7 @@ impl Reducer {
             self.outcome = Outcome::Skipped;
             return Ok(());
         }
-        self.hand_out(&has_gradient)?;
+        self.hand_out(&has_gradient, run.is_shadow)?;
         self.outcome = Outcome::Reduced(has_gradient);
         self.accumulated.views = self.store.view_versions()?;
         self.clock.ended = Instant::now();
@@ -302,15 +324,29 @@ impl Reducer {
     /// Starts to tell which parameters have gradients here.
     fn start_used(&mut self) -> Result<Option<Work<'static>>> {
         let tag = self.tag("used parameters");
+        let is_told = self.tells_used();
         let (Some(region), Some(run)) = (&self.used, &self.run) else { return Ok(None) };
-        if !self.options.exchange {
+        if !is_told {
             return Ok(None);
         }
-        let has =
-            |(slot, &count): (usize, &u32)| i32::from(count > 0 || self.accumulated.pending[slot]);
+        let states = self.store.model.states()?;
+        let has = |(slot, &count): (usize, &u32)| {
+            let is_held = states[self.store.model.variable_of(slot)].has_gradient != 0;
+            let is_used = count > 0 || self.accumulated.pending[slot];
+            i32::from(is_used || (is_held && !run.is_shadow))
+        };
         let mine: Vec<i32> = run.counts.iter().enumerate().map(has).collect();
         region.write(0, &mine);
         Ok(Some(self.store.group.tagged(&tag).all_reduce(region.full(), Max)?))
+    }
+
+    /// Whether ranks tell which parameters they used: where that can differ.
+    pub(super) fn tells_used(&self) -> bool {
+        let leaves_out = |slot| {
+            self.counts.as_ref().is_some_and(|counts| counts[slot] == 0) && self.trains(slot)
+        };
+        let count = self.store.model.parameters().len();
+        self.options.exchange && (!self.options.static_graph || (0..count).any(leaves_out))
     }
 
     fn missing_gradients(&self, missing: &[usize]) -> Error {

@@ -23,6 +23,16 @@ pub(crate) fn same_on_all_ranks(group: &mut Group, tag: &str, mine: &[String]) -
     }
 }
 
+/// Compares what is known of all ranks; the error says `what` differs. Pure.
+pub(crate) fn compared(what: &'static str, all: &[Vec<String>]) -> Result<()> {
+    let lines: Vec<Vec<&str>> =
+        all.iter().map(|lines| lines.iter().map(String::as_str).collect()).collect();
+    match differences(&lines) {
+        Some(report) => Err(Error::RanksDiffer { what, report }),
+        None => Ok(()),
+    }
+}
+
 /// As [`same_on_all_ranks`], for what is no model: the error says `what` differs. Collective.
 pub(crate) fn alike(
     group: &mut Group,
