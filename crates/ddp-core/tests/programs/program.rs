@@ -251,6 +251,7 @@ impl Mistake {
                 "no backward has exchanged gradients",
                 "already is there",
                 "is not the same on every rank",
+                "a step on this rank's own gradients",
                 "cannot be exchanged together",
             ],
             Self::FrozenOnOneRank | Self::UnfrozenOnOneRank => {
