@@ -252,6 +252,8 @@ impl Mistake {
                 "already is there",
                 "is not the same on every rank",
                 "a step on this rank's own gradients",
+                // An exchange without a backward as the first of a static graph.
+                ": 0 gradients",
                 "cannot be exchanged together",
             ],
             Self::FrozenOnOneRank | Self::UnfrozenOnOneRank => {
