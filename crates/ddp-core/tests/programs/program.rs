@@ -251,6 +251,9 @@ impl Mistake {
                 "no backward has exchanged gradients",
                 "already is there",
                 "is not the same on every rank",
+                "a step on this rank's own gradients",
+                // An exchange without a backward as the first of a static graph.
+                ": 0 gradients",
                 "cannot be exchanged together",
                 "differ in the steps of their optimizers",
             ],
