@@ -185,7 +185,8 @@ ddp_status ddp_gradient_of(const void* variable, const void* view, ddp_gradient*
       found->place = 0;
     } else if (gradient.layout() != at::kStrided) {
       found->place = 4;
-    } else if (gradient.const_data_ptr() == target.const_data_ptr()) {
+    } else if (gradient.numel() == 0 ? gradient.unsafeGetTensorImpl() == target.unsafeGetTensorImpl()
+                                     : gradient.const_data_ptr() == target.const_data_ptr()) {
       found->place = 1;
     } else if (gradient.scalar_type() == target.scalar_type() && gradient.device() == target.device() &&
                gradient.sizes() == target.sizes() && gradient.strides() == target.strides()) {
@@ -229,6 +230,7 @@ ddp_status ddp_hook_add(void* variable, ddp_callback callback, void* context, dd
   return guarded([&] {
     const at::Tensor& tensor = tensor_at(variable);
     if (!tensor.is_leaf()) throw std::invalid_argument("the tensor is computed, not a variable");
+    torch::autograd::impl::materialize_autograd_meta(tensor);
     auto& present = torch::autograd::impl::post_acc_grad_hooks(tensor);
     auto* ours = dynamic_cast<Hooks*>(present.get());
     if (present != nullptr && ours == nullptr) {

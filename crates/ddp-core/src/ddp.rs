@@ -95,6 +95,10 @@ impl Ddp {
         options.check()?;
         model.check()?;
         check_devices(&model, &group)?;
+        for named in &model.variables {
+            // From before: nobody else has them.
+            shim::gradient_set(&named.tensor, None)?;
+        }
         let sent: Vec<_> = model.variables.iter().chain(&model.buffers).collect();
         broadcast::tensors(&mut group, "parameters and buffers", 0, &sent)?;
         let device = model.variables.first().map(|first| first.tensor.device());

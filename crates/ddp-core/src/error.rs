@@ -35,6 +35,14 @@ pub enum Error {
         /// One line for each difference: parameter, and what each rank has there.
         report: String,
     },
+    /// Ranks do different things. Every rank gets this same text.
+    #[error("the ranks differ in {what}:\n{report}do the same on every rank")]
+    RanksDiffer {
+        /// In what.
+        what: &'static str,
+        /// What each rank has.
+        report: String,
+    },
     /// Variables were added to the `VarStore` after it was wrapped.
     #[error(
         "{names} came into the VarStore after it was wrapped, so nobody exchanges their gradients; \
@@ -112,7 +120,7 @@ pub enum Error {
     /// Ranks hold different parameters. Every rank gets this same text.
     #[error(
         "{name} is not the same on every rank: rank {ranks} differs; something changed it on some \
-         ranks only, outside of the exchange"
+         ranks only: a step on gradients that were not exchanged, or a change by hand"
     )]
     ParametersDiffer {
         /// The first parameter that differs.
@@ -142,6 +150,15 @@ pub enum Error {
     )]
     SteppedOnLocalGradients {
         /// The first parameter.
+        name: String,
+    },
+    /// A parameter was frozen while a gradient of it waited for its exchange.
+    #[error(
+        "{name} was frozen between accumulating gradients and exchanging them, and has one that no \
+         other rank has seen; freeze it between steps, or release_gradients first"
+    )]
+    FrozenWhileAccumulating {
+        /// The first such parameter.
         name: String,
     },
     /// Sharded gradients, and no optimizer that can step on them.

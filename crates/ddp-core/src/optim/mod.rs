@@ -32,8 +32,9 @@ pub use sgd::Sgd;
 use crate::amp::LossScaler;
 use crate::reduce::{self, Outcome, Reducer, Shared};
 use crate::store::flat::Flat;
+use crate::store::model::Named;
 use crate::store::norm::Cells;
-use crate::store::{Attached, Store};
+use crate::store::{agree, Store};
 use crate::{Ddp, Error, Result};
 use groups::GroupSettings;
 use piece::{Owned, Treatment};
@@ -95,18 +96,21 @@ impl Optimizer {
     /// Allocates the state. Collective.
     ///
     /// # Errors
+    /// [`Error::RanksDiffer`] where another rank has another rule, other settings or groups;
     /// [`Error::BadSetting`]; errors of the group and of libtorch.
     pub fn new(ddp: &Ddp, rule: impl Rule + 'static, groups: ParameterGroups) -> Result<Self> {
-        rule.check()?;
-        let settings = groups.settings(&rule)?;
         let shared = Shared::clone(ddp.shared());
         let mut reducer = reduce::lock(&shared)?;
         let store = &mut reducer.store;
+        let mut signature = vec![format!("{rule:?} {groups:?}")];
+        let of = |named: &Named| format!("{}: group {}", named.name, groups.index_of(&named.name));
+        signature.extend(store.model.variables.iter().map(of));
+        agree::alike(&mut store.group, "optimizer", "their optimizers", &signature)?;
+        rule.check()?;
+        let settings = groups.settings(&rule)?;
         let state = State::new(store, &rule)?;
         let cells = Cells::new(&store.plan, store.sharding, &mut store.group)?;
-        if store.optimizer == Attached::No {
-            store.optimizer = Attached::Yes;
-        }
+        store.optimizer.count += 1;
         let layout = store.layout;
         let mut optimizer = Self {
             shared: Shared::clone(&shared),
@@ -184,6 +188,7 @@ impl Optimizer {
             Outcome::Skipped => return Ok(Step { gradient_norm: Some(f64::NAN), skipped: true }),
             Outcome::Reduced(has_gradient) => has_gradient,
         };
+        let has_gradient = reducer.steppable(has_gradient)?;
         self.fit(&mut reducer.store)?;
         let is_scaled = (loss_scale - 1.0).abs() > 0.0;
         let norm = match norm_max.is_some() || is_scaled {
@@ -199,7 +204,11 @@ impl Optimizer {
             _ => 1.0,
         };
         self.update(&mut reducer, &has_gradient, clip * loss_scale)?;
-        reducer.store.optimizer = Attached::Stepped;
+        let made_with = [norm_max.unwrap_or(-1.0), loss_scale].map(f64::to_le_bytes).concat();
+        let stepped = &mut reducer.store.optimizer;
+        stepped.steps += 1;
+        stepped.lr = self.lr;
+        stepped.settings = crc32c::crc32c_append(stepped.settings, &made_with);
         self.step_count += 1;
         reducer.release_gradients()?;
         Ok(Step { gradient_norm: norm, skipped: false })
@@ -321,6 +330,14 @@ impl Optimizer {
             tch::no_grad(|| runs.parameters[0].shallow_clone().f_sub_(&scaled).map(drop))?;
         }
         Ok(())
+    }
+}
+
+impl Drop for Optimizer {
+    fn drop(&mut self) {
+        if let Ok(mut reducer) = self.shared.lock() {
+            reducer.store.optimizer.count -= 1;
+        }
     }
 }
 

@@ -95,7 +95,8 @@ impl Run {
 impl Reducer {
     /// A backward has come to its first node, or to a gradient. What is wrong is kept for its first hook and its
     /// end to say: here nothing can stop it.
-    pub(super) fn begin(&mut self, weak: &Weak<Mutex<Self>>) {
+    /// Only from its root can the whole graph be walked; else unused parameters show at the end.
+    pub(super) fn begin(&mut self, weak: &Weak<Mutex<Self>>, from_root: bool) {
         let abandoned = match self.run.take() {
             // Seen before; or one inside of it, which is a part of it.
             Some(run) if run.is_running() => {
@@ -106,17 +107,18 @@ impl Reducer {
             None => false,
         };
         self.failed = None;
-        let begun = self.try_begin(weak);
+        let begun = self.try_begin(weak, from_root);
         let outcome = if abandoned { Err(Error::BackwardAbandoned) } else { begun };
         if let Err(error) = outcome {
             self.fail(error);
         }
     }
 
-    fn try_begin(&mut self, weak: &Weak<Mutex<Self>>) -> Result<()> {
+    fn try_begin(&mut self, weak: &Weak<Mutex<Self>>, from_root: bool) -> Result<()> {
         let token = Arc::new(());
         let asked = self.asked;
         let sync = self.synchronising && asked.is_none_or(|asked| asked.sync);
+        let walks = self.options.find_unused_parameters && sync && from_root;
         self.run = Some(Run::new(Arc::clone(&token), sync, asked, Vec::new()));
         let weak = Weak::clone(weak);
         shim::end_of_backward(Box::new(move || {
@@ -124,11 +126,10 @@ impl Reducer {
             super::on_end(&weak)
         }))?;
         let states = self.looked_at()?;
-        let reached = match self.options.find_unused_parameters && sync {
+        let reached = match walks {
             true => {
                 let parameters = self.store.model.parameters();
                 let parameters: Vec<_> = parameters.map(|named| &named.tensor).collect();
-                // Where nobody runs below a root, unused parameters show at the end.
                 shim::graph_reaches(&parameters).ok()
             }
             false => None,
@@ -159,12 +160,15 @@ impl Reducer {
     /// The variables as they are, if they are what was wrapped. Gradients that accumulated and were
     /// released since are forgotten.
     fn looked_at(&mut self) -> Result<Vec<Variable>> {
-        let now = self.store.inspect()?;
+        let mut now = self.store.inspect()?;
+        self.heed_zeroed(&mut now)?;
         if !self.accumulated.pending.contains(&true) {
             return Ok(now);
         }
         let samples = self.store.samples();
-        let is_other = |slot: usize| samples.get(slot) != self.accumulated.samples.get(slot);
+        let known = &self.accumulated.samples;
+        let is_other =
+            |slot: usize| known.get(slot).is_some_and(|known| samples.get(slot) != Some(known));
         let mut is_pending = false;
         let mut stepped = None;
         for (variable, state) in now.iter().enumerate() {
@@ -180,6 +184,8 @@ impl Reducer {
             }
         }
         if !is_pending {
+            // Gradients are gone, a step on them is not: the ranks compare parameters in the next exchange.
+            self.is_suspect |= stepped.is_some();
             self.accumulated.weight = 0.0;
             self.accumulated.is_weighted = false;
             return Ok(now);
@@ -190,6 +196,29 @@ impl Reducer {
             }),
             None => Ok(now),
         }
+    }
+
+    /// Gradients that were zeroed in place (`Tensor::zero_grad`) count as released.
+    fn heed_zeroed(&mut self, now: &mut [Variable]) -> Result<()> {
+        if !now.iter().any(|state| state.has_gradient != 0) {
+            return Ok(());
+        }
+        let versions = self.store.view_versions()?;
+        for (variable, state) in now.iter_mut().enumerate() {
+            let Some(slot) = self.store.model.slot(variable) else { continue };
+            let is_touched = self.accumulated.views.get(slot).is_some_and(|&v| v != versions[slot]);
+            if state.has_gradient == 0 || !is_touched {
+                continue;
+            }
+            let (tensor, view) =
+                (&self.store.model.variables[variable].tensor, self.store.view(slot));
+            let is_here = shim::gradient_place(tensor, view)? == GradientPlace::InView;
+            if is_here && view.f_count_nonzero(None)?.f_int64_value(&[])? == 0 {
+                shim::gradient_set(tensor, None)?;
+                state.has_gradient = 0;
+            }
+        }
+        Ok(())
     }
 
     /// The first gradient of a backward has come: ranks agree on what trains, if that changed, and the exchange is
@@ -207,8 +236,8 @@ impl Reducer {
             run.counts = vec![0; count];
         }
         self.check_outcome()?;
+        self.check_weights()?;
         if sync {
-            self.check_weights()?;
             self.start_head()?;
             self.await_gradients()?;
         }
@@ -242,11 +271,8 @@ impl Reducer {
         };
         let mut signature = vec![String::from("which variables train")];
         signature.extend(self.store.model.variables.iter().zip(&trains).map(line));
-        agree::same_on_all_ranks(
-            &mut self.store.group,
-            "a change of which variables train",
-            &signature,
-        )?;
+        let tag = "a change of which variables train";
+        agree::alike(&mut self.store.group, tag, "which variables train", &signature)?;
         for (variable, _) in trains.iter().enumerate().filter(|(_, &trains)| !trains) {
             if let Some(slot) = self.store.model.slot(variable).filter(|_| self.agreed[variable]) {
                 self.retire(slot)?;
@@ -255,9 +281,7 @@ impl Reducer {
         self.agreed = trains;
         self.store.adopt(&self.options)?;
         self.fit()?;
-        if let Some(counts) = &mut self.counts {
-            counts.resize(self.store.model.parameters().len(), 1);
-        }
+        self.counts = None; // a static graph is counted anew
         Ok(())
     }
 
@@ -265,12 +289,15 @@ impl Reducer {
     fn retire(&mut self, slot: usize) -> Result<()> {
         let variable = &self.store.model.parameter(slot).tensor;
         let view = self.store.view(slot);
+        if self.accumulated.pending[slot] {
+            let name = self.store.model.parameter(slot).name.clone();
+            return Err(Error::FrozenWhileAccumulating { name });
+        }
         if shim::gradient_place(variable, view)? == GradientPlace::InView {
             let mut kept = view.f_zeros_like()?;
             tch::no_grad(|| kept.f_copy_(view).map(drop))?;
             shim::gradient_set(variable, Some(&kept))?;
         }
-        self.accumulated.pending[slot] = false;
         self.store.zero_view(slot)
     }
 
@@ -283,7 +310,8 @@ impl Reducer {
     fn await_gradients(&mut self) -> Result<()> {
         let plan = &self.store.plan;
         let bucket_of: Vec<usize> = plan.places.iter().map(|place| place.bucket).collect();
-        let expected = (0..bucket_of.len()).map(|slot| self.expected(slot)).collect();
+        let count = bucket_of.len();
+        let expected = (0..count).map(|slot| self.expected(slot)).collect();
         let mut ready = Ready::new(bucket_of, plan.buckets.len(), expected);
         if self.is_counting() {
             // The first backward of a static graph sends nothing before its end.
@@ -291,6 +319,12 @@ impl Reducer {
                 run.ready = ready;
             }
             return Ok(());
+        }
+        for slot in 0..count {
+            // Unused in a static graph: nobody writes there.
+            if self.trains(slot) && self.expected(slot) == 0 && !self.accumulated.pending[slot] {
+                self.stand_in(slot)?;
+            }
         }
         let mut startable = ready.startable();
         let reached = self.run.as_mut().and_then(|run| run.reached.take());

@@ -4,33 +4,41 @@
 use tch::Kind;
 
 use super::backward::Run;
-use super::Reducer;
+use super::{Outcome, Reducer};
 use crate::shim::{self, GradientPlace};
+use crate::store::broadcast;
 use crate::store::model::Named;
-use crate::store::{broadcast, Attached};
 use crate::{Buffers, Error, Result};
 
 impl Reducer {
     /// By parameter: whether any rank has a gradient for it.
-    pub(super) fn with_gradients(&self, run: &Run) -> Vec<bool> {
+    pub(super) fn with_gradients(&self, run: &Run) -> Result<Vec<bool>> {
         let used = self.used.as_ref().filter(|_| self.options.exchange);
         let used = used.map(|region| region.read(0..region.len()));
-        let has = |slot: usize| {
-            let is_here = run.counts[slot] > 0 || self.accumulated.pending[slot];
-            let is_used = match (&used, &self.counts) {
-                (Some(used), _) => used[slot] > 0,
-                (None, Some(counts)) => counts[slot] > 0 || is_here,
-                (None, None) => is_here || !self.options.find_unused_parameters,
-            };
-            is_used && self.trains(slot)
+        let before = match &self.outcome {
+            Outcome::Reduced(before) => before.as_slice(),
+            Outcome::Nothing | Outcome::Skipped => &[],
         };
-        (0..self.store.model.parameters().len()).map(has).collect()
+        let mut all = Vec::with_capacity(self.store.model.parameters().len());
+        for (slot, named) in self.store.model.parameters().enumerate() {
+            let is_here = run.counts[slot] > 0 || self.accumulated.pending[slot];
+            let is_used = match &used {
+                Some(used) => used[slot] > 0,
+                None => is_here || !self.options.find_unused_parameters,
+            };
+            // Of an exchange before this one, if nobody took it.
+            let is_left = before.get(slot) == Some(&true)
+                && shim::gradient_place(&named.tensor, self.store.view(slot))?
+                    == GradientPlace::InView;
+            all.push((is_used || is_left) && self.trains(slot));
+        }
+        Ok(all)
     }
 
     /// Makes exchanged gradients those of the variables; sharded ones stay with the optimizer.
     pub(super) fn hand_out(&mut self, has_gradient: &[bool]) -> Result<()> {
         if self.store.sharding.needs_our_optimizer() {
-            if self.store.optimizer == Attached::No {
+            if self.store.optimizer.count == 0 {
                 return Err(Error::ShardedWithoutOptimizer);
             }
             return self.store.clear_gradients();
@@ -43,6 +51,30 @@ impl Reducer {
             }
         }
         Ok(())
+    }
+
+    /// Which gradients an optimizer of this library may step on: those that nobody took away or added to.
+    pub(crate) fn steppable(&mut self, mut has_gradient: Vec<bool>) -> Result<Vec<bool>> {
+        if let Some(slot) = self.accumulated.pending.iter().position(|&pending| pending) {
+            let name = self.store.model.parameter(slot).name.clone();
+            return Err(Error::SteppedOnLocalGradients { name });
+        }
+        if self.store.sharding.needs_our_optimizer() {
+            return Ok(has_gradient);
+        }
+        for (slot, named) in self.store.model.parameters().enumerate() {
+            let view = self.store.view(slot);
+            match shim::gradient_place(&named.tensor, view)? {
+                GradientPlace::Undefined => has_gradient[slot] = false,
+                GradientPlace::InView => {}
+                // Somebody put another one there.
+                _ => shim::gradient_move(&named.tensor, view)?,
+            }
+        }
+        if has_gradient.contains(&true) {
+            return Ok(has_gradient);
+        }
+        Err(Error::NoGradients)
     }
 
     /// What the next forward starts from is the same on every rank, if so wanted.
@@ -79,7 +111,7 @@ impl Reducer {
             return Ok(()); // rank 0 had no backward
         }
         self.is_order_settled = true;
-        if self.store.optimizer == Attached::Stepped {
+        if self.store.optimizer.steps > 0 {
             return Ok(());
         }
         let rest = (0..count).rev().filter(|slot| !order.contains(slot)).collect::<Vec<_>>();

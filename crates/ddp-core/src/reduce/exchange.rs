@@ -17,7 +17,9 @@ use crate::{Error, NonFinite, Result};
 impl Reducer {
     /// The name of a collective of this exchange.
     pub(super) fn tag(&self, what: &str) -> String {
-        self.step.map_or_else(|| what.to_owned(), |step| format!("step {step}, {what}"))
+        // A rank that has run out of batches has no step of its own.
+        let step = self.step.filter(|_| !self.joining);
+        step.map_or_else(|| what.to_owned(), |step| format!("step {step}, {what}"))
     }
 
     /// Starts to tell what the divisor depends on, where it does.
@@ -129,6 +131,7 @@ impl Reducer {
             self.accumulated.is_weighted = asked.is_some();
             self.accumulated.states = self.store.model.states()?;
             self.accumulated.samples = self.store.samples();
+            self.accumulated.views = self.store.view_versions()?;
             return Ok(());
         }
         self.settle_missing(false)?;
@@ -157,6 +160,10 @@ impl Reducer {
     fn try_exchange_now(&mut self, asked: Option<Asked>) -> Result<usize> {
         self.begin_without_backward(asked)?;
         self.open()?;
+        if self.joining && !self.options.exchange {
+            self.run = None;
+            return Ok(0);
+        }
         if self.joining {
             self.scale()?;
             let heads = self.head.read().into_iter().map(Head::decode);
@@ -211,11 +218,8 @@ impl Reducer {
         let mut signature = vec![String::from("gradients in the first backward")];
         let lines = self.store.model.parameters().zip(&counts);
         signature.extend(lines.map(|(named, count)| format!("{}: {count} gradients", named.name)));
-        agree::same_on_all_ranks(
-            &mut self.store.group,
-            "gradients of the static graph",
-            &signature,
-        )?;
+        let tag = "gradients of the static graph";
+        agree::alike(&mut self.store.group, tag, "what the static graph uses", &signature)?;
         let frozen = first.ready.startable();
         self.start_all(frozen)?;
         for (slot, &count) in counts.iter().enumerate() {
@@ -248,7 +252,7 @@ impl Reducer {
             }
         };
         self.finish_statistics(&run, &tails, last_gradient);
-        let has_gradient = self.with_gradients(&run);
+        let has_gradient = self.with_gradients(&run)?;
         self.accumulated.pending.fill(false);
         self.accumulated.weight = 0.0;
         self.accumulated.is_weighted = false;
@@ -268,6 +272,7 @@ impl Reducer {
         }
         self.hand_out(&has_gradient)?;
         self.outcome = Outcome::Reduced(has_gradient);
+        self.accumulated.views = self.store.view_versions()?;
         self.clock.ended = Instant::now();
         Ok(())
     }

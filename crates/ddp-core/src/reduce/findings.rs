@@ -21,7 +21,10 @@ impl Reducer {
         self.read_flags()?;
         let interval = self.options.fingerprint_interval;
         let number = self.clock.statistics.exchange_count + 1;
-        let fingerprint = match interval > 0 && number.is_multiple_of(interval) {
+        // Soon at first, where most mistakes show, then now and then.
+        let is_due = number.is_multiple_of(interval.max(1))
+            || (number < interval && number.is_power_of_two());
+        let fingerprint = match (interval > 0 && is_due) || std::mem::take(&mut self.is_suspect) {
             true => Some(fingerprint::combined(&fingerprint::of_parameters(&self.store)?)),
             false => None,
         };
@@ -31,6 +34,10 @@ impl Reducer {
             non_finite: run.non_finite,
             fingerprint,
             outside: outside.saturating_sub(self.clock.waited),
+            stepped: {
+                let stepped = &self.store.optimizer;
+                (stepped.steps, stepped.lr, stepped.settings)
+            },
             backward: now.saturating_duration_since(run.began).saturating_sub(run.waited),
         };
         let tag = self.tag("what ranks found");
@@ -117,9 +124,28 @@ impl Reducer {
 
     /// Where ranks told different fingerprints: an error that names the parameter and the rank.
     pub(super) fn compare_fingerprints(&mut self, tails: &[Tail]) -> Result<()> {
+        let report = stepped_report(tails);
+        if !report.is_empty() {
+            return Err(Error::RanksDiffer { what: "the steps of their optimizers", report });
+        }
         match tails.iter().all(|tail| tail.fingerprint == tails[0].fingerprint) {
             true => Ok(()),
             false => self.compare_parameters(),
         }
     }
+}
+
+/// One line for each rank, if optimizers were stepped differently. Pure.
+fn stepped_report(tails: &[Tail]) -> String {
+    let bits = |tail: &Tail| (tail.stepped.0, tail.stepped.1.to_bits(), tail.stepped.2);
+    if tails.windows(2).all(|pair| bits(&pair[0]) == bits(&pair[1])) {
+        return String::new();
+    }
+    let line = |(rank, tail): (usize, &Tail)| {
+        let (steps, lr, settings) = tail.stepped;
+        format!(
+            "  rank {rank}: {steps} steps, the last with lr {lr}; clipping and scales {settings:08x}\n"
+        )
+    };
+    tails.iter().enumerate().map(line).collect()
 }

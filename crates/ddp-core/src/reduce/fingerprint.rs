@@ -6,18 +6,18 @@
 use phalanx_comm::Group;
 use tch::{Kind, Tensor};
 
+use crate::store::flat;
+use crate::store::model::Named;
 use crate::store::Store;
 use crate::{Error, Result};
 
-/// One number for each parameter.
+/// One number for each variable, frozen or not.
 pub(crate) fn of_parameters(store: &Store) -> Result<Vec<u32>> {
     if store.device().is_cuda() {
         return on_device(store);
     }
-    let hash = |place: &crate::store::plan::Place| {
-        crc32c::crc32c(store.storages[place.storage].parameters.bytes(&place.range))
-    };
-    Ok(store.plan.places.iter().map(hash).collect())
+    let hash = |named: &Named| Ok(crc32c::crc32c(flat::dense_bytes(&named.name, &named.tensor)?));
+    store.model.variables.iter().map(hash).collect()
 }
 
 #[expect(
@@ -26,9 +26,9 @@ pub(crate) fn of_parameters(store: &Store) -> Result<Vec<u32>> {
     reason = "the lower half of a sum of bits"
 )]
 fn on_device(store: &Store) -> Result<Vec<u32>> {
-    let mut sums = Vec::with_capacity(store.plan.places.len());
-    for place in &store.plan.places {
-        let values = store.storages[place.storage].parameters.range(&place.range)?;
+    let mut sums = Vec::with_capacity(store.model.variables.len());
+    for named in &store.model.variables {
+        let values = named.tensor.f_detach()?.f_contiguous()?;
         let bits = match values.kind() {
             Kind::Double => values.f_view_dtype(Kind::Int64)?,
             Kind::Half | Kind::BFloat16 => values.f_view_dtype(Kind::Int16)?,
@@ -59,7 +59,7 @@ pub(crate) fn compare(store: &mut Store, hashes: &[u32]) -> Result<()> {
     match first_difference(&all) {
         None => Ok(()),
         Some((parameter, ranks)) => Err(Error::ParametersDiffer {
-            name: store.model.parameter(parameter).name.clone(),
+            name: store.model.variables[parameter].name.clone(),
             ranks: ranks.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
         }),
     }

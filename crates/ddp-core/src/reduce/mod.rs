@@ -65,11 +65,13 @@ pub(crate) struct Reducer {
     agreed: Vec<bool>,
     /// With `static_graph`, by parameter, once the first backward has counted: how many gradients it gets.
     counts: Option<Vec<u32>>,
+    /// Whether parameters may have been stepped on by themselves: the next exchange compares them.
+    is_suspect: bool,
     /// Whether the order in which gradients become ready is settled.
     is_order_settled: bool,
     head: Notes<{ Head::LEN }>,
     tail: Notes<{ Tail::LEN }>,
-    /// By parameter, with `find_unused_parameters`: on how many ranks it has a gradient.
+    /// By parameter, with `find_unused_parameters` or `static_graph`: on how many ranks it has a gradient.
     used: Option<Region<i32>>,
     clock: Clock,
 }
@@ -103,6 +105,8 @@ struct Accumulated {
     /// The variables after the last accumulation, and a sample of each parameter.
     states: Vec<Variable>,
     samples: Vec<u32>,
+    /// By parameter: how often its view had been changed in place at the end of the last backward.
+    views: Vec<u32>,
 }
 
 /// What is timed from exchange to exchange.
@@ -158,14 +162,14 @@ pub(crate) fn reachable(own: &Shared) -> Vec<Shared> {
 fn on_beginning(shared: &Shared) {
     let weak = Arc::downgrade(shared);
     let Ok(mut reducer) = shared.lock() else { return };
-    reducer.begin(&weak);
+    reducer.begin(&weak, true);
 }
 
 /// The hook of a variable. After the `Ddp` is gone it does nothing.
 fn on_gradient(weak: &Weak<Mutex<Reducer>>, variable: usize) -> Result<(), String> {
     let Some(shared) = weak.upgrade() else { return Ok(()) };
     let mut reducer = lock(&shared).map_err(|error| error.to_string())?;
-    reducer.begin(weak);
+    reducer.begin(weak, false);
     if let Some(error) = &reducer.failed {
         return Err(error.to_string());
     }
@@ -181,7 +185,26 @@ fn on_end(weak: &Weak<Mutex<Reducer>>) -> Result<(), String> {
         return Err(error.to_string());
     }
     let outcome = reducer.finish();
-    reducer.remember(outcome)
+    let is_good = !matches!(outcome, Err(Error::NonFinite { .. }));
+    let told = reducer.remember(outcome);
+    drop(reducer);
+    if !is_good {
+        // libtorch drops the callbacks behind one that fails, and the group is to stay good.
+        finish_others(&shared);
+    }
+    told
+}
+
+/// Ends this backward for the other models that it reached.
+fn finish_others(shared: &Shared) {
+    for other in witness::reducers().iter().filter(|other| !Arc::ptr_eq(other, shared)) {
+        let Ok(mut reducer) = other.lock() else { continue };
+        if reducer.run.as_ref().is_some_and(|run| run.is_open && !run.is_over) {
+            let outcome = reducer.finish();
+            // The first error is the one that is told.
+            drop(reducer.remember(outcome));
+        }
+    }
 }
 
 impl Reducer {
@@ -205,6 +228,7 @@ impl Reducer {
             accumulated: Accumulated::default(),
             agreed,
             counts: None,
+            is_suspect: false,
             is_order_settled,
             head,
             tail,
@@ -225,9 +249,8 @@ impl Reducer {
     fn fit(&mut self) -> Result<()> {
         let count = self.store.model.parameters().len();
         self.accumulated.pending.resize(count, false);
-        if self.options.find_unused_parameters
-            && self.used.as_ref().is_none_or(|r| r.len() != count)
-        {
+        let tells = self.options.find_unused_parameters || self.options.static_graph;
+        if tells && self.used.as_ref().is_none_or(|r| r.len() != count) {
             self.used = Some(self.store.group.allocate_on_host(count)?);
         }
         Ok(())
@@ -254,6 +277,7 @@ impl Reducer {
             Error::NonFinite { .. }
                 | Error::ParametersDiffer { .. }
                 | Error::ModelMismatch { .. }
+                | Error::RanksDiffer { .. }
                 | Error::Comm(_)
         );
         if !is_everywhere {
@@ -267,6 +291,10 @@ impl Reducer {
 
     /// Forgets gradients, and the weights that belong to them.
     pub(crate) fn release_gradients(&mut self) -> Result<()> {
+        if self.accumulated.pending.contains(&true) {
+            let known = &self.accumulated.samples;
+            self.is_suspect |= !known.is_empty() && *known != self.store.samples();
+        }
         self.store.clear_gradients()?;
         self.forget();
         Ok(())

@@ -66,12 +66,14 @@ impl Head {
 }
 
 /// Told after the last bucket.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Tail {
     /// The first parameter in which this rank found what is not finite, and how many elements of it.
     pub(crate) non_finite: Option<(usize, usize)>,
     /// A hash of the parameters, where it is time for it.
     pub(crate) fingerprint: Option<u32>,
+    /// Steps of this library's optimizers, the last one's learning rate, and a hash of what else they were made with.
+    pub(crate) stepped: (u64, f64, u32),
     /// From the end of the exchange before to the beginning of this backward, without waiting for others.
     pub(crate) outside: Duration,
     /// This rank's own part of backward, without waiting for others.
@@ -79,7 +81,7 @@ pub(crate) struct Tail {
 }
 
 impl Tail {
-    pub(crate) const LEN: usize = 5;
+    pub(crate) const LEN: usize = 8;
 
     #[expect(clippy::cast_precision_loss, reason = "counts of elements are far below 2^53")]
     pub(crate) fn encode(self) -> [f64; Self::LEN] {
@@ -91,6 +93,9 @@ impl Tail {
             self.fingerprint.map_or(-1.0, f64::from),
             self.outside.as_secs_f64(),
             self.backward.as_secs_f64(),
+            self.stepped.0 as f64,
+            self.stepped.1,
+            f64::from(self.stepped.2),
         ]
     }
 
@@ -100,13 +105,14 @@ impl Tail {
         reason = "whole numbers that `encode` wrote"
     )]
     pub(crate) fn decode(row: [f64; Self::LEN]) -> Self {
-        let [parameter, count, fingerprint, outside, backward] = row;
+        let [parameter, count, fingerprint, outside, backward, steps, lr, settings] = row;
         let seconds = |value: f64| Duration::try_from_secs_f64(value).unwrap_or_default();
         Self {
             non_finite: (parameter > 0.0).then(|| (parameter as usize - 1, count as usize)),
             fingerprint: (fingerprint >= 0.0).then_some(fingerprint as u32),
             outside: seconds(outside),
             backward: seconds(backward),
+            stepped: (steps as u64, lr, settings as u32),
         }
     }
 }
@@ -124,6 +130,7 @@ mod tests {
             fingerprint: Some(u32::MAX),
             outside: Duration::from_millis(250),
             backward: Duration::from_millis(500),
+            stepped: (12, 0.125, u32::MAX),
         };
         assert_eq!(Tail::decode(tail.encode()), tail);
         assert_eq!(Tail::decode(Tail::default().encode()), Tail::default());

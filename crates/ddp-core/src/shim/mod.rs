@@ -246,10 +246,6 @@ pub(crate) struct Hook {
     raw: *mut c_void,
 }
 
-// SAFETY: the handle is a shared_ptr to a graph node and a key; libtorch's nodes may be used and
-// released on any thread, and the handle itself is only ever used by its single owner.
-unsafe impl Send for Hook {}
-
 impl Hook {
     /// Runs `body` after each accumulation into the gradient of `variable`. An error of `body` stops
     /// that backward with its text.

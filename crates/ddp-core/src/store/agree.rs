@@ -11,6 +11,7 @@ use crate::{Error, Result};
 const DIFFERENCES_SHOWN: usize = 8;
 
 /// Compares the signature of all ranks, whose first line is the settings and the others a tensor each. Collective.
+/// The first line is a title of its own; the others are a tensor each.
 pub(crate) fn same_on_all_ranks(group: &mut Group, tag: &str, mine: &[String]) -> Result<()> {
     let gathered = group.tagged(tag).all_gather_bytes(mine.join("\n").as_bytes())?;
     let texts: Vec<String> =
@@ -20,6 +21,19 @@ pub(crate) fn same_on_all_ranks(group: &mut Group, tag: &str, mine: &[String]) -
         Some(report) => Err(Error::ModelMismatch { report }),
         None => Ok(()),
     }
+}
+
+/// As [`same_on_all_ranks`], for what is no model: the error says `what` differs. Collective.
+pub(crate) fn alike(
+    group: &mut Group,
+    tag: &str,
+    what: &'static str,
+    mine: &[String],
+) -> Result<()> {
+    same_on_all_ranks(group, tag, mine).map_err(|error| match error {
+        Error::ModelMismatch { report } => Error::RanksDiffer { what, report },
+        other => other,
+    })
 }
 
 /// The report on `lines[rank]`, or nothing when all are equal. Pure.

@@ -222,6 +222,21 @@ fn as_i64(range: &Range<usize>) -> Result<(i64, i64)> {
     Ok((convert(range.start)?, convert(range.len())?))
 }
 
+/// The memory of a dense tensor on the CPU.
+pub(crate) fn dense_bytes<'a>(name: &str, tensor: &'a Tensor) -> Result<&'a [u8]> {
+    let is_dense = dense_strides(name, tensor).is_ok() && tensor.device() == Device::Cpu;
+    if !is_dense {
+        let (shape, strides) = (tensor.size(), tensor.stride());
+        return Err(Error::NotDense { name: name.to_owned(), shape, strides });
+    }
+    let len = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    if len == 0 {
+        return Ok(&[]);
+    }
+    // SAFETY: dense, on the CPU: its elements fill `len` bytes from its data pointer on, and the borrow keeps it.
+    Ok(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<u8>().cast_const(), len) })
+}
+
 /// Strides that a view of a parameter needs: its own if it is dense, which keeps the layout that its
 /// kernels like (channels last, say).
 pub(crate) fn dense_strides(name: &str, tensor: &Tensor) -> Result<Vec<i64>> {

@@ -47,17 +47,22 @@ pub(crate) struct Store {
     expected: Vec<Variable>,
     /// Counts the plans: who keeps something by place looks whether it is still that one.
     pub(crate) layout: u64,
-    /// Whether an optimizer of this library steps on the gradients, and whether it has.
+    /// Who of this library steps on the gradients, and how.
     pub(crate) optimizer: Attached,
     device: Device,
 }
 
-/// What a store knows of this library's optimizer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Attached {
-    No,
-    Yes,
-    Stepped,
+/// What a store knows of this library's optimizers.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Attached {
+    /// How many there are.
+    pub(crate) count: usize,
+    /// Steps made.
+    pub(crate) steps: u64,
+    /// Learning rate of the last one.
+    pub(crate) lr: f64,
+    /// A hash of what else the steps were made with.
+    pub(crate) settings: u32,
 }
 
 impl Store {
@@ -80,7 +85,7 @@ impl Store {
             views: Vec::new(),
             expected,
             layout: 0,
-            optimizer: Attached::No,
+            optimizer: Attached::default(),
             device,
         };
         let order = store.initial_order(options)?;
@@ -120,9 +125,7 @@ impl Store {
         self.storages.extend(storages);
         let count = self.model.parameters().len();
         for index in first..count {
-            self.settle(index)?;
-            let named = self.model.parameter(index);
-            shim::gradient_set(&named.tensor, None)?;
+            self.settle(index)?; // a gradient that is there already goes to its view with its hook
         }
         self.layout += 1;
         self.approve()
@@ -260,6 +263,12 @@ impl Store {
     /// The parameters, by storage.
     pub(crate) fn parameters(&self) -> Vec<&Flat> {
         self.storages.iter().map(|storage| &storage.parameters).collect()
+    }
+
+    /// How often each view of a gradient was changed in place.
+    pub(crate) fn view_versions(&self) -> Result<Vec<u32>> {
+        let views: Vec<&Tensor> = self.views.iter().collect();
+        Ok(shim::variables(&views)?.into_iter().map(|state| state.version).collect())
     }
 
     /// Bytes of all gradients.
