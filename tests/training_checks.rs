@@ -10,10 +10,10 @@ use tch::Device;
 fn the_checks_of_training_hold_on_the_processor() {
     for world_size in [1, 2, 3] {
         for (what, check) in training::CHECKS {
-            let said = run_ranks(world_size, move |mut group| {
+            let of_ranks = run_ranks(world_size, move |mut group| {
                 check(&mut group, Device::Cpu).map_err(|error| format!("{error:#}"))
             });
-            for (rank, said) in said.iter().enumerate() {
+            for (rank, said) in of_ranks.iter().enumerate() {
                 let said =
                     said.as_ref().unwrap_or_else(|error| panic!("{what}: rank {rank}: {error}"));
                 if rank == 0 {

@@ -34,7 +34,8 @@ struct Plan {
     seed: u64,
     kind: Kind,
     device: Device,
-    max_grad_norm: Option<f64>,
+    /// Infinite where gradients are not clipped: their norm is wanted all the same.
+    max_grad_norm: f64,
     non_finite: NonFinite,
     /// Number of this rank's first micro-batch among those of a global batch.
     first_micro_batch: usize,
@@ -76,7 +77,7 @@ impl Trainer {
                 seed: config.train.seed,
                 kind: kind(config.train.precision),
                 device: vs.device(),
-                max_grad_norm: (norm > 0.0).then_some(norm),
+                max_grad_norm: if norm > 0.0 { norm } else { f64::INFINITY },
                 non_finite: config.ddp.non_finite,
                 first_micro_batch: group.rank() * batching.accumulate,
             },
@@ -110,8 +111,8 @@ impl Trainer {
         let optimizer_start = Instant::now();
         let lr = self.schedule.lr(step - 1);
         self.optimizer.set_lr(lr)?;
-        let Step { gradient_norm: grad_norm, skipped } =
-            self.optimizer.step(self.plan.max_grad_norm)?;
+        let Step { gradient_norm, skipped } = self.optimizer.step(Some(self.plan.max_grad_norm))?;
+        let grad_norm = gradient_norm.unwrap_or(f64::NAN);
         self.skipped_count += u64::from(skipped);
         self.finish_device();
         let optimizer_time = optimizer_start.elapsed();

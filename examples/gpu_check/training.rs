@@ -2,7 +2,7 @@
 //! by `tests/training_checks.rs`, which shows that the checks themselves are right.
 //!
 //! Most train the same model on the processor first, in the same group, and compare.
-#![expect(clippy::cast_precision_loss, reason = "small whole numbers")]
+#![expect(clippy::cast_precision_loss, clippy::cast_possible_wrap, reason = "small whole numbers")]
 
 use anyhow::{bail, ensure, Context as _, Result};
 use phalanx::ddp::amp::LossScaler;
@@ -97,22 +97,22 @@ fn optimizer(ddp: &Ddp, rule: impl Rule + 'static) -> Result<Optimizer> {
 }
 
 /// The largest difference of two runs, of numbers that are about one.
-fn off(left: &[f32], right: &[f32]) -> f32 {
+fn apart(left: &[f32], right: &[f32]) -> f32 {
     left.iter().zip(right).map(|(l, r)| (l - r).abs()).fold(0.0, f32::max)
 }
 
 /// A few steps on the device beside the same on the processor.
 fn training(group: &mut Group, device: Device, zero: Zero) -> Result<String> {
     let mut losses = Vec::new();
-    for device in [Device::Cpu, device] {
-        let Net { vs, net } = network(device, WIDTH);
+    for place in [Device::Cpu, device] {
+        let Net { vs, net } = network(place, WIDTH);
         let ddp = Ddp::new(&vs, group, options(zero))?;
         let mut optimizer = optimizer(&ddp, AdamW { lr: 1e-3, ..AdamW::default() })?;
         let mut of_device = Vec::new();
         for step in 0..10 {
-            let loss = loss_sum(&net, &batch(group, device, step));
+            let loss = loss_sum(&net, &batch(group, place, step));
             ddp.backward(&loss, ROWS as f64, Sync::Reduce)?;
-            let norm = optimizer.step(Some(1.0))?.gradient_norm;
+            let norm = optimizer.step(Some(1.0))?.gradient_norm.context("it was clipped")?;
             ensure!(norm.is_finite() && norm > 0.0, "gradient norm {norm}");
             of_device.push(loss.double_value(&[]));
         }
@@ -126,32 +126,37 @@ fn training(group: &mut Group, device: Device, zero: Zero) -> Result<String> {
     Ok(format!("loss {first:.1} → {last:.1}, within {difference:.1e} of the CPU"))
 }
 
+/// Makes a rule.
+type Make = fn() -> Box<dyn Rule>;
+
+/// With everything on that they have.
+const RULES: [(&str, Make); 4] = [
+    ("AdamW", || Box::new(AdamW { lr: 0.01, weight_decay: 0.1, ..AdamW::default() })),
+    ("Adam", || Box::new(Adam { lr: 0.01, weight_decay: 0.1, ..Adam::default() })),
+    ("SGD", || {
+        let (lr, momentum, dampening, weight_decay) = (0.01, 0.9, 0.0, 0.1);
+        Box::new(Sgd { lr, momentum, dampening, nesterov: true, weight_decay })
+    }),
+    ("LAMB", || Box::new(Lamb { lr: 0.01, weight_decay: 0.1, ..Lamb::default() })),
+];
+
 /// Every rule's steps beside those on the processor, with gradients that are whole numbers: nothing differs but the
 /// rule's own rounding.
 fn rules(group: &mut Group, device: Device, zero: Zero) -> Result<String> {
-    let (lr, weight_decay) = (0.01, 0.1);
-    let all: [(&str, fn(f64, f64) -> Box<dyn Rule>); 4] = [
-        ("AdamW", |lr, weight_decay| Box::new(AdamW { lr, weight_decay, ..AdamW::default() })),
-        ("Adam", |lr, weight_decay| Box::new(Adam { lr, weight_decay, ..Adam::default() })),
-        ("SGD", |lr, weight_decay| {
-            Box::new(Sgd { lr, momentum: 0.9, dampening: 0.0, nesterov: true, weight_decay })
-        }),
-        ("LAMB", |lr, weight_decay| Box::new(Lamb { lr, weight_decay, ..Lamb::default() })),
-    ];
     let mut seen = Vec::new();
-    for (name, rule) in all {
+    for (name, rule) in RULES {
         let mut by_device = Vec::new();
-        for device in [Device::Cpu, device] {
-            let Net { vs, .. } = network(device, WIDTH);
+        for place in [Device::Cpu, device] {
+            let Net { vs, .. } = network(place, WIDTH);
             let ddp = Ddp::new(&vs, group, options(zero))?;
-            let mut optimizer = optimizer(&ddp, rule(lr, weight_decay))?;
+            let mut optimizer = optimizer(&ddp, rule())?;
             for step in 0..5 {
                 ddp.backward(&whole_loss(&vs, group.rank() + step), 1.0, Sync::Reduce)?;
                 let _step = optimizer.step(Some(2.0))?;
             }
             by_device.push(weights(&vs)?);
         }
-        let off = off(&by_device[0], &by_device[1]);
+        let off = apart(&by_device[0], &by_device[1]);
         // Weights below 1; 5 steps of some 40 roundings of 6e-8 are 1.2e-5, were they all on one side.
         ensure!(off < 1e-5, "{name}: weights differ from the CPU's by {off:.1e}");
         seen.push(format!("{name} {off:.0e}"));
@@ -161,7 +166,7 @@ fn rules(group: &mut Group, device: Device, zero: Zero) -> Result<String> {
 
 /// A loss whose gradients are whole numbers from −8 to 8.
 fn whole_loss(vs: &nn::VarStore, seed: usize) -> Tensor {
-    let seed = i64::try_from(seed).unwrap_or(0);
+    let seed = seed as i64;
     let product = |(index, (_, variable)): (usize, (String, Tensor))| {
         let at = Tensor::arange(
             i64::try_from(variable.numel()).unwrap_or(0),
@@ -251,7 +256,7 @@ fn with_nan(
             loss_sum(&net, &batch(group, device, step)) * if is_bad { f64::NAN } else { 1.0 };
         let before = weights(&vs)?;
         told(step, ddp.backward(&loss, ROWS as f64, Sync::Reduce), &mut optimizer)?;
-        let moved = off(&before, &weights(&vs)?);
+        let moved = apart(&before, &weights(&vs)?);
         ensure!((moved > 0.0) == (step != 1), "step {step} moved weights by {moved:.1e}");
     }
     Ok(ddp.compare_parameters()?)
@@ -288,8 +293,8 @@ fn non_finite_is_skipped(group: &mut Group, device: Device) -> Result<String> {
 /// Layers that some ranks use, and one that nobody does.
 fn unused_parameters(group: &mut Group, device: Device) -> Result<String> {
     let mut by_device = Vec::new();
-    for device in [Device::Cpu, device] {
-        let vs = nn::VarStore::new(device);
+    for place in [Device::Cpu, device] {
+        let vs = nn::VarStore::new(place);
         let layer =
             |name: &str| nn::linear(vs.root() / name, WIDTH, WIDTH, nn::LinearConfig::default());
         let (base, of_some, of_nobody) = (layer("base"), layer("of_some"), layer("of_nobody"));
@@ -299,7 +304,7 @@ fn unused_parameters(group: &mut Group, device: Device) -> Result<String> {
         let ddp = Ddp::new(&vs, group, options)?;
         let mut optimizer = optimizer(&ddp, Sgd { lr: 0.01, weight_decay: 0.1, ..Sgd::default() })?;
         for step in 0..4 {
-            let y = base.forward(&batch(group, device, step));
+            let y = base.forward(&batch(group, place, step));
             let uses = (step + group.rank()).is_multiple_of(2);
             let y = if uses { of_some.forward(&y) } else { y };
             ddp.backward(&y.square().sum(Kind::Float), ROWS as f64, Sync::Reduce)?;
@@ -310,7 +315,7 @@ fn unused_parameters(group: &mut Group, device: Device) -> Result<String> {
         ensure!(before == after, "what nobody used was updated");
         by_device.push(weights(&vs)?);
     }
-    let off = off(&by_device[0], &by_device[1]);
+    let off = apart(&by_device[0], &by_device[1]);
     ensure!(off < 1e-4, "weights differ from the CPU's by {off:.1e}");
     Ok(format!("left alone; the others within {off:.0e} of the CPU"))
 }
@@ -345,8 +350,8 @@ fn parameters_compared(group: &mut Group, device: Device) -> Result<String> {
 /// Rank r has r + 2 batches.
 fn join(group: &mut Group, device: Device) -> Result<String> {
     let mut by_device = Vec::new();
-    for device in [Device::Cpu, device] {
-        let Net { vs, .. } = network(device, WIDTH);
+    for place in [Device::Cpu, device] {
+        let Net { vs, .. } = network(place, WIDTH);
         let ddp = Ddp::new(&vs, group, options(Zero::One))?;
         let mut optimizer = optimizer(&ddp, Sgd { lr: 0.01, momentum: 0.5, ..Sgd::default() })?;
         let join = ddp.join()?;
@@ -364,7 +369,7 @@ fn join(group: &mut Group, device: Device) -> Result<String> {
         ddp.compare_parameters()?;
         by_device.push(weights(&vs)?);
     }
-    let off = off(&by_device[0], &by_device[1]);
+    let off = apart(&by_device[0], &by_device[1]);
     ensure!(off < 1e-5, "weights differ from the CPU's by {off:.1e}");
     Ok(format!("2 to {} batches; within {off:.0e} of the CPU", group.world_size() + 1))
 }

@@ -91,7 +91,8 @@ pub struct DdpOptions {
     pub sparse_gradients: SparseGradients,
     /// What to do with gradients that are not finite.
     pub non_finite: NonFinite,
-    /// After how many exchanges the ranks compare fingerprints of their parameters; 0 is never.
+    /// After how many exchanges the ranks compare fingerprints of their parameters; 0 is never. Before that they do in
+    /// exchanges 1, 2, 4, 8 …, where most mistakes show.
     pub fingerprint_interval: u64,
     /// The order in which gradients become ready, as [`Ddp::ready_order`](crate::Ddp::ready_order) of an
     /// earlier run tells it. `None`: the reverse of registration at first, and the order that rank 0 saw in

@@ -76,8 +76,9 @@ impl State {
             let parameters = store.storages[bucket.storage].parameters.range(&segment)?;
             let mut target = masters.range(&(start..start + segment.len()))?;
             // Only where a master does not round to its parameter: weights that were taken out and put back are the same.
-            let is_same = target.f_to_kind(parameters.kind())?.f_eq_tensor(&parameters)?;
-            let heeded = target.f_where_self(&is_same, &parameters.f_to_kind(target.kind())?)?;
+            let rounds_to_it = target.f_to_kind(parameters.kind())?.f_eq_tensor(&parameters)?;
+            let heeded =
+                target.f_where_self(&rounds_to_it, &parameters.f_to_kind(target.kind())?)?;
             tch::no_grad(|| target.f_copy_(&heeded).map(drop))?;
         }
         Ok(())

@@ -181,8 +181,8 @@ impl Reducer {
                 self.accumulated.pending[slot] = false;
             }
             is_pending |= self.accumulated.pending[slot];
-            let known = self.accumulated.states.get(variable);
-            let is_changed = known.is_some_and(|known| known.version != state.version);
+            let before = self.accumulated.states.get(variable);
+            let is_changed = before.is_some_and(|before| before.version != state.version);
             if is_changed || is_other(slot) {
                 stepped = stepped.or(Some(variable));
             }

@@ -217,11 +217,11 @@ impl Reducer {
     fn count_gradients(&mut self) -> Result<()> {
         let Some(first) = &mut self.run else { return Ok(()) };
         let own = first.counts.clone();
-        let told = if first.is_backward { own.as_slice() } else { &[] };
-        let bytes: Vec<u8> = told.iter().flat_map(|count| count.to_le_bytes()).collect();
+        let mine = if first.is_backward { own.as_slice() } else { &[] };
+        let encoded: Vec<u8> = mine.iter().flat_map(|count| count.to_le_bytes()).collect();
         let frozen = first.ready.startable();
         let group = &mut self.store.group;
-        let told = group.tagged("gradients of the static graph").all_gather_bytes(&bytes)?;
+        let told = group.tagged("gradients of the static graph").all_gather_bytes(&encoded)?;
         let decoded = |bytes: &Vec<u8>| -> Vec<u32> {
             let numbers = bytes.chunks_exact(4);
             numbers.map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
