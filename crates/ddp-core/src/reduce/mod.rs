@@ -4,8 +4,8 @@
 //! On CPU the hooks and the end-of-backward callback run on the thread that called `backward`, on CUDA on
 //! the device's autograd thread; either way one at a time, under the mutex that holds the [`Reducer`].
 //!
-//! The way of one gradient: [`backward`] sees a backward begin, looks whether the model is what was wrapped, and
-//! brings each gradient to its view; [`ready`] says which buckets that fills; [`exchange`] starts them, waits for
+//! The way of one gradient: [`backward`] sees a backward begin, [`watch`] looks whether the model is what was wrapped,
+//! [`backward`] brings each gradient to its view; [`ready`] says which buckets that fills; [`exchange`] starts them, waits for
 //! them at the end, and hears what the ranks tell each other ([`notes`], [`findings`]); [`delivery`] hands them out.
 //!
 //! Gradients are views of the flat storage. Where the gradient was undefined before this backward, libtorch's
@@ -23,6 +23,7 @@ mod finite;
 mod notes;
 pub mod ready;
 pub(crate) mod statistics;
+mod watch;
 mod witness;
 
 use std::sync::{Arc, Mutex, Weak};
