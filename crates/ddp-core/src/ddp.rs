@@ -18,6 +18,8 @@ use crate::{heap, shim, threads, DdpOptions, Error, Join, Result, Sync};
 /// the first step on; when it returns, `grad()` of every parameter is the mean over the ranks. Dropping it
 /// ends that; the model stays usable.
 ///
+/// It stays on the thread that made it, and so does the training: that is where backwards are seen.
+///
 /// # What may change
 /// Parameters may be frozen and unfrozen between steps, on all ranks alike: frozen ones are left out, and
 /// ones that were frozen when the model was wrapped are exchanged from their first gradient on. Everything
