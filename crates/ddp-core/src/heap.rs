@@ -1,6 +1,6 @@
 //! Memory that a step has freed is kept for the next one. glibc gives large blocks back to the system at once and asks
-//! for them again in the next step, which then touches every page of its activations and gradients for the first time:
-//! in a step of BERT-large on one thread a tenth of the time.
+//! for them again in the next step, which then touches every page of its activations and gradients for the first time.
+//! `docs/performance.md` has what that costs.
 #![expect(unsafe_code, reason = "gate: tells the C library's allocator")]
 
 use std::sync::Once;

@@ -10,15 +10,13 @@
 
 mod support;
 
-use std::panic::{catch_unwind, AssertUnwindSafe};
-
 use phalanx_comm::testing::run_ranks;
 use phalanx_comm::Group;
 use phalanx_ddp_core::{
     AdamW, Ddp, DdpOptions, Error, NonFinite, Optimizer, ParameterGroups, Sgd, SparseGradients,
     Sync, Zero,
 };
-use support::{assert_within, options, pattern, values, wrapped, Model, ROUNDOFF};
+use support::{assert_within, options, panic_text, pattern, values, wrapped, Model, ROUNDOFF};
 use tch::nn::{Module, OptimizerConfig as _};
 use tch::{nn, Device, Kind, Tensor};
 
@@ -29,18 +27,6 @@ fn linear(path: nn::Path<'_>, inputs: i64, outputs: i64) -> nn::Linear {
 /// Inputs that differ from rank to rank and step to step.
 fn input(group: &Group, step: i64) -> Tensor {
     pattern(&[4, 5], 10 * step + group.rank() as i64)
-}
-
-/// The text with which a closure of plain tch panics.
-fn panic_text<T>(body: impl FnOnce() -> T) -> String {
-    match catch_unwind(AssertUnwindSafe(body)) {
-        Ok(_) => String::from("no panic"),
-        Err(panic) => panic
-            .downcast_ref::<String>()
-            .cloned()
-            .or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string))
-            .unwrap_or_default(),
-    }
 }
 
 /// All values of a store, by name.

@@ -10,22 +10,13 @@
 
 mod support;
 
-use std::panic::{catch_unwind, AssertUnwindSafe};
-
 use phalanx_comm::testing::run_ranks;
 use phalanx_ddp_core::{
     Ddp, DdpOptions, Error, NonFinite, Optimizer, ParameterGroups, Sgd, Sync, Zero,
 };
-use support::{options, values, wrapped, Model};
+use support::{options, panic_text, values, wrapped, Model};
 use tch::nn::OptimizerConfig as _;
 use tch::{nn, Device, Kind, Tensor};
-
-fn panic_text<T>(body: impl FnOnce() -> T) -> String {
-    match catch_unwind(AssertUnwindSafe(body)) {
-        Ok(_) => String::from("no panic"),
-        Err(panic) => panic.downcast_ref::<String>().cloned().unwrap_or_default(),
-    }
-}
 
 /// Samples of this rank in a step.
 fn share(rank: usize, step: i64) -> std::ops::Range<i64> {
@@ -143,11 +134,7 @@ fn gradients_zeroed_in_place_are_released() {
         zero();
         for _ in 0..2 {
             ddp.backward(&model.whole_loss_sum(range()), 4.0, Sync::Reduce).unwrap();
-            let mean = values(&model.vs.variables()["three.bias"].grad());
             zero();
-            if mean.is_empty() {
-                return mean;
-            }
         }
         ddp.backward(&model.whole_loss_sum(range()), 4.0, Sync::Reduce).unwrap();
         values(&model.vs.variables()["three.bias"].grad())

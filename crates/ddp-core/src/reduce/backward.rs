@@ -3,13 +3,14 @@
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
+use phalanx_comm::{Mark, Work};
+
 use super::finite;
 use super::ready::Ready;
 use super::{Asked, Outcome, Reducer};
 use crate::shim::{self, GradientPlace, Variable};
 use crate::store::flat::Scale;
 use crate::{Error, NonFinite, Result, SparseGradients};
-use phalanx_comm::{Mark, Work};
 
 /// What is known of the backward that is going on.
 #[derive(Debug)]
@@ -39,6 +40,8 @@ pub(super) struct Run {
     /// Parameters as their first gradients came.
     pub(super) order: Vec<usize>,
     pub(super) works: Vec<Work<'static>>,
+    /// Bytes of gradients that were sent.
+    pub(super) bytes: u64,
     pub(super) first_start: Option<Instant>,
     pub(super) first_mark: Option<Mark>,
     pub(super) scale: Option<Scale>,
@@ -71,6 +74,7 @@ impl Run {
             counts: Vec::new(),
             order: Vec::new(),
             works: Vec::new(),
+            bytes: 0,
             first_start: None,
             first_mark: None,
             scale: None,

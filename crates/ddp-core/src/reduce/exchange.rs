@@ -94,6 +94,7 @@ impl Reducer {
             run.first_start = Some(Instant::now());
             run.first_mark = store.group.mark()?;
         }
+        run.bytes += (bucket.range.len() * gradients.kind().elt_size_in_bytes()) as u64;
         store.group.tagged(&tag);
         // Before the order is settled every rank gets all: it may yet be laid anew.
         let everywhere = !self.is_order_settled;

@@ -24,7 +24,8 @@ impl Reducer {
         // Soon at first, where most mistakes show, then now and then.
         let is_due = number.is_multiple_of(interval.max(1))
             || (number < interval && number.is_power_of_two());
-        let fingerprint = match (interval > 0 && is_due) || std::mem::take(&mut self.is_suspect) {
+        let is_suspect = std::mem::take(&mut self.is_suspect);
+        let fingerprint = match is_suspect || (interval > 0 && is_due) {
             true => Some(fingerprint::combined(&fingerprint::of_parameters(&self.store)?)),
             false => None,
         };
@@ -66,7 +67,7 @@ impl Reducer {
     pub(super) fn finish_statistics(&mut self, run: &Run, tails: &[Tail], last_gradient: Instant) {
         let statistics = &mut self.clock.statistics;
         statistics.exchange_count += u64::from(self.options.exchange);
-        statistics.bytes = self.store.exchanged_bytes();
+        statistics.bytes = run.bytes;
         let own = RankTimes {
             outside: run.began.saturating_duration_since(self.clock.ended),
             backward: last_gradient.saturating_duration_since(run.began),

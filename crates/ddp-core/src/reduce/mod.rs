@@ -72,7 +72,7 @@ pub(crate) struct Reducer {
     is_order_settled: bool,
     head: Notes<{ Head::LEN }>,
     tail: Notes<{ Tail::LEN }>,
-    /// By parameter, with `find_unused_parameters` or `static_graph`: on how many ranks it has a gradient.
+    /// By parameter, with `find_unused_parameters` or `static_graph`: whether any rank has a gradient for it.
     used: Option<Region<i32>>,
     clock: Clock,
 }

@@ -11,7 +11,6 @@ use crate::{Error, Result};
 const DIFFERENCES_SHOWN: usize = 8;
 
 /// Compares the signature of all ranks, whose first line is the settings and the others a tensor each. Collective.
-/// The first line is a title of its own; the others are a tensor each.
 pub(crate) fn same_on_all_ranks(group: &mut Group, tag: &str, mine: &[String]) -> Result<()> {
     let gathered = group.tagged(tag).all_gather_bytes(mine.join("\n").as_bytes())?;
     let texts: Vec<String> =

@@ -91,10 +91,6 @@ impl Flat {
         Ok(Self { tensor, memory: Memory::Private })
     }
 
-    pub(crate) fn len(&self) -> usize {
-        self.tensor.numel()
-    }
-
     pub(crate) fn kind(&self) -> Kind {
         self.tensor.kind()
     }

@@ -207,8 +207,8 @@ impl Store {
     }
 
     /// Lays everything anew in `order`, if buckets start sooner then. Gradients that are in their views
-    /// stay what they are; what the optimizer keeps by place is void. Needs room for a second copy of the
-    /// gradients, then of the parameters. Collective.
+    /// stay what they are; what the optimizer keeps by place is void. Needs room for a second copy of
+    /// parameters and gradients meanwhile. Collective.
     pub(crate) fn lay_anew(&mut self, order: &[usize], options: &DdpOptions) -> Result<bool> {
         let plan = self.planned(0, order, options);
         if self.plan.lateness(order) - plan.lateness(order) < WORTHWHILE {
@@ -269,14 +269,6 @@ impl Store {
     pub(crate) fn view_versions(&self) -> Result<Vec<u32>> {
         let views: Vec<&Tensor> = self.views.iter().collect();
         Ok(shim::variables(&views)?.into_iter().map(|state| state.version).collect())
-    }
-
-    /// Bytes of all gradients.
-    pub(crate) fn exchanged_bytes(&self) -> u64 {
-        let bytes = |storage: &Storage| {
-            storage.gradients.len() * storage.gradients.kind().elt_size_in_bytes()
-        };
-        self.storages.iter().map(bytes).sum::<usize>() as u64
     }
 
     /// What the variables are at this moment; an error if they are not what was wrapped.

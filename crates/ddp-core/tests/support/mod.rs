@@ -3,6 +3,8 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 #![allow(clippy::cast_possible_wrap, clippy::cast_precision_loss, reason = "small numbers")]
 
+use std::panic::{catch_unwind, AssertUnwindSafe};
+
 use phalanx_comm::Group;
 use phalanx_ddp_core::{Ddp, DdpOptions, Zero};
 use tch::{nn, nn::Module, Device, Kind, Tensor};
@@ -128,5 +130,17 @@ pub(crate) fn assert_within(left: &[f32], right: &[f32], bound: f64) {
     for (at, (&l, &r)) in left.iter().zip(right).enumerate() {
         let off = (f64::from(l) - f64::from(r)).abs();
         assert!(off <= bound, "element {at}: {l} and {r}, off by {off:.1e} of {bound:.1e}");
+    }
+}
+
+/// The text with which a closure of plain tch panics.
+pub(crate) fn panic_text<T>(body: impl FnOnce() -> T) -> String {
+    match catch_unwind(AssertUnwindSafe(body)) {
+        Ok(_) => String::from("no panic"),
+        Err(panic) => panic
+            .downcast_ref::<String>()
+            .cloned()
+            .or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string))
+            .unwrap_or_default(),
     }
 }
