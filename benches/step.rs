@@ -9,6 +9,10 @@
 //! without it left behind. A step is done when the slowest rank is: with exchange all ranks wait for it anyway.
 //! The figure is the ratio of the medians; rank 0's own (which also counts its waiting for slower ranks) is
 //! printed beside it.
+//!
+//! `--checks` compares something else: steps that look for what is not finite and compare fingerprints, as is the default,
+//! with steps of a second model that do neither. A fingerprint is due in one step of a hundred, so at least that
+//! many belong into a run.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 #![allow(clippy::cast_precision_loss, reason = "token counts are far below 2^53")]
@@ -31,8 +35,12 @@ use phalanx::comm::Max;
 use phalanx::launch::{launch_or_join, Joined, LaunchArgs};
 use phalanx::{Ddp, DdpOptions, Group, GroupOptions, Zero};
 use phalanx_ddp_core::optim::{AdamW, Optimizer};
-use phalanx_ddp_core::{amp, Sync};
+use phalanx_ddp_core::{amp, NonFinite, Sync};
 use tch::{nn, Device, Kind, Tensor};
+
+/// Rounds before the timed ones: allocators and caches are warm by then, the order of buckets is settled, and so are the
+/// fingerprints of the first exchanges (1, 2, 4, 8), which are one in a hundred later.
+const WARM_UP: usize = 9;
 
 #[derive(Debug, Parser)]
 #[expect(
@@ -57,6 +65,9 @@ struct Flags {
     /// Timed steps of each kind.
     #[arg(long, default_value_t = 20)]
     steps: usize,
+    /// Measure what the look for non-finite gradients and the fingerprints cost.
+    #[arg(long)]
+    checks: bool,
     /// A rank beside PyTorch: makes the steps that standard input asks for (`scripts/bench_ddp.sh`).
     #[arg(long, hide = true)]
     take_turns: bool,
@@ -78,23 +89,47 @@ fn main() -> ExitCode {
 }
 
 /// One rank's model, and what a step of it needs.
-struct Stepper<'a> {
-    network: &'a model::BertForMaskedLm,
-    ddp: &'a Ddp,
+struct Stepper {
+    network: model::BertForMaskedLm,
+    ddp: Ddp,
     optimizer: Optimizer,
-    group: Group,
     ids: Tensor,
     labels: Tensor,
     kind: Kind,
     parameter_elements: usize,
 }
 
-impl Stepper<'_> {
+impl Stepper {
+    fn new(flags: &Flags, group: &mut Group, are_checked: bool) -> Result<Self> {
+        let kind = match flags.precision.as_str() {
+            "fp32" => Kind::Float,
+            "bf16" => Kind::BFloat16,
+            other => anyhow::bail!("--precision {other}: expected fp32 or bf16"),
+        };
+        let config = config::Config::read(Path::new(&flags.config))?;
+        let vs = nn::VarStore::new(Device::Cpu);
+        let network = model::build(&vs, &config.model, 1, group.rank())?;
+        let zero = match flags.zero.unwrap_or(config.ddp.zero) {
+            0 => Zero::Off,
+            1 => Zero::One,
+            other => anyhow::bail!("--zero {other}: expected 0 or 1"),
+        };
+        let mut options = DdpOptions { zero, ..DdpOptions::default() };
+        if !are_checked {
+            (options.non_finite, options.fingerprint_interval) = (NonFinite::Ignore, 0);
+        }
+        let ddp = Ddp::new(&vs, group, options)?;
+        let optimizer = Optimizer::new(&ddp, AdamW::default(), model::groups())?;
+        let (ids, labels) = batch(config.model.vocab_size, flags.micro_batch);
+        let parameter_elements = vs.trainable_variables().iter().map(Tensor::numel).sum();
+        Ok(Self { network, ddp, optimizer, ids, labels, kind, parameter_elements })
+    }
+
     /// Milliseconds that this rank's step takes, with the exchange of gradients or without it. All ranks start
     /// together.
-    fn time(&mut self, with_exchange: bool) -> Result<f64> {
+    fn time(&mut self, group: &mut Group, with_exchange: bool) -> Result<f64> {
         self.ddp.set_exchange(with_exchange)?;
-        self.group.barrier()?.wait()?;
+        group.barrier()?.wait()?;
         let start = Instant::now();
         let inputs = model::Inputs { ids: &self.ids, labels: &self.labels, attention_mask: None };
         let forward = || self.network.loss(&inputs, model::Pass { train: true, kind: self.kind });
@@ -110,50 +145,33 @@ impl Stepper<'_> {
 }
 
 fn measure(flags: &Flags) -> Result<()> {
-    let kind = match flags.precision.as_str() {
-        "fp32" => Kind::Float,
-        "bf16" => Kind::BFloat16,
-        other => anyhow::bail!("--precision {other}: expected fp32 or bf16"),
-    };
     ensure!(flags.steps > 0, "--steps 0: at least one");
     let threads: i32 = std::env::var("OMP_NUM_THREADS").unwrap_or_default().parse().unwrap_or(1);
     tch::set_num_threads(threads);
     let mut group = Group::from_environment(GroupOptions::default())?;
-    let config = config::Config::read(Path::new(&flags.config))?;
-    let vs = nn::VarStore::new(Device::Cpu);
-    let network = model::build(&vs, &config.model, 1, group.rank())?;
-    let zero = match flags.zero.unwrap_or(config.ddp.zero) {
-        0 => Zero::Off,
-        1 => Zero::One,
-        other => anyhow::bail!("--zero {other}: expected 0 or 1"),
-    };
-    let options = DdpOptions { zero, ..DdpOptions::default() };
-    let ddp = Ddp::new(&vs, &mut group, options)?;
-    let optimizer = Optimizer::new(&ddp, AdamW::default(), model::groups())?;
-    let (ids, labels) = batch(config.model.vocab_size, flags.micro_batch);
-    let parameter_elements = vs.trainable_variables().iter().map(Tensor::numel).sum();
-    let (network, ddp) = (&network, &ddp);
-    let mut stepper =
-        Stepper { network, ddp, optimizer, group, ids, labels, kind, parameter_elements };
+    let mut stepper = Stepper::new(flags, &mut group, true)?;
     if flags.take_turns {
-        return turns::serve(&mut stepper);
+        return turns::serve(&mut group, &mut stepper);
     }
-    compare(&mut stepper, flags, threads)
+    if flags.checks {
+        let mut unchecked = Stepper::new(flags, &mut group, false)?;
+        return compare_checks(&mut group, [&mut unchecked, &mut stepper], flags.steps);
+    }
+    compare(&mut group, &mut stepper, flags, threads)
 }
 
 /// Steps with the exchange and steps without it, taking turns.
-fn compare(stepper: &mut Stepper<'_>, flags: &Flags, threads: i32) -> Result<()> {
+fn compare(group: &mut Group, stepper: &mut Stepper, flags: &Flags, threads: i32) -> Result<()> {
     let mut times = [Vec::new(), Vec::new()];
     let mut slowest = [Vec::new(), Vec::new()];
     let mut exposed = Vec::new();
-    for step in 0..flags.steps + 2 {
+    for step in 0..flags.steps + WARM_UP {
         // Taking turns at who comes first: what drifts meets both alike.
         for with in [step % 2, 1 - step % 2] {
-            let mut time = [stepper.time(with == 1)?];
-            // The first two rounds warm up allocators and caches.
-            if step >= 2 {
+            let mut time = [stepper.time(group, with == 1)?];
+            if step >= WARM_UP {
                 times[with].push(time[0]);
-                stepper.group.all_reduce(&mut time[..], Max)?.wait()?;
+                group.all_reduce(&mut time[..], Max)?.wait()?;
                 slowest[with].push(time[0]);
                 if with == 1 {
                     let statistics = stepper.ddp.statistics()?;
@@ -162,19 +180,45 @@ fn compare(stepper: &mut Stepper<'_>, flags: &Flags, threads: i32) -> Result<()>
             }
         }
     }
-    if stepper.group.rank() == 0 {
+    if group.rank() == 0 {
         let [rank_without, rank_with] = times.map(median);
         let [without, with] = slowest.map(median);
         println!(
             "{} ranks × {threads} threads, {}, {} × 128 tokens: with exchange {with:.1} ms, without \
              {without:.1} ms, ratio {:.4} (rank 0 alone {:.4}); exposed {:.2} ms (median of {})",
-            stepper.group.world_size(),
+            group.world_size(),
             flags.precision,
             flags.micro_batch,
             with / without,
             rank_with / rank_without,
             median(exposed),
             flags.steps,
+        );
+    }
+    Ok(())
+}
+
+/// Steps that check gradients and parameters and steps that do not, taking turns. The mean: a fingerprint is rare.
+fn compare_checks(group: &mut Group, both: [&mut Stepper; 2], steps: usize) -> Result<()> {
+    let mut slowest = [Vec::new(), Vec::new()];
+    for step in 0..steps + WARM_UP {
+        for checked in [step % 2, 1 - step % 2] {
+            let mut time = [both[checked].time(group, true)?];
+            group.all_reduce(&mut time[..], Max)?.wait()?;
+            if step >= WARM_UP {
+                slowest[checked].push(time[0]);
+            }
+        }
+    }
+    if group.rank() == 0 {
+        let mean = |times: &Vec<f64>| times.iter().sum::<f64>() / steps as f64;
+        let [without, with] = [mean(&slowest[0]), mean(&slowest[1])];
+        let [middle_without, middle_with] = slowest.map(median);
+        println!(
+            "checks: a step with {with:.2} ms, without {without:.2} ms, ratio {:.4}; medians {middle_with:.2} and \
+             {middle_without:.2} ms, ratio {:.4} ({steps} steps of each)",
+            with / without,
+            middle_with / middle_without,
         );
     }
     Ok(())

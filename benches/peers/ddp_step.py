@@ -125,8 +125,9 @@ class Side:
                 subprocess.Popen(self.command, env=environment, stdin=pipe, stdout=pipe, text=True)
             )
         self.parameters = self.answers("parameters")[0]
-        # Allocators, buckets in their final order, and both kinds of step.
-        self.ask("with", 3)
+        # Allocators, buckets in their final order, both kinds of step, and the comparisons of parameters that are due in
+        # the first exchanges (1, 2, 4, 8; later in one of a hundred).
+        self.ask("with", 9)
         self.ask("without", 1)
 
     def answers(self, key):

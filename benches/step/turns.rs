@@ -8,10 +8,12 @@ use std::io::BufRead as _;
 
 use anyhow::{bail, Context as _, Result};
 
+use phalanx::Group;
+
 use super::Stepper;
 
 /// Serves requests until the input ends.
-pub(super) fn serve(stepper: &mut Stepper<'_>) -> Result<()> {
+pub(super) fn serve(group: &mut Group, stepper: &mut Stepper) -> Result<()> {
     println!("{{\"parameters\": {}}}", stepper.parameter_elements);
     for line in std::io::stdin().lock().lines() {
         let line = line?;
@@ -22,7 +24,7 @@ pub(super) fn serve(stepper: &mut Stepper<'_>) -> Result<()> {
             other => bail!("request {other:?}: expected with or without"),
         };
         let count: usize = count.parse().with_context(|| format!("request {line:?}"))?;
-        let times = (0..count).map(|_| stepper.time(with)).collect::<Result<Vec<f64>>>()?;
+        let times = (0..count).map(|_| stepper.time(group, with)).collect::<Result<Vec<f64>>>()?;
         println!("{{\"ms\": {times:?}}}");
     }
     Ok(())
