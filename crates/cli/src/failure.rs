@@ -18,6 +18,18 @@ pub(crate) const BUSY: u8 = 75;
 /// Something did not come in time; `timeout(1)` ends with it too.
 pub(crate) const TIMEOUT: u8 = 124;
 
+/// A command line that cannot be carried out.
+#[derive(Debug)]
+pub(crate) struct Usage(pub(crate) String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Error for Usage {}
+
 /// The whole chain of causes on one line; a cause that its parent already quotes is left out.
 pub(crate) fn message(error: &anyhow::Error) -> String {
     let mut text = String::new();
@@ -47,7 +59,21 @@ fn code_of(cause: &(dyn Error + 'static)) -> Option<u8> {
             _ => DATA,
         });
     }
+    if let Some(error) = cause.downcast_ref::<phalanx_checkpoint::Error>() {
+        return Some(code_of_checkpoint(error));
+    }
+    if cause.is::<Usage>() {
+        return Some(USAGE);
+    }
     cause.is::<io::Error>().then_some(IO)
+}
+
+fn code_of_checkpoint(error: &phalanx_checkpoint::Error) -> u8 {
+    use phalanx_checkpoint::Error as E;
+    match error {
+        E::Io { .. } | E::NoSpace { .. } => IO,
+        _ => DATA,
+    }
 }
 
 #[cfg(test)]
@@ -68,6 +94,9 @@ mod tests {
         let cases = [
             (wrong.into(), USAGE),
             (E::DataMissing { path: path.clone() }.into(), DATA),
+            (phalanx_checkpoint::Error::NotFound { path: path.clone() }.into(), DATA),
+            (phalanx_checkpoint::Error::Exists { path: path.clone() }.into(), DATA),
+            (Usage("x".to_owned()).into(), USAGE),
             (anyhow::anyhow!("anything else"), FAILED),
             (E::Io { action: "open", path: path.clone(), cause: cause() }.into(), IO),
             (anyhow::Error::from(cause()).context("open a file"), IO),

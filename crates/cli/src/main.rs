@@ -2,6 +2,7 @@
 
 #![expect(clippy::print_stderr, reason = "a program talks to its user")]
 
+mod checkpoint;
 mod data;
 mod failure;
 mod flight;
@@ -26,6 +27,9 @@ enum Command {
     Data(data::Command),
     /// Where each rank of a job was: lines up the flight records that the ranks left in a folder.
     Flight(flight::FlightArgs),
+    /// Checkpoints: look at what is there, check it, convert it to weights and back, compare two.
+    #[command(subcommand)]
+    Checkpoint(checkpoint::Command),
 }
 
 fn main() -> ExitCode {
@@ -41,6 +45,7 @@ fn main() -> ExitCode {
     let done = match cli.command {
         Command::Data(command) => data::run(&command),
         Command::Flight(args) => flight::run(&args),
+        Command::Checkpoint(command) => checkpoint::run(&command),
     };
     done.unwrap_or_else(|error| {
         eprintln!("error: {}", failure::message(&error));

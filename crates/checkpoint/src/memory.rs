@@ -1,0 +1,176 @@
+//! A rank's share of a snapshot in one buffer that describes itself, for a neighbour to keep.
+//!
+//! ```text
+//! u64  bytes of the description
+//!      the description: JSON that guards itself, as a manifest does
+//!      the shard, as it would lie in a file
+//! ```
+//!
+//! All ranks' buffers together are a checkpoint, without a file.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::cast::{to_u64, to_usize};
+use crate::fs::Source;
+use crate::manifest::{
+    seal_json, unseal_json, FileEntry, Manifest, Sums, TensorEntry, BLOCK_BYTES,
+};
+use crate::reading::Shard;
+use crate::saver::Layouts;
+use crate::{Checkpoint, Error, Result};
+
+const LENGTH_BYTES: usize = 8;
+
+/// Whose share a buffer holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct About {
+    pub(crate) step: u64,
+    /// The same on all ranks of one snapshot.
+    pub(crate) nonce: u64,
+    pub(crate) rank: usize,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Share {
+    about: About,
+    world_size: usize,
+    file: FileEntry,
+    /// All tensors, with the pieces that lie in this share.
+    tensors: Vec<TensorEntry>,
+    values: Box<RawValue>,
+    rank_values: Box<RawValue>,
+}
+
+/// The buffer for one rank's file.
+pub(crate) fn encode(
+    layouts: &Layouts,
+    about: About,
+    (values, rank_values): (Box<RawValue>, Box<RawValue>),
+    file: &[u8],
+) -> Result<Vec<u8>> {
+    let crc32c = Sums(file.chunks(BLOCK_BYTES).map(crc32c::crc32c).collect());
+    let share = Share {
+        about,
+        world_size: layouts.files.len(),
+        file: FileEntry { name: layouts.file_name(about.rank), bytes: to_u64(file.len()), crc32c },
+        tensors: layouts.tensor_entries(Some(about.rank)),
+        values,
+        rank_values,
+    };
+    let text = seal_json(&share, "a snapshot")?;
+    let mut buffer = Vec::with_capacity(LENGTH_BYTES + text.len() + file.len());
+    buffer.extend_from_slice(&to_u64(text.len()).to_le_bytes());
+    buffer.extend_from_slice(&text);
+    buffer.extend_from_slice(file);
+    Ok(buffer)
+}
+
+impl Checkpoint {
+    /// Of all ranks' buffers of one [`Saver::capture`](crate::Saver::capture), in any order; buffers of one rank may come several times.
+    ///
+    /// # Errors
+    /// [`Error::BadManifest`] when a buffer is not what it was, when one is missing, or when they are not of one snapshot.
+    pub fn from_snapshots<B: AsRef<[u8]> + Send + Sync + 'static>(buffers: Vec<B>) -> Result<Self> {
+        let mut found = Vec::new();
+        for buffer in buffers {
+            let (share, start) = decode(buffer.as_ref())?;
+            found.push((share, Window { buffer, start }));
+        }
+        found.sort_by_key(|(share, _)| share.about.rank);
+        found.dedup_by_key(|(share, _)| share.about.rank);
+        let (shares, windows): (Vec<_>, Vec<_>) = found.into_iter().unzip();
+        let manifest = assemble(shares)?;
+        let files = manifest.files.iter().zip(windows);
+        let shards = files.map(|(file, window)| {
+            let path = PathBuf::from(&file.name);
+            Shard::open(path, Arc::new(window), file.bytes, file.crc32c.0.clone())
+        });
+        let shards = shards.collect::<Result<_>>()?;
+        Self::of_parts(label().to_path_buf(), manifest, shards)
+    }
+}
+
+/// What errors call a snapshot.
+fn label() -> &'static Path {
+    Path::new("snapshot in memory")
+}
+
+fn bad(reason: impl Into<String>) -> Error {
+    Error::BadManifest { path: label().to_path_buf(), reason: reason.into() }
+}
+
+/// What a buffer holds, and where its shard begins.
+fn decode(buffer: &[u8]) -> Result<(Share, usize)> {
+    let (length, rest) =
+        buffer.split_first_chunk::<LENGTH_BYTES>().ok_or_else(|| bad("it is too short"))?;
+    let length = to_usize(u64::from_le_bytes(*length));
+    let text = rest.get(..length).ok_or_else(|| bad("its description is cut off"))?;
+    Ok((unseal_json(text, label())?, LENGTH_BYTES + length))
+}
+
+/// The manifest of shares that are sorted by rank.
+fn assemble(shares: Vec<Share>) -> Result<Manifest> {
+    let Some(first) = shares.first().cloned() else { return Err(bad("there is none")) };
+    let (about, world_size) = (first.about, first.world_size);
+    let mut tensors: Vec<TensorEntry> = Vec::new();
+    let (mut files, mut rank_values) = (Vec::new(), Vec::new());
+    for (rank, share) in shares.into_iter().enumerate() {
+        if share.about != (About { rank, ..about }) || share.world_size != world_size {
+            return Err(bad(format!(
+                "the share of rank {rank} is missing, or of another snapshot"
+            )));
+        }
+        merge(&mut tensors, share.tensors)?;
+        files.push(share.file);
+        rank_values.push(share.rank_values);
+    }
+    if files.len() != world_size {
+        return Err(bad(format!("{} of {world_size} ranks' shares are there", files.len())));
+    }
+    let manifest = Manifest::new(about.step, files, tensors, first.values, rank_values);
+    manifest.check().map_err(bad)?;
+    Ok(manifest)
+}
+
+fn merge(tensors: &mut Vec<TensorEntry>, more: Vec<TensorEntry>) -> Result<()> {
+    if tensors.is_empty() {
+        *tensors = more;
+        return Ok(());
+    }
+    let what = |one: &TensorEntry| (one.name.clone(), one.dtype, one.shape.clone());
+    if !tensors.iter().map(what).eq(more.iter().map(what)) {
+        return Err(bad("shares describe different tensors"));
+    }
+    for (tensor, other) in tensors.iter_mut().zip(more) {
+        tensor.pieces.extend(other.pieces);
+    }
+    Ok(())
+}
+
+/// A buffer from the beginning of its shard.
+struct Window<B> {
+    buffer: B,
+    start: usize,
+}
+
+impl<B: AsRef<[u8]> + Send + Sync> Source for Window<B> {
+    fn bytes(&self) -> std::io::Result<u64> {
+        Ok(to_u64(self.buffer.as_ref().len() - self.start))
+    }
+
+    fn read_at(&self, offset: u64, out: &mut [u8]) -> std::io::Result<()> {
+        let shard = self.buffer.as_ref().get(self.start..).unwrap_or_default();
+        crate::fs::read_slice(shard, offset, out)
+    }
+}
+
+impl<B> std::fmt::Debug for Window<B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Window").field("start", &self.start).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,403 @@
+//! Saving in the background: a rank's share is copied, and training goes on while a thread writes it.
+//!
+//! What ranks tell each other is short and happens at calls that all make alike: one record each at a save (and the lists of tensors when
+//! those have changed), one at each poll while a checkpoint is pending, nothing otherwise.
+
+mod agree;
+mod layouts;
+mod options;
+mod pending;
+mod worker;
+
+use std::collections::VecDeque;
+use std::hash::{BuildHasher as _, RandomState};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::value::RawValue;
+
+use self::agree::{gather, Opening, Report, Status, Written};
+pub(crate) use self::layouts::Layouts;
+pub use self::options::{OnBusy, OnError, Progress, SaverOptions, Started};
+use self::pending::{working, Failure, Next, Phase};
+use self::worker::{Done, Job, Worker};
+use crate::folder::Target;
+use crate::fs::{Fs, Real};
+use crate::manifest::{values_text, Manifest, Sums};
+use crate::memory;
+use crate::plan::Held;
+use crate::ranks::Ranks;
+use crate::snapshot::Snapshot;
+use crate::{Error, Result};
+
+/// How long a rank waits for its own thread before it hears how the others are.
+const ROUND: Duration = Duration::from_millis(500);
+
+/// Saves the checkpoints of one rank of a training. All ranks have one, and make the same calls in the same order.
+///
+/// One training saves into a folder at a time. At most one checkpoint is being written; its memory, a copy of this rank's share, is kept for
+/// the next. Dropped while one is pending, it is given up, and what was written of it is removed by the next save that succeeds.
+#[derive(Debug)]
+pub struct Saver {
+    root: PathBuf,
+    fs: Arc<dyn Fs>,
+    options: SaverOptions,
+    worker: Worker,
+    /// What this rank held at its last save, and the plan that was made of it.
+    layouts: Option<(Vec<Held>, Arc<Layouts>)>,
+    /// The last file, kept so that its memory need not be touched anew.
+    buffer: Vec<u8>,
+    pending: Option<Pending>,
+    /// What polls that a save made have found.
+    untold: VecDeque<Progress>,
+    has_warned: bool,
+}
+
+/// A checkpoint that is being written.
+#[derive(Debug)]
+struct Pending {
+    target: Target,
+    layouts: Arc<Layouts>,
+    phase: Phase,
+    status: Status,
+    sums: Vec<u32>,
+    values: Box<RawValue>,
+    rank_values: Box<RawValue>,
+    is_cancelled: Arc<AtomicBool>,
+}
+
+/// What ranks have agreed on before anything is copied.
+struct Agreed {
+    layouts: Arc<Layouts>,
+    nonce: u64,
+    values: Box<RawValue>,
+    rank_values: Box<RawValue>,
+}
+
+impl Saver {
+    /// Saves into a folder, which is made if it does not exist. Starts a thread.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when no thread can be started.
+    pub fn new(folder: impl Into<PathBuf>, options: SaverOptions) -> Result<Self> {
+        Self::with_fs(folder, options, Arc::new(Real))
+    }
+
+    /// As [`Saver::new`], on another file system.
+    ///
+    /// # Errors
+    /// As [`Saver::new`].
+    pub fn with_fs(
+        folder: impl Into<PathBuf>,
+        options: SaverOptions,
+        fs: Arc<dyn Fs>,
+    ) -> Result<Self> {
+        Ok(Saver {
+            root: folder.into(),
+            fs,
+            options,
+            worker: Worker::start()?,
+            layouts: None,
+            buffer: Vec::new(),
+            pending: None,
+            untold: VecDeque::new(),
+            has_warned: false,
+        })
+    }
+
+    /// Copies this rank's share of a snapshot and begins to write it. Collective.
+    ///
+    /// When it returns, the memory of the snapshot may change. The cost is the copy and one small collective; and waiting for a
+    /// checkpoint that is not finished yet, unless [`OnBusy::Skip`] leaves this one out.
+    ///
+    /// # Errors
+    /// Alike on all ranks: [`Error::OutOfStep`] for different steps; [`Error::Mismatch`], [`Error::Overlap`], [`Error::Hole`] for tensors that do
+    /// not fit together; [`Error::SaveFailed`] for an earlier checkpoint ([`OnError::Fail`]), or when a rank's snapshot or values cannot be
+    /// saved; [`Error::Late`]. And [`Error::Group`].
+    pub fn save(
+        &mut self,
+        ranks: &mut dyn Ranks,
+        step: u64,
+        snapshot: &Snapshot<'_>,
+    ) -> Result<Started> {
+        if self.pending.is_some() && !self.make_room(ranks, step)? {
+            return Ok(Started::Skipped);
+        }
+        let Agreed { layouts, nonce, values, rank_values } = self.agree(ranks, step, snapshot)?;
+        let (root, fs) = (self.root.clone(), Arc::clone(&self.fs));
+        let mut pending = Pending {
+            target: Target { fs, root, step, nonce },
+            layouts,
+            phase: Phase::Writing,
+            status: Status::Working,
+            sums: Vec::new(),
+            values,
+            rank_values,
+            is_cancelled: Arc::default(),
+        };
+        match pending.layouts.fill(ranks.rank(), snapshot, &mut self.buffer) {
+            Ok(()) => self.write(&mut pending, ranks.rank()),
+            // The others hear of it at the next poll.
+            Err(error) => pending.status = Status::Failed(error.to_string()),
+        }
+        self.pending = Some(pending);
+        Ok(Started::Yes)
+    }
+
+    /// Hears how a pending checkpoint is; to be called by all ranks at every step. Collective only while one is pending, and then short.
+    ///
+    /// # Errors
+    /// Alike on all ranks: [`Error::SaveFailed`] with [`OnError::Fail`]. And [`Error::Group`].
+    pub fn poll(&mut self, ranks: &mut dyn Ranks) -> Result<Progress> {
+        if let Some(progress) = self.untold.pop_front() {
+            return Ok(progress);
+        }
+        self.collect(ranks.rank(), Duration::ZERO);
+        self.round(ranks, false)
+    }
+
+    /// Waits until no checkpoint is pending: before a program ends. Collective.
+    ///
+    /// # Errors
+    /// As [`Saver::poll`]; [`Error::Late`] on all ranks after [`SaverOptions::finish_timeout`], with the checkpoint still pending.
+    pub fn finish(&mut self, ranks: &mut dyn Ranks) -> Result<Progress> {
+        let started = Instant::now();
+        loop {
+            self.collect(ranks.rank(), ROUND.min(self.options.finish_timeout));
+            let is_late = started.elapsed() >= self.options.finish_timeout;
+            match self.round(ranks, is_late)? {
+                Progress::Pending { .. } => {}
+                Progress::Idle => return Ok(self.untold.pop_front().unwrap_or(Progress::Idle)),
+                ended => return Ok(ended),
+            }
+        }
+    }
+
+    /// This rank's share of a snapshot in memory, for a neighbour to keep: see [`Checkpoint::from_snapshots`]. Collective.
+    ///
+    /// # Errors
+    /// As [`Saver::save`]; [`Error::Content`] on a rank whose memory cannot be copied.
+    ///
+    /// [`Checkpoint::from_snapshots`]: crate::Checkpoint::from_snapshots
+    pub fn capture(
+        &mut self,
+        ranks: &mut dyn Ranks,
+        step: u64,
+        snapshot: &Snapshot<'_>,
+    ) -> Result<Vec<u8>> {
+        let Agreed { layouts, nonce, values, rank_values } = self.agree(ranks, step, snapshot)?;
+        let mut file = Vec::new();
+        layouts.fill(ranks.rank(), snapshot, &mut file)?;
+        memory::encode(
+            &layouts,
+            memory::About { step, nonce, rank: ranks.rank() },
+            (values, rank_values),
+            &file,
+        )
+    }
+
+    /// Whether a checkpoint is being written.
+    pub fn is_pending(&self) -> bool {
+        self.pending.is_some()
+    }
+
+    /// Waits for the pending checkpoint, or says that there is no room.
+    fn make_room(&mut self, ranks: &mut dyn Ranks, step: u64) -> Result<bool> {
+        self.collect(ranks.rank(), Duration::ZERO);
+        let mut progress = self.round(ranks, false)?;
+        if let Progress::Pending { step: before } = progress {
+            if self.options.on_busy == OnBusy::Skip {
+                return Ok(false);
+            }
+            if !self.has_warned && ranks.rank() == 0 {
+                tracing::warn!(
+                    "step {step} waits for the checkpoint of step {before}: writing one takes longer than the steps between two"
+                );
+            }
+            self.has_warned = true;
+            progress = self.finish(ranks)?;
+        }
+        self.untold.push_back(progress);
+        Ok(true)
+    }
+
+    /// Compares steps and tensors with the other ranks.
+    fn agree(
+        &mut self,
+        ranks: &mut dyn Ranks,
+        step: u64,
+        snapshot: &Snapshot<'_>,
+    ) -> Result<Agreed> {
+        let mine = prepare(snapshot);
+        let is_known = |held: &Vec<Held>| {
+            self.layouts.as_ref().is_some_and(|(before, layouts)| {
+                before == held && layouts.files.len() == ranks.world_size()
+            })
+        };
+        let opening = Opening {
+            step,
+            is_new: mine.as_ref().is_ok_and(|(held, ..)| !is_known(held)),
+            nonce: RandomState::new().hash_one(step),
+            trouble: mine.as_ref().err().map(ToString::to_string),
+        };
+        let openings = gather(ranks, &opening)?;
+        agree::check(&openings)?;
+        let (held, values, rank_values) = mine?;
+        let nonce = openings.first().map_or(0, |first| first.nonce);
+        if openings.iter().any(|opening| opening.is_new) {
+            // Should this fail, it does on all ranks, and all begin anew.
+            self.layouts = None;
+            let layouts = Layouts::new(&gather(ranks, &held)?)?;
+            self.layouts = Some((held, Arc::new(layouts)));
+        }
+        match &self.layouts {
+            Some((_, layouts)) => {
+                Ok(Agreed { layouts: Arc::clone(layouts), nonce, values, rank_values })
+            }
+            None => Err(Error::OutOfStep { reason: "there is no plan".to_owned() }),
+        }
+    }
+
+    /// Hands the buffer to the thread.
+    fn write(&mut self, pending: &mut Pending, rank: usize) {
+        let job = Job::Write {
+            target: pending.target.clone(),
+            name: pending.layouts.file_name(rank),
+            bytes: std::mem::take(&mut self.buffer),
+            needed: pending.layouts.bytes(),
+            is_cancelled: Arc::clone(&pending.is_cancelled),
+        };
+        pending.status = self.start(job);
+    }
+
+    fn start(&self, job: Job) -> Status {
+        if self.worker.send(job) {
+            Status::Working
+        } else {
+            Status::Failed(GONE.to_owned())
+        }
+    }
+
+    /// Takes what the thread has done, if it has by then.
+    fn collect(&mut self, rank: usize, limit: Duration) {
+        let Some(pending) = &mut self.pending else { return };
+        if pending.status != Status::Working || !pending.phase.concerns(rank) {
+            return;
+        }
+        pending.status = match self.worker.wait(limit) {
+            Ok(Done::Written(written, buffer)) => {
+                self.buffer = buffer;
+                match written {
+                    Ok(sums) => {
+                        pending.sums = sums;
+                        Status::Done
+                    }
+                    Err(error) => Status::Failed(error.to_string()),
+                }
+            }
+            Ok(Done::Committed(Err(error))) => Status::Failed(error.to_string()),
+            Ok(Done::Committed(Ok(_)) | Done::Abandoned) => Status::Done,
+            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => Status::Working,
+            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => Status::Failed(GONE.to_owned()),
+        };
+    }
+
+    /// Tells the others how far this rank is, and takes the step that all take.
+    fn round(&mut self, ranks: &mut dyn Ranks, is_late: bool) -> Result<Progress> {
+        let Some(pending) = &mut self.pending else { return Ok(Progress::Idle) };
+        let step = pending.target.step;
+        let reports = gather(ranks, &Report { status: pending.status.clone(), is_late })?;
+        match pending.phase.next(&reports) {
+            Next::Wait(is_cancelled) => {
+                pending.is_cancelled.store(is_cancelled, Ordering::Relaxed);
+                if reports.iter().any(|report| report.is_late) {
+                    let (waited, late) = (self.options.finish_timeout, working(&reports));
+                    return Err(Error::Late { step, waited, late });
+                }
+            }
+            Next::Commit => self.commit(ranks)?,
+            Next::Abandon(failure) => self.abandon(ranks.rank(), failure),
+            Next::Saved => {
+                let path = pending.target.complete();
+                self.pending = None;
+                return Ok(Progress::Saved { step, path });
+            }
+            Next::Failed(failure) => {
+                self.pending = None;
+                return self.failed(ranks.rank(), step, failure);
+            }
+        }
+        Ok(Progress::Pending { step })
+    }
+
+    /// Gathers checksums and values; rank 0 makes a checkpoint of them.
+    fn commit(&mut self, ranks: &mut dyn Ranks) -> Result<()> {
+        let Some(pending) = &mut self.pending else { return Ok(()) };
+        let sums = Sums(std::mem::take(&mut pending.sums));
+        let written = Written { crc32c: sums, rank_values: pending.rank_values.clone() };
+        let all = gather(ranks, &written)?;
+        pending.phase = Phase::Committing;
+        pending.status = Status::Done;
+        if ranks.rank() == 0 {
+            let (sums, rank_values) =
+                all.into_iter().map(|one| (one.crc32c, one.rank_values)).unzip();
+            let layouts = &pending.layouts;
+            let (files, tensors) = (layouts.file_entries(sums), layouts.tensor_entries(None));
+            let values = pending.values.clone();
+            let manifest = Manifest::new(pending.target.step, files, tensors, values, rank_values);
+            let (target, manifest) = (pending.target.clone(), Box::new(manifest));
+            let job = Job::Commit { target, manifest, keep: self.options.keep };
+            pending.status = if self.worker.send(job) {
+                Status::Working
+            } else {
+                Status::Failed(GONE.to_owned())
+            };
+        }
+        Ok(())
+    }
+
+    /// Rank 0 removes what was written.
+    fn abandon(&mut self, rank: usize, failure: Failure) {
+        let Some(pending) = &mut self.pending else { return };
+        pending.phase = Phase::Abandoning(failure);
+        pending.status = Status::Done;
+        if rank == 0 && self.worker.send(Job::Abandon { target: pending.target.clone() }) {
+            pending.status = Status::Working;
+        }
+    }
+
+    fn failed(&self, rank: usize, step: u64, failure: Failure) -> Result<Progress> {
+        let Failure { rank: culprit, reason } = failure;
+        if self.options.on_error == OnError::Fail {
+            return Err(Error::SaveFailed { step, rank: culprit, reason });
+        }
+        if rank == 0 {
+            tracing::warn!(
+                "checkpoint of step {step}: {reason} (rank {culprit}); training goes on"
+            );
+        }
+        Ok(Progress::Failed { step, rank: culprit, reason })
+    }
+}
+
+impl Drop for Saver {
+    fn drop(&mut self) {
+        if let Some(pending) = &self.pending {
+            pending.is_cancelled.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+/// What is said of a thread that has ended, which it does only by a panic.
+const GONE: &str = "the thread that writes checkpoints has ended";
+
+/// What a rank has to say of its snapshot: what it holds, all ranks' values, and its own.
+type Prepared = (Vec<Held>, Box<RawValue>, Box<RawValue>);
+
+fn prepare(snapshot: &Snapshot<'_>) -> Result<Prepared> {
+    let (values, rank_values) = snapshot.both_values();
+    let texts = (values_text(values, "values")?, values_text(rank_values, "values of this rank")?);
+    Ok((snapshot.held()?, texts.0, texts.1))
+}

@@ -1,0 +1,63 @@
+//! Snapshots in memory, which a neighbour keeps.
+
+use phalanx_checkpoint::{Checkpoint, Saver, SaverOptions, Tensors};
+use serde_json::json;
+
+use crate::support::{check, on_ranks, Memory};
+
+fn captured(world_size: usize, step: u64) -> Vec<Vec<u8>> {
+    let folder = tempfile::tempdir().unwrap();
+    on_ranks(world_size, |ranks| {
+        let mut saver = Saver::new(folder.path(), SaverOptions::default()).unwrap();
+        let rank = phalanx_checkpoint::Ranks::rank(ranks);
+        let memory = Memory::new(step, rank, world_size);
+        let buffer = saver.capture(ranks, step, &memory.snapshot());
+        buffer.unwrap()
+    })
+}
+
+#[test]
+fn all_ranks_buffers_are_a_checkpoint_in_any_order() {
+    for world_size in [1, 3, 7] {
+        let mut buffers = captured(world_size, 40);
+        buffers.reverse();
+        buffers.push(buffers[0].clone());
+        let checkpoint = Checkpoint::from_snapshots(buffers).unwrap();
+        check(&checkpoint, 40);
+        assert_eq!((checkpoint.step(), checkpoint.world_size()), (40, world_size));
+        assert_eq!(
+            checkpoint.rank_values(world_size - 1).unwrap(),
+            Some(json!([world_size - 1, 40]))
+        );
+        assert!(checkpoint.verify().damage.is_empty());
+    }
+}
+
+#[test]
+fn buffers_that_are_missing_of_another_snapshot_or_damaged_are_refused() {
+    let (buffers, others) = (captured(3, 40), captured(3, 40));
+    let refused =
+        |buffers: Vec<Vec<u8>>| Checkpoint::from_snapshots(buffers).unwrap_err().to_string();
+    assert!(refused(buffers[1..].to_vec()).contains("share of rank 0 is missing"));
+    assert!(refused(buffers[..2].to_vec()).contains("2 of 3 ranks' shares"));
+    assert!(refused(Vec::new()).contains("there is none"));
+    let mixed = vec![buffers[0].clone(), others[1].clone(), buffers[2].clone()];
+    assert!(refused(mixed).contains("of another snapshot"));
+
+    let (first, rest) = (&buffers[0], &buffers[1..]);
+    for bit in (0..first.len() * 8).step_by(61) {
+        let mut bad = first.clone();
+        bad[bit / 8] ^= 1 << (bit % 8);
+        let opened = Checkpoint::from_snapshots([vec![bad], rest.to_vec()].concat());
+        let is_damaged = |checkpoint: Checkpoint| {
+            let mut names = checkpoint.names().into_iter();
+            names.any(|name| checkpoint.read_whole(name).is_err())
+                && !checkpoint.verify().damage.is_empty()
+        };
+        assert!(opened.map_or(true, is_damaged), "bit {bit}");
+    }
+    for len in (0..first.len()).step_by(97) {
+        let cut = [vec![first[..len].to_vec()], rest.to_vec()].concat();
+        assert!(Checkpoint::from_snapshots(cut).is_err(), "cut at {len}");
+    }
+}
