@@ -29,6 +29,7 @@ use bert::flags::{Flags, Settings};
 use bert::journal::Journal;
 use bert::memory::{self, Estimate, Usage};
 use bert::metrics::{Summary, Versions};
+use bert::resume::Checkpoints;
 use bert::train::Trainer;
 use bert::{data, failure, model, report, weights};
 
@@ -55,8 +56,7 @@ fn run(flags: &Flags) -> Result<ExitCode> {
     if launch::is_worker() {
         let world = World::from_env()?;
         flags.launch.check_against(&world)?;
-        rank(flags, &settings, &world)?;
-        return Ok(ExitCode::SUCCESS);
+        return rank(flags, &settings, &world);
     }
     let options = flags.launch(&settings);
     let world_size = options.nnodes.saturating_mul(options.nproc_per_node);
@@ -68,8 +68,7 @@ fn run(flags: &Flags) -> Result<ExitCode> {
         weights::check(path, &settings.config.model)?;
     }
     if world_size == 1 {
-        rank(flags, &settings, &World::single())?;
-        return Ok(ExitCode::SUCCESS);
+        return rank(flags, &settings, &World::single());
     }
     // Prepared here, where the terminal is, and once for all ranks of this machine.
     drop(data::open(&settings.config, &Terminal::stderr())?);
@@ -99,7 +98,7 @@ fn check(flags: &Flags, settings: &Settings, world: usize, local_ranks: usize) -
 }
 
 /// The life of one rank.
-fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
+fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<ExitCode> {
     let config = &settings.config;
     // While this process has one thread.
     let may_use_nccl = matches!(config.ddp.backend, Backend::Auto | Backend::Nccl);
@@ -136,8 +135,6 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
         announce(settings, &group, batching, threads, &source.description);
     }
     let device = group.device().map_or(Device::Cpu, Device::Cuda);
-    let feed = data::feed(&source, config, batching, (world.rank, world.world_size), device)?;
-    feed.agree(&mut group)?;
     let vs = nn::VarStore::new(device);
     let network = model::build(&vs, &config.model, config.train.seed, world.rank)?;
     if let Some(path) = flags.init_weights.as_ref().filter(|_| root) {
@@ -148,13 +145,24 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
         }
     }
     let exchange = !flags.no_exchange;
-    let mut trainer = Trainer::new(network, &vs, &mut group, feed, (config, batching, exchange))?;
+    let mut trainer = Trainer::new(network, &vs, &mut group, (config, batching, exchange))?;
     // `--threads 1` under torchrun looks to Ddp like torchrun's own default.
     use_threads(threads);
-    for step in 1..=config.train.steps {
-        let record = trainer.step(step, &mut group)?;
+    let (mut checkpoints, start) = Checkpoints::open(config, &mut trainer)?;
+    let place = (device, start.data.as_ref());
+    let mut feed = data::feed(&source, config, batching, (world.rank, world.world_size), place)?;
+    feed.agree(&mut group)?;
+    if let Some(journal) = &mut journal {
+        journal.go_on(start.step)?;
+        start.note.iter().for_each(|note| println!("{note}"));
+    }
+    for step in start.step + 1..=config.train.steps {
+        let record = trainer.step(step, &mut feed, &mut group)?;
         if let Some(journal) = &mut journal {
             journal.step(record)?;
+        }
+        if let Some(signal) = checkpoints.step(step, (&mut trainer, &feed, config))? {
+            return Ok(stopped(step, signal, root));
         }
     }
     let peak_memory = gather_usage(&mut group)?;
@@ -162,7 +170,15 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<()> {
         let summary = summary(config, &group, batching, (threads, peak_memory), &trainer)?;
         print!("{}", journal.close(&vs, config, &summary)?);
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A signal has ended the run, whose step is saved: Slurm's says that time is up, and the job is to start again.
+fn stopped(step: u64, signal: i32, root: bool) -> ExitCode {
+    if root {
+        println!("stopped by signal {signal}; step {step} is saved");
+    }
+    ExitCode::from(failure::stopped_by(signal))
 }
 
 /// As many threads as the configuration says, else this rank's share of the cores.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use phalanx_data::progress::Progress;
-use phalanx_data::{text, Access, FixedBatches, LoaderOptions, MaskedText};
+use phalanx_data::{text, Access, FixedBatches, LoaderOptions, LoaderState, MaskedText};
 use phalanx_data::{Masking, MicroBatch, Order, Samples};
 use phalanx_ddp_core::feed::{Feed, TensorBatch};
 use tch::{Device, Kind, Tensor};
@@ -88,13 +88,13 @@ fn invalid(message: String) -> anyhow::Error {
     ConfigError::Invalid { origin: "data".into(), message }.into()
 }
 
-/// This rank's batches, as tensors on `device`.
+/// This rank's batches, as tensors on `device`, from where `state` was taken.
 pub(crate) fn feed(
     source: &Source,
     config: &Config,
     batching: Batching,
     (rank, world_size): (usize, usize),
-    device: Device,
+    (device, state): (Device, Option<&LoaderState>),
 ) -> Result<Feed> {
     let count = |n: usize| NonZeroUsize::new(n).unwrap_or(NonZeroUsize::MIN);
     let options = LoaderOptions {
@@ -112,7 +112,12 @@ pub(crate) fn feed(
         timeout: Duration::from_secs(config.data.timeout_s),
         ..Default::default()
     };
-    Feed::new(Arc::clone(&source.samples), options, device).context("opening the loader")
+    let samples = Arc::clone(&source.samples);
+    let feed = match state {
+        Some(state) => Feed::resume(samples, options, state, device),
+        None => Feed::new(samples, options, device),
+    };
+    feed.context("opening the loader")
 }
 
 /// A micro-batch as tensors.

@@ -21,6 +21,8 @@ pub(crate) const FAILED: u8 = 70;
 pub(crate) const RESOURCES: u8 = 71;
 /// Reading or writing failed.
 pub(crate) const IO: u8 = 74;
+/// Start it again: it goes on where it has ended.
+pub(crate) const AGAIN: u8 = 75;
 /// Somebody did not come in time; `timeout(1)` ends with it too.
 pub(crate) const TIMEOUT: u8 = 124;
 
@@ -47,6 +49,14 @@ fn of_group<'e>(cause: &'e (dyn Error + 'static)) -> Option<&'e phalanx_comm::Er
     }
 }
 
+/// The code of a run that has ended on a signal, with its work saved.
+pub(crate) fn stopped_by(signal: i32) -> u8 {
+    match signal == rustix::process::Signal::USR1.as_raw() {
+        true => AGAIN,
+        false => u8::try_from(128 + signal).unwrap_or(FAILED),
+    }
+}
+
 /// The code for an error, by the first cause that has one.
 pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
     error.chain().find_map(code_of).unwrap_or(FAILED)
@@ -68,6 +78,9 @@ fn code_of(cause: &(dyn Error + 'static)) -> Option<u8> {
             phalanx_ddp_core::Error::Comm(error) => code_of_group(error),
             phalanx_ddp_core::Error::Data(error) => code_of_data(error),
             phalanx_ddp_core::Error::Io { .. } => IO,
+            phalanx_ddp_core::Error::Checkpoint(error) if error.is_damage() => DATA,
+            phalanx_ddp_core::Error::Checkpoint(_) => IO,
+            phalanx_ddp_core::Error::CheckpointMisfit { .. } => DATA,
             phalanx_ddp_core::Error::Safetensors { .. }
             | phalanx_ddp_core::Error::WeightsMismatch { .. } => DATA,
             _ => FAILED,

@@ -7,7 +7,7 @@ use clap::Parser;
 use phalanx_launch::{LaunchArgs, LaunchOptions};
 
 use super::batching::{Batching, Wanted};
-use super::config::{Backend, Config, ConfigError, NonFinite, Precision, Rule, SHIPPED};
+use super::config::{Backend, Config, ConfigError, NonFinite, Precision, Resume, Rule, SHIPPED};
 use super::disturbed::Disturbance;
 use super::failure;
 
@@ -73,6 +73,15 @@ pub(crate) struct Flags {
     /// What moves the bytes.
     #[arg(long)]
     pub(crate) backend: Option<Backend>,
+    /// Folder of checkpoints, which all machines see.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) checkpoint: Option<PathBuf>,
+    /// Steps from checkpoint to checkpoint [default: only when a signal asks for one, and at the end].
+    #[arg(long, value_name = "N")]
+    pub(crate) save_every: Option<u64>,
+    /// Where to begin: at the newest checkpoint if there is one, at one in any case, or at the first step.
+    #[arg(long, value_name = "WHEN")]
+    pub(crate) resume: Option<Resume>,
     /// One JSON object a step, and a summary.
     #[arg(long, value_name = "FILE.jsonl")]
     pub(crate) metrics: Option<PathBuf>,
@@ -174,7 +183,7 @@ impl Flags {
     }
 
     fn laid_over(&self, mut config: Config) -> Config {
-        let Config { model, data, optimizer, train, ddp, nccl: _ } = &mut config;
+        let Config { model, data, optimizer, train, ddp, checkpoint, nccl: _ } = &mut config;
         put(&mut model.hidden_dropout_prob, self.dropout.as_ref());
         put(&mut model.attention_probs_dropout_prob, self.dropout.as_ref());
         data.shuffle &= !self.no_shuffle;
@@ -192,6 +201,9 @@ impl Flags {
         put(&mut ddp.zero, self.zero.as_ref());
         put(&mut ddp.non_finite, self.non_finite.as_ref());
         put(&mut ddp.backend, self.backend.as_ref());
+        checkpoint.folder = self.checkpoint.clone().or(checkpoint.folder.take());
+        put(&mut checkpoint.every_steps, self.save_every.as_ref());
+        put(&mut checkpoint.resume, self.resume.as_ref());
         config
     }
 }

@@ -31,13 +31,24 @@ impl Journal {
         metrics: Option<&Path>,
         world_size: usize,
     ) -> Result<Journal> {
+        let may_go_on = config.checkpoint.folder.is_some();
+        let open = if may_go_on { MetricsFile::reopen } else { MetricsFile::create };
         Ok(Journal {
             output: Output::create(config.train.output.as_deref(), name)?,
-            metrics: metrics.map(MetricsFile::create).transpose()?,
+            metrics: metrics.map(open).transpose()?,
             progress: Progress::new(config.train.steps),
             records: Vec::new(),
             waits: WaitShares::new(world_size),
         })
+    }
+
+    /// The run begins behind `step`: what an earlier one has kept up to there belongs to it.
+    pub(crate) fn go_on(&mut self, step: u64) -> Result<()> {
+        if let Some(file) = &mut self.metrics {
+            self.records = file.go_on(step)?;
+            self.records.iter_mut().for_each(|record| record.data_wait_ms_by_rank = Vec::new());
+        }
+        Ok(())
     }
 
     /// After each step.

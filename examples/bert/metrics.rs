@@ -114,6 +114,32 @@ impl MetricsFile {
         Ok(MetricsFile { path: path.into(), file: BufWriter::new(file) })
     }
 
+    /// As [`MetricsFile::create`] for a run that may go on where an earlier one has ended: what is there stays.
+    pub(crate) fn reopen(path: &Path) -> Result<Self> {
+        if !path.exists() {
+            return Self::create(path);
+        }
+        let file = File::options().append(true).open(path);
+        let file =
+            file.with_context(|| format!("cannot open the metrics file {}", path.display()))?;
+        Ok(MetricsFile { path: path.into(), file: BufWriter::new(file) })
+    }
+
+    /// Keeps the steps up to `step`, which are given back, and drops what an earlier run has done beyond it.
+    pub(crate) fn go_on(&mut self, step: u64) -> Result<Vec<StepRecord>> {
+        let explain = || format!("cannot go on with the metrics file {}", self.path.display());
+        let text = std::fs::read_to_string(&self.path).with_context(explain)?;
+        // Lines of another kind, and one that was cut off, are no steps.
+        let records = text.lines().filter_map(|line| serde_json::from_str::<StepRecord>(line).ok());
+        let kept: Vec<_> = records.filter(|record| record.step <= step).collect();
+        let mut lines = String::new();
+        for record in &kept {
+            lines += &(serde_json::to_string(record)? + "\n");
+        }
+        std::fs::write(&self.path, lines).with_context(explain)?;
+        Ok(kept)
+    }
+
     /// Where it is.
     pub(crate) fn path(&self) -> &Path {
         &self.path

@@ -14,6 +14,7 @@ pub(crate) mod output;
 pub(crate) mod plot;
 pub(crate) mod progress;
 pub(crate) mod report;
+pub(crate) mod resume;
 pub(crate) mod train;
 pub(crate) mod weights;
 

@@ -16,13 +16,12 @@ use super::data::Tensors;
 use super::metrics::{milliseconds, StepRecord};
 use super::model::{groups, BertForMaskedLm, Inputs, LossSum, Pass};
 
-/// A rank's model, optimizer and batches.
+/// A rank's model and optimizer.
 #[derive(Debug)]
 pub(crate) struct Trainer {
     network: BertForMaskedLm,
     ddp: Ddp,
     optimizer: Optimizer,
-    feed: Feed,
     schedule: Schedule,
     plan: Plan,
     skipped_count: u64,
@@ -60,7 +59,6 @@ impl Trainer {
         network: BertForMaskedLm,
         vs: &nn::VarStore,
         group: &mut Group,
-        feed: Feed,
         (config, batching, exchange): (&Config, Batching, bool),
     ) -> Result<Trainer> {
         let options = DdpOptions { exchange, ..config.ddp.options() };
@@ -71,7 +69,6 @@ impl Trainer {
             network,
             ddp,
             optimizer,
-            feed,
             schedule: schedule(&config.optimizer, config.train.steps)?,
             plan: Plan {
                 seed: config.train.seed,
@@ -86,9 +83,14 @@ impl Trainer {
     }
 
     /// One optimizer step, from 1. Collective.
-    pub(crate) fn step(&mut self, step: u64, group: &mut Group) -> Result<StepRecord> {
+    pub(crate) fn step(
+        &mut self,
+        step: u64,
+        feed: &mut Feed,
+        group: &mut Group,
+    ) -> Result<StepRecord> {
         let start = Instant::now();
-        let batches = self.feed.next_step()?;
+        let batches = feed.next_step()?;
         let mut sums = Sums::default();
         let last = batches.micro_batches.len() - 1;
         for (index, batch) in batches.micro_batches.iter().enumerate() {
@@ -188,6 +190,16 @@ impl Trainer {
 }
 
 impl Trainer {
+    /// What checkpoints are made of.
+    pub(crate) fn parts(&mut self) -> (&Ddp, &mut Optimizer) {
+        (&self.ddp, &mut self.optimizer)
+    }
+
+    /// The run has left out so many steps before.
+    pub(crate) fn go_on(&mut self, skipped_count: u64) {
+        self.skipped_count = skipped_count;
+    }
+
     /// Steps that were left out.
     pub(crate) fn skipped_count(&self) -> u64 {
         self.skipped_count

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include <ATen/ATen.h>
+#include <ATen/core/Generator.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/_fused_adam.h>
 #include <ATen/ops/_fused_adamw.h>
@@ -50,6 +52,11 @@ ddp_status guarded(Body&& body) noexcept {
   } catch (...) {
     return failure("an exception that is not a std::exception");
   }
+}
+
+at::Device device_of(int32_t cuda_device) {
+  if (cuda_device < 0) return at::Device(at::kCPU);
+  return at::Device(at::kCUDA, static_cast<at::DeviceIndex>(cuda_device));
 }
 
 // A callback with its context; the context is destroyed when the last copy goes.
@@ -140,8 +147,7 @@ ddp_status ddp_tensor_over_memory(void* memory, int64_t len, int32_t scalar_type
   // From here on the context has an owner, also if something below throws.
   std::shared_ptr<void> owner(context, destroy);
   return guarded([&] {
-    at::Device device(at::kCPU);
-    if (cuda_device >= 0) device = at::Device(at::kCUDA, static_cast<at::DeviceIndex>(cuda_device));
+    at::Device device = device_of(cuda_device);
     auto options = at::TensorOptions().dtype(static_cast<at::ScalarType>(scalar_type)).device(device);
     at::Tensor over = at::from_blob(
         memory, {len}, [owner](void*) mutable { owner.reset(); }, options, device);
@@ -364,6 +370,22 @@ ddp_status ddp_autocast_nest(int32_t change) {
     } else if (at::autocast::decrement_nesting() == 0) {
       at::autocast::clear_cache();
     }
+  });
+}
+
+ddp_status ddp_random_state(int32_t cuda_device, void** state) {
+  return guarded([&] {
+    at::Generator generator = at::globalContext().defaultGenerator(device_of(cuda_device));
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    *state = new at::Tensor(generator.get_state());
+  });
+}
+
+ddp_status ddp_set_random_state(int32_t cuda_device, const void* state) {
+  return guarded([&] {
+    at::Generator generator = at::globalContext().defaultGenerator(device_of(cuda_device));
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    generator.set_state(tensor_at(state));
   });
 }
 

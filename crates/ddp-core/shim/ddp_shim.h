@@ -120,6 +120,11 @@ ddp_status ddp_autocast_set(int32_t device_type, int32_t enabled, int32_t scalar
 /* Enters (+1) or leaves (-1) an autocast region; leaving the outermost one drops the cast weights. */
 ddp_status ddp_autocast_nest(int32_t change);
 
+/* The state of the default random generator of the CPU (`cuda_device` < 0) or of that CUDA device, as a new
+ * tensor of bytes; and its replacement. */
+ddp_status ddp_random_state(int32_t cuda_device, void** state);
+ddp_status ddp_set_random_state(int32_t cuda_device, const void* state);
+
 #ifdef __cplusplus
 }
 #endif

@@ -18,6 +18,31 @@ pub enum Error {
     /// Reading data failed.
     #[error(transparent)]
     Data(#[from] phalanx_data::Error),
+    /// A checkpoint cannot be written or read.
+    #[error(transparent)]
+    Checkpoint(Box<phalanx_checkpoint::Error>),
+    /// A checkpoint is of another training.
+    #[error("{path} does not fit this training:\n{report}build the model and the optimizer as they were, or take another folder")]
+    CheckpointMisfit {
+        /// The checkpoint.
+        path: PathBuf,
+        /// One line for each difference.
+        report: String,
+    },
+    /// The operating system refused.
+    #[error("cannot {doing}: {source}")]
+    System {
+        /// What was tried.
+        doing: &'static str,
+        /// What it said.
+        source: std::io::Error,
+    },
+    /// A checkpoint was asked for between a backward and the step that belongs to it.
+    #[error("{name} has a gradient that no step has used, and checkpoints hold no gradients; save after the optimizer's step")]
+    MidStep {
+        /// The first parameter.
+        name: String,
+    },
     /// libtorch refused, called through tch.
     #[error("libtorch: {0}")]
     Tch(#[from] tch::TchError),

@@ -37,7 +37,7 @@ impl Config {
         if train.steps == 0 {
             return Some("train.steps is 0; it must be at least 1".into());
         }
-        if let Some(problem) = self.ddp.problem() {
+        if let Some(problem) = self.ddp.problem().or_else(|| self.checkpoint.problem()) {
             return Some(problem);
         }
         let times = [("ddp", self.ddp.timeout_s), ("data", self.data.timeout_s)];

@@ -1,11 +1,12 @@
 //! The configuration file: what it may hold, what it holds when something is left out, and what is
 //! wrong with it.
 //!
-//! JSON in six sections. `model` takes the keys of Hugging Face's `config.json`, so that such a
+//! JSON in seven sections. `model` takes the keys of Hugging Face's `config.json`, so that such a
 //! file can be pasted in as it is. An error names the file, the path in it (`optimizer.lr`) and
 //! line and column.
 
 mod check;
+mod checkpoint;
 mod ddp;
 mod optimizer;
 
@@ -15,6 +16,7 @@ use phalanx_comm::environment::NcclSettings;
 use phalanx_data::OnDamage;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use checkpoint::{Checkpoint, Resume};
 pub(crate) use ddp::{Backend, Ddp, GradientKind, NonFinite};
 pub(crate) use optimizer::{Optimizer, Rule, Schedule};
 
@@ -79,6 +81,8 @@ pub(crate) struct Config {
     pub(crate) train: Train,
     /// How the ranks work together.
     pub(crate) ddp: Ddp,
+    /// What a later run can go on from.
+    pub(crate) checkpoint: Checkpoint,
     /// NCCL's variables, where NCCL is used.
     pub(crate) nccl: NcclSettings,
 }

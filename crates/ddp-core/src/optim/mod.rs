@@ -14,6 +14,7 @@ mod groups;
 mod lamb;
 mod piece;
 mod rule;
+pub(crate) mod saved;
 mod sgd;
 mod state;
 

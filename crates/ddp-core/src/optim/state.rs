@@ -13,16 +13,16 @@ use crate::Result;
 
 /// Of one storage.
 #[derive(Debug)]
-struct Part {
-    states: Vec<Flat>,
-    masters: Option<Flat>,
+pub(super) struct Part {
+    pub(super) states: Vec<Flat>,
+    pub(super) masters: Option<Flat>,
     directions: Option<Flat>,
 }
 
 /// Of all storages.
 #[derive(Debug)]
 pub(super) struct State {
-    parts: Vec<Part>,
+    pub(super) parts: Vec<Part>,
     /// The variables when masters were last read from them; else empty.
     seen: Vec<Variable>,
 }
@@ -53,6 +53,14 @@ impl State {
         }
         self.seen.clear();
         self.heed_masters(store)
+    }
+
+    /// Masters are right as they are: they were read together with the parameters.
+    pub(super) fn believe_masters(&mut self, store: &Store) -> Result<()> {
+        if self.parts.iter().any(|part| part.masters.is_some()) {
+            self.seen = store.model.states()?;
+        }
+        Ok(())
     }
 
     /// Reads masters anew where parameters were changed by somebody else: weights were loaded.

@@ -334,6 +334,24 @@ impl Reducer {
         fingerprint::compare(&mut self.store, &hashes)
     }
 
+    /// The order in which gradients become ready, if it is settled.
+    pub(crate) fn settled_order(&self) -> Option<Vec<String>> {
+        self.is_order_settled.then(|| self.ready_order())
+    }
+
+    /// Lays everything as a run had it that goes on here. Collective.
+    pub(crate) fn lay_in_order(&mut self, names: &[String]) -> Result<()> {
+        self.store.lay_in_order(names, &self.options)?;
+        self.is_order_settled = true;
+        Ok(())
+    }
+
+    /// The first parameter whose gradient was not exchanged yet.
+    pub(crate) fn pending(&self) -> Option<&str> {
+        let slot = self.accumulated.pending.iter().position(|&pending| pending)?;
+        Some(&self.store.model.parameter(slot).name)
+    }
+
     /// The parameters' names in the order in which gradients become ready.
     pub(crate) fn ready_order(&self) -> Vec<String> {
         let parameters = self.store.plan.buckets.iter().flat_map(|bucket| &bucket.parameters);

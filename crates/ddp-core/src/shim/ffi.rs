@@ -125,4 +125,6 @@ extern "C" {
     ) -> Status;
     pub(crate) fn ddp_autocast_set(device_type: i32, enabled: i32, scalar_type: i32) -> Status;
     pub(crate) fn ddp_autocast_nest(change: i32) -> Status;
+    pub(crate) fn ddp_random_state(cuda_device: i32, state: *mut *mut c_void) -> Status;
+    pub(crate) fn ddp_set_random_state(cuda_device: i32, state: *const c_void) -> Status;
 }

@@ -398,3 +398,20 @@ pub(crate) fn autocast_nest(change: i32) -> Result<()> {
     let status = unsafe { ffi::ddp_autocast_nest(change) };
     check("ddp_autocast_nest", &status)
 }
+
+/// The state of the default random generator of `device`: bytes on the CPU.
+pub(crate) fn random_state(device: Device) -> Result<Tensor> {
+    let mut state = ptr::null_mut();
+    // SAFETY: writes one pointer.
+    let status = unsafe { ffi::ddp_random_state(cuda_index(device), &raw mut state) };
+    check("ddp_random_state", &status)?;
+    // SAFETY: on success `state` is a new at::Tensor* that nobody else owns.
+    Ok(unsafe { Tensor::from_ptr(state.cast()) })
+}
+
+/// Puts the default random generator of `device` into a state that [`random_state`] gave.
+pub(crate) fn set_random_state(device: Device, state: &Tensor) -> Result<()> {
+    // SAFETY: `raw` is a live at::Tensor* for the call; libtorch checks its kind and length.
+    let status = unsafe { ffi::ddp_set_random_state(cuda_index(device), raw(state)) };
+    check("ddp_set_random_state", &status)
+}

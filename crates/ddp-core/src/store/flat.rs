@@ -233,6 +233,17 @@ pub(crate) fn dense_bytes<'a>(name: &str, tensor: &'a Tensor) -> Result<&'a [u8]
     Ok(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<u8>().cast_const(), len) })
 }
 
+/// As [`dense_bytes`], to be written.
+pub(crate) fn dense_bytes_mut<'a>(name: &str, tensor: &'a mut Tensor) -> Result<&'a mut [u8]> {
+    let len = dense_bytes(name, tensor)?.len();
+    if len == 0 {
+        return Ok(&mut []);
+    }
+    // SAFETY: as in `dense_bytes`. Others may hold the same memory, as with every tensor; they are not used meanwhile: this
+    // thread alone works with the model's tensors.
+    Ok(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<u8>(), len) })
+}
+
 /// Strides that a view of a parameter needs: its own if it is dense, which keeps the layout that its
 /// kernels like (channels last, say).
 pub(crate) fn dense_strides(name: &str, tensor: &Tensor) -> Result<Vec<i64>> {

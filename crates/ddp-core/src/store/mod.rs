@@ -95,8 +95,15 @@ impl Store {
 
     /// The order of an earlier run if there is one, else the reverse of registration.
     fn initial_order(&self, options: &DdpOptions) -> Result<Vec<usize>> {
-        let reverse: Vec<usize> = (0..self.model.parameters().len()).rev().collect();
-        let Some(names) = &options.ready_order else { return Ok(reverse) };
+        match &options.ready_order {
+            None => Ok((0..self.model.parameters().len()).rev().collect()),
+            Some(names) => self.order_of(names),
+        }
+    }
+
+    /// Parameters as `names` has them, and the others behind, in the reverse of registration.
+    fn order_of(&self, names: &[String]) -> Result<Vec<usize>> {
+        let reverse = (0..self.model.parameters().len()).rev();
         let mut order = Vec::with_capacity(reverse.len());
         for name in names {
             let at = self.model.parameters().position(|named| named.name == *name);
@@ -109,7 +116,7 @@ impl Store {
                 }
             }
         }
-        let rest: Vec<usize> = reverse.into_iter().filter(|at| !order.contains(at)).collect();
+        let rest: Vec<usize> = reverse.filter(|at| !order.contains(at)).collect();
         order.extend(rest);
         Ok(order)
     }
@@ -206,14 +213,28 @@ impl Store {
         self.lay(&order, options)
     }
 
-    /// Lays everything anew in `order`, if buckets start sooner then. Gradients that are in their views
-    /// stay what they are; what the optimizer keeps by place is void. Needs room for a second copy of
-    /// parameters and gradients meanwhile. Collective.
+    /// Lays everything anew in `order`, if buckets start sooner then: see [`Store::replace`]. Collective.
     pub(crate) fn lay_anew(&mut self, order: &[usize], options: &DdpOptions) -> Result<bool> {
         let plan = self.planned(0, order, options);
         if self.plan.lateness(order) - plan.lateness(order) < WORTHWHILE {
             return Ok(false);
         }
+        self.replace(plan, options)?;
+        Ok(true)
+    }
+
+    /// Lays everything as an earlier run had it, by its parameters' names: see [`Store::replace`]. Collective.
+    pub(crate) fn lay_in_order(&mut self, names: &[String], options: &DdpOptions) -> Result<()> {
+        let plan = self.planned(0, &self.order_of(names)?, options);
+        if plan == self.plan {
+            return Ok(());
+        }
+        self.replace(plan, options)
+    }
+
+    /// Moves everything to where `plan` has it. Gradients that are in their views stay what they are; what
+    /// the optimizer keeps by place is void. Needs room for a second copy of parameters and gradients meanwhile.
+    fn replace(&mut self, plan: Plan, options: &DdpOptions) -> Result<()> {
         let kinds = self.kinds(0);
         let count = self.views.len();
         let mut kept = Vec::with_capacity(count);
@@ -236,8 +257,7 @@ impl Store {
         }
         drop(old);
         self.layout += 1;
-        self.approve()?;
-        Ok(true)
+        self.approve()
     }
 
     /// Where the gradient of parameter `index` goes.

@@ -1,0 +1,117 @@
+//! What this rank holds of a training: tensors by name and shape, and the flat ranges of them that lie here.
+
+use std::ops::Range;
+
+use phalanx_checkpoint::{Dtype, Tensors};
+use tch::{Kind, Tensor};
+
+use crate::store::flat::dense_strides;
+use crate::store::model::Named;
+use crate::store::Store;
+use crate::{Buffers, Error, Result};
+
+/// A tensor of the training.
+#[derive(Debug)]
+pub(crate) struct Held {
+    pub(crate) name: String,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<u64>,
+    /// Of the whole tensor, in elements.
+    pub(crate) strides: Vec<u64>,
+    pub(crate) parts: Vec<Part>,
+}
+
+/// Elements of a tensor in the order of its memory.
+#[derive(Debug)]
+pub(crate) struct Part {
+    pub(crate) range: Range<u64>,
+    /// The memory itself: dense, as many elements.
+    pub(crate) memory: Tensor,
+}
+
+impl Held {
+    /// All of a tensor that is dense.
+    pub(crate) fn whole(name: String, tensor: &Tensor) -> Result<Self> {
+        let strides = dense_strides(&name, tensor)?;
+        let mut held = Self::like(name, tensor.kind(), (&tensor.size(), &strides))?;
+        let len = tensor.numel() as u64;
+        // Its elements one after the other, as memory has them.
+        let memory = tensor.f_detach()?.f_as_strided([unsigned(len)], [1], None)?;
+        held.parts.push(Part { range: 0..len, memory });
+        Ok(held)
+    }
+
+    /// A tensor of which parts are still to come.
+    pub(crate) fn like(
+        name: String,
+        kind: Kind,
+        (shape, strides): (&[i64], &[i64]),
+    ) -> Result<Self> {
+        let dtype = dtype_of(&name, kind)?;
+        let numbers = |list: &[i64]| list.iter().map(|&n| u64::try_from(n).unwrap_or(0)).collect();
+        Ok(Self {
+            name,
+            dtype,
+            shape: numbers(shape),
+            strides: numbers(strides),
+            parts: Vec::new(),
+        })
+    }
+}
+
+/// The model's tensors: variables, and buffers as the policy has them; those that are everybody's only where
+/// they `count`.
+pub(crate) fn of_model(store: &Store, (buffers, count): (Buffers, bool)) -> Result<Vec<Held>> {
+    let rank = store.group.rank();
+    let of_all = |named: &Named| Held::whole(format!("model/{}", named.name), &named.tensor);
+    let own = |named: &Named| Held::whole(own_buffer(rank, &named.name), &named.tensor);
+    let variables = store.model.variables.iter().map(of_all);
+    match buffers {
+        Buffers::Own => variables.chain(store.model.buffers.iter().map(own)).collect(),
+        _ if count => variables.chain(store.model.buffers.iter().map(of_all)).collect(),
+        _ => variables.collect(),
+    }
+}
+
+/// A line for each tensor of a saved model that this one has not.
+pub(crate) fn lacking(held: &[Held], source: &dyn Tensors) -> Vec<String> {
+    let is_held = |name: &str| held.iter().any(|of| of.name == name);
+    let names = source.names();
+    let lost = names.iter().filter(|name| name.starts_with("model/") && !is_held(name));
+    lost.map(|name| format!("  {name}: only in the checkpoint\n")).collect()
+}
+
+/// A rank that was not there when `source` was saved takes rank 0's buffers for its own.
+pub(crate) fn name_new_ranks(held: &mut [Held], source: &dyn Tensors) {
+    for of in held.iter_mut().filter(|of| source.spec(&of.name).is_none()) {
+        let own = of.name.strip_prefix("rank-").and_then(|rest| rest.split_once('/'));
+        if let Some((_, name)) = own {
+            of.name = own_buffer(0, name);
+        }
+    }
+}
+
+/// The name of a buffer that a rank has for itself.
+pub(crate) fn own_buffer(rank: usize, name: &str) -> String {
+    format!("rank-{rank}/{name}")
+}
+
+fn unsigned(len: u64) -> i64 {
+    i64::try_from(len).unwrap_or(i64::MAX)
+}
+
+pub(crate) fn dtype_of(name: &str, kind: Kind) -> Result<Dtype> {
+    Ok(match kind {
+        Kind::Float => Dtype::F32,
+        Kind::Double => Dtype::F64,
+        Kind::Half => Dtype::F16,
+        Kind::BFloat16 => Dtype::BF16,
+        Kind::Int64 => Dtype::I64,
+        Kind::Int => Dtype::I32,
+        Kind::Int16 => Dtype::I16,
+        Kind::Int8 => Dtype::I8,
+        Kind::Uint8 => Dtype::U8,
+        Kind::Bool => Dtype::Bool,
+        _ => return Err(Error::UnsupportedKind { name: name.to_owned(), kind }),
+    })
+}

@@ -1,0 +1,24 @@
+//! Resumable training: [`Checkpointer`] saves a [`Ddp`](crate::Ddp), its optimizer and the program's own values while training
+//! goes on, and brings all of it back, on as many ranks and in whatever ZeRO stage; and weights as safetensors files.
+//!
+//! `phalanx-checkpoint` knows how files come to be complete; here is what a training consists of: [`held`] names its tensors
+//! and the parts of them that this rank has, [`content`] reads and fills their memory, [`checkpointer`] decides when.
+//!
+//! | name | what |
+//! |---|---|
+//! | `model/NAME` | a variable or a buffer |
+//! | `optimizer/STATE/NAME` | what the rule keeps of a parameter |
+//! | `optimizer/master/NAME` | the f32 master of a parameter in half precision |
+//! | `random/DEVICE/rank-R` | the state of a rank's random generator |
+//! | `rank-R/NAME` | a buffer that each rank has for itself ([`Buffers::Own`](crate::Buffers::Own)) |
+
+mod checkpointer;
+mod content;
+pub(crate) mod held;
+mod random;
+mod signals;
+mod weights;
+
+pub use checkpointer::{Checkpointer, CheckpointerOptions, Next, Resumed};
+pub use phalanx_checkpoint::{Keep, OnBusy, OnError};
+pub use weights::{load_safetensors, save_safetensors};
