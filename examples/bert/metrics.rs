@@ -129,12 +129,14 @@ impl MetricsFile {
     pub(crate) fn go_on(&mut self, step: u64) -> Result<Vec<StepRecord>> {
         let explain = || format!("cannot go on with the metrics file {}", self.path.display());
         let text = std::fs::read_to_string(&self.path).with_context(explain)?;
-        // Lines of another kind, and one that was cut off, are no steps.
-        let records = text.lines().filter_map(|line| serde_json::from_str::<StepRecord>(line).ok());
-        let kept: Vec<_> = records.filter(|record| record.step <= step).collect();
-        let mut lines = String::new();
-        for record in &kept {
-            lines += &(serde_json::to_string(record)? + "\n");
+        let (mut kept, mut lines) = (Vec::new(), String::new());
+        for line in text.lines() {
+            // Lines of another kind, and one that was cut off, are no steps.
+            let record = serde_json::from_str::<StepRecord>(line).ok();
+            if let Some(record) = record.filter(|record| record.step <= step) {
+                kept.push(record);
+                lines += &format!("{line}\n");
+            }
         }
         std::fs::write(&self.path, lines).with_context(explain)?;
         Ok(kept)
