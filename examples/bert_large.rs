@@ -67,7 +67,7 @@ fn run(flags: &Flags) -> Result<ExitCode> {
     if let Some(path) = &flags.init_weights {
         weights::check(path, &settings.config.model)?;
     }
-    if world_size == 1 {
+    if world_size == 1 && options.max_restarts == 0 {
         rank(flags, &settings, &World::single())?;
         return Ok(ExitCode::SUCCESS);
     }
