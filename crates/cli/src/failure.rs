@@ -47,6 +47,9 @@ fn code_of(cause: &(dyn Error + 'static)) -> Option<u8> {
             _ => DATA,
         });
     }
+    if let Some(error) = cause.downcast_ref::<phalanx_launch::LaunchError>() {
+        return Some(error.exit_code());
+    }
     cause.is::<io::Error>().then_some(IO)
 }
 

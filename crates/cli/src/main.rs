@@ -5,13 +5,14 @@
 mod data;
 mod failure;
 mod flight;
+mod launch;
 mod report;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Data-parallel training for Rust: tools.
+/// Data-parallel training for Rust: launcher and tools.
 #[derive(Debug, Parser)]
 #[command(name = "phalanx", version, about, arg_required_else_help = true)]
 struct Cli {
@@ -26,6 +27,8 @@ enum Command {
     Data(data::Command),
     /// Where each rank of a job was: lines up the flight records that the ranks left in a folder.
     Flight(flight::FlightArgs),
+    /// Starts a program as the ranks of a job, on this machine or as one of several nodes, watches them, starts them again.
+    Launch(launch::LaunchCommand),
 }
 
 fn main() -> ExitCode {
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
     let done = match cli.command {
         Command::Data(command) => data::run(&command),
         Command::Flight(args) => flight::run(&args),
+        Command::Launch(args) => launch::run(&args),
     };
     done.unwrap_or_else(|error| {
         eprintln!("error: {}", failure::message(&error));
