@@ -67,7 +67,7 @@ fn run(flags: &Flags) -> Result<ExitCode> {
     if let Some(path) = &flags.init_weights {
         weights::check(path, &settings.config.model)?;
     }
-    if world_size == 1 {
+    if world_size == 1 && options.max_restarts == 0 {
         return rank(flags, &settings, &World::single());
     }
     // Prepared here, where the terminal is, and once for all ranks of this machine.

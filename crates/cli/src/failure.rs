@@ -62,6 +62,9 @@ fn code_of(cause: &(dyn Error + 'static)) -> Option<u8> {
     if let Some(error) = cause.downcast_ref::<phalanx_checkpoint::Error>() {
         return Some(code_of_checkpoint(error));
     }
+    if let Some(error) = cause.downcast_ref::<phalanx_launch::LaunchError>() {
+        return Some(error.exit_code());
+    }
     if cause.is::<Usage>() {
         return Some(USAGE);
     }

@@ -6,13 +6,14 @@ mod checkpoint;
 mod data;
 mod failure;
 mod flight;
+mod launch;
 mod report;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Data-parallel training for Rust: tools.
+/// Data-parallel training for Rust: launcher and tools.
 #[derive(Debug, Parser)]
 #[command(name = "phalanx", version, about, arg_required_else_help = true)]
 struct Cli {
@@ -30,6 +31,8 @@ enum Command {
     /// Checkpoints: look at what is there, check it, convert it to weights and back, compare two.
     #[command(subcommand)]
     Checkpoint(checkpoint::Command),
+    /// Starts a program as the ranks of a job, on this machine or as one of several nodes, watches them, starts them again.
+    Launch(launch::LaunchCommand),
 }
 
 fn main() -> ExitCode {
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         Command::Data(command) => data::run(&command),
         Command::Flight(args) => flight::run(&args),
         Command::Checkpoint(command) => checkpoint::run(&command),
+        Command::Launch(args) => launch::run(&args),
     };
     done.unwrap_or_else(|error| {
         eprintln!("error: {}", failure::message(&error));

@@ -190,11 +190,12 @@ impl Ddp {
 
     /// Tells the program's own number of the step (or batch) that comes next. The ranks compare it in
     /// the next exchange, so that a rank which left one out is told at once: `rank 1 is at "step 8, bucket
-    /// 0", rank 0 at "step 7, bucket 0"`.
+    /// 0", rank 0 at "step 7, bucket 0"`. A launcher that restarts ranks hears it, too.
     ///
     /// # Errors
     /// [`Error::Poisoned`].
     pub fn at_step(&self, step: u64) -> Result<()> {
+        phalanx_comm::recorder::progress(step);
         reduce::lock(&self.shared)?.step = Some(step);
         Ok(())
     }

@@ -37,6 +37,9 @@ impl LaunchArgs {
             return differs("--master-port", asked.to_string(), says);
         }
         let nothing = || "nothing of it: it is for ranks that phalanx's launcher starts".to_owned();
+        if let Some(restarts) = self.max_restarts.filter(|restarts| *restarts > 0) {
+            return differs("--max-restarts", restarts.to_string(), nothing());
+        }
         match (&self.log_dir, self.torch_store) {
             (Some(folder), _) => differs("--log-dir", folder.display().to_string(), nothing()),
             (None, Some(address)) => differs("--torch-store", address.to_string(), nothing()),
@@ -48,7 +51,8 @@ impl LaunchArgs {
 type Number = (&'static str, Option<usize>, usize, &'static str);
 
 fn numbers(args: &LaunchArgs, world: &World) -> Vec<Number> {
-    let asked = args.nnodes.zip(args.nproc_per_node);
+    let nnodes = args.nnodes.map(|count| count.max);
+    let asked = nnodes.zip(args.nproc_per_node);
     let ranks = asked.map(|(nodes, ranks)| nodes.saturating_mul(ranks));
     if world.store_host == StoreHost::Mpi {
         // Which ranks share a machine is known when they have met.
@@ -60,7 +64,7 @@ fn numbers(args: &LaunchArgs, world: &World) -> Vec<Number> {
         return vec![of_node];
     }
     vec![
-        ("--nnodes", args.nnodes, world.node_count, "nodes:"),
+        ("--nnodes", nnodes, world.node_count, "nodes:"),
         of_node,
         ("--node-rank", args.node_rank, world.node_rank, "this node's number:"),
     ]
@@ -151,6 +155,7 @@ mod tests {
             (TORCHRUN, "--master-addr n9", ["--master-addr n9", "torchrun", "meet n0"]),
             (TORCHRUN, "--master-port 29500", ["--master-port 29500", "torchrun", "port 29400"]),
             (TORCHRUN, "--master-addr localhost", ["--master-addr localhost", "torchrun", "n0"]),
+            (TORCHRUN, "--max-restarts 3", ["--max-restarts 3", "torchrun", "nothing of it"]),
             (TORCHRUN, "--log-dir logs", ["--log-dir logs", "torchrun", "nothing of it"]),
             (MPIRUN, "--nnodes 4", ["--nnodes 4", "mpirun (Open MPI)", "nodes: 1"]),
             (MPIRUN, "--torch-store 127.0.0.1:4000", ["--torch-store", "mpirun", "nothing of it"]),

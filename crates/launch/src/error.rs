@@ -76,6 +76,40 @@ pub enum LaunchError {
         /// Ours.
         ours: usize,
     },
+    /// This node was started with other bounds than node 0.
+    #[error("node 0 was launched with --nnodes {theirs}, this node with --nnodes {ours}: give the same on every node")]
+    TermsMismatch {
+        /// Node 0's, `MIN:MAX`.
+        theirs: String,
+        /// Ours.
+        ours: String,
+    },
+    /// Who was to start a node could not.
+    #[error("node {node} will not come: {why}; its own words stand above")]
+    NodeGone {
+        /// The node.
+        node: usize,
+        /// What happened.
+        why: String,
+    },
+    /// The file of hosts cannot be read.
+    #[error("cannot read {path}: {source}; give another --hostfile")]
+    Hostfile {
+        /// The file.
+        path: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A line of the file of hosts makes no sense.
+    #[error("line {number} of {path} is {text:?}: a line is a host and, if you like, slots=N")]
+    HostfileLine {
+        /// The file.
+        path: String,
+        /// The line's number, from 1.
+        number: usize,
+        /// What it holds.
+        text: String,
+    },
     /// Some nodes did not come.
     #[error("nodes {missing} did not come within {seconds} s (joined {joined}/{expected}): start the launcher there with the same --nnodes, --master-addr and --master-port and its own --node-rank")]
     MissingNodes {
@@ -119,13 +153,16 @@ impl LaunchError {
             | Self::Contradiction { .. }
             | Self::NoJobToken
             | Self::NodeMismatch { .. }
+            | Self::TermsMismatch { .. }
+            | Self::HostfileLine { .. }
             | Self::Start { .. }
             | Self::Environment(_) => 64,
             Self::MissingNodes { .. }
+            | Self::NodeGone { .. }
             | Self::Garbled { .. }
             | Self::Rendezvous(_)
             | Self::Store(_) => 69,
-            Self::Log { .. } => 74,
+            Self::Log { .. } | Self::Hostfile { .. } => 74,
             Self::System { .. } => 71,
         }
     }

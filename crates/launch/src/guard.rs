@@ -8,9 +8,10 @@ use std::io::Write as _;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, ChildStdin, Command, Stdio};
 
-/// Reads one group a line (a dash's `kill` takes no `--`); the end of the input without the line `done` is the launcher's death.
+/// Reads one group a line (a dash's `kill` takes no `--`), or `none`, for those it knows have ended; the end of the input
+/// without the line `done` is the launcher's death.
 const SCRIPT: &str = "trap '' HUP INT TERM; g=; while read -r l; do \
-    if [ \"$l\" = done ]; then exit 0; fi; g=\"$g -$l\"; done; \
+    case $l in done) exit 0;; none) g=;; *) g=\"$g -$l\";; esac; done; \
     [ -z \"$g\" ] || kill -9 $g";
 
 /// The shell at the end of the pipe.
@@ -42,6 +43,11 @@ impl Guard {
     /// Tells the guard of a process group.
     pub(crate) fn watch(&mut self, group: i32) {
         self.say(&group.to_string());
+    }
+
+    /// All groups that it knows have ended: their numbers may become others'.
+    pub(crate) fn forget(&mut self) {
+        self.say("none");
     }
 
     fn say(&mut self, line: &str) {

@@ -8,6 +8,9 @@
 //! * Each rank is a process group of its own with a parent-death signal; a guard kills what ranks have started when the
 //!   launcher itself is killed.
 //! * The first failure is the root cause; the others are asked to end, and killed after a grace.
+//! * [`LaunchOptions::max_restarts`]: then all ranks are started again, unless the failure would come again or the
+//!   attempts come no further. Ranks say how far they are ([`progress`]) and that they must not be cut off
+//!   ([`committing`]), and look whether they should stop ([`should_stop`]).
 //! * Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 reach the ranks; a second Ctrl-C kills at once.
 //! * Lines are prefixed by `[rank N]`. On a terminal rank 0's standard error is a terminal, too, so that its progress bar
 //!   shows; lines of other ranks clear the bar, which redraws itself. Ranks have no standard input.
@@ -42,13 +45,18 @@
 mod agreement;
 #[cfg(feature = "clap")]
 mod args;
+mod attempts;
+mod elastic;
 mod error;
 mod error_file;
 mod flight;
 mod gpus;
 mod guard;
+#[cfg(feature = "clap")]
+mod hosts;
 mod lines;
 mod logs;
+mod membership;
 mod messenger;
 mod nodes;
 mod options;
@@ -56,18 +64,26 @@ mod plan;
 mod process;
 mod rank;
 mod report;
+mod restart;
 mod run;
 mod screen;
 mod signals;
+mod start;
+mod stop;
 mod supervise;
 mod suspect;
 
 #[cfg(feature = "clap")]
-pub use args::{launch_or_join, Joined, LaunchArgs};
+pub use args::{launch_or_join, Joined, LaunchArgs, NodeCount};
 pub use error::LaunchError;
 pub use error_file::{record_failure, record_panics};
 pub use gpus::gpu_count;
+#[cfg(any(test, feature = "testing"))]
+pub use membership::simulation;
 pub use options::{LaunchOptions, Prefix};
+pub use phalanx_comm::recorder::{committing, progress, Committing};
 pub use process::Exit;
 pub use report::{Evidence, Failure, RankFailure, Report};
+pub use restart::GiveUp;
 pub use run::{is_worker, run};
+pub use stop::{heed_signals, should_stop};

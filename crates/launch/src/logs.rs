@@ -5,7 +5,7 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use crate::error::LaunchError;
-use crate::report::{Failure, Report};
+use crate::report::RankFailure;
 
 /// Runs of one name whose files are told apart.
 const NAMES_MAX: u32 = 10_000;
@@ -65,6 +65,15 @@ impl Logs {
         Some(folder.to_string_lossy().into_owned())
     }
 
+    /// The folder of an attempt: that of the run for the first one, a folder in it for each later one.
+    pub(crate) fn of_attempt(&self, number: u32) -> Result<Self, LaunchError> {
+        let Some(run) = &self.dir else { return Ok(Self { dir: None }) };
+        let dir = if number == 0 { run.clone() } else { run.join(format!("attempt-{number}")) };
+        // Nodes may share it.
+        fs::create_dir_all(&dir).map_err(|source| log_failed(&dir, source))?;
+        Ok(Self { dir: Some(dir) })
+    }
+
     /// Where the ranks' operations are put side by side when the job fails.
     pub(crate) fn lineup(&self, run_id: &str, host: &str) -> PathBuf {
         match &self.dir {
@@ -81,13 +90,15 @@ impl Logs {
         made.map(Some).map_err(|source| log_failed(dir, source))
     }
 
-    /// Appends the failure in one write, so that several launchers may share the file.
-    pub(crate) fn record(&self, report: &Report) {
-        let (Some(dir), Some(Failure::Rank(failure))) = (&self.dir, &report.failure) else {
-            return;
-        };
+    /// Appends the failure of an attempt, which had come to `step`, in one write, so that several launchers may share the
+    /// file.
+    pub(crate) fn record(&self, failure: &RankFailure, attempt: u32, step: Option<u64>) {
+        let Some(dir) = &self.dir else { return };
         let path = dir.join("errors.jsonl");
-        let line = format!("{}\n", failure.to_json());
+        let mut record = failure.to_value();
+        record["attempt"] = attempt.into();
+        record["step"] = step.into();
+        let line = format!("{record}\n");
         let file = OpenOptions::new().create(true).append(true).open(&path);
         if let Err(error) = file.and_then(|mut file| file.write_all(line.as_bytes())) {
             tracing::warn!(path = %path.display(), %error, "the failure could not be recorded");

@@ -18,8 +18,8 @@ use crate::rank::Rank;
 use crate::report::Failure;
 use crate::signals;
 
+const MEETING: &str = "launch/nodes";
 const FAILURE_KEY: &str = "launch/failure";
-const FOLDER_KEY: &str = "launch/folder";
 /// Node 0 waits this long for the others after its own ranks have ended: they may write checkpoints.
 const DONE_MAX: Duration = Duration::from_secs(3600);
 /// After a failure node 0 waits this long for the other nodes' records.
@@ -52,7 +52,7 @@ impl Nodes {
         let store =
             StoreClient::connect(plan.master_addr(), plan.master_port, credentials, deadline)?;
         let ours = format!("{count} {}", plan.ranks_per_node);
-        let said = join(&store, "launch/nodes", mine, count, ours.as_bytes(), deadline)
+        let said = join(&store, MEETING, mine, count, ours.as_bytes(), deadline)
             .map_err(|error| missing_nodes(error, start))?;
         let ranks_of_nodes = said
             .iter()
@@ -77,15 +77,9 @@ impl Nodes {
         Ok(Self { store, mine, count, news, signal, watcher: Some(watcher), messenger })
     }
 
-    /// On node 0: says what the folder for logs is called.
-    pub(crate) fn name_folder(&self, name: &str) -> Result<(), LaunchError> {
-        Ok(self.store.set(FOLDER_KEY, name.as_bytes())?)
-    }
-
-    /// What node 0 calls the folder for logs.
-    pub(crate) fn folder(&self, deadline: Instant) -> Result<String, LaunchError> {
-        let name = self.store.get(FOLDER_KEY, deadline)?;
-        Ok(String::from_utf8_lossy(&name).into_owned())
+    /// The connection to node 0's store.
+    pub(crate) fn store(&self) -> &StoreClient {
+        &self.store
     }
 
     /// Becomes readable when another node has failed.
@@ -180,6 +174,11 @@ impl Nodes {
     }
 }
 
+/// Where a node says that it is there; or who was to start it, that it will not come.
+pub(crate) fn meeting_key(node: usize) -> String {
+    format!("{MEETING}/{node:08}")
+}
+
 fn flight_key(rank: usize) -> String {
     format!("launch/flight/{rank}")
 }
@@ -236,6 +235,9 @@ fn parse_failure(text: &str) -> Option<Failure> {
 
 fn ranks_of_node(node: usize, said: &[u8], ours: usize) -> Result<usize, LaunchError> {
     let text = String::from_utf8_lossy(said).into_owned();
+    if let Some(why) = text.strip_prefix("gone ") {
+        return Err(LaunchError::NodeGone { node, why: why.to_owned() });
+    }
     let numbers = text.split_once(' ').and_then(|(theirs, ranks)| {
         Some((theirs.parse::<usize>().ok()?, ranks.parse::<usize>().ok()?))
     });
@@ -268,6 +270,7 @@ mod tests {
         assert_eq!(ranks_of_node(1, b"4 2", 4).unwrap(), 2);
         let message = |said| ranks_of_node(1, said, 4).unwrap_err().to_string();
         assert!(message(b"3 2").contains("node 1 was launched with --nnodes 3"));
+        assert!(message(b"gone it ended").contains("node 1 will not come: it ended"));
         for garbage in [&b""[..], b"4", b"x y", b"\xff\xff"] {
             assert!(message(garbage).contains("same build"), "{garbage:?}");
         }

@@ -45,6 +45,15 @@ impl Plan {
                 return Err(wrong(option, value, format!("1 to {RANKS_MAX}")));
             }
         }
+        if let Some(min) = options.nnodes_min.filter(|min| !(1..=options.nnodes).contains(min)) {
+            return Err(wrong("--nnodes", min, format!("a minimum of 1 to {}", options.nnodes)));
+        }
+        if options.nnodes_min.is_some() && options.node_rank.is_none() {
+            return Err(LaunchError::MissingOption {
+                option: "--node-rank",
+                because: "--nnodes MIN:MAX is for real nodes, which come and go",
+            });
+        }
         if options.threads == Some(0) {
             return Err(wrong("--threads", 0, "1 or more".to_owned()));
         }
@@ -83,6 +92,12 @@ impl Plan {
                     "--node-rank with several nodes means real ones, which meet at node 0's address",
             }),
         }
+    }
+
+    /// Whether nodes decide together about restarts, and may come and go.
+    pub(crate) const fn is_elastic(&self, options: &LaunchOptions) -> bool {
+        let is_asked_for = options.max_restarts > 0 || options.nnodes_min.is_some();
+        is_asked_for && matches!(self.nodes, Nodes::Real { .. })
     }
 
     pub(crate) const fn node_count(&self) -> usize {
@@ -146,6 +161,8 @@ pub(crate) struct Job {
     pub(crate) run_id: String,
     pub(crate) job_token: String,
     pub(crate) restart_count: u32,
+    /// How many restarts the user allows.
+    pub(crate) restarts_max: u32,
     /// `None`: the user has set `OMP_NUM_THREADS`.
     pub(crate) threads: Option<usize>,
     /// The ranks are more than the machine's GPUs.
@@ -167,6 +184,9 @@ pub(crate) fn environment(job: &Job, place: Place) -> Vec<(&'static str, String)
         ("PHALANX_JOB_TOKEN", job.job_token.clone()),
         ("PHALANX_RESTART_COUNT", job.restart_count.to_string()),
         ("PHALANX_AGENT_STORE", "1".to_owned()),
+        // For programs that know torchrun alone.
+        ("TORCHELASTIC_RESTART_COUNT", job.restart_count.to_string()),
+        ("TORCHELASTIC_MAX_RESTARTS", job.restarts_max.to_string()),
     ];
     variables.extend(job.threads.map(|threads| ("OMP_NUM_THREADS", threads.to_string())));
     if job.shares_gpus {
@@ -289,6 +309,7 @@ mod tests {
                 run_id: "a".to_owned(),
                 job_token: "b".to_owned(),
                 restart_count: 0,
+                restarts_max: 0,
                 threads: None,
                 shares_gpus,
             };

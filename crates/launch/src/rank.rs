@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use phalanx_comm::recorder::FlightRecord;
+use phalanx_comm::recorder::{FlightRecord, Vitals};
 
 use crate::lines::{Lines, Tail};
 use crate::process::{Exit, Process};
@@ -44,6 +44,14 @@ impl Rank {
         FlightRecord::read(&self.flight).unwrap_or_else(|error| {
             tracing::warn!(rank = self.number, %error, "its flight recorder cannot be read");
             None
+        })
+    }
+
+    /// What its memory says of it, also after its death.
+    pub(crate) fn vitals(&self) -> Vitals {
+        Vitals::read(&self.flight).unwrap_or_else(|error| {
+            tracing::debug!(rank = self.number, %error, "its memory cannot be read");
+            Vitals::default()
         })
     }
 

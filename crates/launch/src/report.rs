@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use crate::process::Exit;
+use crate::restart::GiveUp;
 use crate::signals;
 
 /// How a job ended.
@@ -17,8 +18,12 @@ pub struct Report {
     pub failure: Option<Failure>,
     /// The signal that the user ended the job with.
     pub ended_by: Option<i32>,
-    /// How long the ranks ran.
+    /// How long the ranks ran, all attempts together.
     pub elapsed: Duration,
+    /// How often they were started again.
+    pub restarts: u32,
+    /// Why they were not started once more, when they failed.
+    pub gave_up: Option<GiveUp>,
 }
 
 /// The first failure of a job: its root cause as far as the launcher can see.
@@ -78,13 +83,7 @@ impl Report {
     #[must_use]
     pub fn code(&self) -> u8 {
         match (&self.failure, self.ended_by) {
-            (Some(Failure::Rank(failure)), _) => match failure.exit {
-                Exit::Code(code @ (64 | 65 | 69 | 74 | 75 | 124)) => {
-                    u8::try_from(code).unwrap_or(70)
-                }
-                _ => 70,
-            },
-            (Some(Failure::Node { code, .. }), _) => *code,
+            (Some(failure), _) => code_of(failure),
             (None, Some(signal)) => u8::try_from(128 + signal).unwrap_or(70),
             (None, None) => 0,
         }
@@ -94,6 +93,17 @@ impl Report {
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(self.code())
+    }
+}
+
+/// The exit code of a job that failed like this.
+pub(crate) fn code_of(failure: &Failure) -> u8 {
+    match failure {
+        Failure::Node { code, .. } => *code,
+        Failure::Rank(failure) => match failure.exit {
+            Exit::Code(code @ (64 | 65 | 69 | 74 | 75 | 124)) => u8::try_from(code).unwrap_or(70),
+            _ => 70,
+        },
     }
 }
 
@@ -135,9 +145,24 @@ impl RankFailure {
         }
     }
 
+    /// Who failed, how and when: the beginning of the line.
+    pub(crate) fn brief(&self) -> String {
+        let (rank, cause) = (self.rank, self.cause());
+        let place = match &self.process {
+            Some((host, pid)) => format!("host {host} (pid {pid})"),
+            None => "another node".to_owned(),
+        };
+        let seconds = self.after.as_secs_f64();
+        format!("rank {rank} on {place} {cause} after {seconds:.1} s")
+    }
+
     /// The record for `errors.jsonl`: one JSON object.
     #[must_use]
     pub fn to_json(&self) -> String {
+        self.to_value().to_string()
+    }
+
+    pub(crate) fn to_value(&self) -> serde_json::Value {
         let (exit_code, signal) = match self.exit {
             Exit::Code(code) => (Some(code), None),
             Exit::Signal(signal) => (None, Some(signal)),
@@ -162,7 +187,6 @@ impl RankFailure {
             "log": log,
             "message": self.to_string(),
         })
-        .to_string()
     }
 }
 
@@ -171,14 +195,7 @@ const SHOWN_LINES: usize = 3;
 
 impl fmt::Display for RankFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { rank, process, .. } = self;
-        let place = match process {
-            Some((host, pid)) => format!("host {host} (pid {pid})"),
-            None => "another node".to_owned(),
-        };
-        let (number, cause) = (self.number(), self.cause());
-        let seconds = self.after.as_secs_f64();
-        write!(f, "error[{number}]: rank {rank} on {place} {cause} after {seconds:.1} s")?;
+        write!(f, "error[{}]: {}", self.number(), self.brief())?;
         self.evidence.fmt(f)?;
         let skipped = self.last_lines.len().saturating_sub(SHOWN_LINES);
         if !self.last_lines.is_empty() {
@@ -242,7 +259,7 @@ mod tests {
     }
 
     fn code(failure: Option<Failure>, ended_by: Option<i32>) -> u8 {
-        Report { failure, ended_by, elapsed: Duration::ZERO }.code()
+        Report { failure, ended_by, elapsed: Duration::ZERO, restarts: 0, gave_up: None }.code()
     }
 
     #[test]

@@ -6,24 +6,24 @@ use std::path::Path;
 use std::time::Instant;
 
 use phalanx_comm::environment::{JobToken, LauncherEnvironment, World};
-use phalanx_comm::recorder;
-use phalanx_comm::rendezvous::{listen_address, Credentials, StoreServer, TcpStoreServer};
+use phalanx_comm::rendezvous::{
+    listen_address, Credentials, Store as _, StoreClient, StoreServer, TcpStoreServer,
+};
 use sha2::{Digest as _, Sha256};
 
-use crate::error::{system, LaunchError};
-use crate::flight;
+use crate::attempts::Attempts;
+use crate::elastic::{self, Elastic};
+use crate::error::LaunchError;
 use crate::gpus;
-use crate::lines::{Lines, Style, Tail};
 use crate::logs::Logs;
 use crate::nodes::Nodes as NodeLink;
-use crate::options::{LaunchOptions, Prefix};
-use crate::plan::{environment, shares_gpus, sharing_notice, threads, Job, Nodes, Place, Plan};
-use crate::process::{ErrorStream, Process, Start};
-use crate::rank::Rank;
+use crate::options::LaunchOptions;
+use crate::plan::{shares_gpus, sharing_notice, threads, Job, Nodes, Plan};
 use crate::report::Report;
-use crate::screen::{Screen, Stream};
+use crate::restart::{Limits, Policy};
+use crate::screen::Screen;
 use crate::signals::Signals;
-use crate::supervise::Supervisor;
+use crate::supervise::{Leaving, Supervisor};
 
 /// Whether a launcher (ours, torchrun, mpirun, srun) has started this process as a rank.
 #[must_use]
@@ -44,58 +44,124 @@ pub fn run(
     program: &Path,
     args: &[OsString],
 ) -> Result<Report, LaunchError> {
+    run_as(options, program, args, None)
+}
+
+/// As [`run`], with a run's name and secret that others have been told already.
+pub(crate) fn run_as(
+    options: &LaunchOptions,
+    program: &Path,
+    args: &[OsString],
+    told: Option<Credentials>,
+) -> Result<Report, LaunchError> {
     let plan = Plan::new(options)?;
     let deadline = Instant::now() + options.connect_timeout;
     let ours = LauncherEnvironment::from_env()?;
-    let credentials = credentials(&plan, &ours)?;
+    let credentials = told.map_or_else(|| credentials(&plan, &ours), Ok)?;
     let mut screen = Screen::new();
     announce(&mut screen, &plan);
     let server = host_store(&plan, &credentials, deadline)?;
     let torch_store = serve_torch(&mut screen, &plan, options)?;
-    let (link, ranks_of_nodes) = match plan.nodes {
-        Nodes::Here { count } => (None, vec![plan.ranks_per_node; count]),
-        Nodes::Real { mine, .. } => {
-            let (address, port) = (plan.master_addr(), plan.master_port);
-            let count = plan.node_count();
-            screen
-                .notice(&format!("node {mine} of {count}: meeting the others at {address}:{port}"));
-            let (link, ranks) = NodeLink::meet(&plan, mine, credentials.clone(), deadline)?;
-            (Some(link), ranks)
-        }
-    };
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let is_set = ours.omp_num_threads.is_some();
-    let gpu_count = gpus::count(ours.visible_gpus.as_deref());
-    let job = Job {
-        world_size: ranks_of_nodes.iter().sum(),
-        node_count: plan.node_count(),
-        master_addr: plan.master_addr().to_owned(),
-        master_port: server.as_ref().map_or(plan.master_port, |server| server.address().port()),
-        run_id: credentials.run_id,
-        job_token: credentials.job_token.to_hex(),
-        restart_count: 0,
-        threads: threads(options.threads, is_set, cores, plan.ranks_here()),
-        shares_gpus: shares_gpus(&plan, gpu_count),
-    };
+    let mut job = job(&plan, options, &ours, &credentials);
     if job.shares_gpus {
+        let gpu_count = gpus::count(ours.visible_gpus.as_deref());
         screen.notice(&sharing_notice(&plan, gpu_count));
     }
-    let logs = logs(options.log_dir.as_deref(), &job.run_id, link.as_ref(), deadline)?;
-    // Until here a Ctrl-C ends this process as any other: nothing was started that could stay behind.
-    let signals = Signals::register()?;
-    let mut supervisor = Supervisor::new(signals, link, host_name(), options.grace);
-    supervisor.lineup_path = logs.lineup(&job.run_id, &host_name());
-    supervisor.world_size = job.world_size;
-    let what = What { program, args, job: &job, logs: &logs };
-    for place in plan.places(&ranks_of_nodes) {
-        // An error here drops the ranks that are there already: see Supervisor's drop.
-        supervisor.add(what.start(place, options.prefix)?);
-    }
-    let report = supervisor.run()?;
-    logs.record(&report);
-    // The store lives until the last rank has ended.
-    drop((server, torch_store));
+    let policy = Policy::new(limits(options));
+    let report = if plan.is_elastic(options) {
+        say_where(&mut screen, &plan);
+        let policy_of_job = policy.clone();
+        let met =
+            elastic::meet(&plan, options, &credentials, server.as_ref(), policy_of_job, deadline)?;
+        let store = (&**met.link.store(), met.link.node() == 0);
+        let logs = logs(options.log_dir.as_deref(), &job.run_id, Some(store), deadline)?;
+        let mut supervisor = Supervisor::new(Signals::register()?, None, options.grace, policy);
+        if options.nnodes_min.is_some() && met.link.node() > 0 {
+            supervisor.leaving = Leaving::May;
+        }
+        supervisor.link = Some(met.link);
+        let node = Elastic { options, program, args, plan, job, logs };
+        node.run(&mut supervisor, met.host, server)?
+    } else {
+        let (link, ranks_of_nodes) = meet(&mut screen, &plan, &credentials, deadline)?;
+        job.world_size = ranks_of_nodes.iter().sum();
+        if let Some(server) = &server {
+            job.master_port = server.address().port();
+        }
+        let store = link.as_ref().map(|link| (link.store(), link.is_first()));
+        let logs = logs(options.log_dir.as_deref(), &job.run_id, store, deadline)?;
+        // Until here a Ctrl-C ends this process as any other: nothing was started that could stay behind.
+        let mut supervisor = Supervisor::new(Signals::register()?, link, options.grace, policy);
+        let attempts = Attempts {
+            options,
+            program,
+            args,
+            plan,
+            ranks_of_nodes,
+            job,
+            logs,
+            credentials,
+            server,
+        };
+        attempts.run(&mut supervisor)?
+    };
+    // It lives until the last rank has ended.
+    drop(torch_store);
     Ok(report)
+}
+
+fn say_where(screen: &mut Screen, plan: &Plan) {
+    if let Nodes::Real { mine, count, .. } = plan.nodes {
+        let (address, port) = (plan.master_addr(), plan.master_port);
+        screen.notice(&format!("node {mine} of {count}: meeting the others at {address}:{port}"));
+    }
+}
+
+fn limits(options: &LaunchOptions) -> Limits {
+    Limits {
+        restarts_max: options.max_restarts,
+        window: options.restart_window,
+        attempts_in_vain_max: options.crash_loop.max(1),
+    }
+}
+
+/// Meets the launchers of the other nodes, if those are real; returns how many ranks each node starts, too.
+fn meet(
+    screen: &mut Screen,
+    plan: &Plan,
+    credentials: &Credentials,
+    deadline: Instant,
+) -> Result<(Option<NodeLink>, Vec<usize>), LaunchError> {
+    let mine = match plan.nodes {
+        Nodes::Here { count } => return Ok((None, vec![plan.ranks_per_node; count])),
+        Nodes::Real { mine, .. } => mine,
+    };
+    say_where(screen, plan);
+    let (link, ranks) = NodeLink::meet(plan, mine, credentials.clone(), deadline)?;
+    Ok((Some(link), ranks))
+}
+
+/// What all ranks of the first attempt are told alike.
+fn job(
+    plan: &Plan,
+    options: &LaunchOptions,
+    ours: &LauncherEnvironment,
+    credentials: &Credentials,
+) -> Job {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let is_set = ours.omp_num_threads.is_some();
+    Job {
+        world_size: plan.ranks_here(),
+        node_count: plan.node_count(),
+        master_addr: plan.master_addr().to_owned(),
+        master_port: plan.master_port,
+        run_id: credentials.run_id.clone(),
+        job_token: credentials.job_token.to_hex(),
+        restart_count: credentials.restart_count,
+        restarts_max: options.max_restarts,
+        threads: threads(options.threads, is_set, cores, plan.ranks_here()),
+        shares_gpus: shares_gpus(plan, gpus::count(ours.visible_gpus.as_deref())),
+    }
 }
 
 /// Says what is not obvious: that machines are played.
@@ -132,7 +198,7 @@ fn credentials(plan: &Plan, ours: &LauncherEnvironment) -> Result<Credentials, L
 }
 
 /// Eight hexadecimal digits: a name, not a secret.
-fn short_hash(parts: &[&[u8]]) -> String {
+pub(crate) fn short_hash(parts: &[&[u8]]) -> String {
     let mut hash = Sha256::new();
     for part in parts {
         hash.update(part);
@@ -141,7 +207,7 @@ fn short_hash(parts: &[&[u8]]) -> String {
 }
 
 /// The store, if this launcher is to host it.
-fn host_store(
+pub(crate) fn host_store(
     plan: &Plan,
     credentials: &Credentials,
     deadline: Instant,
@@ -176,68 +242,17 @@ fn serve_torch(
 fn logs(
     parent: Option<&Path>,
     run_id: &str,
-    link: Option<&NodeLink>,
+    store: Option<(&StoreClient, bool)>,
     deadline: Instant,
 ) -> Result<Logs, LaunchError> {
-    let Some(link) = link else { return Logs::create(parent, run_id) };
-    if !link.is_first() {
-        return Logs::join(parent, &link.folder(deadline)?);
+    const FOLDER_KEY: &str = "launch/folder";
+    let Some((store, is_first)) = store else { return Logs::create(parent, run_id) };
+    if !is_first {
+        let name = store.get(FOLDER_KEY, deadline)?;
+        return Logs::join(parent, &String::from_utf8_lossy(&name));
     }
     let logs = Logs::create(parent, run_id)?;
-    link.name_folder(&logs.folder(parent).unwrap_or_else(|| run_id.to_owned()))?;
+    let name = logs.folder(parent).unwrap_or_else(|| run_id.to_owned());
+    store.set(FOLDER_KEY, name.as_bytes())?;
     Ok(logs)
-}
-
-fn host_name() -> String {
-    rustix::system::uname().nodename().to_string_lossy().into_owned()
-}
-
-/// What every rank is started from.
-struct What<'w> {
-    program: &'w Path,
-    args: &'w [OsString],
-    job: &'w Job,
-    logs: &'w Logs,
-}
-
-impl What<'_> {
-    fn start(&self, place: Place, prefix: Prefix) -> Result<Rank, LaunchError> {
-        let prefix = match prefix {
-            Prefix::Auto if self.job.world_size > 1 => {
-                let width = (self.job.world_size - 1).to_string().len();
-                Some(format!("[rank {:>width$}] ", place.rank))
-            }
-            _ => None,
-        };
-        let error_stream = if place.rank == 0 && Screen::is_terminal(Stream::Error) {
-            ErrorStream::Terminal
-        } else {
-            ErrorStream::Pipe
-        };
-        let style = prefix.clone().map_or(Style::Plain, Style::Prefixed);
-        let error_style = match error_stream {
-            ErrorStream::Terminal => Style::Terminal(prefix.unwrap_or_default()),
-            ErrorStream::Pipe => style.clone(),
-        };
-        let flight = recorder::memory().map_err(system("memfd_create"))?;
-        let mut environment = environment(self.job, place);
-        environment.push(("PHALANX_FLIGHT_RECORDER", flight::path(&flight)));
-        let (log, log_path) = self.logs.of_rank(place.rank)?.unzip();
-        let process = Process::start(&Start {
-            program: self.program,
-            args: self.args,
-            environment: &environment,
-            error_stream,
-        })?;
-        Ok(Rank {
-            number: place.rank,
-            process,
-            lines: [Lines::new(style), Lines::new(error_style)],
-            tail: Tail::default(),
-            log,
-            log_path,
-            flight,
-            ended: None,
-        })
-    }
 }

@@ -34,6 +34,12 @@ pub(crate) struct Suspect {
 }
 
 impl Suspect {
+    /// Whether it is more than a consequence of somebody else's failure: nobody likelier is to be expected when all
+    /// others have said what they saw.
+    pub(crate) const fn is_cause(&self) -> bool {
+        self.suspicion > CONSEQUENCE
+    }
+
     /// The likelier of the suspect so far and rank `at`, which has ended `now`.
     pub(crate) fn likelier(
         so_far: Option<Self>,

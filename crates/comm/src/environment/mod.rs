@@ -23,6 +23,7 @@ mod mpi_library;
 mod nccl;
 mod nccl_levels;
 mod nccl_settings;
+mod platform;
 mod recorder;
 mod slurm;
 mod slurm_step;
@@ -43,6 +44,7 @@ pub(crate) use nccl::is_required;
 pub(crate) use nccl::{nccl_host_id, nccl_lacks, nccl_library};
 pub use nccl_levels::{NcclDebug, NcclGdrLevel, NcclP2pLevel};
 pub use nccl_settings::{NcclSettingError, NcclSettings};
+pub use platform::{LaunchDefaults, RanksPerNode};
 pub(crate) use recorder::flight_recorder;
 pub use threads::ThreadVariables;
 

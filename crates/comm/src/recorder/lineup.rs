@@ -198,7 +198,8 @@ mod tests {
 
     fn record(rank: usize, operations: Vec<Operation>) -> FlightRecord {
         let started = operations.len() as u64;
-        FlightRecord { rank, world_size: 4, pid: 100, started, failure: None, operations }
+        let progress = None;
+        FlightRecord { rank, world_size: 4, pid: 100, started, progress, failure: None, operations }
     }
 
     fn ranks() -> Vec<FlightRecord> {

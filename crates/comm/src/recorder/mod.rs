@@ -13,10 +13,12 @@
 //! | `ring` | the memory, written with plain atomic stores |
 //! | `record` | pure: reading it |
 //! | `lineup` | pure: several ranks' records side by side |
+//! | `vitals` | the words by which a rank and its launcher know of each other while the rank runs |
 
 mod lineup;
 mod record;
 mod ring;
+mod vitals;
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, OwnedFd};
@@ -26,6 +28,7 @@ use std::sync::OnceLock;
 
 pub use lineup::{lineup, summary};
 pub use record::{FlightRecord, Operation, OperationState, RecordedFailure};
+pub use vitals::{ask_to_stop, committing, progress, should_stop, Committing, Vitals};
 
 use rustix::fs::{Mode, OFlags};
 

@@ -26,6 +26,16 @@ pub(super) const TEXT_AT: usize = 8;
 pub(super) const TEXT_BYTES_MAX: usize = 2048;
 /// The group that failed.
 pub(super) const FAILED_GROUP_AT: usize = TEXT_AT + TEXT_BYTES_MAX / 8;
+/// The last step that was told, plus one.
+pub(super) const PROGRESS_AT: usize = FAILED_GROUP_AT + 1;
+/// How many threads are at something that should not be cut off.
+pub(super) const COMMITTING_AT: usize = FAILED_GROUP_AT + 2;
+/// Not zero: whoever holds the memory asks the process to stop. The one word that the process does not write.
+pub(super) const STOP_AT: usize = FAILED_GROUP_AT + 3;
+/// Not zero: the process looks at that word now and then.
+pub(super) const HEEDS_AT: usize = FAILED_GROUP_AT + 4;
+/// What [`Vitals`](super::Vitals) are read from.
+pub(super) const VITALS_BYTES: usize = (HEEDS_AT + 1) * 8;
 
 pub(super) const SITES_AT: usize = 512;
 pub(super) const SITES: usize = 256;
@@ -46,7 +56,7 @@ pub(super) const CALL: usize = 5;
 pub(super) const ENDED_WELL: u64 = 1;
 pub(super) const ENDED_BADLY: u64 = 2;
 const _: () = assert!(CALL + RECORD_BYTES / 8 <= ENTRY_WORDS && RECORD_BYTES.is_multiple_of(8));
-const _: () = assert!(FAILED_GROUP_AT < SITES_AT);
+const _: () = assert!(HEEDS_AT < SITES_AT);
 
 pub(super) const WORDS: usize = ENTRIES_AT + ENTRIES * ENTRY_WORDS;
 pub(super) const BYTES: usize = WORDS * 8;
@@ -63,6 +73,8 @@ pub struct FlightRecord {
     pub pid: u32,
     /// How many operations it has started; the record holds the last 2 048.
     pub started: u64,
+    /// The last step that it has told ([`progress`](super::progress)).
+    pub progress: Option<u64>,
     /// The first failure that a group of it had.
     pub failure: Option<RecordedFailure>,
     /// The operations, oldest first.
@@ -139,6 +151,7 @@ impl FlightRecord {
             world_size: usize::try_from(words[WORLD_SIZE_AT]).ok()?,
             pid: u32::try_from(words[PID_AT]).ok()?,
             started: words[NEXT_AT],
+            progress: words[PROGRESS_AT].checked_sub(1),
             failure,
             operations: numbered.into_iter().map(|(_, operation)| operation).collect(),
         })

@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use rustix::time::{clock_gettime, ClockId};
 
 use super::record::{
-    BLAMED_AT, BYTES, CALL, ENDED, ENDED_BADLY, ENDED_WELL, ENTRIES, ENTRIES_AT, ENTRY_WORDS,
-    FAILED_AT, FAILED_GROUP_AT, GROUP, MAGIC, MAGIC_AT, NEXT_AT, PID_AT, PLACE, RANK_AT, SITES,
-    SITES_AT, SITE_BYTES_MAX, SITE_WORDS, STAMP, STARTED, TEXT_AT, TEXT_BYTES_MAX, TEXT_LEN_AT,
-    WORDS, WORLD_SIZE_AT,
+    BLAMED_AT, BYTES, CALL, COMMITTING_AT, ENDED, ENDED_BADLY, ENDED_WELL, ENTRIES, ENTRIES_AT,
+    ENTRY_WORDS, FAILED_AT, FAILED_GROUP_AT, GROUP, HEEDS_AT, MAGIC, MAGIC_AT, NEXT_AT, PID_AT,
+    PLACE, PROGRESS_AT, RANK_AT, SITES, SITES_AT, SITE_BYTES_MAX, SITE_WORDS, STAMP, STARTED,
+    STOP_AT, TEXT_AT, TEXT_BYTES_MAX, TEXT_LEN_AT, WORDS, WORLD_SIZE_AT,
 };
 use crate::backend::host::mapping::{self, Mapping};
 use crate::fingerprint::RECORD_BYTES;
@@ -116,6 +116,26 @@ impl Ring {
         words[FAILED_GROUP_AT].store(group, Ordering::Relaxed);
         words[BLAMED_AT].store(blamed.map_or(0, |rank| rank as u64 + 1), Ordering::Relaxed);
         words[FAILED_AT].store(now, Ordering::Release);
+    }
+
+    pub(super) fn progress(&self, step: u64) {
+        self.words()[PROGRESS_AT].store(step.saturating_add(1), Ordering::Relaxed);
+    }
+
+    /// One thread more (or, if it `ends`, less) that should not be cut off.
+    pub(super) fn commit(&self, ends: bool) {
+        let word = &self.words()[COMMITTING_AT];
+        if ends {
+            word.fetch_sub(1, Ordering::Release);
+        } else {
+            word.fetch_add(1, Ordering::Release);
+        }
+    }
+
+    pub(super) fn is_asked_to_stop(&self) -> bool {
+        let words = self.words();
+        words[HEEDS_AT].store(1, Ordering::Relaxed);
+        words[STOP_AT].load(Ordering::Relaxed) != 0
     }
 
     /// The number of a call site, from 1; 0 when there is no room for another.

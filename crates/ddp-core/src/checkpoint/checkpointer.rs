@@ -6,10 +6,12 @@ use std::time::Duration;
 use phalanx_checkpoint::{
     Checkpoint, Folder, Keep, OnBusy, OnError, Progress, Ranks, Saver, SaverOptions, Snapshot,
 };
+use phalanx_comm::recorder::{self, Committing};
 use phalanx_comm::{Group, Max};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use signal_hook::consts::SIGTERM;
 
 use super::held::{self, Held};
 use super::signals::Signals;
@@ -136,6 +138,8 @@ pub struct Checkpointer {
     signals: Option<Signals>,
     /// The step that was saved last.
     saved: Option<u64>,
+    /// Tells the launcher not to end this rank at once while one is being written.
+    committing: Option<Committing>,
 }
 
 impl Checkpointer {
@@ -167,6 +171,7 @@ impl Checkpointer {
             every_steps,
             signals: heed_signals.then(Signals::heed).transpose()?,
             saved: None,
+            committing: None,
             shared,
         })
     }
@@ -240,7 +245,7 @@ impl Checkpointer {
         })
     }
 
-    /// Tells that `step` steps are made: saves if it is time to, or if a rank was asked to end. After the optimizer's step, on every
+    /// Tells that `step` steps are made, to the launcher as well: saves if it is time to, or if a rank was asked to end. After the optimizer's step, on every
     /// rank. `values` gives what the program needs to go on, its place in the data, say; rank 0's are saved.
     ///
     /// Costs a small collective, and a copy of this rank's share where it saves.
@@ -253,6 +258,7 @@ impl Checkpointer {
         optimizer: Option<&mut Optimizer>,
         values: impl FnOnce() -> T,
     ) -> Result<Next> {
+        recorder::progress(step);
         let signal = self.agree_on_signal()?;
         let is_time = self.every_steps > 0 && step.is_multiple_of(self.every_steps);
         if (is_time || signal != 0) && self.saved != Some(step) {
@@ -294,6 +300,7 @@ impl Checkpointer {
         let mut snapshot = Snapshot::new();
         content::offer(&mut snapshot, &tensors, &rooms)?;
         snapshot.values(serde_json::to_value(&values).unwrap_or_default());
+        self.committing = Some(recorder::committing());
         self.saver.save(&mut OverGroup(&mut self.group), step, &snapshot)?;
         self.saved = Some(step);
         Ok(())
@@ -322,16 +329,20 @@ impl Checkpointer {
         Ok(())
     }
 
-    fn tell(&self, progress: &Progress) {
+    fn tell(&mut self, progress: &Progress) {
+        if !self.saver.is_pending() {
+            self.committing = None;
+        }
         if let (Progress::Saved { step, path }, 0) = (progress, self.group.rank()) {
             tracing::info!(step, path = %path.display(), "checkpoint saved");
         }
     }
 
-    /// A signal that came to any rank, the same answer on every one; 0 for none.
+    /// A signal that came to any rank, or the launcher's wish, the same answer on every one; 0 for none.
     fn agree_on_signal(&mut self) -> Result<i32> {
         let Some(signals) = &self.signals else { return Ok(0) };
-        let mut asked = [signals.asked()];
+        let wish = if recorder::should_stop() { i64::from(SIGTERM) } else { 0 };
+        let mut asked = [signals.asked().max(wish)];
         self.group.tagged("signals").all_reduce(&mut asked[..], Max)?.wait()?;
         Ok(i32::try_from(asked[0]).unwrap_or(0))
     }

@@ -7,6 +7,8 @@
     reason = "a program that talks to its test"
 )]
 
+mod train;
+
 use std::process::{Command, ExitCode};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -41,6 +43,12 @@ struct Args {
     /// The fault comes when the collective has started, not before.
     #[arg(long)]
     inside: bool,
+    /// How many attempts of `--act train` fail.
+    #[arg(long, default_value_t = 1)]
+    failing: u32,
+    /// How many steps each attempt of `--act train` comes further than the one before.
+    #[arg(long, default_value_t = 0)]
+    further: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -75,6 +83,12 @@ enum Act {
     Group,
     /// Every rank ends well when asked to.
     Polite,
+    /// Every rank trains; in the first attempts the chosen one fails at its fourth step: killed, or with `--code`.
+    Train,
+    /// As `train`, and the survivors ignore requests to end; rank 0 has begun to commit a checkpoint.
+    Commit,
+    /// Every rank trains until it is asked to stop at a boundary.
+    Endless,
     /// Rank 0 shows a progress bar while the others talk.
     Bar,
 }
@@ -167,6 +181,8 @@ fn work(args: &Args) -> ExitCode {
         }
         Act::Cascade => return cascade(&world, is_chosen),
         Act::Group => return group(args, is_chosen),
+        Act::Train | Act::Commit => return train::train(args, &world),
+        Act::Endless => return train::endless(&world),
         Act::Kill | Act::Panic | Act::Exit => wait(),
     }
     ExitCode::SUCCESS

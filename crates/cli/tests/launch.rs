@@ -1,0 +1,100 @@
+//! `phalanx launch`, with shells as ranks.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A launcher that is gone when this is dropped.
+struct Owned(Child);
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// What a finished launcher has said, and its exit code.
+struct Finished {
+    code: Option<i32>,
+    output: Vec<String>,
+    errors: String,
+}
+
+/// Runs `phalanx launch flags -- sh -c script`.
+fn launch(flags: &str, script: &str) -> Finished {
+    run(flags, &["sh", "-c", script])
+}
+
+fn run(flags: &str, program: &[&str]) -> Finished {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_phalanx"));
+    command.arg("launch").args(flags.split_whitespace()).arg("--").args(program);
+    for name in ["RANK", "WORLD_SIZE", "MASTER_ADDR", "PHALANX_JOB_TOKEN", "PHALANX_RUN_ID"] {
+        command.env_remove(name);
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut running = Owned(command.spawn().expect("the command starts"));
+    let (mut out, mut err) = (running.0.stdout.take(), running.0.stderr.take());
+    let errors = std::thread::spawn(move || std::io::read_to_string(err.take().expect("piped")));
+    let output = std::thread::spawn(move || std::io::read_to_string(out.take().expect("piped")));
+    let end = Instant::now() + DEADLINE;
+    let status = loop {
+        if let Some(status) = running.0.try_wait().expect("our own child") {
+            break status;
+        }
+        assert!(Instant::now() < end, "the launcher has not ended");
+        std::thread::park_timeout(Duration::from_millis(5));
+    };
+    let [output, errors] =
+        [output, errors].map(|text| text.join().expect("a reader").expect("text"));
+    let mut output: Vec<String> = output.lines().map(str::to_owned).collect();
+    output.sort();
+    Finished { code: status.code(), output, errors }
+}
+
+#[test]
+fn any_program_runs_as_ranks() {
+    let script =
+        "echo $RANK of $WORLD_SIZE on $GROUP_RANK, $1; echo attempt $PHALANX_RESTART_COUNT >&2";
+    let finished = run("--nnodes 2 --nproc-per-node 2", &["sh", "-c", script, "sh", "--flag"]);
+    assert_eq!(finished.code, Some(0), "{}", finished.errors);
+    let expected =
+        [0, 1, 2, 3].map(|rank| format!("[rank {rank}] {rank} of 4 on {}, --flag", rank / 2));
+    assert_eq!(finished.output, expected);
+    assert_eq!(finished.errors.matches("attempt 0").count(), 4, "{}", finished.errors);
+}
+
+#[test]
+fn the_job_ends_with_the_exit_code_of_its_failure() {
+    for (of_rank, of_job) in [(0, 0), (3, 70), (74, 74), (75, 75)] {
+        let finished = launch("--nproc-per-node 1", &format!("exit {of_rank}"));
+        assert_eq!(finished.code, Some(of_job), "{}", finished.errors);
+        assert_eq!(finished.errors.contains("error[PHX0702]: rank 0 on host "), of_job != 0);
+    }
+}
+
+#[test]
+fn what_fails_is_started_again() {
+    let script = "[ $TORCHELASTIC_RESTART_COUNT = 2 ] && echo well || kill -9 $$";
+    let finished = launch("--max-restarts 2", script);
+    assert_eq!((finished.code, &finished.output[..]), (Some(0), &["well".to_owned()][..]));
+    for line in ["restart 1/2: rank 0 on host ", "restart 2/2: rank 0 on host ", "after 2 restarts"]
+    {
+        assert!(finished.errors.contains(line), "no {line:?} in {}", finished.errors);
+    }
+}
+
+#[test]
+fn what_cannot_be_launched_says_why() {
+    for (flags, program, code, said) in [
+        ("", "/no/such/program", 64, "cannot start /no/such/program"),
+        ("--nnodes 0", "true", 64, "--nnodes 0"),
+        ("--restart-window 5", "true", 64, "--max-restarts"),
+        ("--nnodes 2 --node-rank 0 --master-addr 127.0.0.1", "true", 64, "PHALANX_JOB_TOKEN"),
+    ] {
+        let finished = run(flags, &[program]);
+        assert_eq!(finished.code, Some(code), "{}", finished.errors);
+        assert!(finished.errors.contains(said), "{}", finished.errors);
+    }
+}
