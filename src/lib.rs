@@ -28,6 +28,8 @@ pub use phalanx_comm::{Group, GroupOptions};
 #[cfg(feature = "torch")]
 pub use phalanx_ddp_core as ddp;
 #[cfg(feature = "torch")]
+pub use phalanx_ddp_core::{checkpoint, optim};
+#[cfg(feature = "torch")]
 pub use phalanx_ddp_core::{
     Ddp, DdpOptions, Optimizer, ParameterGroup, ParameterGroups, Sync, Zero,
 };
