@@ -9,9 +9,9 @@ use crate::support::{check, on_ranks, save, Files};
 
 /// A folder with the checkpoints of two steps, saved by two ranks.
 fn saved() -> (tempfile::TempDir, Files) {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = tempfile::tempdir().expect("a folder");
     on_ranks(2, |ranks| {
-        let mut saver = Saver::new(folder.path(), SaverOptions::default()).unwrap();
+        let mut saver = Saver::new(folder.path(), SaverOptions::default()).expect("a saver");
         save(&mut saver, ranks, 10);
         save(&mut saver, ranks, 20);
     });
@@ -63,7 +63,7 @@ fn ten_thousand_flipped_bits_are_all_noticed() {
         let good = Arc::clone(&files.0[path]);
         let mut bad = good.to_vec();
         bad[bit / 8] ^= 1 << (bit % 8);
-        files.0.insert(path.clone(), Arc::new(bad));
+        files.0.insert(path.clone(), bad.into());
         assert!(is_noticed(&step, &files), "bit {bit} of {}", path.display());
         files.0.insert(path.clone(), good);
     }
@@ -77,12 +77,12 @@ fn a_file_cut_off_anywhere_is_noticed_and_the_checkpoint_before_is_found() {
     for path in of_step(&files, &step) {
         let good = Arc::clone(&files.0[&path]);
         for len in (0..good.len()).step_by(512).chain([good.len() - 1]) {
-            files.0.insert(path.clone(), Arc::new(good[..len].to_vec()));
+            files.0.insert(path.clone(), good[..len].into());
             assert!(is_noticed(&step, &files), "{} cut at {len}", path.display());
             let newest = Folder::with_fs(folder.path(), Arc::new(files.clone())).newest().unwrap();
             assert_eq!(newest.unwrap().step(), 10);
         }
-        files.0.insert(path.clone(), Arc::new([&good[..], &[0; 512]].concat()));
+        files.0.insert(path.clone(), [&good[..], &[0; 512]].concat().into());
         assert!(is_noticed(&step, &files), "{} with bytes behind it", path.display());
         files.0.remove(&path);
         assert!(Checkpoint::open_with(&step, &files).is_err(), "{} lost", path.display());
@@ -94,8 +94,8 @@ fn a_file_cut_off_anywhere_is_noticed_and_the_checkpoint_before_is_found() {
 fn zeros_in_a_page_swapped_shards_and_shards_of_another_step_are_noticed() {
     let (folder, files) = saved();
     let step = folder.path().join("step-00000020");
-    let shard = |step: &str, rank: usize| {
-        folder.path().join(step).join(format!("shard-{rank:05}-of-00002.safetensors"))
+    let shard = |name: &str, rank: usize| {
+        folder.path().join(name).join(format!("shard-{rank:05}-of-00002.safetensors"))
     };
     let (first, second) = (shard("step-00000020", 0), shard("step-00000020", 1));
     let mut swapped = files.clone();
@@ -108,7 +108,7 @@ fn zeros_in_a_page_swapped_shards_and_shards_of_another_step_are_noticed() {
     let mut zeroed = files.clone();
     let mut bytes = files.0[&second].to_vec();
     bytes[4096..].fill(0);
-    zeroed.0.insert(second.clone(), Arc::new(bytes));
+    zeroed.0.insert(second.clone(), bytes.into());
     assert!(is_noticed(&step, &zeroed));
 
     let checkpoint = Checkpoint::open_with(&step, &zeroed).unwrap();
