@@ -12,6 +12,7 @@ use crate::failure;
 use crate::report::{self, bytes, count};
 
 #[derive(Args, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "flags")]
 pub(crate) struct VerifyArgs {
     /// A checkpoint (step-…), or a folder of them.
     #[arg(value_name = "PATH")]
