@@ -90,6 +90,52 @@ fn a_file_cut_off_anywhere_is_noticed_and_the_checkpoint_before_is_found() {
     }
 }
 
+/// Numbers that look random and are the same on each run.
+fn random(seed: &mut u64, below: usize) -> usize {
+    *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    (*seed >> 33) as usize % below
+}
+
+/// Changes a text in one place: a digit, a byte, a part that is gone or comes twice, a number without end.
+fn change(text: &mut Vec<u8>, seed: &mut u64) {
+    let at = random(seed, text.len());
+    let end = (at + 1 + random(seed, 12)).min(text.len());
+    let digit = text[at..].iter().position(u8::is_ascii_digit).map_or(at, |n| at + n);
+    match random(seed, 5) {
+        0 => text[digit] = b'0' + random(seed, 10) as u8,
+        1 => text[at] = b"[]{},:\"0-9"[random(seed, 10)],
+        2 => drop(text.drain(at..end)),
+        3 => drop(text.splice(at..at, text[at..end].to_vec())),
+        _ => drop(text.splice(digit..=digit, *b"9223372036854775807")),
+    }
+}
+
+#[test]
+fn a_manifest_with_a_right_seal_and_anything_in_it_never_panics() {
+    let (folder, mut files) = saved();
+    let step = folder.path().join("step-00000020");
+    let path = step.join("manifest.json");
+    let good = Arc::clone(&files.0[&path]);
+    let seal = b",\"manifest_crc32c\":\"00000000\"}\n".len();
+    let (mut seed, mut opened) = (7, 0);
+    for _ in 0..4000 {
+        let mut text = good[..good.len() - seal].to_vec();
+        for _ in 0..=random(&mut seed, 3) {
+            change(&mut text, &mut seed);
+        }
+        let sum = crc32c::crc32c(&text);
+        text.extend(format!(",\"manifest_crc32c\":\"{sum:08x}\"}}\n").bytes());
+        files.0.insert(path.clone(), text.into());
+        if let Ok(checkpoint) = Checkpoint::open_with(&step, &files) {
+            opened += 1;
+            drop(checkpoint.verify());
+            drop(read_all(&checkpoint));
+            drop((checkpoint.values(), checkpoint.rank_values(0)));
+        }
+    }
+    assert!(opened > 50, "{opened} of them could be opened");
+}
+
 #[test]
 fn zeros_in_a_page_swapped_shards_and_shards_of_another_step_are_noticed() {
     let (folder, files) = saved();

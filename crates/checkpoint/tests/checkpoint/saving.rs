@@ -277,6 +277,24 @@ fn who_is_late_is_named_and_can_still_finish() {
 }
 
 #[test]
+fn numbers_of_a_program_come_back_with_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut saver = Saver::new(folder.path(), SaverOptions::default()).unwrap();
+    // Bits of all exponents, of which a parser that rounds twice gets some wrong.
+    let seeds = (1..3000_u64).map(|n| n.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    let numbers: Vec<f64> = seeds.map(f64::from_bits).filter(|x| x.is_finite()).collect();
+    let values = serde_json::json!({ "numbers": numbers, "seed": u64::MAX, "low": i64::MIN });
+    let mut snapshot = Snapshot::new();
+    snapshot.values(values.clone());
+    snapshot.rank_values(values.clone());
+    saver.save(&mut Alone, 1, &snapshot).unwrap();
+    saver.finish(&mut Alone).unwrap();
+    let saved = Folder::new(folder.path()).newest().unwrap().unwrap();
+    assert_eq!(saved.values().unwrap(), values);
+    assert_eq!(saved.rank_values(0).unwrap(), Some(values));
+}
+
+#[test]
 fn memory_may_change_while_its_copy_is_written() {
     let folder = tempfile::tempdir().unwrap();
     let gate = Gated::default();

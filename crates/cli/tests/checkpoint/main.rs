@@ -103,6 +103,7 @@ fn convert_writes_weights_and_checkpoints() {
     assert!(out.ends_with("hf/model.safetensors\n"), "{out}");
     let weights = Weights::open(&hf).unwrap();
     assert_eq!(weights.names(), ["b", "w"]);
+    refused(&["checkpoint", "verify", text(&hf)], 64, "has no checksums");
     assert_eq!(weights.spec("w").unwrap().dtype, Dtype::BF16);
     refused(&args, 65, "is there already");
 
