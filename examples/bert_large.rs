@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use phalanx::comm::environment::{Launcher, NcclSettings, World};
+use phalanx::comm::environment::{LaunchDefaults, Launcher, NcclSettings, World};
 use phalanx::data::progress::{Progress, Silent, Terminal};
 use phalanx::ddp::{self, Cuda};
 use phalanx::tch::{self, nn, Device};
@@ -58,7 +58,8 @@ fn run(flags: &Flags) -> Result<ExitCode> {
         flags.launch.check_against(&world)?;
         return rank(flags, &settings, &world);
     }
-    let options = flags.launch(&settings);
+    let launch = flags.launch(&settings);
+    let options = launch.options_with(&LaunchDefaults::from_env()?)?;
     let world_size = options.nnodes.saturating_mul(options.nproc_per_node);
     let local_ranks = options.node_rank.map_or(world_size, |_| options.nproc_per_node);
     if world_size > 0 {
@@ -67,14 +68,14 @@ fn run(flags: &Flags) -> Result<ExitCode> {
     if let Some(path) = &flags.init_weights {
         weights::check(path, &settings.config.model)?;
     }
-    if world_size == 1 && options.max_restarts == 0 {
+    if world_size == 1 && options.max_restarts == 0 && launch.hostfile.is_none() {
         return rank(flags, &settings, &World::single());
     }
     // Prepared here, where the terminal is, and once for all ranks of this machine.
     drop(data::open(&settings.config, &Terminal::stderr())?);
     let program = std::env::current_exe().context("finding this program's own file")?;
     let args: Vec<_> = std::env::args_os().skip(1).collect();
-    Ok(launch::run(&options, &program, &args)?.exit_code())
+    Ok(launch.run(&program, &args)?.exit_code())
 }
 
 /// Batches that add up, memory for the ranks of this machine, and what NCCL's settings name of it.

@@ -23,7 +23,7 @@ const PURE: &[&str] = &[
     "crates/checkpoint/src/manifest/check.rs",
     "crates/checkpoint/src/numbers.rs",
     "crates/checkpoint/src/plan.rs",
-    "crates/checkpoint/src/saver/pending.rs",
+    "crates/checkpoint/src/saver/phase.rs",
     "crates/checkpoint/src/shard.rs",
     "crates/comm/src/algorithm",
     "crates/comm/src/backend/host/resume.rs",

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Parser;
-use phalanx_launch::{LaunchArgs, LaunchOptions};
+use phalanx_launch::LaunchArgs;
 
 use super::batching::{Batching, Wanted};
 use super::config::{Backend, Config, ConfigError, NonFinite, Precision, Resume, Rule, SHIPPED};
@@ -137,8 +137,8 @@ impl Flags {
     }
 
     /// How ranks are started; the configuration may know how many threads they have.
-    pub(crate) fn launch(&self, settings: &Settings) -> LaunchOptions {
-        LaunchOptions { threads: settings.config.train.threads, ..self.launch.options() }
+    pub(crate) fn launch(&self, settings: &Settings) -> LaunchArgs {
+        LaunchArgs { threads: settings.config.train.threads, ..self.launch.clone() }
     }
 
     /// Reads the configuration, lays the flags over it, checks both.

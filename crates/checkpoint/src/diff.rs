@@ -57,8 +57,7 @@ pub fn diff(left: &dyn Tensors, right: &dyn Tensors) -> Result<Vec<TensorDiffere
         let what = match (left.spec(name), right.spec(name)) {
             (Some(mine), Some(other)) if mine == other => elements(left, right, name, mine)?,
             (Some(mine), Some(other)) => {
-                let (left, right) = (owned(mine), owned(other));
-                Some(What::Spec { left, right })
+                Some(What::Spec { left: owned(mine), right: owned(other) })
             }
             (Some(_), None) => Some(What::OnlyLeft),
             (None, Some(_)) => Some(What::OnlyRight),
@@ -96,11 +95,11 @@ fn elements(
 /// The places at which two trees of values differ, as JSON pointers with both values: `/epoch: 3, 4`.
 pub fn diff_values(left: &Value, right: &Value) -> Vec<String> {
     let mut found = Vec::new();
-    compare(left, right, String::new(), &mut found);
+    compare(left, right, "", &mut found);
     found
 }
 
-fn compare(left: &Value, right: &Value, at: String, found: &mut Vec<String>) {
+fn compare(left: &Value, right: &Value, at: &str, found: &mut Vec<String>) {
     let none = Value::Null;
     match (left, right) {
         (Value::Object(a), Value::Object(b)) => {
@@ -108,13 +107,13 @@ fn compare(left: &Value, right: &Value, at: String, found: &mut Vec<String>) {
             keys.sort();
             keys.dedup();
             for key in keys {
-                let (a, b) = (a.get(key).unwrap_or(&none), b.get(key).unwrap_or(&none));
-                compare(a, b, format!("{at}/{key}"), found);
+                let (mine, other) = (a.get(key).unwrap_or(&none), b.get(key).unwrap_or(&none));
+                compare(mine, other, &format!("{at}/{key}"), found);
             }
         }
         (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
-            for (n, (a, b)) in a.iter().zip(b).enumerate() {
-                compare(a, b, format!("{at}/{n}"), found);
+            for (n, (mine, other)) in a.iter().zip(b).enumerate() {
+                compare(mine, other, &format!("{at}/{n}"), found);
             }
         }
         (a, b) if a == b => {}

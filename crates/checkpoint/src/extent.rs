@@ -171,16 +171,15 @@ impl Runs {
     pub(crate) fn new(len: &[u64], left: &[u64], right: &[u64], offsets: (u64, u64)) -> Self {
         let mut outer: Vec<_> =
             len.iter().zip(left).zip(right).map(|((&len, &l), &r)| (len, l, r)).collect();
-        let is_empty = len.contains(&0);
-        outer.retain(|(len, ..)| *len > 1);
+        outer.retain(|(count, ..)| *count > 1);
         let mut run = 1;
-        while let Some(&(len, ..)) = outer.last().filter(|(_, l, r)| *l == run && *r == run) {
-            run *= len;
+        while let Some(&(count, ..)) = outer.last().filter(|(_, l, r)| *l == run && *r == run) {
+            run *= count;
             outer.pop();
         }
-        let count = outer.iter().map(|(len, ..)| len).product();
-        let left = if is_empty { 0 } else { count };
-        Runs { at: vec![0; outer.len()], outer, offsets, run, left }
+        let is_empty = len.contains(&0);
+        let count = if is_empty { 0 } else { outer.iter().map(|(count, ..)| count).product() };
+        Runs { at: vec![0; outer.len()], outer, offsets, run, left: count }
     }
 }
 

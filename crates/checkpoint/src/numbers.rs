@@ -41,9 +41,9 @@ impl Difference {
             return;
         }
         let pairs = left.chunks_exact(dtype.bytes()).zip(right.chunks_exact(dtype.bytes()));
-        for (left, right) in pairs.filter(|(left, right)| left != right) {
+        for (mine, other) in pairs.filter(|(mine, other)| mine != other) {
             self.count += 1;
-            let distance = distance(left, right, dtype);
+            let distance = distance(mine, other, dtype);
             if distance > self.max || distance.is_nan() {
                 self.max = distance;
             }
@@ -54,7 +54,7 @@ impl Difference {
 #[expect(clippy::cast_precision_loss, reason = "it is shown with a few digits")]
 fn distance(left: &[u8], right: &[u8], dtype: Dtype) -> f64 {
     match (integer(left, dtype), integer(right, dtype)) {
-        (Some(left), Some(right)) => (left - right).abs() as f64,
+        (Some(a), Some(b)) => (a - b).abs() as f64,
         _ => (value(left, dtype) - value(right, dtype)).abs(),
     }
 }
@@ -97,7 +97,7 @@ mod tests {
     fn numbers_are_rounded_to_the_nearest() {
         // Halfway between two bf16 values, of which the even one is below; and something that f16 cannot hold.
         let bytes: Vec<u8> =
-            [1.003_906_25_f32, 1e6, f32::NAN].iter().flat_map(|x| x.to_le_bytes()).collect();
+            [1.0 + 2_f32.powi(-8), 1e6, f32::NAN].iter().flat_map(|x| x.to_le_bytes()).collect();
         let narrow = convert(&bytes, Dtype::F32, Dtype::BF16);
         assert_eq!(narrow[..2], bf16::ONE.to_le_bytes());
         let wide = convert(&narrow, Dtype::BF16, Dtype::F32);
@@ -114,11 +114,11 @@ mod tests {
         let bytes = |values: [i64; 3]| values.map(i64::to_le_bytes).concat();
         found.add(&bytes([1, i64::MIN, 3]), &bytes([1, i64::MAX, 5]), Dtype::I64);
         assert_eq!(found, Difference { count: 2, max: 2_f64.powi(64) });
-        let mut found = Difference::default();
+        let mut of_floats = Difference::default();
         let zeros = [0_f32, -0.0].map(f32::to_le_bytes);
-        found.add(&zeros[0], &zeros[1], Dtype::F32);
-        assert_eq!(found, Difference { count: 1, max: 0.0 });
-        found.add(&zeros[0], &f32::NAN.to_le_bytes(), Dtype::F32);
-        assert!(found.max.is_nan() && found.count == 2);
+        of_floats.add(&zeros[0], &zeros[1], Dtype::F32);
+        assert_eq!(of_floats, Difference { count: 1, max: 0.0 });
+        of_floats.add(&zeros[0], &f32::NAN.to_le_bytes(), Dtype::F32);
+        assert!(of_floats.max.is_nan() && of_floats.count == 2);
     }
 }

@@ -83,8 +83,7 @@ pub(crate) fn lay_out(plan: &Plan, rank: usize) -> Result<Layout> {
         at += bytes;
         Placed { tensor: tensor.name.clone(), extent: extent.clone(), offset, bytes }
     });
-    let pieces = placed.collect();
-    Ok(Layout { header, pieces, bytes: at })
+    Ok(Layout { header, pieces: placed.collect(), bytes: at })
 }
 
 /// A header for tensors whose data lie one after the other.

@@ -70,7 +70,8 @@ impl<'a> Snapshot<'a> {
         entry.parts.push((extent, Box::new(content)));
     }
 
-    /// Values of the program that are the same on all ranks: configuration, schedule, scale of losses. Rank 0's count.
+    /// Values of the program that are the same on all ranks: configuration, schedule, scale of losses. Rank 0's count. Numbers come
+    /// back with the same bits; those that JSON does not have (infinities, not a number) as null.
     pub fn values(&mut self, values: Value) {
         self.values = values;
     }

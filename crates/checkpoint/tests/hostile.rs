@@ -137,7 +137,7 @@ fn headers() -> Vec<(&'static str, Vec<u8>)> {
 
 fn check_header(folder: &Path, what: &str, bytes: &[u8]) {
     let path = folder.join("w.safetensors");
-    std::fs::write(&path, bytes).unwrap();
+    std::fs::write(&path, bytes).expect("write");
     let peak = peak(|| drop(Weights::open(&path)));
     assert!(peak <= 8 * bytes.len() + (1 << 20), "{what}: {peak} bytes for {}", bytes.len());
 }

@@ -77,7 +77,7 @@ fn survived(node: &Node, state: usize) -> Node {
             let content = match state {
                 0 => Arc::clone(synced),
                 1 => Arc::clone(current),
-                torn => Arc::new(part(synced.len(), current, torn - 2)),
+                torn => part(synced.len(), current, torn - 2).into(),
             };
             Node::File { synced: Arc::clone(&content), current: content }
         }

@@ -28,11 +28,13 @@ struct State {
     forgets: Forgets,
 }
 
-/// Syncs that do nothing: faults of a program that the enumeration has to find.
-#[derive(Clone, Copy, Debug, Default)]
-struct Forgets {
-    files: bool,
-    folders: bool,
+/// A sync that does nothing: a fault of a program that the enumeration has to find.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Forgets {
+    #[default]
+    Nothing,
+    Files,
+    Folders,
 }
 
 /// Files and folders by number.
@@ -43,7 +45,7 @@ pub(super) struct Disk {
 
 #[derive(Clone, Debug)]
 pub(super) enum Node {
-    File { synced: Arc<Vec<u8>>, current: Arc<Vec<u8>> },
+    File { synced: Arc<[u8]>, current: Arc<[u8]> },
     Folder { synced: BTreeMap<String, usize>, changes: Vec<Change> },
 }
 
@@ -124,7 +126,7 @@ impl Disk {
         Ok(number)
     }
 
-    fn content(&self, node: usize) -> io::Result<&Arc<Vec<u8>>> {
+    fn content(&self, node: usize) -> io::Result<&Arc<[u8]>> {
         match self.nodes.get(node) {
             Some(Node::File { current, .. }) => Ok(current),
             _ => Err(ErrorKind::IsADirectory.into()),
@@ -141,12 +143,12 @@ impl Recording {
 
     /// From here on syncing files does nothing: what a program without these calls would do.
     pub fn forget_file_syncs(&self) {
-        self.lock().forgets.files = true;
+        self.lock().forgets = Forgets::Files;
     }
 
     /// From here on syncing folders does nothing.
     pub fn forget_folder_syncs(&self) {
-        self.lock().forgets.folders = true;
+        self.lock().forgets = Forgets::Folders;
     }
 
     /// The operations so far that changed something, in words. A crash may come after each of them.
@@ -199,7 +201,7 @@ impl Fs for Recording {
     }
 
     fn create(&self, path: &Path) -> io::Result<Box<dyn Output>> {
-        let node = Node::File { synced: Arc::default(), current: Arc::default() };
+        let node = Node::File { synced: Arc::from([]), current: Arc::from([]) };
         let what = path.display().to_string();
         let node = self.record(format!("create {what}"), |disk| disk.add(path, node))?;
         Ok(Box::new(RecordedFile { fs: self.clone(), node, what }))
@@ -245,7 +247,7 @@ impl Fs for Recording {
     }
 
     fn sync_folder(&self, path: &Path) -> io::Result<()> {
-        let forgets = self.lock().forgets.folders;
+        let forgets = self.lock().forgets == Forgets::Folders;
         self.record(format!("sync folder {}", path.display()), |disk| {
             let node = disk.find(path)?;
             let names = disk.names(node)?;
@@ -262,7 +264,7 @@ impl Fs for Recording {
 }
 
 #[derive(Debug)]
-struct Content(Arc<Vec<u8>>);
+struct Content(Arc<[u8]>);
 
 impl Source for Content {
     fn bytes(&self) -> io::Result<u64> {
@@ -284,7 +286,7 @@ impl RecordedFile {
     fn change(
         &self,
         what: &str,
-        act: impl FnOnce(&mut Arc<Vec<u8>>, &mut Arc<Vec<u8>>),
+        act: impl FnOnce(&mut Arc<[u8]>, &mut Arc<[u8]>),
     ) -> io::Result<()> {
         self.fs.record(format!("{what} {}", self.what), |disk| {
             match disk.nodes.get_mut(self.node) {
@@ -298,11 +300,11 @@ impl RecordedFile {
 
 impl Output for RecordedFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.change("write", |_, current| Arc::make_mut(current).extend_from_slice(bytes))
+        self.change("write", |_, current| *current = [current, bytes].concat().into())
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        let forgets = self.fs.lock().forgets.files;
+        let forgets = self.fs.lock().forgets == Forgets::Files;
         self.change("sync", |synced, current| {
             if !forgets {
                 *synced = Arc::clone(current);

@@ -152,14 +152,14 @@ mod tests {
     #[test]
     fn bytes_come_from_compared_blocks_wherever_they_start() {
         let len = 3 * BLOCK_BYTES + 1000;
-        let bytes: Vec<u8> = (0..len).map(|at| (at * 31 % 251) as u8).collect();
+        let bytes: Vec<u8> = (0..len).map(|at| u8::try_from(at * 31 % 251).unwrap()).collect();
         let good = shard(&bytes, &bytes).unwrap();
-        for (at, len) in
+        for (at, count) in
             [(0, len), (5, 7), (BLOCK_BYTES - 1, 2), (2000, 2 * BLOCK_BYTES), (len - 1, 1)]
         {
-            let mut out = vec![0; len];
+            let mut out = vec![0; count];
             good.read(to_u64(at), &mut out, None).unwrap();
-            assert_eq!(out, bytes[at..at + len]);
+            assert_eq!(out, bytes[at..at + count]);
         }
         assert!(matches!(good.read(to_u64(len), &mut [0], None), Err(Error::OutOfBounds { .. })));
 

@@ -7,25 +7,24 @@ mod agree;
 mod layouts;
 mod options;
 mod pending;
+mod phase;
 mod worker;
 
 use std::collections::VecDeque;
 use std::hash::{BuildHasher as _, RandomState};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde_json::value::RawValue;
-
-use self::agree::{gather, Opening, Report, Status, Written};
+use self::agree::{gather, Opening, Report, Status};
 pub(crate) use self::layouts::Layouts;
 pub use self::options::{OnBusy, OnError, Progress, SaverOptions, Started};
-use self::pending::{working, Failure, Next, Phase};
-use self::worker::{Done, Job, Worker};
+use self::pending::{prepare, Agreed, Pending};
+use self::phase::{working, Failure, Next, Phase};
+use self::worker::Worker;
 use crate::folder::Target;
 use crate::fs::{Fs, Real};
-use crate::manifest::{values_text, Manifest, Sums};
 use crate::memory;
 use crate::plan::Held;
 use crate::ranks::Ranks;
@@ -53,27 +52,6 @@ pub struct Saver {
     /// What polls that a save made have found.
     untold: VecDeque<Progress>,
     has_warned: bool,
-}
-
-/// A checkpoint that is being written.
-#[derive(Debug)]
-struct Pending {
-    target: Target,
-    layouts: Arc<Layouts>,
-    phase: Phase,
-    status: Status,
-    sums: Vec<u32>,
-    values: Box<RawValue>,
-    rank_values: Box<RawValue>,
-    is_cancelled: Arc<AtomicBool>,
-}
-
-/// What ranks have agreed on before anything is copied.
-struct Agreed {
-    layouts: Arc<Layouts>,
-    nonce: u64,
-    values: Box<RawValue>,
-    rank_values: Box<RawValue>,
 }
 
 impl Saver {
@@ -125,23 +103,11 @@ impl Saver {
         if self.pending.is_some() && !self.make_room(ranks, step)? {
             return Ok(Started::Skipped);
         }
-        let Agreed { layouts, nonce, values, rank_values } = self.agree(ranks, step, snapshot)?;
+        let agreed = self.agree(ranks, step, snapshot)?;
         let (root, fs) = (self.root.clone(), Arc::clone(&self.fs));
-        let mut pending = Pending {
-            target: Target { fs, root, step, nonce },
-            layouts,
-            phase: Phase::Writing,
-            status: Status::Working,
-            sums: Vec::new(),
-            values,
-            rank_values,
-            is_cancelled: Arc::default(),
-        };
-        match pending.layouts.fill(ranks.rank(), snapshot, &mut self.buffer) {
-            Ok(()) => self.write(&mut pending, ranks.rank()),
-            // The others hear of it at the next poll.
-            Err(error) => pending.status = Status::Failed(error.to_string()),
-        }
+        let target = Target { fs, root, step, nonce: agreed.nonce };
+        let mut pending = Pending::new(target, agreed);
+        pending.begin(&self.worker, ranks.rank(), snapshot, &mut self.buffer);
         self.pending = Some(pending);
         Ok(Started::Yes)
     }
@@ -187,15 +153,11 @@ impl Saver {
         step: u64,
         snapshot: &Snapshot<'_>,
     ) -> Result<Vec<u8>> {
-        let Agreed { layouts, nonce, values, rank_values } = self.agree(ranks, step, snapshot)?;
+        let Agreed { layouts, nonce, values } = self.agree(ranks, step, snapshot)?;
         let mut file = Vec::new();
         layouts.fill(ranks.rank(), snapshot, &mut file)?;
-        memory::encode(
-            &layouts,
-            memory::About { step, nonce, rank: ranks.rank() },
-            (values, rank_values),
-            &file,
-        )
+        let about = memory::About { step, nonce, rank: ranks.rank() };
+        memory::encode(&layouts, about, (values.all, values.rank), &file)
     }
 
     /// Whether a checkpoint is being written.
@@ -238,45 +200,23 @@ impl Saver {
         };
         let opening = Opening {
             step,
-            is_new: mine.as_ref().is_ok_and(|(held, ..)| !is_known(held)),
+            is_new: mine.as_ref().is_ok_and(|(held, _)| !is_known(held)),
             nonce: RandomState::new().hash_one(step),
             trouble: mine.as_ref().err().map(ToString::to_string),
         };
         let openings = gather(ranks, &opening)?;
         agree::check(&openings)?;
-        let (held, values, rank_values) = mine?;
+        let (held, values) = mine?;
         let nonce = openings.first().map_or(0, |first| first.nonce);
-        if openings.iter().any(|opening| opening.is_new) {
+        if openings.iter().any(|one| one.is_new) {
             // Should this fail, it does on all ranks, and all begin anew.
             self.layouts = None;
             let layouts = Layouts::new(&gather(ranks, &held)?)?;
             self.layouts = Some((held, Arc::new(layouts)));
         }
         match &self.layouts {
-            Some((_, layouts)) => {
-                Ok(Agreed { layouts: Arc::clone(layouts), nonce, values, rank_values })
-            }
+            Some((_, layouts)) => Ok(Agreed { layouts: Arc::clone(layouts), nonce, values }),
             None => Err(Error::OutOfStep { reason: "there is no plan".to_owned() }),
-        }
-    }
-
-    /// Hands the buffer to the thread.
-    fn write(&mut self, pending: &mut Pending, rank: usize) {
-        let job = Job::Write {
-            target: pending.target.clone(),
-            name: pending.layouts.file_name(rank),
-            bytes: std::mem::take(&mut self.buffer),
-            needed: pending.layouts.bytes(),
-            is_cancelled: Arc::clone(&pending.is_cancelled),
-        };
-        pending.status = self.start(job);
-    }
-
-    fn start(&self, job: Job) -> Status {
-        if self.worker.send(job) {
-            Status::Working
-        } else {
-            Status::Failed(GONE.to_owned())
         }
     }
 
@@ -286,22 +226,9 @@ impl Saver {
         if pending.status != Status::Working || !pending.phase.concerns(rank) {
             return;
         }
-        pending.status = match self.worker.wait(limit) {
-            Ok(Done::Written(written, buffer)) => {
-                self.buffer = buffer;
-                match written {
-                    Ok(sums) => {
-                        pending.sums = sums;
-                        Status::Done
-                    }
-                    Err(error) => Status::Failed(error.to_string()),
-                }
-            }
-            Ok(Done::Committed(Err(error))) => Status::Failed(error.to_string()),
-            Ok(Done::Committed(Ok(_)) | Done::Abandoned) => Status::Done,
-            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => Status::Working,
-            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => Status::Failed(GONE.to_owned()),
-        };
+        if let Some(buffer) = pending.take(self.worker.wait(limit)) {
+            self.buffer = buffer;
+        }
     }
 
     /// Tells the others how far this rank is, and takes the step that all take.
@@ -309,6 +236,7 @@ impl Saver {
         let Some(pending) = &mut self.pending else { return Ok(Progress::Idle) };
         let step = pending.target.step;
         let reports = gather(ranks, &Report { status: pending.status.clone(), is_late })?;
+        let (rank, keep) = (ranks.rank(), self.options.keep);
         match pending.phase.next(&reports) {
             Next::Wait(is_cancelled) => {
                 pending.is_cancelled.store(is_cancelled, Ordering::Relaxed);
@@ -317,55 +245,24 @@ impl Saver {
                     return Err(Error::Late { step, waited, late });
                 }
             }
-            Next::Commit => self.commit(ranks)?,
-            Next::Abandon(failure) => self.abandon(ranks.rank(), failure),
+            Next::Commit => {
+                let all = gather(ranks, &pending.report())?;
+                pending.commit(&self.worker, rank, all, keep);
+            }
+            Next::Abandon(failure) => {
+                pending.abandon(&self.worker, rank, Phase::Abandoning(failure));
+            }
             Next::Saved => {
-                let path = pending.target.complete();
+                let path = pending.path();
                 self.pending = None;
                 return Ok(Progress::Saved { step, path });
             }
             Next::Failed(failure) => {
                 self.pending = None;
-                return self.failed(ranks.rank(), step, failure);
+                return self.failed(rank, step, failure);
             }
         }
         Ok(Progress::Pending { step })
-    }
-
-    /// Gathers checksums and values; rank 0 makes a checkpoint of them.
-    fn commit(&mut self, ranks: &mut dyn Ranks) -> Result<()> {
-        let Some(pending) = &mut self.pending else { return Ok(()) };
-        let sums = Sums(std::mem::take(&mut pending.sums));
-        let written = Written { crc32c: sums, rank_values: pending.rank_values.clone() };
-        let all = gather(ranks, &written)?;
-        pending.phase = Phase::Committing;
-        pending.status = Status::Done;
-        if ranks.rank() == 0 {
-            let (sums, rank_values) =
-                all.into_iter().map(|one| (one.crc32c, one.rank_values)).unzip();
-            let layouts = &pending.layouts;
-            let (files, tensors) = (layouts.file_entries(sums), layouts.tensor_entries(None));
-            let values = pending.values.clone();
-            let manifest = Manifest::new(pending.target.step, files, tensors, values, rank_values);
-            let (target, manifest) = (pending.target.clone(), Box::new(manifest));
-            let job = Job::Commit { target, manifest, keep: self.options.keep };
-            pending.status = if self.worker.send(job) {
-                Status::Working
-            } else {
-                Status::Failed(GONE.to_owned())
-            };
-        }
-        Ok(())
-    }
-
-    /// Rank 0 removes what was written.
-    fn abandon(&mut self, rank: usize, failure: Failure) {
-        let Some(pending) = &mut self.pending else { return };
-        pending.phase = Phase::Abandoning(failure);
-        pending.status = Status::Done;
-        if rank == 0 && self.worker.send(Job::Abandon { target: pending.target.clone() }) {
-            pending.status = Status::Working;
-        }
     }
 
     fn failed(&self, rank: usize, step: u64, failure: Failure) -> Result<Progress> {
@@ -388,16 +285,4 @@ impl Drop for Saver {
             pending.is_cancelled.store(true, Ordering::Relaxed);
         }
     }
-}
-
-/// What is said of a thread that has ended, which it does only by a panic.
-const GONE: &str = "the thread that writes checkpoints has ended";
-
-/// What a rank has to say of its snapshot: what it holds, all ranks' values, and its own.
-type Prepared = (Vec<Held>, Box<RawValue>, Box<RawValue>);
-
-fn prepare(snapshot: &Snapshot<'_>) -> Result<Prepared> {
-    let (values, rank_values) = snapshot.both_values();
-    let texts = (values_text(values, "values")?, values_text(rank_values, "values of this rank")?);
-    Ok((snapshot.held()?, texts.0, texts.1))
 }

@@ -1,106 +1,156 @@
-//! A checkpoint on its way: the phases that all ranks go through together. Pure.
-//!
-//! Writing, until each rank has written or failed; then committing on rank 0, if all have written; and, after a failure, abandoning,
-//! also on rank 0. A rank says of each phase that it works, is done or has failed; all see the same reports, so all take the same step.
+//! A checkpoint on its way: what its ranks have agreed on, and how far this rank is.
 
-use super::agree::{Report, Status};
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::RecvTimeoutError;
+use std::sync::Arc;
 
-/// Where a checkpoint is on its way.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Phase {
-    Writing,
-    Committing,
-    Abandoning(Failure),
+use serde_json::value::RawValue;
+
+use super::agree::{Status, Written};
+use super::phase::Phase;
+use super::worker::{Done, Job, Worker};
+use super::Layouts;
+use crate::folder::{Keep, Target};
+use crate::manifest::{Manifest, Sums};
+use crate::plan::Held;
+use crate::snapshot::Snapshot;
+use crate::Result;
+
+/// What is said of a thread that has ended, which it does only by a panic.
+const GONE: &str = "the thread that writes checkpoints has ended";
+
+/// What ranks have agreed on before anything is copied.
+#[derive(Debug)]
+pub(super) struct Agreed {
+    pub(super) layouts: Arc<Layouts>,
+    pub(super) nonce: u64,
+    pub(super) values: Values,
 }
 
-/// The first rank that failed, and why.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Failure {
-    pub(super) rank: usize,
-    pub(super) reason: String,
+/// The program's values as text.
+#[derive(Clone, Debug)]
+pub(super) struct Values {
+    pub(super) all: Box<RawValue>,
+    pub(super) rank: Box<RawValue>,
 }
 
-/// What all ranks do next.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Next {
-    /// Go on as before; with `true` stop writing, because somebody failed.
-    Wait(bool),
-    Commit,
-    Abandon(Failure),
-    Saved,
-    Failed(Failure),
+/// What a rank has to say of its snapshot: what it holds, and its values.
+pub(super) fn prepare(snapshot: &Snapshot<'_>) -> Result<(Vec<Held>, Values)> {
+    let (all, rank) = snapshot.both_values();
+    let text = crate::manifest::values_text;
+    let values = Values { all: text(all, "values")?, rank: text(rank, "values of this rank")? };
+    Ok((snapshot.held()?, values))
 }
 
-impl Phase {
-    /// Whether this rank has something to do in it.
-    pub(super) fn concerns(&self, rank: usize) -> bool {
-        *self == Phase::Writing || rank == 0
+/// A checkpoint that is being written.
+#[derive(Debug)]
+pub(super) struct Pending {
+    pub(super) target: Target,
+    pub(super) phase: Phase,
+    /// Of this rank in this phase.
+    pub(super) status: Status,
+    pub(super) is_cancelled: Arc<AtomicBool>,
+    agreed: Agreed,
+    sums: Vec<u32>,
+}
+
+impl Pending {
+    pub(super) fn new(target: Target, agreed: Agreed) -> Self {
+        let (phase, status) = (Phase::Writing, Status::Working);
+        Pending { target, phase, status, is_cancelled: Arc::default(), agreed, sums: Vec::new() }
     }
 
-    /// The next step, by what all ranks report.
-    pub(super) fn next(&self, reports: &[Report]) -> Next {
-        let is_working = reports.iter().any(|report| report.status == Status::Working);
-        let failure = first_failure(reports);
-        match (self, failure, is_working) {
-            (Phase::Writing, failure, true) => Next::Wait(failure.is_some()),
-            (Phase::Committing | Phase::Abandoning(_), _, true) => Next::Wait(false),
-            (Phase::Writing | Phase::Committing, Some(failure), false) => Next::Abandon(failure),
-            (Phase::Writing, None, false) => Next::Commit,
-            (Phase::Committing, None, false) => Next::Saved,
-            (Phase::Abandoning(failure), ..) => Next::Failed(failure.clone()),
+    /// Copies this rank's share into a buffer and hands it to the thread.
+    pub(super) fn begin(
+        &mut self,
+        worker: &Worker,
+        rank: usize,
+        snapshot: &Snapshot<'_>,
+        buffer: &mut Vec<u8>,
+    ) {
+        let layouts = &self.agreed.layouts;
+        if let Err(error) = layouts.fill(rank, snapshot, buffer) {
+            // The others hear of it at the next poll.
+            self.status = Status::Failed(error.to_string());
+            return;
+        }
+        let job = Job::Write {
+            target: self.target.clone(),
+            name: layouts.file_name(rank),
+            bytes: std::mem::take(buffer),
+            needed: layouts.bytes(),
+            is_cancelled: Arc::clone(&self.is_cancelled),
+        };
+        self.status = start(worker, job);
+    }
+
+    /// Takes what the thread has done; gives the buffer back if it is free.
+    pub(super) fn take(
+        &mut self,
+        done: std::result::Result<Done, RecvTimeoutError>,
+    ) -> Option<Vec<u8>> {
+        let (status, buffer) = match done {
+            Ok(Done::Written(written, buffer)) => (self.written(written), Some(buffer)),
+            Ok(Done::Committed(Err(error))) => (Status::Failed(error.to_string()), None),
+            Ok(Done::Committed(Ok(())) | Done::Abandoned) => (Status::Done, None),
+            Err(RecvTimeoutError::Timeout) => (Status::Working, None),
+            Err(RecvTimeoutError::Disconnected) => (Status::Failed(GONE.to_owned()), None),
+        };
+        self.status = status;
+        buffer
+    }
+
+    fn written(&mut self, written: Result<Vec<u32>>) -> Status {
+        match written {
+            Ok(sums) => {
+                self.sums = sums;
+                Status::Done
+            }
+            Err(error) => Status::Failed(error.to_string()),
         }
     }
-}
 
-/// The first rank that failed by itself; one that stopped because of another is not the cause.
-fn first_failure(reports: &[Report]) -> Option<Failure> {
-    let cancelled = crate::Error::Cancelled.to_string();
-    let failures = || {
-        reports.iter().enumerate().filter_map(|(rank, report)| match &report.status {
-            Status::Failed(reason) => Some(Failure { rank, reason: reason.clone() }),
-            Status::Working | Status::Done => None,
-        })
-    };
-    failures().find(|failure| failure.reason != cancelled).or_else(|| failures().next())
-}
-
-/// The ranks that still work.
-pub(super) fn working(reports: &[Report]) -> Vec<usize> {
-    let working = |(_, report): &(usize, &Report)| report.status == Status::Working;
-    reports.iter().enumerate().filter(working).map(|(rank, _)| rank).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn next(phase: &Phase, statuses: &[&str]) -> Next {
-        let report = |text: &&str| Report {
-            status: match *text {
-                "working" => Status::Working,
-                "done" => Status::Done,
-                reason => Status::Failed(reason.to_owned()),
-            },
-            is_late: false,
-        };
-        phase.next(&statuses.iter().map(report).collect::<Vec<_>>())
+    /// What this rank has written, for rank 0.
+    pub(super) fn report(&mut self) -> Written {
+        let crc32c = Sums(std::mem::take(&mut self.sums));
+        Written { crc32c, rank_values: self.agreed.values.rank.clone() }
     }
 
-    #[test]
-    fn all_must_have_written_before_anything_is_committed() {
-        use Phase::{Abandoning, Committing, Writing};
-        let full = Failure { rank: 1, reason: "full".to_owned() };
-        assert_eq!(next(&Writing, &["done", "working"]), Next::Wait(false));
-        assert_eq!(next(&Writing, &["working", "full"]), Next::Wait(true));
-        assert_eq!(next(&Writing, &["done", "done"]), Next::Commit);
-        let cancelled = crate::Error::Cancelled.to_string();
-        assert_eq!(next(&Writing, &[&cancelled, "full", "done"]), Next::Abandon(full.clone()));
-        assert_eq!(next(&Committing, &["working", "done"]), Next::Wait(false));
-        assert_eq!(next(&Committing, &["done", "done"]), Next::Saved);
-        assert_eq!(next(&Committing, &["done", "full"]), Next::Abandon(full.clone()));
-        let abandoning = Abandoning(full.clone());
-        assert_eq!(next(&abandoning, &["working", "done"]), Next::Wait(false));
-        assert_eq!(next(&abandoning, &["done", "done"]), Next::Failed(full));
-        assert!(Writing.concerns(3) && !Committing.concerns(3) && Committing.concerns(0));
+    /// Rank 0 makes a checkpoint of what all have written; the others have nothing to do.
+    pub(super) fn commit(&mut self, worker: &Worker, rank: usize, all: Vec<Written>, keep: Keep) {
+        (self.phase, self.status) = (Phase::Committing, Status::Done);
+        if rank == 0 {
+            let (target, manifest) = (self.target.clone(), Box::new(self.manifest(all)));
+            self.status = start(worker, Job::Commit { target, manifest, keep });
+        }
+    }
+
+    fn manifest(&self, all: Vec<Written>) -> Manifest {
+        let (sums, rank_values) = all.into_iter().map(|one| (one.crc32c, one.rank_values)).unzip();
+        let Agreed { layouts, values, .. } = &self.agreed;
+        let (files, tensors) = (layouts.file_entries(sums), layouts.tensor_entries(None));
+        Manifest::new(self.target.step, files, tensors, values.all.clone(), rank_values)
+    }
+
+    /// Rank 0 removes what was written.
+    pub(super) fn abandon(&mut self, worker: &Worker, rank: usize, phase: Phase) {
+        (self.phase, self.status) = (phase, Status::Done);
+        if rank == 0 {
+            self.status = start(worker, Job::Abandon { target: self.target.clone() });
+        }
+    }
+
+    /// Where it will be.
+    pub(super) fn path(&self) -> PathBuf {
+        self.target.complete()
+    }
+}
+
+fn start(worker: &Worker, job: Job) -> Status {
+    if worker.send(job) {
+        Status::Working
+    } else {
+        Status::Failed(GONE.to_owned())
     }
 }

@@ -1,6 +1,5 @@
 //! The thread that writes, so that training need not wait for a disk.
 
-use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
 use std::sync::Arc;
@@ -33,7 +32,7 @@ pub(super) enum Job {
 pub(super) enum Done {
     /// The checksums, and the buffer back.
     Written(Result<Vec<u32>>, Vec<u8>),
-    Committed(Result<PathBuf>),
+    Committed(Result<()>),
     Abandoned,
 }
 
@@ -93,7 +92,7 @@ impl Job {
                         tracing::warn!("an old checkpoint stays: {problem}");
                     }
                 }
-                Done::Committed(committed)
+                Done::Committed(committed.map(drop))
             }
             Job::Abandon { target } => {
                 if let Err(problem) = target.abandon() {

@@ -104,7 +104,7 @@ impl Weights {
         }
         for (tensor, file) in &index.weight_map {
             let found = self.tensors.get(tensor).map(|(at, _)| &self.files[*at].0);
-            if found.and_then(|path| path.file_name()) != Some(file.as_ref()) {
+            if found.and_then(|found| found.file_name()) != Some(file.as_ref()) {
                 return Err(bad(format!("`{tensor}` is not in {file}")));
             }
         }

@@ -53,19 +53,21 @@ pub fn write_weights(
     if !is_file && fs.open(&index).is_ok() {
         return Err(Error::Exists { path: index });
     }
-    let entries = entries(tensors, options.dtype);
-    let shards = if is_file { vec![entries] } else { split(entries, options.shard_bytes_max) };
+    let all = entries(tensors, options.dtype);
+    let shards = if is_file { vec![all] } else { split(all, options.shard_bytes_max) };
     let names = names(path, is_file, shards.len());
     ensure_folder(fs, folder)?;
     let mut files =
         Files { fs, folder, nonce: RandomState::new().hash_one(path), written: Vec::new() };
     let written = (|| {
         for (name, entries) in names.iter().zip(&shards) {
-            files.add(name, |file, path| write_tensors(file, path, tensors, entries))?;
+            files.add(name, |file, partial| write_tensors(file, partial, tensors, entries))?;
         }
         if shards.len() > 1 {
             let text = index_text(&names, &shards)?;
-            files.add(INDEX, |file, path| file.write(&text).map_err(Error::io("write", path)))?;
+            files.add(INDEX, |file, partial| {
+                file.write(&text).map_err(Error::io("write", partial))
+            })?;
         }
         files.publish()
     })();

@@ -12,11 +12,11 @@ const ROOT: &str = "/ckpt";
 fn saver(disk: &Recording) -> Saver {
     let keep = Keep { last: 1, every: None };
     let options = SaverOptions { keep, ..SaverOptions::default() };
-    Saver::with_fs(ROOT, options, Arc::new(disk.clone())).unwrap()
+    Saver::with_fs(ROOT, options, Arc::new(disk.clone())).expect("a saver")
 }
 
 fn newest(state: Recording) -> Option<Checkpoint> {
-    Folder::with_fs(ROOT, Arc::new(state)).newest().unwrap()
+    Folder::with_fs(ROOT, Arc::new(state)).newest().expect("a list")
 }
 
 /// When a step was renamed to its name, and when that was made durable.
@@ -85,7 +85,7 @@ fn two_ranks_that_write_at_once_are_as_safe_as_one() {
         save(&mut saver, ranks, 20);
     });
     let count = check_all(&disk, |found| check(found, found.step())).unwrap();
-    assert!(count > 200, "{count} states");
+    assert!(count > 100, "{count} states");
 }
 
 #[test]

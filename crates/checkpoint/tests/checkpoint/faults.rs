@@ -13,7 +13,7 @@ const ROOT: &str = "/ckpt";
 fn saver(fs: &Arc<dyn Fs>) -> Saver {
     let keep = Keep { last: 1, every: None };
     let options = SaverOptions { keep, ..SaverOptions::default() };
-    Saver::with_fs(ROOT, options, Arc::clone(fs)).unwrap()
+    Saver::with_fs(ROOT, options, Arc::clone(fs)).expect("a saver")
 }
 
 /// Saves step 20 beside step 10 with a failure at one operation; whether there was such an operation.
@@ -27,7 +27,7 @@ fn fails_at(failure: Failure, number: usize) -> bool {
         return false;
     }
     let folder = Folder::with_fs(ROOT, Arc::clone(&disk));
-    let newest = folder.newest().unwrap().expect("one of the two");
+    let newest = folder.newest().expect("a list").expect("one of the two");
     check(&newest, newest.step());
     assert!(newest.verify().damage.is_empty());
     match progress {
@@ -38,16 +38,20 @@ fn fails_at(failure: Failure, number: usize) -> bool {
                 Failure::Broken => "Input/output error",
             };
             assert!(reason.contains(expected), "operation {number}: {reason}");
-            let names = disk.list(Path::new(ROOT)).unwrap();
+            let names = disk.list(Path::new(ROOT)).expect("a list");
             assert!(names.contains(&"step-00000010".to_owned()), "{names:?}");
             let is_left = |name: &String| name.contains(".tmp-");
             assert!(!names.iter().any(is_left), "operation {number}: {names:?}");
         }
         other => panic!("operation {number}: {other:?}"),
     }
-    let progress = save(&mut saver(&disk), &mut Alone, 30);
-    assert!(matches!(progress, Progress::Saved { step: 30, .. }), "{progress:?}");
-    assert_eq!(disk.list(Path::new(ROOT)).unwrap(), ["step-00000030"], "operation {number}");
+    let after = save(&mut saver(&disk), &mut Alone, 30);
+    assert!(matches!(after, Progress::Saved { step: 30, .. }), "{after:?}");
+    assert_eq!(
+        disk.list(Path::new(ROOT)).expect("a list"),
+        ["step-00000030"],
+        "operation {number}"
+    );
     true
 }
 

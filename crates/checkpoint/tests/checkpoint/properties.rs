@@ -63,7 +63,7 @@ proptest! {
             boxes.iter().flat_map(indices).map(|index| place(&index, &strides)).collect();
         found.sort_unstable();
         prop_assert_eq!(found, range.collect::<Vec<_>>());
-        prop_assert!(boxes.len() <= 2 * shape.len().max(1) - 1);
+        prop_assert!(boxes.len() < 2 * shape.len().max(1));
     }
 
     #[test]
@@ -97,18 +97,19 @@ proptest! {
         right in prop::collection::vec(any::<(u64, u64)>(), 4),
     ) {
         let (left, right) = (extent(&shape, &left), extent(&shape, &right));
-        let common = left.intersection(&right).map(|common| indices(&common)).unwrap_or_default();
+        let common = left.intersection(&right);
+        let found = common.as_ref().map(indices).unwrap_or_default();
         let expected: Vec<_> =
             indices(&left).into_iter().filter(|index| indices(&right).contains(index)).collect();
-        prop_assert_eq!(common, expected);
+        prop_assert_eq!(found, expected);
         let strides = row_major(&shape);
         let bytes: Vec<u8> = indices(&left).iter().map(|index| place(index, &strides) as u8).collect();
-        if let Some(common) = left.intersection(&right) {
+        if let Some(common) = common {
             let mut out = vec![0; common.elements() as usize];
             Plain::new(&bytes, &left, 1).copy(&common, &mut out).unwrap();
-            let expected: Vec<u8> =
+            let wanted: Vec<u8> =
                 indices(&common).iter().map(|index| place(index, &strides) as u8).collect();
-            prop_assert_eq!(out, expected);
+            prop_assert_eq!(out, wanted);
         }
     }
 }
@@ -142,8 +143,8 @@ proptest! {
         saver.save(&mut Alone, 1, &snapshot).unwrap();
         saver.finish(&mut Alone).unwrap();
         let checkpoint = Folder::new(folder.path()).newest().unwrap().unwrap();
-        for wanted in wanted {
-            let part = extent(&shape, &wanted);
+        for numbers in wanted {
+            let part = extent(&shape, &numbers);
             let mut out = vec![0; part.elements() as usize * 2];
             checkpoint.read("t", &part, &mut out).unwrap();
             let expected: Vec<u8> =

@@ -42,9 +42,9 @@ fn check_world(checkpoint: &Checkpoint, world_size: usize) {
             let mut mine = vec![0; bytes.len()];
             for extent in tensor.boxes(rank, world_size) {
                 let mut plain = vec![0; extent.elements() as usize * width];
-                checkpoint.read(tensor.name, &extent, &mut plain).unwrap();
+                checkpoint.read(tensor.name, &extent, &mut plain).expect("read");
                 scatter(&extent, &plain, &mut mine, (tensor.strides(), range.start), width)
-                    .unwrap();
+                    .expect("dense");
             }
             assert_eq!(mine, memory[bytes], "{} on rank {rank} of {world_size}", tensor.name);
         }
@@ -60,8 +60,8 @@ fn shards_are_safetensors_files_with_all_bytes_once() {
     });
     let (mut bytes, mut names) = (0, Vec::new());
     for rank in 0..3 {
-        let name = format!("step-00000001/shard-{rank:05}-of-00003.safetensors");
-        let file = std::fs::read(folder.path().join(name)).unwrap();
+        let shard = format!("step-00000001/shard-{rank:05}-of-00003.safetensors");
+        let file = std::fs::read(folder.path().join(shard)).unwrap();
         let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
         for (name, view) in tensors.tensors() {
             bytes += view.data().len() as u64;
@@ -98,9 +98,9 @@ fn boxes_across_pieces_and_wrong_ones() {
         ("optimizer/w.m", Extent::new(&[0, 4], &[16, 1]), "has 128 bytes, the buffer 136"),
         ("optimizer/v", Extent::whole(&[17]), "has no tensor `optimizer/v`"),
     ];
-    for (name, extent, expected) in cases {
+    for (name, extent, part) in cases {
         let error = checkpoint.read(name, &extent, &mut column).unwrap_err().to_string();
-        assert!(error.contains(expected), "{expected} in {error}");
+        assert!(error.contains(part), "{part} in {error}");
     }
 }
 

@@ -6,13 +6,13 @@ use serde_json::json;
 use crate::support::{check, on_ranks, Memory};
 
 fn captured(world_size: usize, step: u64) -> Vec<Vec<u8>> {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = tempfile::tempdir().expect("a folder");
     on_ranks(world_size, |ranks| {
-        let mut saver = Saver::new(folder.path(), SaverOptions::default()).unwrap();
+        let mut saver = Saver::new(folder.path(), SaverOptions::default()).expect("a saver");
         let rank = phalanx_checkpoint::Ranks::rank(ranks);
         let memory = Memory::new(step, rank, world_size);
         let buffer = saver.capture(ranks, step, &memory.snapshot());
-        buffer.unwrap()
+        buffer.expect("a share")
     })
 }
 
@@ -36,8 +36,7 @@ fn all_ranks_buffers_are_a_checkpoint_in_any_order() {
 #[test]
 fn buffers_that_are_missing_of_another_snapshot_or_damaged_are_refused() {
     let (buffers, others) = (captured(3, 40), captured(3, 40));
-    let refused =
-        |buffers: Vec<Vec<u8>>| Checkpoint::from_snapshots(buffers).unwrap_err().to_string();
+    let refused = |some: Vec<Vec<u8>>| Checkpoint::from_snapshots(some).unwrap_err().to_string();
     assert!(refused(buffers[1..].to_vec()).contains("share of rank 0 is missing"));
     assert!(refused(buffers[..2].to_vec()).contains("2 of 3 ranks' shares"));
     assert!(refused(Vec::new()).contains("there is none"));

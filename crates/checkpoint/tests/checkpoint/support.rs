@@ -205,7 +205,7 @@ pub(crate) fn check(tensors: &dyn Tensors, step: u64) {
 
 /// Files in memory, to be read.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Files(pub(crate) BTreeMap<PathBuf, Arc<Vec<u8>>>);
+pub(crate) struct Files(pub(crate) BTreeMap<PathBuf, Arc<[u8]>>);
 
 impl Files {
     /// All files under a folder.
@@ -216,7 +216,7 @@ impl Files {
             if path.is_dir() {
                 files.0.extend(Files::load(&path).0);
             } else {
-                files.0.insert(path.clone(), Arc::new(std::fs::read(&path).expect("read")));
+                files.0.insert(path.clone(), std::fs::read(&path).expect("read").into());
             }
         }
         files
@@ -224,7 +224,7 @@ impl Files {
 }
 
 #[derive(Debug)]
-struct Bytes(Arc<Vec<u8>>);
+struct Bytes(Arc<[u8]>);
 
 impl Source for Bytes {
     fn bytes(&self) -> io::Result<u64> {

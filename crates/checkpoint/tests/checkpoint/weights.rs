@@ -11,8 +11,9 @@ use phalanx_checkpoint::{
 use crate::support::{check, save, Memory};
 
 fn write(path: &Path, tensors: &dyn Tensors, options: &WeightsOptions) -> Vec<String> {
-    let files = write_weights(&Real, path, tensors, options).unwrap();
-    files.iter().map(|file| file.file_name().unwrap().to_string_lossy().into_owned()).collect()
+    let files = write_weights(&Real, path, tensors, options).expect("write");
+    let names = files.iter().filter_map(|file| file.file_name());
+    names.map(|name| name.to_string_lossy().into_owned()).collect()
 }
 
 #[test]
@@ -87,7 +88,7 @@ fn boxes_of_weights_are_read_and_differences_named() {
     weights.read("a", &Extent::new(&[1, 1], &[2, 2]), &mut out).unwrap();
     assert_eq!(out, [5, 6, 9, 10]);
     let found: Vec<_> =
-        diff(&weights, &other).unwrap().into_iter().map(|one| (one.name, one.what)).collect();
+        diff(&weights, &other).unwrap().into_iter().map(|found| (found.name, found.what)).collect();
     let expected = [
         ("a".to_owned(), What::Elements { count: 9, max: 4.0 }),
         ("b".to_owned(), What::OnlyLeft),
@@ -124,9 +125,28 @@ fn files_that_are_no_weights_are_errors() {
     std::fs::write(at("lost.index.json"), index).unwrap();
     let error = Weights::open(at("lost.index.json")).unwrap_err().to_string();
     assert!(error.contains("`gone` is not in w.safetensors"), "{error}");
-    let index = "{\"metadata\":{},\"weight_map\":{\"model/w\":\"w.safetensors\"}}";
-    std::fs::write(at("some.index.json"), index).unwrap();
+    let part = "{\"metadata\":{},\"weight_map\":{\"model/w\":\"w.safetensors\"}}";
+    std::fs::write(at("some.index.json"), part).unwrap();
     assert_eq!(Weights::open(at("some.index.json")).unwrap().names(), ["model/w"]);
+}
+
+#[test]
+fn headers_changed_anywhere_never_panic() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("w.safetensors");
+    let memory = Memory::new(1, 0, 1);
+    write(&path, &memory.snapshot(), &WeightsOptions::default());
+    let good = std::fs::read(&path).unwrap();
+    for n in 0..2000_usize {
+        let mut bad = good.clone();
+        // The text of the header ends long before the page does.
+        let at = n * 7 % 1200;
+        bad[at] = b"[]{},:\"0-9\0"[n * 31 % 11];
+        std::fs::write(&path, &bad).unwrap();
+        if let Ok(weights) = Weights::open(&path) {
+            weights.names().into_iter().for_each(|name| drop(weights.read_whole(name)));
+        }
+    }
 }
 
 #[test]

@@ -83,6 +83,6 @@ fn to_weights(opened: &Opened, args: &ConvertArgs) -> Result<()> {
     let (dtype, shard_bytes_max) = (args.dtype.map(Dtype::from), args.shard_bytes_max);
     let options = WeightsOptions { shard_bytes_max, dtype };
     let written = write_weights(&Real, &args.to, &selected, &options)?;
-    let lines: String = written.iter().map(|file| format!("{}\n", file.display())).collect();
+    let lines: String = written.iter().map(|path| format!("{}\n", path.display())).collect();
     report::print(&lines)
 }

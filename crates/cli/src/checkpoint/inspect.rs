@@ -12,6 +12,7 @@ use serde_json::{json, Value};
 use crate::report::{self, bytes, count};
 
 #[derive(Args, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "flags")]
 pub(crate) struct InspectArgs {
     /// A checkpoint (step-…), a folder of them, or weights (a .safetensors file, an index, a folder with either).
     #[arg(value_name = "PATH")]

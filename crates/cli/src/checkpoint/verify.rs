@@ -3,15 +3,16 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{bail, Result};
 use clap::Args;
-use phalanx_checkpoint::{Checkpoint, Error, Folder, State};
+use phalanx_checkpoint::{Checkpoint, Error, Folder, State, Weights};
 use serde_json::{json, Value};
 
-use crate::failure;
+use crate::failure::{self, Usage};
 use crate::report::{self, bytes, count};
 
 #[derive(Args, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "flags")]
 pub(crate) struct VerifyArgs {
     /// A checkpoint (step-…), or a folder of them.
     #[arg(value_name = "PATH")]
@@ -73,6 +74,9 @@ fn verified(path: PathBuf, opened: phalanx_checkpoint::Result<Checkpoint>) -> Re
         }
         Err(error) if error.is_damage() => {
             Ok(Found { path, files: 0, blocks: 0, bytes: 0, damage: vec![error.to_string()] })
+        }
+        Err(Error::NotFound { .. }) if Weights::open(&path).is_ok() => {
+            bail!(Usage(format!("{} has no checksums: only checkpoints have", path.display())))
         }
         Err(error) => Err(error.into()),
     }

@@ -16,10 +16,10 @@ use support::{damage, phalanx, refused, text};
 fn saved(folder: &Path) -> PathBuf {
     let root = folder.join("ckpt");
     let mut saver = Saver::new(&root, SaverOptions::default()).expect("a saver");
-    for step in [10_u64, 20] {
+    for step in [10_u8, 20] {
         let weights: Vec<u8> =
-            (0..12_u8).flat_map(|n| (f32::from(n) + step as f32).to_le_bytes()).collect();
-        let bias = [step as u8; 3];
+            (0..12_u8).flat_map(|n| (f32::from(n) + f32::from(step)).to_le_bytes()).collect();
+        let bias = [step; 3];
         let mut snapshot = Snapshot::new();
         snapshot.whole("model/w", Dtype::F32, &[3, 4], &weights);
         snapshot.whole("model/b", Dtype::U8, &[3], &bias);
@@ -29,7 +29,7 @@ fn saved(folder: &Path) -> PathBuf {
             snapshot.part("optimizer/m", Dtype::F32, &[3, 4], part, content);
         }
         snapshot.values(serde_json::json!({ "epoch": step / 10, "seed": 7 }));
-        saver.save(&mut Alone, step, &snapshot).expect("save");
+        saver.save(&mut Alone, step.into(), &snapshot).expect("save");
         saver.finish(&mut Alone).expect("finish");
     }
     root
@@ -56,15 +56,15 @@ fn inspect_shows_a_folder_a_checkpoint_and_weights() {
         assert!(out.contains(part), "{part} in:\n{out}");
     }
     let one = root.join("step-00000020");
-    let out = phalanx(&["checkpoint", "inspect", text(&one)]).good();
+    let newest = phalanx(&["checkpoint", "inspect", text(&one)]).good();
     for part in ["step         20\n", "tensors      3 with 27 elements\n", "\"epoch\":2"] {
-        assert!(out.contains(part), "{part} in:\n{out}");
+        assert!(newest.contains(part), "{part} in:\n{newest}");
     }
     let json = phalanx(&["checkpoint", "inspect", text(&one), "--json"]).json();
     assert_eq!((json["step"].as_u64(), json["tensors"][2]["pieces"].as_u64()), (Some(20), Some(2)));
-    let json = phalanx(&["checkpoint", "inspect", text(&root), "--json"]).json();
+    let all = phalanx(&["checkpoint", "inspect", text(&root), "--json"]).json();
     let states: Vec<_> =
-        json["checkpoints"].as_array().unwrap().iter().map(|c| &c["state"]).collect();
+        all["checkpoints"].as_array().unwrap().iter().map(|c| &c["state"]).collect();
     assert_eq!(states, ["complete", "complete", "incomplete", "damaged"]);
     let nothing = folder.path().join("nothing");
     refused(&["checkpoint", "inspect", text(&nothing)], 65, "neither a checkpoint");
@@ -87,9 +87,9 @@ fn verify_names_what_is_damaged() {
     }
     damage(&root.join("step-00000020/manifest.json"), 30);
     let json = phalanx(&["checkpoint", "verify", text(&root.join("step-00000020")), "--json"]);
-    let json_out: serde_json::Value = serde_json::from_str(&json.out).unwrap();
-    assert_eq!((json.code, json_out["good"].as_bool()), (Some(65), Some(false)));
-    assert!(json_out["checkpoints"][0]["damage"][0].as_str().unwrap().contains("its checksum"));
+    let told: serde_json::Value = serde_json::from_str(&json.out).unwrap();
+    assert_eq!((json.code, told["good"].as_bool()), (Some(65), Some(false)));
+    assert!(told["checkpoints"][0]["damage"][0].as_str().unwrap().contains("its checksum"));
     refused(&["checkpoint", "verify", text(folder.path())], 65, "neither a checkpoint");
 }
 
@@ -103,15 +103,16 @@ fn convert_writes_weights_and_checkpoints() {
     assert!(out.ends_with("hf/model.safetensors\n"), "{out}");
     let weights = Weights::open(&hf).unwrap();
     assert_eq!(weights.names(), ["b", "w"]);
+    refused(&["checkpoint", "verify", text(&hf)], 64, "has no checksums");
     assert_eq!(weights.spec("w").unwrap().dtype, Dtype::BF16);
     refused(&args, 65, "is there already");
 
-    let out =
+    let files =
         phalanx(&["checkpoint", "convert", text(&hf), text(&small), "--max-shard-bytes", "10"])
             .good();
     assert!(
-        out.contains("model-00002-of-00002.safetensors") && out.ends_with("index.json\n"),
-        "{out}"
+        files.contains("model-00002-of-00002.safetensors") && files.ends_with("index.json\n"),
+        "{files}"
     );
     assert_eq!(
         Weights::open(&small).unwrap().read_whole("w").unwrap(),
@@ -119,8 +120,9 @@ fn convert_writes_weights_and_checkpoints() {
     );
 
     let wide = folder.path().join("wide");
-    let out = phalanx(&["checkpoint", "convert", text(&root), text(&wide), "--shards", "3"]).good();
-    let written = Checkpoint::open(out.trim_end()).unwrap();
+    let path =
+        phalanx(&["checkpoint", "convert", text(&root), text(&wide), "--shards", "3"]).good();
+    let written = Checkpoint::open(path.trim_end()).unwrap();
     assert_eq!((written.step(), written.files().count()), (20, 3));
     refused(
         &["checkpoint", "convert", text(&hf), text(&wide), "--shards", "3"],
@@ -158,7 +160,7 @@ fn diff_finds_what_differs_and_what_does_not() {
     phalanx(&["checkpoint", "diff", text(&twenty), text(&hf), "--prefix", "model/"]).good();
     let json = phalanx(&["checkpoint", "diff", text(&ten), text(&hf), "--json"]);
     assert_eq!(json.code, Some(1));
-    let json: serde_json::Value = serde_json::from_str(&json.out).unwrap();
-    assert_eq!(json["tensors"].as_array().unwrap().len(), 5);
-    assert_eq!(json["tensors"][0]["only"], "right");
+    let told: serde_json::Value = serde_json::from_str(&json.out).unwrap();
+    assert_eq!(told["tensors"].as_array().unwrap().len(), 5);
+    assert_eq!(told["tensors"][0]["only"], "right");
 }
