@@ -52,12 +52,18 @@ fn training<'a>(launcher: &'a mut Command, folder: &Path, flags: &[&str]) -> &'a
 }
 
 fn with_flags<'a>(command: &'a mut Command, folder: &Path, flags: &[&str]) -> &'a mut Command {
-    command.current_dir(env!("CARGO_MANIFEST_DIR")).args(TRAINING).args(flags);
+    command.current_dir(env!("CARGO_MANIFEST_DIR")).args(training_flags(flags));
     command.arg("--metrics").arg(folder.join("metrics.jsonl"));
     command.arg("--output").arg(folder.join("out"));
     // Open MPI makes and removes one folder for all jobs of a user, and fails where two jobs make it at once.
     command.env("OMPI_MCA_orte_tmpdir_base", folder.join("mpi"));
     command.stdout(Stdio::piped()).stderr(Stdio::piped())
+}
+
+/// [`TRAINING`] with `flags`, which take the places of its own.
+fn training_flags<'a>(flags: &[&'a str]) -> Vec<&'a str> {
+    let kept = TRAINING.chunks(2).filter(|flag| !flags.contains(&flag[0]));
+    kept.flatten().chain(flags).copied().collect()
 }
 
 /// Waits for a good end.
@@ -76,9 +82,9 @@ fn written_losses(metrics: &Path, backend: &str) -> Vec<String> {
     let steps = lines.iter().filter(|step| step.get("loss").is_some());
     // As text: a float that is written shortest is equal exactly when its bits are.
     let losses: Vec<String> = steps.map(|step| step["loss"].to_string()).collect();
-    assert_eq!(losses.len(), 3, "{written}");
-    let used = &lines.last().expect("counted above")["summary"]["backend"];
-    assert_eq!(used, backend, "{written}");
+    let summary = &lines.last().expect("a summary")["summary"];
+    assert_eq!(Some(losses.len() as u64), summary["steps"].as_u64(), "{written}");
+    assert_eq!(summary["backend"], backend, "{written}");
     losses
 }
 
@@ -194,10 +200,8 @@ fn a_batch_file_starts_ranks_by_srun_and_mpirun_in_it_is_not_misled() {
     assert_eq!(read("srun").len(), 3);
 }
 
-/// The file that users are given, as it is.
-#[test]
-fn the_example_batch_file_gives_the_losses_of_our_launcher() {
-    let Some(cluster) = slurm::Cluster::start() else { return };
+/// A folder in which the example batch file finds what it needs.
+fn submit_folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let programs = folder.path().join("target/release/examples");
@@ -207,19 +211,65 @@ fn the_example_batch_file_gives_the_losses_of_our_launcher() {
     for name in ["configs", "third_party"] {
         link(root.join(name), folder.path().join(name)).expect("a link");
     }
+    folder
+}
+
+/// Submits the file that users are given, as it is; gives the job's number.
+fn submit(cluster: &slurm::Cluster, folder: &Path, options: &[&str], flags: &[&str]) -> String {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/slurm/bert_large.sbatch");
     let mut sbatch = cluster.client("sbatch");
-    sbatch.current_dir(folder.path()).args(["--wait", "--ntasks-per-node=2", "--cpus-per-task=1"]);
+    sbatch.current_dir(folder).args(["--cpus-per-task=1"]).args(options);
     sbatch.env_remove("PHALANX_JOB_TOKEN").env_remove("SLURM_MPI_TYPE");
-    sbatch.arg(root.join("examples/slurm/bert_large.sbatch")).args(TRAINING);
+    sbatch.arg(file).args(training_flags(flags));
     sbatch.stdout(Stdio::piped()).stderr(Stdio::piped());
     let output = Owned::start(&mut sbatch).finish(DEADLINE);
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    let job = said.trim().rsplit(' ').next().unwrap_or_default();
-    let log = folder.path().join(format!("bert_large-{job}.log"));
-    let log = fs::read_to_string(log).unwrap_or_default();
-    assert!(output.status.success(), "{output:?}\n{log}");
+    let job = said.trim().rsplit(' ').next().unwrap_or_default().to_owned();
+    assert!(output.status.success(), "{output:?}\n{}", log_of(folder, &job));
+    job
+}
+
+fn log_of(folder: &Path, job: &str) -> String {
+    fs::read_to_string(folder.join(format!("bert_large-{job}.log"))).unwrap_or_default()
+}
+
+#[test]
+fn the_example_batch_file_gives_the_losses_of_our_launcher() {
+    let Some(cluster) = slurm::Cluster::start() else { return };
+    let folder = submit_folder();
+    let job = submit(&cluster, folder.path(), &["--wait", "--ntasks-per-node=2"], &[]);
     let metrics = folder.path().join(format!("runs/bert_large-{job}.jsonl"));
     assert_eq!(written_losses(&metrics, "host"), of_eight());
+}
+
+/// Slurm's warning before the time is up, and what the example batch file does then.
+#[test]
+fn a_job_whose_time_is_up_queues_again_and_goes_on_to_the_same_losses() {
+    let Some(cluster) = slurm::Cluster::start() else { return };
+    let flags = ["--steps", "25"];
+    let folder = submit_folder();
+    let job = submit(&cluster, folder.path(), &["--nodes=2", "--ntasks-per-node=1"], &flags);
+    let metrics = folder.path().join(format!("runs/bert_large-{job}.jsonl"));
+    let steps = || fs::read_to_string(&metrics).unwrap_or_default().matches("\"step\":").count();
+    let log = || log_of(folder.path(), &job);
+    cluster.wait("a third step", &log, &|| steps() >= 3);
+    let run = |client: &str, arguments: &[&str]| {
+        let output = cluster.client(client).args(arguments).output().expect("it starts");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    run("scancel", &["--signal=USR1", &job]);
+    let shown = || run("scontrol", &["show", "job", "--oneliner", &job]);
+    cluster.wait("the job again in the queue", &log, &|| {
+        let shown = shown();
+        shown.contains("Restarts=1") && !shown.contains("JobState=COMPLETING")
+    });
+    // Slurm holds such a job back for two minutes, until what the first start has left is surely gone.
+    cluster.wait("the end of the first start's daemons", &log, &|| !slurm::has_daemon(&job));
+    run("scontrol", &["update", &format!("JobId={job}"), "StartTime=now"]);
+    cluster.wait("the end", &log, &|| shown().contains("JobState=COMPLETED"));
+    assert!(log().contains("resume step "), "{}", log());
+    let whole = losses(None, &["--nnodes", "2", "--steps", "25"]);
+    assert_eq!(written_losses(&metrics, "host"), whole);
 }
 
 /// Four nodes are emulated by our own launcher alone.

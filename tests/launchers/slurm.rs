@@ -16,7 +16,7 @@ use super::{program, skip};
 
 const NODES: usize = 4;
 /// Everything starts in two seconds when the machine is idle.
-const START_MAX: Duration = Duration::from_secs(60);
+const START_MAX: Duration = Duration::from_secs(150);
 
 pub(crate) struct Cluster {
     /// In the order of their start; dropped in that order, munge last.
@@ -52,13 +52,13 @@ impl Cluster {
                 &format!("--seed-file={}", at("munge.seed")),
             ],
         );
-        cluster.wait("munge's socket", &|| place.join("munge.socket").exists());
+        cluster.wait("munge's socket", &String::new, &|| place.join("munge.socket").exists());
         cluster.daemon("slurmctld", &["-D", "-f", &at("slurm.conf")]);
         for node in 1..=NODES {
             let name = format!("127.0.0.{node}");
             cluster.daemon("slurmd", &["-D", "-N", &name, "-f", &at("slurm.conf")]);
         }
-        cluster.wait("four idle nodes", &|| {
+        cluster.wait("four idle nodes", &String::new, &|| {
             let mut sinfo = cluster.client("sinfo");
             let sinfo = sinfo.args(["--noheader", "--states=idle", "--format=%D"]);
             let idle = sinfo.stderr(Stdio::null()).output().expect("sinfo starts").stdout;
@@ -90,10 +90,12 @@ impl Cluster {
         self.daemons.push(Owned::start(&mut command));
     }
 
-    fn wait(&self, what: &str, is_there: &dyn Fn() -> bool) {
+    /// Waits until `is_there`; `log` is shown where that does not come.
+    pub(crate) fn wait(&self, what: &str, log: &dyn Fn() -> String, is_there: &dyn Fn() -> bool) {
         let end = Instant::now() + START_MAX;
         while !is_there() {
-            assert!(Instant::now() < end, "no {what} after {START_MAX:?}:\n{}", self.logs());
+            let is_late = Instant::now() >= end;
+            assert!(!is_late, "no {what} after {START_MAX:?}:\n{}\n{}", log(), self.logs());
             std::thread::park_timeout(Duration::from_millis(50));
         }
     }
@@ -152,6 +154,15 @@ impl Drop for Cluster {
             }
         }
     }
+}
+
+/// Whether some step of a job still has its daemon.
+pub(crate) fn has_daemon(job: &str) -> bool {
+    let title = format!("slurmstepd: [{job}.");
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let title_of = |process: fs::DirEntry| fs::read(process.path().join("cmdline"));
+    let mut titles = processes.filter_map(|process| title_of(process).ok());
+    titles.any(|name| String::from_utf8_lossy(&name).contains(&title))
 }
 
 /// What each node would have to itself on a machine of its own. The pmix plugin keeps its sockets in `TmpFS`.
