@@ -1,8 +1,8 @@
 //! Kills at moments drawn at random, in training and in saving (F1, F14).
 
-use std::process::Stdio;
 use std::time::Duration;
 
+use super::support::kill_child_of;
 use super::{finish, losses, start, steps_done, wait_until, weights, FOUR};
 
 const STEPS: u64 = 12;
@@ -84,7 +84,7 @@ fn a_rank_that_dies_costs_a_restart_and_no_bit() {
     let run = start(folder.path(), &[&FOUR[..], &steps, &more].concat());
     for wanted in [3, 7] {
         wait_until("a step", || steps_done(folder.path()) >= wanted);
-        kill_a_rank_of(run.0.id());
+        kill_child_of(run.0.id());
         // Killed ranks' steps are dropped from the metrics when the run goes on.
         wait_until("a restart", || steps_done(folder.path()) < wanted + 1);
     }
@@ -94,14 +94,4 @@ fn a_rank_that_dies_costs_a_restart_and_no_bit() {
     assert!(said.contains("restart 2/3: rank ") && said.contains("signal 9"), "{said}");
     assert!(weights(folder.path()) == weights(whole.path()), "{said}");
     assert_eq!(losses(folder.path()), losses(whole.path()));
-}
-
-/// Kills the launcher's last child, which is a rank.
-fn kill_a_rank_of(launcher: u32) {
-    let ids = std::fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children"));
-    let ids = ids.expect("the launcher's children");
-    let last = ids.split_whitespace().last().expect("a rank").to_owned();
-    let kill =
-        std::process::Command::new("kill").args(["-KILL", &last]).stderr(Stdio::null()).status();
-    assert!(kill.expect("kill").success(), "{last} of {ids}");
 }

@@ -13,7 +13,7 @@ mod world;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use support::{example, Owned};
 
@@ -54,13 +54,8 @@ fn losses(folder: &Path) -> Vec<(u64, String)> {
     lines.filter_map(step).collect()
 }
 
-/// Waits until `is_there`, or until the deadline.
-fn wait_until(what: &str, mut is_there: impl FnMut() -> bool) {
-    let end = Instant::now() + DEADLINE;
-    while !is_there() {
-        assert!(Instant::now() < end, "never: {what}");
-        std::thread::park_timeout(Duration::from_millis(2));
-    }
+fn wait_until(what: &str, is_there: impl FnMut() -> bool) {
+    support::wait_until(what, DEADLINE, is_there);
 }
 
 /// How many steps the metrics have.

@@ -134,6 +134,31 @@ fn torchrun_gives_the_losses_of_our_launcher() {
     assert_eq!(losses(Some(&mut torchrun), &flags), of_eight());
 }
 
+/// A rank is killed; torchrun starts all again, and they go on from the checkpoint.
+#[test]
+fn what_torchrun_starts_again_goes_on_to_the_same_losses() {
+    let Some(file) = torchrun_file() else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let checkpoints = folder.path().join("checkpoints").display().to_string();
+    let mut torchrun = Command::new(file);
+    torchrun.args(["--no-python", "--nproc-per-node", "2", "--max-restarts", "1"]);
+    // Static rendezvous: a free port of its own.
+    torchrun.args(["--master-addr", "127.0.0.1", "--master-port"]);
+    torchrun.arg(support::free_port().to_string());
+    let steps = ["--steps", "20"];
+    let flags = [&steps[..], &["--save-every", "3", "--checkpoint", &checkpoints]].concat();
+    let metrics = folder.path().join("metrics.jsonl");
+    let done = || fs::read_to_string(&metrics).unwrap_or_default().matches("\"step\":").count();
+    let mut run = Owned::start(training(&mut torchrun, folder.path(), &flags));
+    support::wait_until("five steps", DEADLINE, || {
+        done() >= 5 || run.0.try_wait().expect("our own child").is_some()
+    });
+    support::kill_child_of(run.0.id());
+    finished(run);
+    let whole = losses(None, &[&steps[..], &["--nnodes", "2"]].concat());
+    assert_eq!(written_losses(&metrics, "host"), whole);
+}
+
 #[test]
 fn mpirun_gives_the_losses_of_our_launcher() {
     let Some(mpirun) = program("mpirun.openmpi") else { return skip("mpi", "no Open MPI") };

@@ -70,6 +70,32 @@ impl Drop for Owned {
     }
 }
 
+/// Waits until `is_there`, or until the deadline.
+pub(crate) fn wait_until(what: &str, deadline: Duration, mut is_there: impl FnMut() -> bool) {
+    let end = Instant::now() + deadline;
+    while !is_there() {
+        assert!(Instant::now() < end, "never: {what}");
+        std::thread::park_timeout(Duration::from_millis(2));
+    }
+}
+
+/// Kills the last child of a launcher, which is a rank.
+pub(crate) fn kill_child_of(launcher: u32) {
+    // Children belong to the thread that made them.
+    let tasks = fs::read_dir(format!("/proc/{launcher}/task")).expect("the launcher lives");
+    let of = |task: fs::DirEntry| fs::read_to_string(task.path().join("children"));
+    let ids: String = tasks.flatten().filter_map(|task| of(task).ok()).collect();
+    let last = ids.split_whitespace().last().expect("a rank").to_owned();
+    let kill = Command::new("kill").args(["-KILL", &last]).stderr(Stdio::null()).status();
+    assert!(kill.expect("kill").success(), "{last} of {ids}");
+}
+
+/// A port that nobody listens at.
+pub(crate) fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("its own").port()
+}
+
 fn read_all(pipe: Option<impl std::io::Read>) -> Vec<u8> {
     let mut all = Vec::new();
     if let Some(mut pipe) = pipe {

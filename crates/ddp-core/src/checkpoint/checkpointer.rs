@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use phalanx_checkpoint::{
-    Checkpoint, Folder, Keep, OnBusy, OnError, Progress, Ranks, Saver, SaverOptions, Snapshot,
+    Checkpoint, Folder, Keep, OnBusy, OnError, Progress, Ranks, Saver, SaverOptions, Snapshot, Started,
 };
 use phalanx_comm::recorder::{self, Committing};
 use phalanx_comm::{Group, Max};
@@ -261,6 +261,9 @@ impl Checkpointer {
         recorder::progress(step);
         let signal = self.agree_on_signal()?;
         let is_time = self.every_steps > 0 && step.is_multiple_of(self.every_steps);
+        if signal != 0 {
+            self.finish()?; // so that this one is not left out
+        }
         if (is_time || signal != 0) && self.saved != Some(step) {
             self.save(step, optimizer, values)?;
         }
@@ -300,9 +303,12 @@ impl Checkpointer {
         let mut snapshot = Snapshot::new();
         content::offer(&mut snapshot, &tensors, &rooms)?;
         snapshot.values(serde_json::to_value(&values).unwrap_or_default());
-        self.committing = Some(recorder::committing());
-        self.saver.save(&mut OverGroup(&mut self.group), step, &snapshot)?;
-        self.saved = Some(step);
+        let committing = recorder::committing();
+        let started = self.saver.save(&mut OverGroup(&mut self.group), step, &snapshot)?;
+        if started == Started::Yes {
+            self.committing = Some(committing);
+            self.saved = Some(step);
+        }
         Ok(())
     }
 
