@@ -163,9 +163,11 @@ impl Tensors for Weights {
         }
         let (path, source) = &self.files[*file];
         let element_bytes = to_u64(tensor.dtype.bytes());
-        for (from, to, len) in Extent::runs(extent, &Extent::whole(&tensor.shape), extent) {
+        let runs = Extent::runs(extent, &Extent::whole(&tensor.shape), extent);
+        let run_bytes = to_usize(runs.run_len() * element_bytes);
+        for (from, to) in runs {
             let to = to_usize(to * element_bytes);
-            let out = &mut out[to..to + to_usize(len * element_bytes)];
+            let out = &mut out[to..to + run_bytes];
             let offset = tensor.offset + from * element_bytes;
             source.read_at(offset, out).map_err(Error::io("read", path))?;
         }

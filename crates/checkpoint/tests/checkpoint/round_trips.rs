@@ -1,7 +1,12 @@
 //! What one world saves, another reads.
 
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use phalanx_checkpoint::fs::{Fs, Real};
 use phalanx_checkpoint::{
-    scatter, Alone, Checkpoint, Extent, Folder, Progress, Saver, SaverOptions, Tensors,
+    scatter, Alone, Checkpoint, Content, Dtype, Extent, Folder, Plain, Progress, Ranks, Saver,
+    SaverOptions, Snapshot, Tensors,
 };
 use serde_json::json;
 
@@ -80,6 +85,33 @@ fn shards_are_safetensors_files_with_all_bytes_once() {
 }
 
 #[test]
+fn a_large_replica_is_written_by_all_in_equal_parts() {
+    let folder = tempfile::tempdir().unwrap();
+    let (shape, width) = ([3, 1000, 1000], 2);
+    let bytes: Vec<u8> =
+        (0..6_000_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    on_ranks(3, |ranks| {
+        let mut saver = Saver::new(folder.path(), SaverOptions::default()).unwrap();
+        let mut snapshot = Snapshot::new();
+        snapshot.whole("w", Dtype::F16, &shape, &bytes);
+        saver.save(ranks, 1, &snapshot).unwrap();
+        saver.finish(ranks).unwrap();
+    });
+    let checkpoint = Folder::new(folder.path()).newest().unwrap().unwrap();
+    assert_eq!(checkpoint.pieces("w").len(), 3);
+    assert!(checkpoint.files().all(|(_, size)| size == 2_000_000 + 4096));
+    assert_eq!(checkpoint.verify().blocks, 6);
+    assert_eq!(checkpoint.read_whole("w").unwrap(), bytes);
+    // Across all pieces and blocks, in short runs.
+    let part = Extent::new(&[0, 100, 990], &[3, 800, 7]);
+    let mut out = vec![0; part.elements() as usize * width];
+    checkpoint.read("w", &part, &mut out).unwrap();
+    let mut expected = vec![0; out.len()];
+    Plain::new(&bytes, &Extent::whole(&shape), width).copy(&part, &mut expected).unwrap();
+    assert_eq!(out, expected);
+}
+
+#[test]
 fn boxes_across_pieces_and_wrong_ones() {
     let folder = tempfile::tempdir().unwrap();
     on_ranks(4, |ranks| {
@@ -112,11 +144,10 @@ fn a_checkpoint_written_anew_with_other_shards_is_the_same() {
         save(&mut saver, ranks, 8);
     });
     let checkpoint = Folder::new(folder.path()).newest().unwrap().unwrap();
-    let fs: std::sync::Arc<dyn phalanx_checkpoint::fs::Fs> =
-        std::sync::Arc::new(phalanx_checkpoint::fs::Real);
+    let fs: Arc<dyn Fs> = Arc::new(Real);
     for shards in [1, 5] {
         let target = other.path().join(shards.to_string());
-        let shards = std::num::NonZeroUsize::new(shards).unwrap();
+        let shards = NonZeroUsize::new(shards).unwrap();
         let written = checkpoint.rewrite(&target, shards, &fs).unwrap();
         let again = Checkpoint::open(&written).unwrap();
         assert_eq!(again.files().count(), shards.get());
@@ -147,8 +178,7 @@ fn all_ranks_open_what_rank_0_finds() {
     // Rank 2 looks into another folder.
     let errors = on_ranks(3, |ranks| {
         let elsewhere = folder.path().join("elsewhere");
-        let root =
-            if phalanx_checkpoint::Ranks::rank(ranks) == 2 { &elsewhere } else { folder.path() };
+        let root = if ranks.rank() == 2 { &elsewhere } else { folder.path() };
         Folder::new(root).newest_on_all(ranks, None).unwrap_err().to_string()
     });
     assert!(errors[0].contains("rank 2: ") && errors[1] == errors[0], "{errors:?}");
@@ -161,10 +191,10 @@ fn a_plan_is_made_once_and_again_when_tensors_change() {
         let mut saver = Saver::new(folder.path(), SaverOptions::default()).unwrap();
         let (mut talks, more) = (Vec::new(), [7; 3]);
         for step in 1..=4 {
-            let memory = Memory::new(step, phalanx_checkpoint::Ranks::rank(ranks), 2);
+            let memory = Memory::new(step, ranks.rank(), 2);
             let mut snapshot = memory.snapshot();
             if step > 2 {
-                snapshot.whole("more", phalanx_checkpoint::Dtype::U8, &[3], &more);
+                snapshot.whole("more", Dtype::U8, &[3], &more);
             }
             let before = ranks.gathered;
             saver.save(ranks, step, &snapshot).unwrap();
