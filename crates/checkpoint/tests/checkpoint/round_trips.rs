@@ -112,6 +112,36 @@ fn a_large_replica_is_written_by_all_in_equal_parts() {
 }
 
 #[test]
+fn version_1_of_the_format_is_these_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    on_ranks(2, |ranks| {
+        let mut saver = Saver::new(folder.path(), SaverOptions::default()).unwrap();
+        let rank = ranks.rank();
+        let bytes = [[1, 2, 3], [4, 5, 6]][rank];
+        let mut snapshot = Snapshot::new();
+        let part = Extent::new(&[rank as u64, 0], &[1, 3]);
+        snapshot.part("m", Dtype::U8, &[2, 3], part.clone(), Plain::new(&bytes, &part, 1));
+        snapshot.whole("w", Dtype::BF16, &[], &[0x80, 0x3f]);
+        snapshot.values(json!({ "lr": 0.1 }));
+        snapshot.rank_values(json!(rank));
+        saver.save(ranks, 7, &snapshot).unwrap();
+        saver.finish(ranks).unwrap();
+    });
+    let step = folder.path().join("step-00000007");
+    let manifest = std::fs::read_to_string(step.join("manifest.json")).unwrap();
+    assert_eq!(manifest, include_str!("version_1.json"));
+    let shard = std::fs::read(step.join("shard-00000-of-00002.safetensors")).unwrap();
+    let header = concat!(
+        r#"{"__metadata__":{"phalanx":"checkpoint, shard 0 of 2"},"#,
+        r#""m[0:1,0:3]":{"data_offsets":[2,5],"dtype":"U8","shape":[1,3]},"#,
+        r#""w":{"data_offsets":[0,2],"dtype":"BF16","shape":[]}}"#
+    );
+    assert_eq!(shard[..8], 4088_u64.to_le_bytes());
+    assert_eq!(std::str::from_utf8(&shard[8..4096]).unwrap().trim_end(), header);
+    assert_eq!(shard[4096..], [0x80, 0x3f, 1, 2, 3]);
+}
+
+#[test]
 fn boxes_across_pieces_and_wrong_ones() {
     let folder = tempfile::tempdir().unwrap();
     on_ranks(4, |ranks| {
