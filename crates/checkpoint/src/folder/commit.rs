@@ -47,6 +47,7 @@ impl Target {
             // The first rank that comes here makes it.
             ensure_folder(&*self.fs, &folder)?;
             let sums = write_file(&*self.fs, &folder.join(name), bytes, is_cancelled)?;
+            // Of a file system that machines share, each makes durable what it has created.
             self.fs.sync_folder(&folder).map_err(Error::io("sync", &folder))?;
             Ok(sums)
         })();
