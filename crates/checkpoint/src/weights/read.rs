@@ -68,15 +68,20 @@ impl Weights {
         self.files.len()
     }
 
-    /// Every `.safetensors` file of a folder.
+    /// Every `.safetensors` file of a folder that has neither an index nor parts.
     fn add_all(&mut self, folder: &Path) -> Result<()> {
         let not_found = || Error::NotFound { path: folder.to_path_buf() };
         if !folder.is_dir() {
             return Err(not_found());
         }
         let names = Real.list(folder).map_err(Error::io("list", folder))?;
-        let files = names.iter().filter(|name| name.ends_with(".safetensors"));
-        files.map(|name| folder.join(name)).try_for_each(|file| self.add_file(&file))?;
+        let files = || names.iter().filter(|name| name.ends_with(".safetensors"));
+        if files().any(|name| name.contains("-of-")) {
+            // Some of them may be missing: the index comes last.
+            let reason = format!("it has parts of weights and no {INDEX}");
+            return Err(Error::BadWeights { path: folder.to_path_buf(), reason });
+        }
+        files().map(|name| folder.join(name)).try_for_each(|file| self.add_file(&file))?;
         if self.files.is_empty() {
             return Err(not_found());
         }

@@ -204,6 +204,9 @@ fn all_ranks_open_what_rank_0_finds() {
     assert_eq!(newest(None), [Some(20); 3]);
     assert_eq!(newest(Some(20)), [Some(10); 3]);
     assert_eq!(newest(Some(10)), [None; 3]);
+    save(&mut saver, &mut Alone, 0);
+    assert_eq!(newest(Some(10)), [Some(0); 3]);
+    assert_eq!(newest(Some(0)), [None; 3]);
 
     // Rank 2 looks into another folder.
     let errors = on_ranks(3, |ranks| {
