@@ -112,12 +112,30 @@ fn offset(extent: &Extent, strides: &[u64], base: u64) -> Option<u64> {
 /// Copies all runs, or nothing more from the first that lies outside.
 fn copy_runs(runs: Runs, element_bytes: usize, from: &[u8], to: &mut [u8]) -> Option<()> {
     let bytes = to_u64(element_bytes);
-    for (left, right, len) in runs {
-        let (left, right) =
-            (to_usize(left.checked_mul(bytes)?), to_usize(right.checked_mul(bytes)?));
-        let len = to_usize(len * bytes);
-        let source = from.get(left..left.checked_add(len)?)?;
-        to.get_mut(right..right.checked_add(len)?)?.copy_from_slice(source);
+    // Runs of one element are many: they are worth a copy whose length the compiler knows.
+    match runs.run_len().checked_mul(bytes)? {
+        1 => copy_each::<1>(runs, bytes, from, to),
+        2 => copy_each::<2>(runs, bytes, from, to),
+        4 => copy_each::<4>(runs, bytes, from, to),
+        8 => copy_each::<8>(runs, bytes, from, to),
+        run => copy_all(runs, bytes, to_usize(run), (from, to)),
+    }
+}
+
+fn copy_each<const RUN: usize>(runs: Runs, bytes: u64, from: &[u8], to: &mut [u8]) -> Option<()> {
+    for (left, right) in runs {
+        let (left, right) = (left.checked_mul(bytes)?, right.checked_mul(bytes)?);
+        let source = from.get(to_usize(left)..)?.first_chunk::<RUN>()?;
+        *to.get_mut(to_usize(right)..)?.first_chunk_mut::<RUN>()? = *source;
+    }
+    Some(())
+}
+
+fn copy_all(runs: Runs, bytes: u64, run: usize, (from, to): (&[u8], &mut [u8])) -> Option<()> {
+    for (left, right) in runs {
+        let (left, right) = (left.checked_mul(bytes)?, right.checked_mul(bytes)?);
+        let source = from.get(to_usize(left)..)?.get(..run)?;
+        to.get_mut(to_usize(right)..)?.get_mut(..run)?.copy_from_slice(source);
     }
     Some(())
 }

@@ -114,7 +114,7 @@ impl Extent {
     }
 
     /// The runs of `part` that are contiguous both in the memory of `from` and of `to`, which are boxes around it, each stored
-    /// by itself with the last dimension fastest: offset in `from`, offset in `to`, length; in elements.
+    /// by itself with the last dimension fastest: offset in `from`, offset in `to`; in elements.
     pub(crate) fn runs(part: &Extent, from: &Extent, to: &Extent) -> Runs {
         let (left, right) = (strides(&from.len), strides(&to.len));
         let offsets = (from.offset(part, &left), to.offset(part, &right));
@@ -155,7 +155,7 @@ pub(crate) fn strides(len: &[u64]) -> Vec<u64> {
     strides
 }
 
-/// Runs of elements that are contiguous on both sides: (offset left, offset right, length).
+/// Runs of elements that are contiguous on both sides, all of one length: offset left, offset right.
 #[derive(Clone, Debug)]
 pub(crate) struct Runs {
     /// The dimensions that are stepped through: length, left stride, right stride.
@@ -181,14 +181,19 @@ impl Runs {
         let count = if is_empty { 0 } else { outer.iter().map(|(count, ..)| count).product() };
         Runs { at: vec![0; outer.len()], outer, offsets, run, left: count }
     }
+
+    /// The elements of each run.
+    pub(crate) fn run_len(&self) -> u64 {
+        self.run
+    }
 }
 
 impl Iterator for Runs {
-    type Item = (u64, u64, u64);
+    type Item = (u64, u64);
 
     fn next(&mut self) -> Option<Self::Item> {
         self.left = self.left.checked_sub(1)?;
-        let run = (self.offsets.0, self.offsets.1, self.run);
+        let run = self.offsets;
         for (at, (len, left, right)) in self.at.iter_mut().zip(&self.outer).rev() {
             *at += 1;
             self.offsets.0 += left;
@@ -225,14 +230,17 @@ mod tests {
     #[test]
     fn what_lies_alike_on_both_sides_is_one_run() {
         let all = Extent::whole(&[3, 4, 5]);
-        let runs = |part: &Extent| Extent::runs(part, &all, part).collect::<Vec<_>>();
-        assert_eq!(runs(&all), [(0, 0, 60)]);
-        assert_eq!(runs(&Extent::new(&[1, 0, 0], &[2, 4, 5])), [(20, 0, 40)]);
-        assert_eq!(runs(&Extent::new(&[1, 2, 0], &[2, 2, 5])), [(30, 0, 10), (50, 10, 10)]);
-        assert_eq!(runs(&Extent::new(&[2, 1, 3], &[1, 2, 2])), [(48, 0, 2), (53, 2, 2)]);
-        assert_eq!(runs(&Extent::new(&[2, 1, 3], &[1, 0, 2])), []);
+        let runs = |part: &Extent| {
+            let runs = Extent::runs(part, &all, part);
+            (runs.run_len(), runs.collect::<Vec<_>>())
+        };
+        assert_eq!(runs(&all), (60, vec![(0, 0)]));
+        assert_eq!(runs(&Extent::new(&[1, 0, 0], &[2, 4, 5])), (40, vec![(20, 0)]));
+        assert_eq!(runs(&Extent::new(&[1, 2, 0], &[2, 2, 5])), (10, vec![(30, 0), (50, 10)]));
+        assert_eq!(runs(&Extent::new(&[2, 1, 3], &[1, 2, 2])), (2, vec![(48, 0), (53, 2)]));
+        assert_eq!(runs(&Extent::new(&[2, 1, 3], &[1, 0, 2])).1, []);
         let scalar = Extent::whole(&[]);
-        assert_eq!(Extent::runs(&scalar, &scalar, &scalar).collect::<Vec<_>>(), [(0, 0, 1)]);
+        assert_eq!(Extent::runs(&scalar, &scalar, &scalar).collect::<Vec<_>>(), [(0, 0)]);
     }
 
     #[test]

@@ -12,6 +12,8 @@ use crate::{Error, Result};
 
 /// The boxes that elements `range` of a tensor's memory are, in the order of memory. Each is one run of that memory.
 ///
+/// An empty range is no box, but of a tensor without elements it is that tensor: so each rank names it, and it is saved.
+///
 /// # Units
 /// Strides and range are in elements. Strides are those of the whole tensor, which must be dense: some permutation of dimensions
 /// makes it contiguous. The strides of dimensions of length 1 do not matter.
@@ -34,6 +36,9 @@ pub fn flat_range(shape: &[u64], strides: &[u64], range: Range<u64>) -> Result<V
         return Err(Error::OutOfBounds { what });
     }
     let order = memory_order(shape, strides).ok_or_else(not_dense)?;
+    if all == 0 {
+        return Ok(vec![Extent::whole(shape)]);
+    }
     let mut boxes = Vec::new();
     if range.start < range.end {
         take(&order, shape, range, &mut Extent::whole(shape), &mut boxes);
@@ -113,7 +118,7 @@ mod tests {
             assert_eq!(found, (from..until).collect::<Vec<_>>(), "{shape:?} {strides:?}");
             assert!(boxes.len() < 2 * shape.len().max(1), "{boxes:?}");
             for (n, one) in boxes.iter().enumerate() {
-                assert!(one.fits(shape) && !one.is_empty());
+                assert!(one.fits(shape) && one.is_empty() == (all == 0));
                 assert!(boxes[..n].iter().all(|other| !make_one(one, other)), "{boxes:?}");
             }
         }

@@ -13,7 +13,7 @@ use super::keep::Keep;
 use super::names::{self, Kind};
 use crate::fs::Fs;
 use crate::manifest::{self, Manifest, BLOCK_BYTES};
-use crate::{Error, Result};
+use crate::{Checkpoint, Error, Result};
 
 /// Where one checkpoint is being written.
 #[derive(Clone, Debug)]
@@ -47,6 +47,7 @@ impl Target {
             // The first rank that comes here makes it.
             ensure_folder(&*self.fs, &folder)?;
             let sums = write_file(&*self.fs, &folder.join(name), bytes, is_cancelled)?;
+            // Of a file system that machines share, each makes durable what it has created.
             self.fs.sync_folder(&folder).map_err(Error::io("sync", &folder))?;
             Ok(sums)
         })();
@@ -182,21 +183,30 @@ pub(crate) fn tidy(target: &Target, keep: &Keep) -> Vec<Error> {
         .iter()
         .filter_map(|name| names::parse(name).map(|(step, kind)| (name, step, kind)))
         .collect();
-    let is_good =
-        |name: &str| crate::Checkpoint::open_with(&target.root.join(name), &*target.fs).is_ok();
-    let complete = known.iter().filter(|(name, _, kind)| *kind == Kind::Complete && is_good(name));
-    let complete: Vec<u64> = complete.map(|(_, step, _)| *step).collect();
-    let unwanted = keep.removed(&complete, target.step);
+    let plain = good(target, &known, Kind::Complete);
+    // Left alone by a crash between two renames, one that was to be replaced is a checkpoint as well.
+    let mut all = [good(target, &known, Kind::Replaced), plain.clone()].concat();
+    all.sort_unstable();
+    all.dedup();
+    let unwanted = keep.removed(&all, target.step);
     for (name, step, kind) in known {
+        let (is_plain, is_unwanted) = (plain.contains(&step), unwanted.contains(&step));
         let removed = match kind {
             Kind::Partial => remove_files(&*target.fs, &target.root.join(name)),
-            Kind::Replaced if complete.contains(&step) => remove(target, name, step),
-            Kind::Complete if unwanted.contains(&step) => remove(target, name, step),
+            Kind::Replaced if is_plain || is_unwanted => remove(target, name, step),
+            Kind::Complete if is_plain && is_unwanted => remove(target, name, step),
             Kind::Replaced | Kind::Complete => Ok(()),
         };
         problems.extend(removed.err());
     }
     problems
+}
+
+/// The steps of the checkpoints of one kind that can be opened.
+fn good(target: &Target, known: &[(&String, u64, Kind)], wanted: Kind) -> Vec<u64> {
+    let is_good = |name: &str| Checkpoint::open_with(&target.root.join(name), &*target.fs).is_ok();
+    let good = known.iter().filter(|(name, _, kind)| *kind == wanted && is_good(name));
+    good.map(|(_, step, _)| *step).collect()
 }
 
 /// Removes a checkpoint: from the first step on it is none.

@@ -108,9 +108,11 @@ impl Folder {
         ranks: &mut dyn Ranks,
         before: Option<u64>,
     ) -> Result<Option<Checkpoint>> {
-        let last = before.map_or(u64::MAX, |step| step.saturating_sub(1));
-        let is_first = ranks.rank() == 0;
-        let found = if is_first { self.newest_up_to(last) } else { Ok(None) };
+        let last = before.map_or(Some(u64::MAX), |step| step.checked_sub(1));
+        let found = match last.filter(|_| ranks.rank() == 0) {
+            Some(last) => self.newest_up_to(last),
+            None => Ok(None),
+        };
         let told = match &found {
             Ok(Some((name, _))) => format!("+{name}"),
             Ok(None) => String::new(),
@@ -128,15 +130,7 @@ impl Folder {
         if let Some(reason) = told.strip_prefix('-') {
             return Err(Error::OutOfStep { reason: format!("rank 0: {reason}") });
         }
-        let trouble = mine.as_ref().err().map(ToString::to_string).unwrap_or_default();
-        let troubles = all_gather(ranks, trouble.as_bytes())?;
-        match troubles.iter().position(|text| !text.is_empty()) {
-            Some(rank) if mine.is_ok() => {
-                let reason = format!("rank {rank}: {}", String::from_utf8_lossy(&troubles[rank]));
-                Err(Error::OutOfStep { reason })
-            }
-            _ => mine,
-        }
+        if_all_can(ranks, mine)
     }
 
     /// The newest up to a step, and its name.
@@ -170,6 +164,22 @@ impl Folder {
         let mut known: Vec<_> = known.collect();
         known.sort();
         Ok(known)
+    }
+}
+
+/// What this rank has opened, if all could; else an error on all.
+fn if_all_can(
+    ranks: &mut dyn Ranks,
+    mine: Result<Option<Checkpoint>>,
+) -> Result<Option<Checkpoint>> {
+    let trouble = mine.as_ref().err().map(ToString::to_string).unwrap_or_default();
+    let troubles = all_gather(ranks, trouble.as_bytes())?;
+    match troubles.iter().position(|text| !text.is_empty()) {
+        Some(rank) if mine.is_ok() => {
+            let reason = format!("rank {rank}: {}", String::from_utf8_lossy(&troubles[rank]));
+            Err(Error::OutOfStep { reason })
+        }
+        _ => mine,
     }
 }
 

@@ -156,9 +156,11 @@ impl Tensors for Checkpoint {
         for piece in &tensor.pieces {
             let Some(part) = piece.extent.intersection(extent) else { continue };
             let shard = &self.shards[piece.file];
-            for (from, to, len) in Extent::runs(&part, &piece.extent, extent) {
+            let runs = Extent::runs(&part, &piece.extent, extent);
+            let run_bytes = to_usize(runs.run_len() * element_bytes);
+            for (from, to) in runs {
                 let to = to_usize(to * element_bytes);
-                let out = &mut out[to..to + to_usize(len * element_bytes)];
+                let out = &mut out[to..to + run_bytes];
                 shard.read(piece.offset + from * element_bytes, out, Some(name))?;
             }
         }

@@ -22,6 +22,13 @@ impl Layouts {
         Ok(Layouts { plan, files })
     }
 
+    /// Without the headers of other ranks' files, which together may be large.
+    pub(super) fn for_rank(mut self, rank: usize) -> Self {
+        let others = self.files.iter_mut().enumerate().filter(|(other, _)| *other != rank);
+        others.for_each(|(_, file)| file.header = Vec::new());
+        self
+    }
+
     /// The bytes of the whole checkpoint, but its manifest.
     pub(crate) fn bytes(&self) -> u64 {
         self.files.iter().map(|file| file.bytes).sum()

@@ -211,7 +211,7 @@ impl Saver {
         if openings.iter().any(|one| one.is_new) {
             // Should this fail, it does on all ranks, and all begin anew.
             self.layouts = None;
-            let layouts = Layouts::new(&gather(ranks, &held)?)?;
+            let layouts = Layouts::new(&gather(ranks, &held)?)?.for_rank(ranks.rank());
             self.layouts = Some((held, Arc::new(layouts)));
         }
         match &self.layouts {

@@ -68,15 +68,20 @@ impl Weights {
         self.files.len()
     }
 
-    /// Every `.safetensors` file of a folder.
+    /// Every `.safetensors` file of a folder that has neither an index nor parts.
     fn add_all(&mut self, folder: &Path) -> Result<()> {
         let not_found = || Error::NotFound { path: folder.to_path_buf() };
         if !folder.is_dir() {
             return Err(not_found());
         }
         let names = Real.list(folder).map_err(Error::io("list", folder))?;
-        let files = names.iter().filter(|name| name.ends_with(".safetensors"));
-        files.map(|name| folder.join(name)).try_for_each(|file| self.add_file(&file))?;
+        let files = || names.iter().filter(|name| name.ends_with(".safetensors"));
+        if files().any(|name| name.contains("-of-")) {
+            // Some of them may be missing: the index comes last.
+            let reason = format!("it has parts of weights and no {INDEX}");
+            return Err(Error::BadWeights { path: folder.to_path_buf(), reason });
+        }
+        files().map(|name| folder.join(name)).try_for_each(|file| self.add_file(&file))?;
         if self.files.is_empty() {
             return Err(not_found());
         }
@@ -163,9 +168,11 @@ impl Tensors for Weights {
         }
         let (path, source) = &self.files[*file];
         let element_bytes = to_u64(tensor.dtype.bytes());
-        for (from, to, len) in Extent::runs(extent, &Extent::whole(&tensor.shape), extent) {
+        let runs = Extent::runs(extent, &Extent::whole(&tensor.shape), extent);
+        let run_bytes = to_usize(runs.run_len() * element_bytes);
+        for (from, to) in runs {
             let to = to_usize(to * element_bytes);
-            let out = &mut out[to..to + to_usize(len * element_bytes)];
+            let out = &mut out[to..to + run_bytes];
             let offset = tensor.offset + from * element_bytes;
             source.read_at(offset, out).map_err(Error::io("read", path))?;
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use phalanx_checkpoint::fs::Recording;
-use phalanx_checkpoint::{Alone, Checkpoint, Folder, Keep, Saver, SaverOptions, Tensors};
+use phalanx_checkpoint::{Alone, Checkpoint, Folder, Keep, Saver, SaverOptions, State, Tensors};
 
 use crate::support::{check, on_ranks, save, Memory};
 
@@ -17,6 +17,15 @@ fn saver(disk: &Recording) -> Saver {
 
 fn newest(state: Recording) -> Option<Checkpoint> {
     Folder::with_fs(ROOT, Arc::new(state)).newest().expect("a list")
+}
+
+/// What has the name of a checkpoint and is none.
+fn damaged(state: &Recording) -> Option<String> {
+    let listed = Folder::with_fs(ROOT, Arc::new(state.clone())).list().expect("a list");
+    listed.into_iter().find_map(|one| match one.state {
+        State::Damaged(error) => Some(format!("{}: {error}", one.path.display())),
+        _ => None,
+    })
 }
 
 /// When a step was renamed to its name, and when that was made durable.
@@ -43,6 +52,9 @@ fn check_all(disk: &Recording, is_right: impl Fn(&Checkpoint)) -> Result<usize, 
             commits.iter().filter(|(_, renamed, _)| *renamed <= at).map(|(step, ..)| *step).max();
         for state in disk.crash_states(at) {
             count += 1;
+            if let Some(damaged) = damaged(&state) {
+                return Err(format!("after `{what}`: {damaged}"));
+            }
             let found = newest(state);
             let step = found.as_ref().map(Checkpoint::step);
             if step != durable && step != renamed {

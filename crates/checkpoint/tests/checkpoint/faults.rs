@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use phalanx_checkpoint::fs::{Failing, Failure, Fs, Recording};
-use phalanx_checkpoint::{Alone, Folder, Keep, Progress, Saver, SaverOptions};
+use phalanx_checkpoint::{Alone, Folder, Keep, Progress, Ranks, Saver, SaverOptions};
 
-use crate::support::{check, save};
+use crate::support::{check, on_ranks, save};
 
 const ROOT: &str = "/ckpt";
 
@@ -53,6 +53,38 @@ fn fails_at(failure: Failure, number: usize) -> bool {
         "operation {number}"
     );
     true
+}
+
+/// Two ranks save step 20 beside step 10, with a failure at one operation of one of them; whether there was such an operation.
+fn rank_fails_at(rank: usize, number: usize) -> bool {
+    let disk: Arc<dyn Fs> = Arc::new(Recording::default());
+    let failing = Failing::new(Arc::clone(&disk), Failure::Broken, number);
+    let ended = on_ranks(2, |ranks| {
+        save(&mut saver(&disk), ranks, 10);
+        let broken: Arc<dyn Fs> = Arc::new(failing.clone());
+        let mine = if ranks.rank() == rank { &broken } else { &disk };
+        save(&mut saver(mine), ranks, 20)
+    });
+    if !failing.has_failed() {
+        return false;
+    }
+    assert_eq!(ended[0], ended[1], "operation {number} of rank {rank}");
+    let newest = Folder::with_fs(ROOT, Arc::clone(&disk)).newest().expect("a list").expect("one");
+    check(&newest, newest.step());
+    match &ended[0] {
+        Progress::Saved { step: 20, .. } => assert_eq!(newest.step(), 20),
+        Progress::Failed { step: 20, rank: culprit, .. } => assert_eq!(*culprit, rank),
+        other => panic!("operation {number} of rank {rank}: {other:?}"),
+    }
+    true
+}
+
+#[test]
+fn all_ranks_hear_alike_of_a_failure_of_any_operation_of_one() {
+    for (rank, least) in [(0, 10), (1, 3)] {
+        let count = (0..).take_while(|number| rank_fails_at(rank, *number)).count();
+        assert!(count >= least, "{count} operations of rank {rank}");
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@
 mod crashes;
 mod damage;
 mod faults;
+mod kills;
 mod properties;
 mod round_trips;
 mod saving;

@@ -1,7 +1,12 @@
 //! What one world saves, another reads.
 
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use phalanx_checkpoint::fs::{Fs, Real};
 use phalanx_checkpoint::{
-    scatter, Alone, Checkpoint, Extent, Folder, Progress, Saver, SaverOptions, Tensors,
+    scatter, Alone, Checkpoint, Content, Dtype, Extent, Folder, Plain, Progress, Ranks, Saver,
+    SaverOptions, Snapshot, Tensors,
 };
 use serde_json::json;
 
@@ -80,6 +85,63 @@ fn shards_are_safetensors_files_with_all_bytes_once() {
 }
 
 #[test]
+fn a_large_replica_is_written_by_all_in_equal_parts() {
+    let folder = tempfile::tempdir().unwrap();
+    let (shape, width) = ([3, 1000, 1000], 2);
+    let bytes: Vec<u8> =
+        (0..6_000_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    on_ranks(3, |ranks| {
+        let mut saver = Saver::new(folder.path(), SaverOptions::default()).unwrap();
+        let mut snapshot = Snapshot::new();
+        snapshot.whole("w", Dtype::F16, &shape, &bytes);
+        saver.save(ranks, 1, &snapshot).unwrap();
+        saver.finish(ranks).unwrap();
+    });
+    let checkpoint = Folder::new(folder.path()).newest().unwrap().unwrap();
+    assert_eq!(checkpoint.pieces("w").len(), 3);
+    assert!(checkpoint.files().all(|(_, size)| size == 2_000_000 + 4096));
+    assert_eq!(checkpoint.verify().blocks, 6);
+    assert_eq!(checkpoint.read_whole("w").unwrap(), bytes);
+    // Across all pieces and blocks, in short runs.
+    let part = Extent::new(&[0, 100, 990], &[3, 800, 7]);
+    let mut out = vec![0; part.elements() as usize * width];
+    checkpoint.read("w", &part, &mut out).unwrap();
+    let mut expected = vec![0; out.len()];
+    Plain::new(&bytes, &Extent::whole(&shape), width).copy(&part, &mut expected).unwrap();
+    assert_eq!(out, expected);
+}
+
+#[test]
+fn version_1_of_the_format_is_these_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    on_ranks(2, |ranks| {
+        let mut saver = Saver::new(folder.path(), SaverOptions::default()).unwrap();
+        let rank = ranks.rank();
+        let bytes = [[1, 2, 3], [4, 5, 6]][rank];
+        let mut snapshot = Snapshot::new();
+        let part = Extent::new(&[rank as u64, 0], &[1, 3]);
+        snapshot.part("m", Dtype::U8, &[2, 3], part.clone(), Plain::new(&bytes, &part, 1));
+        snapshot.whole("w", Dtype::BF16, &[], &[0x80, 0x3f]);
+        snapshot.values(json!({ "lr": 0.1 }));
+        snapshot.rank_values(json!(rank));
+        saver.save(ranks, 7, &snapshot).unwrap();
+        saver.finish(ranks).unwrap();
+    });
+    let step = folder.path().join("step-00000007");
+    let manifest = std::fs::read_to_string(step.join("manifest.json")).unwrap();
+    assert_eq!(manifest, include_str!("version_1.json"));
+    let shard = std::fs::read(step.join("shard-00000-of-00002.safetensors")).unwrap();
+    let header = concat!(
+        r#"{"__metadata__":{"phalanx":"checkpoint, shard 0 of 2"},"#,
+        r#""m[0:1,0:3]":{"data_offsets":[2,5],"dtype":"U8","shape":[1,3]},"#,
+        r#""w":{"data_offsets":[0,2],"dtype":"BF16","shape":[]}}"#
+    );
+    assert_eq!(shard[..8], 4088_u64.to_le_bytes());
+    assert_eq!(std::str::from_utf8(&shard[8..4096]).unwrap().trim_end(), header);
+    assert_eq!(shard[4096..], [0x80, 0x3f, 1, 2, 3]);
+}
+
+#[test]
 fn boxes_across_pieces_and_wrong_ones() {
     let folder = tempfile::tempdir().unwrap();
     on_ranks(4, |ranks| {
@@ -112,11 +174,10 @@ fn a_checkpoint_written_anew_with_other_shards_is_the_same() {
         save(&mut saver, ranks, 8);
     });
     let checkpoint = Folder::new(folder.path()).newest().unwrap().unwrap();
-    let fs: std::sync::Arc<dyn phalanx_checkpoint::fs::Fs> =
-        std::sync::Arc::new(phalanx_checkpoint::fs::Real);
+    let fs: Arc<dyn Fs> = Arc::new(Real);
     for shards in [1, 5] {
         let target = other.path().join(shards.to_string());
-        let shards = std::num::NonZeroUsize::new(shards).unwrap();
+        let shards = NonZeroUsize::new(shards).unwrap();
         let written = checkpoint.rewrite(&target, shards, &fs).unwrap();
         let again = Checkpoint::open(&written).unwrap();
         assert_eq!(again.files().count(), shards.get());
@@ -143,12 +204,14 @@ fn all_ranks_open_what_rank_0_finds() {
     assert_eq!(newest(None), [Some(20); 3]);
     assert_eq!(newest(Some(20)), [Some(10); 3]);
     assert_eq!(newest(Some(10)), [None; 3]);
+    save(&mut saver, &mut Alone, 0);
+    assert_eq!(newest(Some(10)), [Some(0); 3]);
+    assert_eq!(newest(Some(0)), [None; 3]);
 
     // Rank 2 looks into another folder.
     let errors = on_ranks(3, |ranks| {
         let elsewhere = folder.path().join("elsewhere");
-        let root =
-            if phalanx_checkpoint::Ranks::rank(ranks) == 2 { &elsewhere } else { folder.path() };
+        let root = if ranks.rank() == 2 { &elsewhere } else { folder.path() };
         Folder::new(root).newest_on_all(ranks, None).unwrap_err().to_string()
     });
     assert!(errors[0].contains("rank 2: ") && errors[1] == errors[0], "{errors:?}");
@@ -161,10 +224,10 @@ fn a_plan_is_made_once_and_again_when_tensors_change() {
         let mut saver = Saver::new(folder.path(), SaverOptions::default()).unwrap();
         let (mut talks, more) = (Vec::new(), [7; 3]);
         for step in 1..=4 {
-            let memory = Memory::new(step, phalanx_checkpoint::Ranks::rank(ranks), 2);
+            let memory = Memory::new(step, ranks.rank(), 2);
             let mut snapshot = memory.snapshot();
             if step > 2 {
-                snapshot.whole("more", phalanx_checkpoint::Dtype::U8, &[3], &more);
+                snapshot.whole("more", Dtype::U8, &[3], &more);
             }
             let before = ranks.gathered;
             saver.save(ranks, step, &snapshot).unwrap();

@@ -69,6 +69,21 @@ fn a_step_that_is_saved_again_takes_the_place_of_the_first() {
 }
 
 #[test]
+fn a_checkpoint_that_lost_its_name_to_a_crash_counts_and_goes_like_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut saver = Saver::new(folder.path(), SaverOptions::default()).unwrap();
+    save(&mut saver, &mut Alone, 9);
+    // What a crash leaves between the two renames of a save that replaces step 9.
+    let aside = folder.path().join("step-00000009.old-0000000000000007");
+    std::fs::rename(folder.path().join("step-00000009"), &aside).unwrap();
+    check(&Folder::new(folder.path()).newest().unwrap().unwrap(), 9);
+    save(&mut saver, &mut Alone, 10);
+    assert_eq!(names(folder.path()), ["step-00000009.old-0000000000000007", "step-00000010"]);
+    save(&mut saver, &mut Alone, 11);
+    assert_eq!(names(folder.path()), ["step-00000010", "step-00000011"]);
+}
+
+#[test]
 fn a_rank_that_cannot_copy_fails_the_checkpoint_on_all_ranks() {
     let folder = tempfile::tempdir().unwrap();
     let ended = on_ranks(3, |ranks| {

@@ -169,11 +169,7 @@ impl Memory {
         let mut snapshot = Snapshot::new();
         for (tensor, range, memory) in &self.tensors {
             let width = tensor.dtype.bytes();
-            let mut boxes = tensor.boxes(rank, world_size);
-            if tensor.len() == 0 || !tensor.is_sharded {
-                boxes = vec![Extent::whole(&tensor.shape)];
-            }
-            for extent in boxes {
+            for extent in tensor.boxes(rank, world_size) {
                 let content = Strided::new(memory, &tensor.strides, range.start, width);
                 snapshot.part(tensor.name, tensor.dtype, &tensor.shape, extent, content);
             }
