@@ -5,6 +5,7 @@
 #![expect(clippy::cast_precision_loss, clippy::cast_possible_wrap, reason = "small whole numbers")]
 
 use anyhow::{bail, ensure, Context as _, Result};
+use phalanx::checkpoint::{Checkpointer, CheckpointerOptions};
 use phalanx::ddp::amp::LossScaler;
 use phalanx::ddp::optim::{Adam, AdamW, Lamb, Rule, Sgd};
 use phalanx::ddp::{Error, NonFinite};
@@ -14,7 +15,7 @@ use phalanx::{Ddp, DdpOptions, Group, Optimizer, ParameterGroups, Sync, Zero};
 /// What a rank checks; says what it saw.
 pub(crate) type TrainingCheck = fn(&mut Group, Device) -> Result<String>;
 
-pub(crate) const CHECKS: [(&str, TrainingCheck); 11] = [
+pub(crate) const CHECKS: [(&str, TrainingCheck); 12] = [
     ("training, zero 0", |group, device| training(group, device, Zero::Off)),
     ("training, zero 1", |group, device| training(group, device, Zero::One)),
     ("rules, zero 0", |group, device| rules(group, device, Zero::Off)),
@@ -26,6 +27,7 @@ pub(crate) const CHECKS: [(&str, TrainingCheck); 11] = [
     ("unused parameters", unused_parameters),
     ("parameters compared", parameters_compared),
     ("join", join),
+    ("checkpoint", checkpoint),
 ];
 
 /// Rows of a rank's batch, and their width.
@@ -372,4 +374,48 @@ fn join(group: &mut Group, device: Device) -> Result<String> {
     let off = apart(&by_device[0], &by_device[1]);
     ensure!(off < 1e-5, "weights differ from the CPU's by {off:.1e}");
     Ok(format!("2 to {} batches; within {off:.0e} of the CPU", group.world_size() + 1))
+}
+
+/// Steps of [`checkpoint`].
+const HALF: usize = 3;
+
+/// A run that is saved half-way and goes on with another model, beside one that is not.
+fn checkpoint(group: &mut Group, device: Device) -> Result<String> {
+    let mine = format!("phalanx-check-{}", std::process::id());
+    let names = group.all_gather_bytes(mine.as_bytes())?;
+    let folder = std::env::temp_dir().join(String::from_utf8(names[0].clone())?);
+    let broken = [HALF, 2 * HALF].map(|to| resumed(group, device, (&folder, to)));
+    if group.rank() == 0 {
+        std::fs::remove_dir_all(&folder).context("removing what was saved")?;
+    }
+    let [_, broken] = broken;
+    let whole = resumed(group, device, (&folder.with_extension("whole"), 2 * HALF))?;
+    group.barrier()?.wait()?;
+    if group.rank() == 0 {
+        std::fs::remove_dir_all(folder.with_extension("whole")).context("removing it")?;
+    }
+    let difference = apart(&broken?, &whole);
+    ensure!(difference <= 1e-6, "weights differ by {difference:e}");
+    Ok(format!("weights differ by {difference:e} from an unbroken run's"))
+}
+
+/// Weights after step `to`, from what `folder` has on.
+fn resumed(
+    group: &mut Group,
+    device: Device,
+    (folder, to): (&std::path::Path, usize),
+) -> Result<Vec<f32>> {
+    let Net { vs, net } = network(device, WIDTH);
+    let ddp = Ddp::new(&vs, group, options(Zero::One))?;
+    let mut optimizer = optimizer(&ddp, AdamW { lr: 1e-3, ..AdamW::default() })?;
+    let quiet = CheckpointerOptions { heed_signals: false, ..CheckpointerOptions::default() };
+    let mut checkpointer = Checkpointer::new(folder, &ddp, quiet)?;
+    let done = checkpointer.resume(Some(&mut optimizer))?.map_or(0, |resumed| resumed.step);
+    for step in usize::try_from(done)?..to {
+        ddp.backward(&loss_sum(&net, &batch(group, device, step)), ROWS as f64, Sync::Reduce)?;
+        optimizer.step(Some(1.0))?;
+    }
+    checkpointer.save(to as u64, Some(&mut optimizer), || ())?;
+    checkpointer.finish()?;
+    weights(&vs)
 }

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use phalanx_checkpoint::{
-    Checkpoint, Folder, Keep, OnBusy, OnError, Progress, Ranks, Saver, SaverOptions, Snapshot, Started,
+    Checkpoint, Folder, Keep, OnBusy, OnError, Progress, Ranks, Saver, SaverOptions, Snapshot,
+    Started,
 };
 use phalanx_comm::recorder::{self, Committing};
 use phalanx_comm::{Group, Max};
