@@ -36,6 +36,7 @@
 //!
 //! The files, the order of writes and what they guarantee are described in the crate's README.
 
+mod buffer;
 mod cast;
 mod content;
 mod cover;

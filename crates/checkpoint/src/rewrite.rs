@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
+use crate::buffer::Buffer;
 use crate::error::Cause;
 use crate::folder::Target;
 use crate::fs::Fs;
@@ -49,7 +50,7 @@ impl Checkpoint {
         layouts: &Layouts,
         snapshot: &Snapshot<'_>,
     ) -> Result<PathBuf> {
-        let (mut file, mut sums) = (Vec::new(), Vec::new());
+        let (mut file, mut sums) = (Buffer::default(), Vec::new());
         for rank in 0..layouts.files.len() {
             layouts.fill(rank, snapshot, &mut file)?;
             let name = layouts.file_name(rank);

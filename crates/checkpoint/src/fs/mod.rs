@@ -2,6 +2,7 @@
 
 #[cfg(feature = "testing")]
 mod crash;
+mod direct;
 #[cfg(feature = "testing")]
 mod failing;
 mod real;

@@ -3,11 +3,12 @@
 //! Files are read with `pread`: one that is cut off while it is read is an error, where a memory map would be a `SIGBUS`.
 
 use std::fs::{self, File};
-use std::io::{self, Write as _};
+use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::direct::Direct;
 use super::{Fs, Output, Source};
 
 /// The operating system's files.
@@ -20,7 +21,7 @@ impl Fs for Real {
     }
 
     fn create(&self, path: &Path) -> io::Result<Box<dyn Output>> {
-        Ok(Box::new(File::create_new(path)?))
+        Ok(Box::new(Direct::create(path)?))
     }
 
     fn open(&self, path: &Path) -> io::Result<Arc<dyn Source>> {
@@ -54,16 +55,6 @@ impl Fs for Real {
     fn free_bytes(&self, path: &Path) -> io::Result<u64> {
         let about = rustix::fs::statvfs(path)?;
         Ok(about.f_bavail.saturating_mul(about.f_frsize))
-    }
-}
-
-impl Output for File {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.write_all(bytes)
-    }
-
-    fn sync(&mut self) -> io::Result<()> {
-        self.sync_all()
     }
 }
 

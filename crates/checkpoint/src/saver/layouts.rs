@@ -1,5 +1,6 @@
 //! The plan of a save as files: computed once, and again only when a rank's tensors change.
 
+use crate::buffer::Buffer;
 use crate::manifest::{FileEntry, Piece, Sums, TensorEntry};
 use crate::plan::{Held, Plan};
 use crate::shard::{file_name, lay_out, Layout};
@@ -43,13 +44,13 @@ impl Layouts {
         &self,
         rank: usize,
         snapshot: &Snapshot<'_>,
-        file: &mut Vec<u8>,
+        file: &mut Buffer,
     ) -> Result<()> {
         let Some(layout) = self.files.get(rank) else {
             let reason = format!("there is no rank {rank} of {}", self.files.len());
             return Err(Error::OutOfStep { reason });
         };
-        file.resize(crate::cast::to_usize(layout.bytes), 0);
+        file.resize(crate::cast::to_usize(layout.bytes));
         file[..layout.header.len()].copy_from_slice(&layout.header);
         for piece in &layout.pieces {
             snapshot.copy(&piece.tensor, &piece.extent, &mut file[Layout::range(piece)])?;

@@ -23,6 +23,7 @@ pub use self::options::{OnBusy, OnError, Progress, SaverOptions, Started};
 use self::pending::{prepare, Agreed, Pending};
 use self::phase::{working, Failure, Next, Phase};
 use self::worker::Worker;
+use crate::buffer::Buffer;
 use crate::folder::Target;
 use crate::fs::{Fs, Real};
 use crate::memory;
@@ -47,7 +48,7 @@ pub struct Saver {
     /// What this rank held at its last save, and the plan that was made of it.
     layouts: Option<(Vec<Held>, Arc<Layouts>)>,
     /// The last file, kept so that its memory need not be touched anew.
-    buffer: Vec<u8>,
+    buffer: Buffer,
     pending: Option<Pending>,
     /// What polls that a save made have found.
     untold: VecDeque<Progress>,
@@ -78,7 +79,7 @@ impl Saver {
             options,
             worker: Worker::start()?,
             layouts: None,
-            buffer: Vec::new(),
+            buffer: Buffer::default(),
             pending: None,
             untold: VecDeque::new(),
             has_warned: false,
@@ -154,7 +155,7 @@ impl Saver {
         snapshot: &Snapshot<'_>,
     ) -> Result<Vec<u8>> {
         let Agreed { layouts, nonce, values } = self.agree(ranks, step, snapshot)?;
-        let mut file = Vec::new();
+        let mut file = Buffer::default();
         layouts.fill(ranks.rank(), snapshot, &mut file)?;
         let about = memory::About { step, nonce, rank: ranks.rank() };
         memory::encode(&layouts, about, (values.all, values.rank), &file)

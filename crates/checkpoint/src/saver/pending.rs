@@ -11,6 +11,7 @@ use super::agree::{Status, Written};
 use super::phase::Phase;
 use super::worker::{Done, Job, Worker};
 use super::Layouts;
+use crate::buffer::Buffer;
 use crate::folder::{Keep, Target};
 use crate::manifest::{Manifest, Sums};
 use crate::plan::Held;
@@ -67,7 +68,7 @@ impl Pending {
         worker: &Worker,
         rank: usize,
         snapshot: &Snapshot<'_>,
-        buffer: &mut Vec<u8>,
+        buffer: &mut Buffer,
     ) {
         let layouts = &self.agreed.layouts;
         if let Err(error) = layouts.fill(rank, snapshot, buffer) {
@@ -89,7 +90,7 @@ impl Pending {
     pub(super) fn take(
         &mut self,
         done: std::result::Result<Done, RecvTimeoutError>,
-    ) -> Option<Vec<u8>> {
+    ) -> Option<Buffer> {
         let (status, buffer) = match done {
             Ok(Done::Written(written, buffer)) => (self.written(written), Some(buffer)),
             Ok(Done::Committed(Err(error))) => (Status::Failed(error.to_string()), None),

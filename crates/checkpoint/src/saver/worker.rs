@@ -5,6 +5,7 @@ use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::buffer::Buffer;
 use crate::folder::{tidy, Keep, Target};
 use crate::manifest::Manifest;
 use crate::{Error, Result};
@@ -18,7 +19,7 @@ pub(super) enum Job {
     Write {
         target: Target,
         name: String,
-        bytes: Vec<u8>,
+        bytes: Buffer,
         needed: u64,
         is_cancelled: Arc<AtomicBool>,
     },
@@ -31,7 +32,7 @@ pub(super) enum Job {
 /// What came of it.
 pub(super) enum Done {
     /// The checksums, and the buffer back.
-    Written(Result<Vec<u32>>, Vec<u8>),
+    Written(Result<Vec<u32>>, Buffer),
     Committed(Result<()>),
     Abandoned,
 }
