@@ -38,8 +38,8 @@ use phalanx_ddp_core::optim::{AdamW, Optimizer};
 use phalanx_ddp_core::{amp, NonFinite, Sync};
 use tch::{nn, Device, Kind, Tensor};
 
-/// Rounds before the timed ones: allocators and caches are warm by then, the order of buckets is settled, and so are the
-/// fingerprints of the first exchanges (1, 2, 4, 8), which are one in a hundred later.
+/// Rounds before the timed ones: allocators and caches are warm by then, the order of buckets is settled, and the
+/// fingerprints of the first exchanges (1, 2, 4, 8) are behind, which are one in a hundred later.
 const WARM_UP: usize = 9;
 
 #[derive(Debug, Parser)]
@@ -99,8 +99,18 @@ struct Stepper {
     parameter_elements: usize,
 }
 
+/// What a step looks for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Checks {
+    /// As is the default.
+    All,
+    /// Not whether ranks have the same parameters: after steps without exchange they have not.
+    Gradients,
+    Nothing,
+}
+
 impl Stepper {
-    fn new(flags: &Flags, group: &mut Group, are_checked: bool) -> Result<Self> {
+    fn new(flags: &Flags, group: &mut Group, checks: Checks) -> Result<Self> {
         let kind = match flags.precision.as_str() {
             "fp32" => Kind::Float,
             "bf16" => Kind::BFloat16,
@@ -115,8 +125,11 @@ impl Stepper {
             other => anyhow::bail!("--zero {other}: expected 0 or 1"),
         };
         let mut options = DdpOptions { zero, ..DdpOptions::default() };
-        if !are_checked {
-            (options.non_finite, options.fingerprint_interval) = (NonFinite::Ignore, 0);
+        if checks != Checks::All {
+            options.fingerprint_interval = 0;
+        }
+        if checks == Checks::Nothing {
+            options.non_finite = NonFinite::Ignore;
         }
         let ddp = Ddp::new(&vs, group, options)?;
         let optimizer = Optimizer::new(&ddp, AdamW::default(), model::groups())?;
@@ -149,13 +162,14 @@ fn measure(flags: &Flags) -> Result<()> {
     let threads: i32 = std::env::var("OMP_NUM_THREADS").unwrap_or_default().parse().unwrap_or(1);
     tch::set_num_threads(threads);
     let mut group = Group::from_environment(GroupOptions::default())?;
-    let mut stepper = Stepper::new(flags, &mut group, true)?;
+    if flags.checks {
+        let mut unchecked = Stepper::new(flags, &mut group, Checks::Nothing)?;
+        let mut checked = Stepper::new(flags, &mut group, Checks::All)?;
+        return compare_checks(&mut group, [&mut unchecked, &mut checked], flags.steps);
+    }
+    let mut stepper = Stepper::new(flags, &mut group, Checks::Gradients)?;
     if flags.take_turns {
         return turns::serve(&mut group, &mut stepper);
-    }
-    if flags.checks {
-        let mut unchecked = Stepper::new(flags, &mut group, false)?;
-        return compare_checks(&mut group, [&mut unchecked, &mut stepper], flags.steps);
     }
     compare(&mut group, &mut stepper, flags, threads)
 }
