@@ -119,7 +119,7 @@ fn times(mut command: Command, restarts: u32) -> Result<Vec<Duration>> {
     }
     let pairs = died.iter().zip(&met[1..]);
     Ok(pairs
-        .map(|(died, met)| Duration::from_micros(u64::try_from(met - died).unwrap_or(0)))
+        .map(|(from, to)| Duration::from_micros(u64::try_from(to - from).unwrap_or(0)))
         .collect())
 }
 

@@ -75,14 +75,14 @@ fn the_job_goes_on_without_a_lost_node_and_takes_it_in_again() {
     third.kill();
     await_notice(&first, "generation 1 begins: nodes 0,1, 2 ranks");
     await_output(&second, "attempt 1 of 2 rank 1");
-    let third = start(2);
+    let again = start(2);
     // The ranks of the others stop at a boundary between steps.
     await_output(&first, "stopped in attempt 1");
-    await_output(&third, "attempt 2 of 3 rank 2");
+    await_output(&again, "attempt 2 of 3 rank 2");
     await_output(&second, "attempt 2 of 3 rank 1");
     first.signal(Signal::INT);
     assert_eq!(first.finish().code, Some(130));
-    for finished in [second, third].map(Job::finish) {
+    for finished in [second, again].map(Job::finish) {
         assert_eq!(finished.code, Some(130), "{:#?}", finished.errors);
         assert!(finished.report().contains("ended by SIGINT to the launcher of node 0"));
     }

@@ -109,8 +109,8 @@ impl Link {
             drop::<Sender<()>>(alive);
         };
         start("status of this node", Box::new(tell_all))?;
-        let (ours, client, poke_too) = (Arc::clone(&shared), Arc::clone(&store), poke.clone());
-        let hear_all = move || hear(&ours, &client, &poke_too, newest.max(1));
+        let (hearer, store_too, poke_too) = (Arc::clone(&shared), Arc::clone(&store), poke.clone());
+        let hear_all = move || hear(&hearer, &store_too, &poke_too, newest.max(1));
         start("orders for this node", Box::new(hear_all))?;
         let messenger = Messenger::start(Arc::clone(&store))?;
         Ok(Self { shared, store, wake, poke: Some(poke), told, messenger })

@@ -149,7 +149,7 @@ impl Elastic<'_> {
         supervisor: &mut Supervisor,
         order: &Order,
     ) -> Result<AttemptEnd, LaunchError> {
-        let place = self.place(supervisor, order)?;
+        let plan = self.place(supervisor, order)?;
         let Self { options, program, args, job, .. } = self;
         let logs = self.logs.of_attempt(job.restart_count)?;
         supervisor.begin(job.world_size, logs.lineup(&job.run_id, &supervisor.host));
@@ -159,7 +159,7 @@ impl Elastic<'_> {
         }
         let starter = Starter { program, args, job, logs: &logs, prefix: options.prefix };
         let ranks_of_nodes: Vec<usize> = order.members.iter().map(|member| member.ranks).collect();
-        for place in place.places(&ranks_of_nodes) {
+        for place in plan.places(&ranks_of_nodes) {
             supervisor.add(starter.start(place)?);
         }
         let end = supervisor.run()?;

@@ -102,10 +102,10 @@ impl Coordinator {
         self.newest.insert(status.node, stamp);
         let Status { node, life, ranks, ran, wish, .. } = *status;
         let before = known.filter(|known| known.member.life == life);
-        let came = before.map_or(now, |known| known.came);
+        let came = before.map_or(now, |it| it.came);
         let member = Member { node, life, ranks };
         self.nodes.insert(node, Known { member, heard: now, came, ran, wish });
-        let is_news = before.is_none_or(|known| (known.ran, known.wish) != (ran, wish));
+        let is_news = before.is_none_or(|it| (it.ran, it.wish) != (ran, wish));
         if is_news {
             self.note_end(&member, ran);
             self.advance(now);

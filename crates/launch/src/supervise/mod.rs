@@ -373,8 +373,8 @@ impl Supervisor {
             for rank in others {
                 rank.process.signal_group(Signal::KILL);
             }
-            let kill_at = patience.min(now + LOOK_EVERY);
-            self.state.stage = Stage::Ending { kill_at, patience };
+            let next_look = patience.min(now + LOOK_EVERY);
+            self.state.stage = Stage::Ending { kill_at: next_look, patience };
             return;
         }
         if !self.state.is_hasty || now >= patience {

@@ -41,7 +41,7 @@ pub(super) fn plan(schedule: Schedule, random: &mut Random) -> Vec<(Duration, Fa
     plan
 }
 
-/// A generator that is the same everywhere: SplitMix64 (Steele, Lea, Flood 2014).
+/// A generator that is the same everywhere: `SplitMix64` (Steele, Lea, Flood 2014).
 #[derive(Debug)]
 pub(super) struct Random(u64);
 

@@ -6,7 +6,7 @@
 //! * No node starts a generation twice, and none before it has ended the one before.
 //! * When the faults end and enough nodes live, the job ends well.
 //!
-//! Source: the method of FoundationDB's and TigerBeetle's simulators.
+//! Source: the method of the simulators of `FoundationDB` and `TigerBeetle`.
 
 mod faults;
 
@@ -220,7 +220,7 @@ impl World {
         if is_new {
             let order = Arc::clone(self.coordinator.order());
             let (node, life) = (status.node, status.life);
-            self.send(node, Event::Answer { node, life, sent, order });
+            self.send(node, &Event::Answer { node, life, sent, order });
         }
     }
 
@@ -235,12 +235,12 @@ impl World {
             // No answer to anything: it says nothing about how fresh the contact is.
             let answer =
                 Event::Answer { node, life, sent: Duration::ZERO, order: Arc::clone(&order) };
-            self.send(node, answer);
+            self.send(node, &answer);
         }
     }
 
     /// Hands a message of or for a node to the network.
-    fn send(&mut self, node: usize, event: Event) {
+    fn send(&mut self, node: usize, event: &Event) {
         if self.nodes[node].cut_off_until > self.now {
             return;
         }
@@ -272,8 +272,8 @@ impl World {
         if self.nodes[node].life != life {
             return;
         }
-        let Some(agent) = &mut self.nodes[node].agent else { return };
-        for action in what(agent) {
+        let actions = self.nodes[node].agent.as_mut().map(what).unwrap_or_default();
+        for action in actions {
             match action {
                 Action::Start(order) => self.start(node, &order),
                 Action::StopSoon => self.end_ranks(node, 1000, Condition::Stopped),
@@ -285,7 +285,7 @@ impl World {
                 Action::Tell => {
                     let Some(agent) = &mut self.nodes[node].agent else { return };
                     let (status, sent) = (agent.status(), self.now);
-                    self.send(node, Event::Tell { status, sent });
+                    self.send(node, &Event::Tell { status, sent });
                 }
             }
         }
