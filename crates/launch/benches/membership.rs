@@ -54,10 +54,7 @@ fn main() -> Result<()> {
 fn with_faults(schedules: u64) {
     let (started, mut events, mut generations) = (Instant::now(), 0, 0);
     for seed in 0..schedules {
-        let nodes = 1 + usize::try_from(seed % 8).unwrap_or(0);
-        let nodes_min = 1 + usize::try_from(seed / 8).unwrap_or(0) % nodes;
-        let schedule = Schedule { seed, nodes, nodes_min, faults_for: Duration::from_secs(30) };
-        let outcome = simulate(schedule);
+        let outcome = simulate(Schedule::with_faults(seed));
         events += outcome.events;
         generations += outcome.generations;
     }

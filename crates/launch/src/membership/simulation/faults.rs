@@ -83,7 +83,7 @@ impl Random {
     /// How long a message takes: with faults some take so long that many others overtake them.
     pub(super) fn delay(&mut self, has_faults: bool) -> Duration {
         if has_faults && self.one_in(10) {
-            return self.below(8000);
+            return self.below(20_000);
         }
         Duration::from_micros(100 + self.number(2000))
     }
