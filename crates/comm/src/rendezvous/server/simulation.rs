@@ -40,7 +40,7 @@ enum Event {
     Death {
         rank: usize,
     },
-    /// A wait may have come to its end.
+    /// The waits come to their end.
     Look,
 }
 
@@ -96,6 +96,8 @@ impl World {
             has_set: vec![false; size],
             events: 0,
         };
+        // All waits end at the same time.
+        world.at(DEADLINE, Event::Look);
         for rank in 0..size {
             let begins = Duration::from_micros(world.random(500_000));
             world.at(begins, Event::Request { rank, ask: Ask::Set });
@@ -167,7 +169,6 @@ impl World {
             Ask::Get(peer) => {
                 let left = DEADLINE.saturating_sub(self.now);
                 let wait_ms = i64::try_from(left.as_millis()).unwrap_or(0);
-                self.at(self.now + left, Event::Look);
                 self.engine.handle(connection, &Request::Get { key: &key(peer), wait_ms }, now)
             }
             Ask::Check(peer) => {
