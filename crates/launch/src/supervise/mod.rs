@@ -202,6 +202,16 @@ impl Supervisor {
         self.poll(None)
     }
 
+    /// A rank was killed and has not ended: it is stuck in the kernel. No other attempt may run beside it.
+    pub(crate) fn has_left_behind(&mut self) -> bool {
+        let stuck: Vec<usize> =
+            self.ranks.iter().filter(|rank| rank.ended.is_none()).map(|rank| rank.number).collect();
+        if !stuck.is_empty() {
+            self.notice(&format!("not started again: ranks {stuck:?} were killed and do not end"));
+        }
+        !stuck.is_empty()
+    }
+
     /// Whether the user has asked for the end between two attempts.
     pub(crate) fn is_interrupted(&self) -> Option<i32> {
         let pending = self.signals.pending();
