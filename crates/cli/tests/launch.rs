@@ -28,11 +28,16 @@ fn launch(flags: &str, script: &str) -> Finished {
 }
 
 fn run(flags: &str, program: &[&str]) -> Finished {
+    run_with(flags, program, None)
+}
+
+fn run_with(flags: &str, program: &[&str], job_token: Option<&str>) -> Finished {
     let mut command = Command::new(env!("CARGO_BIN_EXE_phalanx"));
     command.arg("launch").args(flags.split_whitespace()).arg("--").args(program);
     for name in ["RANK", "WORLD_SIZE", "MASTER_ADDR", "PHALANX_JOB_TOKEN", "PHALANX_RUN_ID"] {
         command.env_remove(name);
     }
+    command.envs(job_token.map(|token| ("PHALANX_JOB_TOKEN", token)));
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut running = Owned(command.spawn().expect("the command starts"));
     let (mut out, mut err) = (running.0.stdout.take(), running.0.stderr.take());
@@ -97,4 +102,22 @@ fn what_cannot_be_launched_says_why() {
         assert_eq!(finished.code, Some(code), "{}", finished.errors);
         assert!(finished.errors.contains(said), "{}", finished.errors);
     }
+}
+
+#[test]
+fn a_node_that_cannot_start_its_ranks_ends_the_job_on_all() {
+    let port = phalanx_comm::testing::free_port();
+    let node = move |rank: usize, program: &'static [&str]| {
+        let flags = format!(
+            "--nnodes 2 --node-rank {rank} --master-addr 127.0.0.1 --master-port {port} --max-restarts 3"
+        );
+        run_with(&flags, program, Some(&"5a".repeat(32)))
+    };
+    let first = std::thread::spawn(move || node(0, &["sleep", "600"]));
+    let second = node(1, &["/no/such/program"]);
+    let first = first.join().expect("no panic");
+    assert_eq!((first.code, second.code), (Some(64), Some(64)), "{}", first.errors);
+    assert!(second.errors.contains("cannot start /no/such/program"), "{}", second.errors);
+    let said = "error[PHX0706]: node 1: cannot start /no/such/program";
+    assert!(first.errors.contains(said), "{}", first.errors);
 }

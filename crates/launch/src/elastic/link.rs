@@ -13,11 +13,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use phalanx_comm::rendezvous::{Store, StoreClient, StoreError};
+use rustix::event::{poll, PollFd, PollFlags};
 
 use super::keys;
 use crate::error::{system, LaunchError};
 use crate::membership::{decode_order, encode_status, Action, Agent, Condition, Times, Wish};
 use crate::messenger::{Message, Messenger};
+use crate::process::timespec_until;
 
 /// A wait for an order is renewed this often; a cancelled one ends at once.
 const ORDER_WAIT: Duration = Duration::from_secs(60);
@@ -119,6 +121,15 @@ impl Link {
     /// Becomes readable when there is something to do.
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
+    }
+
+    /// Waits until there is something to do, or for this long.
+    pub(crate) fn wait(&self, limit: Duration) {
+        let mut fds = [PollFd::new(&self.wake, PollFlags::IN)];
+        let until = Instant::now() + limit;
+        if let Err(errno) = poll(&mut fds, Some(&timespec_until(until))) {
+            tracing::debug!(%errno, "the wait for an order ends early");
+        }
     }
 
     /// What is to be done next.

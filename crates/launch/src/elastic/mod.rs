@@ -39,6 +39,8 @@ use crate::supervise::{AttemptEnd, Leaving, Supervisor};
 const FLUSH_MAX: Duration = Duration::from_secs(2);
 /// Node 0 stays so long for launchers that have not heard the end.
 const LINGER_MAX: Duration = Duration::from_secs(5);
+/// Who waits for the end of the job looks this often.
+const FINISH_LOOK_EVERY: Duration = Duration::from_millis(50);
 /// What a failed node has put down is there, or will not be.
 const FAILURE_WAIT: Duration = Duration::from_secs(1);
 
@@ -119,7 +121,16 @@ impl Elastic<'_> {
         let report = loop {
             match await_order(supervisor, &mut ended_by)? {
                 Next::Start(order) => {
-                    last = self.generation(supervisor, &order)?;
+                    last = match self.generation(supervisor, &order) {
+                        Ok(end) => end,
+                        Err(error) => {
+                            tell_error(supervisor, order.generation, &error);
+                            if let Some(store) = server {
+                                store.linger(LINGER_MAX);
+                            }
+                            return Err(error);
+                        }
+                    };
                     ended_by = ended_by.or(last.ended_by);
                     let (elapsed, restarts) = (supervisor.begun.elapsed(), supervisor.generation);
                     if supervisor.leaving == Leaving::Does {
@@ -261,6 +272,28 @@ fn await_order(
         }
         supervisor.wait_for_orders()?;
     }
+}
+
+/// This node cannot start its ranks, or watch them: the others hear that, and of usage errors that it would come again.
+fn tell_error(supervisor: &mut Supervisor, generation: u32, error: &LaunchError) {
+    supervisor.kill_all();
+    let Some(link) = supervisor.link.take() else { return };
+    let code = error.exit_code();
+    link.announce(generation, &format!("{code} error[PHX0706]: node {}: {error}", link.node()));
+    let ending = match code {
+        64 | 65 => Ending::Certain(code.into()),
+        _ => Ending::Failed,
+    };
+    link.ended(Condition::Failed(ending, None));
+    let deadline = Instant::now() + FLUSH_MAX;
+    while Instant::now() < deadline {
+        match link.next_action() {
+            Some(Action::Finish(_)) => break,
+            Some(_) => {}
+            None => link.wait(FINISH_LOOK_EVERY),
+        }
+    }
+    link.leave(FLUSH_MAX);
 }
 
 fn condition(end: &AttemptEnd) -> Condition {

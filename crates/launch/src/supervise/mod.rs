@@ -401,9 +401,9 @@ fn is_readable(stream: &UnixStream) -> Result<bool, LaunchError> {
     poll(&mut fds, Some(&now)).map(|count| count > 0).map_err(system("poll"))
 }
 
-impl Drop for Supervisor {
-    /// Whatever went wrong: no rank outlives its launcher.
-    fn drop(&mut self) {
+impl Supervisor {
+    /// Kills what there is, and waits for its end.
+    pub(crate) fn kill_all(&self) {
         let left: Vec<&Rank> = self.ranks.iter().filter(|rank| rank.ended.is_none()).collect();
         for rank in &left {
             rank.process.signal_group(Signal::KILL);
@@ -412,5 +412,12 @@ impl Drop for Supervisor {
         for rank in left {
             rank.process.wait_until(deadline);
         }
+    }
+}
+
+impl Drop for Supervisor {
+    /// Whatever went wrong: no rank outlives its launcher.
+    fn drop(&mut self) {
+        self.kill_all();
     }
 }
