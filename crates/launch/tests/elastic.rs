@@ -51,8 +51,10 @@ fn a_failure_on_one_node_starts_the_ranks_of_all_nodes_again() {
     let nodes = [0, 1].map(|rank| node(rank, "2", port, options));
     for finished in nodes.map(Job::finish) {
         assert_eq!(finished.code, Some(0), "{:#?}", finished.errors);
-        let begins = "generation 1 begins: nodes 0,1, 4 ranks";
-        assert!(finished.errors.iter().any(|line| line.contains(begins)), "{:#?}", finished.errors);
+        let begins = "generation 1 begins: nodes 0,1, 4 ranks; before: rank 3 on host ";
+        let said = finished.errors.iter().find(|line| line.contains(begins));
+        let said = said.unwrap_or_else(|| panic!("{:#?}", finished.errors));
+        assert!(said.contains("died: signal 9 (SIGKILL) after ") && said.ends_with("; step 3"));
         let done = |line: &&String| line.ends_with("done in attempt 1");
         assert_eq!(finished.output.iter().filter(done).count(), 2, "{:#?}", finished.output);
     }

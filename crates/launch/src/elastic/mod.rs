@@ -28,7 +28,7 @@ use crate::logs::Logs;
 use crate::membership::{Action, Condition, Config, Coordinator, Order, Times, Verdict, Wish};
 use crate::options::LaunchOptions;
 use crate::plan::{Job, Nodes, Plan};
-use crate::report::{code_of, Failure, Report};
+use crate::report::{Failure, Report};
 use crate::restart::{Ending, GiveUp, Policy};
 use crate::screen::Stream;
 use crate::signals;
@@ -166,7 +166,12 @@ impl Elastic<'_> {
         supervisor.begin(job.world_size, logs.lineup(&job.run_id, &supervisor.host));
         supervisor.generation = order.generation;
         if order.generation > 0 {
-            supervisor.notice(&generation_line(order));
+            let before = order.generation - 1;
+            let link = supervisor.link.as_ref();
+            // What has not been told by this time is not waited for.
+            let told = link.and_then(|link| Told::hear(link, before, Instant::now()));
+            let cause = told.map_or_else(String::new, |told| format!("; before: {}", told.brief()));
+            supervisor.notice(&format!("{}{cause}", generation_line(order)));
         }
         let starter = Starter { program, args, job, logs: &logs, prefix: options.prefix };
         let ranks_of_nodes: Vec<usize> = order.members.iter().map(|member| member.ranks).collect();
@@ -279,7 +284,8 @@ fn tell_error(supervisor: &mut Supervisor, generation: u32, error: &LaunchError)
     supervisor.kill_all();
     let Some(link) = supervisor.link.take() else { return };
     let code = error.exit_code();
-    link.announce(generation, &format!("{code} error[PHX0706]: node {}: {error}", link.node()));
+    let report = format!("error[PHX0706]: node {}: {error}", link.node());
+    link.announce(generation, &failure_text(code, None, &report));
     let ending = match code {
         64 | 65 => Ending::Certain(code.into()),
         _ => Ending::Failed,
@@ -312,26 +318,49 @@ fn generation_line(order: &Order) -> String {
     format!("generation {} begins: nodes {}, {ranks} ranks", order.generation, nodes.join(","))
 }
 
-/// What another node says of its failure.
-fn told_failure(supervisor: &Supervisor, node: usize) -> Option<Failure> {
-    let store = supervisor.link.as_ref()?.store();
-    let key = keys::failure(supervisor.generation);
-    let told = store.get(&key, Instant::now() + FAILURE_WAIT).ok();
-    let text = told.map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-    let parsed = text.as_deref().and_then(|text| {
-        let (code, report) = text.split_once(' ')?;
-        Some((code.parse().ok()?, report.to_owned()))
-    });
-    let (code, report) = parsed.unwrap_or_else(|| {
-        let report = "error[PHX0703]: a node has failed, and has not said how".to_owned();
-        (70, report)
-    });
-    Some(Failure::Node { node, report, code })
+/// What the node that failed first says of a generation.
+struct Told {
+    code: u8,
+    step: String,
+    report: String,
+}
+
+impl Told {
+    fn hear(link: &Link, generation: u32, deadline: Instant) -> Option<Self> {
+        let told = link.store().get(&keys::failure(generation), deadline).ok()?;
+        let text = String::from_utf8_lossy(&told).into_owned();
+        let (code, rest) = text.split_once(' ')?;
+        let (step, report) = rest.split_once(' ')?;
+        let (step, report) = (step.to_owned(), report.to_owned());
+        Some(Self { code: code.parse().ok()?, step, report })
+    }
+
+    /// `rank 2 on host a (pid 811) died: signal 9 (SIGKILL) after 3.2 s; step 120`
+    fn brief(&self) -> String {
+        let report = self.report.split_once("]: ").map_or(&self.report[..], |(_, rest)| rest);
+        let brief = report.split(" | ").next().unwrap_or(report);
+        match &self.step[..] {
+            "-" => format!("{brief}; no step was told"),
+            step => format!("{brief}; step {step}"),
+        }
+    }
 }
 
 /// What this node puts down for the others.
-pub(crate) fn failure_text(failure: &Failure) -> String {
-    format!("{} {failure}", code_of(failure))
+pub(crate) fn failure_text(code: u8, step: Option<u64>, report: &str) -> String {
+    let step = step.map_or_else(|| "-".to_owned(), |step| step.to_string());
+    format!("{code} {step} {report}")
+}
+
+/// The failure of another node, as that tells it.
+fn told_failure(supervisor: &Supervisor, node: usize) -> Option<Failure> {
+    let link = supervisor.link.as_ref()?;
+    let told = Told::hear(link, supervisor.generation, Instant::now() + FAILURE_WAIT);
+    let (code, report) = told.map_or_else(
+        || (70, "error[PHX0703]: a node has failed, and has not said how".to_owned()),
+        |told| (told.code, told.report),
+    );
+    Some(Failure::Node { node, report, code })
 }
 
 fn lost_node_0(supervisor: &Supervisor, ended_by: Option<i32>) -> Report {

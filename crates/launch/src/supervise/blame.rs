@@ -113,7 +113,8 @@ impl Supervisor {
         self.state.end.step = step;
         if let Some(link) = &self.link {
             // Node 0 decides. Whatever that is, this generation has ended.
-            link.announce(self.generation, &failure_text(&failure));
+            let report = failure.to_string();
+            link.announce(self.generation, &failure_text(code_of(&failure), step, &report));
             self.state.is_hasty = true;
         } else {
             let ending = match &failure {
