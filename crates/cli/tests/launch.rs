@@ -1,6 +1,8 @@
 //! `phalanx launch`, with shells as ranks.
 
+use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -28,11 +30,21 @@ fn launch(flags: &str, script: &str) -> Finished {
 }
 
 fn run(flags: &str, program: &[&str]) -> Finished {
+    run_with(flags, program, None)
+}
+
+fn command(flags: &str, program: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_phalanx"));
     command.arg("launch").args(flags.split_whitespace()).arg("--").args(program);
     for name in ["RANK", "WORLD_SIZE", "MASTER_ADDR", "PHALANX_JOB_TOKEN", "PHALANX_RUN_ID"] {
         command.env_remove(name);
     }
+    command
+}
+
+fn run_with(flags: &str, program: &[&str], job_token: Option<&str>) -> Finished {
+    let mut command = command(flags, program);
+    command.envs(job_token.map(|token| ("PHALANX_JOB_TOKEN", token)));
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut running = Owned(command.spawn().expect("the command starts"));
     let (mut out, mut err) = (running.0.stdout.take(), running.0.stderr.take());
@@ -96,5 +108,55 @@ fn what_cannot_be_launched_says_why() {
         let finished = run(flags, &[program]);
         assert_eq!(finished.code, Some(code), "{}", finished.errors);
         assert!(finished.errors.contains(said), "{}", finished.errors);
+    }
+}
+
+#[test]
+fn a_node_that_cannot_start_its_ranks_ends_the_job_on_all() {
+    let port = phalanx_comm::testing::free_port();
+    let node = move |rank: usize, program: &'static [&str]| {
+        let flags = format!(
+            "--nnodes 2 --node-rank {rank} --master-addr 127.0.0.1 --master-port {port} --max-restarts 3"
+        );
+        run_with(&flags, program, Some(&"5a".repeat(32)))
+    };
+    let first = std::thread::spawn(move || node(0, &["sleep", "600"]));
+    let second = node(1, &["/no/such/program"]);
+    let first = first.join().expect("no panic");
+    assert_eq!((first.code, second.code), (Some(64), Some(64)), "{}", first.errors);
+    assert!(second.errors.contains("cannot start /no/such/program"), "{}", second.errors);
+    let said = "error[PHX0706]: node 1: cannot start /no/such/program";
+    assert!(first.errors.contains(said), "{}", first.errors);
+}
+
+/// Whether a process is there and more than a corpse that nobody collected.
+fn lives(pid: &str) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+}
+
+#[test]
+fn what_ranks_of_a_later_attempt_have_started_dies_with_a_killed_launcher() {
+    let script = "[ $PHALANX_RESTART_COUNT = 0 ] && exit 1; sleep 600 & echo child $!; wait";
+    let mut command = command("--nproc-per-node 2 --max-restarts 1", &["sh", "-c", script]);
+    let mut job = Owned(command.stdout(Stdio::piped()).spawn().expect("the command starts"));
+    let output = job.0.stdout.take().expect("piped");
+    let (sender, said) = mpsc::channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            drop(sender.send(line));
+        }
+    });
+    let child = || {
+        let line = said.recv_timeout(DEADLINE).expect("each rank names its child");
+        line.rsplit(' ').next().unwrap_or_default().to_owned()
+    };
+    let children = [child(), child()];
+    assert!(children.iter().all(|pid| lives(pid)), "{children:?}");
+    drop(job); // kill -9
+    let end = Instant::now() + DEADLINE;
+    while children.iter().any(|pid| lives(pid)) {
+        assert!(Instant::now() < end, "still there: {children:?}");
+        std::thread::park_timeout(Duration::from_millis(2));
     }
 }

@@ -19,8 +19,8 @@ const NODES: [usize; 6] = [2, 32, 128, 512, 1024, 2048];
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    // `cargo test` runs benches to see that they work.
-    let is_test = args.iter().any(|arg| arg == "--test");
+    // `cargo bench` passes `--bench`; `cargo test --benches` passes nothing and gets a small run.
+    let is_test = !args.iter().any(|arg| arg == "--bench");
     if let Some(nodes) = args.iter().position(|arg| arg == "--one").and_then(|at| args.get(at + 1))
     {
         return one(nodes.parse()?);
@@ -54,10 +54,7 @@ fn main() -> Result<()> {
 fn with_faults(schedules: u64) {
     let (started, mut events, mut generations) = (Instant::now(), 0, 0);
     for seed in 0..schedules {
-        let nodes = 1 + usize::try_from(seed % 8).unwrap_or(0);
-        let nodes_min = 1 + usize::try_from(seed / 8).unwrap_or(0) % nodes;
-        let schedule = Schedule { seed, nodes, nodes_min, faults_for: Duration::from_secs(30) };
-        let outcome = simulate(schedule);
+        let outcome = simulate(Schedule::with_faults(seed));
         events += outcome.events;
         generations += outcome.generations;
     }

@@ -3,10 +3,12 @@
 //!
 //! ```text
 //! cargo bench -p phalanx-launch --bench restart -- [--ranks 4] [--restarts 10] [--rounds 3] [--torchrun PATH]
+//! cargo bench -p phalanx-launch --bench restart -- --nodes 2 [--ranks 2] …
 //! ```
 //!
 //! A rank writes the machine's monotonic clock before it kills itself (signal 9), and when its group stands; the time is
-//! from the death to the last of the latter. Without torchrun only ours is measured.
+//! from the death to the last of the latter. Without torchrun only ours is measured; so it is with several nodes (launchers
+//! that meet on loopback, with `--ranks` each), whose attempts torchrun's ranks cannot tell apart.
 
 #![expect(clippy::print_stdout, reason = "a bench prints its table")]
 
@@ -85,6 +87,18 @@ fn launcher(args: &[String]) -> Result<ExitCode> {
         prefix: Prefix::Off,
         ..LaunchOptions::default()
     };
+    let nodes = usize::try_from(number(args, "--nodes", 1)?)?;
+    let options = if nodes == 1 {
+        options
+    } else {
+        LaunchOptions {
+            nnodes: nodes,
+            node_rank: Some(usize::try_from(number(args, "--node", 0)?)?),
+            master_addr: Some("127.0.0.1".to_owned()),
+            master_port: Some(u16::try_from(number(args, "--port", 0)?)?),
+            ..options
+        }
+    };
     let of_rank = ["rank", "--restarts", &restarts.to_string()].map(OsString::from);
     Ok(phalanx_launch::run(&options, &std::env::current_exe()?, &of_rank)?.exit_code())
 }
@@ -119,13 +133,22 @@ fn times(mut command: Command, restarts: u32) -> Result<Vec<Duration>> {
     }
     let pairs = died.iter().zip(&met[1..]);
     Ok(pairs
-        .map(|(died, met)| Duration::from_micros(u64::try_from(met - died).unwrap_or(0)))
+        .map(|(from, to)| Duration::from_micros(u64::try_from(to - from).unwrap_or(0)))
         .collect())
 }
 
-fn ours(ranks: u32, restarts: u32) -> Result<Vec<Duration>> {
-    let mut command = Command::new(std::env::current_exe()?);
-    command.args(["launcher", "--ranks", &ranks.to_string(), "--restarts", &restarts.to_string()]);
+fn ours(nodes: u32, ranks: u32, restarts: u32) -> Result<Vec<Duration>> {
+    // One shell starts the launchers of all nodes, so that their ranks speak to one pipe.
+    let mut command = Command::new("sh");
+    let script =
+        "n=$2; while [ $n -gt 1 ]; do n=$((n - 1)); \"$0\" launcher --node $n \"$@\" & done; \
+                  \"$0\" launcher --node 0 \"$@\" && wait";
+    command.arg("-c").arg(script).arg(std::env::current_exe()?);
+    let port = phalanx_comm::testing::free_port();
+    for (flag, value) in [("--nodes", nodes), ("--ranks", ranks), ("--restarts", restarts)] {
+        command.args([flag, &value.to_string()]);
+    }
+    command.args(["--port", &port.to_string()]).env("PHALANX_JOB_TOKEN", "5a".repeat(32));
     times(command, restarts)
 }
 
@@ -139,28 +162,29 @@ fn theirs(torchrun: &PathBuf, ranks: u32, restarts: u32) -> Result<Vec<Duration>
 }
 
 fn compare(args: &[String]) -> Result<ExitCode> {
-    // `cargo test` runs benches to see that they work.
-    let is_test = args.iter().any(|arg| arg == "--test");
-    let ranks = number(args, "--ranks", if is_test { 2 } else { 4 })?.max(2);
+    // `cargo bench` passes `--bench`; `cargo test --benches` passes nothing and gets a small run.
+    let is_test = !args.iter().any(|arg| arg == "--bench");
+    let ranks = number(args, "--ranks", if is_test { 2 } else { 4 })?;
     let restarts = number(args, "--restarts", if is_test { 1 } else { 10 })?;
     let rounds = number(args, "--rounds", if is_test { 1 } else { 3 })?;
     let named = args.iter().position(|arg| arg == "--torchrun").and_then(|at| args.get(at + 1));
     let torchrun = PathBuf::from(named.map_or(TORCHRUN, String::as_str));
-    let has_torchrun = torchrun.exists() && !is_test;
+    let nodes = number(args, "--nodes", 1)?;
+    let has_torchrun = torchrun.exists() && !is_test && nodes == 1;
     let (mut phalanx, mut torch) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
-        phalanx.extend(ours(ranks, restarts)?);
+        phalanx.extend(ours(nodes, ranks, restarts)?);
         if has_torchrun {
             torch.extend(theirs(&torchrun, ranks, restarts)?);
         }
     }
-    println!("death of a rank → all {ranks} ranks have met again");
+    println!("death of a rank → all ranks ({nodes} × {ranks}) have met again");
     println!("{:<26} {:>8} {:>10} {:>10} {:>10}", "", "restarts", "min", "p50", "max");
     let ours = row("phalanx launch", phalanx);
     if has_torchrun {
         let theirs = row("torchrun --max-restarts", torch);
         println!("ours ÷ theirs: p50 {:.2}, max {:.2}", ours.0 / theirs.0, ours.1 / theirs.1);
-    } else {
+    } else if nodes == 1 && !is_test {
         println!("{}: not there, so nothing to compare with", torchrun.display());
     }
     Ok(ExitCode::SUCCESS)

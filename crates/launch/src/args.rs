@@ -78,8 +78,8 @@ impl std::str::FromStr for NodeCount {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let number = |text: &str| {
-            text.parse::<usize>().map_err(|error| format!("expected N or MIN:MAX ({error})"))
+        let number = |word: &str| {
+            word.parse::<usize>().map_err(|error| format!("expected N or MIN:MAX ({error})"))
         };
         match text.split_once(':') {
             None => Ok(Self { min: None, max: number(text)? }),

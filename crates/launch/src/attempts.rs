@@ -45,7 +45,9 @@ impl Attempts<'_> {
             }
             end.ended_by = end.ended_by.or_else(|| supervisor.is_interrupted());
             match end.decision {
-                Some(Decision::Restart { number }) if end.ended_by.is_none() => {
+                Some(Decision::Restart { number })
+                    if end.ended_by.is_none() && !supervisor.has_left_behind() =>
+                {
                     supervisor.notice(&restart_line(supervisor, &end));
                     self.renew(number)?;
                 }

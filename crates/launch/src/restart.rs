@@ -143,8 +143,9 @@ impl Policy {
         if let Ending::Certain(code) = ending {
             return Decision::GiveUp(GiveUp::Certain { code });
         }
-        if let Some(step) = self.furthest.filter(|_| self.in_vain >= attempts_in_vain_max) {
-            return Decision::GiveUp(GiveUp::NoProgress { step, attempts: self.in_vain });
+        if let Some(furthest) = self.furthest.filter(|_| self.in_vain >= attempts_in_vain_max) {
+            let attempts = self.in_vain;
+            return Decision::GiveUp(GiveUp::NoProgress { step: furthest, attempts });
         }
         let is_free = ending == Ending::Asked && has_progress;
         if !is_free {

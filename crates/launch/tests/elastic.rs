@@ -3,6 +3,9 @@
 
 mod support;
 
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
 use phalanx_comm::testing::free_port;
 use rustix::process::Signal;
 use support::{command, Job, LIMIT};
@@ -20,18 +23,25 @@ fn node(rank: usize, nnodes: &str, port: u16, options: &str) -> Job {
 /// Waits until the launcher, or one of its ranks, says this on standard error.
 #[track_caller]
 fn await_notice(job: &Job, part: &str) -> String {
-    loop {
-        let line = job.errors.recv_timeout(LIMIT).expect(part);
-        if line.contains(part) {
-            return line;
-        }
-    }
+    await_line(&job.errors, &job.output, part)
 }
 
 /// Waits until a rank of the job has said this.
 #[track_caller]
 fn await_output(job: &Job, part: &str) {
-    while !job.output.recv_timeout(LIMIT).expect(part).contains(part) {}
+    await_line(&job.output, &job.errors, part);
+}
+
+#[track_caller]
+fn await_line(lines: &Receiver<String>, others: &Receiver<String>, part: &str) -> String {
+    let (mut said, end) = (Vec::new(), Instant::now() + LIMIT);
+    while let Ok(line) = lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
+        if line.contains(part) {
+            return line;
+        }
+        said.push(line);
+    }
+    panic!("nobody says {part:?}: {said:#?}, {:#?}", others.try_iter().collect::<Vec<_>>());
 }
 
 #[test]
@@ -41,8 +51,10 @@ fn a_failure_on_one_node_starts_the_ranks_of_all_nodes_again() {
     let nodes = [0, 1].map(|rank| node(rank, "2", port, options));
     for finished in nodes.map(Job::finish) {
         assert_eq!(finished.code, Some(0), "{:#?}", finished.errors);
-        let begins = "generation 1 begins: nodes 0,1, 4 ranks";
-        assert!(finished.errors.iter().any(|line| line.contains(begins)), "{:#?}", finished.errors);
+        let begins = "generation 1 begins: nodes 0,1, 4 ranks; before: rank 3 on host ";
+        let said = finished.errors.iter().find(|line| line.contains(begins));
+        let said = said.unwrap_or_else(|| panic!("{:#?}", finished.errors));
+        assert!(said.contains("died: signal 9 (SIGKILL) after ") && said.ends_with("; step 3"));
         let done = |line: &&String| line.ends_with("done in attempt 1");
         assert_eq!(finished.output.iter().filter(done).count(), 2, "{:#?}", finished.output);
     }
@@ -75,14 +87,17 @@ fn the_job_goes_on_without_a_lost_node_and_takes_it_in_again() {
     third.kill();
     await_notice(&first, "generation 1 begins: nodes 0,1, 2 ranks");
     await_output(&second, "attempt 1 of 2 rank 1");
-    let third = start(2);
+    // From here on they look whether they should stop; before that a signal would end them.
+    await_output(&first, "training in attempt 1");
+    await_output(&second, "training in attempt 1");
+    let again = start(2);
     // The ranks of the others stop at a boundary between steps.
     await_output(&first, "stopped in attempt 1");
-    await_output(&third, "attempt 2 of 3 rank 2");
+    await_output(&again, "attempt 2 of 3 rank 2");
     await_output(&second, "attempt 2 of 3 rank 1");
     first.signal(Signal::INT);
     assert_eq!(first.finish().code, Some(130));
-    for finished in [second, third].map(Job::finish) {
+    for finished in [second, again].map(Job::finish) {
         assert_eq!(finished.code, Some(130), "{:#?}", finished.errors);
         assert!(finished.report().contains("ended by SIGINT to the launcher of node 0"));
     }
@@ -110,7 +125,7 @@ fn a_node_whose_node_0_is_killed_ends() {
     let finished = second.finish();
     assert_eq!(finished.code, Some(69), "{:#?}", finished.errors);
     assert!(finished.report().contains("the launcher of node 0 is gone"), "{}", finished.report());
-    support::assert_gone(&pids, std::time::Duration::ZERO);
+    support::assert_gone(&pids, Duration::ZERO);
 }
 
 #[test]

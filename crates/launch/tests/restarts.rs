@@ -24,10 +24,10 @@ fn a_killed_rank_starts_all_ranks_again() {
     assert_eq!(finished.code, Some(0), "{:#?}", finished.errors);
     let restarts = notices(&finished, "restart 1/3: ");
     assert_eq!(restarts.len(), 1, "one line for a restart: {:#?}", finished.errors);
-    let line = restarts[0];
-    assert!(line.starts_with("phalanx: restart 1/3: rank 1 on host "), "{line}");
-    assert!(line.contains("died: signal 9 (SIGKILL) after "), "{line}");
-    assert!(line.contains("; step 3 | operations of all ranks: "), "{line}");
+    let said = restarts[0];
+    assert!(said.starts_with("phalanx: restart 1/3: rank 1 on host "), "{said}");
+    assert!(said.contains("died: signal 9 (SIGKILL) after "), "{said}");
+    assert!(said.contains("; step 3 | operations of all ranks: "), "{said}");
     let done = |line: &&String| line.ends_with("done in attempt 1");
     assert_eq!(finished.output.iter().filter(done).count(), 3, "{:#?}", finished.output);
     assert_eq!(notices(&finished, "the ranks have ended well, after 1 restart").len(), 1);

@@ -13,11 +13,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use phalanx_comm::rendezvous::{Store, StoreClient, StoreError};
+use rustix::event::{poll, PollFd, PollFlags};
 
 use super::keys;
 use crate::error::{system, LaunchError};
 use crate::membership::{decode_order, encode_status, Action, Agent, Condition, Times, Wish};
-use crate::messenger::{Message, Messenger};
+use crate::process::timespec_until;
 
 /// A wait for an order is renewed this often; a cancelled one ends at once.
 const ORDER_WAIT: Duration = Duration::from_secs(60);
@@ -37,13 +38,14 @@ pub(crate) struct Link {
     poke: Option<Sender<()>>,
     /// Closed when the last status has been told.
     told: Receiver<()>,
-    messenger: Messenger,
 }
 
 #[derive(Debug)]
 struct Shared {
     agent: Mutex<Agent>,
     wanted: Mutex<VecDeque<Action>>,
+    /// What is to be put down before the next status, which may refer to it: keys and values.
+    announced: Mutex<VecDeque<(String, String)>>,
     waker: UnixStream,
     begun: Instant,
     node: usize,
@@ -93,6 +95,7 @@ impl Link {
         let shared = Arc::new(Shared {
             agent: Mutex::new(agent),
             wanted: Mutex::default(),
+            announced: Mutex::default(),
             waker,
             begun: Instant::now(),
             node,
@@ -109,16 +112,24 @@ impl Link {
             drop::<Sender<()>>(alive);
         };
         start("status of this node", Box::new(tell_all))?;
-        let (ours, client, poke_too) = (Arc::clone(&shared), Arc::clone(&store), poke.clone());
-        let hear_all = move || hear(&ours, &client, &poke_too, newest.max(1));
+        let (hearer, store_too, poke_too) = (Arc::clone(&shared), Arc::clone(&store), poke.clone());
+        let hear_all = move || hear(&hearer, &store_too, &poke_too, newest.max(1));
         start("orders for this node", Box::new(hear_all))?;
-        let messenger = Messenger::start(Arc::clone(&store))?;
-        Ok(Self { shared, store, wake, poke: Some(poke), told, messenger })
+        Ok(Self { shared, store, wake, poke: Some(poke), told })
     }
 
     /// Becomes readable when there is something to do.
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
+    }
+
+    /// Waits until there is something to do, or for this long.
+    pub(crate) fn wait(&self, limit: Duration) {
+        let mut fds = [PollFd::new(&self.wake, PollFlags::IN)];
+        let until = Instant::now() + limit;
+        if let Err(errno) = poll(&mut fds, Some(&timespec_until(until))) {
+            tracing::debug!(%errno, "the wait for an order ends early");
+        }
     }
 
     /// What is to be done next.
@@ -143,10 +154,10 @@ impl Link {
         }
     }
 
-    /// Says what is the matter with this node's ranks of a generation; the first node to say so counts.
+    /// Says what is the matter with this node's ranks of a generation; the first node to say so counts. It is there
+    /// before anybody hears that they have failed.
     pub(crate) fn announce(&self, generation: u32, text: &str) {
-        let (key, value) = (keys::failure(generation), text.as_bytes().to_vec());
-        self.messenger.send(Message { key, value, is_first: true });
+        lock(&self.shared.announced).push_back((keys::failure(generation), text.to_owned()));
     }
 
     /// Says how the ranks of this node ended.
@@ -179,7 +190,6 @@ impl Link {
 
     /// Tells the status a last time, and waits a short while until it has arrived.
     pub(crate) fn leave(mut self, limit: Duration) {
-        self.messenger.flush();
         self.tell_now();
         self.poke = None;
         // The thread of the orders holds another end of the queue.
@@ -201,7 +211,7 @@ fn tell(shared: &Shared, store: &StoreClient, pokes: &Receiver<()>, beat: Durati
     loop {
         let status = lock(&shared.agent).status();
         let sent = shared.now();
-        match deliver(store, &encode_status(&status)) {
+        match announce_all(shared, store).and_then(|()| deliver(store, &encode_status(&status))) {
             Ok(newest) => {
                 lock(&shared.agent).arrived(sent, newest);
                 let now = shared.now();
@@ -213,6 +223,15 @@ fn tell(shared: &Shared, store: &StoreClient, pokes: &Receiver<()>, beat: Durati
         if pokes.recv_timeout(beat) == Err(RecvTimeoutError::Disconnected) {
             return;
         }
+    }
+}
+
+/// Puts down what was announced before the status was made.
+fn announce_all(shared: &Shared, store: &StoreClient) -> Result<(), StoreError> {
+    loop {
+        let Some((key, value)) = lock(&shared.announced).front().cloned() else { return Ok(()) };
+        store.compare_set(&key, None, value.as_bytes())?;
+        lock(&shared.announced).pop_front();
     }
 }
 

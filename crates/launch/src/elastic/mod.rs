@@ -28,7 +28,7 @@ use crate::logs::Logs;
 use crate::membership::{Action, Condition, Config, Coordinator, Order, Times, Verdict, Wish};
 use crate::options::LaunchOptions;
 use crate::plan::{Job, Nodes, Plan};
-use crate::report::{code_of, Failure, Report};
+use crate::report::{Failure, Report};
 use crate::restart::{Ending, GiveUp, Policy};
 use crate::screen::Stream;
 use crate::signals;
@@ -39,6 +39,8 @@ use crate::supervise::{AttemptEnd, Leaving, Supervisor};
 const FLUSH_MAX: Duration = Duration::from_secs(2);
 /// Node 0 stays so long for launchers that have not heard the end.
 const LINGER_MAX: Duration = Duration::from_secs(5);
+/// Who waits for the end of the job looks this often.
+const FINISH_LOOK_EVERY: Duration = Duration::from_millis(50);
 /// What a failed node has put down is there, or will not be.
 const FAILURE_WAIT: Duration = Duration::from_secs(1);
 
@@ -119,7 +121,16 @@ impl Elastic<'_> {
         let report = loop {
             match await_order(supervisor, &mut ended_by)? {
                 Next::Start(order) => {
-                    last = self.generation(supervisor, &order)?;
+                    last = match self.generation(supervisor, &order) {
+                        Ok(end) => end,
+                        Err(error) => {
+                            tell_error(supervisor, order.generation, &error);
+                            if let Some(store) = server {
+                                store.linger(LINGER_MAX);
+                            }
+                            return Err(error);
+                        }
+                    };
                     ended_by = ended_by.or(last.ended_by);
                     let (elapsed, restarts) = (supervisor.begun.elapsed(), supervisor.generation);
                     if supervisor.leaving == Leaving::Does {
@@ -149,17 +160,22 @@ impl Elastic<'_> {
         supervisor: &mut Supervisor,
         order: &Order,
     ) -> Result<AttemptEnd, LaunchError> {
-        let place = self.place(supervisor, order)?;
+        let plan = self.place(supervisor, order)?;
         let Self { options, program, args, job, .. } = self;
         let logs = self.logs.of_attempt(job.restart_count)?;
         supervisor.begin(job.world_size, logs.lineup(&job.run_id, &supervisor.host));
         supervisor.generation = order.generation;
         if order.generation > 0 {
-            supervisor.notice(&generation_line(order));
+            let before = order.generation - 1;
+            let link = supervisor.link.as_ref();
+            // What has not been told by this time is not waited for.
+            let told = link.and_then(|link| Told::hear(link, before, Instant::now()));
+            let cause = told.map_or_else(String::new, |told| format!("; before: {}", told.brief()));
+            supervisor.notice(&format!("{}{cause}", generation_line(order)));
         }
         let starter = Starter { program, args, job, logs: &logs, prefix: options.prefix };
         let ranks_of_nodes: Vec<usize> = order.members.iter().map(|member| member.ranks).collect();
-        for place in place.places(&ranks_of_nodes) {
+        for place in plan.places(&ranks_of_nodes) {
             supervisor.add(starter.start(place)?);
         }
         let end = supervisor.run()?;
@@ -263,6 +279,29 @@ fn await_order(
     }
 }
 
+/// This node cannot start its ranks, or watch them: the others hear that, and of usage errors that it would come again.
+fn tell_error(supervisor: &mut Supervisor, generation: u32, error: &LaunchError) {
+    supervisor.kill_all();
+    let Some(link) = supervisor.link.take() else { return };
+    let code = error.exit_code();
+    let report = format!("error[PHX0706]: node {}: {error}", link.node());
+    link.announce(generation, &failure_text(code, None, &report));
+    let ending = match code {
+        64 | 65 => Ending::Certain(code.into()),
+        _ => Ending::Failed,
+    };
+    link.ended(Condition::Failed(ending, None));
+    let deadline = Instant::now() + FLUSH_MAX;
+    while Instant::now() < deadline {
+        match link.next_action() {
+            Some(Action::Finish(_)) => break,
+            Some(_) => {}
+            None => link.wait(FINISH_LOOK_EVERY),
+        }
+    }
+    link.leave(FLUSH_MAX);
+}
+
 fn condition(end: &AttemptEnd) -> Condition {
     match &end.failure {
         _ if end.was_stopped || end.ended_by.is_some() => Condition::Stopped,
@@ -279,26 +318,49 @@ fn generation_line(order: &Order) -> String {
     format!("generation {} begins: nodes {}, {ranks} ranks", order.generation, nodes.join(","))
 }
 
-/// What another node says of its failure.
-fn told_failure(supervisor: &Supervisor, node: usize) -> Option<Failure> {
-    let store = supervisor.link.as_ref()?.store();
-    let key = keys::failure(supervisor.generation);
-    let told = store.get(&key, Instant::now() + FAILURE_WAIT).ok();
-    let text = told.map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-    let parsed = text.as_deref().and_then(|text| {
-        let (code, report) = text.split_once(' ')?;
-        Some((code.parse().ok()?, report.to_owned()))
-    });
-    let (code, report) = parsed.unwrap_or_else(|| {
-        let report = "error[PHX0703]: a node has failed, and has not said how".to_owned();
-        (70, report)
-    });
-    Some(Failure::Node { node, report, code })
+/// What the node that failed first says of a generation.
+struct Told {
+    code: u8,
+    step: String,
+    report: String,
+}
+
+impl Told {
+    fn hear(link: &Link, generation: u32, deadline: Instant) -> Option<Self> {
+        let told = link.store().get(&keys::failure(generation), deadline).ok()?;
+        let text = String::from_utf8_lossy(&told).into_owned();
+        let (code, rest) = text.split_once(' ')?;
+        let (step, report) = rest.split_once(' ')?;
+        let (step, report) = (step.to_owned(), report.to_owned());
+        Some(Self { code: code.parse().ok()?, step, report })
+    }
+
+    /// `rank 2 on host a (pid 811) died: signal 9 (SIGKILL) after 3.2 s; step 120`
+    fn brief(&self) -> String {
+        let report = self.report.split_once("]: ").map_or(&self.report[..], |(_, rest)| rest);
+        let brief = report.split(" | ").next().unwrap_or(report);
+        match &self.step[..] {
+            "-" => format!("{brief}; no step was told"),
+            step => format!("{brief}; step {step}"),
+        }
+    }
 }
 
 /// What this node puts down for the others.
-pub(crate) fn failure_text(failure: &Failure) -> String {
-    format!("{} {failure}", code_of(failure))
+pub(crate) fn failure_text(code: u8, step: Option<u64>, report: &str) -> String {
+    let step = step.map_or_else(|| "-".to_owned(), |step| step.to_string());
+    format!("{code} {step} {report}")
+}
+
+/// The failure of another node, as that tells it.
+fn told_failure(supervisor: &Supervisor, node: usize) -> Option<Failure> {
+    let link = supervisor.link.as_ref()?;
+    let told = Told::hear(link, supervisor.generation, Instant::now() + FAILURE_WAIT);
+    let (code, report) = told.map_or_else(
+        || (70, "error[PHX0703]: a node has failed, and has not said how".to_owned()),
+        |told| (told.code, told.report),
+    );
+    Some(Failure::Node { node, report, code })
 }
 
 fn lost_node_0(supervisor: &Supervisor, ended_by: Option<i32>) -> Report {

@@ -1,6 +1,6 @@
 //! A file of hosts: who the nodes of a job are. Pure.
 //!
-//! Source: Open MPI's and DeepSpeed's hostfiles: one host a line, `slots=N` for its ranks, `#` begins a comment.
+//! Source: Open MPI's and `DeepSpeed`'s hostfiles: one host a line, `slots=N` for its ranks, `#` begins a comment.
 
 /// A host, and how many ranks it starts (`None`: what the flags say).
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -9,7 +9,7 @@
 mod file;
 mod remote;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
@@ -67,7 +67,7 @@ impl Fleet<'_> {
             run_id: &credentials.run_id,
             master_addr: &master_addr,
             master_port,
-            folder: text(std::env::current_dir().map_err(system("find this folder"))?.into()),
+            folder: text(std::env::current_dir().map_err(system("find this folder"))?.as_os_str()),
             command: own_command()?,
         };
         let others = hosts.iter().enumerate().skip(1);
@@ -109,10 +109,10 @@ impl Fleet<'_> {
 fn own_command() -> Result<Vec<String>, LaunchError> {
     let program = std::env::current_exe().map_err(system("find this program's own path"))?;
     let args = std::env::args_os().skip(1);
-    Ok(std::iter::once(program.into()).chain(args).map(text).collect())
+    Ok(std::iter::once(program.into()).chain(args).map(|word| text(&word)).collect())
 }
 
-fn text(word: OsString) -> String {
+fn text(word: &OsStr) -> String {
     word.to_string_lossy().into_owned()
 }
 

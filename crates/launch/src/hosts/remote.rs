@@ -66,14 +66,14 @@ impl Remote<'_> {
         }
         let (output, errors) = (child.stdout.take(), child.stderr.take());
         let (showing, shown) = mpsc::channel();
-        let node = RemoteNode { host: host.name.clone(), child, input, shown };
+        let started = RemoteNode { host: host.name.clone(), child, input, shown };
         if let Some(pipe) = output {
             show(pipe, Stream::Output, showing.clone())?;
         }
         if let Some(pipe) = errors {
             show(pipe, Stream::Error, showing)?;
         }
-        Ok(node)
+        Ok(started)
     }
 
     /// What the host's shell does: take the token, watch the input, become the launcher.

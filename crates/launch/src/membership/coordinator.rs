@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::ended::{End, Ended};
 use super::{Command, Condition, Life, Member, Order, Status, Times, Verdict, Wish};
 use crate::restart::{Decision, Ending, Policy};
 
@@ -27,13 +28,6 @@ struct Known {
     wish: Wish,
 }
 
-/// How a member's part of the generation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
-    Told(Condition),
-    Lost,
-}
-
 /// How far the job is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -54,8 +48,9 @@ pub(crate) struct Coordinator {
     nodes: BTreeMap<usize, Known>,
     /// The newest life and number of each node that was ever heard of.
     newest: BTreeMap<usize, (Life, u64)>,
-    /// How the members of the generation have ended, of those that have.
-    ended: BTreeMap<usize, End>,
+    /// How many of them want to leave, or the job to end.
+    wishes: usize,
+    ended: Ended,
     /// The failure that was told first.
     failure: Option<(usize, Ending, Option<u64>)>,
 }
@@ -71,7 +66,8 @@ impl Coordinator {
             has_started: false,
             nodes: BTreeMap::new(),
             newest: BTreeMap::new(),
-            ended: BTreeMap::new(),
+            wishes: 0,
+            ended: Ended::default(),
             failure: None,
         }
     }
@@ -102,10 +98,12 @@ impl Coordinator {
         self.newest.insert(status.node, stamp);
         let Status { node, life, ranks, ran, wish, .. } = *status;
         let before = known.filter(|known| known.member.life == life);
-        let came = before.map_or(now, |known| known.came);
+        let came = before.map_or(now, |it| it.came);
         let member = Member { node, life, ranks };
-        self.nodes.insert(node, Known { member, heard: now, came, ran, wish });
-        let is_news = before.is_none_or(|known| (known.ran, known.wish) != (ran, wish));
+        let replaced = self.nodes.insert(node, Known { member, heard: now, came, ran, wish });
+        self.wishes -= usize::from(replaced.is_some_and(|it| it.wish != Wish::Nothing));
+        self.wishes += usize::from(wish != Wish::Nothing);
+        let is_news = before.is_none_or(|it| (it.ran, it.wish) != (ran, wish));
         if is_news {
             self.note_end(&member, ran);
             self.advance(now);
@@ -123,7 +121,8 @@ impl Coordinator {
             if self.may_run(&member) {
                 self.ended.insert(member.node, End::Lost);
             }
-            self.nodes.remove(&member.node);
+            let removed = self.nodes.remove(&member.node);
+            self.wishes -= usize::from(removed.is_some_and(|it| it.wish != Wish::Nothing));
         }
         self.advance(now);
     }
@@ -133,7 +132,7 @@ impl Coordinator {
         let has_generation = matches!(self.phase, Phase::Running | Phase::Stopping);
         has_generation
             && self.member(member.node).is_some_and(|it| it.life == member.life)
-            && !self.ended.contains_key(&member.node)
+            && !self.ended.has(member.node)
     }
 
     /// A node in the generation; they stand there in the order of their numbers.
@@ -181,13 +180,17 @@ impl Coordinator {
         if let Some(verdict) = self.wished_end() {
             return self.finish(verdict);
         }
-        let candidates = self.candidates();
         let Config { nodes_min, nodes_max, times } = self.config;
+        let is_over = now.saturating_sub(since) >= times.gather_max;
+        if self.nodes.len() < nodes_min && !is_over {
+            return;
+        }
+        let candidates = self.candidates();
         let newest = self.nodes.values().map(|known| known.came).max().unwrap_or(now);
         let is_settled = self.has_started || now.saturating_sub(newest) >= times.settle;
         if candidates.len() >= nodes_max || candidates.len() >= nodes_min && is_settled {
             self.start(candidates);
-        } else if now.saturating_sub(since) >= times.gather_max {
+        } else if is_over {
             self.finish(Verdict::TooFew { nodes: candidates.len() });
         }
     }
@@ -195,7 +198,7 @@ impl Coordinator {
     fn start(&mut self, members: Vec<Member>) {
         let generation = self.order.generation + u32::from(self.has_started);
         self.has_started = true;
-        self.ended.clear();
+        self.ended = Ended::default();
         self.failure = None;
         self.phase = Phase::Running;
         let number = self.order.number + 1;
@@ -208,11 +211,11 @@ impl Coordinator {
     }
 
     fn watch(&mut self, now: Duration) {
-        if self.all_ended() && self.all_well() {
+        if self.all_ended() && self.ended.all_well() {
             return self.finish(Verdict::Well);
         }
         // Nobody was asked to stop: who has, was cut off for a while.
-        let is_bad = self.has_bad_end() || self.has_ended_as(End::Told(Condition::Stopped));
+        let is_bad = self.ended.is_bad() || self.ended.has_stopped();
         if !is_bad && self.wished_end().is_none() && !self.is_resize_due(now) {
             return;
         }
@@ -223,7 +226,7 @@ impl Coordinator {
 
     /// The generation is to end: has it?
     fn stop(&mut self, now: Duration) {
-        if self.has_bad_end() && self.order.command == Command::StopSoon {
+        if self.ended.is_bad() && self.order.command == Command::StopSoon {
             self.give(Command::StopNow);
         }
         if !self.all_ended() {
@@ -232,12 +235,11 @@ impl Coordinator {
         if let Some(verdict) = self.wished_end() {
             return self.finish(verdict);
         }
-        if self.all_well() {
+        if self.ended.all_well() {
             return self.finish(Verdict::Well);
         }
         // Ranks fail because a node is lost or leaves: that is no fault of theirs.
-        let leaves = |known: &Known| known.wish == Wish::Leave;
-        let is_loss = self.has_ended_as(End::Lost) || self.nodes.values().any(leaves);
+        let is_loss = self.ended.lost() > 0 || self.wishes > 0;
         if let Some((node, ending, step)) = self.failure.filter(|_| !is_loss) {
             if let Decision::GiveUp(why) = self.policy.decide(ending, step, now) {
                 return self.finish(Verdict::Failed { node, why });
@@ -253,23 +255,13 @@ impl Coordinator {
     }
 
     fn all_ended(&self) -> bool {
-        self.ended.len() == self.order.members.len()
-    }
-
-    fn all_well(&self) -> bool {
-        self.ended.values().all(|end| *end == End::Told(Condition::Well))
-    }
-
-    fn has_bad_end(&self) -> bool {
-        let is_bad = |end: &End| matches!(end, End::Lost | End::Told(Condition::Failed(..)));
-        self.ended.values().any(is_bad)
-    }
-
-    fn has_ended_as(&self, what: End) -> bool {
-        self.ended.values().any(|end| *end == what)
+        self.ended.count() == self.order.members.len()
     }
 
     fn wished_end(&self) -> Option<Verdict> {
+        if self.wishes == 0 {
+            return None;
+        }
         self.nodes.values().find_map(|known| match known.wish {
             Wish::End(signal) => Some(Verdict::Ended { node: known.member.node, signal }),
             Wish::Nothing | Wish::Leave => None,
@@ -278,6 +270,11 @@ impl Coordinator {
 
     /// A member wants to leave, or others have come, and no more are coming in this moment.
     fn is_resize_due(&self, now: Duration) -> bool {
+        // If those that are not lost are all that is known, nobody else has come.
+        let present = self.order.members.len().saturating_sub(self.ended.lost());
+        if self.wishes == 0 && self.nodes.len() == present {
+            return false;
+        }
         let is_member = |node: usize| self.member(node).is_some();
         let leaves = |known: &Known| known.wish == Wish::Leave && is_member(known.member.node);
         if self.nodes.values().any(leaves) {

@@ -18,6 +18,7 @@
 //! |---|---|
 //! | `mod` | what they tell each other |
 //! | `coordinator`, `agent` | the two machines |
+//! | `ended` | the ends of a generation, counted |
 //! | `words` | statuses and orders as text |
 //! | `simulation` | many agents, a bad network and a coordinator in simulated time, for tests and benches |
 //!
@@ -26,6 +27,7 @@
 
 mod agent;
 mod coordinator;
+mod ended;
 #[cfg(any(test, feature = "testing"))]
 pub mod simulation;
 mod words;

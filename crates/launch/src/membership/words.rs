@@ -199,8 +199,8 @@ mod tests {
             Condition::Failed(Ending::Failed, Some(120)),
             Condition::Failed(Ending::Certain(64), Some(0)),
         ];
-        let ran = conditions.map(|condition| Some((3, condition)));
-        for ran in ran.into_iter().chain([None]) {
+        let each = conditions.map(|condition| Some((3, condition)));
+        for ran in each.into_iter().chain([None]) {
             for wish in [Wish::Nothing, Wish::Leave, Wish::End(15)] {
                 let status = Status { node: 1, life: 2, number: 3, ranks: 4, ran, wish };
                 let text = encode_status(&status);

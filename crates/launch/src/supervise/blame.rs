@@ -62,7 +62,7 @@ impl Supervisor {
     /// Decides that this rank is the root cause, and ends the others.
     fn blame(&mut self, at: usize, now: Instant) {
         let failure = self.failure_of(at);
-        let (rank, line) = (failure.rank, failure.to_string());
+        let (number, line) = (failure.rank, failure.to_string());
         let failure = Failure::Rank(failure);
         if let Some(nodes) = &self.nodes {
             nodes.announce(&line, code_of(&failure));
@@ -70,7 +70,7 @@ impl Supervisor {
         self.fail(failure, now);
         let left = self.ranks.iter().filter(|rank| rank.ended.is_none()).count();
         if left > 0 && !self.state.is_hasty {
-            self.notice(&format!("rank {rank} failed; ending the others ({left})"));
+            self.notice(&format!("rank {number} failed; ending the others ({left})"));
         }
     }
 
@@ -113,7 +113,8 @@ impl Supervisor {
         self.state.end.step = step;
         if let Some(link) = &self.link {
             // Node 0 decides. Whatever that is, this generation has ended.
-            link.announce(self.generation, &failure_text(&failure));
+            let report = failure.to_string();
+            link.announce(self.generation, &failure_text(code_of(&failure), step, &report));
             self.state.is_hasty = true;
         } else {
             let ending = match &failure {

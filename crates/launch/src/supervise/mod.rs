@@ -202,6 +202,16 @@ impl Supervisor {
         self.poll(None)
     }
 
+    /// A rank was killed and has not ended: it is stuck in the kernel. No other attempt may run beside it.
+    pub(crate) fn has_left_behind(&mut self) -> bool {
+        let stuck: Vec<usize> =
+            self.ranks.iter().filter(|rank| rank.ended.is_none()).map(|rank| rank.number).collect();
+        if !stuck.is_empty() {
+            self.notice(&format!("not started again: ranks {stuck:?} were killed and do not end"));
+        }
+        !stuck.is_empty()
+    }
+
     /// Whether the user has asked for the end between two attempts.
     pub(crate) fn is_interrupted(&self) -> Option<i32> {
         let pending = self.signals.pending();
@@ -373,8 +383,8 @@ impl Supervisor {
             for rank in others {
                 rank.process.signal_group(Signal::KILL);
             }
-            let kill_at = patience.min(now + LOOK_EVERY);
-            self.state.stage = Stage::Ending { kill_at, patience };
+            let next_look = patience.min(now + LOOK_EVERY);
+            self.state.stage = Stage::Ending { kill_at: next_look, patience };
             return;
         }
         if !self.state.is_hasty || now >= patience {
@@ -391,9 +401,9 @@ fn is_readable(stream: &UnixStream) -> Result<bool, LaunchError> {
     poll(&mut fds, Some(&now)).map(|count| count > 0).map_err(system("poll"))
 }
 
-impl Drop for Supervisor {
-    /// Whatever went wrong: no rank outlives its launcher.
-    fn drop(&mut self) {
+impl Supervisor {
+    /// Kills what there is, and waits for its end.
+    pub(crate) fn kill_all(&self) {
         let left: Vec<&Rank> = self.ranks.iter().filter(|rank| rank.ended.is_none()).collect();
         for rank in &left {
             rank.process.signal_group(Signal::KILL);
@@ -402,5 +412,12 @@ impl Drop for Supervisor {
         for rank in left {
             rank.process.wait_until(deadline);
         }
+    }
+}
+
+impl Drop for Supervisor {
+    /// Whatever went wrong: no rank outlives its launcher.
+    fn drop(&mut self) {
+        self.kill_all();
     }
 }

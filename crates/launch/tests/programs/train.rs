@@ -54,6 +54,9 @@ pub(super) fn endless(world: &World) -> ExitCode {
         if group.all_reduce(&mut stops[..], Max).and_then(phalanx_comm::Work::wait).is_err() {
             return ExitCode::from(69);
         }
+        if step == 0 {
+            println!("training in attempt {attempt}");
+        }
         if stops[0] > 0 {
             println!("stopped in attempt {attempt}");
             return ExitCode::SUCCESS;

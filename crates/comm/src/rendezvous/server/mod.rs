@@ -8,6 +8,8 @@
 
 mod connection;
 mod engine;
+#[cfg(test)]
+mod simulation;
 
 use std::collections::BTreeMap;
 use std::io;

@@ -41,7 +41,7 @@ pub(super) fn plan(schedule: Schedule, random: &mut Random) -> Vec<(Duration, Fa
     plan
 }
 
-/// A generator that is the same everywhere: SplitMix64 (Steele, Lea, Flood 2014).
+/// A generator that is the same everywhere: `SplitMix64` (Steele, Lea, Flood 2014).
 #[derive(Debug)]
 pub(super) struct Random(u64);
 
@@ -83,7 +83,7 @@ impl Random {
     /// How long a message takes: with faults some take so long that many others overtake them.
     pub(super) fn delay(&mut self, has_faults: bool) -> Duration {
         if has_faults && self.one_in(10) {
-            return self.below(8000);
+            return self.below(20_000);
         }
         Duration::from_micros(100 + self.number(2000))
     }
