@@ -163,9 +163,9 @@ fn measure(flags: &Flags) -> Result<()> {
     tch::set_num_threads(threads);
     let mut group = Group::from_environment(GroupOptions::default())?;
     if flags.checks {
-        let mut unchecked = Stepper::new(flags, &mut group, Checks::Nothing)?;
-        let mut checked = Stepper::new(flags, &mut group, Checks::All)?;
-        return compare_checks(&mut group, [&mut unchecked, &mut checked], flags.steps);
+        let unchecked = Stepper::new(flags, &mut group, Checks::Nothing)?;
+        let checked = Stepper::new(flags, &mut group, Checks::All)?;
+        return compare_checks(&mut group, &mut [unchecked, checked], flags.steps);
     }
     let mut stepper = Stepper::new(flags, &mut group, Checks::Gradients)?;
     if flags.take_turns {
@@ -213,7 +213,7 @@ fn compare(group: &mut Group, stepper: &mut Stepper, flags: &Flags, threads: i32
 }
 
 /// Steps that check gradients and parameters and steps that do not, taking turns. The mean: a fingerprint is rare.
-fn compare_checks(group: &mut Group, both: [&mut Stepper; 2], steps: usize) -> Result<()> {
+fn compare_checks(group: &mut Group, both: &mut [Stepper; 2], steps: usize) -> Result<()> {
     let mut slowest = [Vec::new(), Vec::new()];
     for step in 0..steps + WARM_UP {
         for checked in [step % 2, 1 - step % 2] {

@@ -71,12 +71,11 @@ impl Fixture {
         let mut group = Group::single(GroupOptions::default()).expect("a group");
         let batching = Batching { global_batch: 8, micro_batch: 4, accumulate: 2, cut: Cut::Parts };
         let source = data::open(&config, &Silent).expect("the batches");
-        let feed =
-            data::feed(&source, &config, batching, (0, 1), tch::Device::Cpu).expect("a feed");
+        let place = (tch::Device::Cpu, None);
+        let mut feed = data::feed(&source, &config, batching, (0, 1), place).expect("a feed");
         let settings = (&config, batching, true);
-        let mut trainer =
-            Trainer::new(network, &vs, &mut group, feed, settings).expect("a trainer");
-        (1..=10).map(|step| trainer.step(step, &mut group).expect("a step")).collect()
+        let mut trainer = Trainer::new(network, &vs, &mut group, settings).expect("a trainer");
+        (1..=10).map(|step| trainer.step(step, &mut feed, &mut group).expect("a step")).collect()
     }
 
     fn numbers(&self, precision: &str, what: &str) -> Vec<f64> {

@@ -55,8 +55,8 @@ impl Checkpoints {
         };
         let place: Place = resumed.values()?;
         trainer.go_on(place.skipped_count);
-        let note = format!("resume step {} from {}", resumed.step, resumed.path.display());
-        let start = Start { step: resumed.step, data: Some(place.data), note: Some(note) };
+        let note = format!("resume step {} from {}", resumed.step(), resumed.path().display());
+        let start = Start { step: resumed.step(), data: Some(place.data), note: Some(note) };
         Ok((Self { checkpointer: Some(checkpointer) }, start))
     }
 

@@ -10,7 +10,7 @@ mod sections;
 use std::path::Path;
 
 use bert::batching::{Batching, Wanted};
-use bert::config::{Config, NonFinite, Precision, Rule, SHIPPED};
+use bert::config::{Config, NonFinite, Precision, Resume, Rule, SHIPPED};
 use bert::flags::Flags;
 use bert::memory::{self, Estimate, Free};
 use bert::{data, failure, plot};
@@ -269,9 +269,17 @@ fn flags_come_before_the_file() {
         "skip_step",
         "--global-batch",
         "16",
+        "--checkpoint",
+        "ck",
+        "--save-every",
+        "3",
+        "--resume",
+        "required",
     ];
     let settings = flags(&args).unwrap().settings().unwrap();
-    let Config { model, data, optimizer, train, ddp, nccl } = &settings.config;
+    let Config { model, data, optimizer, train, ddp, checkpoint, nccl } = &settings.config;
+    assert_eq!(checkpoint.folder.as_deref(), Some("ck".as_ref()));
+    assert_eq!((checkpoint.every_steps, checkpoint.resume), (3, Resume::Required));
     assert_eq!(nccl, &NcclSettings::default(), "no flag changes it");
     assert_eq!((train.steps, train.seed, ddp.zero, data.shuffle), (9, 5, 1, false));
     assert!(model.hidden_dropout_prob + model.attention_probs_dropout_prob < f64::MIN_POSITIVE);

@@ -117,3 +117,17 @@ fn rules_and_kinds_of_gradients_show_in_the_estimate() {
     let half = of(r#"{ "ddp": { "gradient_kind": "bf16" } }"#);
     assert_eq!(half.gradients, half.parameters / 2);
 }
+
+#[test]
+fn what_is_saved_is_checked() {
+    let section = |fields: &str| format!(r#"{{ "checkpoint": {{ {fields} }} }}"#);
+    let wrong = |fields: &str, parts: &[&str]| check(&section(fields), parts);
+    wrong(r#""every_steps": 5"#, &["checkpoint.folder is missing", "--checkpoint DIR"]);
+    wrong(r#""resume": "required""#, &["checkpoint.folder is missing"]);
+    wrong(r#""folder": "ck", "keep_last": 0"#, &["checkpoint.keep_last is 0", "at least 1"]);
+    wrong(r#""folder": "ck", "keep_every": 0"#, &["checkpoint.keep_every is 0", "null"]);
+    wrong(r#""resume": "maybe""#, &["checkpoint.resume: unknown variant `maybe`", "`auto`"]);
+    let fine = r#""folder": "ck", "every_steps": 5, "keep_last": 3, "keep_every": 100"#;
+    let options = parse(&section(fine)).unwrap().checkpoint.options();
+    assert_eq!((options.every_steps, options.keep.last, options.keep.every), (5, 3, Some(100)));
+}

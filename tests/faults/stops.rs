@@ -27,9 +27,9 @@ fn stopped_by(signal: &str, code: i32) {
     let saved: Vec<_> = fs::read_dir(&checkpoints).expect("checkpoints").collect();
     assert_eq!(saved.len(), 1, "nothing but the step at which it was stopped: {saved:?}");
     let again = finish(folder.path(), &args);
-    let said = String::from_utf8_lossy(&again.stdout).into_owned();
-    assert!(said.contains("resume step "), "{said}");
-    assert!(weights(folder.path()) == weights(whole.path()), "{said}");
+    let resumed = String::from_utf8_lossy(&again.stdout).into_owned();
+    assert!(resumed.contains("resume step "), "{resumed}");
+    assert!(weights(folder.path()) == weights(whole.path()), "{resumed}");
     assert_eq!(losses(folder.path()), losses(whole.path()));
 }
 

@@ -95,12 +95,9 @@ mod tests {
             for (round, len) in lens.into_iter().enumerate() {
                 let mut buffer = Buffer::default();
                 buffer.resize(len);
-                buffer
-                    .iter_mut()
-                    .zip(0_usize..)
-                    .for_each(|(byte, at)| *byte = (at % 251 + round) as u8);
+                buffer.fill(u8::try_from(7 + round).unwrap());
                 file.write(&buffer).unwrap();
-                file.write(&buffer.get(1..).unwrap_or_default().to_vec()).unwrap();
+                file.write(buffer.get(1..).unwrap_or_default()).unwrap();
                 expected.extend_from_slice(&buffer);
                 expected.extend_from_slice(buffer.get(1..).unwrap_or_default());
             }

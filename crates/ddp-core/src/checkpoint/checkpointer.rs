@@ -1,6 +1,6 @@
 //! [`Checkpointer`]: when a training is saved, and how it comes back.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use phalanx_checkpoint::{
@@ -61,16 +61,31 @@ pub enum Next {
 /// What a training went on from.
 #[derive(Clone, Debug)]
 pub struct Resumed {
-    /// Steps that were made.
-    pub step: u64,
-    /// The ranks that had saved it.
-    pub world_size: usize,
-    /// The checkpoint's folder.
-    pub path: PathBuf,
+    step: u64,
+    world_size: usize,
+    path: PathBuf,
     program: Value,
 }
 
 impl Resumed {
+    /// Steps that were made.
+    #[must_use]
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// How many ranks had saved it.
+    #[must_use]
+    pub fn world_size(&self) -> usize {
+        self.world_size
+    }
+
+    /// The checkpoint's folder.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The program's own values, as it had given them to [`Checkpointer::step`].
     ///
     /// # Errors
@@ -116,7 +131,7 @@ struct Values {
 ///
 /// let options = CheckpointerOptions { every_steps: 10, ..Default::default() };
 /// let mut checkpointer = Checkpointer::new(folder, &ddp, options)?;
-/// let done = checkpointer.resume(Some(&mut optimizer))?.map_or(0, |resumed| resumed.step);
+/// let done = checkpointer.resume(Some(&mut optimizer))?.map_or(0, |resumed| resumed.step());
 /// for step in done + 1..=20 {
 ///     let loss = net.forward(&Tensor::ones([8, 4], (Kind::Float, Device::Cpu))).square().mean(Kind::Float);
 ///     loss.f_backward()?;
@@ -148,6 +163,7 @@ impl Checkpointer {
     ///
     /// # Errors
     /// [`Error::System`]; errors of the group.
+    #[expect(clippy::needless_pass_by_value, reason = "options are made on the spot")]
     pub fn new(
         folder: impl Into<PathBuf>,
         ddp: &Ddp,
@@ -298,12 +314,12 @@ impl Checkpointer {
             return Err(Error::MidStep { name: name.to_owned() });
         }
         let (tensors, numbers) = gather(&mut reducer, optimizer, Share::Saved)?;
-        let values = Values { ready_order: reducer.settled_order(), optimizer: numbers, program };
+        let saved = Values { ready_order: reducer.settled_order(), optimizer: numbers, program };
         drop(reducer);
         let rooms = content::rooms(&tensors);
         let mut snapshot = Snapshot::new();
         content::offer(&mut snapshot, &tensors, &rooms)?;
-        snapshot.values(serde_json::to_value(&values).unwrap_or_default());
+        snapshot.values(serde_json::to_value(&saved).unwrap_or_default());
         let committing = recorder::committing();
         let started = self.saver.save(&mut OverGroup(&mut self.group), step, &snapshot)?;
         if started == Started::Yes {

@@ -1,8 +1,8 @@
 //! Resumable training: [`Checkpointer`] saves a [`Ddp`](crate::Ddp), its optimizer and the program's own values while training
 //! goes on, and brings all of it back, on as many ranks and in whatever ZeRO stage; and weights as safetensors files.
 //!
-//! `phalanx-checkpoint` knows how files come to be complete; here is what a training consists of: [`held`] names its tensors
-//! and the parts of them that this rank has, [`content`] reads and fills their memory, [`checkpointer`] decides when.
+//! `phalanx-checkpoint` knows how files come to be complete; here is what a training consists of: `held` names its tensors
+//! and the parts of them that this rank has, `content` reads and fills their memory, `checkpointer` decides when.
 //!
 //! | name | what |
 //! |---|---|

@@ -27,8 +27,8 @@ pub(crate) struct Numbers {
 impl Optimizer {
     /// Its numbers.
     pub(crate) fn numbers(&self, store: &Store) -> Numbers {
-        let named = store.model.parameters().zip(&self.parameters);
-        let others = named.filter(|(_, treatment)| treatment.step != self.step_count);
+        let treated = store.model.parameters().zip(&self.parameters);
+        let others = treated.filter(|(_, treatment)| treatment.step != self.step_count);
         Numbers {
             rule: self.rule.name().to_owned(),
             lr: self.lr,
@@ -48,8 +48,8 @@ impl Optimizer {
             pieces[piece.parameter].push(piece);
         }
         let mut all = Vec::new();
-        for (parameter, pieces) in pieces.iter().enumerate() {
-            all.extend(self.state.held(store, parameter, (self.rule.states(), pieces))?);
+        for (parameter, own) in pieces.iter().enumerate() {
+            all.extend(self.state.held(store, parameter, (self.rule.states(), own))?);
         }
         Ok(all)
     }
