@@ -6,6 +6,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod elastic;
 mod kills;
 mod stops;
 mod world;
