@@ -184,12 +184,13 @@ fn compare(
     rounds: u64,
 ) -> Result<()> {
     let mut times = [Vec::new(), Vec::new()];
+    let mut busy = [Vec::new(), Vec::new()];
     let mut copies = Vec::new();
     let mut step = 0;
     for round in 0..=rounds {
         for saves in [round % 2 == 0, round % 2 == 1] {
             group.barrier()?.wait()?;
-            let start = Instant::now();
+            let (start, before) = (Instant::now(), processor_ms()?);
             for at in 0..BLOCK {
                 step += 1;
                 training.step()?;
@@ -204,20 +205,32 @@ fn compare(
             let time = slowest(group, start)?;
             if round > 0 {
                 times[usize::from(saves)].push(time);
+                busy[usize::from(saves)].push(processor_ms()? - before);
             }
         }
     }
     checkpointer.finish()?;
     if group.rank() == 0 {
         let [without, with] = times.map(median);
+        let [busy_without, busy_with] = busy.map(median);
         println!(
             "{BLOCK} steps with a save {with:.1} ms, without {without:.1} ms, ratio {:.4} (medians of {rounds}); the call itself \
-             {:.1} ms",
+             {:.1} ms; processor time of rank 0 {busy_with:.1} and {busy_without:.1} ms, ratio {:.4}",
             with / without,
             median(copies),
+            busy_with / busy_without,
         );
     }
     Ok(())
+}
+
+/// What this process has used so far, all its threads.
+fn processor_ms() -> Result<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace().skip(11).take(2);
+    let ticks = fields.map(|ticks| Ok(ticks.parse::<u32>()?)).sum::<Result<u32>>()?;
+    // A hundred a second, on every Linux.
+    Ok(f64::from(ticks) * 10.0)
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
