@@ -26,6 +26,10 @@ use crate::{heap, shim, threads, DdpOptions, Error, Join, Result, Sync};
 /// else has to stay what it was: variables that are added, converted or given other memory are an error of
 /// the next backward, on every rank.
 ///
+/// Other views of a parameter's memory (`detach()`, `tr()`) that were made before the first exchanged backward may be
+/// stale after it: parameters are then laid anew, once, in the order in which gradients become ready. Make them when they are
+/// needed, as `tch::nn` does.
+///
 /// # Determinism
 /// Buckets are started by index, never by arrival, and the host backend sums in rank order: the same seed
 /// and world size give the same bits.
@@ -209,7 +213,8 @@ impl Ddp {
     }
 
     /// Turns the exchange of gradients off and on, to measure a step with and without it side by side.
-    /// While it is off the ranks' models drift apart. On all ranks alike.
+    /// While it is off the ranks' models drift apart, and gradients of [`Ddp::backward`] stay sums: nothing divides
+    /// them. On all ranks alike.
     ///
     /// # Errors
     /// [`Error::Poisoned`].

@@ -26,7 +26,8 @@ pub enum Buffers {
     /// still trains.
     #[default]
     RankZero,
-    /// Floating-point buffers become the mean over the ranks, the others rank 0's.
+    /// Floating-point buffers become the mean over the ranks, the others rank 0's. A rank that has run out of batches
+    /// ([`Ddp::join`](crate::Ddp::join)) takes part with those that it had last.
     Mean,
     /// Each rank keeps its own.
     Own,
