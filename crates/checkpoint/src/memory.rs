@@ -1,10 +1,12 @@
 //! A rank's share of a snapshot in one buffer that describes itself, for a neighbour to keep.
 //!
 //! ```text
-//! u64  bytes of the description
-//!      the description: JSON that guards itself, as a manifest does
 //!      the shard, as it would lie in a file
+//!      the description: JSON that guards itself, as a manifest does
+//! u64  bytes of the description
 //! ```
+//!
+//! The shard comes first, so that it is copied once: its checksums are known when all of it is there.
 //!
 //! All ranks' buffers together are a checkpoint, without a file.
 
@@ -46,14 +48,47 @@ struct Share {
     rank_values: Box<RawValue>,
 }
 
-/// The buffer for one rank's file.
-pub(crate) fn encode(
+/// Whose share of which snapshot a buffer holds, all of it compared with its checksums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SnapshotShare {
+    /// After which step the snapshot was made.
+    pub step: u64,
+    /// The same on all ranks of one snapshot, and on no other.
+    pub nonce: u64,
+    /// Whose share it is.
+    pub rank: usize,
+    /// How many ranks have a share of it.
+    pub world_size: usize,
+}
+
+impl SnapshotShare {
+    /// Reads a buffer of [`Saver::capture`](crate::Saver::capture) from its first byte to its last.
+    ///
+    /// # Errors
+    /// [`Error::BadManifest`] or [`Error::Damaged`] when it is not what it was.
+    pub fn verify(buffer: &[u8]) -> Result<Self> {
+        let share = decode(buffer)?;
+        let About { step, nonce, rank } = share.about;
+        let file = &buffer[..to_usize(share.file.bytes)];
+        if sums(file) != share.file.crc32c {
+            return Err(bad(format!("the share of rank {rank} is damaged")));
+        }
+        Ok(Self { step, nonce, rank, world_size: share.world_size })
+    }
+}
+
+fn sums(file: &[u8]) -> Sums {
+    Sums(file.chunks(BLOCK_BYTES).map(crc32c::crc32c).collect())
+}
+
+/// Makes the buffer of a rank's file, to which it appends.
+pub(crate) fn describe(
     layouts: &Layouts,
     about: About,
     (values, rank_values): (Box<RawValue>, Box<RawValue>),
-    file: &[u8],
-) -> Result<Vec<u8>> {
-    let crc32c = Sums(file.chunks(BLOCK_BYTES).map(crc32c::crc32c).collect());
+    file: &mut Vec<u8>,
+) -> Result<()> {
+    let crc32c = sums(file);
     let share = Share {
         about,
         world_size: layouts.files.len(),
@@ -63,11 +98,9 @@ pub(crate) fn encode(
         rank_values,
     };
     let text = seal_json(&share, "a snapshot")?;
-    let mut buffer = Vec::with_capacity(LENGTH_BYTES + text.len() + file.len());
-    buffer.extend_from_slice(&to_u64(text.len()).to_le_bytes());
-    buffer.extend_from_slice(&text);
-    buffer.extend_from_slice(file);
-    Ok(buffer)
+    file.extend_from_slice(&text);
+    file.extend_from_slice(&to_u64(text.len()).to_le_bytes());
+    Ok(())
 }
 
 impl Checkpoint {
@@ -78,8 +111,9 @@ impl Checkpoint {
     pub fn from_snapshots<B: AsRef<[u8]> + Send + Sync + 'static>(buffers: Vec<B>) -> Result<Self> {
         let mut found = Vec::new();
         for buffer in buffers {
-            let (share, start) = decode(buffer.as_ref())?;
-            found.push((share, Window { buffer, start }));
+            let share = decode(buffer.as_ref())?;
+            let bytes = to_usize(share.file.bytes);
+            found.push((share, Window { buffer, bytes }));
         }
         found.sort_by_key(|(share, _)| share.about.rank);
         found.dedup_by_key(|(share, _)| share.about.rank);
@@ -104,13 +138,19 @@ fn bad(reason: impl Into<String>) -> Error {
     Error::BadManifest { path: label().to_path_buf(), reason: reason.into() }
 }
 
-/// What a buffer holds, and where its shard begins.
-fn decode(buffer: &[u8]) -> Result<(Share, usize)> {
-    let (length, rest) =
-        buffer.split_first_chunk::<LENGTH_BYTES>().ok_or_else(|| bad("it is too short"))?;
-    let length = to_usize(u64::from_le_bytes(*length));
-    let text = rest.get(..length).ok_or_else(|| bad("its description is cut off"))?;
-    Ok((unseal_json(text, label())?, LENGTH_BYTES + length))
+/// What a buffer holds; its shard is as long as it should be.
+fn decode(buffer: &[u8]) -> Result<Share> {
+    let (rest, length) =
+        buffer.split_last_chunk::<LENGTH_BYTES>().ok_or_else(|| bad("it is too short"))?;
+    let start = rest.len().checked_sub(to_usize(u64::from_le_bytes(*length)));
+    let (file, text) =
+        start.and_then(|at| rest.split_at_checked(at)).ok_or_else(|| bad("it is cut off"))?;
+    let share: Share = unseal_json(text, label())?;
+    if to_u64(file.len()) != share.file.bytes {
+        let reason = format!("it has {} bytes, expected {}", file.len(), share.file.bytes);
+        return Err(bad(reason));
+    }
+    Ok(share)
 }
 
 /// The manifest of shares that are sorted by rank.
@@ -152,25 +192,25 @@ fn merge(tensors: &mut Vec<TensorEntry>, more: Vec<TensorEntry>) -> Result<()> {
     Ok(())
 }
 
-/// A buffer from the beginning of its shard.
+/// The shard at the beginning of a buffer.
 struct Window<B> {
     buffer: B,
-    start: usize,
+    bytes: usize,
 }
 
 impl<B: AsRef<[u8]> + Send + Sync> Source for Window<B> {
     fn bytes(&self) -> std::io::Result<u64> {
-        Ok(to_u64(self.buffer.as_ref().len() - self.start))
+        Ok(to_u64(self.bytes))
     }
 
     fn read_at(&self, offset: u64, out: &mut [u8]) -> std::io::Result<()> {
-        let shard = self.buffer.as_ref().get(self.start..).unwrap_or_default();
+        let shard = self.buffer.as_ref().get(..self.bytes).unwrap_or_default();
         crate::fs::read_slice(shard, offset, out)
     }
 }
 
 impl<B> std::fmt::Debug for Window<B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Window").field("start", &self.start).finish_non_exhaustive()
+        f.debug_struct("Window").field("bytes", &self.bytes).finish_non_exhaustive()
     }
 }

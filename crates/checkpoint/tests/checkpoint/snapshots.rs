@@ -1,6 +1,6 @@
 //! Snapshots in memory, which a neighbour keeps.
 
-use phalanx_checkpoint::{Checkpoint, Saver, SaverOptions, Tensors};
+use phalanx_checkpoint::{Checkpoint, Saver, SaverOptions, SnapshotShare, Tensors};
 use serde_json::json;
 
 use crate::support::{check, on_ranks, Memory};
@@ -11,8 +11,11 @@ fn captured(world_size: usize, step: u64) -> Vec<Vec<u8>> {
         let mut saver = Saver::new(folder.path(), SaverOptions::default()).expect("a saver");
         let rank = phalanx_checkpoint::Ranks::rank(ranks);
         let memory = Memory::new(step, rank, world_size);
-        let buffer = saver.capture(ranks, step, &memory.snapshot());
-        buffer.expect("a share")
+        let mut buffer = vec![7; 5];
+        let share = saver.capture(ranks, step, &memory.snapshot(), &mut buffer).expect("a share");
+        assert_eq!(SnapshotShare::verify(&buffer).expect("whole"), share);
+        assert_eq!((share.step, share.rank, share.world_size), (step, rank, world_size));
+        buffer
     })
 }
 
@@ -47,6 +50,7 @@ fn buffers_that_are_missing_of_another_snapshot_or_damaged_are_refused() {
     for bit in (0..first.len() * 8).step_by(61) {
         let mut bad = first.clone();
         bad[bit / 8] ^= 1 << (bit % 8);
+        assert!(SnapshotShare::verify(&bad).is_err(), "bit {bit}");
         let opened = Checkpoint::from_snapshots([vec![bad], rest.to_vec()].concat());
         let is_damaged = |checkpoint: Checkpoint| {
             let mut names = checkpoint.names().into_iter();
@@ -56,6 +60,7 @@ fn buffers_that_are_missing_of_another_snapshot_or_damaged_are_refused() {
         assert!(opened.map_or(true, is_damaged), "bit {bit}");
     }
     for len in (0..first.len()).step_by(97) {
+        assert!(SnapshotShare::verify(&first[..len]).is_err(), "cut at {len}");
         let cut = [vec![first[..len].to_vec()], rest.to_vec()].concat();
         assert!(Checkpoint::from_snapshots(cut).is_err(), "cut at {len}");
     }
