@@ -148,6 +148,32 @@ impl Slots {
     }
 }
 
+/// For tests: what becomes of memory.
+#[cfg(any(test, feature = "testing"))]
+impl Slots {
+    /// Loses everything, as a machine does that is switched off.
+    ///
+    /// # Errors
+    ///
+    /// The memory cannot be written.
+    pub fn lose(&self) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let bytes = 2 * PAIRS_MAX as u64 * SLOT_BYTES;
+        Ok(fallocate(&self.memory, flags, self.start(0), bytes)?)
+    }
+
+    /// Changes a byte of a snapshot, at `offset`.
+    ///
+    /// # Errors
+    ///
+    /// The memory cannot be written.
+    pub fn damage(&self, kept: &Kept, offset: u64) -> io::Result<()> {
+        let mut byte = [0];
+        self.read(kept, offset, &mut byte)?;
+        self.memory.write_all_at(&[!byte[0]], self.start(kept.slot) + PAGE_BYTES + offset)
+    }
+}
+
 /// A snapshot on its way into its slot. Dropped before [`Writing::finish`], it was never there.
 #[derive(Debug)]
 #[must_use = "a snapshot that is not finished does not count"]

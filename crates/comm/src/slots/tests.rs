@@ -66,6 +66,9 @@ fn places_and_pairs_do_not_touch_each_other() {
     assert_eq!(found(&memory, 1), [(4, 4_u64.to_le_bytes().to_vec())]);
     assert_eq!(found(&memory, 2), []);
     assert_eq!(found(&memory, PLACES_MAX - 1), [(5, 5_u64.to_le_bytes().to_vec())]);
+    Slots::new(memory.try_clone().unwrap(), 0).unwrap().lose().unwrap();
+    assert_eq!(found(&memory, 0), []);
+    assert_eq!(found(&memory, 1).len(), 1);
     assert!(Slots::new(memory.try_clone().unwrap(), PLACES_MAX).is_err());
     let slots = Slots::new(memory, 0).unwrap();
     assert!(slots.begin(PAIRS_MAX, stamp(1), None).is_err());
