@@ -3,36 +3,55 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 use phalanx_comm::slots::Slots;
+use phalanx_comm::testing::free_port;
+use tempfile::TempDir;
 
-use super::support::{free_port, kill_child_of, Owned};
+use super::support::{kill_child_of, Owned};
 use super::{finish, losses, start, steps_done, wait_until, weights};
 
-/// The tiny model on four ranks of two emulated nodes.
-const TWO_NODES: [&str; 10] = [
+/// The tiny model; a batch and a schedule that do not depend on the number of ranks.
+const TINY: [&str; 15] = [
     "--config",
     "configs/bert_tiny.json",
-    "--nnodes",
-    "2",
     "--nproc-per-node",
     "2",
     "--threads",
     "1",
     "--steps",
     "20",
+    "--zero",
+    "1",
+    "--global-batch",
+    "12",
+    "--micro-batch",
+    "3",
+    "--dropout=0",
 ];
 
-/// The same, with snapshots in memory alone.
+/// Snapshots in memory alone.
+const IN_MEMORY: [&str; 4] = ["--memory-every", "2", "--max-restarts", "3"];
+
+/// A run on four ranks of two emulated nodes that nothing happens to.
+fn whole() -> &'static Path {
+    static WHOLE: OnceLock<TempDir> = OnceLock::new();
+    let run = || {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        finish(folder.path(), &[&TINY[..], &["--nnodes", "2"]].concat());
+        folder
+    };
+    WHOLE.get_or_init(run).path()
+}
+
+/// The same, with snapshots.
 fn start_in_memory(folder: &Path) -> Owned {
-    let more = ["--zero", "1", "--memory-every", "2", "--max-restarts", "3"];
-    start(folder, &[&TWO_NODES[..], &more].concat())
+    start(folder, &[&TINY[..], &IN_MEMORY, &["--nnodes", "2"]].concat())
 }
 
 /// The run ends with the bits of one that nothing happened to, and has gone on from memory as often as is said.
 fn compare(run: Owned, folder: &Path, restarts: usize) {
-    let whole = tempfile::tempdir().expect("a temporary folder");
-    finish(whole.path(), &[&TWO_NODES[..], &["--zero", "1"]].concat());
     let output = run.finish(super::DEADLINE);
     let (out, said) =
         (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -40,8 +59,8 @@ fn compare(run: Owned, folder: &Path, restarts: usize) {
     assert!(said.contains(&format!("restart {restarts}/3: rank ")), "{said}");
     let resumed = out.matches("from snapshot in memory").count();
     assert_eq!(resumed, restarts, "{out}\n{said}");
-    assert!(weights(folder) == weights(whole.path()), "{out}\n{said}");
-    assert_eq!(losses(folder), losses(whole.path()));
+    assert!(weights(folder) == weights(whole()), "{out}\n{said}");
+    assert_eq!(losses(folder), losses(whole()));
     let left = fs::read_dir(folder).expect("the run's folder").flatten();
     let mut left: Vec<_> = left.map(|entry| entry.file_name()).collect();
     left.sort();
@@ -84,6 +103,48 @@ fn a_node_that_is_lost_with_its_memory_is_no_loss() {
     }
     signal("-CONT", launcher);
     compare(run, folder.path(), 1);
+}
+
+/// Two launchers, as on two machines. One is lost with its ranks and its memory, and the other goes on alone.
+#[test]
+fn the_launcher_of_a_node_is_lost_and_the_other_has_all_that_it_needs() {
+    let (folder, elsewhere) =
+        (tempfile::tempdir().expect("one"), tempfile::tempdir().expect("two"));
+    let port = free_port().to_string();
+    let node = |folder: &TempDir, number| {
+        let place = ["--nnodes", "1:2", "--node-rank", number, "--master-addr", "127.0.0.1"];
+        let args = [&TINY[..], &IN_MEMORY, &place, &["--master-port", &port]].concat();
+        let mut command = super::trainer(folder.path(), &args);
+        Owned::start(command.env("PHALANX_JOB_TOKEN", "5a".repeat(32)))
+    };
+    let (first, second) = (node(&folder, "0"), node(&elsewhere, "1"));
+    wait_until("steps of four ranks", || steps_of_four(folder.path()) >= 5);
+    second.signal("-KILL");
+    let output = first.finish(super::DEADLINE);
+    drop(second);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("begins: nodes 0, 2 ranks"), "{said}");
+    let out = String::from_utf8_lossy(&output.stdout);
+    assert!(out.contains("from snapshot in memory"), "{out}");
+    // The sum over a batch is cut at other places from then on.
+    let (changed, whole) = (losses(folder.path()), losses(whole()));
+    assert_eq!(changed.len(), whole.len(), "every step once");
+    for ((step, one), (_, other)) in changed.iter().zip(&whole) {
+        let [one, other] = [one, other].map(|text| text.parse::<f64>().expect("a number"));
+        assert!((one - other).abs() <= 1e-6 * other.abs(), "step {step}: {one} and {other}");
+    }
+}
+
+/// How many steps the metrics have that four ranks have made.
+fn steps_of_four(folder: &Path) -> usize {
+    let text = fs::read_to_string(folder.join("metrics.jsonl")).unwrap_or_default();
+    let waits =
+        text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let of_four = |line: &serde_json::Value| {
+        line["data_wait_ms_by_rank"].as_array().is_some_and(|waits| waits.len() == 4)
+    };
+    waits.filter(of_four).count()
 }
 
 /// Under another launcher nobody owns such memory, and the option says so.
