@@ -38,7 +38,7 @@ pub fn run_ranks_with<T: Send + 'static>(
     rank: impl Fn(Group) -> T + Send + Sync + 'static,
 ) -> Vec<T> {
     let options = options.with_host_link(link);
-    let worlds = (0..world_size).map(|rank| World::threads(rank, world_size));
+    let worlds = (0..world_size).map(|number| World::threads(number, world_size));
     run_worlds(worlds.collect(), &options, rank)
 }
 
@@ -51,14 +51,14 @@ pub fn run_ranks_on<T: Send + 'static>(
     nodes: &[usize],
     rank: impl Fn(Group) -> T + Send + Sync + 'static,
 ) -> Vec<T> {
-    let world = |(rank, &node_rank): (usize, &usize)| {
+    let world = |(number, &node_rank): (usize, &usize)| {
         let mates = |until: usize| nodes[..until].iter().filter(|&&node| node == node_rank).count();
         World {
-            local_rank: mates(rank),
+            local_rank: mates(number),
             local_world_size: mates(nodes.len()),
             node_rank,
             node_count: nodes.iter().max().map_or(1, |last| last + 1),
-            ..World::threads(rank, nodes.len())
+            ..World::threads(number, nodes.len())
         }
     };
     let worlds = nodes.iter().enumerate().map(world).collect();

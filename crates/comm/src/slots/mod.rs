@@ -87,7 +87,7 @@ impl Slots {
     /// It has no such place.
     pub fn new(memory: File, place: usize) -> io::Result<Self> {
         if place >= PLACES_MAX {
-            return Err(refused(format!("place {place} of {PLACES_MAX}")));
+            return Err(refused(&format!("place {place} of {PLACES_MAX}")));
         }
         Ok(Self { memory, place: place as u64 })
     }
@@ -123,10 +123,10 @@ impl Slots {
     /// There is no such pair; the memory cannot be written.
     pub fn begin(&self, pair: usize, stamp: Stamp, keep: Option<Stamp>) -> io::Result<Writing<'_>> {
         if pair >= PAIRS_MAX {
-            return Err(refused(format!("pair {pair} of {PAIRS_MAX}")));
+            return Err(refused(&format!("pair {pair} of {PAIRS_MAX}")));
         }
-        let first = self.header(2 * pair)?;
-        let holds_it = keep.is_some() && first.map(|(stamp, _)| stamp) == keep;
+        let first = self.header(2 * pair)?.map(|(in_first, _)| in_first);
+        let holds_it = keep.is_some() && first == keep;
         let slot = 2 * pair + usize::from(holds_it);
         self.memory.write_all_at(&[0; HEADER_BYTES], self.start(slot))?;
         Ok(Writing { slots: self, slot, stamp, bytes: 0 })
@@ -193,7 +193,7 @@ impl Writing<'_> {
     pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         let end = self.bytes + bytes.len() as u64;
         if end > SLOT_BYTES - PAGE_BYTES {
-            return Err(refused(format!("{end} bytes in a slot of {SLOT_BYTES}")));
+            return Err(refused(&format!("{end} bytes in a slot of {SLOT_BYTES}")));
         }
         let start = self.slots.start(self.slot) + PAGE_BYTES;
         self.slots.memory.write_all_at(bytes, start + self.bytes)?;
@@ -216,7 +216,7 @@ impl Writing<'_> {
     }
 }
 
-fn refused(what: String) -> io::Error {
+fn refused(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, format!("memory for snapshots: {what}"))
 }
 
