@@ -62,23 +62,18 @@ pub struct SnapshotShare {
 }
 
 impl SnapshotShare {
-    /// Reads a buffer of [`Saver::capture`](crate::Saver::capture) from its first byte to its last.
+    /// Reads a buffer of [`Saver::capture`](crate::Saver::capture) from its first byte to its last, block by block.
     ///
     /// # Errors
-    /// [`Error::BadManifest`] or [`Error::Damaged`] when it is not what it was.
-    pub fn verify(buffer: &[u8]) -> Result<Self> {
-        let share = decode(buffer)?;
+    /// [`Error::BadManifest`] or [`Error::Damaged`] when it is not what it was; [`Error::Io`].
+    pub fn verify(source: Arc<dyn Source>) -> Result<Self> {
+        let share = decode(&*source)?;
         let About { step, nonce, rank } = share.about;
-        let file = &buffer[..to_usize(share.file.bytes)];
-        if sums(file) != share.file.crc32c {
-            return Err(bad(format!("the share of rank {rank} is damaged")));
-        }
+        let shard = open(source, &share.file)?;
+        let mut buffer = Vec::new();
+        (0..shard.block_count()).try_for_each(|block| shard.check(block, &mut buffer, None))?;
         Ok(Self { step, nonce, rank, world_size: share.world_size })
     }
-}
-
-fn sums(file: &[u8]) -> Sums {
-    Sums(file.chunks(BLOCK_BYTES).map(crc32c::crc32c).collect())
 }
 
 /// Makes the buffer of a rank's file, to which it appends.
@@ -88,7 +83,7 @@ pub(crate) fn describe(
     (values, rank_values): (Box<RawValue>, Box<RawValue>),
     file: &mut Vec<u8>,
 ) -> Result<()> {
-    let crc32c = sums(file);
+    let crc32c = Sums(file.chunks(BLOCK_BYTES).map(crc32c::crc32c).collect());
     let share = Share {
         about,
         world_size: layouts.files.len(),
@@ -105,28 +100,29 @@ pub(crate) fn describe(
 
 impl Checkpoint {
     /// Of all ranks' buffers of one [`Saver::capture`](crate::Saver::capture), in any order; buffers of one rank may come several times.
+    /// They are read where they are, as a checkpoint's files.
     ///
     /// # Errors
-    /// [`Error::BadManifest`] when a buffer is not what it was, when one is missing, or when they are not of one snapshot.
-    pub fn from_snapshots<B: AsRef<[u8]> + Send + Sync + 'static>(buffers: Vec<B>) -> Result<Self> {
+    /// [`Error::BadManifest`] when a buffer is not what it was, when one is missing, or when they are not of one snapshot; [`Error::Io`].
+    pub fn from_snapshots(sources: Vec<Arc<dyn Source>>) -> Result<Self> {
         let mut found = Vec::new();
-        for buffer in buffers {
-            let share = decode(buffer.as_ref())?;
-            let bytes = to_usize(share.file.bytes);
-            found.push((share, Window { buffer, bytes }));
+        for source in sources {
+            found.push((decode(&*source)?, source));
         }
         found.sort_by_key(|(share, _)| share.about.rank);
         found.dedup_by_key(|(share, _)| share.about.rank);
-        let (shares, windows): (Vec<_>, Vec<_>) = found.into_iter().unzip();
+        let (shares, sources): (Vec<_>, Vec<_>) = found.into_iter().unzip();
         let manifest = assemble(shares)?;
-        let files = manifest.files.iter().zip(windows);
-        let shards = files.map(|(file, window)| {
-            let path = PathBuf::from(&file.name);
-            Shard::open(path, Arc::new(window), file.bytes, file.crc32c.0.clone())
-        });
-        let shards = shards.collect::<Result<_>>()?;
+        let files = manifest.files.iter().zip(sources);
+        let shards = files.map(|(file, source)| open(source, file)).collect::<Result<_>>()?;
         Self::of_parts(label().to_path_buf(), manifest, shards)
     }
+}
+
+/// The shard at the beginning of a buffer.
+fn open(source: Arc<dyn Source>, file: &FileEntry) -> Result<Shard> {
+    let front = Front { source, bytes: file.bytes };
+    Shard::open(PathBuf::from(&file.name), Arc::new(front), file.bytes, file.crc32c.0.clone())
 }
 
 /// What errors call a snapshot.
@@ -139,16 +135,19 @@ fn bad(reason: impl Into<String>) -> Error {
 }
 
 /// What a buffer holds; its shard is as long as it should be.
-fn decode(buffer: &[u8]) -> Result<Share> {
-    let (rest, length) =
-        buffer.split_last_chunk::<LENGTH_BYTES>().ok_or_else(|| bad("it is too short"))?;
-    let start = rest.len().checked_sub(to_usize(u64::from_le_bytes(*length)));
-    let (file, text) =
-        start.and_then(|at| rest.split_at_checked(at)).ok_or_else(|| bad("it is cut off"))?;
-    let share: Share = unseal_json(text, label())?;
-    if to_u64(file.len()) != share.file.bytes {
-        let reason = format!("it has {} bytes, expected {}", file.len(), share.file.bytes);
-        return Err(bad(reason));
+fn decode(source: &dyn Source) -> Result<Share> {
+    let io = |error| Error::io("read", label())(error);
+    let bytes = source.bytes().map_err(io)?;
+    let end = bytes.checked_sub(to_u64(LENGTH_BYTES)).ok_or_else(|| bad("it is too short"))?;
+    let mut length = [0; LENGTH_BYTES];
+    source.read_at(end, &mut length).map_err(io)?;
+    let length = u64::from_le_bytes(length);
+    let start = end.checked_sub(length).ok_or_else(|| bad("it is cut off"))?;
+    let mut text = vec![0; to_usize(length)];
+    source.read_at(start, &mut text).map_err(io)?;
+    let share: Share = unseal_json(&text, label())?;
+    if start != share.file.bytes {
+        return Err(bad(format!("it has {start} bytes, expected {}", share.file.bytes)));
     }
     Ok(share)
 }
@@ -192,25 +191,19 @@ fn merge(tensors: &mut Vec<TensorEntry>, more: Vec<TensorEntry>) -> Result<()> {
     Ok(())
 }
 
-/// The shard at the beginning of a buffer.
-struct Window<B> {
-    buffer: B,
-    bytes: usize,
+/// The first bytes of a buffer.
+#[derive(Debug)]
+struct Front {
+    source: Arc<dyn Source>,
+    bytes: u64,
 }
 
-impl<B: AsRef<[u8]> + Send + Sync> Source for Window<B> {
+impl Source for Front {
     fn bytes(&self) -> std::io::Result<u64> {
-        Ok(to_u64(self.bytes))
+        Ok(self.bytes)
     }
 
     fn read_at(&self, offset: u64, out: &mut [u8]) -> std::io::Result<()> {
-        let shard = self.buffer.as_ref().get(..self.bytes).unwrap_or_default();
-        crate::fs::read_slice(shard, offset, out)
-    }
-}
-
-impl<B> std::fmt::Debug for Window<B> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Window").field("bytes", &self.bytes).finish_non_exhaustive()
+        self.source.read_at(offset, out)
     }
 }

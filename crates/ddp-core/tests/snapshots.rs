@@ -11,7 +11,7 @@ use std::os::fd::AsRawFd as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use phalanx_comm::slots::{memory, Slots};
+use phalanx_comm::slots::{memory, Slots, Spot};
 use phalanx_comm::testing::{run_ranks, run_ranks_on};
 use phalanx_comm::Group;
 use phalanx_ddp_core::checkpoint::{Checkpointer, CheckpointerOptions, OnError, Origin};
@@ -105,8 +105,8 @@ fn damage(memory: &File, place: usize, is_hit: impl Fn(usize) -> bool) {
 
 #[test]
 fn all_ranks_die_and_their_launchers_live() {
-    for nodes in [&[0][..], &[0, 0, 0], &[0, 1], &[0, 0, 1, 1], &[0, 0, 1]] {
-        let launchers = launchers(2);
+    for nodes in [&[0][..], &[0, 0, 0], &[0, 1], &[0, 0, 1, 1], &[0, 0, 1], &[0, 1, 2]] {
+        let launchers = launchers(3);
         assert_eq!(run(nodes, &launchers, &to(1)).0, None);
         assert_eq!(run(nodes, &launchers, &to(5)).0, None, "step 1 was not kept");
         let (begun, _) = run(nodes, &launchers, &to(6));
@@ -114,7 +114,19 @@ fn all_ranks_die_and_their_launchers_live() {
         let (begun, bits) = run(nodes, &launchers, &to(7));
         assert_eq!(begun, Some((Origin::Memory, 6)), "{nodes:?}");
         assert_eq!(bits, unbroken(nodes), "{nodes:?}");
+        assert!(launchers.iter().all(has_no_guests), "{nodes:?}");
     }
+}
+
+/// Whether the shares that were brought to a machine are gone again.
+fn has_no_guests(memory: &File) -> bool {
+    let slots = Slots::new(memory.try_clone().unwrap(), 0).unwrap();
+    let is_gone = |of_rank| {
+        let mut first = [1; 64];
+        slots.read(Spot::Guest(of_rank), 0, &mut first).unwrap();
+        first == [0; 64]
+    };
+    (0..4).all(is_gone)
 }
 
 #[test]
@@ -189,10 +201,10 @@ fn the_newest_of_disk_and_memory_is_taken() {
 
 #[test]
 fn a_snapshot_that_ranks_cannot_keep_leaves_the_former() {
-    let nodes = [0, 1, 2];
-    // Rank 2 has a copy of rank 1's share, unless it cannot keep it either.
-    for (full, step) in [(&[1][..], 6), (&[1, 2], 2)] {
-        let launchers = launchers(3);
+    let nodes = [0, 1];
+    // Rank 0 has a copy of rank 1's share, unless it cannot keep it either.
+    for (full, step) in [(&[1][..], 6), (&[0, 1], 2)] {
+        let launchers = launchers(2);
         run(&nodes, &launchers, &to(3));
         let of_node = |(node, memory): (usize, &File)| match full.contains(&node) {
             true => refusing(memory),

@@ -1,9 +1,19 @@
 //! Snapshots in memory, which a neighbour keeps.
 
-use phalanx_checkpoint::{Checkpoint, Saver, SaverOptions, SnapshotShare, Tensors};
+use std::sync::Arc;
+
+use phalanx_checkpoint::{Checkpoint, Result, Saver, SaverOptions, SnapshotShare, Tensors};
 use serde_json::json;
 
 use crate::support::{check, on_ranks, Memory};
+
+fn opened(buffers: Vec<Vec<u8>>) -> Result<Checkpoint> {
+    Checkpoint::from_snapshots(buffers.into_iter().map(|buffer| Arc::new(buffer) as _).collect())
+}
+
+fn verified(buffer: &[u8]) -> Result<SnapshotShare> {
+    SnapshotShare::verify(Arc::new(buffer.to_vec()))
+}
 
 fn captured(world_size: usize, step: u64) -> Vec<Vec<u8>> {
     let folder = tempfile::tempdir().expect("a folder");
@@ -13,7 +23,7 @@ fn captured(world_size: usize, step: u64) -> Vec<Vec<u8>> {
         let memory = Memory::new(step, rank, world_size);
         let mut buffer = vec![7; 5];
         let share = saver.capture(ranks, step, &memory.snapshot(), &mut buffer).expect("a share");
-        assert_eq!(SnapshotShare::verify(&buffer).expect("whole"), share);
+        assert_eq!(verified(&buffer).expect("whole"), share);
         assert_eq!((share.step, share.rank, share.world_size), (step, rank, world_size));
         buffer
     })
@@ -25,7 +35,7 @@ fn all_ranks_buffers_are_a_checkpoint_in_any_order() {
         let mut buffers = captured(world_size, 40);
         buffers.reverse();
         buffers.push(buffers[0].clone());
-        let checkpoint = Checkpoint::from_snapshots(buffers).unwrap();
+        let checkpoint = opened(buffers).unwrap();
         check(&checkpoint, 40);
         assert_eq!((checkpoint.step(), checkpoint.world_size()), (40, world_size));
         assert_eq!(
@@ -39,7 +49,7 @@ fn all_ranks_buffers_are_a_checkpoint_in_any_order() {
 #[test]
 fn buffers_that_are_missing_of_another_snapshot_or_damaged_are_refused() {
     let (buffers, others) = (captured(3, 40), captured(3, 40));
-    let refused = |some: Vec<Vec<u8>>| Checkpoint::from_snapshots(some).unwrap_err().to_string();
+    let refused = |some: Vec<Vec<u8>>| opened(some).unwrap_err().to_string();
     assert!(refused(buffers[1..].to_vec()).contains("share of rank 0 is missing"));
     assert!(refused(buffers[..2].to_vec()).contains("2 of 3 ranks' shares"));
     assert!(refused(Vec::new()).contains("there is none"));
@@ -50,18 +60,18 @@ fn buffers_that_are_missing_of_another_snapshot_or_damaged_are_refused() {
     for bit in (0..first.len() * 8).step_by(61) {
         let mut bad = first.clone();
         bad[bit / 8] ^= 1 << (bit % 8);
-        assert!(SnapshotShare::verify(&bad).is_err(), "bit {bit}");
-        let opened = Checkpoint::from_snapshots([vec![bad], rest.to_vec()].concat());
+        assert!(verified(&bad).is_err(), "bit {bit}");
+        let of_bad = opened([vec![bad], rest.to_vec()].concat());
         let is_damaged = |checkpoint: Checkpoint| {
             let mut names = checkpoint.names().into_iter();
             names.any(|name| checkpoint.read_whole(name).is_err())
                 && !checkpoint.verify().damage.is_empty()
         };
-        assert!(opened.map_or(true, is_damaged), "bit {bit}");
+        assert!(of_bad.map_or(true, is_damaged), "bit {bit}");
     }
     for len in (0..first.len()).step_by(97) {
-        assert!(SnapshotShare::verify(&first[..len]).is_err(), "cut at {len}");
+        assert!(verified(&first[..len]).is_err(), "cut at {len}");
         let cut = [vec![first[..len].to_vec()], rest.to_vec()].concat();
-        assert!(Checkpoint::from_snapshots(cut).is_err(), "cut at {len}");
+        assert!(opened(cut).is_err(), "cut at {len}");
     }
 }

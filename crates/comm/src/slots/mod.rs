@@ -12,6 +12,9 @@
 //! A pair is for one rank's share: the newest snapshot that counts is in one half, the next one is written to the other, and a rank that
 //! dies while it writes leaves the former whole. Pair 0 is for the rank's own share, the others for those that it keeps for neighbours.
 //!
+//! Behind all places is room for *guests*: shares that no rank of this launcher has, while a training goes on from them. Any rank of the launcher
+//! reads any slot; each writes to its own place, and one of them for all to the room for guests.
+//!
 //! Slots are read and written by `pread` and `pwrite`: where memory is used up, that is an error; through a mapping it would be a `SIGBUS`.
 
 mod header;
@@ -30,8 +33,17 @@ use header::{decode, encode, HEADER_BYTES, PAGE_BYTES};
 const SLOT_BYTES: u64 = 1 << 40;
 /// Pairs of a place: the rank's own and those of its neighbours.
 pub const PAIRS_MAX: usize = 16;
-/// So many places fit in the longest file.
-const PLACES_MAX: usize = 1 << 17;
+/// Places, which is ranks of one launcher.
+const PLACES_MAX: usize = 1 << 12;
+/// Behind all places: room for guests.
+const GUESTS_AT: u64 = PLACES_MAX as u64 * 2 * PAIRS_MAX as u64 * SLOT_BYTES;
+/// As many as a snapshot may have shares.
+const GUESTS_MAX: usize = 1 << 17;
+/// Behind all guests: the memory's number.
+const NUMBER_AT: u64 = GUESTS_AT + GUESTS_MAX as u64 * SLOT_BYTES;
+
+/// Gives memory back.
+const HOLE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
 
 /// Memory for the slots of all ranks of a launcher, still empty.
 ///
@@ -39,14 +51,17 @@ const PLACES_MAX: usize = 1 << 17;
 ///
 /// The system has no such memory, or no file descriptors left.
 pub fn memory() -> io::Result<File> {
-    Ok(File::from(memfd_create("phalanx-snapshots", MemfdFlags::CLOEXEC)?))
+    let memory = File::from(memfd_create("phalanx-snapshots", MemfdFlags::CLOEXEC)?);
+    let number = crate::rendezvous::random_bytes::<8>().map_err(io::Error::other)?;
+    memory.write_all_at(&number, NUMBER_AT)?;
+    Ok(memory)
 }
 
 /// One rank's slots.
 #[derive(Debug)]
 pub struct Slots {
     memory: File,
-    place: u64,
+    place: usize,
 }
 
 /// A snapshot that a slot holds, by its header.
@@ -58,6 +73,35 @@ pub struct Kept {
     pub stamp: Stamp,
     /// Its length.
     pub bytes: u64,
+}
+
+/// Where a share lies in a launcher's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spot {
+    /// In a slot of a rank.
+    Kept {
+        /// The rank's place.
+        place: usize,
+        /// The slot's number there.
+        slot: usize,
+    },
+    /// Among the guests.
+    Guest(usize),
+}
+
+impl Spot {
+    /// Where it begins in the file.
+    fn start(self) -> io::Result<u64> {
+        match self {
+            Self::Kept { place, slot } if place < PLACES_MAX && slot < 2 * PAIRS_MAX => {
+                Ok((place * 2 * PAIRS_MAX + slot) as u64 * SLOT_BYTES)
+            }
+            Self::Guest(number) if number < GUESTS_MAX => {
+                Ok(GUESTS_AT + number as u64 * SLOT_BYTES)
+            }
+            other => Err(refused(&format!("there is no {other:?}"))),
+        }
+    }
 }
 
 impl Slots {
@@ -89,7 +133,7 @@ impl Slots {
         if place >= PLACES_MAX {
             return Err(refused(&format!("place {place} of {PLACES_MAX}")));
         }
-        Ok(Self { memory, place: place as u64 })
+        Ok(Self { memory, place })
     }
 
     /// All snapshots that were written to their end.
@@ -107,13 +151,49 @@ impl Slots {
         Ok(kept)
     }
 
-    /// Reads from a snapshot, from `offset` on; `out` must lie within it.
+    /// This rank's place.
+    #[must_use]
+    pub fn place(&self) -> usize {
+        self.place
+    }
+
+    /// The memory's number: ranks that see the same one have the same memory.
     ///
     /// # Errors
     ///
     /// The memory cannot be read.
-    pub fn read(&self, kept: &Kept, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.memory.read_exact_at(out, self.start(kept.slot) + PAGE_BYTES + offset)
+    pub fn number(&self) -> io::Result<u64> {
+        let mut number = [0; 8];
+        self.memory.read_exact_at(&mut number, NUMBER_AT)?;
+        Ok(u64::from_le_bytes(number))
+    }
+
+    /// Reads from a share, of whichever rank of this memory, from `offset` on; `out` must lie within it.
+    ///
+    /// # Errors
+    ///
+    /// The memory cannot be read.
+    pub fn read(&self, spot: Spot, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.memory.read_exact_at(out, spot.start()? + PAGE_BYTES + offset)
+    }
+
+    /// Writes a part of a guest.
+    ///
+    /// # Errors
+    ///
+    /// There is no memory left, or no room for so many guests.
+    pub fn admit(&self, guest: usize, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let start = Spot::Guest(guest).start()? + PAGE_BYTES + offset;
+        self.memory.write_all_at(bytes, start)
+    }
+
+    /// Gives back the memory of all guests; nobody may read them any more.
+    ///
+    /// # Errors
+    ///
+    /// The memory cannot be written.
+    pub fn see_guests_out(&self) -> io::Result<()> {
+        Ok(fallocate(&self.memory, HOLE, GUESTS_AT, NUMBER_AT - GUESTS_AT)?)
     }
 
     /// Begins to write a snapshot to the half of `pair` that does not hold `keep`; what that half held is lost.
@@ -144,7 +224,7 @@ impl Slots {
 
     /// Where a slot begins in the file.
     fn start(&self, slot: usize) -> u64 {
-        (self.place * 2 * PAIRS_MAX as u64 + slot as u64) * SLOT_BYTES
+        (self.place * 2 * PAIRS_MAX + slot) as u64 * SLOT_BYTES
     }
 }
 
@@ -157,9 +237,8 @@ impl Slots {
     ///
     /// The memory cannot be written.
     pub fn lose(&self) -> io::Result<()> {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         let bytes = 2 * PAIRS_MAX as u64 * SLOT_BYTES;
-        Ok(fallocate(&self.memory, flags, self.start(0), bytes)?)
+        Ok(fallocate(&self.memory, HOLE, self.start(0), bytes)?)
     }
 
     /// Changes a byte of a snapshot, at `offset`.
@@ -169,8 +248,9 @@ impl Slots {
     /// The memory cannot be written.
     pub fn damage(&self, kept: &Kept, offset: u64) -> io::Result<()> {
         let mut byte = [0];
-        self.read(kept, offset, &mut byte)?;
-        self.memory.write_all_at(&[!byte[0]], self.start(kept.slot) + PAGE_BYTES + offset)
+        let at = self.start(kept.slot) + PAGE_BYTES + offset;
+        self.memory.read_exact_at(&mut byte, at)?;
+        self.memory.write_all_at(&[!byte[0]], at)
     }
 }
 
@@ -210,8 +290,7 @@ impl Writing<'_> {
         let Self { slots, slot, stamp, bytes } = self;
         let (start, used) = (slots.start(slot), PAGE_BYTES + bytes);
         // What a longer one has left behind it; where that is not possible, it stays until the next long one.
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(&slots.memory, flags, start + used, SLOT_BYTES - used).ok();
+        fallocate(&slots.memory, HOLE, start + used, SLOT_BYTES - used).ok();
         slots.memory.write_all_at(&encode(stamp, bytes), start)
     }
 }

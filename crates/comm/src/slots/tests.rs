@@ -27,7 +27,7 @@ fn found(memory: &File, place: usize) -> Vec<(u64, Vec<u8>)> {
     let slots = Slots::new(memory.try_clone().unwrap(), place).unwrap();
     let read = |kept: Kept| {
         let mut bytes = vec![0; usize::try_from(kept.bytes).unwrap()];
-        slots.read(&kept, 0, &mut bytes).unwrap();
+        slots.read(Spot::Kept { place, slot: kept.slot }, 0, &mut bytes).unwrap();
         (kept.stamp.step, bytes)
     };
     slots.kept().unwrap().into_iter().map(read).collect()
@@ -90,4 +90,28 @@ fn memory_is_what_the_snapshots_need_and_no_more() {
 #[test]
 fn a_process_without_a_launcher_of_ours_has_no_slots() {
     assert!(Slots::from_environment().unwrap().is_none());
+}
+
+#[test]
+fn guests_are_every_ranks_until_they_are_seen_out() {
+    let (here, elsewhere) = (memory().unwrap(), memory().unwrap());
+    let slots = |memory: &File, place| Slots::new(memory.try_clone().unwrap(), place).unwrap();
+    let (one, other) = (slots(&here, 0), slots(&here, 1));
+    assert_eq!(one.number().unwrap(), other.number().unwrap());
+    assert_ne!(one.number().unwrap(), slots(&elsewhere, 0).number().unwrap());
+    keep(&here, 0, 0, (2, None), b"kept");
+    one.admit(7, 0, b"a gu").unwrap();
+    one.admit(7, 4, b"est").unwrap();
+    let mut bytes = [0; 7];
+    other.read(Spot::Guest(7), 0, &mut bytes).unwrap();
+    assert_eq!(&bytes, b"a guest");
+    let used = here.metadata().unwrap().blocks();
+    other.see_guests_out().unwrap();
+    assert!(here.metadata().unwrap().blocks() < used);
+    let mut kept = [0; 4];
+    other.read(Spot::Kept { place: 0, slot: 0 }, 0, &mut kept).unwrap();
+    assert_eq!(&kept, b"kept");
+    assert_eq!(one.number().unwrap(), other.number().unwrap());
+    assert!(one.admit(GUESTS_MAX, 0, b"x").is_err());
+    assert!(one.read(Spot::Kept { place: PLACES_MAX, slot: 0 }, 0, &mut kept).is_err());
 }

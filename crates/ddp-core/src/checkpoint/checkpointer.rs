@@ -31,7 +31,7 @@ use crate::{Ddp, Error, Optimizer, Result};
 /// which outlives the rank, and sends it to a rank of the next node. When ranks are started again, [`resume`](Checkpointer::resume) goes on from the newest
 /// of disk and memory, after the loss of ranks or of one node. It needs no folder: [`Checkpointer::in_memory`]. The memory goes with the
 /// launcher. A machine's memory has twice the shares of its ranks and twice those of the ranks before them; while one is kept a copy more, and
-/// while a training goes on from it the whole snapshot in each rank.
+/// while a training goes on from it, once, the shares that the machine has not.
 ///
 /// # Example
 /// ```
@@ -152,7 +152,10 @@ impl Checkpointer {
         let mut on_disk = self.newest_on_disk(None)?;
         let step_on_disk = on_disk.as_ref().map(Checkpoint::step);
         if let Some(snapshot) = self.newest_in_memory(step_on_disk)? {
-            match self.resume_from(&snapshot, Origin::Memory, optimizer.as_deref_mut())? {
+            let resumed = self.resume_from(&snapshot, Origin::Memory, optimizer.as_deref_mut())?;
+            drop(snapshot);
+            self.keeper.iter().for_each(Keeper::let_go);
+            match resumed {
                 Ok(resumed) => return Ok(Some(resumed)),
                 Err(error) => tracing::warn!("{error}; trying what is on disk"),
             }

@@ -23,8 +23,27 @@ pub(super) struct Entry {
 pub(super) struct Whole {
     pub(super) step: u64,
     pub(super) nonce: u64,
-    /// By rank of the world that it was made in: who has the share now, and what it is there.
-    pub(super) shares: Vec<(usize, Entry)>,
+    /// By rank of the world that it was made in: everyone who has the share now, and what it is there.
+    pub(super) shares: Vec<Vec<(usize, Entry)>>,
+}
+
+/// The way of a share to where it is missing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Route {
+    /// Who has it, and what it is there.
+    pub(super) sender: usize,
+    pub(super) entry: Entry,
+    /// The first rank of each memory in which no rank has it.
+    pub(super) receivers: Vec<usize>,
+}
+
+/// How a share gets from its `holders`, of which there are some, to all memories, when rank `r` sees `memories[r]`.
+pub(super) fn route(holders: &[(usize, Entry)], memories: &[u64]) -> Route {
+    let (sender, entry) = holders[0];
+    let has = |memory: u64| holders.iter().any(|(holder, _)| memories[*holder] == memory);
+    let is_first = |rank: usize| !memories[..rank].contains(&memories[rank]);
+    let lacks = |&rank: &usize| is_first(rank) && !has(memories[rank]);
+    Route { sender, entry, receivers: (0..memories.len()).filter(lacks).collect() }
 }
 
 /// The newest snapshot that is whole, when rank `r` has `told[r]`. All ranks come to the same.
@@ -46,7 +65,7 @@ pub(super) fn incomplete(told: &[Vec<Entry>]) -> Vec<String> {
 }
 
 /// Who has each rank's share.
-type Shares = BTreeMap<usize, (usize, Entry)>;
+type Shares = BTreeMap<usize, Vec<(usize, Entry)>>;
 
 /// The shares of each snapshot: step, nonce, world size.
 fn by_snapshot(told: &[Vec<Entry>]) -> BTreeMap<(u64, u64, usize), Shares> {
@@ -54,7 +73,7 @@ fn by_snapshot(told: &[Vec<Entry>]) -> BTreeMap<(u64, u64, usize), Shares> {
     for (holder, entries) in told.iter().enumerate() {
         for entry in entries {
             let snapshot = snapshots.entry((entry.step, entry.nonce, entry.world_size));
-            snapshot.or_default().entry(entry.of_rank).or_insert((holder, *entry));
+            snapshot.or_default().entry(entry.of_rank).or_default().push((holder, *entry));
         }
     }
     snapshots
@@ -68,9 +87,25 @@ mod tests {
         Entry { step, nonce, of_rank, world_size: 3, slot, bytes: 8 }
     }
 
+    /// The first holder of each share.
     fn holders(told: &[Vec<Entry>]) -> Option<(u64, Vec<usize>)> {
         let whole = newest_whole(told)?;
-        Some((whole.step, whole.shares.iter().map(|(holder, _)| *holder).collect()))
+        Some((whole.step, whole.shares.iter().map(|holders| holders[0].0).collect()))
+    }
+
+    #[test]
+    fn a_share_goes_once_to_every_memory_that_lacks_it() {
+        let held = |by: &[usize]| by.iter().map(|&rank| (rank, entry((6, 1), 0, 5))).collect();
+        let receivers = |by: &[usize], memories: &[u64]| {
+            let holders: Vec<_> = held(by);
+            let route = route(&holders, memories);
+            assert_eq!((route.sender, route.entry.slot), (by[0], 5));
+            route.receivers
+        };
+        assert!(receivers(&[1], &[7, 7, 7]).is_empty());
+        assert_eq!(receivers(&[1], &[7, 7, 8, 8]), [2]);
+        assert!(receivers(&[1, 3], &[7, 7, 8, 8]).is_empty());
+        assert_eq!(receivers(&[5], &[7, 8, 7, 8, 9, 9]), [0, 1]);
     }
 
     #[test]

@@ -1,36 +1,36 @@
 //! Snapshots in the launcher's memory: each rank's share in its own slot, and a copy with a rank of the next node.
 //!
 //! A snapshot counts when all ranks have said that their part of it is kept; before that the halves of the one that counts are not
-//! written to (see [`phalanx_comm::slots`]). After a restart ranks tell each other what they have found, and every share of the newest
-//! whole snapshot is broadcast by a rank that has it.
+//! written to (see [`phalanx_comm::slots`]). What is found of it after a restart is [`finder`]'s.
 //!
 //! Cost, on the training thread: a copy of this rank's share to the process and one to its slot, one message of that length to another
 //! node and one from there, and two small collectives.
 
 use std::io;
+use std::sync::Arc;
 
-use phalanx_checkpoint::{Checkpoint, Saver, Snapshot, SnapshotShare};
-use phalanx_comm::slots::{Kept, Slots, Stamp, Writing, PAIRS_MAX};
+use phalanx_checkpoint::{Checkpoint, Saver, Snapshot};
+use phalanx_comm::slots::{Slots, Stamp, Writing, PAIRS_MAX};
 use phalanx_comm::Group;
 
-use super::inventory::{self, Entry, Whole};
+use super::finder;
 use super::neighbours::Neighbours;
 use super::ranks::OverGroup;
 use crate::{Error, Result};
 
 /// Messages between ranks: long enough for any link, and what memory they take for a moment is little.
-const CHUNK_BYTES: usize = 16 << 20;
+pub(super) const CHUNK_BYTES: usize = 16 << 20;
 
 /// One rank's part of keeping snapshots.
 #[derive(Debug)]
 pub(super) struct Keeper {
-    slots: Slots,
+    slots: Arc<Slots>,
     neighbours: Neighbours,
     /// The snapshot that counts: kept by all, or gone on from.
     newest: Option<Stamp>,
 }
 
-/// Why the last snapshot does not count.
+/// The first rank with trouble, and what that is.
 #[derive(Debug)]
 pub(super) struct NotKept {
     pub(super) rank: usize,
@@ -55,7 +55,7 @@ impl Keeper {
             return Err(refused(rank, "too many neighbours' shares would come to it; start about as many ranks on each node"));
         }
         let neighbours = Neighbours::of(group.rank(), &nodes);
-        Ok(Self { slots, neighbours, newest: None })
+        Ok(Self { slots: Arc::new(slots), neighbours, newest: None })
     }
 
     /// The step of the snapshot that counts.
@@ -121,95 +121,23 @@ impl Keeper {
         Ok(incoming.into_iter().try_for_each(|one| one.writing?.finish()))
     }
 
-    /// The newest whole snapshot of the ranks' memory, if it is newer than `step`. Collective, and the same on all ranks. It is in this
-    /// process's memory, all of it.
+    /// The newest whole snapshot of the ranks' memory, if it is newer than `step`. Collective, and the same on all ranks. It is read where
+    /// it lies, until [`Keeper::let_go`].
     pub(super) fn find(
         &mut self,
         group: &mut Group,
         newer_than: Option<u64>,
     ) -> Result<Option<Checkpoint>> {
-        let told = self.tell(group)?;
-        let whole = inventory::newest_whole(&told);
-        if whole.is_none() && group.rank() == 0 {
-            for line in inventory::incomplete(&told) {
-                tracing::warn!("ignored a snapshot in memory: {line}");
-            }
-        }
-        let Some(whole) = whole.filter(|whole| newer_than.is_none_or(|step| whole.step > step))
-        else {
-            return Ok(None);
-        };
-        let opened = Checkpoint::from_snapshots(self.bring(group, &whole)?);
-        let trouble = opened.as_ref().err().map(ToString::to_string).unwrap_or_default();
-        match (first_said(group, "snapshot brought", &trouble)?, opened) {
-            (None, Ok(checkpoint)) => {
-                self.newest = Some(Stamp { step: whole.step, nonce: whole.nonce });
-                Ok(Some(checkpoint))
-            }
-            (said, _) => {
-                let NotKept { rank, reason } = said.unwrap_or(NotKept { rank: 0, reason: trouble });
-                tracing::warn!(
-                    "the snapshot of step {} is not used: rank {rank}: {reason}",
-                    whole.step
-                );
-                Ok(None)
-            }
-        }
+        let found = finder::find(group, &self.slots, newer_than)?;
+        Ok(found.map(|(stamp, checkpoint)| {
+            self.newest = Some(stamp);
+            checkpoint
+        }))
     }
 
-    /// What all ranks have.
-    fn tell(&self, group: &mut Group) -> Result<Vec<Vec<Entry>>> {
-        let mine = serde_json::to_vec(&self.inventory()).unwrap_or_default();
-        let told = group.tagged("snapshots in memory").all_gather_bytes(&mine)?;
-        let parse = |text: &Vec<u8>| serde_json::from_slice(text).unwrap_or_default();
-        Ok(told.iter().map(parse).collect())
-    }
-
-    /// Reads everything that this rank has; what is damaged is as if it were not there.
-    fn inventory(&self) -> Vec<Entry> {
-        let kept = self.slots.kept().unwrap_or_else(|error| {
-            tracing::warn!(%error, "the memory for snapshots cannot be read");
-            Vec::new()
-        });
-        kept.iter().filter_map(|kept| self.verified(kept)).collect()
-    }
-
-    fn verified(&self, kept: &Kept) -> Option<Entry> {
-        let mut bytes = vec![0; usize::try_from(kept.bytes).ok()?];
-        let read = self.slots.read(kept, 0, &mut bytes).map_err(|error| error.to_string());
-        let verify = || SnapshotShare::verify(&bytes).map_err(|error| error.to_string());
-        match read.and_then(|()| verify()) {
-            Ok(SnapshotShare { step, nonce, rank, world_size }) => {
-                let (slot, bytes) = (kept.slot, kept.bytes);
-                Some(Entry { step, nonce, of_rank: rank, world_size, slot, bytes })
-            }
-            Err(error) => {
-                let Kept { slot, stamp, .. } = kept;
-                tracing::warn!(slot, step = stamp.step, error, "ignored a share in memory");
-                None
-            }
-        }
-    }
-
-    /// All shares of a snapshot, by rank of its world.
-    fn bring(&self, group: &mut Group, whole: &Whole) -> Result<Vec<Vec<u8>>> {
-        let stamp = Stamp { step: whole.step, nonce: whole.nonce };
-        let mut shares = Vec::with_capacity(whole.shares.len());
-        for &(holder, Entry { slot, bytes, .. }) in &whole.shares {
-            let mut share = vec![0; usize::try_from(bytes).unwrap_or(0)];
-            if holder == group.rank() {
-                let read = self.slots.read(&Kept { slot, stamp, bytes }, 0, &mut share);
-                if let Err(error) = read {
-                    // Its checksums will not be right, on any rank.
-                    tracing::warn!(%error, "a share in memory cannot be read");
-                }
-            }
-            for chunk in share.chunks_mut(CHUNK_BYTES) {
-                group.tagged("share of a snapshot").broadcast(chunk, holder)?.wait()?;
-            }
-            shares.push(share);
-        }
-        Ok(shares)
+    /// No rank reads any more of what was found.
+    pub(super) fn let_go(&self) {
+        finder::let_go(&self.slots);
     }
 }
 
@@ -237,7 +165,7 @@ impl Incoming<'_> {
 }
 
 /// The first rank that has something to say. Collective.
-fn first_said(group: &mut Group, tag: &str, mine: &str) -> Result<Option<NotKept>> {
+pub(super) fn first_said(group: &mut Group, tag: &str, mine: &str) -> Result<Option<NotKept>> {
     let told = group.tagged(tag).all_gather_bytes(mine.as_bytes())?;
     let rank = told.iter().position(|text| !text.is_empty());
     Ok(rank.map(|rank| NotKept { rank, reason: String::from_utf8_lossy(&told[rank]).into_owned() }))

@@ -3,7 +3,8 @@
 //!
 //! `phalanx-checkpoint` knows how files come to be complete; here is what a training consists of: [`held`] names its tensors
 //! and the parts of them that this rank has, [`content`] reads and fills their memory, [`training`] puts both together, [`checkpointer`]
-//! decides when. [`keeper`] holds snapshots in the launcher's memory: [`neighbours`] says who keeps whose share, [`inventory`] what is whole.
+//! decides when. [`keeper`] holds snapshots in the launcher's memory, [`finder`] finds them there: [`neighbours`] says who keeps whose share,
+//! [`inventory`] what is whole.
 //!
 //! | name | what |
 //! |---|---|
@@ -15,6 +16,7 @@
 
 mod checkpointer;
 mod content;
+mod finder;
 pub(crate) mod held;
 mod inventory;
 mod keeper;
