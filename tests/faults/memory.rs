@@ -111,10 +111,10 @@ fn the_launcher_of_a_node_is_lost_and_the_other_has_all_that_it_needs() {
     let (folder, elsewhere) =
         (tempfile::tempdir().expect("one"), tempfile::tempdir().expect("two"));
     let port = free_port().to_string();
-    let node = |folder: &TempDir, number| {
+    let node = |own: &TempDir, number| {
         let place = ["--nnodes", "1:2", "--node-rank", number, "--master-addr", "127.0.0.1"];
         let args = [&TINY[..], &IN_MEMORY, &place, &["--master-port", &port]].concat();
-        let mut command = super::trainer(folder.path(), &args);
+        let mut command = super::trainer(own.path(), &args);
         Owned::start(command.env("PHALANX_JOB_TOKEN", "5a".repeat(32)))
     };
     let (first, second) = (node(&folder, "0"), node(&elsewhere, "1"));
@@ -142,7 +142,7 @@ fn steps_of_four(folder: &Path) -> usize {
     let waits =
         text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
     let of_four = |line: &serde_json::Value| {
-        line["data_wait_ms_by_rank"].as_array().is_some_and(|waits| waits.len() == 4)
+        line["data_wait_ms_by_rank"].as_array().is_some_and(|by_rank| by_rank.len() == 4)
     };
     waits.filter(of_four).count()
 }

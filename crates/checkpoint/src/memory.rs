@@ -111,9 +111,9 @@ impl Checkpoint {
         }
         found.sort_by_key(|(share, _)| share.about.rank);
         found.dedup_by_key(|(share, _)| share.about.rank);
-        let (shares, sources): (Vec<_>, Vec<_>) = found.into_iter().unzip();
+        let (shares, by_rank): (Vec<_>, Vec<_>) = found.into_iter().unzip();
         let manifest = assemble(shares)?;
-        let files = manifest.files.iter().zip(sources);
+        let files = manifest.files.iter().zip(by_rank);
         let shards = files.map(|(file, source)| open(source, file)).collect::<Result<_>>()?;
         Self::of_parts(label().to_path_buf(), manifest, shards)
     }

@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 
+use phalanx_checkpoint::fs::Source;
 use phalanx_checkpoint::{Checkpoint, Result, Saver, SaverOptions, SnapshotShare, Tensors};
 use serde_json::json;
 
 use crate::support::{check, on_ranks, Memory};
 
 fn opened(buffers: Vec<Vec<u8>>) -> Result<Checkpoint> {
-    Checkpoint::from_snapshots(buffers.into_iter().map(|buffer| Arc::new(buffer) as _).collect())
+    let source = |buffer| -> Arc<dyn Source> { Arc::<Vec<u8>>::new(buffer) };
+    Checkpoint::from_snapshots(buffers.into_iter().map(source).collect())
 }
 
 fn verified(buffer: &[u8]) -> Result<SnapshotShare> {

@@ -84,6 +84,7 @@ pub struct Checkpointer {
 
 /// Where a step goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "independent of each other")]
 struct Due {
     disk: bool,
     memory: bool,
@@ -115,25 +116,34 @@ impl Checkpointer {
     ///
     /// # Errors
     /// As [`Checkpointer::new`].
+    #[expect(clippy::needless_pass_by_value, reason = "as the other constructors take it")]
     pub fn with_slots(
         folder: Option<PathBuf>,
         ddp: &Ddp,
         options: CheckpointerOptions,
         slots: Option<Slots>,
     ) -> Result<Self> {
-        let CheckpointerOptions { keep, on_error, on_busy, finish_timeout, .. } = options;
+        let CheckpointerOptions {
+            every_steps,
+            memory_every_steps,
+            keep,
+            on_error,
+            on_busy,
+            finish_timeout,
+            heed_signals,
+        } = options;
         let saving = SaverOptions { keep, on_error, on_busy, finish_timeout };
         let shared = Shared::clone(ddp.shared());
         let mut group = reduce::lock(&shared)?.store.group.duplicate()?;
-        let uses_memory = options.memory_every_steps > 0 || folder.is_none();
+        let uses_memory = memory_every_steps > 0 || folder.is_none();
         Ok(Self {
             keeper: uses_memory.then(|| Keeper::new(&mut group, slots)).transpose()?,
             group,
             saver: Saver::new(folder.clone().unwrap_or_default(), saving)?,
             folder,
-            every_steps: (options.every_steps, options.memory_every_steps),
+            every_steps: (every_steps, memory_every_steps),
             on_error,
-            signals: options.heed_signals.then(Signals::heed).transpose()?,
+            signals: heed_signals.then(Signals::heed).transpose()?,
             saved: None,
             committing: None,
             shared,
@@ -301,12 +311,12 @@ impl Checkpointer {
             return Err(Error::MidStep { name: name.to_owned() });
         }
         let (tensors, numbers) = gather(&mut reducer, optimizer, Share::Saved)?;
-        let values = Values { ready_order: reducer.settled_order(), optimizer: numbers, program };
+        let saved = Values { ready_order: reducer.settled_order(), optimizer: numbers, program };
         drop(reducer);
         let rooms = content::rooms(&tensors);
         let mut snapshot = Snapshot::new();
         content::offer(&mut snapshot, &tensors, &rooms)?;
-        snapshot.values(serde_json::to_value(&values).unwrap_or_default());
+        snapshot.values(serde_json::to_value(&saved).unwrap_or_default());
         if due.disk {
             self.write(step, &snapshot)?;
         }

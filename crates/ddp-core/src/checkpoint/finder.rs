@@ -58,7 +58,7 @@ pub(super) fn find(
             tracing::warn!("ignored a snapshot in memory: {line}");
         }
     }
-    let is_newer = |whole: &Whole| newer_than.is_none_or(|step| whole.step > step);
+    let is_newer = |found: &Whole| newer_than.is_none_or(|step| found.step > step);
     let Some(whole) = whole.filter(is_newer) else { return Ok(None) };
     let opened = Checkpoint::from_snapshots(bring(group, slots, &told, &whole)?);
     let trouble = opened.as_ref().err().map(ToString::to_string).unwrap_or_default();

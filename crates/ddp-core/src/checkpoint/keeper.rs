@@ -44,12 +44,12 @@ impl Keeper {
         let mut told = vec![0; group.world_size()];
         let mine = if slots.is_some() { node } else { -1 };
         group.tagged("memory for snapshots").all_gather(&[mine], &mut told[..])?.wait()?;
-        let lacks = told.iter().position(|&node| node < 0);
+        let lacks = told.iter().position(|&one| one < 0);
         let (Some(slots), None) = (slots, lacks) else {
             return Err(refused(lacks.unwrap_or_default(), "only phalanx's launcher gives it; start the ranks with it, or leave memory_every_steps at 0"));
         };
         let nodes: Vec<usize> =
-            told.into_iter().map(|node| usize::try_from(node).unwrap_or(0)).collect();
+            told.into_iter().map(|one| usize::try_from(one).unwrap_or(0)).collect();
         let is_overloaded = |&rank: &usize| Neighbours::of(rank, &nodes).wards.len() >= PAIRS_MAX;
         if let Some(rank) = (0..nodes.len()).find(is_overloaded) {
             return Err(refused(rank, "too many neighbours' shares would come to it; start about as many ranks on each node"));

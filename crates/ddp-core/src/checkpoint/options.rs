@@ -78,7 +78,8 @@ pub struct Resumed {
     pub origin: Origin,
     /// The checkpoint's folder; of a snapshot in memory what messages call it.
     pub path: PathBuf,
-    pub(super) program: Value,
+    /// The program's own values: see [`Resumed::values`].
+    pub program: Value,
 }
 
 impl Resumed {
