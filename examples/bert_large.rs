@@ -163,7 +163,7 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<ExitCode> {
             journal.step(record)?;
         }
         if let Some(signal) = checkpoints.step(step, (&mut trainer, &feed, config))? {
-            return Ok(stopped(step, signal, root));
+            return Ok(stopped(step, signal, root.then_some(config)));
         }
     }
     let peak_memory = gather_usage(&mut group)?;
@@ -174,10 +174,15 @@ fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A signal has ended the run, whose step is saved: Slurm's says that time is up, and the job is to start again.
-fn stopped(step: u64, signal: i32, root: bool) -> ExitCode {
-    if root {
-        println!("stopped by signal {signal}; step {step} is saved");
+/// A signal has ended the run, whose step is saved: Slurm's says that time is up, and the job is to start again. Rank 0 has
+/// the `config` to say where.
+fn stopped(step: u64, signal: i32, config: Option<&Config>) -> ExitCode {
+    if let Some(config) = config {
+        let place = match config.checkpoint.folder {
+            Some(_) => "",
+            None => " in the launcher's memory",
+        };
+        println!("stopped by signal {signal}; step {step} is saved{place}");
     }
     ExitCode::from(failure::stopped_by(signal))
 }

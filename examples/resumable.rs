@@ -38,7 +38,7 @@ fn main() -> anyhow::Result<ExitCode> {
 
     let every = CheckpointerOptions { every_steps: 20, ..Default::default() };
     let mut checkpointer = Checkpointer::new(&flags.checkpoint, &ddp, every)?;
-    let done = checkpointer.resume(Some(&mut optimizer))?.map_or(0, |resumed| resumed.step());
+    let done = checkpointer.resume(Some(&mut optimizer))?.map_or(0, |resumed| resumed.step);
     for step in done + 1..=100 {
         let x = Tensor::randn([32, 16], (Kind::Float, Device::Cpu));
         let target = x.square().mean_dim(1, true, Kind::Float);

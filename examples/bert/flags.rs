@@ -79,6 +79,9 @@ pub(crate) struct Flags {
     /// Steps from checkpoint to checkpoint [default: only when a signal asks for one, and at the end].
     #[arg(long, value_name = "N")]
     pub(crate) save_every: Option<u64>,
+    /// Steps from snapshot to snapshot in the launcher's memory, with which --max-restarts needs no disk [default: none].
+    #[arg(long, value_name = "N")]
+    pub(crate) memory_every: Option<u64>,
     /// Where to begin: at the newest checkpoint if there is one, at one in any case, or at the first step.
     #[arg(long, value_name = "WHEN")]
     pub(crate) resume: Option<Resume>,
@@ -203,6 +206,7 @@ impl Flags {
         put(&mut ddp.backend, self.backend.as_ref());
         checkpoint.folder = self.checkpoint.clone().or(checkpoint.folder.take());
         put(&mut checkpoint.every_steps, self.save_every.as_ref());
+        put(&mut checkpoint.memory_every_steps, self.memory_every.as_ref());
         put(&mut checkpoint.resume, self.resume.as_ref());
         config
     }

@@ -31,7 +31,7 @@ impl Journal {
         metrics: Option<&Path>,
         world_size: usize,
     ) -> Result<Journal> {
-        let may_go_on = config.checkpoint.folder.is_some();
+        let may_go_on = config.checkpoint.is_on();
         let open = if may_go_on { MetricsFile::reopen } else { MetricsFile::create };
         Ok(Journal {
             output: Output::create(config.train.output.as_deref(), name)?,

@@ -36,27 +36,33 @@ pub(crate) struct Checkpoints {
 }
 
 impl Checkpoints {
-    /// Opens the folder that the configuration names, and brings the newest checkpoint into the trainer. Collective.
+    /// Opens the folder that the configuration names and the launcher's memory, and brings the newest checkpoint into the trainer. Collective.
     pub(crate) fn open(config: &Config, trainer: &mut Trainer) -> Result<(Self, Start)> {
-        let Some(folder) = &config.checkpoint.folder else {
+        if !config.checkpoint.is_on() {
             return Ok((Self { checkpointer: None }, Start::default()));
-        };
+        }
         let (ddp, optimizer) = trainer.parts();
-        let mut checkpointer = Checkpointer::new(folder, ddp, config.checkpoint.options())?;
+        let options = config.checkpoint.options();
+        let mut checkpointer = match &config.checkpoint.folder {
+            Some(folder) => Checkpointer::new(folder, ddp, options)?,
+            None => Checkpointer::in_memory(ddp, options)?,
+        };
         let resumed = match config.checkpoint.resume {
             Resume::Never => None,
             Resume::Auto | Resume::Required => checkpointer.resume(Some(optimizer))?,
         };
         let Some(resumed) = resumed else {
-            if config.checkpoint.resume == Resume::Required {
+            if let (Resume::Required, Some(folder)) =
+                (config.checkpoint.resume, &config.checkpoint.folder)
+            {
                 bail!("{} holds no complete checkpoint; take --resume auto to begin at the first step", folder.display());
             }
             return Ok((Self { checkpointer: Some(checkpointer) }, Start::default()));
         };
         let place: Place = resumed.values()?;
         trainer.go_on(place.skipped_count);
-        let note = format!("resume step {} from {}", resumed.step(), resumed.path().display());
-        let start = Start { step: resumed.step(), data: Some(place.data), note: Some(note) };
+        let note = format!("resume step {} from {}", resumed.step, resumed.path.display());
+        let start = Start { step: resumed.step, data: Some(place.data), note: Some(note) };
         Ok((Self { checkpointer: Some(checkpointer) }, start))
     }
 
@@ -74,6 +80,9 @@ impl Checkpoints {
             config: serde_json::to_value(config)?,
         };
         let (_, optimizer) = trainer.parts();
+        if is_last && config.checkpoint.folder.is_none() {
+            return Ok(None); // nobody would go on from it
+        }
         if is_last {
             checkpointer.save(step, Some(optimizer), || place)?;
             checkpointer.finish()?;

@@ -410,7 +410,7 @@ fn resumed(
     let mut optimizer = optimizer(&ddp, AdamW { lr: 1e-3, ..AdamW::default() })?;
     let quiet = CheckpointerOptions { heed_signals: false, ..CheckpointerOptions::default() };
     let mut checkpointer = Checkpointer::new(folder, &ddp, quiet)?;
-    let done = checkpointer.resume(Some(&mut optimizer))?.map_or(0, |resumed| resumed.step());
+    let done = checkpointer.resume(Some(&mut optimizer))?.map_or(0, |resumed| resumed.step);
     for step in usize::try_from(done)?..to {
         ddp.backward(&loss_sum(&net, &batch(group, device, step)), ROWS as f64, Sync::Reduce)?;
         optimizer.step(Some(1.0))?;

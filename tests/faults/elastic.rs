@@ -48,14 +48,14 @@ fn a_job_goes_on_without_a_node_and_takes_it_in_again_with_the_same_bits() {
     second.signal("-KILL");
     drop(second);
     wait_until("steps without it", || steps_done(folder.path()) >= 24);
-    let second = node("1", port, folder.path());
+    let again = node("1", port, folder.path());
     let output = first.finish(DEADLINE);
     let said = String::from_utf8_lossy(&output.stdout).into_owned()
         + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");
     assert!(said.contains("generation 1 begins: nodes 0, "), "{said}");
     assert!(said.contains("generation 2 begins: nodes 0,1, 2 ranks"), "{said}");
-    assert!(second.finish(DEADLINE).status.success(), "{said}");
+    assert!(again.finish(DEADLINE).status.success(), "{said}");
     assert_eq!(losses(folder.path()), losses(whole.path()), "{said}");
     assert!(weights(folder.path()) == weights(whole.path()), "{said}");
 }

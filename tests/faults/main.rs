@@ -8,6 +8,7 @@ mod support;
 
 mod elastic;
 mod kills;
+mod memory;
 mod stops;
 mod world;
 
@@ -24,14 +25,19 @@ const DEADLINE: Duration = Duration::from_secs(240);
 /// The tiny model on four ranks, one thread each.
 const FOUR: [&str; 6] = ["--config", "configs/bert_tiny.json", "--nnodes", "4", "--threads", "1"];
 
-/// `bert_large` with `args`, its metrics and output in `folder`, running.
-fn start(folder: &Path, args: &[&str]) -> Owned {
+/// `bert_large` with `args`, its metrics and output in `folder`.
+fn trainer(folder: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(example("bert_large"));
     command.current_dir(env!("CARGO_MANIFEST_DIR")).args(args);
     command.arg("--metrics").arg(folder.join("metrics.jsonl"));
     command.arg("--output").arg(folder.join("out"));
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
-    Owned::start(&mut command)
+    command
+}
+
+/// As [`trainer`], running.
+fn start(folder: &Path, args: &[&str]) -> Owned {
+    Owned::start(&mut trainer(folder, args))
 }
 
 /// As [`start`], to its good end.

@@ -70,6 +70,7 @@ pub use extent::Extent;
 pub use flat::flat_range;
 pub use folder::{Folder, Keep, Listed, State};
 pub use manifest::BLOCK_BYTES;
+pub use memory::SnapshotShare;
 pub use opened::{Opened, Selected};
 pub use ranks::{Alone, Ranks};
 pub use reading::{Checkpoint, Verified};

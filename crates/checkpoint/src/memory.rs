@@ -1,10 +1,12 @@
 //! A rank's share of a snapshot in one buffer that describes itself, for a neighbour to keep.
 //!
 //! ```text
-//! u64  bytes of the description
-//!      the description: JSON that guards itself, as a manifest does
 //!      the shard, as it would lie in a file
+//!      the description: JSON that guards itself, as a manifest does
+//! u64  bytes of the description
 //! ```
+//!
+//! The shard comes first, so that it is copied once: its checksums are known when all of it is there.
 //!
 //! All ranks' buffers together are a checkpoint, without a file.
 
@@ -46,13 +48,41 @@ struct Share {
     rank_values: Box<RawValue>,
 }
 
-/// The buffer for one rank's file.
-pub(crate) fn encode(
+/// Whose share of which snapshot a buffer holds, all of it compared with its checksums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SnapshotShare {
+    /// After which step the snapshot was made.
+    pub step: u64,
+    /// The same on all ranks of one snapshot, and on no other.
+    pub nonce: u64,
+    /// Whose share it is.
+    pub rank: usize,
+    /// How many ranks have a share of it.
+    pub world_size: usize,
+}
+
+impl SnapshotShare {
+    /// Reads a buffer of [`Saver::capture`](crate::Saver::capture) from its first byte to its last, block by block.
+    ///
+    /// # Errors
+    /// [`Error::BadManifest`] or [`Error::Damaged`] when it is not what it was; [`Error::Io`].
+    pub fn verify(source: Arc<dyn Source>) -> Result<Self> {
+        let share = decode(&*source)?;
+        let About { step, nonce, rank } = share.about;
+        let shard = open(source, &share.file)?;
+        let mut buffer = Vec::new();
+        (0..shard.block_count()).try_for_each(|block| shard.check(block, &mut buffer, None))?;
+        Ok(Self { step, nonce, rank, world_size: share.world_size })
+    }
+}
+
+/// Makes the buffer of a rank's file, to which it appends.
+pub(crate) fn describe(
     layouts: &Layouts,
     about: About,
     (values, rank_values): (Box<RawValue>, Box<RawValue>),
-    file: &[u8],
-) -> Result<Vec<u8>> {
+    file: &mut Vec<u8>,
+) -> Result<()> {
     let crc32c = Sums(file.chunks(BLOCK_BYTES).map(crc32c::crc32c).collect());
     let share = Share {
         about,
@@ -63,36 +93,36 @@ pub(crate) fn encode(
         rank_values,
     };
     let text = seal_json(&share, "a snapshot")?;
-    let mut buffer = Vec::with_capacity(LENGTH_BYTES + text.len() + file.len());
-    buffer.extend_from_slice(&to_u64(text.len()).to_le_bytes());
-    buffer.extend_from_slice(&text);
-    buffer.extend_from_slice(file);
-    Ok(buffer)
+    file.extend_from_slice(&text);
+    file.extend_from_slice(&to_u64(text.len()).to_le_bytes());
+    Ok(())
 }
 
 impl Checkpoint {
     /// Of all ranks' buffers of one [`Saver::capture`](crate::Saver::capture), in any order; buffers of one rank may come several times.
+    /// They are read where they are, as a checkpoint's files.
     ///
     /// # Errors
-    /// [`Error::BadManifest`] when a buffer is not what it was, when one is missing, or when they are not of one snapshot.
-    pub fn from_snapshots<B: AsRef<[u8]> + Send + Sync + 'static>(buffers: Vec<B>) -> Result<Self> {
+    /// [`Error::BadManifest`] when a buffer is not what it was, when one is missing, or when they are not of one snapshot; [`Error::Io`].
+    pub fn from_snapshots(sources: Vec<Arc<dyn Source>>) -> Result<Self> {
         let mut found = Vec::new();
-        for buffer in buffers {
-            let (share, start) = decode(buffer.as_ref())?;
-            found.push((share, Window { buffer, start }));
+        for source in sources {
+            found.push((decode(&*source)?, source));
         }
         found.sort_by_key(|(share, _)| share.about.rank);
         found.dedup_by_key(|(share, _)| share.about.rank);
-        let (shares, windows): (Vec<_>, Vec<_>) = found.into_iter().unzip();
+        let (shares, by_rank): (Vec<_>, Vec<_>) = found.into_iter().unzip();
         let manifest = assemble(shares)?;
-        let files = manifest.files.iter().zip(windows);
-        let shards = files.map(|(file, window)| {
-            let path = PathBuf::from(&file.name);
-            Shard::open(path, Arc::new(window), file.bytes, file.crc32c.0.clone())
-        });
-        let shards = shards.collect::<Result<_>>()?;
+        let files = manifest.files.iter().zip(by_rank);
+        let shards = files.map(|(file, source)| open(source, file)).collect::<Result<_>>()?;
         Self::of_parts(label().to_path_buf(), manifest, shards)
     }
+}
+
+/// The shard at the beginning of a buffer.
+fn open(source: Arc<dyn Source>, file: &FileEntry) -> Result<Shard> {
+    let front = Front { source, bytes: file.bytes };
+    Shard::open(PathBuf::from(&file.name), Arc::new(front), file.bytes, file.crc32c.0.clone())
 }
 
 /// What errors call a snapshot.
@@ -104,13 +134,22 @@ fn bad(reason: impl Into<String>) -> Error {
     Error::BadManifest { path: label().to_path_buf(), reason: reason.into() }
 }
 
-/// What a buffer holds, and where its shard begins.
-fn decode(buffer: &[u8]) -> Result<(Share, usize)> {
-    let (length, rest) =
-        buffer.split_first_chunk::<LENGTH_BYTES>().ok_or_else(|| bad("it is too short"))?;
-    let length = to_usize(u64::from_le_bytes(*length));
-    let text = rest.get(..length).ok_or_else(|| bad("its description is cut off"))?;
-    Ok((unseal_json(text, label())?, LENGTH_BYTES + length))
+/// What a buffer holds; its shard is as long as it should be.
+fn decode(source: &dyn Source) -> Result<Share> {
+    let io = |error| Error::io("read", label())(error);
+    let bytes = source.bytes().map_err(io)?;
+    let end = bytes.checked_sub(to_u64(LENGTH_BYTES)).ok_or_else(|| bad("it is too short"))?;
+    let mut length = [0; LENGTH_BYTES];
+    source.read_at(end, &mut length).map_err(io)?;
+    let length = u64::from_le_bytes(length);
+    let start = end.checked_sub(length).ok_or_else(|| bad("it is cut off"))?;
+    let mut text = vec![0; to_usize(length)];
+    source.read_at(start, &mut text).map_err(io)?;
+    let share: Share = unseal_json(&text, label())?;
+    if start != share.file.bytes {
+        return Err(bad(format!("it has {start} bytes, expected {}", share.file.bytes)));
+    }
+    Ok(share)
 }
 
 /// The manifest of shares that are sorted by rank.
@@ -152,25 +191,19 @@ fn merge(tensors: &mut Vec<TensorEntry>, more: Vec<TensorEntry>) -> Result<()> {
     Ok(())
 }
 
-/// A buffer from the beginning of its shard.
-struct Window<B> {
-    buffer: B,
-    start: usize,
+/// The first bytes of a buffer.
+#[derive(Debug)]
+struct Front {
+    source: Arc<dyn Source>,
+    bytes: u64,
 }
 
-impl<B: AsRef<[u8]> + Send + Sync> Source for Window<B> {
+impl Source for Front {
     fn bytes(&self) -> std::io::Result<u64> {
-        Ok(to_u64(self.buffer.as_ref().len() - self.start))
+        Ok(self.bytes)
     }
 
     fn read_at(&self, offset: u64, out: &mut [u8]) -> std::io::Result<()> {
-        let shard = self.buffer.as_ref().get(self.start..).unwrap_or_default();
-        crate::fs::read_slice(shard, offset, out)
-    }
-}
-
-impl<B> std::fmt::Debug for Window<B> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Window").field("start", &self.start).finish_non_exhaustive()
+        self.source.read_at(offset, out)
     }
 }

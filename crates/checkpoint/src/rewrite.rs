@@ -52,6 +52,7 @@ impl Checkpoint {
     ) -> Result<PathBuf> {
         let (mut file, mut sums) = (Buffer::default(), Vec::new());
         for rank in 0..layouts.files.len() {
+            file.resize(layouts.bytes_of(rank)?);
             layouts.fill(rank, snapshot, &mut file)?;
             let name = layouts.file_name(rank);
             let never = AtomicBool::new(false);

@@ -33,6 +33,7 @@ pub mod recorder;
 mod reduce_op;
 mod region;
 pub mod rendezvous;
+pub mod slots;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod upload;

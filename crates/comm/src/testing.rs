@@ -31,25 +31,55 @@ pub fn run_ranks<T: Send + 'static>(
 /// # Panics
 ///
 /// As [`run_ranks`].
-#[expect(clippy::expect_used, reason = "a test that cannot start its ranks has failed")]
-#[expect(
-    clippy::needless_pass_by_value,
-    reason = "reads better where options are made on the spot"
-)]
 pub fn run_ranks_with<T: Send + 'static>(
     world_size: usize,
     link: HostLink,
     options: GroupOptions,
     rank: impl Fn(Group) -> T + Send + Sync + 'static,
 ) -> Vec<T> {
+    let options = options.with_host_link(link);
+    let worlds = (0..world_size).map(|number| World::threads(number, world_size));
+    run_worlds(worlds.collect(), &options, rank)
+}
+
+/// As [`run_ranks`], with rank `r` on node `nodes[r]`.
+///
+/// # Panics
+///
+/// As [`run_ranks`].
+pub fn run_ranks_on<T: Send + 'static>(
+    nodes: &[usize],
+    rank: impl Fn(Group) -> T + Send + Sync + 'static,
+) -> Vec<T> {
+    let world = |(number, &node_rank): (usize, &usize)| {
+        let mates = |until: usize| nodes[..until].iter().filter(|&&node| node == node_rank).count();
+        World {
+            local_rank: mates(number),
+            local_world_size: mates(nodes.len()),
+            node_rank,
+            node_count: nodes.iter().max().map_or(1, |last| last + 1),
+            ..World::threads(number, nodes.len())
+        }
+    };
+    let worlds = nodes.iter().enumerate().map(world).collect();
+    run_worlds(worlds, &GroupOptions::default().with_timeout(TIMEOUT), rank)
+}
+
+/// Runs `rank` once in each of the worlds, on a thread for each.
+#[expect(clippy::expect_used, reason = "a test that cannot start its ranks has failed")]
+fn run_worlds<T: Send + 'static>(
+    worlds: Vec<World>,
+    options: &GroupOptions,
+    rank: impl Fn(Group) -> T + Send + Sync + 'static,
+) -> Vec<T> {
+    let world_size = worlds.len();
     let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
     let rank = Arc::new(rank);
     let (sender, receiver) = mpsc::channel();
-    for number in 0..world_size {
+    for (number, world) in worlds.into_iter().enumerate() {
         let (store, rank, sender) = (Arc::clone(&store), Arc::clone(&rank), sender.clone());
-        let options = options.clone().with_host_link(link);
+        let options = options.clone();
         let body = move || {
-            let world = World::threads(number, world_size);
             let group = Group::new(world, store, options).expect("the ranks meet");
             let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| rank(group)));
             // The receiver is gone only when the test has failed already.

@@ -37,6 +37,14 @@ pub enum Error {
         /// What it said.
         source: std::io::Error,
     },
+    /// Snapshots are to be kept in memory, and a rank has none. Every rank gets this same text.
+    #[error("rank {rank} has no memory for snapshots: {reason}")]
+    NoSnapshotMemory {
+        /// The first such rank.
+        rank: usize,
+        /// Why, and what to do.
+        reason: &'static str,
+    },
     /// A checkpoint was asked for between a backward and the step that belongs to it.
     #[error("{name} has a gradient that no step has used, and checkpoints hold no gradients; save after the optimizer's step")]
     MidStep {

@@ -52,8 +52,8 @@ fn go_on(mut group: Group, folder: &Path, leg: Leg, rule: Make) -> (Vec<u32>, Ve
     let mut checkpointer = Checkpointer::new(folder, &ddp, quiet()).unwrap();
     let resumed = checkpointer.resume(Some(&mut optimizer)).unwrap();
     let done = resumed.map_or(0, |resumed| {
-        assert_eq!(resumed.values::<String>().unwrap(), format!("after {}", resumed.step()));
-        resumed.step()
+        assert_eq!(resumed.values::<String>().unwrap(), format!("after {}", resumed.step));
+        resumed.step
     });
     assert_eq!(optimizer.step_count(), done);
     let micro = 12 / group.world_size() as i64;
@@ -141,7 +141,7 @@ fn convolution(mut group: Group, folder: &Path, (buffers, to): (Buffers, u64)) -
     assert_eq!(weights.stride(), [45, 1, 15, 5], "the test's weights are channels-last");
     let mut optimizer = Optimizer::new(&ddp, RULES[0](), ParameterGroups::default()).unwrap();
     let mut checkpointer = Checkpointer::new(folder, &ddp, quiet()).unwrap();
-    let done = checkpointer.resume(Some(&mut optimizer)).unwrap().map_or(0, |r| r.step());
+    let done = checkpointer.resume(Some(&mut optimizer)).unwrap().map_or(0, |r| r.step);
     for step in done + 1..=to {
         let seed = (step * 10) as i64 + group.rank() as i64;
         let image = support::pattern(&[2, 5, 4, 4], seed);
@@ -185,7 +185,7 @@ fn masters_of_half_precision_come_back() {
         // So small that bf16 alone would not move.
         optimizer.set_lr(1e-4).unwrap();
         let mut checkpointer = Checkpointer::new(folder, &ddp, quiet()).unwrap();
-        let done = checkpointer.resume(Some(&mut optimizer)).unwrap().map_or(0, |r| r.step());
+        let done = checkpointer.resume(Some(&mut optimizer)).unwrap().map_or(0, |r| r.step);
         for step in done + 1..=to {
             let x = support::pattern(&[4, 40], step as i64).to_kind(Kind::BFloat16);
             let loss = x.linear(&net.ws, net.bs.as_ref()).square().sum(Kind::Float);
@@ -280,7 +280,7 @@ fn damage_to_the_newest_costs_the_steps_since_the_one_before() {
         let (_model, ddp) = wrapped(&mut group, options(Zero::One));
         let mut optimizer = Optimizer::new(&ddp, RULES[0](), ParameterGroups::default()).unwrap();
         let mut checkpointer = Checkpointer::new(&path, &ddp, quiet()).unwrap();
-        checkpointer.resume(Some(&mut optimizer)).unwrap().unwrap().step()
+        checkpointer.resume(Some(&mut optimizer)).unwrap().unwrap().step
     });
     assert_eq!(steps, [2, 2]);
 }
@@ -318,7 +318,7 @@ fn weights_alone_come_back_without_an_optimizer_of_ours() {
     let all = run_ranks(2, move |mut group| {
         let (model, ddp) = wrapped(&mut group, options(Zero::Off));
         let mut checkpointer = Checkpointer::new(&path, &ddp, quiet()).unwrap();
-        let step = checkpointer.resume(None).unwrap().unwrap().step();
+        let step = checkpointer.resume(None).unwrap().unwrap().step;
         (step, model.bits())
     });
     let fresh = Model::new(0).bits();

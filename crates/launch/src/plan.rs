@@ -33,6 +33,8 @@ pub(crate) struct Place {
     pub(crate) local_rank: usize,
     pub(crate) local_world_size: usize,
     pub(crate) node_rank: usize,
+    /// Its number among the ranks of this launcher.
+    pub(crate) number_here: usize,
 }
 
 impl Plan {
@@ -131,11 +133,13 @@ impl Plan {
                 Nodes::Real { mine, .. } => node_rank == mine,
             };
             if is_here {
+                let here = places.len();
                 places.extend((0..local_world_size).map(|local_rank| Place {
                     rank: first + local_rank,
                     local_rank,
                     local_world_size,
                     node_rank,
+                    number_here: here + local_rank,
                 }));
             }
             first += local_world_size;
@@ -167,6 +171,8 @@ pub(crate) struct Job {
     pub(crate) threads: Option<usize>,
     /// The ranks are more than the machine's GPUs.
     pub(crate) shares_gpus: bool,
+    /// How a rank opens the memory for snapshots, where the system has such memory.
+    pub(crate) snapshot_memory: Option<String>,
 }
 
 /// The environment contract with `phalanx_comm::environment`.
@@ -189,6 +195,11 @@ pub(crate) fn environment(job: &Job, place: Place) -> Vec<(&'static str, String)
         ("TORCHELASTIC_MAX_RESTARTS", job.restarts_max.to_string()),
     ];
     variables.extend(job.threads.map(|threads| ("OMP_NUM_THREADS", threads.to_string())));
+    variables.extend(
+        job.snapshot_memory
+            .as_ref()
+            .map(|memory| ("PHALANX_SNAPSHOT_MEMORY", format!("{memory}:{}", place.number_here))),
+    );
     if job.shares_gpus {
         variables.extend(gpus::sharing(place.rank));
     }
@@ -246,8 +257,13 @@ mod tests {
         assert_eq!(plan.nodes, Nodes::Here { count: 4 });
         assert_eq!((plan.ranks_here(), plan.master_addr(), plan.master_port), (8, "127.0.0.1", 0));
         let places = plan.places(&[2; 4]);
-        let expected =
-            |rank| Place { rank, local_rank: rank % 2, local_world_size: 2, node_rank: rank / 2 };
+        let expected = |rank| Place {
+            rank,
+            local_rank: rank % 2,
+            local_world_size: 2,
+            node_rank: rank / 2,
+            number_here: rank,
+        };
         assert_eq!(places, (0..8).map(expected).collect::<Vec<_>>());
     }
 
@@ -256,7 +272,8 @@ mod tests {
         let plan = Plan::new(&real(1)).unwrap();
         assert_eq!((plan.ranks_here(), plan.master_port), (2, DEFAULT_PORT));
         let places = plan.places(&[3, 2, 1]);
-        assert_eq!(places.iter().map(|place| place.rank).collect::<Vec<_>>(), [3, 4]);
+        let numbers = places.iter().map(|place| (place.rank, place.number_here));
+        assert_eq!(numbers.collect::<Vec<_>>(), [(3, 0), (4, 1)]);
         assert!(places.iter().all(|place| place.node_rank == 1 && place.local_world_size == 2));
     }
 
@@ -296,11 +313,11 @@ mod tests {
     }
 
     #[test]
-    fn who_shares_gpus_is_told_so_and_so_is_nccl() {
+    fn a_rank_is_told_what_it_shares_and_where_its_place_is() {
         let plan = Plan::new(&options(4, 2)).unwrap();
         assert!(sharing_notice(&plan, 1).starts_with("8 ranks share 1 GPU: NCCL "));
         assert!(sharing_notice(&plan, 3).starts_with("8 ranks share 3 GPUs: NCCL "));
-        let host_id = |shares_gpus| {
+        let told = |shares_gpus, name: &str| {
             let job = Job {
                 world_size: 8,
                 node_count: 4,
@@ -312,13 +329,15 @@ mod tests {
                 restarts_max: 0,
                 threads: None,
                 shares_gpus,
+                snapshot_memory: Some("/proc/1/fd/9".to_owned()),
             };
             let place = plan.places(&[2; 4])[5];
-            let find = |(name, _): &(&str, String)| *name == "NCCL_HOSTID";
+            let find = |(variable, _): &(&str, String)| *variable == name;
             environment(&job, place).into_iter().find(find).map(|(_, value)| value)
         };
-        assert_eq!(host_id(true).as_deref(), Some("rank5"));
-        assert_eq!(host_id(false), None);
+        assert_eq!(told(true, "NCCL_HOSTID").as_deref(), Some("rank5"));
+        assert_eq!(told(false, "NCCL_HOSTID"), None);
+        assert_eq!(told(false, "PHALANX_SNAPSHOT_MEMORY").as_deref(), Some("/proc/1/fd/9:5"));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! From options to a report: meet, start, supervise.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Instant;
@@ -9,11 +10,13 @@ use phalanx_comm::environment::{JobToken, LauncherEnvironment, World};
 use phalanx_comm::rendezvous::{
     listen_address, Credentials, Store as _, StoreClient, StoreServer, TcpStoreServer,
 };
+use phalanx_comm::slots;
 use sha2::{Digest as _, Sha256};
 
 use crate::attempts::Attempts;
 use crate::elastic::{self, Elastic};
 use crate::error::LaunchError;
+use crate::flight;
 use crate::gpus;
 use crate::logs::Logs;
 use crate::nodes::Nodes as NodeLink;
@@ -63,6 +66,9 @@ pub(crate) fn run_as(
     let server = host_store(&plan, &credentials, deadline)?;
     let torch_store = serve_torch(&mut screen, &plan, options)?;
     let mut job = job(&plan, options, &ours, &credentials);
+    // It outlives the ranks of every attempt, and goes when this process does.
+    let snapshots = memory_for_snapshots();
+    job.snapshot_memory = snapshots.as_ref().map(flight::path);
     if job.shares_gpus {
         let gpu_count = gpus::count(ours.visible_gpus.as_deref());
         screen.notice(&sharing_notice(&plan, gpu_count));
@@ -105,9 +111,15 @@ pub(crate) fn run_as(
         };
         attempts.run(&mut supervisor)?
     };
-    // It lives until the last rank has ended.
-    drop(torch_store);
+    // They live until the last rank has ended.
+    drop((torch_store, snapshots));
     Ok(report)
+}
+
+/// Nobody may ask for it, so a system that has none is no reason not to start.
+fn memory_for_snapshots() -> Option<File> {
+    let memory = slots::memory();
+    memory.inspect_err(|error| tracing::warn!(%error, "no memory for snapshots")).ok()
 }
 
 fn say_where(screen: &mut Screen, plan: &Plan) {
@@ -161,6 +173,7 @@ fn job(
         restarts_max: options.max_restarts,
         threads: threads(options.threads, is_set, cores, plan.ranks_here()),
         shares_gpus: shares_gpus(plan, gpus::count(ours.visible_gpus.as_deref())),
+        snapshot_memory: None,
     }
 }
 

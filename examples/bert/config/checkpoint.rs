@@ -25,6 +25,8 @@ pub(crate) struct Checkpoint {
     pub(crate) folder: Option<PathBuf>,
     /// After how many steps one is saved; 0: only when a signal asks for it, and at the end.
     pub(crate) every_steps: u64,
+    /// After how many steps a snapshot is kept in the launcher's memory, for ranks that are started again; 0 for none.
+    pub(crate) memory_every_steps: u64,
     /// How many of the newest stay.
     pub(crate) keep_last: usize,
     /// Those whose step is a multiple of this stay as well; null for none.
@@ -41,6 +43,7 @@ impl Default for Checkpoint {
         Checkpoint {
             folder: None,
             every_steps: 0,
+            memory_every_steps: 0,
             keep_last: last,
             keep_every: every,
             must_succeed: false,
@@ -54,10 +57,16 @@ impl Checkpoint {
     pub(crate) fn options(&self) -> CheckpointerOptions {
         CheckpointerOptions {
             every_steps: self.every_steps,
+            memory_every_steps: self.memory_every_steps,
             keep: Keep { last: self.keep_last, every: self.keep_every },
             on_error: if self.must_succeed { OnError::Fail } else { OnError::Warn },
             ..CheckpointerOptions::default()
         }
+    }
+
+    /// Whether a run may find something to go on from.
+    pub(crate) fn is_on(&self) -> bool {
+        self.folder.is_some() || self.memory_every_steps > 0
     }
 
     pub(super) fn problem(&self) -> Option<String> {

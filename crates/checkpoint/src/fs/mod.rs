@@ -109,6 +109,16 @@ pub trait Source: Debug + Send + Sync {
     fn read_at(&self, offset: u64, out: &mut [u8]) -> io::Result<()>;
 }
 
+impl Source for Vec<u8> {
+    fn bytes(&self) -> io::Result<u64> {
+        Ok(crate::cast::to_u64(self.len()))
+    }
+
+    fn read_at(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        read_slice(self, offset, out)
+    }
+}
+
 /// Reads from memory as from a file.
 pub(crate) fn read_slice(bytes: &[u8], offset: u64, out: &mut [u8]) -> io::Result<()> {
     let start = crate::cast::to_usize(offset);

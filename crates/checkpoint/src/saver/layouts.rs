@@ -1,6 +1,5 @@
 //! The plan of a save as files: computed once, and again only when a rank's tensors change.
 
-use crate::buffer::Buffer;
 use crate::manifest::{FileEntry, Piece, Sums, TensorEntry};
 use crate::plan::{Held, Plan};
 use crate::shard::{file_name, lay_out, Layout};
@@ -39,18 +38,21 @@ impl Layouts {
         file_name(rank, self.files.len())
     }
 
-    /// Copies a rank's share into a buffer that becomes its file.
-    pub(crate) fn fill(
-        &self,
-        rank: usize,
-        snapshot: &Snapshot<'_>,
-        file: &mut Buffer,
-    ) -> Result<()> {
-        let Some(layout) = self.files.get(rank) else {
+    /// How long a rank's file is.
+    pub(crate) fn bytes_of(&self, rank: usize) -> Result<usize> {
+        Ok(crate::cast::to_usize(self.layout(rank)?.bytes))
+    }
+
+    fn layout(&self, rank: usize) -> Result<&Layout> {
+        self.files.get(rank).ok_or_else(|| {
             let reason = format!("there is no rank {rank} of {}", self.files.len());
-            return Err(Error::OutOfStep { reason });
-        };
-        file.resize(crate::cast::to_usize(layout.bytes));
+            Error::OutOfStep { reason }
+        })
+    }
+
+    /// Copies a rank's share to what becomes its file, [`bytes_of`](Self::bytes_of) long.
+    pub(crate) fn fill(&self, rank: usize, snapshot: &Snapshot<'_>, file: &mut [u8]) -> Result<()> {
+        let layout = self.layout(rank)?;
         file[..layout.header.len()].copy_from_slice(&layout.header);
         for piece in &layout.pieces {
             snapshot.copy(&piece.tensor, &piece.extent, &mut file[Layout::range(piece)])?;

@@ -26,7 +26,7 @@ use self::worker::Worker;
 use crate::buffer::Buffer;
 use crate::folder::Target;
 use crate::fs::{Fs, Real};
-use crate::memory;
+use crate::memory::{self, SnapshotShare};
 use crate::plan::Held;
 use crate::ranks::Ranks;
 use crate::snapshot::Snapshot;
@@ -142,7 +142,8 @@ impl Saver {
         }
     }
 
-    /// This rank's share of a snapshot in memory, for a neighbour to keep: see [`Checkpoint::from_snapshots`]. Collective.
+    /// Copies this rank's share of a snapshot to `buffer`, whose content is lost, for a neighbour to keep: see
+    /// [`Checkpoint::from_snapshots`]. Collective.
     ///
     /// # Errors
     /// As [`Saver::save`]; [`Error::Content`] on a rank whose memory cannot be copied.
@@ -153,12 +154,15 @@ impl Saver {
         ranks: &mut dyn Ranks,
         step: u64,
         snapshot: &Snapshot<'_>,
-    ) -> Result<Vec<u8>> {
+        buffer: &mut Vec<u8>,
+    ) -> Result<SnapshotShare> {
         let Agreed { layouts, nonce, values } = self.agree(ranks, step, snapshot)?;
-        let mut file = Buffer::default();
-        layouts.fill(ranks.rank(), snapshot, &mut file)?;
-        let about = memory::About { step, nonce, rank: ranks.rank() };
-        memory::encode(&layouts, about, (values.all, values.rank), &file)
+        let (rank, world_size) = (ranks.rank(), ranks.world_size());
+        buffer.resize(layouts.bytes_of(rank)?, 0);
+        layouts.fill(rank, snapshot, buffer)?;
+        let about = memory::About { step, nonce, rank };
+        memory::describe(&layouts, about, (values.all, values.rank), buffer)?;
+        Ok(SnapshotShare { step, nonce, rank, world_size })
     }
 
     /// Whether a checkpoint is being written.

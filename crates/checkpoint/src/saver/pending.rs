@@ -71,7 +71,11 @@ impl Pending {
         buffer: &mut Buffer,
     ) {
         let layouts = &self.agreed.layouts;
-        if let Err(error) = layouts.fill(rank, snapshot, buffer) {
+        let filled = layouts.bytes_of(rank).and_then(|bytes| {
+            buffer.resize(bytes);
+            layouts.fill(rank, snapshot, buffer)
+        });
+        if let Err(error) = filled {
             // The others hear of it at the next poll.
             self.status = Status::Failed(error.to_string());
             return;

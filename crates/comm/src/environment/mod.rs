@@ -27,6 +27,7 @@ mod platform;
 mod recorder;
 mod slurm;
 mod slurm_step;
+mod snapshots;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -46,6 +47,7 @@ pub use nccl_levels::{NcclDebug, NcclGdrLevel, NcclP2pLevel};
 pub use nccl_settings::{NcclSettingError, NcclSettings};
 pub use platform::{LaunchDefaults, RanksPerNode};
 pub(crate) use recorder::flight_recorder;
+pub(crate) use snapshots::snapshot_memory;
 pub use threads::ThreadVariables;
 
 /// Who started this process.

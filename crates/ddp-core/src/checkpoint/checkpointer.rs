@@ -1,116 +1,37 @@
 //! [`Checkpointer`]: when a training is saved, and how it comes back.
 
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::PathBuf;
 
 use phalanx_checkpoint::{
-    Checkpoint, Folder, Keep, OnBusy, OnError, Progress, Ranks, Saver, SaverOptions, Snapshot,
-    Started,
+    Checkpoint, Folder, OnError, Progress, Saver, SaverOptions, Snapshot, Started,
 };
 use phalanx_comm::recorder::{self, Committing};
+use phalanx_comm::slots::Slots;
 use phalanx_comm::{Group, Max};
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::Value;
 use signal_hook::consts::SIGTERM;
 
-use super::held::{self, Held};
+use super::content;
+use super::keeper::{Keeper, NotKept};
+use super::options::{CheckpointerOptions, Next, Origin, Resumed};
+use super::ranks::OverGroup;
 use super::signals::Signals;
-use super::{content, random};
-use crate::optim::saved::Numbers;
-use crate::reduce::{self, Reducer, Shared};
+use super::training::{gather, load, Share, Values};
+use crate::reduce::{self, Shared};
 use crate::{Ddp, Error, Optimizer, Result};
-
-/// When checkpoints are saved and which of them stay. [`Default`] saves only when a signal asks for it and at the end.
-#[derive(Clone, Debug)]
-pub struct CheckpointerOptions {
-    /// Save after every so many steps; 0 for never.
-    pub every_steps: u64,
-    /// Which checkpoints stay in the folder.
-    pub keep: Keep,
-    /// What happens when one cannot be written: training goes on with a warning, or ends.
-    pub on_error: OnError,
-    /// What happens when one is due while another is still being written.
-    pub on_busy: OnBusy,
-    /// How long [`Checkpointer::finish`] waits for the disk.
-    pub finish_timeout: Duration,
-    /// Whether SIGTERM, SIGINT and SIGUSR1 save and end the training ([`Next::Stop`]). A second SIGINT ends the process at once.
-    pub heed_signals: bool,
-}
-
-impl Default for CheckpointerOptions {
-    fn default() -> Self {
-        let SaverOptions { keep, on_error, on_busy, finish_timeout, .. } = SaverOptions::default();
-        Self { every_steps: 0, keep, on_error, on_busy, finish_timeout, heed_signals: true }
-    }
-}
-
-/// Whether to go on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use]
-pub enum Next {
-    /// With the next step.
-    Continue,
-    /// End: this signal came to some rank, and the step is saved.
-    Stop {
-        /// Its number.
-        signal: i32,
-    },
-}
-
-/// What a training went on from.
-#[derive(Clone, Debug)]
-pub struct Resumed {
-    step: u64,
-    world_size: usize,
-    path: PathBuf,
-    program: Value,
-}
-
-impl Resumed {
-    /// Steps that were made.
-    #[must_use]
-    pub fn step(&self) -> u64 {
-        self.step
-    }
-
-    /// How many ranks had saved it.
-    #[must_use]
-    pub fn world_size(&self) -> usize {
-        self.world_size
-    }
-
-    /// The checkpoint's folder.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// The program's own values, as it had given them to [`Checkpointer::step`].
-    ///
-    /// # Errors
-    /// [`Error::CheckpointMisfit`] where they are not a `T`.
-    pub fn values<T: DeserializeOwned>(&self) -> Result<T> {
-        serde_json::from_value(self.program.clone()).map_err(|error| Error::CheckpointMisfit {
-            path: self.path.clone(),
-            report: format!("  the program's values: {error}\n"),
-        })
-    }
-}
-
-/// What stands in a checkpoint beside tensors.
-#[derive(Debug, Serialize, Deserialize)]
-struct Values {
-    /// In which gradients become ready, once that is known: where everything lies, and so in which order norms are summed.
-    ready_order: Option<Vec<String>>,
-    optimizer: Option<Numbers>,
-    program: Value,
-}
 
 /// Makes a training resumable. One on each rank; all its calls are collective.
 ///
 /// Checkpoints are complete or absent: see the README of `phalanx-checkpoint`. A step that saves copies this rank's share to memory and
 /// goes on; a thread writes it.
+///
+/// # Snapshots in memory
+/// With [`memory_every_steps`](CheckpointerOptions::memory_every_steps) a step also copies each rank's share to memory of phalanx's launcher,
+/// which outlives the rank, and sends it to a rank of the next node. When ranks are started again, [`resume`](Checkpointer::resume) goes on from the newest
+/// of disk and memory, after the loss of ranks or of one node. It needs no folder: [`Checkpointer::in_memory`]. The memory goes with the
+/// launcher. A machine's memory has twice the shares of its ranks and twice those of the ranks before them; while one is kept a copy more, and
+/// while a training goes on from it, once, the shares that the machine has not.
 ///
 /// # Example
 /// ```
@@ -131,7 +52,7 @@ struct Values {
 ///
 /// let options = CheckpointerOptions { every_steps: 10, ..Default::default() };
 /// let mut checkpointer = Checkpointer::new(folder, &ddp, options)?;
-/// let done = checkpointer.resume(Some(&mut optimizer))?.map_or(0, |resumed| resumed.step());
+/// let done = checkpointer.resume(Some(&mut optimizer))?.map_or(0, |resumed| resumed.step);
 /// for step in done + 1..=20 {
 ///     let loss = net.forward(&Tensor::ones([8, 4], (Kind::Float, Device::Cpu))).square().mean(Kind::Float);
 ///     loss.f_backward()?;
@@ -149,8 +70,11 @@ pub struct Checkpointer {
     shared: Shared,
     group: Group,
     saver: Saver,
-    folder: PathBuf,
-    every_steps: u64,
+    folder: Option<PathBuf>,
+    keeper: Option<Keeper>,
+    /// After how many steps: to the folder, to memory.
+    every_steps: (u64, u64),
+    on_error: OnError,
     signals: Option<Signals>,
     /// The step that was saved last.
     saved: Option<u64>,
@@ -158,20 +82,50 @@ pub struct Checkpointer {
     committing: Option<Committing>,
 }
 
+/// Where a step goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "independent of each other")]
+struct Due {
+    disk: bool,
+    memory: bool,
+}
+
 impl Checkpointer {
     /// Saves into `folder`, which all ranks must see as one, and which is made where it does not exist. Collective.
     ///
     /// # Errors
-    /// [`Error::System`]; errors of the group.
-    #[expect(clippy::needless_pass_by_value, reason = "options are made on the spot")]
+    /// [`Error::System`]; [`Error::NoSnapshotMemory`] for snapshots in memory under another launcher than phalanx's; errors of the group.
     pub fn new(
         folder: impl Into<PathBuf>,
         ddp: &Ddp,
         options: CheckpointerOptions,
     ) -> Result<Self> {
-        let folder = folder.into();
+        let slots = if options.memory_every_steps > 0 { slots_of_launcher() } else { None };
+        Self::with_slots(Some(folder.into()), ddp, options, slots)
+    }
+
+    /// Keeps snapshots in the launcher's memory alone. Collective.
+    ///
+    /// # Errors
+    /// As [`Checkpointer::new`].
+    pub fn in_memory(ddp: &Ddp, options: CheckpointerOptions) -> Result<Self> {
+        Self::with_slots(None, ddp, options, slots_of_launcher())
+    }
+
+    /// As [`Checkpointer::new`] or, without a folder, [`Checkpointer::in_memory`], with memory that somebody else has made.
+    ///
+    /// # Errors
+    /// As [`Checkpointer::new`].
+    #[expect(clippy::needless_pass_by_value, reason = "as the other constructors take it")]
+    pub fn with_slots(
+        folder: Option<PathBuf>,
+        ddp: &Ddp,
+        options: CheckpointerOptions,
+        slots: Option<Slots>,
+    ) -> Result<Self> {
         let CheckpointerOptions {
             every_steps,
+            memory_every_steps,
             keep,
             on_error,
             on_busy,
@@ -180,12 +134,15 @@ impl Checkpointer {
         } = options;
         let saving = SaverOptions { keep, on_error, on_busy, finish_timeout };
         let shared = Shared::clone(ddp.shared());
-        let group = reduce::lock(&shared)?.store.group.duplicate()?;
+        let mut group = reduce::lock(&shared)?.store.group.duplicate()?;
+        let uses_memory = memory_every_steps > 0 || folder.is_none();
         Ok(Self {
+            keeper: uses_memory.then(|| Keeper::new(&mut group, slots)).transpose()?,
             group,
-            saver: Saver::new(&folder, saving)?,
+            saver: Saver::new(folder.clone().unwrap_or_default(), saving)?,
             folder,
-            every_steps,
+            every_steps: (every_steps, memory_every_steps),
+            on_error,
             signals: heed_signals.then(Signals::heed).transpose()?,
             saved: None,
             committing: None,
@@ -193,29 +150,49 @@ impl Checkpointer {
         })
     }
 
-    /// Goes on from the newest complete checkpoint of the folder, if there is one: weights, buffers, the optimizer, the order of
-    /// buckets and the ranks' random states. What is newer and incomplete or damaged is named in a warning and
+    /// Goes on from the newest complete checkpoint of the folder or snapshot in memory, if there is one: weights, buffers, the optimizer,
+    /// the order of buckets and the ranks' random states. What is newer and incomplete or damaged is named in a warning and
     /// left alone. World size and ZeRO stage may differ from then; ranks that are new keep the random state that they have.
     ///
     /// With an optimizer of tch's, `None`: tch gives nobody its state, and it starts anew.
     ///
     /// # Errors
-    /// [`Error::CheckpointMisfit`] with every tensor that differs; [`Error::Checkpoint`] when all there is is damaged; errors of the group.
+    /// [`Error::CheckpointMisfit`] with every tensor that differs; [`Error::Checkpoint`] when all there is in the folder is damaged; errors of the group.
     pub fn resume(&mut self, mut optimizer: Option<&mut Optimizer>) -> Result<Option<Resumed>> {
-        let folder = Folder::new(&self.folder);
-        let mut before = None;
+        let mut on_disk = self.newest_on_disk(None)?;
+        let step_on_disk = on_disk.as_ref().map(Checkpoint::step);
+        if let Some(snapshot) = self.newest_in_memory(step_on_disk)? {
+            let resumed = self.resume_from(&snapshot, Origin::Memory, optimizer.as_deref_mut())?;
+            drop(snapshot);
+            self.keeper.iter().for_each(Keeper::let_go);
+            match resumed {
+                Ok(resumed) => return Ok(Some(resumed)),
+                Err(error) => tracing::warn!("{error}; trying what is on disk"),
+            }
+        }
         let mut damage = None;
         loop {
-            let found = folder.newest_on_all(&mut OverGroup(&mut self.group), before)?;
-            let Some(checkpoint) = found else { return damage.map_or(Ok(None), Err) };
-            match self.resume_from(&checkpoint, optimizer.as_deref_mut())? {
+            let Some(checkpoint) = on_disk else { return damage.map_or(Ok(None), Err) };
+            match self.resume_from(&checkpoint, Origin::Disk, optimizer.as_deref_mut())? {
                 Ok(resumed) => return Ok(Some(resumed)),
                 Err(error) => {
                     tracing::warn!("{error}; trying the checkpoint before it");
-                    before = Some(checkpoint.step());
                     damage = Some(error);
+                    on_disk = self.newest_on_disk(Some(checkpoint.step()))?;
                 }
             }
+        }
+    }
+
+    fn newest_on_disk(&mut self, before: Option<u64>) -> Result<Option<Checkpoint>> {
+        let Some(folder) = &self.folder else { return Ok(None) };
+        Ok(Folder::new(folder).newest_on_all(&mut OverGroup(&mut self.group), before)?)
+    }
+
+    fn newest_in_memory(&mut self, newer_than: Option<u64>) -> Result<Option<Checkpoint>> {
+        match &mut self.keeper {
+            Some(keeper) => keeper.find(&mut self.group, newer_than),
+            None => Ok(None),
         }
     }
 
@@ -223,6 +200,7 @@ impl Checkpointer {
     fn resume_from(
         &mut self,
         checkpoint: &Checkpoint,
+        origin: Origin,
         optimizer: Option<&mut Optimizer>,
     ) -> Result<Result<Resumed>> {
         let shared = Shared::clone(&self.shared);
@@ -251,10 +229,11 @@ impl Checkpointer {
                 Err(Error::Checkpoint(Box::new(phalanx_checkpoint::Error::OutOfStep { reason })))
             }
             (Ok(program), None) => {
-                self.saved = Some(checkpoint.step());
+                self.saved = (origin == Origin::Disk).then(|| checkpoint.step());
                 Ok(Resumed {
                     step: checkpoint.step(),
                     world_size: checkpoint.world_size(),
+                    origin,
                     path: checkpoint.path().to_owned(),
                     program,
                 })
@@ -265,7 +244,7 @@ impl Checkpointer {
     /// Tells that `step` steps are made, to the launcher as well: saves if it is time to, or if a rank was asked to end. After the optimizer's step, on every
     /// rank. `values` gives what the program needs to go on, its place in the data, say; rank 0's are saved.
     ///
-    /// Costs a small collective, and a copy of this rank's share where it saves.
+    /// Costs a small collective, and a copy of this rank's share where it saves; a snapshot in memory is also sent to another node.
     ///
     /// # Errors
     /// [`Error::MidStep`]; [`Error::Checkpoint`] where a checkpoint cannot be written, with [`OnError::Fail`]; errors of the group.
@@ -277,13 +256,10 @@ impl Checkpointer {
     ) -> Result<Next> {
         recorder::progress(step);
         let signal = self.agree_on_signal()?;
-        let is_time = self.every_steps > 0 && step.is_multiple_of(self.every_steps);
         if signal != 0 {
             self.finish()?; // so that this one is not left out
         }
-        if (is_time || signal != 0) && self.saved != Some(step) {
-            self.save(step, optimizer, values)?;
-        }
+        self.put(self.due(step, signal != 0), step, optimizer, values)?;
         self.poll()?;
         if signal == 0 {
             return Ok(Next::Continue);
@@ -292,7 +268,18 @@ impl Checkpointer {
         Ok(Next::Stop { signal })
     }
 
-    /// Saves this step, due or not. Collective.
+    fn due(&self, step: u64, is_last: bool) -> Due {
+        let is_time = |every: u64| every > 0 && step.is_multiple_of(every);
+        let (to_disk, to_memory) = self.every_steps;
+        let has_folder = self.folder.is_some();
+        let disk = has_folder && self.saved != Some(step) && (is_last || is_time(to_disk));
+        let is_wanted = is_time(to_memory) || (is_last && !has_folder);
+        let is_kept = |keeper: &Keeper| keeper.step() == Some(step);
+        let memory = is_wanted && self.keeper.as_ref().is_some_and(|keeper| !is_kept(keeper));
+        Due { disk, memory }
+    }
+
+    /// Saves this step, due or not: to the folder or, without one, to memory. Collective.
     ///
     /// # Errors
     /// As [`Checkpointer::step`].
@@ -302,12 +289,22 @@ impl Checkpointer {
         optimizer: Option<&mut Optimizer>,
         values: impl FnOnce() -> T,
     ) -> Result<()> {
-        let program = serde_json::to_value(values()).map_err(|error| {
-            let error = phalanx_checkpoint::Error::OutOfStep {
-                reason: format!("the program's values: {error}"),
-            };
-            Error::Checkpoint(Box::new(error))
-        })?;
+        let disk = self.folder.is_some();
+        self.put(Due { disk, memory: !disk }, step, optimizer, values)
+    }
+
+    /// Takes a snapshot, and brings it where it is due.
+    fn put<T: Serialize>(
+        &mut self,
+        due: Due,
+        step: u64,
+        optimizer: Option<&mut Optimizer>,
+        values: impl FnOnce() -> T,
+    ) -> Result<()> {
+        if due == (Due { disk: false, memory: false }) {
+            return Ok(());
+        }
+        let program = program_values(values())?;
         let shared = Shared::clone(&self.shared);
         let mut reducer = reduce::lock(&shared)?;
         if let Some(name) = reducer.pending() {
@@ -320,11 +317,39 @@ impl Checkpointer {
         let mut snapshot = Snapshot::new();
         content::offer(&mut snapshot, &tensors, &rooms)?;
         snapshot.values(serde_json::to_value(&saved).unwrap_or_default());
+        if due.disk {
+            self.write(step, &snapshot)?;
+        }
+        if due.memory {
+            self.keep(step, &snapshot)?;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, step: u64, snapshot: &Snapshot<'_>) -> Result<()> {
         let committing = recorder::committing();
-        let started = self.saver.save(&mut OverGroup(&mut self.group), step, &snapshot)?;
+        let started = self.saver.save(&mut OverGroup(&mut self.group), step, snapshot)?;
         if started == Started::Yes {
             self.committing = Some(committing);
             self.saved = Some(step);
+        }
+        Ok(())
+    }
+
+    fn keep(&mut self, step: u64, snapshot: &Snapshot<'_>) -> Result<()> {
+        let Some(keeper) = &mut self.keeper else { return Ok(()) };
+        match keeper.keep(&mut self.group, &mut self.saver, (step, snapshot))? {
+            Ok(()) => {}
+            Err(NotKept { rank, reason }) if self.on_error == OnError::Fail => {
+                let error = phalanx_checkpoint::Error::SaveFailed { step, rank, reason };
+                return Err(Error::Checkpoint(Box::new(error)));
+            }
+            Err(NotKept { rank, reason }) if self.group.rank() == 0 => {
+                tracing::warn!(
+                    "snapshot of step {step} in memory: {reason} (rank {rank}); training goes on"
+                );
+            }
+            Err(_) => {}
         }
         Ok(())
     }
@@ -340,7 +365,7 @@ impl Checkpointer {
         Ok(())
     }
 
-    /// The step that was saved last, or gone on from.
+    /// The step that was saved last to the folder, or gone on from there.
     #[must_use]
     pub fn saved_step(&self) -> Option<u64> {
         self.saved
@@ -371,88 +396,18 @@ impl Checkpointer {
     }
 }
 
-/// Which of the ranks' common tensors are wanted.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Share {
-    /// Those that count: buffers may differ between steps, and rank 0's are everybody's.
-    Saved,
-    /// All that are to be filled.
-    Filled,
+/// What the launcher has for this rank; what cannot be opened is as if there were none.
+fn slots_of_launcher() -> Option<Slots> {
+    Slots::from_environment().unwrap_or_else(|error| {
+        tracing::warn!(%error, "the launcher's memory for snapshots cannot be opened");
+        None
+    })
 }
 
-/// Everything that this rank holds of the training.
-fn gather(
-    reducer: &mut Reducer,
-    optimizer: Option<&mut Optimizer>,
-    share: Share,
-) -> Result<(Vec<Held>, Option<Numbers>)> {
-    let buffers = reducer.options.buffers;
-    let counts = share == Share::Filled || reducer.store.group.rank() == 0;
-    let mut tensors = held::of_model(&reducer.store, (buffers, counts))?;
-    let mut numbers = None;
-    if let Some(optimizer) = optimizer {
-        tensors.extend(optimizer.held(&mut reducer.store)?);
-        numbers = Some(optimizer.numbers(&reducer.store));
-    }
-    if share == Share::Saved {
-        tensors.extend(random::held(&reducer.store)?);
-    }
-    Ok((tensors, numbers))
-}
-
-/// Brings a checkpoint's training into this one; returns the program's values.
-fn load(
-    checkpoint: &Checkpoint,
-    reducer: &mut Reducer,
-    mut optimizer: Option<&mut Optimizer>,
-) -> Result<Value> {
-    let misfit =
-        |report: String| Error::CheckpointMisfit { path: checkpoint.path().to_owned(), report };
-    let values: Values = serde_json::from_value(checkpoint.values()?)
-        .map_err(|error| misfit(format!("  values: {error}\n")))?;
-    let (mut tensors, _) = gather(reducer, optimizer.as_deref_mut(), Share::Filled)?;
-    held::name_new_ranks(&mut tensors, checkpoint);
-    let mut report = held::lacking(&tensors, checkpoint);
-    report.extend(content::misfits(&tensors, checkpoint));
-    if let (Some(optimizer), Some(numbers)) = (&optimizer, &values.optimizer) {
-        report.extend(optimizer.misfit(numbers));
-    }
-    if !report.is_empty() {
-        return Err(misfit(report.concat()));
-    }
-    if let Some(order) = &values.ready_order {
-        // Everything may lie elsewhere then.
-        drop(tensors);
-        reducer.lay_in_order(order)?;
-        optimizer.iter_mut().for_each(|optimizer| optimizer.forget());
-        tensors = gather(reducer, optimizer.as_deref_mut(), Share::Filled)?.0;
-        held::name_new_ranks(&mut tensors, checkpoint);
-    }
-    content::fill(&mut tensors, checkpoint)?;
-    random::restore(&reducer.store, checkpoint)?;
-    if let (Some(optimizer), Some(numbers)) = (optimizer, &values.optimizer) {
-        optimizer.go_on(&mut reducer.store, numbers)?;
-    }
-    Ok(values.program)
-}
-
-/// A process group as the ranks that save together.
-struct OverGroup<'a>(&'a mut Group);
-
-impl Ranks for OverGroup<'_> {
-    fn rank(&self) -> usize {
-        self.0.rank()
-    }
-
-    fn world_size(&self) -> usize {
-        self.0.world_size()
-    }
-
-    fn all_gather(
-        &mut self,
-        bytes: &[u8],
-    ) -> std::result::Result<Vec<Vec<u8>>, Box<dyn std::error::Error + Send + std::marker::Sync>>
-    {
-        Ok(self.0.tagged("checkpoint").all_gather_bytes(bytes)?)
-    }
+/// The program's own values, as they are saved.
+fn program_values<T: Serialize>(values: T) -> Result<Value> {
+    serde_json::to_value(values).map_err(|error| {
+        let reason = format!("the program's values: {error}");
+        Error::Checkpoint(Box::new(phalanx_checkpoint::Error::OutOfStep { reason }))
+    })
 }

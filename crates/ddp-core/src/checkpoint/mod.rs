@@ -2,7 +2,9 @@
 //! goes on, and brings all of it back, on as many ranks and in whatever ZeRO stage; and weights as safetensors files.
 //!
 //! `phalanx-checkpoint` knows how files come to be complete; here is what a training consists of: `held` names its tensors
-//! and the parts of them that this rank has, `content` reads and fills their memory, `checkpointer` decides when.
+//! and the parts of them that this rank has, `content` reads and fills their memory, `training` puts both together, `checkpointer`
+//! decides when. `keeper` holds snapshots in the launcher's memory, `finder` finds them there: `neighbours` says who keeps whose share,
+//! `inventory` what is whole.
 //!
 //! | name | what |
 //! |---|---|
@@ -14,11 +16,19 @@
 
 mod checkpointer;
 mod content;
+mod finder;
 pub(crate) mod held;
+mod inventory;
+mod keeper;
+mod neighbours;
+mod options;
 mod random;
+mod ranks;
 mod signals;
+mod training;
 mod weights;
 
-pub use checkpointer::{Checkpointer, CheckpointerOptions, Next, Resumed};
+pub use checkpointer::Checkpointer;
+pub use options::{CheckpointerOptions, Next, Origin, Resumed};
 pub use phalanx_checkpoint::{Keep, OnBusy, OnError};
 pub use weights::{load_safetensors, save_safetensors};

@@ -1,0 +1,85 @@
+//! A training as tensors and values: gathered for a snapshot, and brought back from a checkpoint.
+
+use phalanx_checkpoint::Checkpoint;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::held::{self, Held};
+use super::{content, random};
+use crate::optim::saved::Numbers;
+use crate::reduce::Reducer;
+use crate::{Error, Optimizer, Result};
+
+/// What stands in a checkpoint beside tensors.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Values {
+    /// In which gradients become ready, once that is known: where everything lies, and so in which order norms are summed.
+    pub(super) ready_order: Option<Vec<String>>,
+    pub(super) optimizer: Option<Numbers>,
+    pub(super) program: Value,
+}
+
+/// Which of the ranks' common tensors are wanted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Share {
+    /// Those that count: buffers may differ between steps, and rank 0's are everybody's.
+    Saved,
+    /// All that are to be filled.
+    Filled,
+}
+
+/// Everything that this rank holds of the training.
+pub(super) fn gather(
+    reducer: &mut Reducer,
+    optimizer: Option<&mut Optimizer>,
+    share: Share,
+) -> Result<(Vec<Held>, Option<Numbers>)> {
+    let buffers = reducer.options.buffers;
+    let counts = share == Share::Filled || reducer.store.group.rank() == 0;
+    let mut tensors = held::of_model(&reducer.store, (buffers, counts))?;
+    let mut numbers = None;
+    if let Some(optimizer) = optimizer {
+        tensors.extend(optimizer.held(&mut reducer.store)?);
+        numbers = Some(optimizer.numbers(&reducer.store));
+    }
+    if share == Share::Saved {
+        tensors.extend(random::held(&reducer.store)?);
+    }
+    Ok((tensors, numbers))
+}
+
+/// Brings a checkpoint's training into this one; returns the program's values.
+pub(super) fn load(
+    checkpoint: &Checkpoint,
+    reducer: &mut Reducer,
+    mut optimizer: Option<&mut Optimizer>,
+) -> Result<Value> {
+    let misfit =
+        |report: String| Error::CheckpointMisfit { path: checkpoint.path().to_owned(), report };
+    let values: Values = serde_json::from_value(checkpoint.values()?)
+        .map_err(|error| misfit(format!("  values: {error}\n")))?;
+    let (mut tensors, _) = gather(reducer, optimizer.as_deref_mut(), Share::Filled)?;
+    held::name_new_ranks(&mut tensors, checkpoint);
+    let mut report = held::lacking(&tensors, checkpoint);
+    report.extend(content::misfits(&tensors, checkpoint));
+    if let (Some(optimizer), Some(numbers)) = (&optimizer, &values.optimizer) {
+        report.extend(optimizer.misfit(numbers));
+    }
+    if !report.is_empty() {
+        return Err(misfit(report.concat()));
+    }
+    if let Some(order) = &values.ready_order {
+        // Everything may lie elsewhere then.
+        drop(tensors);
+        reducer.lay_in_order(order)?;
+        optimizer.iter_mut().for_each(|optimizer| optimizer.forget());
+        tensors = gather(reducer, optimizer.as_deref_mut(), Share::Filled)?.0;
+        held::name_new_ranks(&mut tensors, checkpoint);
+    }
+    content::fill(&mut tensors, checkpoint)?;
+    random::restore(&reducer.store, checkpoint)?;
+    if let (Some(optimizer), Some(numbers)) = (optimizer, &values.optimizer) {
+        optimizer.go_on(&mut reducer.store, numbers)?;
+    }
+    Ok(values.program)
+}
