@@ -80,7 +80,8 @@ fn code_of(cause: &(dyn Error + 'static)) -> Option<u8> {
             phalanx_ddp_core::Error::Io { .. } => IO,
             phalanx_ddp_core::Error::Checkpoint(error) if error.is_damage() => DATA,
             phalanx_ddp_core::Error::Checkpoint(_) => IO,
-            phalanx_ddp_core::Error::CheckpointMisfit { .. } => DATA,
+            phalanx_ddp_core::Error::CheckpointMisfit { .. }
+            | phalanx_ddp_core::Error::CheckpointDamaged { .. } => DATA,
             phalanx_ddp_core::Error::Safetensors { .. }
             | phalanx_ddp_core::Error::WeightsMismatch { .. } => DATA,
             _ => FAILED,

@@ -21,6 +21,14 @@ pub enum Error {
     /// A checkpoint cannot be written or read.
     #[error(transparent)]
     Checkpoint(Box<phalanx_checkpoint::Error>),
+    /// A checkpoint is not what was written. Every rank gets this same text.
+    #[error("{reason} (found by rank {rank})")]
+    CheckpointDamaged {
+        /// The first rank that found damage.
+        rank: usize,
+        /// What it found.
+        reason: String,
+    },
     /// A checkpoint is of another training.
     #[error("{path} does not fit this training:\n{report}build the model and the optimizer as they were, or take another folder")]
     CheckpointMisfit {

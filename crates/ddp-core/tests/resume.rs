@@ -286,6 +286,31 @@ fn damage_to_the_newest_costs_the_steps_since_the_one_before() {
 }
 
 #[test]
+fn where_everything_is_damaged_all_ranks_say_the_same() {
+    let folder = saved();
+    let only = folder.path().join("step-00000003");
+    let mut files: Vec<_> = fs::read_dir(&only).unwrap().map(|e| e.unwrap().path()).collect();
+    files.retain(|path| path.extension().is_some_and(|e| e == "safetensors"));
+    files.sort();
+    // What of the optimizer lies in a rank's file is read by that rank alone.
+    let mut bytes = fs::read(&files[0]).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&files[0], bytes).unwrap();
+    let path = folder.path().to_owned();
+    let errors = run_ranks(2, move |mut group| {
+        let (_model, ddp) = wrapped(&mut group, options(Zero::One));
+        let mut optimizer = Optimizer::new(&ddp, RULES[0](), ParameterGroups::default()).unwrap();
+        let mut checkpointer = Checkpointer::new(&path, &ddp, quiet()).unwrap();
+        let error = checkpointer.resume(Some(&mut optimizer)).unwrap_err();
+        assert!(matches!(error, Error::CheckpointDamaged { .. }), "{error}");
+        error.to_string()
+    });
+    assert_eq!(errors[0], errors[1]);
+    assert!(errors[0].contains("is damaged in block 0"), "{}", errors[0]);
+}
+
+#[test]
 fn steps_are_saved_when_they_are_due() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().to_owned();

@@ -13,7 +13,7 @@ use serde_json::Value;
 use signal_hook::consts::SIGTERM;
 
 use super::content;
-use super::keeper::{Keeper, NotKept};
+use super::keeper::{first_said, Keeper, NotKept};
 use super::options::{CheckpointerOptions, Next, Origin, Resumed};
 use super::ranks::OverGroup;
 use super::signals::Signals;
@@ -216,29 +216,21 @@ impl Checkpointer {
                 self.group.abort(&error.to_string());
                 return Err(error);
             }
-            other => other,
+            other => other.ok(),
         };
-        // Some rank may have touched what no other did.
-        let told =
-            self.group.tagged("damage to the checkpoint").all_gather_bytes(damage.as_bytes())?;
-        let elsewhere = told.iter().position(|text| !text.is_empty());
-        Ok(match (program, elsewhere) {
-            (Err(error), _) => Err(error),
-            (Ok(_), Some(rank)) => {
-                let reason = String::from_utf8_lossy(&told[rank]).into_owned();
-                Err(Error::Checkpoint(Box::new(phalanx_checkpoint::Error::OutOfStep { reason })))
-            }
-            (Ok(program), None) => {
-                self.saved = (origin == Origin::Disk).then(|| checkpoint.step());
-                Ok(Resumed {
-                    step: checkpoint.step(),
-                    world_size: checkpoint.world_size(),
-                    origin,
-                    path: checkpoint.path().to_owned(),
-                    program,
-                })
-            }
-        })
+        // Some rank may have touched what no other did: the first one's words are everybody's.
+        let found = first_said(&mut self.group, "damage to the checkpoint", &damage)?;
+        if let Some(NotKept { rank, reason }) = found {
+            return Ok(Err(Error::CheckpointDamaged { rank, reason }));
+        }
+        self.saved = (origin == Origin::Disk).then(|| checkpoint.step());
+        Ok(Ok(Resumed {
+            step: checkpoint.step(),
+            world_size: checkpoint.world_size(),
+            origin,
+            path: checkpoint.path().to_owned(),
+            program: program.unwrap_or_default(),
+        }))
     }
 
     /// Tells that `step` steps are made, to the launcher as well: saves if it is time to, or if a rank was asked to end. After the optimizer's step, on every
@@ -407,7 +399,7 @@ fn slots_of_launcher() -> Option<Slots> {
 /// The program's own values, as they are saved.
 fn program_values<T: Serialize>(values: T) -> Result<Value> {
     serde_json::to_value(values).map_err(|error| {
-        let reason = format!("the program's values: {error}");
-        Error::Checkpoint(Box::new(phalanx_checkpoint::Error::OutOfStep { reason }))
+        let (what, reason) = ("the program's values".to_owned(), error.to_string());
+        phalanx_checkpoint::Error::BadValue { what, reason }.into()
     })
 }
