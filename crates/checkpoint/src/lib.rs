@@ -77,4 +77,4 @@ pub use reading::{Checkpoint, Verified};
 pub use saver::{OnBusy, OnError, Progress, Saver, SaverOptions, Started};
 pub use snapshot::Snapshot;
 pub use tensors::{Spec, Tensors};
-pub use weights::{write_weights, Weights, WeightsOptions};
+pub use weights::{write_weights, write_weights_file, Weights, WeightsOptions};

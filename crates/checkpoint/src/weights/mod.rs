@@ -7,7 +7,7 @@ mod read;
 mod write;
 
 pub use read::Weights;
-pub use write::{write_weights, WeightsOptions};
+pub use write::{write_weights, write_weights_file, WeightsOptions};
 
 /// The one file.
 pub(crate) const FILE: &str = "model.safetensors";

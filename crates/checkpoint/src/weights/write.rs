@@ -47,24 +47,52 @@ pub fn write_weights(
     tensors: &dyn Tensors,
     options: &WeightsOptions,
 ) -> Result<Vec<PathBuf>> {
-    let is_file = path.extension().is_some_and(|end| end == "safetensors");
-    let folder = if is_file { parent_of(path) } else { path };
-    let index = folder.join(INDEX);
-    if !is_file && fs.open(&index).is_ok() {
+    if path.extension().is_some_and(|end| end == "safetensors") {
+        ensure_folder(fs, parent_of(path))?;
+        return write_weights_file(fs, path, tensors, options.dtype)
+            .map(|()| vec![path.to_owned()]);
+    }
+    let index = path.join(INDEX);
+    if fs.open(&index).is_ok() {
         return Err(Error::Exists { path: index });
     }
-    let all = entries(tensors, options.dtype);
-    let shards = if is_file { vec![all] } else { split(all, options.shard_bytes_max) };
-    let names = names(path, is_file, shards.len());
-    ensure_folder(fs, folder)?;
-    let mut files =
-        Files { fs, folder, nonce: RandomState::new().hash_one(path), written: Vec::new() };
+    let shards = split(entries(tensors, options.dtype), options.shard_bytes_max);
+    ensure_folder(fs, path)?;
+    write_files(fs, path, tensors, (&names(shards.len()), &shards))
+}
+
+/// Writes all tensors to this one file, whatever its name, in a folder that is there; floating-point tensors are converted to `dtype`, if
+/// it is given. Several writers of one file, on whatever machines, leave what one of them has written.
+///
+/// # Errors
+/// As [`write_weights`].
+pub fn write_weights_file(
+    fs: &dyn Fs,
+    path: &Path,
+    tensors: &dyn Tensors,
+    dtype: Option<Dtype>,
+) -> Result<()> {
+    let name = path.file_name().ok_or_else(|| Error::NotFound { path: path.to_path_buf() })?;
+    let names = [name.to_string_lossy().into_owned()];
+    let shards = [entries(tensors, dtype)];
+    write_files(fs, parent_of(path), tensors, (&names, &shards)).map(drop)
+}
+
+/// Writes each file's entries, and the index of several.
+fn write_files(
+    fs: &dyn Fs,
+    folder: &Path,
+    tensors: &dyn Tensors,
+    (names, shards): (&[String], &[Vec<Entry>]),
+) -> Result<Vec<PathBuf>> {
+    let nonce = RandomState::new().hash_one(folder);
+    let mut files = Files { fs, folder, nonce, written: Vec::new() };
     let written = (|| {
-        for (name, entries) in names.iter().zip(&shards) {
+        for (name, entries) in names.iter().zip(shards) {
             files.add(name, |file, partial| write_tensors(file, partial, tensors, entries))?;
         }
         if shards.len() > 1 {
-            let text = index_text(&names, &shards)?;
+            let text = index_text(names, shards)?;
             files.add(INDEX, |file, partial| {
                 file.write(&text).map_err(Error::io("write", partial))
             })?;
@@ -109,10 +137,9 @@ fn split(entries: Vec<Entry>, bytes_max: u64) -> Vec<Vec<Entry>> {
     shards
 }
 
-fn names(path: &Path, is_file: bool, count: usize) -> Vec<String> {
-    match path.file_name() {
-        Some(name) if is_file => vec![name.to_string_lossy().into_owned()],
-        _ if count == 1 => vec![FILE.to_owned()],
+fn names(count: usize) -> Vec<String> {
+    match count {
+        1 => vec![FILE.to_owned()],
         _ => (1..=count).map(|n| format!("model-{n:05}-of-{count:05}.safetensors")).collect(),
     }
 }

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use phalanx_checkpoint::fs::Real;
 use phalanx_checkpoint::{
-    diff, write_weights, Alone, Dtype, Error, Extent, Folder, Opened, Saver, SaverOptions,
-    Selected, Snapshot, Tensors, Weights, WeightsOptions, What,
+    diff, write_weights, write_weights_file, Alone, Dtype, Error, Extent, Folder, Opened, Saver,
+    SaverOptions, Selected, Snapshot, Tensors, Weights, WeightsOptions, What,
 };
 
 use crate::support::{check, save, Memory};
@@ -14,6 +14,21 @@ fn write(path: &Path, tensors: &dyn Tensors, options: &WeightsOptions) -> Vec<St
     let files = write_weights(&Real, path, tensors, options).expect("write");
     let names = files.iter().filter_map(|file| file.file_name());
     names.map(|name| name.to_string_lossy().into_owned()).collect()
+}
+
+#[test]
+fn one_file_has_the_name_that_it_is_given_and_makes_no_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = [1, 2, 3, 4, 5, 6];
+    let mut snapshot = Snapshot::new();
+    snapshot.whole("w", Dtype::U8, &[2, 3], &bytes);
+    let file = folder.path().join("weights.bin");
+    write_weights_file(&Real, &file, &snapshot, None).unwrap();
+    assert_eq!(Weights::open(&file).unwrap().read_whole("w").unwrap(), bytes);
+    let nowhere = folder.path().join("missing/weights.bin");
+    let error = write_weights_file(&Real, &nowhere, &snapshot, None).unwrap_err();
+    assert!(matches!(error, Error::Io { .. }), "{error}");
+    assert!(!folder.path().join("missing").exists());
 }
 
 #[test]

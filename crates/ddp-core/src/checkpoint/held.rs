@@ -100,6 +100,7 @@ fn unsigned(len: u64) -> i64 {
     i64::try_from(len).unwrap_or(i64::MAX)
 }
 
+/// How a kind is written.
 pub(crate) fn dtype_of(name: &str, kind: Kind) -> Result<Dtype> {
     Ok(match kind {
         Kind::Float => Dtype::F32,
@@ -113,5 +114,22 @@ pub(crate) fn dtype_of(name: &str, kind: Kind) -> Result<Dtype> {
         Kind::Uint8 => Dtype::U8,
         Kind::Bool => Dtype::Bool,
         _ => return Err(Error::UnsupportedKind { name: name.to_owned(), kind }),
+    })
+}
+
+/// What is read as which kind; `None` for what libtorch has no arithmetic for.
+pub(crate) fn kind_of(dtype: Dtype) -> Option<Kind> {
+    Some(match dtype {
+        Dtype::F32 => Kind::Float,
+        Dtype::F64 => Kind::Double,
+        Dtype::F16 => Kind::Half,
+        Dtype::BF16 => Kind::BFloat16,
+        Dtype::I64 => Kind::Int64,
+        Dtype::I32 => Kind::Int,
+        Dtype::I16 => Kind::Int16,
+        Dtype::I8 => Kind::Int8,
+        Dtype::U8 => Kind::Uint8,
+        Dtype::Bool => Kind::Bool,
+        _ => return None,
     })
 }
