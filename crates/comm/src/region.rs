@@ -63,6 +63,16 @@ impl<T: Element> Region<T> {
         self.memory.base().cast()
     }
 
+    /// The first element of the part that `rank` registered in the same call, where that rank is on this machine and
+    /// shares memory; valid for `len` elements while any clone lives. `None` for the others, and of GPU memory.
+    ///
+    /// All ranks of a machine see the same bytes there: what one writes the others read, in whatever order the program makes
+    /// sure of.
+    #[must_use]
+    pub fn part_of(&self, rank: usize) -> Option<*mut T> {
+        Some(self.memory.part(rank)?.cast())
+    }
+
     /// A handle to part of it, for collectives.
     ///
     /// # Panics

@@ -15,6 +15,13 @@ pub enum Zero {
     /// parameters are gathered. Only [`Optimizer`](crate::Optimizer) can step on gradients that are
     /// sharded, so `grad()` of the parameters is undefined after an exchange.
     One,
+    /// Gradients, too (ZeRO-2): a gradient lives where libtorch made it until its bucket is exchanged, and of the bucket only
+    /// the rank's segment is kept. While gradients [accumulate](Sync::Accumulate) on a rank they are whole.
+    Two,
+    /// Parameters, too (ZeRO-3): a rank has its segment of every bucket. On one machine whose ranks share memory all segments lie side by
+    /// side in one memory that every rank sees; else a bucket is gathered when an operation touches one of its
+    /// parameters, and let go when others were needed since.
+    Three,
 }
 
 /// What becomes of the model's buffers (running statistics) after each exchanged backward.
@@ -74,6 +81,10 @@ pub struct DdpOptions {
     pub bucket_bytes: Vec<usize>,
     /// What is sharded.
     pub zero: Zero,
+    /// Which parameters are exchanged, and under ZeRO-3 gathered, together, by their names: `"encoder.layer.*"` makes a bucket of
+    /// each layer, `*` being one part of the name, and `"head"` one of everything under it. The first that fits holds. The
+    /// parameters of no unit are put together up to [`bucket_bytes`](Self::bucket_bytes).
+    pub units: Vec<String>,
     /// What becomes of buffers.
     pub buffers: Buffers,
     /// Whether a backward may leave parameters without a gradient. The graph is walked when a backward
@@ -112,6 +123,7 @@ impl Default for DdpOptions {
         Self {
             bucket_bytes: vec![plan::FIRST_BUCKET_BYTES_MAX, plan::BUCKET_BYTES_MAX],
             zero: Zero::Off,
+            units: Vec::new(),
             buffers: Buffers::RankZero,
             find_unused_parameters: false,
             static_graph: false,
@@ -148,6 +160,11 @@ impl DdpOptions {
         }
     }
 
+    /// The unit of a parameter: the part of its name that a pattern describes.
+    pub(crate) fn unit_of<'a>(&self, name: &'a str) -> Option<&'a str> {
+        self.units.iter().find_map(|pattern| described(pattern, name))
+    }
+
     /// In which kind the gradients of parameters of `kind` add up and travel.
     pub(crate) fn gradients_of(&self, kind: Kind) -> Kind {
         self.gradient_kind.unwrap_or(match kind {
@@ -164,4 +181,32 @@ pub enum Sync {
     Accumulate,
     /// Yes: this is the last micro-batch of the step.
     Reduce,
+}
+
+/// The leading parts of `name` that `pattern` describes, part by part.
+fn described<'a>(pattern: &str, name: &'a str) -> Option<&'a str> {
+    let mut end = 0;
+    let mut parts = name.split('.');
+    for wanted in pattern.split('.') {
+        let part = parts.next().filter(|part| wanted == "*" || wanted == *part)?;
+        end += part.len() + 1;
+    }
+    name.get(..end - 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_are_the_leading_parts_of_names() {
+        let units = vec!["encoder.layer.*".to_owned(), "head".to_owned()];
+        let options = DdpOptions { units, ..DdpOptions::default() };
+        assert_eq!(options.unit_of("encoder.layer.3.query.weight"), Some("encoder.layer.3"));
+        assert_eq!(options.unit_of("encoder.layer.13"), Some("encoder.layer.13"));
+        assert_eq!(options.unit_of("head.weight"), Some("head"));
+        assert_eq!(options.unit_of("header.weight"), None);
+        assert_eq!(options.unit_of("encoder.layer"), None);
+        assert_eq!(options.unit_of("encoder.norm.weight"), None);
+    }
 }

@@ -32,13 +32,11 @@ pub use sgd::Sgd;
 
 use crate::amp::LossScaler;
 use crate::reduce::{self, Outcome, Reducer, Shared};
-use crate::store::flat::Flat;
 use crate::store::model::Named;
-use crate::store::norm::Cells;
-use crate::store::{agree, Store};
+use crate::store::{agree, norm, Store};
 use crate::{Ddp, Error, Result};
 use groups::GroupSettings;
-use piece::{Owned, Treatment};
+use piece::{Owned, Piece, Treatment};
 use state::State;
 
 /// What came of a step.
@@ -90,7 +88,6 @@ pub struct Optimizer {
     /// The plan that what follows belongs to.
     layout: u64,
     state: State,
-    cells: Cells,
 }
 
 impl Optimizer {
@@ -110,7 +107,6 @@ impl Optimizer {
         rule.check()?;
         let settings = groups.settings(&rule)?;
         let state = State::new(store, &rule)?;
-        let cells = Cells::new(&store.plan, store.sharding, &mut store.group)?;
         store.optimizer.count += 1;
         let layout = store.layout;
         let mut optimizer = Self {
@@ -123,7 +119,6 @@ impl Optimizer {
             parameters: Vec::new(),
             layout,
             state,
-            cells,
         };
         optimizer.take_in(store);
         drop(reducer);
@@ -228,7 +223,6 @@ impl Optimizer {
     fn fit(&mut self, store: &mut Store) -> Result<()> {
         if self.layout != store.layout {
             self.state.fit(store, &*self.rule, self.step_count == 0)?;
-            self.cells = Cells::new(&store.plan, store.sharding, &mut store.group)?;
             self.layout = store.layout;
             self.take_in(store);
         }
@@ -238,11 +232,18 @@ impl Optimizer {
     fn gradient_norm(&self, reducer: &mut Reducer) -> Result<f64> {
         let start = Instant::now();
         let store = &mut reducer.store;
-        let sums = Flat::sums_of_squares(&store.gradients(), &self.cells.places())?;
+        let owned = self.owned(store);
+        let sums = norm::sums_of_squares(&gradient_parts(store, &owned), 1)?;
         let computed = start.elapsed();
-        let all = self.cells.gather(&mut store.group, &sums)?;
+        let sum = store.sharding.summed(&mut store.group, sums)?[0];
         reducer.waited(start.elapsed().saturating_sub(computed));
-        Ok(all.iter().map(|&(_, sum)| sum).sum::<f64>().sqrt())
+        Ok(sum.sqrt())
+    }
+
+    /// This rank's parts of all buckets, whatever is updated.
+    fn owned(&self, store: &Store) -> Vec<Owned> {
+        let all: Vec<_> = self.parameters.iter().map(|&treatment| Some(treatment)).collect();
+        piece::owned(&store.plan, |bucket| store.sharding.segment(bucket), &all)
     }
 
     fn update(&mut self, reducer: &mut Reducer, has_gradient: &[bool], divisor: f64) -> Result<()> {
@@ -257,6 +258,10 @@ impl Optimizer {
         let sharding = store.sharding;
         let parts = piece::owned(&store.plan, |bucket| sharding.segment(bucket), &treatments);
         let now = Numbers { divisor, device: store.device() };
+        let start = Instant::now();
+        sharding.await_readers(&mut store.group)?;
+        reducer.waited(start.elapsed());
+        let store = &mut reducer.store;
         let mut works = Vec::new();
         match self.rule.trust_ratio() {
             None => {
@@ -279,7 +284,8 @@ impl Optimizer {
             }
         }
         let start = Instant::now();
-        let ended = wait_all(works);
+        let store = &mut reducer.store;
+        let ended = wait_all(works).and_then(|()| sharding.settled(&mut store.group));
         reducer.waited(start.elapsed());
         ended
     }
@@ -308,17 +314,13 @@ impl Optimizer {
         owned: &[Owned],
         trust_ratio: fn(f64, f64) -> f64,
     ) -> Result<Vec<f64>> {
-        let parameters = Flat::sums_of_squares(&store.parameters(), &self.cells.places())?;
-        let directions = self.state.sums_of_directions(&self.cells, owned)?;
-        let parameters = self.cells.gather(&mut store.group, &parameters)?;
-        let directions = self.cells.gather(&mut store.group, &directions)?;
-        let mut sums = vec![(0.0, 0.0); self.parameters.len()];
-        for (&(index, parameter), &(_, direction)) in parameters.iter().zip(&directions) {
-            let (parameter_sum, direction_sum): &mut (f64, f64) = &mut sums[index];
-            *parameter_sum += parameter;
-            *direction_sum += direction;
-        }
-        Ok(sums.into_iter().map(|(p, d)| trust_ratio(p.sqrt(), d.sqrt())).collect())
+        let count = self.parameters.len();
+        let mut sums = norm::sums_of_squares(&parameter_parts(store, owned), count)?;
+        sums.extend(norm::sums_of_squares(&self.state.direction_parts(owned), count)?);
+        let sums = store.sharding.summed(&mut store.group, sums)?;
+        let (parameters, directions) = sums.split_at(count);
+        let both = parameters.iter().zip(directions);
+        Ok(both.map(|(parameter, direction)| trust_ratio(parameter.sqrt(), direction.sqrt())).collect())
     }
 
     /// Parameters of a bucket go in their directions.
@@ -374,8 +376,33 @@ impl Numbers {
 /// Starts the gathering of a bucket's updated parameters, where they are not everywhere.
 fn gather(store: &mut Store, bucket: usize) -> Result<Option<Work<'static>>> {
     let planned = &store.plan.buckets[bucket];
-    let parameters = &store.storages[planned.storage].parameters;
+    let Some(parameters) = store.storages[planned.storage].parameters.whole() else {
+        return Ok(None);
+    };
     store.sharding.gather(&mut store.group, parameters, (bucket, planned.range.clone()))
+}
+
+/// The gradients of this rank's pieces, all for one sum.
+fn gradient_parts<'a>(store: &'a Store, owned: &[Owned]) -> Vec<norm::Part<'a>> {
+    let of = |(storage, piece): (usize, &Piece)| {
+        let (memory, range) = store.storages[storage].gradients.at(&piece.run.range, &piece.run.state);
+        norm::Part { memory, range, sum: 0 }
+    };
+    pieces(owned).map(of).collect()
+}
+
+/// The parameters of this rank's pieces, by parameter.
+fn parameter_parts<'a>(store: &'a Store, owned: &[Owned]) -> Vec<norm::Part<'a>> {
+    let of = |(storage, piece): (usize, &Piece)| {
+        let (memory, range) = store.storages[storage].parameters.at(&piece.run.range, &piece.run.state);
+        norm::Part { memory, range, sum: piece.parameter }
+    };
+    pieces(owned).map(of).collect()
+}
+
+/// The pieces of all buckets, with their storages.
+fn pieces(owned: &[Owned]) -> impl Iterator<Item = (usize, &Piece)> {
+    owned.iter().flat_map(|part| part.pieces.iter().map(|piece| (part.storage, piece)))
 }
 
 fn wait_all(works: Vec<Work<'static>>) -> Result<()> {

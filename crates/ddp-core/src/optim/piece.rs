@@ -21,7 +21,7 @@ pub(super) struct Treatment {
 pub(super) struct Run {
     /// Elements of the flat storage.
     pub(super) range: Range<usize>,
-    /// The same elements in the optimizer's state.
+    /// The same elements in the rank's segment, as the optimizer's state has them.
     pub(super) state: Range<usize>,
     pub(super) treatment: Treatment,
 }
@@ -41,37 +41,28 @@ pub(super) struct Owned {
     pub(super) runs: Vec<Run>,
 }
 
-/// Elements of state that each storage needs, of which a rank has `segment` of each bucket.
-pub(super) fn state_lens(plan: &Plan, segment: impl Fn(&Bucket) -> Range<usize>) -> Vec<usize> {
-    let mut lens = vec![0; plan.storage_lens.len()];
-    for bucket in &plan.buckets {
-        lens[bucket.storage] += segment(bucket).len();
-    }
-    lens
-}
-
 /// A rank's parts of all buckets; `treatments` says of each parameter how it is treated, if it is updated.
 pub(super) fn owned(
     plan: &Plan,
     segment: impl Fn(&Bucket) -> Range<usize>,
     treatments: &[Option<Treatment>],
 ) -> Vec<Owned> {
-    let mut state_ends = vec![0; plan.storage_lens.len()];
     let mut parts = Vec::with_capacity(plan.buckets.len());
     for bucket in &plan.buckets {
         let segment = segment(bucket);
-        let state_start = state_ends[bucket.storage];
         let mut pieces = Vec::new();
         for &parameter in &bucket.parameters {
             let place = &plan.places[parameter].range;
             let end = place.end.next_multiple_of(PARAMETER_ALIGNMENT_LEN).min(segment.end);
             let start = place.start.max(segment.start);
             let Some(treatment) = treatments[parameter].filter(|_| start < end) else { continue };
-            let state = state_start + (start - segment.start);
-            let run = Run { range: start..end, state: state..state + (end - start), treatment };
+            let run = Run {
+                range: start..end,
+                state: start - segment.start..end - segment.start,
+                treatment,
+            };
             pieces.push(Piece { parameter, run });
         }
-        state_ends[bucket.storage] += segment.len();
         parts.push(Owned { storage: bucket.storage, runs: joined(&pieces), pieces });
     }
     parts
@@ -106,33 +97,35 @@ mod tests {
         let treatments =
             [0, 1, 1, 0, 0, 2, 1].map(|group| treatment(group).filter(|t| t.group < 2));
         let extents: Vec<Extent> =
-            lens.iter().map(|&len| Extent { len, element_bytes: 4, storage: 0 }).collect();
+            lens.iter().map(|&len| Extent { len, element_bytes: 4, kind: 0, unit: None }).collect();
         for world_size in [1, 2, 3, 4, 7] {
             let caps = Caps { bucket_bytes: &[100, 30000], world_size };
             let plan = Plan::new(&extents, &[6, 5, 4, 3, 2, 1, 0], caps);
-            let mut covered = vec![0; plan.storage_lens[0]];
+            let mut covered: Vec<Vec<u32>> =
+                plan.storage_lens.iter().map(|&len| vec![0; len]).collect();
             for rank in 0..world_size {
                 let segment = |bucket: &Bucket| bucket.segment(rank, world_size);
-                let parts = owned(&plan, segment, &treatments);
-                let mut state = vec![0; state_lens(&plan, segment)[0]];
-                for run in parts.iter().flat_map(|part| &part.runs) {
-                    assert_eq!(run.range.len(), run.state.len());
-                    assert_eq!(run.range.start % PARAMETER_ALIGNMENT_LEN, 0);
-                    assert_eq!(run.range.len() % PARAMETER_ALIGNMENT_LEN, 0);
-                    run.range.clone().for_each(|at| covered[at] += 1);
-                    run.state.clone().for_each(|at| state[at] += 1);
-                }
-                assert!(state.iter().all(|&count| count <= 1), "state is not shared");
-                for piece in parts.iter().flat_map(|part| &part.pieces) {
-                    assert_eq!(Some(piece.run.treatment), treatments[piece.parameter]);
+                for part in &owned(&plan, segment, &treatments) {
+                    let mut state = vec![0; segment(&plan.buckets[part.storage]).len()];
+                    for run in &part.runs {
+                        assert_eq!(run.range.len(), run.state.len());
+                        assert_eq!(run.range.start % PARAMETER_ALIGNMENT_LEN, 0);
+                        assert_eq!(run.range.len() % PARAMETER_ALIGNMENT_LEN, 0);
+                        run.range.clone().for_each(|at| covered[part.storage][at] += 1);
+                        run.state.clone().for_each(|at| state[at] += 1);
+                    }
+                    assert!(state.iter().all(|&count| count <= 1), "state is not shared");
+                    for piece in &part.pieces {
+                        assert_eq!(Some(piece.run.treatment), treatments[piece.parameter]);
+                    }
                 }
             }
             for (parameter, place) in plan.places.iter().enumerate() {
-                let times = usize::from(treatments[parameter].is_some());
+                let times = u32::from(treatments[parameter].is_some());
                 let mut all = place.range.clone();
-                assert!(all.all(|at| covered[at] == times), "{world_size} ranks");
+                assert!(all.all(|at| covered[place.storage][at] == times), "{world_size} ranks");
             }
-            assert!(covered.iter().all(|&count| count <= 1));
+            assert!(covered.iter().flatten().all(|&count| count <= 1));
         }
     }
 }

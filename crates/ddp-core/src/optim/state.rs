@@ -1,14 +1,13 @@
 //! What an optimizer keeps of the elements that this rank updates: its rule's state, f32 masters of parameters in
 //! half precision, and directions where norms of whole parameters decide.
 
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 use super::piece::{self, Owned, Run};
 use super::rule::{Rule, Runs};
 use crate::shim::Variable;
 use crate::store::flat::Flat;
-use crate::store::norm::Cells;
-use crate::store::Store;
+use crate::store::{norm, Held, Store};
 use crate::Result;
 
 /// Of one storage.
@@ -39,10 +38,10 @@ impl State {
         if anew {
             self.parts.clear();
         }
-        let lens = piece::state_lens(&store.plan, |bucket| store.sharding.segment(bucket));
-        for (storage, len) in store.storages.iter().zip(lens).skip(self.parts.len()) {
-            let kind = storage.parameters.kind();
-            let device = storage.parameters.device();
+        for bucket in &store.plan.buckets[self.parts.len()..] {
+            let (storage, len) =
+                (&store.storages[bucket.storage], store.sharding.segment(bucket).len());
+            let (kind, device) = (storage.parameters.kind(), store.device());
             let flat = || Flat::private(work_kind(kind), device, len);
             let states = rule.states().iter().map(|_| flat());
             self.parts.push(Part {
@@ -75,14 +74,13 @@ impl State {
         if is_same {
             return Ok(());
         }
-        let mut state_ends = vec![0; self.parts.len()];
         for bucket in &store.plan.buckets {
             let segment = store.sharding.segment(bucket);
-            let start = state_ends[bucket.storage];
-            state_ends[bucket.storage] += segment.len();
             let Some(masters) = &self.parts[bucket.storage].masters else { continue };
-            let parameters = store.storages[bucket.storage].parameters.range(&segment)?;
-            let mut target = masters.range(&(start..start + segment.len()))?;
+            let own = 0..segment.len();
+            let (memory, range) = store.storages[bucket.storage].parameters.at(&segment, &own);
+            let parameters = memory.range(&range)?;
+            let mut target = masters.range(&own)?;
             // Only where a master does not round to its parameter: weights that were taken out and put back are the same.
             let rounds_to_it = target.f_to_kind(parameters.kind())?.f_eq_tensor(&parameters)?;
             let heeded =
@@ -101,10 +99,10 @@ impl State {
         for run in runs {
             all.parameters.push(match &part.masters {
                 Some(masters) => masters.range(&run.state)?,
-                None => memory.parameters.range(&run.range)?,
+                None => taken(&memory.parameters, run)?,
             });
             // The same tensor where the kind is the same.
-            all.gradients.push(memory.gradients.range(&run.range)?.f_to_kind(kind)?);
+            all.gradients.push(taken(&memory.gradients, run)?.f_to_kind(kind)?);
             for (list, state) in all.states.iter_mut().zip(&part.states) {
                 list.push(state.range(&run.state)?);
             }
@@ -119,41 +117,30 @@ impl State {
     pub(super) fn write_back(&self, store: &Store, owned: &Owned) -> Result<()> {
         let Some(masters) = &self.parts[owned.storage].masters else { return Ok(()) };
         for run in &owned.runs {
-            let mut parameters = store.storages[owned.storage].parameters.range(&run.range)?;
+            let mut parameters = taken(&store.storages[owned.storage].parameters, run)?;
             let updated = masters.range(&run.state)?;
             tch::no_grad(|| parameters.f_copy_(&updated).map(drop))?;
         }
         Ok(())
     }
 
-    /// Sums of squares of the directions, cell by cell: the cells of this rank's pieces, which lie in the
-    /// directions at other offsets than in the storage; zero where a parameter is not updated.
-    pub(super) fn sums_of_directions(&self, cells: &Cells, owned: &[Owned]) -> Result<Vec<f64>> {
-        let pieces: Vec<(usize, &piece::Piece)> =
-            owned.iter().flat_map(|o| o.pieces.iter().map(|p| (o.storage, p))).collect();
-        let (mut places, mut slots) = (Vec::new(), Vec::new());
-        let mut next = 0;
-        for (slot, cell) in cells.mine.iter().enumerate() {
-            let holds = |&(storage, piece): &(usize, &piece::Piece)| {
-                storage == cell.storage && piece.run.range.contains(&cell.range.start)
-            };
-            // Both lists are in storage order within each bucket, bucket by bucket.
-            let Some(found) = pieces[next..].iter().position(holds) else { continue };
-            next += found;
-            let run = &pieces[next].1.run;
-            let start = run.state.start + (cell.range.start - run.range.start);
-            places.push((cell.storage, start..start + cell.range.len()));
-            slots.push(slot);
-        }
-        let directions: Vec<&Flat> =
-            self.parts.iter().filter_map(|part| part.directions.as_ref()).collect();
-        let found = Flat::sums_of_squares(&directions, &places)?;
-        let mut sums = vec![0.0; cells.mine.len()];
-        for (slot, sum) in slots.into_iter().zip(found) {
-            sums[slot] = sum;
-        }
-        Ok(sums)
+    /// The directions of this rank's pieces, by parameter.
+    pub(super) fn direction_parts<'a>(
+        &'a self,
+        owned: &[Owned],
+    ) -> Vec<norm::Part<'a>> {
+        let of = |(storage, piece): (usize, &piece::Piece)| {
+            let memory = self.parts[storage].directions.as_ref()?;
+            Some(norm::Part { memory, range: piece.run.state.clone(), sum: piece.parameter })
+        };
+        super::pieces(owned).filter_map(of).collect()
     }
+}
+
+/// The elements of a run.
+fn taken(memory: &Held, run: &Run) -> Result<Tensor> {
+    let (flat, range) = memory.at(&run.range, &run.state);
+    flat.range(&range)
 }
 
 /// The kind in which a rule works.

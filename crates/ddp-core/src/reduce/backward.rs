@@ -1,5 +1,6 @@
 //! One backward, as far as it is this rank's own: its beginning, and each gradient's way to its view.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use super::finite;
 use super::ready::Ready;
 use super::{Asked, Outcome, Reducer};
 use crate::shim::{self, GradientPlace, Variable};
-use crate::store::flat::Scale;
+use crate::store::{flat::Scale, pool::Taken};
 use crate::{Error, NonFinite, Result, SparseGradients};
 
 /// What is known of the backward that is going on.
@@ -39,7 +40,10 @@ pub(super) struct Run {
     pub(super) counts: Vec<u32>,
     /// Parameters as their first gradients came.
     pub(super) order: Vec<usize>,
-    pub(super) works: Vec<Work<'static>>,
+    /// Buckets on their way, in order.
+    pub(super) started: VecDeque<Started>,
+    /// How many were started.
+    pub(super) bucket_count: usize,
     /// Bytes of gradients that were sent.
     pub(super) bytes: u64,
     pub(super) first_start: Option<Instant>,
@@ -55,6 +59,15 @@ pub(super) struct Run {
     pub(super) flags: Vec<(usize, tch::Tensor)>,
     /// What it waited for other ranks before its end.
     pub(super) waited: Duration,
+}
+
+/// A bucket on its way.
+#[derive(Debug)]
+pub(super) struct Started {
+    pub(super) bucket: usize,
+    pub(super) work: Work<'static>,
+    /// The buffer in which it is exchanged, if it has no memory of its own.
+    pub(super) taken: Option<Taken>,
 }
 
 impl Run {
@@ -73,7 +86,8 @@ impl Run {
             ready: Ready::new(Vec::new(), 0, Vec::new()),
             counts: Vec::new(),
             order: Vec::new(),
-            works: Vec::new(),
+            started: VecDeque::new(),
+            bucket_count: 0,
             bytes: 0,
             first_start: None,
             first_mark: None,
@@ -180,6 +194,7 @@ impl Reducer {
         self.check_outcome()?;
         self.check_weights()?;
         if sync {
+            self.store.pool.reset();
             self.start_head()?;
             let coming = coming.and_then(|variable| self.store.model.slot(variable));
             self.await_gradients(coming)?;
@@ -256,7 +271,8 @@ impl Reducer {
     /// A parameter without a gradient in this backward takes part with what has accumulated, or zero.
     pub(super) fn stand_in(&mut self, slot: usize) -> Result<()> {
         let variable = &self.store.model.parameter(slot).tensor;
-        let view = self.store.view(slot);
+        // Without a view it is looked at when its bucket starts.
+        let Some(view) = self.store.view(slot) else { return Ok(()) };
         match shim::gradient_place(variable, view)? {
             // A shadow's gradient is that of the last step.
             _ if self.run.as_ref().is_some_and(|run| run.is_shadow) => {
@@ -317,8 +333,8 @@ impl Reducer {
 
     /// Brings a gradient to its view; with `look` it is looked at on the way. `false`: there is none.
     fn place(&mut self, slot: usize, look: bool) -> Result<bool> {
+        let Some(view) = self.store.view(slot) else { return self.leave(slot) };
         let variable = &self.store.model.parameter(slot).tensor;
-        let view = self.store.view(slot);
         let look = look && self.options.non_finite != NonFinite::Ignore;
         let on_host = !view.device().is_cuda();
         match shim::gradient_place(variable, view)? {
@@ -355,6 +371,20 @@ impl Reducer {
         Ok(true)
     }
 
+    /// Leaves a gradient where it is until its bucket starts. `false`: there is none.
+    fn leave(&mut self, slot: usize) -> Result<bool> {
+        let named = self.store.model.parameter(slot);
+        let Some(gradient) = self.store.gradient(slot)? else { return Ok(false) };
+        if gradient.is_sparse() {
+            if self.options.sparse_gradients == SparseGradients::Refuse {
+                return Err(Error::SparseGradient { name: named.name.clone() });
+            }
+            let dense = gradient.f_to_dense(None, false)?;
+            shim::gradient_set(&named.tensor, Some(&dense))?;
+        }
+        Ok(true)
+    }
+
     /// Gradients that were exchanged by weight cannot be added to: the sum would be divided again.
     fn check_addition(&self, slot: usize) -> Result<()> {
         let Some(run) = &self.run else { return Ok(()) };
@@ -373,7 +403,8 @@ impl Reducer {
         if self.options.non_finite == NonFinite::Ignore || self.store.device().is_cuda() {
             return Ok(());
         }
-        let count = finite::count(self.store.view(slot))?;
+        let Some(view) = self.store.view(slot) else { return Ok(()) };
+        let count = finite::count(view)?;
         self.found(slot, count);
         Ok(())
     }

@@ -35,7 +35,7 @@ impl Reducer {
             return self.store.clear_gradients();
         }
         for (slot, named) in self.store.model.parameters().enumerate() {
-            let view = self.store.view(slot);
+            let Some(view) = self.store.view(slot) else { continue };
             let place = shim::gradient_place(&named.tensor, view)?;
             if has_gradient[slot] && place != GradientPlace::InView {
                 shim::gradient_set(&named.tensor, Some(view))?;
@@ -58,7 +58,7 @@ impl Reducer {
             return Ok(has_gradient);
         }
         for (slot, named) in self.store.model.parameters().enumerate() {
-            let view = self.store.view(slot);
+            let Some(view) = self.store.view(slot) else { continue };
             match shim::gradient_place(&named.tensor, view)? {
                 GradientPlace::Undefined => has_gradient[slot] = false,
                 GradientPlace::InView => {}

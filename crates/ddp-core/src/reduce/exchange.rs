@@ -5,13 +5,13 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use phalanx_comm::{Max, Work};
-use tch::Kind;
+use tch::{Kind, Tensor};
 
-use super::backward::Run;
+use super::backward::{Run, Started};
 use super::notes::{Head, Tail};
-use super::{hidden, Asked, Outcome, Reducer};
-use crate::shim;
-use crate::store::{agree, flat::Scale, model};
+use super::{finite, hidden, Asked, Outcome, Reducer};
+use crate::shim::{self, GradientPlace};
+use crate::store::{agree, flat::Scale, model, pool::Taken, Held};
 use crate::{Error, NonFinite, Result};
 
 impl Reducer {
@@ -83,10 +83,17 @@ impl Reducer {
         }
         let scale = self.scale()?;
         let tag = self.tag(&format!("bucket {index}"));
-        self.flag_on_device(index)?;
+        let taken = self.bring(index)?;
+        self.flag_on_device(index, taken)?;
         let store = &mut self.store;
         let bucket = &store.plan.buckets[index];
-        let gradients = &store.storages[bucket.storage].gradients;
+        let gradients = match taken {
+            Some(taken) => store.pool.buffer(taken),
+            None => match &store.storages[bucket.storage].gradients {
+                Held::Whole(whole) => whole,
+                Held::Segment(_) => return Ok(()),
+            },
+        };
         let stream = shim::current_stream(gradients.device())?;
         store.group.set_stream(stream);
         let Some(run) = &mut self.run else { return Ok(()) };
@@ -94,23 +101,109 @@ impl Reducer {
             run.first_start = Some(Instant::now());
             run.first_mark = store.group.mark()?;
         }
+        run.bucket_count += 1;
         run.bytes += (bucket.range.len() * gradients.kind().elt_size_in_bytes()) as u64;
         store.group.tagged(&tag);
         // Before the order is settled every rank gets all: it may yet be laid anew.
         let everywhere = !self.is_order_settled;
         let range = bucket.range.clone();
         let how = (scale, everywhere);
-        run.works.push(store.sharding.reduce(&mut store.group, gradients, range, how)?);
+        let work = store.sharding.reduce(&mut store.group, gradients, range, how)?;
+        run.started.push_back(Started { bucket: index, work, taken });
+        Ok(())
+    }
+
+    /// Where gradients stay where they are until now: brings a bucket's to a buffer, as soon as one is free.
+    fn bring(&mut self, index: usize) -> Result<Option<Taken>> {
+        if self.store.sharding.has_whole_gradients() {
+            return Ok(None);
+        }
+        let taken = loop {
+            if let Some(taken) = self.store.pool.take(index) {
+                break taken;
+            }
+            let Some(run) = &mut self.run else { return Ok(None) };
+            let is_of = |started: &Started| {
+                started.taken.is_some_and(|taken| self.store.pool.is_of(index, taken))
+            };
+            let Some(oldest) = run.started.iter().position(is_of) else {
+                return Err(Error::InsideBackward);
+            };
+            let Some(started) = run.started.remove(oldest) else { continue };
+            let start = Instant::now();
+            self.land(started)?;
+            if let Some(run) = &mut self.run {
+                run.waited += start.elapsed();
+            }
+        };
+        let mut end = 0;
+        for slot in self.store.plan.buckets[index].parameters.clone() {
+            let range = self.store.plan.places[slot].range.clone();
+            self.store.pool.buffer(taken).zero(end..range.start)?;
+            end = range.end;
+            let view = self.store.place_in(self.store.pool.buffer(taken), slot)?;
+            self.bring_one(slot, &view)?;
+        }
+        let buffer = self.store.pool.buffer(taken);
+        buffer.zero(end..self.store.plan.buckets[index].range.len())?;
+        Ok(Some(taken))
+    }
+
+    /// Moves a gradient from where it is to `view`, zero where there is none.
+    fn bring_one(&mut self, slot: usize, view: &Tensor) -> Result<()> {
+        let variable = &self.store.model.parameter(slot).tensor;
+        let is_shadow = self.run.as_ref().is_some_and(|run| run.is_shadow);
+        let looks = self.options.non_finite != NonFinite::Ignore;
+        let on_host = !view.device().is_cuda();
+        let place = match is_shadow || !self.trains(slot) {
+            true => GradientPlace::Undefined,
+            false => shim::gradient_place(variable, view)?,
+        };
+        match place {
+            GradientPlace::Undefined => {
+                tch::no_grad(|| view.shallow_clone().f_zero_().map(drop))?;
+                return Ok(());
+            }
+            GradientPlace::Alike(_) if on_host => {
+                let count = finite::copy_gradient(variable, view)?;
+                if looks {
+                    self.found(slot, count);
+                }
+            }
+            _ => {
+                shim::gradient_move(variable, view)?;
+                if looks && on_host {
+                    let count = finite::count(view)?;
+                    self.found(slot, count);
+                }
+            }
+        }
+        shim::gradient_set(&self.store.model.parameter(slot).tensor, None)
+    }
+
+    /// Waits for a bucket; its segment is kept, and its buffer is free.
+    fn land(&mut self, started: Started) -> Result<()> {
+        let store = &mut self.store;
+        let stream = shim::current_stream(store.device())?;
+        started.work.wait_on(stream)?;
+        let Some(taken) = started.taken else { return Ok(()) };
+        let bucket = &store.plan.buckets[started.bucket];
+        let reduced = store.pool.buffer(taken).range(&store.sharding.segment(bucket))?;
+        if let Held::Segment(kept) = &store.storages[bucket.storage].gradients {
+            let mut kept = kept.range(&(0..kept.len()))?;
+            tch::no_grad(|| kept.f_copy_(&reduced).map(drop))?;
+        }
+        store.pool.give_back(taken);
         Ok(())
     }
 
     /// On a GPU: flags a bucket that is not finite, for the end to read.
-    fn flag_on_device(&mut self, index: usize) -> Result<()> {
-        let bucket = &self.store.plan.buckets[index];
-        let gradients = &self.store.storages[bucket.storage].gradients;
-        if self.options.non_finite == NonFinite::Ignore || !gradients.device().is_cuda() {
+    fn flag_on_device(&mut self, index: usize, taken: Option<Taken>) -> Result<()> {
+        if self.options.non_finite == NonFinite::Ignore || !self.store.device().is_cuda() {
             return Ok(());
         }
+        let bucket = &self.store.plan.buckets[index];
+        let Some(gradients) = self.store.exchanged(bucket, taken) else { return Ok(()) };
         let finite = gradients.range(&bucket.range)?.f_isfinite()?;
         let flag = finite.f_logical_not()?.f_sum(Kind::Int64)?;
         if let Some(run) = &mut self.run {
@@ -133,7 +226,7 @@ impl Reducer {
             self.accumulated.is_weighted = asked.is_some();
             self.accumulated.states = self.store.model.states()?;
             self.accumulated.samples = self.store.samples();
-            self.accumulated.views = self.store.view_versions()?;
+            self.accumulated.views = self.store.gradient_versions()?;
             return Ok(());
         }
         self.settle_missing(false)?;
@@ -295,7 +388,7 @@ impl Reducer {
         }
         self.hand_out(&has_gradient, run.is_shadow)?;
         self.outcome = Outcome::Reduced(has_gradient);
-        self.accumulated.views = self.store.view_versions()?;
+        self.accumulated.views = self.store.gradient_versions()?;
         self.clock.ended = Instant::now();
         Ok(())
     }
@@ -307,11 +400,12 @@ impl Reducer {
         let group = &mut self.store.group;
         group.set_stream(stream);
         let waits = group.mark()?;
-        let statistics = &mut self.clock.statistics;
-        statistics.bucket_count = run.works.len();
-        for work in run.works.drain(..) {
-            work.wait_on(stream)?;
+        for started in std::mem::take(&mut run.started) {
+            self.land(started)?;
         }
+        let group = &mut self.store.group;
+        let statistics = &mut self.clock.statistics;
+        statistics.bucket_count = run.bucket_count;
         self.clock.marks = match (run.first_mark.take(), waits, group.mark()?) {
             (Some(first), Some(waits), Some(end)) => Some([first, waits, end]),
             _ => None,

@@ -53,16 +53,16 @@ impl Reducer {
         if !now.iter().any(|state| state.has_gradient != 0) {
             return Ok(());
         }
-        let versions = self.store.view_versions()?;
+        let versions = self.store.gradient_versions()?;
         for (variable, state) in now.iter_mut().enumerate() {
             let Some(slot) = self.store.model.slot(variable) else { continue };
             let is_touched = self.accumulated.views.get(slot).is_some_and(|&v| v != versions[slot]);
             if state.has_gradient == 0 || !is_touched {
                 continue;
             }
-            let (tensor, view) =
-                (&self.store.model.variables[variable].tensor, self.store.view(slot));
-            let is_here = shim::gradient_place(tensor, view)? == GradientPlace::InView;
+            let tensor = &self.store.model.variables[variable].tensor;
+            let Some(view) = self.store.gradient(slot)? else { continue };
+            let is_here = shim::gradient_place(tensor, &view)? == GradientPlace::InView;
             if is_here && view.f_count_nonzero(None)?.f_int64_value(&[])? == 0 {
                 shim::gradient_set(tensor, None)?;
                 state.has_gradient = 0;
@@ -108,7 +108,7 @@ impl Reducer {
     /// A parameter trains no more: what gradient it has stays, outside of the exchange.
     fn retire(&mut self, slot: usize) -> Result<()> {
         let variable = &self.store.model.parameter(slot).tensor;
-        let view = self.store.view(slot);
+        let Some(view) = self.store.view(slot) else { return Ok(()) };
         if shim::gradient_place(variable, view)? == GradientPlace::InView {
             let mut kept = view.f_zeros_like()?;
             tch::no_grad(|| kept.f_copy_(view).map(drop))?;

@@ -1,9 +1,14 @@
 //! Who holds what, when: a stage of ZeRO is a value of [`Sharding`], and nobody else asks which one it is.
 //!
-//! | | gradients after the exchange | who updates a bucket | parameters after the step |
+//! | | gradients between steps | who updates a bucket | parameters after the step |
 //! |---|---|---|---|
 //! | ZeRO-0 | everywhere | every rank, all of it | are there |
-//! | ZeRO-1 | a rank's segment | a rank its segment | are gathered |
+//! | ZeRO-1 | everywhere, a rank's segment is right | a rank its segment | are gathered |
+//! | ZeRO-2 | a rank's segment | a rank its segment | are gathered |
+//! | ZeRO-3 | a rank's segment | a rank its segment | a rank's segment |
+//!
+//! Ranks of one machine that share memory have the segments of a ZeRO-3 bucket side by side in one memory that all of them see:
+//! nothing need be gathered there, only nobody may write while others read.
 //!
 //! Source: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models".
 
@@ -12,8 +17,10 @@ use std::ops::Range;
 use phalanx_comm::{Group, Work};
 use tch::{Device, Kind};
 
+use crate::store::exact::ExactSum;
 use crate::store::flat::{Flat, Scale};
 use crate::store::plan::Bucket;
+use crate::store::{norm, Held};
 use crate::{shim, Result, Zero};
 
 /// Who holds what, when.
@@ -30,18 +37,18 @@ impl Sharding {
     }
 
     /// Into how many parts the optimizer's state is cut.
-    pub(crate) fn parts(self) -> usize {
+    fn parts(self) -> usize {
         match self.zero {
             Zero::Off => 1,
-            Zero::One => self.world_size,
+            _ => self.world_size,
         }
     }
 
     /// Which of them this rank has.
-    pub(crate) fn part(self) -> usize {
+    fn part(self) -> usize {
         match self.zero {
             Zero::Off => 0,
-            Zero::One => self.rank,
+            _ => self.rank,
         }
     }
 
@@ -52,21 +59,67 @@ impl Sharding {
 
     /// Whether only this library's optimizer can step on exchanged gradients.
     pub(crate) fn needs_our_optimizer(self) -> bool {
-        self.zero == Zero::One
+        self.zero != Zero::Off
     }
 
-    /// Memory for parameters: the group's where they are gathered in it.
+    /// Whether every rank has memory for all gradients; else for its segments, and gradients stay where libtorch made
+    /// them until their bucket is exchanged.
+    pub(crate) fn has_whole_gradients(self) -> bool {
+        matches!(self.zero, Zero::Off | Zero::One)
+    }
+
+    /// Whether everything may be laid anew while there are gradients.
+    pub(crate) fn can_be_laid_anew(self) -> bool {
+        self.has_whole_gradients()
+    }
+
+    /// Memory for a bucket's gradients between steps.
+    pub(crate) fn gradient_memory(
+        self,
+        group: &mut Group,
+        kind: Kind,
+        device: Device,
+        bucket: &Bucket,
+    ) -> Result<Held> {
+        if self.has_whole_gradients() {
+            let whole = Flat::registered(group, kind, device, bucket.range.len())?;
+            return Ok(Held::Whole(whole));
+        }
+        Ok(Held::Segment(Flat::private(kind, device, self.segment(bucket).len())?))
+    }
+
+    /// Memory for a bucket's parameters: the group's where they are gathered in it.
     pub(crate) fn parameter_memory(
         self,
         group: &mut Group,
         kind: Kind,
         device: Device,
         len: usize,
-    ) -> Result<Flat> {
-        match self.zero {
-            Zero::Off => Flat::private(kind, device, len),
-            Zero::One => Flat::registered(group, kind, device, len),
+    ) -> Result<Held> {
+        Ok(Held::Whole(match self.zero {
+            Zero::Off => Flat::private(kind, device, len)?,
+            Zero::One | Zero::Two => Flat::registered(group, kind, device, len)?,
+            Zero::Three => match Flat::shared(group, kind, device, len)? {
+                Some(shared) => shared,
+                None => todo!(),
+            },
+        }))
+    }
+
+    /// Where parameters are shared: every rank has come here, so none reads them any more. Collective.
+    pub(crate) fn await_readers(self, group: &mut Group) -> Result<()> {
+        if self.zero == Zero::Three {
+            group.tagged("parameters that are shared, before the step").barrier()?.wait()?;
         }
+        Ok(())
+    }
+
+    /// Parameters were written on every rank: where they are shared, nobody goes on before all have. Collective.
+    pub(crate) fn settled(self, group: &mut Group) -> Result<()> {
+        if self.zero == Zero::Three {
+            group.tagged("parameters that are shared").barrier()?.wait()?;
+        }
+        Ok(())
     }
 
     /// Starts the exchange of a bucket of gradients; with `everywhere` every rank gets all of it.
@@ -90,12 +143,20 @@ impl Sharding {
         parameters: &Flat,
         (index, range): (usize, Range<usize>),
     ) -> Result<Option<Work<'static>>> {
-        if self.zero == Zero::Off {
+        if matches!(self.zero, Zero::Off | Zero::Three) {
             return Ok(None);
         }
         let stream = shim::current_stream(parameters.device())?;
         group.set_stream(stream);
         group.tagged(&format!("parameters of bucket {index}"));
         Ok(Some(parameters.all_gather(group, range)?))
+    }
+
+    /// The values of sums of which this rank has what its segments give. Collective under ZeRO.
+    pub(crate) fn summed(self, group: &mut Group, sums: Vec<ExactSum>) -> Result<Vec<f64>> {
+        if self.parts() == 1 {
+            return Ok(sums.iter().map(ExactSum::value).collect());
+        }
+        norm::over_ranks(group, sums)
     }
 }

@@ -1,14 +1,14 @@
 //! Sums of squares on a GPU: few kernels over whole buckets, and one copy to the host.
 //!
-//! Rows of [`ROW`] elements are summed in f64, then the rows of each cell. Parameters start at multiples of
-//! [`ROW`] and are padded with zeros, so a row belongs to one cell. The order of a sum is fixed, but it is not
+//! Rows of [`ROW`] elements are summed in f64, then the rows of each part. Parameters start at multiples of
+//! [`ROW`] and are padded with zeros, so a row belongs to one part. The order of a sum is fixed, but it is not
 //! the CPU's.
 
 use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use super::flat::Flat;
+use super::norm::Part;
 use super::plan::PARAMETER_ALIGNMENT_LEN as ROW;
 use crate::Result;
 
@@ -62,15 +62,19 @@ fn as_i64(rows: usize) -> i64 {
     i64::try_from(rows).unwrap_or(i64::MAX)
 }
 
-/// Sums of squares of `cells`: a storage, and elements of it from a multiple of [`ROW`] on.
-pub(crate) fn sums_of_squares(
-    storages: &[&Flat],
-    cells: &[(usize, Range<usize>)],
-) -> Result<Vec<f64>> {
+/// Sums of squares of `parts`.
+pub(crate) fn sums_of_squares(parts: &[Part<'_>]) -> Result<Vec<f64>> {
+    let mut cells: Vec<(usize, Range<usize>)> = Vec::with_capacity(parts.len());
+    for (at, part) in parts.iter().enumerate() {
+        let before = cells.last().map(|(storage, _)| *storage);
+        let storage = before.filter(|&of| std::ptr::eq(parts[of].memory, part.memory));
+        cells.push((storage.unwrap_or(at), part.range.clone()));
+    }
+    let cells = &cells;
     let stretches = stretches(cells);
     let mut sums = Vec::new();
     for stretch in &stretches {
-        let storage = storages[stretch.storage];
+        let storage = parts[stretch.storage].memory;
         let values = storage.range(&(stretch.rows.start * ROW..stretch.rows.end * ROW))?;
         let squares = values.f_view([-1, as_i64(ROW)])?.f_to_kind(Kind::Double)?.f_square()?;
         let rows = squares.f_sum_dim_intlist(1, false, Kind::Double)?;
@@ -101,12 +105,15 @@ pub(crate) fn sums_of_squares(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::exact::ExactSum;
+    use crate::store::flat::Flat;
+    use crate::store::norm;
 
     #[test]
     fn sums_are_those_of_the_cells() {
         let mut values = vec![0.0_f32; 64 * 40];
         // Cells of odd lengths from aligned places, padding between them zero, a gap of rows.
-        let cells = [(0, 0..70), (0, 128..192), (0, 640..641), (0, 704..2560)];
+        let cells = [(0, 0..70), (1, 128..192), (2, 640..641), (3, 704..2560)];
         for (_, range) in &cells {
             for index in range.clone() {
                 values[index] = f32::from(u8::try_from(index % 7).unwrap()) - 3.0;
@@ -115,9 +122,10 @@ mod tests {
         let storage = Flat::private(Kind::Float, tch::Device::Cpu, values.len()).unwrap();
         let mut target = storage.range(&(0..values.len())).unwrap();
         target.copy_(&Tensor::from_slice(&values));
-        let storages = [&storage];
-        let on_cpu = Flat::sums_of_squares(&storages, &cells).unwrap();
-        let by_rows = sums_of_squares(&storages, &cells).unwrap();
+        let parts = cells.map(|(sum, range)| Part { memory: &storage, range, sum });
+        let on_cpu: Vec<f64> =
+            norm::sums_of_squares(&parts, 4).unwrap().iter().map(ExactSum::value).collect();
+        let by_rows = sums_of_squares(&parts).unwrap();
         assert_eq!(by_rows, on_cpu, "sums of small integers are exact");
     }
 
@@ -128,6 +136,6 @@ mod tests {
             stretches(&[(0, 0..64), (1, 64..128), (1, far..far + 64), (1, far + 64..far + 65)]);
         let shape: Vec<(usize, usize)> = all.iter().map(|s| (s.storage, s.rows.len())).collect();
         assert_eq!(shape, [(0, 1), (1, 1), (1, 2)]);
-        assert!(sums_of_squares(&[], &[]).unwrap().is_empty());
+        assert!(sums_of_squares(&[]).unwrap().is_empty());
     }
 }

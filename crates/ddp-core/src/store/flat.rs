@@ -10,7 +10,6 @@ use half::{bf16, f16};
 use phalanx_comm::{Element, Float, Group, Region, ScaledSum, Work};
 use tch::{Device, Kind, Tensor};
 
-use super::{device_norm, norm};
 use crate::{shim, Error, Result};
 
 /// A registered region of one of the four kinds that a parameter can have.
@@ -91,6 +90,44 @@ impl Flat {
         Ok(Self { tensor, memory: Memory::Private })
     }
 
+    /// `len` elements, zero at first, that are the same memory on all ranks of `group`; `None` where they are not all
+    /// on one machine, or share no memory there. Collective.
+    pub(crate) fn shared(
+        group: &mut Group,
+        kind: Kind,
+        device: Device,
+        len: usize,
+    ) -> Result<Option<Self>> {
+        if device != Device::Cpu {
+            return Ok(None);
+        }
+        match kind {
+            Kind::Float => Self::of_all::<f32>(group, kind, len),
+            Kind::Double => Self::of_all::<f64>(group, kind, len),
+            Kind::Half => Self::of_all::<f16>(group, kind, len),
+            Kind::BFloat16 => Self::of_all::<bf16>(group, kind, len),
+            _ => Err(Error::UnsupportedKind { name: "flat storage".to_owned(), kind }),
+        }
+    }
+
+    fn of_all<T: Element>(group: &mut Group, kind: Kind, len: usize) -> Result<Option<Self>> {
+        let region = group.allocate_on_host::<T>(len)?;
+        let parts: Vec<_> = (0..group.world_size()).map(|rank| region.part_of(rank)).collect();
+        let Some(&Some(first)) = parts.first().filter(|_| parts.iter().all(Option::is_some)) else {
+            return Ok(None);
+        };
+        // SAFETY: the first rank's part of the region, mapped here: `len` elements of the kind, as long as a clone lives.
+        let tensor = unsafe {
+            shim::tensor_over_memory(first.cast(), len, kind, Device::Cpu, Box::new(region))
+        }?;
+        Ok(Some(Self { tensor, memory: Memory::Private }))
+    }
+
+    /// Elements.
+    pub(crate) fn len(&self) -> usize {
+        self.tensor.numel()
+    }
+
     pub(crate) fn kind(&self) -> Kind {
         self.tensor.kind()
     }
@@ -105,6 +142,15 @@ impl Flat {
         Ok(self.tensor.f_narrow(0, start, len)?)
     }
 
+    /// Zeroes elements `range`.
+    pub(crate) fn zero(&self, range: Range<usize>) -> Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let mut zeroed = self.range(&range)?;
+        Ok(tch::no_grad(|| zeroed.f_zero_().map(drop))?)
+    }
+
     /// Elements `range` with a shape and strides.
     pub(crate) fn view(
         &self,
@@ -114,30 +160,6 @@ impl Flat {
     ) -> Result<Tensor> {
         let (start, _) = as_i64(range)?;
         Ok(self.tensor.f_as_strided(shape, strides, start)?)
-    }
-
-    /// Sums of squares of `cells` (a storage and its elements, in order), each in an order that depends on
-    /// nothing but the cell on the CPU.
-    pub(crate) fn sums_of_squares(
-        storages: &[&Self],
-        cells: &[(usize, Range<usize>)],
-    ) -> Result<Vec<f64>> {
-        if storages.iter().any(|storage| storage.device().is_cuda()) {
-            return device_norm::sums_of_squares(storages, cells);
-        }
-        let sum =
-            |(storage, range): &(usize, Range<usize>)| storages[*storage].sum_of_squares(range);
-        Ok(cells.iter().map(sum).collect())
-    }
-
-    /// Sum of squares of elements `range`, in an order that depends on nothing but the range.
-    fn sum_of_squares(&self, range: &Range<usize>) -> f64 {
-        match self.kind() {
-            Kind::Double => norm::sum_of_squares(self.elements::<f64>(range), |x| x),
-            Kind::Half => norm::sum_of_squares(self.elements(range), f16::to_f64),
-            Kind::BFloat16 => norm::sum_of_squares(self.elements(range), bf16::to_f64),
-            _ => norm::sum_of_squares(self.elements::<f32>(range), f64::from),
-        }
     }
 
     /// The bytes of elements `range`, on the CPU.
@@ -150,7 +172,7 @@ impl Flat {
     }
 
     /// Elements `range`; `T` must be the type of the storage's kind.
-    fn elements<T: Element>(&self, range: &Range<usize>) -> &[T] {
+    pub(crate) fn elements<T: Element>(&self, range: &Range<usize>) -> &[T] {
         assert_eq!(
             self.kind().elt_size_in_bytes(),
             size_of::<T>(),

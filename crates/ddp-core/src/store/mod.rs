@@ -1,17 +1,22 @@
 //! The store: a model, the plan of where its parameters and gradients lie, and the flat memory under both.
 //!
-//! Parameters become views of one flat tensor a kind, gradients of another with the same layout, in memory that
-//! the group registered. What is laid down stays where it is, with two exceptions: parameters that begin to train
+//! The parameters of a bucket become views of one flat tensor, their gradients of another with the same layout, in memory
+//! that the group registered. What is laid down stays where it is, with two exceptions: parameters that begin to train
 //! later are laid behind the others ([`Store::adopt`]), and the whole is laid anew once, in the order
-//! in which backward really makes gradients ready ([`Store::lay_anew`]).
+//! in which backward really makes gradients ready ([`Store::lay_anew`]). Where only a rank's segments of gradients are
+//! kept, gradients stay where libtorch made them until their bucket is exchanged, in a buffer of a [`Pool`].
 
 pub(crate) mod agree;
 pub(crate) mod broadcast;
 mod device_norm;
+pub(crate) mod exact;
 pub(crate) mod flat;
 pub(crate) mod model;
 pub(crate) mod norm;
 pub mod plan;
+pub(crate) mod pool;
+
+use std::ops::Range;
 
 use phalanx_comm::Group;
 use tch::{Device, Kind, Tensor};
@@ -21,16 +26,59 @@ use crate::shim::{self, Variable};
 use crate::{DdpOptions, Error, Result};
 use flat::Flat;
 use model::Model;
-use plan::{Caps, Extent, Plan};
+use plan::{Bucket, Caps, Extent, Plan};
+use pool::{Pool, Taken};
 
 /// By how much sooner, as [`Plan::lateness`] counts, buckets must start to be worth a new layout.
 const WORTHWHILE: f64 = 0.02;
 
-/// Parameters of one kind, and their gradients, which may be of another.
+/// What a rank has of a bucket's parameters or gradients.
+#[derive(Debug)]
+pub(crate) enum Held {
+    /// All of it.
+    Whole(Flat),
+    /// Its segment.
+    Segment(Flat),
+}
+
+impl Held {
+    /// Where elements of the bucket that are this rank's lie: `range` in the bucket, `segment` in its segment.
+    pub(crate) fn at(&self, range: &Range<usize>, segment: &Range<usize>) -> (&Flat, Range<usize>) {
+        match self {
+            Self::Whole(flat) => (flat, range.clone()),
+            Self::Segment(flat) => (flat, segment.clone()),
+        }
+    }
+
+    /// All of it, if it is here.
+    pub(crate) fn whole(&self) -> Option<&Flat> {
+        match self {
+            Self::Whole(flat) => Some(flat),
+            Self::Segment(_) => None,
+        }
+    }
+
+    fn flat(&self) -> &Flat {
+        let (Self::Whole(flat) | Self::Segment(flat)) = self;
+        flat
+    }
+
+    /// Its kind.
+    pub(crate) fn kind(&self) -> Kind {
+        self.flat().kind()
+    }
+
+    /// Its bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.flat().len() * self.kind().elt_size_in_bytes()
+    }
+}
+
+/// A bucket's parameters, and their gradients, which may be of another kind.
 #[derive(Debug)]
 pub(crate) struct Storage {
-    pub(crate) parameters: Flat,
-    pub(crate) gradients: Flat,
+    pub(crate) parameters: Held,
+    pub(crate) gradients: Held,
 }
 
 /// A model and its flat memory.
@@ -41,8 +89,10 @@ pub(crate) struct Store {
     pub(crate) plan: Plan,
     pub(crate) storages: Vec<Storage>,
     pub(crate) sharding: Sharding,
-    /// By parameter: where its gradient goes.
+    /// By parameter: where its gradient goes; empty where gradients stay where they are until they are exchanged.
     views: Vec<Tensor>,
+    /// Buffers for the exchange of gradients that stay where they are.
+    pub(crate) pool: Pool,
     /// By variable: what it was when it was last looked at with approval.
     expected: Vec<Variable>,
     /// Counts the plans: who keeps something by place looks whether it is still that one.
@@ -50,6 +100,14 @@ pub(crate) struct Store {
     /// Who of this library steps on the gradients, and how.
     pub(crate) optimizer: Attached,
     device: Device,
+}
+
+/// Bytes of a rank's memory; what ranks share counts on each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Memory {
+    pub(crate) parameters: usize,
+    pub(crate) gradients: usize,
+    pub(crate) exchange: usize,
 }
 
 /// What a store knows of this library's optimizers.
@@ -83,6 +141,7 @@ impl Store {
             storages: Vec::new(),
             sharding,
             views: Vec::new(),
+            pool: Pool::default(),
             expected,
             layout: 0,
             optimizer: Attached::default(),
@@ -124,21 +183,38 @@ impl Store {
     /// Lays the parameters that have no place yet behind those that have, in `order` of their numbers from
     /// the first new one on.
     fn lay(&mut self, order: &[usize], options: &DdpOptions) -> Result<()> {
-        let first = self.views.len();
+        let first = self.plan.places.len();
         let later = self.planned(first, order, options);
         let kinds = self.kinds(first);
         let storages = self.allocate(&kinds, &later, options)?;
         self.plan.append(later);
         self.storages.extend(storages);
+        self.fit_pool(options)?;
         let count = self.model.parameters().len();
         for index in first..count {
             self.settle(index)?; // a gradient that is there already goes to its view with its hook
         }
+        self.sharding.settled(&mut self.group)?;
         self.layout += 1;
         self.approve()
     }
 
-    /// Memory for a plan whose storages have `kinds`. Collective.
+    /// Buffers for all buckets, where they are exchanged in such. Collective.
+    fn fit_pool(&mut self, options: &DdpOptions) -> Result<()> {
+        if self.sharding.has_whole_gradients() {
+            return Ok(());
+        }
+        let size = |bucket: &Bucket| {
+            let kind = self.storages[bucket.storage].parameters.kind();
+            (options.gradients_of(kind), bucket.range.len())
+        };
+        let sizes: Vec<(Kind, usize)> = self.plan.buckets.iter().map(size).collect();
+        self.pool = Pool::default(); // the old buffers go first
+        self.pool = Pool::new(&mut self.group, self.device, &sizes)?;
+        Ok(())
+    }
+
+    /// Memory for a plan of parameters of `kinds`. Collective.
     fn allocate(
         &mut self,
         kinds: &[Kind],
@@ -146,9 +222,11 @@ impl Store {
         options: &DdpOptions,
     ) -> Result<Vec<Storage>> {
         let mut storages = Vec::with_capacity(kinds.len());
-        for (&kind, &len) in kinds.iter().zip(&plan.storage_lens) {
+        for bucket in &plan.buckets {
             let (group, device) = (&mut self.group, self.device);
-            let gradients = Flat::registered(group, options.gradients_of(kind), device, len)?;
+            let (kind, len) = (kinds[bucket.kind], bucket.range.len());
+            let gradients = options.gradients_of(kind);
+            let gradients = self.sharding.gradient_memory(group, gradients, device, bucket)?;
             let parameters = self.sharding.parameter_memory(group, kind, device, len)?;
             storages.push(Storage { parameters, gradients });
         }
@@ -162,11 +240,13 @@ impl Store {
         let named = self.model.parameter(index);
         let strides = flat::dense_strides(&named.name, &named.tensor)?;
         let shape = named.tensor.size();
-        let mut data = storage.parameters.view(&place.range, &shape, &strides)?;
+        let Held::Whole(parameters) = &storage.parameters else { return Ok(()) };
+        let mut data = parameters.view(&place.range, &shape, &strides)?;
         tch::no_grad(|| data.f_copy_(&named.tensor).map(drop))?;
         shim::set_data(&named.tensor, &data)?;
+        let Held::Whole(gradients) = &storage.gradients else { return Ok(()) };
         // Detached: optimizers call detach_() on gradients, which libtorch refuses for views it tracks.
-        let view = storage.gradients.view(&place.range, &shape, &strides)?.f_detach()?;
+        let view = gradients.view(&place.range, &shape, &strides)?.f_detach()?;
         match self.views.get_mut(index) {
             Some(present) => *present = view,
             None => self.views.push(view),
@@ -177,12 +257,18 @@ impl Store {
     /// A plan of the parameters from `first` on, by themselves.
     fn planned(&self, first: usize, order: &[usize], options: &DdpOptions) -> Plan {
         let kinds = self.kinds(first);
+        let units = self.units(options);
+        let unit_of = |name: &str| {
+            let unit = options.unit_of(name)?;
+            units.iter().position(|other| *other == unit)
+        };
         let extent = |named: &model::Named| {
             let kind = named.tensor.kind();
             Extent {
                 len: named.tensor.numel(),
                 element_bytes: options.gradients_of(kind).elt_size_in_bytes(),
-                storage: kinds.iter().position(|&other| other == kind).unwrap_or(0),
+                kind: kinds.iter().position(|&other| other == kind).unwrap_or(0),
+                unit: unit_of(&named.name),
             }
         };
         let extents: Vec<Extent> = self.model.parameters().skip(first).map(extent).collect();
@@ -199,6 +285,17 @@ impl Store {
             }
         }
         kinds
+    }
+
+    /// The names of the units, in the order of their first parameters.
+    fn units<'a>(&'a self, options: &DdpOptions) -> Vec<&'a str> {
+        let mut units = Vec::new();
+        for unit in self.model.parameters().filter_map(|named| options.unit_of(&named.name)) {
+            if !units.contains(&unit) {
+                units.push(unit);
+            }
+        }
+        units
     }
 
     /// Gives places to variables that train and have none. Collective: where there are any, the ranks
@@ -236,38 +333,68 @@ impl Store {
     /// the optimizer keeps by place is void. Needs room for a second copy of parameters and gradients meanwhile.
     fn replace(&mut self, plan: Plan, options: &DdpOptions) -> Result<()> {
         let kinds = self.kinds(0);
-        let count = self.views.len();
-        let mut kept = Vec::with_capacity(count);
-        for index in 0..count {
+        let count = self.plan.places.len();
+        let mut kept = Vec::with_capacity(self.views.len());
+        for (index, view) in self.views.iter().enumerate() {
             let variable = &self.model.parameter(index).tensor;
-            let place = shim::gradient_place(variable, &self.views[index])?;
-            kept.push(place == shim::GradientPlace::InView);
+            kept.push(shim::gradient_place(variable, view)? == shim::GradientPlace::InView);
         }
         let storages = self.allocate(&kinds, &plan, options)?;
         let old_views: Vec<Tensor> = self.views.iter().map(Tensor::shallow_clone).collect();
         self.plan = plan;
         let old = std::mem::replace(&mut self.storages, storages);
-        for (index, old_view) in old_views.iter().enumerate() {
+        self.fit_pool(options)?;
+        for index in 0..count {
             self.settle(index)?;
+        }
+        for (index, old_view) in old_views.iter().enumerate() {
             let view = &self.views[index];
             tch::no_grad(|| view.shallow_clone().f_copy_(old_view).map(drop))?;
             if kept[index] {
                 shim::gradient_set(&self.model.parameter(index).tensor, Some(view))?;
             }
         }
+        self.sharding.settled(&mut self.group)?;
         drop(old);
         self.layout += 1;
         self.approve()
     }
 
-    /// Where the gradient of parameter `index` goes.
-    pub(crate) fn view(&self, index: usize) -> &Tensor {
-        &self.views[index]
+    /// Where the gradient of parameter `index` goes at once; none where it stays where it is until its bucket is
+    /// exchanged.
+    pub(crate) fn view(&self, index: usize) -> Option<&Tensor> {
+        self.views.get(index)
     }
 
-    /// Zeroes the place of a gradient.
+    /// Zeroes the place of a gradient, if it has one.
     pub(crate) fn zero_view(&self, index: usize) -> Result<()> {
-        Ok(tch::no_grad(|| self.views[index].shallow_clone().f_zero_().map(drop))?)
+        let Some(view) = self.views.get(index) else { return Ok(()) };
+        Ok(tch::no_grad(|| view.shallow_clone().f_zero_().map(drop))?)
+    }
+
+    /// Where the gradient of parameter `index` is now: its view, or where it stays.
+    pub(crate) fn gradient(&self, index: usize) -> Result<Option<Tensor>> {
+        if let Some(view) = self.views.get(index) {
+            return Ok(Some(view.shallow_clone()));
+        }
+        let gradient = self.model.parameter(index).tensor.f_grad()?;
+        Ok(gradient.defined().then_some(gradient))
+    }
+
+    /// The memory in which a bucket of gradients is exchanged.
+    pub(crate) fn exchanged(&self, bucket: &Bucket, taken: Option<Taken>) -> Option<&Flat> {
+        match taken {
+            Some(taken) => Some(self.pool.buffer(taken)),
+            None => self.storages[bucket.storage].gradients.whole(),
+        }
+    }
+
+    /// Where parameter `index` lies in `memory` of its bucket's length.
+    pub(crate) fn place_in(&self, memory: &Flat, index: usize) -> Result<Tensor> {
+        let named = self.model.parameter(index);
+        let strides = flat::dense_strides(&named.name, &named.tensor)?;
+        let place = &self.plan.places[index].range;
+        Ok(memory.view(place, &named.tensor.size(), &strides)?.f_detach()?)
     }
 
     /// Where parameters and gradients are.
@@ -275,20 +402,31 @@ impl Store {
         self.device
     }
 
-    /// The gradients, by storage.
-    pub(crate) fn gradients(&self) -> Vec<&Flat> {
-        self.storages.iter().map(|storage| &storage.gradients).collect()
+    /// Bytes of this rank's memory for parameters, gradients and their exchange.
+    pub(crate) fn memory(&self) -> Memory {
+        let sum = |of: fn(&Storage) -> &Held| self.storages.iter().map(|s| of(s).bytes()).sum();
+        Memory {
+            parameters: sum(|storage| &storage.parameters),
+            gradients: sum(|storage| &storage.gradients),
+            exchange: self.pool.bytes(),
+        }
     }
 
-    /// The parameters, by storage.
-    pub(crate) fn parameters(&self) -> Vec<&Flat> {
-        self.storages.iter().map(|storage| &storage.parameters).collect()
-    }
-
-    /// How often each view of a gradient was changed in place.
-    pub(crate) fn view_versions(&self) -> Result<Vec<u32>> {
-        let views: Vec<&Tensor> = self.views.iter().collect();
-        Ok(shim::variables(&views)?.into_iter().map(|state| state.version).collect())
+    /// By parameter: how often its gradient, where it is now, was changed in place.
+    pub(crate) fn gradient_versions(&self) -> Result<Vec<u32>> {
+        if !self.views.is_empty() {
+            let views: Vec<&Tensor> = self.views.iter().collect();
+            return Ok(shim::variables(&views)?.into_iter().map(|state| state.version).collect());
+        }
+        let mut versions = Vec::with_capacity(self.plan.places.len());
+        for index in 0..self.plan.places.len() {
+            let states = match &self.gradient(index)? {
+                Some(gradient) => shim::variables(&[gradient])?,
+                None => Vec::new(),
+            };
+            versions.push(states.first().map_or(0, |state| state.version));
+        }
+        Ok(versions)
     }
 
     /// What the variables are at this moment; an error if they are not what was wrapped.
@@ -310,7 +448,8 @@ impl Store {
             return Vec::new();
         }
         let sample = |place: &plan::Place| {
-            let bytes = self.storages[place.storage].parameters.bytes(&place.range);
+            let Some(whole) = self.storages[place.storage].parameters.whole() else { return 0 };
+            let bytes = whole.bytes(&place.range);
             let stride = (bytes.len() / WORDS).next_multiple_of(8).max(8);
             bytes
                 .chunks(stride)

@@ -1,155 +1,123 @@
-//! Norms that come out the same however the flat storage is sharded.
+//! Sums of squares that come out the same however the flat storage is laid out and sharded.
 //!
-//! Every parameter is cut into cells at the multiples of [`BLOCK_LEN`]; a rank's segment is whole blocks, so
-//! a cell lies on one rank. A cell's sum of squares is computed in a fixed order in f64, the ranks gather the
-//! sums of all cells, and everybody adds them in storage order. So the norm has the same bits on every rank,
-//! for every world size and ZeRO stage.
+//! A parameter starts at a multiple of 64 elements, and a rank's segment is whole blocks of more: so a chunk of 64 elements,
+//! counted from the parameter's start, is on one rank, in whatever layout. Its squares are summed in a fixed order in f64, and the
+//! sums of chunks are added exactly ([`ExactSum`]), over the ranks too. So a norm has the same bits on every rank, for
+//! every world size, ZeRO stage and layout. On a GPU the sums of chunks are the GPU's own.
 
 use std::ops::Range;
 
-use phalanx_comm::{Group, Region};
+use half::{bf16, f16};
+use phalanx_comm::{Group, Sum};
+use tch::Kind;
 
-use super::plan::{Plan, BLOCK_LEN};
-use crate::shard::Sharding;
+use super::device_norm;
+use super::exact::{ExactSum, WORDS};
+use super::flat::Flat;
+use super::plan::PARAMETER_ALIGNMENT_LEN as CHUNK_LEN;
 use crate::Result;
 
-/// Independent sums per cell: two AVX-512 registers of f64, so that the additions overlap.
-const LANES: usize = 16;
+/// Independent sums of a chunk: additions overlap.
+const LANES: usize = 8;
 
-/// Sum of squares in f64: lane by lane, then the lanes in order.
-pub(crate) fn sum_of_squares<T: Copy>(values: &[T], to_f64: impl Fn(T) -> f64) -> f64 {
-    let mut lanes = [0.0_f64; LANES];
-    let chunks = values.chunks_exact(LANES);
-    for (lane, &value) in lanes.iter_mut().zip(chunks.remainder()) {
-        let value = to_f64(value);
-        *lane += value * value;
+/// Elements of a flat memory, from a multiple of [`CHUNK_LEN`] of their parameter on, and the number of the sum that they go to.
+#[derive(Debug)]
+pub(crate) struct Part<'a> {
+    pub(crate) memory: &'a Flat,
+    pub(crate) range: Range<usize>,
+    pub(crate) sum: usize,
+}
+
+/// Sums of squares of `parts`, by their numbers below `count`.
+pub(crate) fn sums_of_squares(parts: &[Part<'_>], count: usize) -> Result<Vec<ExactSum>> {
+    let mut sums = vec![ExactSum::default(); count];
+    if parts.iter().any(|part| part.memory.device().is_cuda()) {
+        let of_parts = device_norm::sums_of_squares(parts)?;
+        for (part, sum) in parts.iter().zip(of_parts) {
+            sums[part.sum].add(sum);
+        }
+        return Ok(sums);
     }
+    for Part { memory, range, sum } in parts {
+        let sum = &mut sums[*sum];
+        match memory.kind() {
+            Kind::Double => add_squares(sum, memory.elements::<f64>(range), |x| x),
+            Kind::Half => add_squares(sum, memory.elements(range), f16::to_f64),
+            Kind::BFloat16 => add_squares(sum, memory.elements(range), bf16::to_f64),
+            _ => add_squares(sum, memory.elements::<f32>(range), f64::from),
+        }
+    }
+    Ok(sums)
+}
+
+/// Adds the squares of `values`, chunk by chunk.
+fn add_squares<T: Copy>(sum: &mut ExactSum, values: &[T], to_f64: impl Fn(T) -> f64) {
+    let (chunks, rest) = values.as_chunks::<CHUNK_LEN>();
     for chunk in chunks {
-        for (lane, &value) in lanes.iter_mut().zip(chunk) {
+        sum.add(sum_of_squares(chunk, &to_f64));
+    }
+    if !rest.is_empty() {
+        sum.add(sum_of_squares(rest, &to_f64));
+    }
+}
+
+/// Sum of squares in f64: lane by lane, then the lanes in pairs. Zeros behind the values change nothing.
+#[inline]
+fn sum_of_squares<T: Copy>(values: &[T], to_f64: &impl Fn(T) -> f64) -> f64 {
+    let mut lanes = [0.0_f64; LANES];
+    let (rows, rest) = values.as_chunks::<LANES>();
+    for row in rows {
+        for (lane, &value) in lanes.iter_mut().zip(row) {
             let value = to_f64(value);
             *lane += value * value;
         }
     }
-    lanes.iter().sum()
+    for (lane, &value) in lanes.iter_mut().zip(rest) {
+        let value = to_f64(value);
+        *lane += value * value;
+    }
+    let [a, b, c, d, e, f, g, h] = lanes;
+    ((a + e) + (c + g)) + ((b + f) + (d + h))
 }
 
-/// A part of a parameter inside one block.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Cell {
-    pub(crate) parameter: usize,
-    pub(crate) storage: usize,
-    pub(crate) range: Range<usize>,
-}
-
-/// The cells of parameters inside `owned` (elements of a storage), in storage order. Pure.
-fn cells_of(plan: &Plan, bucket: usize, owned: &Range<usize>) -> Vec<Cell> {
-    let mut cells = Vec::new();
-    for &parameter in &plan.buckets[bucket].parameters {
-        let place = &plan.places[parameter];
-        let mut start = place.range.start.max(owned.start);
-        let end = place.range.end.min(owned.end);
-        while start < end {
-            let cut = (start + 1).next_multiple_of(BLOCK_LEN).min(end);
-            cells.push(Cell { parameter, storage: place.storage, range: start..cut });
-            start = cut;
-        }
-    }
-    cells
-}
-
-/// All cells of the model, and which of them this rank computes.
-#[derive(Debug)]
-pub(crate) struct Cells {
-    /// This rank's, in storage order within each bucket.
-    pub(crate) mine: Vec<Cell>,
-    /// For each cell of the model, by bucket, rank and position: its parameter, and its slot among the
-    /// gathered sums.
-    all: Vec<(usize, usize)>,
-    /// Where sums are gathered; nothing when this rank computes all.
-    gathered: Option<Region<f64>>,
-}
-
-impl Cells {
-    /// Collective under ZeRO: allocates the memory for gathering.
-    pub(crate) fn new(plan: &Plan, sharding: Sharding, group: &mut Group) -> Result<Self> {
-        let (rank, world_size) = (sharding.part(), sharding.parts());
-        let mut per_rank: Vec<Vec<Cell>> = vec![Vec::new(); world_size];
-        let mut all = Vec::new();
-        for (index, bucket) in plan.buckets.iter().enumerate() {
-            for (owner, cells) in per_rank.iter_mut().enumerate() {
-                for cell in cells_of(plan, index, &bucket.segment(owner, world_size)) {
-                    all.push((cell.parameter, owner, cells.len()));
-                    cells.push(cell);
-                }
-            }
-        }
-        let stride = per_rank.iter().map(Vec::len).max().unwrap_or(0);
-        let all = all.into_iter().map(|(p, owner, at)| (p, owner * stride + at)).collect();
-        let gathered = match world_size {
-            1 => None,
-            parts => Some(group.allocate_on_host(parts * stride)?),
-        };
-        Ok(Self { mine: per_rank.swap_remove(rank), all, gathered })
-    }
-
-    /// Where this rank's cells lie.
-    pub(crate) fn places(&self) -> Vec<(usize, Range<usize>)> {
-        self.mine.iter().map(|cell| (cell.storage, cell.range.clone())).collect()
-    }
-
-    /// Takes the sums of this rank's cells to (parameter, sum) of every cell of the model. Collective
-    /// under ZeRO.
-    pub(crate) fn gather(&self, group: &mut Group, sums: &[f64]) -> Result<Vec<(usize, f64)>> {
-        let Some(region) = &self.gathered else {
-            return Ok(self.all.iter().map(|&(parameter, slot)| (parameter, sums[slot])).collect());
-        };
-        let stride = region.len() / group.world_size();
-        region.write(group.rank() * stride, sums);
-        group.tagged("norms").all_gather_in_place(region.full())?.wait()?;
-        let gathered = region.read(0..region.len());
-        Ok(self.all.iter().map(|&(parameter, slot)| (parameter, gathered[slot])).collect())
-    }
+/// The values of sums whose parts lie on the ranks of `group`. Collective.
+pub(crate) fn over_ranks(group: &mut Group, sums: Vec<ExactSum>) -> Result<Vec<f64>> {
+    let mut words: Vec<i64> = sums.into_iter().flat_map(ExactSum::into_words).collect();
+    group.tagged("norms").all_reduce(&mut words[..], Sum)?.wait()?;
+    let sums = words.chunks_exact(WORDS).filter_map(ExactSum::of_words);
+    Ok(sums.map(|sum| sum.value()).collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::plan::{Caps, Extent};
 
     #[test]
     fn the_sum_is_right_for_every_remainder() {
-        for len in 0..50_u16 {
+        for len in 0..200_u16 {
             let values: Vec<f32> = (0..len).map(f32::from).collect();
             let expected: u32 = (0..u32::from(len)).map(|x| x * x).sum();
-            let sum = sum_of_squares(&values, f64::from);
-            assert!(sum.to_bits() == f64::from(expected).to_bits(), "{len}: {sum}");
+            let mut sum = ExactSum::default();
+            add_squares(&mut sum, &values, f64::from);
+            assert!(sum.value().to_bits() == f64::from(expected).to_bits(), "{len}");
         }
     }
 
     #[test]
-    fn cells_are_the_same_however_a_bucket_is_cut() {
-        let lens = [5000, 64, 1, 9000, 2048, 77];
-        let extents: Vec<Extent> =
-            lens.iter().map(|&len| Extent { len, element_bytes: 4, storage: 0 }).collect();
-        let order = [5, 4, 3, 2, 1, 0];
-        let relative = |world_size: usize, plan: &Plan| {
-            let mut cells = Vec::new();
-            for (index, bucket) in plan.buckets.iter().enumerate() {
-                for rank in 0..world_size {
-                    for cell in cells_of(plan, index, &bucket.segment(rank, world_size)) {
-                        cells.push((cell.parameter, cell.range.start - bucket.range.start));
-                    }
-                }
-            }
-            // Inside a segment cells come by parameter, and parameters lie in that order.
-            cells
-        };
-        let plan_for = |world_size| {
-            Plan::new(&extents, &order, Caps { bucket_bytes: &[8000, 30000], world_size })
-        };
-        let whole = relative(1, &plan_for(1));
-        for world_size in [2, 3, 4, 7] {
-            assert_eq!(relative(world_size, &plan_for(world_size)), whole, "{world_size} ranks");
+    fn a_parameter_has_one_sum_however_it_is_cut_and_padded() {
+        let values: Vec<f32> = (0..1000_u16).map(|at| (f32::from(at) * 0.37).sin()).collect();
+        let mut whole = ExactSum::default();
+        add_squares(&mut whole, &values, f64::from);
+        for cut in (0..1000).step_by(CHUNK_LEN) {
+            let mut parts = ExactSum::default();
+            add_squares(&mut parts, &values[cut..], f64::from);
+            add_squares(&mut parts, &values[..cut], f64::from);
+            assert_eq!(parts.value().to_bits(), whole.value().to_bits(), "{cut}");
         }
+        let mut padded = values.clone();
+        padded.resize(1024, 0.0);
+        let mut of_padded = ExactSum::default();
+        add_squares(&mut of_padded, &padded, f64::from);
+        assert_eq!(of_padded.value().to_bits(), whole.value().to_bits());
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Parameters are taken in the order in which backward makes them ready (reverse registration order at
 //! first) and put into the open bucket of their storage, that is of their (dtype, device). A bucket closes
-//! when its bytes reach the cap. Buckets are launched in the order in which their last parameter comes.
+//! when its bytes reach the cap; that of a unit when the unit is complete. Buckets are launched in the order in which their last parameter comes. Each has a
+//! flat storage of its own: memory that can be taken and given back by itself.
 //!
 //! Every parameter starts at a multiple of [`PARAMETER_ALIGNMENT_LEN`] elements, and every bucket's length
 //! is a multiple of `world_size ×` [`BLOCK_LEN`], so that each rank's segment is whole blocks. Where a
@@ -11,6 +12,7 @@
 //! Source: bucketing as `compute_bucket_assignment_by_size` of PyTorch's `reducer.cpp`; padding as
 //! Megatron-LM's distributed optimizer.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// Elements in a block: what norms are summed over, and what a rank's segment is a multiple of. One page
@@ -34,8 +36,10 @@ pub struct Extent {
     pub len: usize,
     /// Bytes of one element.
     pub element_bytes: usize,
-    /// Which flat storage it goes to: parameters of one dtype and device share one.
-    pub storage: usize,
+    /// Number of its kind: a bucket holds parameters of one.
+    pub kind: usize,
+    /// Number of its unit, if it has one: a unit's parameters of one kind are a bucket, whatever the caps.
+    pub unit: Option<usize>,
 }
 
 /// Where a parameter lies.
@@ -52,8 +56,10 @@ pub struct Place {
 /// Gradients that are reduced together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bucket {
-    /// Which flat storage.
+    /// Which flat storage: its own.
     pub storage: usize,
+    /// Number of its parameters' kind.
+    pub kind: usize,
     /// Elements of the flat storage, padding included.
     pub range: Range<usize>,
     /// Parameters in it, by registration index, in ready order.
@@ -74,7 +80,7 @@ pub struct Plan {
 /// The knobs of a plan.
 #[derive(Clone, Copy, Debug)]
 pub struct Caps<'a> {
-    /// Bytes after which the i-th bucket of a storage closes; the last cap holds for all that follow.
+    /// Bytes after which the i-th bucket of a kind closes; the last cap holds for all that follow.
     pub bucket_bytes: &'a [usize],
     /// Ranks that share the buckets.
     pub world_size: usize,
@@ -83,7 +89,16 @@ pub struct Caps<'a> {
 struct Open {
     parameters: Vec<usize>,
     bytes: usize,
-    closed_count: usize,
+    kind: usize,
+    until: Until,
+}
+
+/// When an open bucket closes.
+enum Until {
+    /// Its bytes reach a cap; how many of its kind have closed so.
+    Cap { closed_count: usize },
+    /// All of its unit are in it: so many are still to come.
+    Whole { left: usize },
 }
 
 impl Plan {
@@ -95,45 +110,67 @@ impl Plan {
     pub fn new(extents: &[Extent], order: &[usize], caps: Caps<'_>) -> Self {
         assert_eq!(order.len(), extents.len(), "every parameter once");
         assert!(!caps.bucket_bytes.is_empty(), "at least one cap");
-        let storage_count = extents.iter().map(|e| e.storage + 1).max().unwrap_or(0);
         let mut plan = Self {
             buckets: Vec::new(),
             places: vec![Place { storage: 0, bucket: usize::MAX, range: 0..0 }; extents.len()],
-            storage_lens: vec![0; storage_count],
+            storage_lens: Vec::new(),
         };
-        let mut open: Vec<Open> = (0..storage_count).map(|_| Open::new()).collect();
-        for &index in order {
-            let extent = extents[index];
-            let bucket = &mut open[extent.storage];
-            bucket.parameters.push(index);
-            bucket.bytes += extent.len * extent.element_bytes;
-            let cap = caps.bucket_bytes[bucket.closed_count.min(caps.bucket_bytes.len() - 1)];
-            if bucket.bytes >= cap {
-                plan.close(bucket, extents, extent.storage, caps.world_size);
+        let mut open: BTreeMap<(usize, Option<usize>), Open> = BTreeMap::new();
+        for extent in extents {
+            let bucket = open.entry((extent.kind, extent.unit)).or_insert_with(|| Open {
+                parameters: Vec::new(),
+                bytes: 0,
+                kind: extent.kind,
+                until: match extent.unit {
+                    None => Until::Cap { closed_count: 0 },
+                    Some(_) => Until::Whole { left: 0 },
+                },
+            });
+            if let Until::Whole { left } = &mut bucket.until {
+                *left += 1;
             }
         }
-        for (storage, bucket) in open.iter_mut().enumerate() {
-            if !bucket.parameters.is_empty() {
-                plan.close(bucket, extents, storage, caps.world_size);
+        for &index in order {
+            let extent = extents[index];
+            let Some(bucket) = open.get_mut(&(extent.kind, extent.unit)) else { continue };
+            bucket.parameters.push(index);
+            bucket.bytes += extent.len * extent.element_bytes;
+            let is_full = match &mut bucket.until {
+                Until::Cap { closed_count } => {
+                    let cap = caps.bucket_bytes[(*closed_count).min(caps.bucket_bytes.len() - 1)];
+                    let is_full = bucket.bytes >= cap;
+                    *closed_count += usize::from(is_full);
+                    is_full
+                }
+                Until::Whole { left } => {
+                    *left -= 1;
+                    *left == 0
+                }
+            };
+            if is_full {
+                plan.close(bucket, extents, caps.world_size);
             }
+        }
+        for bucket in open.values_mut().filter(|bucket| !bucket.parameters.is_empty()) {
+            plan.close(bucket, extents, caps.world_size);
         }
         assert!(plan.places.iter().all(|p| p.bucket != usize::MAX), "every parameter has a place");
         plan
     }
 
-    fn close(&mut self, open: &mut Open, extents: &[Extent], storage: usize, world_size: usize) {
-        let start = self.storage_lens[storage];
-        let mut end = start;
+    fn close(&mut self, open: &mut Open, extents: &[Extent], world_size: usize) {
+        let storage = self.buckets.len();
+        let mut end = 0;
         for &index in &open.parameters {
             let range = end..end + extents[index].len;
             end = range.end.next_multiple_of(PARAMETER_ALIGNMENT_LEN);
-            self.places[index] = Place { storage, bucket: self.buckets.len(), range };
+            self.places[index] = Place { storage, bucket: storage, range };
         }
-        let len = (end - start).max(1).next_multiple_of(world_size * BLOCK_LEN);
+        let len = end.max(1).next_multiple_of(world_size * BLOCK_LEN);
         let parameters = std::mem::take(&mut open.parameters);
-        self.buckets.push(Bucket { storage, range: start..start + len, parameters });
-        self.storage_lens[storage] = start + len;
-        *open = Open { closed_count: open.closed_count + 1, ..Open::new() };
+        self.buckets.push(Bucket { storage, kind: open.kind, range: 0..len, parameters });
+        self.storage_lens.push(len);
+        open.bytes = 0;
     }
 }
 
@@ -145,6 +182,7 @@ impl Plan {
         let buckets = self.buckets.len();
         self.buckets.extend(later.buckets.into_iter().map(|bucket| Bucket {
             storage: bucket.storage + storages,
+            kind: bucket.kind,
             range: bucket.range,
             parameters: bucket.parameters.into_iter().map(|index| index + parameters).collect(),
         }));
@@ -185,12 +223,6 @@ impl Plan {
     }
 }
 
-impl Open {
-    fn new() -> Self {
-        Self { parameters: Vec::new(), bytes: 0, closed_count: 0 }
-    }
-}
-
 impl Bucket {
     /// The elements of the flat storage that `rank` reduces and, under ZeRO, owns.
     #[must_use]
@@ -206,7 +238,7 @@ mod tests {
     use super::*;
 
     fn extents(lens: &[usize]) -> Vec<Extent> {
-        lens.iter().map(|&len| Extent { len, element_bytes: 4, storage: 0 }).collect()
+        lens.iter().map(|&len| Extent { len, element_bytes: 4, kind: 0, unit: None }).collect()
     }
 
     fn reverse(count: usize) -> Vec<usize> {
@@ -230,13 +262,8 @@ mod tests {
             }
         }
         assert!(seen.iter().all(|&count| count == 1), "every parameter once");
-        for (storage, &len) in plan.storage_lens.iter().enumerate() {
-            let mut at = 0;
-            for bucket in plan.buckets.iter().filter(|b| b.storage == storage) {
-                assert_eq!(bucket.range.start, at, "buckets tile the storage");
-                at = bucket.range.end;
-            }
-            assert_eq!(at, len);
+        for (index, bucket) in plan.buckets.iter().enumerate() {
+            assert_eq!((bucket.storage, &bucket.range), (index, &(0..plan.storage_lens[index])));
         }
         let mut taken: Vec<_> =
             plan.places.iter().map(|p| (p.storage, p.range.start, p.range.end)).collect();
@@ -246,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn every_small_plan_tiles_its_storage() {
+    fn every_small_plan_has_room_for_every_parameter() {
         let lens = [0, 1, 63, 64, 65, 1000, 1024, 5000];
         for world_size in [1, 2, 3, 4, 7] {
             for caps in [&[1][..], &[256, 4096], &[1 << 20]] {
@@ -270,16 +297,31 @@ mod tests {
     }
 
     #[test]
-    fn each_storage_has_its_own_buckets() {
+    fn each_kind_has_its_own_buckets() {
         let mut mixed = extents(&[100, 100, 100, 100]);
-        mixed[1].storage = 1;
+        mixed[1].kind = 1;
         mixed[1].element_bytes = 2;
-        mixed[3].storage = 1;
+        mixed[3].kind = 1;
         mixed[3].element_bytes = 2;
         let plan = check(&mixed, &[1 << 20], 3);
         assert_eq!(plan.buckets.len(), 2);
         assert_eq!(plan.buckets[0].parameters, [2, 0]);
         assert_eq!(plan.buckets[1].parameters, [3, 1]);
+    }
+
+    #[test]
+    fn a_unit_is_a_bucket_of_its_own_whatever_the_caps_and_the_order() {
+        let mut sizes = extents(&[100, 5000, 100, 9000, 100, 100]);
+        for (index, unit) in [(1, 0), (3, 0), (4, 1), (2, 1)] {
+            sizes[index].unit = Some(unit);
+        }
+        for world_size in [1, 2, 3] {
+            let caps = Caps { bucket_bytes: &[1 << 20], world_size };
+            let plan = Plan::new(&sizes, &reverse(6), caps);
+            let parameters: Vec<_> =
+                plan.buckets.iter().map(|bucket| bucket.parameters.clone()).collect();
+            assert_eq!(parameters, [vec![4, 2], vec![3, 1], vec![5, 0]]);
+        }
     }
 
     #[test]

@@ -9,6 +9,9 @@ use phalanx_comm::Group;
 use phalanx_ddp_core::{Ddp, DdpOptions, Zero};
 use tch::{nn, nn::Module, Device, Kind, Tensor};
 
+/// Every stage of ZeRO.
+pub(crate) const STAGES: [Zero; 4] = [Zero::Off, Zero::One, Zero::Two, Zero::Three];
+
 /// Small caps: the model below has at least three buckets of uneven sizes.
 pub(crate) fn options(zero: Zero) -> DdpOptions {
     DdpOptions { bucket_bytes: vec![256, 400, 9000], zero, ..DdpOptions::default() }
