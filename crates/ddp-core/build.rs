@@ -17,6 +17,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         .warnings(false) // libtorch's own headers warn
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
+        // As libtorch was built: classes of its headers have other members without it.
+        .define("NDEBUG", None)
         .file("shim/ddp_shim.cc")
         .compile("phalanx_ddp_shim");
     // torch-sys links libtorch_cpu and libc10 for the whole program; this gives our own tests and

@@ -122,6 +122,49 @@ std::unique_ptr<at::ObserverContext> on_node(const at::RecordFunction&) {
   return nullptr;
 }
 
+// A shell's storage is known by its deleter, which has nothing to delete; the context is the token.
+void shell_memory_goes(void*) {}
+
+bool is_shell(const c10::StorageImpl* storage) {
+  return const_cast<c10::StorageImpl*>(storage)->_mutable_data_ptr_no_checks().get_deleter() == &shell_memory_goes;
+}
+
+at::DataPtr shell_memory(void* memory, uint64_t token, at::Device device) {
+  return at::DataPtr(memory, reinterpret_cast<void*>(token), &shell_memory_goes, device);
+}
+
+ddp_access on_access = nullptr;
+
+struct Accessed {
+  std::vector<uint64_t> tokens;
+  bool lacks_memory = false;
+
+  void take(const at::Tensor& tensor) {
+    if (!tensor.defined() || !tensor.has_storage()) return;
+    c10::StorageImpl* storage = tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+    if (storage == nullptr || !is_shell(storage)) return;
+    const at::DataPtr& memory = storage->_mutable_data_ptr_no_checks();
+    tokens.push_back(reinterpret_cast<uint64_t>(memory.get_context()));
+    lacks_memory = lacks_memory || memory.get() == nullptr;
+  }
+  void take(const c10::IValue& value) {
+    if (value.isTensor()) {
+      take(value.toTensor());
+    } else if (value.isTensorList()) {
+      for (const at::Tensor& tensor : value.toTensorVector()) take(tensor);
+    } else if (value.isList()) {
+      for (const c10::IValue& element : value.toListRef()) take(element);
+    }
+  }
+};
+
+std::unique_ptr<at::ObserverContext> on_operation(const at::RecordFunction& operation) {
+  Accessed accessed;
+  for (const c10::IValue& input : operation.inputs()) accessed.take(input);
+  if (accessed.lacks_memory && on_access != nullptr) on_access(accessed.tokens.data(), accessed.tokens.size());
+  return nullptr;
+}
+
 const at::Tensor& tensor_at(const void* pointer) {
   return *static_cast<const at::Tensor*>(pointer);
 }
@@ -155,6 +198,48 @@ ddp_status ddp_tensor_over_memory(void* memory, int64_t len, int32_t scalar_type
   });
 }
 
+ddp_status ddp_shell_new(int64_t len, int32_t scalar_type, int32_t cuda_device, uint64_t token, void** tensor) {
+  return guarded([&] {
+    at::Device device = device_of(cuda_device);
+    auto options = at::TensorOptions().dtype(static_cast<at::ScalarType>(scalar_type)).device(device);
+    at::Tensor shell = at::empty({0}, options);
+    c10::Storage storage(c10::make_intrusive<c10::StorageImpl>(
+        c10::StorageImpl::use_byte_size_t(), static_cast<size_t>(len) * shell.itemsize(),
+        shell_memory(nullptr, token, device), /*allocator=*/nullptr, /*resizable=*/false));
+    shell.set_(storage, 0, {len}, {1});
+    *tensor = new at::Tensor(std::move(shell));
+  });
+}
+
+ddp_status ddp_shell_attach(void* shell, void* memory) {
+  return guarded([&] {
+    c10::StorageImpl* storage = tensor_at(shell).storage().unsafeGetStorageImpl();
+    if (!is_shell(storage)) throw std::invalid_argument("the tensor has memory of its own");
+    const at::DataPtr& before = storage->_mutable_data_ptr_no_checks();
+    uint64_t token = reinterpret_cast<uint64_t>(before.get_context());
+    storage->set_data_ptr_noswap(shell_memory(memory, token, before.device()));
+  });
+}
+
+ddp_status ddp_shell_fail(void* shell, const char* message) {
+  return guarded([&] {
+    c10::StorageImpl* storage = tensor_at(shell).storage().unsafeGetStorageImpl();
+    storage->release_data_and_set_meta_custom_data_ptr_error_msg_(std::string(message));
+  });
+}
+
+ddp_status ddp_access_add(ddp_access callback, uint64_t* handle) {
+  return guarded([&] {
+    on_access = callback;
+    *handle = at::addThreadLocalCallback(
+        at::RecordFunctionCallback(on_operation).needsInputs(true).scopes({at::RecordScope::FUNCTION}));
+  });
+}
+
+ddp_status ddp_access_remove(uint64_t handle) {
+  return guarded([&] { at::removeCallback(handle); });
+}
+
 ddp_status ddp_current_stream(int32_t cuda_device, uint64_t* handle) {
   return guarded([&] {
     at::Device device(at::kCUDA, static_cast<at::DeviceIndex>(cuda_device));
@@ -172,7 +257,13 @@ ddp_status ddp_variables(void* const* variables, size_t count, ddp_variable* sta
     for (size_t i = 0; i < count; ++i) {
       const at::Tensor& variable = tensor_at(variables[i]);
       ddp_variable& state = states[i];
-      state.data = reinterpret_cast<uint64_t>(variable.const_data_ptr());
+      c10::StorageImpl* storage =
+          variable.has_storage() ? variable.storage().unsafeGetStorageImpl() : nullptr;
+      if (storage != nullptr && is_shell(storage)) {
+        state.data = reinterpret_cast<uint64_t>(storage) + static_cast<uint64_t>(variable.storage_offset());
+      } else {
+        state.data = reinterpret_cast<uint64_t>(variable.const_data_ptr());
+      }
       state.version = static_cast<uint32_t>(variable._version());
       state.requires_grad = variable.requires_grad() ? 1 : 0;
       state.scalar_type = static_cast<int32_t>(variable.scalar_type());

@@ -34,6 +34,19 @@ ddp_status ddp_tensor_identity(const void* tensor, uint64_t* identity);
 ddp_status ddp_tensor_over_memory(void* memory, int64_t len, int32_t scalar_type, int32_t cuda_device,
                                   void* context, ddp_destroy destroy, void** tensor);
 
+/* A shell: a one-dimensional tensor whose memory comes and goes. All views of it see what it has: nothing at first,
+ * after ddp_shell_attach `memory`, which must hold its elements until another memory, or none (null), is attached. */
+ddp_status ddp_shell_new(int64_t len, int32_t scalar_type, int32_t cuda_device, uint64_t token, void** tensor);
+ddp_status ddp_shell_attach(void* shell, void* memory);
+/* From here on every access to the shell's memory, which is none, throws `message`. */
+ddp_status ddp_shell_fail(void* shell, const char* message);
+
+/* Calls `callback` before an operation on this thread, or on one that runs this thread's backward, that takes a shell
+ * without memory: with the tokens of all shells that it takes, in the order of its arguments. It cannot stop the operation. */
+typedef void (*ddp_access)(const uint64_t* tokens, size_t count);
+ddp_status ddp_access_add(ddp_access callback, uint64_t* handle);
+ddp_status ddp_access_remove(uint64_t handle);
+
 /* The handle (cudaStream_t) of this thread's current stream of a CUDA device. */
 ddp_status ddp_current_stream(int32_t cuda_device, uint64_t* handle);
 
@@ -42,7 +55,7 @@ ddp_status ddp_set_data(void* variable, const void* data);
 
 /* What a variable is at this moment. */
 typedef struct {
-  uint64_t data;          /* address of its first element */
+  uint64_t data;          /* address of its first element; of a shell's, what stays the same */
   uint32_t version;       /* counts changes in place */
   int32_t requires_grad;  /* 0 or 1 */
   int32_t scalar_type;    /* c10::ScalarType */

@@ -111,7 +111,7 @@ impl Ddp {
         if options.keep_memory && device == Some(Device::Cpu) {
             heap::keep();
         }
-        let sharding = Sharding::new(options.zero, &group);
+        let sharding = Sharding::new(options.zero, &group, device.unwrap_or(Device::Cpu));
         let store = Store::new(group, model, sharding, &options)?;
         let shared = Arc::new(Mutex::new(Reducer::new(store, options)?));
         let hooks = reduce::attach(&shared)?;

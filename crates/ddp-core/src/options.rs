@@ -85,6 +85,9 @@ pub struct DdpOptions {
     /// each layer, `*` being one part of the name, and `"head"` one of everything under it. The first that fits holds. The
     /// parameters of no unit are put together up to [`bucket_bytes`](Self::bucket_bytes).
     pub units: Vec<String>,
+    /// Units whose parameters, once gathered under ZeRO-3, stay until the optimizer steps, by patterns of their names as in
+    /// [`units`](Self::units): less is gathered, for the memory of each.
+    pub stay_gathered: Vec<String>,
     /// What becomes of buffers.
     pub buffers: Buffers,
     /// Whether a backward may leave parameters without a gradient. The graph is walked when a backward
@@ -124,6 +127,7 @@ impl Default for DdpOptions {
             bucket_bytes: vec![plan::FIRST_BUCKET_BYTES_MAX, plan::BUCKET_BYTES_MAX],
             zero: Zero::Off,
             units: Vec::new(),
+            stay_gathered: Vec::new(),
             buffers: Buffers::RankZero,
             find_unused_parameters: false,
             static_graph: false,
@@ -163,6 +167,11 @@ impl DdpOptions {
     /// The unit of a parameter: the part of its name that a pattern describes.
     pub(crate) fn unit_of<'a>(&self, name: &'a str) -> Option<&'a str> {
         self.units.iter().find_map(|pattern| described(pattern, name))
+    }
+
+    /// Whether a unit stays once it is gathered.
+    pub(crate) fn stays_gathered(&self, unit: &str) -> bool {
+        self.stay_gathered.iter().any(|pattern| described(pattern, unit) == Some(unit))
     }
 
     /// In which kind the gradients of parameters of `kind` add up and travel.

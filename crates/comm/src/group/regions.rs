@@ -6,7 +6,6 @@ use super::Group;
 use crate::backend::gpu::memory::{await_freed, DeviceMemory};
 use crate::backend::host::region::RegionMemory;
 use crate::backend::host::setup;
-#[cfg(feature = "mpi")]
 use crate::backend::Backend;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
@@ -43,6 +42,12 @@ impl Group {
         let (id, group) = (self.regions, self.number);
         let memory = RegionMemory { id, group, rank, parts: Vec::new(), device: Some(device) };
         Ok(Region::new(memory, len))
+    }
+
+    /// Whether all ranks are on one machine and see each other's regions of host memory: see [`Region::part_of`].
+    #[must_use]
+    pub fn shares_memory(&self) -> bool {
+        self.core.topology.is_one_machine() && self.backend() != Backend::Mpi
     }
 
     /// As [`Group::allocate`], but memory of the host with every backend. With MPI it lies in huge pages: from 32 KiB

@@ -65,12 +65,35 @@ pub(crate) fn of_model(store: &Store, (buffers, count): (Buffers, bool)) -> Resu
     let rank = store.group.rank();
     let of_all = |named: &Named| Held::whole(format!("model/{}", named.name), &named.tensor);
     let own = |named: &Named| Held::whole(own_buffer(rank, &named.name), &named.tensor);
-    let variables = store.model.variables.iter().map(of_all);
+    let of_variable = |(variable, named): (usize, &Named)| match store.model.slot(variable) {
+        Some(slot) if store.is_cut(variable) => of_segment(store, slot),
+        _ => of_all(named),
+    };
+    let variables = store.model.variables.iter().enumerate().map(of_variable);
     match buffers {
         Buffers::Own => variables.chain(store.model.buffers.iter().map(own)).collect(),
         _ if count => variables.chain(store.model.buffers.iter().map(of_all)).collect(),
         _ => variables.collect(),
     }
+}
+
+/// The part of a parameter that is in this rank's segment.
+fn of_segment(store: &Store, slot: usize) -> Result<Held> {
+    let named = store.model.parameter(slot);
+    let place = &store.plan.places[slot];
+    let segment = store.sharding.segment(&store.plan.buckets[place.bucket]);
+    let (shape, strides) = (named.tensor.size(), named.tensor.stride());
+    let kind = named.tensor.kind();
+    let mut held = Held::like(format!("model/{}", named.name), kind, (&shape, &strides))?;
+    let (start, end) =
+        (place.range.start.max(segment.start), place.range.end.min(segment.end));
+    if start < end {
+        let own = start - segment.start..end - segment.start;
+        let (memory, own) = store.storages[place.storage].parameters.at(&(start..end), &own);
+        let range = (start - place.range.start) as u64..(end - place.range.start) as u64;
+        held.parts.push(Part { range, memory: memory.range(&own)? });
+    }
+    Ok(held)
 }
 
 /// A line for each tensor of a saved model that this one has not.

@@ -36,6 +36,7 @@ pub(super) fn gather(
 ) -> Result<(Vec<Held>, Option<Numbers>)> {
     let buffers = reducer.options.buffers;
     let counts = share == Share::Filled || reducer.store.group.rank() == 0;
+    reducer.store.heed_written()?;
     let mut tensors = held::of_model(&reducer.store, (buffers, counts))?;
     let mut numbers = None;
     if let Some(optimizer) = optimizer {
@@ -77,6 +78,7 @@ pub(super) fn load(
         held::name_new_ranks(&mut tensors, checkpoint);
     }
     content::fill(&mut tensors, checkpoint)?;
+    reducer.store.forget_gathered()?;
     random::restore(&reducer.store, checkpoint)?;
     if let (Some(optimizer), Some(numbers)) = (optimizer, &values.optimizer) {
         optimizer.go_on(&mut reducer.store, numbers)?;

@@ -185,6 +185,7 @@ impl Optimizer {
             Outcome::Reduced(has_gradient) => has_gradient,
         };
         let has_gradient = reducer.steppable(has_gradient)?;
+        reducer.store.heed_written()?;
         self.fit(&mut reducer.store)?;
         let is_scaled = (loss_scale - 1.0).abs() > 0.0;
         let norm = match norm_max.is_some() || is_scaled {
@@ -286,7 +287,8 @@ impl Optimizer {
         let start = Instant::now();
         let store = &mut reducer.store;
         let ended = wait_all(works).and_then(|()| sharding.settled(&mut store.group));
-        reducer.waited(start.elapsed());
+        let gathered = store.forget_gathered()?;
+        reducer.waited(start.elapsed() + gathered);
         ended
     }
 

@@ -16,8 +16,13 @@ pub(crate) fn of_parameters(store: &Store) -> Result<Vec<u32>> {
     if store.device().is_cuda() {
         return on_device(store);
     }
-    let hash = |named: &Named| Ok(crc32c::crc32c(flat::dense_bytes(&named.name, &named.tensor)?));
-    store.model.variables.iter().map(hash).collect()
+    let hash = |(variable, named): (usize, &Named)| {
+        if store.is_cut(variable) {
+            return Ok(0); // there is one of it
+        }
+        Ok(crc32c::crc32c(flat::dense_bytes(&named.name, &named.tensor)?))
+    };
+    store.model.variables.iter().enumerate().map(hash).collect()
 }
 
 #[expect(
@@ -27,7 +32,11 @@ pub(crate) fn of_parameters(store: &Store) -> Result<Vec<u32>> {
 )]
 fn on_device(store: &Store) -> Result<Vec<u32>> {
     let mut sums = Vec::with_capacity(store.model.variables.len());
-    for named in &store.model.variables {
+    for (variable, named) in store.model.variables.iter().enumerate() {
+        if store.is_cut(variable) {
+            sums.push(Tensor::f_zeros([] as [i64; 0], (Kind::Int64, store.device()))?);
+            continue;
+        }
         let values = named.tensor.f_detach()?.f_contiguous()?;
         let bits = match values.kind() {
             Kind::Double => values.f_view_dtype(Kind::Int64)?,

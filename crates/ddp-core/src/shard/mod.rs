@@ -12,6 +12,10 @@
 //!
 //! Source: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models".
 
+mod access;
+pub(crate) mod gather;
+mod trace;
+
 use std::ops::Range;
 
 use phalanx_comm::{Group, Work};
@@ -29,11 +33,24 @@ pub(crate) struct Sharding {
     zero: Zero,
     rank: usize,
     world_size: usize,
+    /// Whether ranks see each other's memory, and the model is in it.
+    shares_memory: bool,
 }
 
 impl Sharding {
-    pub(crate) fn new(zero: Zero, group: &Group) -> Self {
-        Self { zero, rank: group.rank(), world_size: group.world_size() }
+    pub(crate) fn new(zero: Zero, group: &Group, device: Device) -> Self {
+        let shares_memory = group.shares_memory() && device == Device::Cpu;
+        Self { zero, rank: group.rank(), world_size: group.world_size(), shares_memory }
+    }
+
+    /// Whether parameters are gathered when an operation needs them.
+    pub(crate) fn gathers_on_access(self) -> bool {
+        self.zero == Zero::Three && !self.shares_memory
+    }
+
+    /// Whether all ranks have one memory for parameters.
+    fn shares_parameters(self) -> bool {
+        self.zero == Zero::Three && self.shares_memory
     }
 
     /// Into how many parts the optimizer's state is cut.
@@ -94,21 +111,22 @@ impl Sharding {
         group: &mut Group,
         kind: Kind,
         device: Device,
-        len: usize,
+        bucket: &Bucket,
     ) -> Result<Held> {
-        Ok(Held::Whole(match self.zero {
-            Zero::Off => Flat::private(kind, device, len)?,
-            Zero::One | Zero::Two => Flat::registered(group, kind, device, len)?,
-            Zero::Three => match Flat::shared(group, kind, device, len)? {
-                Some(shared) => shared,
-                None => todo!(),
-            },
-        }))
+        let len = bucket.range.len();
+        Ok(match self.zero {
+            Zero::Off => Held::Whole(Flat::private(kind, device, len)?),
+            Zero::One | Zero::Two => Held::Whole(Flat::registered(group, kind, device, len)?),
+            Zero::Three if self.shares_memory => Held::Whole(Flat::shared(group, kind, len)?),
+            Zero::Three => {
+                Held::Segment(Flat::private(kind, device, self.segment(bucket).len())?)
+            }
+        })
     }
 
     /// Where parameters are shared: every rank has come here, so none reads them any more. Collective.
     pub(crate) fn await_readers(self, group: &mut Group) -> Result<()> {
-        if self.zero == Zero::Three {
+        if self.shares_parameters() {
             group.tagged("parameters that are shared, before the step").barrier()?.wait()?;
         }
         Ok(())
@@ -116,7 +134,7 @@ impl Sharding {
 
     /// Parameters were written on every rank: where they are shared, nobody goes on before all have. Collective.
     pub(crate) fn settled(self, group: &mut Group) -> Result<()> {
-        if self.zero == Zero::Three {
+        if self.shares_parameters() {
             group.tagged("parameters that are shared").barrier()?.wait()?;
         }
         Ok(())

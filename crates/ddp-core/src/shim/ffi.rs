@@ -53,6 +53,7 @@ pub(crate) struct SgdSettings {
 pub(crate) type Callback = extern "C" fn(*mut c_void, *mut c_char, usize) -> i32;
 pub(crate) type Destroy = extern "C" fn(*mut c_void);
 pub(crate) type Witness = extern "C" fn();
+pub(crate) type Access = extern "C" fn(*const u64, usize);
 
 extern "C" {
     pub(crate) fn ddp_tensor_identity(tensor: *const c_void, identity: *mut u64) -> Status;
@@ -65,6 +66,17 @@ extern "C" {
         destroy: Destroy,
         tensor: *mut *mut c_void,
     ) -> Status;
+    pub(crate) fn ddp_shell_new(
+        len: i64,
+        scalar_type: i32,
+        cuda_device: i32,
+        token: u64,
+        tensor: *mut *mut c_void,
+    ) -> Status;
+    pub(crate) fn ddp_shell_attach(shell: *mut c_void, memory: *mut c_void) -> Status;
+    pub(crate) fn ddp_shell_fail(shell: *mut c_void, message: *const c_char) -> Status;
+    pub(crate) fn ddp_access_add(callback: Access, handle: *mut u64) -> Status;
+    pub(crate) fn ddp_access_remove(handle: u64) -> Status;
     pub(crate) fn ddp_current_stream(cuda_device: i32, handle: *mut u64) -> Status;
     pub(crate) fn ddp_set_data(variable: *mut c_void, data: *const c_void) -> Status;
     pub(crate) fn ddp_variables(

@@ -12,8 +12,10 @@ use tch::{Device, Kind, Tensor};
 use crate::{Error, Result};
 
 mod ffi;
+mod shell;
 
 pub(crate) use ffi::{AdamSettings, SgdSettings, Variable};
+pub(crate) use shell::{Accesses, Shell};
 
 /// Where a parameter's gradient lies, compared with a view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -90,17 +90,9 @@ impl Flat {
         Ok(Self { tensor, memory: Memory::Private })
     }
 
-    /// `len` elements, zero at first, that are the same memory on all ranks of `group`; `None` where they are not all
-    /// on one machine, or share no memory there. Collective.
-    pub(crate) fn shared(
-        group: &mut Group,
-        kind: Kind,
-        device: Device,
-        len: usize,
-    ) -> Result<Option<Self>> {
-        if device != Device::Cpu {
-            return Ok(None);
-        }
+    /// `len` elements on the CPU, zero at first, that are the same memory on all ranks of `group`, which share
+    /// memory. Collective.
+    pub(crate) fn shared(group: &mut Group, kind: Kind, len: usize) -> Result<Self> {
         match kind {
             Kind::Float => Self::of_all::<f32>(group, kind, len),
             Kind::Double => Self::of_all::<f64>(group, kind, len),
@@ -110,17 +102,22 @@ impl Flat {
         }
     }
 
-    fn of_all<T: Element>(group: &mut Group, kind: Kind, len: usize) -> Result<Option<Self>> {
+    fn of_all<T: Element>(group: &mut Group, kind: Kind, len: usize) -> Result<Self> {
         let region = group.allocate_on_host::<T>(len)?;
-        let parts: Vec<_> = (0..group.world_size()).map(|rank| region.part_of(rank)).collect();
-        let Some(&Some(first)) = parts.first().filter(|_| parts.iter().all(Option::is_some)) else {
-            return Ok(None);
+        let Some(first) = region.part_of(0) else {
+            let (setting, value) = ("parameters in shared memory", "another machine".to_owned());
+            return Err(Error::BadSetting { setting, value, expected: "ranks of one machine" });
         };
         // SAFETY: the first rank's part of the region, mapped here: `len` elements of the kind, as long as a clone lives.
         let tensor = unsafe {
             shim::tensor_over_memory(first.cast(), len, kind, Device::Cpu, Box::new(region))
         }?;
-        Ok(Some(Self { tensor, memory: Memory::Private }))
+        Ok(Self { tensor, memory: Memory::Private })
+    }
+
+    /// Its first element.
+    pub(crate) fn base(&self) -> *mut std::ffi::c_void {
+        self.tensor.data_ptr()
     }
 
     /// Elements.

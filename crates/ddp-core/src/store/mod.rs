@@ -17,10 +17,12 @@ pub mod plan;
 pub(crate) mod pool;
 
 use std::ops::Range;
+use std::time::Duration;
 
 use phalanx_comm::Group;
 use tch::{Device, Kind, Tensor};
 
+use crate::shard::gather::{self, Described, Gatherer};
 use crate::shard::Sharding;
 use crate::shim::{self, Variable};
 use crate::{DdpOptions, Error, Result};
@@ -93,6 +95,8 @@ pub(crate) struct Store {
     views: Vec<Tensor>,
     /// Buffers for the exchange of gradients that stay where they are.
     pub(crate) pool: Pool,
+    /// Who gathers parameters when an operation needs them.
+    gatherer: Option<gather::Shared>,
     /// By variable: what it was when it was last looked at with approval.
     expected: Vec<Variable>,
     /// Counts the plans: who keeps something by place looks whether it is still that one.
@@ -142,6 +146,7 @@ impl Store {
             sharding,
             views: Vec::new(),
             pool: Pool::default(),
+            gatherer: None,
             expected,
             layout: 0,
             optimizer: Attached::default(),
@@ -187,9 +192,11 @@ impl Store {
         let later = self.planned(first, order, options);
         let kinds = self.kinds(first);
         let storages = self.allocate(&kinds, &later, options)?;
+        let from = self.storages.len();
         self.plan.append(later);
         self.storages.extend(storages);
         self.fit_pool(options)?;
+        self.add_gathered(from, options)?;
         let count = self.model.parameters().len();
         for index in first..count {
             self.settle(index)?; // a gradient that is there already goes to its view with its hook
@@ -197,6 +204,57 @@ impl Store {
         self.sharding.settled(&mut self.group)?;
         self.layout += 1;
         self.approve()
+    }
+
+    /// Buckets from the `from`th on are gathered when an operation needs them, where they are sharded so. Collective.
+    fn add_gathered(&mut self, from: usize, options: &DdpOptions) -> Result<()> {
+        if !self.sharding.gathers_on_access() {
+            return Ok(());
+        }
+        let gatherer = match self.gatherer.take() {
+            Some(present) => present,
+            None => Gatherer::new(&mut self.group, self.device)?,
+        };
+        let mut described = Vec::new();
+        for (index, bucket) in self.plan.buckets.iter().enumerate().skip(from) {
+            let Held::Segment(home) = &self.storages[bucket.storage].parameters else { continue };
+            let first = bucket.parameters.first().map(|&slot| &self.model.parameter(slot).name);
+            let unit = first.and_then(|name| options.unit_of(name));
+            described.push(Described {
+                kind: home.kind(),
+                len: bucket.range.len(),
+                segment: self.sharding.segment(bucket),
+                home,
+                name: match unit {
+                    Some(unit) => format!("parameters of {unit}, bucket {index}"),
+                    None => format!("parameters of bucket {index}"),
+                },
+                stays: unit.is_some_and(|unit| options.stays_gathered(unit)),
+            });
+        }
+        locked(&gatherer)?.add(described)?;
+        self.gatherer = Some(gatherer);
+        Ok(())
+    }
+
+    fn gatherer(&self) -> Result<std::sync::MutexGuard<'_, Gatherer>> {
+        self.gatherer.as_ref().map_or(Err(Error::Poisoned), locked)
+    }
+
+    /// What the program wrote to parameters that were gathered counts from here on.
+    pub(crate) fn heed_written(&self) -> Result<()> {
+        match &self.gatherer {
+            Some(gatherer) => locked(gatherer)?.bring_all_home(),
+            None => Ok(()),
+        }
+    }
+
+    /// Parameters have changed where they are kept; says what operations waited for them since the last time.
+    pub(crate) fn forget_gathered(&self) -> Result<Duration> {
+        let Some(gatherer) = &self.gatherer else { return Ok(Duration::ZERO) };
+        let mut gatherer = locked(gatherer)?;
+        gatherer.forget()?;
+        Ok(gatherer.take_waited())
     }
 
     /// Buffers for all buckets, where they are exchanged in such. Collective.
@@ -224,10 +282,10 @@ impl Store {
         let mut storages = Vec::with_capacity(kinds.len());
         for bucket in &plan.buckets {
             let (group, device) = (&mut self.group, self.device);
-            let (kind, len) = (kinds[bucket.kind], bucket.range.len());
+            let kind = kinds[bucket.kind];
             let gradients = options.gradients_of(kind);
             let gradients = self.sharding.gradient_memory(group, gradients, device, bucket)?;
-            let parameters = self.sharding.parameter_memory(group, kind, device, len)?;
+            let parameters = self.sharding.parameter_memory(group, kind, device, bucket)?;
             storages.push(Storage { parameters, gradients });
         }
         Ok(storages)
@@ -240,10 +298,17 @@ impl Store {
         let named = self.model.parameter(index);
         let strides = flat::dense_strides(&named.name, &named.tensor)?;
         let shape = named.tensor.size();
-        let Held::Whole(parameters) = &storage.parameters else { return Ok(()) };
-        let mut data = parameters.view(&place.range, &shape, &strides)?;
-        tch::no_grad(|| data.f_copy_(&named.tensor).map(drop))?;
-        shim::set_data(&named.tensor, &data)?;
+        match &storage.parameters {
+            Held::Whole(parameters) => {
+                let mut data = parameters.view(&place.range, &shape, &strides)?;
+                tch::no_grad(|| data.f_copy_(&named.tensor).map(drop))?;
+                shim::set_data(&named.tensor, &data)?;
+            }
+            Held::Segment(_) => {
+                let mut gatherer = self.gatherer()?;
+                gatherer.settle(place.bucket, &named.tensor, (&place.range, &strides))?;
+            }
+        }
         let Held::Whole(gradients) = &storage.gradients else { return Ok(()) };
         // Detached: optimizers call detach_() on gradients, which libtorch refuses for views it tracks.
         let view = gradients.view(&place.range, &shape, &strides)?.f_detach()?;
@@ -343,7 +408,9 @@ impl Store {
         let old_views: Vec<Tensor> = self.views.iter().map(Tensor::shallow_clone).collect();
         self.plan = plan;
         let old = std::mem::replace(&mut self.storages, storages);
+        let old_gatherer = self.gatherer.take();
         self.fit_pool(options)?;
+        self.add_gathered(0, options)?;
         for index in 0..count {
             self.settle(index)?;
         }
@@ -355,7 +422,7 @@ impl Store {
             }
         }
         self.sharding.settled(&mut self.group)?;
-        drop(old);
+        drop((old, old_gatherer));
         self.layout += 1;
         self.approve()
     }
@@ -395,6 +462,13 @@ impl Store {
         let strides = flat::dense_strides(&named.name, &named.tensor)?;
         let place = &self.plan.places[index].range;
         Ok(memory.view(place, &named.tensor.size(), &strides)?.f_detach()?)
+    }
+
+    /// Whether this rank has only its segments of a variable.
+    pub(crate) fn is_cut(&self, variable: usize) -> bool {
+        let slot = self.model.slot(variable);
+        let held = slot.map(|slot| &self.storages[self.plan.places[slot].storage].parameters);
+        matches!(held, Some(Held::Segment(_)))
     }
 
     /// Where parameters and gradients are.
@@ -468,4 +542,8 @@ impl Store {
     pub(crate) fn clear_gradients(&self) -> Result<()> {
         self.model.parameters().try_for_each(|named| shim::gradient_set(&named.tensor, None))
     }
+}
+
+fn locked(gatherer: &gather::Shared) -> Result<std::sync::MutexGuard<'_, Gatherer>> {
+    gatherer.lock().map_err(|_poisoned| Error::Poisoned)
 }

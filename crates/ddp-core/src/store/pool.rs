@@ -48,24 +48,9 @@ impl Pool {
         device: Device,
         buckets: &[(Kind, usize)],
     ) -> Result<Self> {
-        let mut pool = Self::default();
-        let mut sizes: Vec<(Kind, usize, usize)> = Vec::new();
-        for &(kind, len) in buckets {
-            let is_large = len > LARGE * middle(buckets, kind);
-            let found = sizes.iter().position(|&(of, size, _)| of == kind && is_large == (size > LARGE * middle(buckets, kind)));
-            let at = found.unwrap_or(sizes.len());
-            match sizes.get_mut(at) {
-                Some((_, size, count)) => {
-                    *size = len.max(*size);
-                    *count += 1;
-                }
-                None => sizes.push((kind, len, 1)),
-            }
-            pool.class_of.push(at);
-        }
-        for (kind, len, bucket_count) in sizes {
-            let is_large = len > LARGE * middle(buckets, kind);
-            let count = if is_large { 1 } else { BUFFER_COUNT.min(bucket_count) };
+        let (sizes, class_of) = sizes(buckets);
+        let mut pool = Self { classes: Vec::new(), class_of };
+        for Size { kind, len, count } in sizes {
             let buffers = (0..count).map(|_| Flat::registered(group, kind, device, len));
             let buffers = buffers.collect::<Result<Vec<_>>>()?;
             pool.classes.push(Class { kind, free: (0..count).collect(), buffers });
@@ -110,6 +95,38 @@ impl Pool {
         };
         self.classes.iter().map(of).sum()
     }
+}
+
+/// Buffers that are alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Size {
+    pub(crate) kind: Kind,
+    pub(crate) len: usize,
+    pub(crate) count: usize,
+}
+
+/// Which buffers serve buckets of these kinds and lengths, and which of them serves which bucket. Pure.
+pub(crate) fn sizes(buckets: &[(Kind, usize)]) -> (Vec<Size>, Vec<usize>) {
+    let is_large = |kind: Kind, len: usize| len > LARGE * middle(buckets, kind);
+    let mut sizes: Vec<Size> = Vec::new();
+    let mut size_of = Vec::with_capacity(buckets.len());
+    for &(kind, len) in buckets {
+        let is_alike =
+            |size: &Size| size.kind == kind && is_large(kind, size.len) == is_large(kind, len);
+        let at = sizes.iter().position(is_alike).unwrap_or(sizes.len());
+        match sizes.get_mut(at) {
+            Some(size) => {
+                size.len = size.len.max(len);
+                size.count += 1;
+            }
+            None => sizes.push(Size { kind, len, count: 1 }),
+        }
+        size_of.push(at);
+    }
+    for size in &mut sizes {
+        size.count = if is_large(size.kind, size.len) { 1 } else { size.count.min(BUFFER_COUNT) };
+    }
+    (sizes, size_of)
 }
 
 /// The middle length of a kind's buckets.

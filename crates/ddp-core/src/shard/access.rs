@@ -1,0 +1,85 @@
+//! How an operation on parameters that are not here finds who gathers them.
+//!
+//! libtorch tells a thread's record callback of each operation and what it takes, also on the threads that run this thread's
+//! backward; the shim passes on those that take a shell without memory.
+#![expect(unsafe_code, reason = "gate: a list of tokens as the shim passes it")]
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::mem::ManuallyDrop;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use super::gather::Gatherer;
+use crate::shim::Accesses;
+use crate::Result;
+
+/// Bits of a token that say which bucket; the others say whose.
+pub(super) const BUCKET_BITS: u32 = 24;
+
+static GATHERERS: Mutex<BTreeMap<u64, Weak<Mutex<Gatherer>>>> = Mutex::new(BTreeMap::new());
+
+thread_local! {
+    /// Once they are there they stay as long as the thread: an operation without shells costs little.
+    static ACCESSES: Cell<Option<ManuallyDrop<Accesses>>> = const { Cell::new(None) };
+    static IS_UNSEEN: Cell<bool> = const { Cell::new(false) };
+}
+
+fn gatherers() -> MutexGuard<'static, BTreeMap<u64, Weak<Mutex<Gatherer>>>> {
+    GATHERERS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// From here on this thread's operations find the gatherer.
+pub(super) fn register(id: u64, gatherer: &Arc<Mutex<Gatherer>>) -> Result<()> {
+    gatherers().insert(id, Arc::downgrade(gatherer));
+    let present = ACCESSES.take();
+    let accesses = match present {
+        Some(present) => present,
+        None => ManuallyDrop::new(Accesses::add(on_access)?),
+    };
+    ACCESSES.set(Some(accesses));
+    Ok(())
+}
+
+pub(super) fn unregister(id: u64) {
+    gatherers().remove(&id);
+}
+
+/// Runs `body`, whose operations need no parameters.
+pub(super) fn unseen<T>(body: impl FnOnce() -> T) -> T {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            IS_UNSEEN.set(self.0);
+        }
+    }
+    let _restore = Restore(IS_UNSEEN.replace(true));
+    body()
+}
+
+extern "C" fn on_access(tokens: *const u64, count: usize) {
+    if count == 0 || IS_UNSEEN.get() {
+        return;
+    }
+    // SAFETY: the shim passes `count` tokens that live as long as the call.
+    let tokens = unsafe { std::slice::from_raw_parts(tokens, count) };
+    if std::panic::catch_unwind(|| bring(tokens)).is_err() {
+        tracing::error!("a panic while parameters were gathered");
+    }
+}
+
+fn bring(tokens: &[u64]) {
+    let mut wanted: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
+    for token in tokens {
+        let bucket = usize::try_from(token & ((1 << BUCKET_BITS) - 1)).unwrap_or(usize::MAX);
+        let of = wanted.entry(token >> BUCKET_BITS).or_default();
+        if !of.contains(&bucket) {
+            of.push(bucket);
+        }
+    }
+    for (id, buckets) in wanted {
+        let found = gatherers().get(&id).and_then(Weak::upgrade);
+        let Some(gatherer) = found else { continue };
+        let mut gatherer = gatherer.lock().unwrap_or_else(PoisonError::into_inner);
+        unseen(|| gatherer.bring(&buckets));
+    }
+}

@@ -1,0 +1,377 @@
+//! Parameters that are gathered when an operation needs them.
+//!
+//! Each rank has its segment of a bucket, its *home*. The parameters are views of a [`Shell`]: a flat tensor without memory until
+//! an operation of libtorch, in forward or backward, takes one of them; then the ranks gather the bucket into a
+//! registered buffer, which becomes the shell's memory. There are few buffers of each size and they are used in turn, so the oldest bucket
+//! in one goes. What the last step needed next is gathered meanwhile ([`Trace`]).
+//!
+//! Which bucket goes to which buffer depends on the order of operations alone, which is the program's: ranks whose programs differ are out of
+//! step in the gathering, and its tags say where. An operation that needs more buckets at once than there are buffers
+//! is lent memory for it.
+//!
+//! Source: the idea is DeepSpeed's ZeRO-3, which traces modules; here it is operations.
+
+#![expect(unsafe_code, reason = "gate: a buffer becomes a shell's memory")]
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use phalanx_comm::{Group, Work};
+use tch::{Device, Kind, Tensor};
+
+use super::access;
+use super::trace::Trace;
+use crate::shim::{self, Shell};
+use crate::store::flat::{dense_bytes, dense_bytes_mut, Flat};
+use crate::store::pool::{self, Size};
+use crate::{Error, Result};
+
+/// A bucket that is gathered.
+#[derive(Debug)]
+pub(crate) struct Gathered {
+    shell: Shell,
+    /// This rank's segment.
+    home: Tensor,
+    /// Where it lies in the bucket.
+    segment: Range<usize>,
+    /// What the bucket is called in collectives.
+    name: String,
+    /// The variables that are views of the shell.
+    variables: Vec<Tensor>,
+    ring: usize,
+    presence: Presence,
+    /// How often the variables had been changed when the bucket came.
+    versions: u64,
+}
+
+/// Where a bucket's elements are beside the ranks' homes.
+#[derive(Debug)]
+enum Presence {
+    Away,
+    /// On their way to a buffer of the ring.
+    Coming(usize, Work<'static>),
+    /// In a buffer of the ring.
+    Here(usize),
+    /// In memory for this operation alone.
+    Lent(Tensor),
+}
+
+/// Buffers of one size, used in turn.
+#[derive(Debug)]
+struct Ring {
+    buffers: Vec<Flat>,
+    holds: Vec<Option<usize>>,
+    next: usize,
+}
+
+/// Gathers the buckets of a model.
+#[derive(Debug)]
+pub(crate) struct Gatherer {
+    id: u64,
+    group: Group,
+    device: Device,
+    rings: Vec<Ring>,
+    buckets: Vec<Gathered>,
+    trace: Trace,
+    failed: Option<String>,
+    /// What was waited for since the last step.
+    waited: Duration,
+}
+
+/// A gatherer as operations find it.
+pub(crate) type Shared = Arc<Mutex<Gatherer>>;
+
+/// What a bucket is, for [`Gatherer::add`].
+#[derive(Debug)]
+pub(crate) struct Described<'a> {
+    pub(crate) kind: Kind,
+    pub(crate) len: usize,
+    pub(crate) segment: Range<usize>,
+    pub(crate) home: &'a Flat,
+    pub(crate) name: String,
+    /// Whether it stays from its first use to the end of the step.
+    pub(crate) stays: bool,
+}
+
+impl Gatherer {
+    /// Without buckets. Collective: its group has an order of its own.
+    pub(crate) fn new(group: &mut Group, device: Device) -> Result<Shared> {
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        let id = LAST.fetch_add(1, Ordering::Relaxed) + 1;
+        let gatherer = Self {
+            id,
+            group: group.duplicate()?,
+            device,
+            rings: Vec::new(),
+            buckets: Vec::new(),
+            trace: Trace::default(),
+            failed: None,
+            waited: Duration::ZERO,
+        };
+        let shared = Arc::new(Mutex::new(gatherer));
+        access::register(id, &shared)?;
+        Ok(shared)
+    }
+
+    /// Adds buckets, without variables yet. Collective.
+    pub(crate) fn add(&mut self, described: Vec<Described<'_>>) -> Result<()> {
+        let going: Vec<&Described<'_>> = described.iter().filter(|bucket| !bucket.stays).collect();
+        let lens: Vec<(Kind, usize)> = going.iter().map(|bucket| (bucket.kind, bucket.len)).collect();
+        let (sizes, size_of) = pool::sizes(&lens);
+        let first = self.rings.len();
+        for size in sizes {
+            self.add_ring(size)?;
+        }
+        let mut size_of = size_of.into_iter();
+        for bucket in described {
+            let ring = match bucket.stays {
+                true => self.add_ring(Size { kind: bucket.kind, len: bucket.len, count: 1 })?,
+                false => first + size_of.next().unwrap_or(0),
+            };
+            let token = self.id << access::BUCKET_BITS | self.buckets.len() as u64;
+            let home = bucket.home;
+            self.buckets.push(Gathered {
+                shell: Shell::new(bucket.kind, self.device, bucket.len, token)?,
+                home: home.range(&(0..home.len()))?,
+                segment: bucket.segment,
+                name: bucket.name,
+                variables: Vec::new(),
+                ring,
+                presence: Presence::Away,
+                versions: 0,
+            });
+        }
+        Ok(())
+    }
+
+    fn add_ring(&mut self, size: Size) -> Result<usize> {
+        let Size { kind, len, count } = size;
+        let buffers = (0..count).map(|_| Flat::registered(&mut self.group, kind, self.device, len));
+        let buffers = buffers.collect::<Result<Vec<_>>>()?;
+        self.rings.push(Ring { holds: vec![None; buffers.len()], buffers, next: 0 });
+        Ok(self.rings.len() - 1)
+    }
+
+    /// Makes `variable` the view `range` of a bucket; its values go home, as far as they are this rank's.
+    pub(crate) fn settle(
+        &mut self,
+        bucket: usize,
+        variable: &Tensor,
+        (range, strides): (&Range<usize>, &[i64]),
+    ) -> Result<()> {
+        let gathered = &mut self.buckets[bucket];
+        let segment = &gathered.segment;
+        let (start, end) = (range.start.max(segment.start), range.end.min(segment.end));
+        if start < end {
+            // Its elements one after the other, as memory has them.
+            let flat = variable.f_detach()?.f_as_strided([as_i64(range.len())?], [1], None)?;
+            let own = flat.f_narrow(0, as_i64(start - range.start)?, as_i64(end - start)?)?;
+            let mut home =
+                gathered.home.f_narrow(0, as_i64(start - segment.start)?, as_i64(end - start)?)?;
+            tch::no_grad(|| home.f_copy_(&own).map(drop))?;
+        }
+        access::unseen(|| {
+            let shell = gathered.shell.tensor();
+            let view = shell.f_as_strided(variable.size(), strides, as_i64(range.start).ok())?;
+            shim::set_data(variable, &view)
+        })?;
+        gathered.variables.push(variable.shallow_clone());
+        Ok(())
+    }
+
+    /// An operation takes `wanted`: they are here when this returns. Collective.
+    pub(super) fn bring(&mut self, wanted: &[usize]) {
+        if self.failed.is_some() {
+            return;
+        }
+        let start = Instant::now();
+        if let Err(error) = self.try_bring(wanted) {
+            self.fail(&error);
+        }
+        self.waited += start.elapsed();
+    }
+
+    fn try_bring(&mut self, wanted: &[usize]) -> Result<()> {
+        for index in 0..self.buckets.len() {
+            if matches!(self.buckets[index].presence, Presence::Lent(_)) && !wanted.contains(&index)
+            {
+                self.send_away(index)?;
+            }
+        }
+        let mut next = None;
+        for &index in wanted {
+            if matches!(self.buckets[index].presence, Presence::Away) && !self.start(index, wanted)?
+            {
+                self.lend(index)?;
+            }
+            if matches!(self.buckets[index].presence, Presence::Coming(..)) {
+                self.arrive(index)?;
+                next = self.trace.needed(index);
+            }
+        }
+        if let Some(next) = next {
+            if matches!(self.buckets[next].presence, Presence::Away) {
+                self.start(next, wanted)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts to gather a bucket, in a buffer that holds none of `wanted`; whether there is one.
+    fn start(&mut self, index: usize, wanted: &[usize]) -> Result<bool> {
+        let ring = self.buckets[index].ring;
+        let Ring { holds, next, .. } = &self.rings[ring];
+        let count = holds.len();
+        let free = |at: &usize| holds[*at].is_none_or(|held| !wanted.contains(&held));
+        let Some(at) = (0..count).map(|step| (next + step) % count).find(free) else {
+            return Ok(false);
+        };
+        if let Some(held) = self.rings[ring].holds[at] {
+            self.send_away(held)?;
+        }
+        self.rings[ring].next = (at + 1) % count;
+        self.rings[ring].holds[at] = Some(index);
+        let gathered = &mut self.buckets[index];
+        let buffer = &self.rings[ring].buffers[at];
+        let mut own = buffer.range(&gathered.segment)?;
+        tch::no_grad(|| own.f_copy_(&gathered.home).map(drop))?;
+        self.group.set_stream(shim::current_stream(self.device)?);
+        self.group.tagged(&gathered.name);
+        let len = as_i64(gathered.shell.tensor().numel())?;
+        let work = buffer.all_gather(&mut self.group, 0..usize::try_from(len).unwrap_or(0))?;
+        gathered.presence = Presence::Coming(at, work);
+        Ok(true)
+    }
+
+    /// Waits for a bucket that is coming.
+    fn arrive(&mut self, index: usize) -> Result<()> {
+        let stream = shim::current_stream(self.device)?;
+        let gathered = &mut self.buckets[index];
+        let before = std::mem::replace(&mut gathered.presence, Presence::Away);
+        let Presence::Coming(at, work) = before else { return Ok(()) };
+        work.wait_on(stream)?;
+        gathered.attach(self.rings[gathered.ring].buffers[at].base())?;
+        gathered.presence = Presence::Here(at);
+        Ok(())
+    }
+
+    /// Gathers a bucket into memory for this operation alone.
+    fn lend(&mut self, index: usize) -> Result<()> {
+        let gathered = &mut self.buckets[index];
+        let len = as_i64(gathered.shell.tensor().numel())?;
+        let memory = Tensor::f_empty([len], (gathered.home.kind(), self.device))?;
+        let mut whole = memory.f_to_device(Device::Cpu)?;
+        let home = gathered.home.f_to_device(Device::Cpu)?;
+        let bytes = dense_bytes_mut(&gathered.name, &mut whole)?;
+        self.group.tagged(&gathered.name);
+        self.group.all_gather(dense_bytes(&gathered.name, &home)?, bytes)?.wait()?;
+        if self.device != Device::Cpu {
+            tch::no_grad(|| memory.shallow_clone().f_copy_(&whole).map(drop))?;
+        }
+        gathered.attach(memory.data_ptr())?;
+        gathered.presence = Presence::Lent(memory);
+        Ok(())
+    }
+
+    /// A bucket goes; what was written to it goes home.
+    fn send_away(&mut self, index: usize) -> Result<()> {
+        self.bring_home(index)?;
+        let gathered = &mut self.buckets[index];
+        match std::mem::replace(&mut gathered.presence, Presence::Away) {
+            Presence::Away => return Ok(()),
+            // It was never looked at; the buffer is free when the ranks are done with it.
+            Presence::Coming(at, work) => {
+                work.wait_on(shim::current_stream(self.device)?)?;
+                self.rings[gathered.ring].holds[at] = None;
+            }
+            Presence::Here(at) => self.rings[gathered.ring].holds[at] = None,
+            Presence::Lent(_) => {}
+        }
+        gathered.shell.detach()
+    }
+
+    /// What the program wrote to a bucket that is here, as far as it is this rank's, goes home.
+    fn bring_home(&mut self, index: usize) -> Result<()> {
+        let gathered = &mut self.buckets[index];
+        let memory = match &gathered.presence {
+            Presence::Here(at) => self.rings[gathered.ring].buffers[*at].range(&gathered.segment)?,
+            Presence::Lent(memory) => {
+                let (start, len) = (gathered.segment.start, gathered.segment.len());
+                memory.f_narrow(0, as_i64(start)?, as_i64(len)?)?
+            }
+            _ => return Ok(()),
+        };
+        let versions = gathered.versions()?;
+        if versions != gathered.versions {
+            gathered.versions = versions;
+            tch::no_grad(|| gathered.home.f_copy_(&memory).map(drop))?;
+        }
+        Ok(())
+    }
+
+    /// Everything that the program wrote goes home: what is there counts from here on.
+    pub(crate) fn bring_all_home(&mut self) -> Result<()> {
+        (0..self.buckets.len()).try_for_each(|index| self.bring_home(index))
+    }
+
+    /// The homes have changed: what was gathered before goes, and the next step will be like this one.
+    pub(crate) fn forget(&mut self) -> Result<()> {
+        for index in 0..self.buckets.len() {
+            self.send_away(index)?;
+        }
+        self.rings.iter_mut().for_each(|ring| ring.next = 0);
+        self.trace.turn();
+        Ok(())
+    }
+
+    /// What was waited for since the last call.
+    pub(crate) fn take_waited(&mut self) -> Duration {
+        std::mem::take(&mut self.waited)
+    }
+
+    /// From here on whoever needs a parameter hears `error`.
+    fn fail(&mut self, error: &Error) {
+        let text = format!("the parameters could not be gathered: {error}");
+        tracing::error!("{text}");
+        self.close(&text);
+        self.failed = Some(text);
+    }
+
+    fn close(&mut self, text: &str) {
+        for gathered in &mut self.buckets {
+            gathered.presence = Presence::Away;
+            if let Err(error) = gathered.shell.fail(text) {
+                tracing::error!(%error, "a parameter's memory could not be taken away");
+            }
+        }
+    }
+}
+
+impl Drop for Gatherer {
+    fn drop(&mut self) {
+        access::unregister(self.id);
+        if self.failed.is_none() {
+            self.close("the model is sharded, and what gathered its parameters is gone: keep the Ddp while the model is used");
+        }
+    }
+}
+
+impl Gathered {
+    fn attach(&mut self, memory: *mut std::ffi::c_void) -> Result<()> {
+        self.versions = self.versions()?;
+        // SAFETY: the buffer is at least as long as the shell, of its kind and on its device, and stays until `detach` or `fail`:
+        // rings and lent memory go only after that.
+        unsafe { self.shell.attach(memory) }
+    }
+
+    fn versions(&self) -> Result<u64> {
+        let variables: Vec<&Tensor> = self.variables.iter().collect();
+        Ok(shim::variables(&variables)?.iter().map(|state| u64::from(state.version)).sum())
+    }
+}
+
+fn as_i64(len: usize) -> Result<i64> {
+    i64::try_from(len).map_err(|_too_long| Error::TooLarge { elements: len })
+}

@@ -1,0 +1,130 @@
+//! Every stage of ZeRO computes the same bits, whether ranks share memory or not, however the model is cut.
+
+#![allow(clippy::cast_possible_wrap, clippy::cast_precision_loss, reason = "small numbers")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod support;
+
+use std::time::Duration;
+
+use phalanx_comm::testing::run_ranks_with;
+use phalanx_comm::environment::HostLink;
+use phalanx_comm::{Group, GroupOptions};
+use phalanx_ddp_core::{
+    AdamW, Ddp, DdpOptions, Optimizer, ParameterGroup, ParameterGroups, Sync, Zero,
+};
+use support::{options, wrapped, Model, STAGES};
+use tch::Kind;
+
+/// Ranks that share memory, and ranks that do not.
+const LINKS: [HostLink; 2] = [HostLink::Auto, HostLink::Tcp];
+
+fn run<T: Send + 'static>(
+    world_size: usize,
+    link: HostLink,
+    rank: impl Fn(Group) -> T + Send + std::marker::Sync + 'static,
+) -> Vec<T> {
+    let options = GroupOptions::default().with_timeout(Duration::from_secs(30));
+    run_ranks_with(world_size, link, options, rank)
+}
+
+/// Ways to cut the model.
+fn cuts(zero: Zero) -> [DdpOptions; 3] {
+    let units = |units: &[&str], stay: &[&str]| DdpOptions {
+        units: units.iter().map(ToString::to_string).collect(),
+        stay_gathered: stay.iter().map(ToString::to_string).collect(),
+        ..options(zero)
+    };
+    [options(zero), units(&["*"], &["norm"]), units(&["two"], &[])]
+}
+
+fn adamw() -> AdamW {
+    AdamW { lr: 0.01, weight_decay: 0.1, ..AdamW::default() }
+}
+
+fn groups() -> ParameterGroups {
+    let no_decay = ParameterGroup::matching(["*bias", "norm*"]).weight_decay(0.0);
+    ParameterGroups::default().with(no_decay)
+}
+
+/// 4 steps on 12 samples each, in micro-batches, with clipping; the weights, and the norms.
+fn train(group: &mut Group, options: DdpOptions, accumulate: i64) -> (Vec<u32>, Vec<f64>) {
+    let (model, ddp) = wrapped(group, options);
+    let mut optimizer = Optimizer::new(&ddp, adamw(), groups()).unwrap();
+    let norms = steps(group, (&model, &ddp, &mut optimizer), accumulate);
+    (model.bits(), norms)
+}
+
+fn steps(
+    group: &Group,
+    (model, ddp, optimizer): (&Model, &Ddp, &mut Optimizer),
+    accumulate: i64,
+) -> Vec<f64> {
+    let (rank, world_size) = (group.rank() as i64, group.world_size() as i64);
+    let micro = 12 / (world_size * accumulate);
+    let step = |step: i64| {
+        for part in 0..accumulate {
+            let start = step * 12 + (rank * accumulate + part) * micro;
+            let sync = if part + 1 == accumulate { Sync::Reduce } else { Sync::Accumulate };
+            ddp.backward(&model.loss_sum(start..start + micro), micro as f64, sync).unwrap();
+        }
+        optimizer.step(Some(0.5)).unwrap().gradient_norm.unwrap()
+    };
+    (0..4).map(step).collect()
+}
+
+#[test]
+fn every_stage_has_the_bits_of_no_sharding() {
+    for accumulate in [1, 3] {
+        for link in LINKS {
+            for world_size in [1, 2, 3, 4] {
+                if 12 % (world_size as i64 * accumulate) != 0 {
+                    continue;
+                }
+                let off = move |mut group: Group| {
+                    train(&mut group, options(Zero::Off), accumulate)
+                };
+                let expected = run(world_size, link, off).remove(0);
+                for zero in STAGES {
+                    for cut in 0..3 {
+                        let ranks = run(world_size, link, move |mut group| {
+                            let [a, b, c] = cuts(zero);
+                            train(&mut group, [a, b, c][cut].clone(), accumulate)
+                        });
+                        for outcome in ranks {
+                            assert!(
+                                outcome == expected,
+                                "{zero:?}, {link:?}, {world_size} ranks, cut {cut}, {accumulate} micro-batches"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn weights_that_the_program_writes_are_kept() {
+    for link in LINKS {
+        for zero in STAGES {
+            let all = run(2, link, move |mut group| {
+                let (model, ddp) = wrapped(&mut group, options(zero));
+                let mut optimizer = Optimizer::new(&ddp, adamw(), groups()).unwrap();
+                steps(&group, (&model, &ddp, &mut optimizer), 1);
+                for (_, mut variable) in model.sorted() {
+                    drop(tch::no_grad(|| variable.fill_(0.25)));
+                }
+                let sums: Vec<f64> = model
+                    .sorted()
+                    .iter()
+                    .map(|(_, variable)| variable.mean(Kind::Double).double_value(&[]))
+                    .collect();
+                steps(&group, (&model, &ddp, &mut optimizer), 1);
+                (sums, model.bits())
+            });
+            assert!(all[0].0.iter().all(|mean| (mean - 0.25).abs() < 1e-12), "{zero:?} {:?}", all[0].0);
+            assert!(all[0].1 == all[1].1, "{zero:?}");
+        }
+    }
+}
