@@ -58,7 +58,7 @@ pub(crate) struct Flags {
     /// Update rule.
     #[arg(long)]
     pub(crate) optimizer: Option<Rule>,
-    /// 0: every rank holds the whole optimizer state; 1: each a part.
+    /// Of what each rank holds a part: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too.
     #[arg(long, value_name = "STAGE")]
     pub(crate) zero: Option<u8>,
     /// What to do with gradients that are not finite.

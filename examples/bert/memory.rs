@@ -45,11 +45,13 @@ impl Estimate {
             Some(GradientKind::Bf16 | GradientKind::Fp16) => 2,
         };
         let states = config.optimizer.rule.state_count(config.optimizer.momentum);
-        let shards = if config.ddp.zero == 0 { 1 } else { world_size as u64 };
+        let ranks = world_size as u64;
+        let shards = |from_stage: u8| if config.ddp.zero < from_stage { 1 } else { ranks };
+        let gradients = parameters / 4 * gradient_bytes;
         Estimate {
-            parameters,
-            gradients: parameters / 4 * gradient_bytes,
-            optimizer: (states * parameters).div_ceil(shards),
+            parameters: parameters.div_ceil(shards(3)),
+            gradients: gradients.div_ceil(shards(2)) + exchange(config, gradient_bytes),
+            optimizer: (states * parameters).div_ceil(shards(1)),
             activations: activations(config, micro_batch as u64),
             runtime: RUNTIME_BYTES,
         }
@@ -59,6 +61,17 @@ impl Estimate {
     pub(crate) fn total(&self) -> u64 {
         self.parameters + self.gradients + self.optimizer + self.activations + self.runtime
     }
+}
+
+/// What gradients are exchanged in, where no rank keeps all of them: three usual buckets, and one for the word embedding.
+fn exchange(config: &Config, gradient_bytes: u64) -> u64 {
+    if config.ddp.zero < 2 {
+        return 0;
+    }
+    let Model { vocab_size, hidden_size, .. } = config.model;
+    let embedding = u64::try_from(vocab_size * hidden_size).unwrap_or(0) * gradient_bytes;
+    // A bucket closes with the parameter that fills it.
+    3 * 2 * 25 * (1 << 20) + embedding
 }
 
 fn activations(config: &Config, samples: u64) -> u64 {
@@ -213,7 +226,7 @@ pub(crate) fn check(
         let verdict = if other_need <= free.bytes { "fits" } else { "does not fit either" };
         let _infallible = write!(message, " --config {name} ({}, {verdict})", gib(other_need));
     }
-    message.push_str("; or fewer ranks, a smaller --micro-batch, --zero 1");
+    message.push_str("; or fewer ranks, a smaller --micro-batch, --zero 3");
     Err(TooLittleMemory(message))
 }
 

@@ -48,9 +48,10 @@ impl Config {
 
 impl Ddp {
     fn problem(&self) -> Option<String> {
-        if self.zero > 1 {
+        if self.zero > 3 {
             return Some(format!(
-                "ddp.zero is {}; stages are 0 (off) and 1 (optimizer state sharded)",
+                "ddp.zero is {}; stages are 0 (nothing is sharded), 1 (optimizer state), 2 (gradients, too) and 3 \
+                 (parameters, too)",
                 self.zero
             ));
         }

@@ -65,8 +65,10 @@ pub(crate) enum GradientKind {
     reason = "switches that have nothing to do with each other, but that not both may be on"
 )]
 pub(crate) struct Ddp {
-    /// 0: every rank holds the whole optimizer state; 1: each a part of it.
+    /// Of what each rank holds a part: 0: nothing; 1: optimizer state; 2: gradients, too; 3: parameters, too.
     pub(crate) zero: u8,
+    /// Layers that are exchanged, and with stage 3 gathered, as a whole: `"bert.encoder.layer.*"`.
+    pub(crate) units: Vec<String>,
     /// Gradients reduced together, in MiB.
     pub(crate) bucket_mib: f64,
     /// The bucket that backward fills first, in MiB.
@@ -94,6 +96,7 @@ impl Default for Ddp {
         // The bucket sizes are PyTorch's.
         Ddp {
             zero: 0,
+            units: Vec::new(),
             bucket_mib: 25.0,
             first_bucket_mib: 1.0,
             backend: Backend::Auto,
@@ -113,7 +116,13 @@ impl Ddp {
     pub(crate) fn options(&self) -> DdpOptions {
         DdpOptions {
             bucket_bytes: vec![bytes(self.first_bucket_mib), bytes(self.bucket_mib)],
-            zero: if self.zero == 0 { Zero::Off } else { Zero::One },
+            zero: match self.zero {
+                0 => Zero::Off,
+                1 => Zero::One,
+                2 => Zero::Two,
+                _ => Zero::Three,
+            },
+            units: self.units.clone(),
             buffers: match self.buffers {
                 Buffers::RankZero => core::Buffers::RankZero,
                 Buffers::Mean => core::Buffers::Mean,
