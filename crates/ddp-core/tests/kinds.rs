@@ -14,7 +14,7 @@ use phalanx_ddp_core::amp::LossScaler;
 use phalanx_ddp_core::{
     AdamW, Ddp, DdpOptions, NonFinite, Optimizer, ParameterGroups, Sgd, Sync, Zero,
 };
-use support::{options, values};
+use support::{options, values, STAGES};
 use tch::{Device, Kind, Tensor};
 
 /// Four ranks, four micro-batches each, in bf16: small gradients that a bf16 sum would lose.
@@ -45,7 +45,7 @@ fn half_precision_gradients_add_up_and_travel_in_f32() {
 /// Steps of a thousandth of a weight's last bit, a thousand times.
 #[test]
 fn half_precision_parameters_have_masters_that_keep_small_steps() {
-    for zero in [Zero::Off, Zero::One] {
+    for zero in STAGES {
         let all = run_ranks(2, move |mut group| {
             let weight =
                 Tensor::ones([3000], (Kind::BFloat16, Device::Cpu)).set_requires_grad(true);
@@ -59,6 +59,8 @@ fn half_precision_parameters_have_masters_that_keep_small_steps() {
             }
             // Weights that are loaded count: masters follow.
             let once = values(&weight.to_kind(Kind::Float))[2999];
+            // Before one writes where ranks share memory, all have read.
+            group.barrier().unwrap().wait().unwrap();
             let _filled = tch::no_grad(|| weight.shallow_clone().fill_(2.0));
             weight.sum(Kind::Float).backward();
             let _step = optimizer.step(None).unwrap();
@@ -93,7 +95,7 @@ fn kinds_can_be_mixed() {
 
 #[test]
 fn the_loss_scale_goes_down_with_a_skipped_step_and_up_with_good_ones() {
-    for zero in [Zero::Off, Zero::One] {
+    for zero in STAGES {
         let all = run_ranks(2, move |mut group| {
             let weight = Tensor::ones([300], (Kind::Half, Device::Cpu)).set_requires_grad(true);
             let parameters = vec![("w".to_owned(), weight.shallow_clone())];

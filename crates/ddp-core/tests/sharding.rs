@@ -128,3 +128,55 @@ fn weights_that_the_program_writes_are_kept() {
         }
     }
 }
+
+/// What the ranks end with when rank 1 does something else in its third step.
+fn differing(
+    link: HostLink,
+    differ: impl Fn(&Model, &Ddp) + Send + std::marker::Sync + 'static,
+) -> Vec<String> {
+    run(2, link, move |mut group| {
+        let options = DdpOptions { units: vec!["*".to_owned()], ..options(Zero::Three) };
+        let (model, ddp) = wrapped(&mut group, options);
+        let mut optimizer = Optimizer::new(&ddp, adamw(), groups()).unwrap();
+        let mut step = |step: i64| -> Result<(), String> {
+            let loss = match step {
+                2 if group.rank() == 1 => {
+                    let loss = support::caught(|| differ(&model, &ddp))?;
+                    drop(loss);
+                    return Err("rank 1 has left".to_owned());
+                }
+                _ => support::caught(|| model.loss_sum(step * 4..step * 4 + 4))?,
+            };
+            ddp.backward(&loss, 4.0, Sync::Reduce).map_err(|error| error.to_string())?;
+            optimizer.step(None).map_err(|error| error.to_string()).map(drop)
+        };
+        (0..4).find_map(|at| step(at).err()).unwrap_or_else(|| "no error".to_owned())
+    })
+}
+
+#[test]
+fn a_rank_that_needs_another_unit_is_named_at_once() {
+    let texts = differing(HostLink::Tcp, |model, _| {
+        let (_, variable) = model.sorted().into_iter().find(|(name, _)| name == "three.weight").unwrap();
+        drop(variable.sum(Kind::Float));
+    });
+    for text in &texts {
+        assert!(text.contains("parameters of three") && text.contains("parameters of one"), "{texts:?}");
+    }
+}
+
+#[test]
+fn a_rank_that_goes_is_named_in_the_gathering() {
+    let texts = differing(HostLink::Tcp, |_, _| {});
+    assert!(texts[0].contains("rank 1") && texts[0].contains("parameters of"), "{texts:?}");
+}
+
+#[test]
+fn the_model_of_a_ddp_that_is_gone_says_so() {
+    let texts = run(2, HostLink::Tcp, |mut group| {
+        let (model, ddp) = wrapped(&mut group, options(Zero::Three));
+        drop(ddp);
+        support::caught(|| model.bits()).err().unwrap_or_default()
+    });
+    assert!(texts.iter().all(|text| text.contains("keep the Ddp")), "{texts:?}");
+}

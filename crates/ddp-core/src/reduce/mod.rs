@@ -31,6 +31,7 @@ use std::time::{Duration, Instant};
 
 use phalanx_comm::{Mark, Region};
 
+use crate::shard::access;
 use crate::shim::{self, Variable};
 use crate::store::Store;
 use crate::{DdpOptions, Error, Result};
@@ -141,8 +142,17 @@ pub(crate) fn attach(shared: &Shared) -> Result<Vec<shim::Hook>> {
         hooks.push(shim::Hook::add(&named.tensor, Box::new(move || on_gradient(&weak, variable)))?);
     }
     drop(reducer);
+    settle_access(shared)?;
     witness::register(shared)?;
     Ok(hooks)
+}
+
+/// Operations that need parameters find who gathers them, where somebody does.
+pub(crate) fn settle_access(shared: &Shared) -> Result<()> {
+    match lock(shared)?.store.gatherer_id() {
+        Some(id) => access::register(id, &Arc::downgrade(shared)),
+        None => Ok(()),
+    }
 }
 
 /// Ends what [`attach`] began, but for the hooks.

@@ -7,16 +7,17 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::mem::ManuallyDrop;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 
-use super::gather::Gatherer;
+use crate::reduce::Reducer;
 use crate::shim::Accesses;
 use crate::Result;
 
 /// Bits of a token that say which bucket; the others say whose.
 pub(super) const BUCKET_BITS: u32 = 24;
 
-static GATHERERS: Mutex<BTreeMap<u64, Weak<Mutex<Gatherer>>>> = Mutex::new(BTreeMap::new());
+/// By a gatherer's number: whose it is.
+static OWNERS: Mutex<BTreeMap<u64, Weak<Mutex<Reducer>>>> = Mutex::new(BTreeMap::new());
 
 thread_local! {
     /// Once they are there they stay as long as the thread: an operation without shells costs little.
@@ -24,13 +25,16 @@ thread_local! {
     static IS_UNSEEN: Cell<bool> = const { Cell::new(false) };
 }
 
-fn gatherers() -> MutexGuard<'static, BTreeMap<u64, Weak<Mutex<Gatherer>>>> {
-    GATHERERS.lock().unwrap_or_else(PoisonError::into_inner)
+fn owners() -> MutexGuard<'static, BTreeMap<u64, Weak<Mutex<Reducer>>>> {
+    OWNERS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// From here on this thread's operations find the gatherer.
-pub(super) fn register(id: u64, gatherer: &Arc<Mutex<Gatherer>>) -> Result<()> {
-    gatherers().insert(id, Arc::downgrade(gatherer));
+/// From here on this thread's operations find the gatherer with this number.
+pub(crate) fn register(id: u64, owner: &Weak<Mutex<Reducer>>) -> Result<()> {
+    let mut owners = owners();
+    owners.retain(|_, owner| owner.strong_count() > 0);
+    owners.insert(id, Weak::clone(owner));
+    drop(owners);
     let present = ACCESSES.take();
     let accesses = match present {
         Some(present) => present,
@@ -40,12 +44,8 @@ pub(super) fn register(id: u64, gatherer: &Arc<Mutex<Gatherer>>) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn unregister(id: u64) {
-    gatherers().remove(&id);
-}
-
 /// Runs `body`, whose operations need no parameters.
-pub(super) fn unseen<T>(body: impl FnOnce() -> T) -> T {
+pub(crate) fn unseen<T>(body: impl FnOnce() -> T) -> T {
     struct Restore(bool);
     impl Drop for Restore {
         fn drop(&mut self) {
@@ -77,9 +77,14 @@ fn bring(tokens: &[u64]) {
         }
     }
     for (id, buckets) in wanted {
-        let found = gatherers().get(&id).and_then(Weak::upgrade);
-        let Some(gatherer) = found else { continue };
-        let mut gatherer = gatherer.lock().unwrap_or_else(PoisonError::into_inner);
-        unseen(|| gatherer.bring(&buckets));
+        let found = owners().get(&id).and_then(Weak::upgrade);
+        let Some(owner) = found else { continue };
+        let mut owner = match owner.try_lock() {
+            Ok(owner) => owner,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            // Without memory the operation fails, and that is told.
+            Err(TryLockError::WouldBlock) => continue,
+        };
+        owner.store.bring(&buckets);
     }
 }

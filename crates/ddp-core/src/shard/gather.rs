@@ -5,8 +5,8 @@
 //! registered buffer, which becomes the shell's memory. There are few buffers of each size and they are used in turn, so the oldest bucket
 //! in one goes. What the last step needed next is gathered meanwhile ([`Trace`]).
 //!
-//! Which bucket goes to which buffer depends on the order of operations alone, which is the program's: ranks whose programs differ are out of
-//! step in the gathering, and its tags say where. An operation that needs more buckets at once than there are buffers
+//! Gathering and the exchange of gradients are one order of collectives: the program's operations decide it, and ranks whose programs
+//! differ are out of step at once, with the names of both. Which bucket goes to which buffer follows from that order. An operation that needs more buckets at once than there are buffers
 //! is lent memory for it.
 //!
 //! Source: the idea is DeepSpeed's ZeRO-3, which traces modules; here it is operations.
@@ -15,7 +15,6 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use phalanx_comm::{Group, Work};
@@ -70,7 +69,6 @@ struct Ring {
 #[derive(Debug)]
 pub(crate) struct Gatherer {
     id: u64,
-    group: Group,
     device: Device,
     rings: Vec<Ring>,
     buckets: Vec<Gathered>,
@@ -79,9 +77,6 @@ pub(crate) struct Gatherer {
     /// What was waited for since the last step.
     waited: Duration,
 }
-
-/// A gatherer as operations find it.
-pub(crate) type Shared = Arc<Mutex<Gatherer>>;
 
 /// What a bucket is, for [`Gatherer::add`].
 #[derive(Debug)]
@@ -96,38 +91,41 @@ pub(crate) struct Described<'a> {
 }
 
 impl Gatherer {
-    /// Without buckets. Collective: its group has an order of its own.
-    pub(crate) fn new(group: &mut Group, device: Device) -> Result<Shared> {
+    /// Without buckets; in the place of the one with number `id`, if there was one.
+    pub(crate) fn new(device: Device, id: Option<u64>) -> Self {
         static LAST: AtomicU64 = AtomicU64::new(0);
-        let id = LAST.fetch_add(1, Ordering::Relaxed) + 1;
-        let gatherer = Self {
-            id,
-            group: group.duplicate()?,
+        Self {
+            id: id.unwrap_or_else(|| LAST.fetch_add(1, Ordering::Relaxed) + 1),
             device,
             rings: Vec::new(),
             buckets: Vec::new(),
             trace: Trace::default(),
             failed: None,
             waited: Duration::ZERO,
-        };
-        let shared = Arc::new(Mutex::new(gatherer));
-        access::register(id, &shared)?;
-        Ok(shared)
+        }
+    }
+
+    /// What operations know it by.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
     }
 
     /// Adds buckets, without variables yet. Collective.
-    pub(crate) fn add(&mut self, described: Vec<Described<'_>>) -> Result<()> {
+    pub(crate) fn add(&mut self, group: &mut Group, described: Vec<Described<'_>>) -> Result<()> {
         let going: Vec<&Described<'_>> = described.iter().filter(|bucket| !bucket.stays).collect();
         let lens: Vec<(Kind, usize)> = going.iter().map(|bucket| (bucket.kind, bucket.len)).collect();
         let (sizes, size_of) = pool::sizes(&lens);
         let first = self.rings.len();
         for size in sizes {
-            self.add_ring(size)?;
+            self.add_ring(group, size)?;
         }
         let mut size_of = size_of.into_iter();
         for bucket in described {
             let ring = match bucket.stays {
-                true => self.add_ring(Size { kind: bucket.kind, len: bucket.len, count: 1 })?,
+                true => {
+                    let size = Size { kind: bucket.kind, len: bucket.len, count: 1 };
+                    self.add_ring(group, size)?
+                }
                 false => first + size_of.next().unwrap_or(0),
             };
             let token = self.id << access::BUCKET_BITS | self.buckets.len() as u64;
@@ -146,9 +144,9 @@ impl Gatherer {
         Ok(())
     }
 
-    fn add_ring(&mut self, size: Size) -> Result<usize> {
+    fn add_ring(&mut self, group: &mut Group, size: Size) -> Result<usize> {
         let Size { kind, len, count } = size;
-        let buffers = (0..count).map(|_| Flat::registered(&mut self.group, kind, self.device, len));
+        let buffers = (0..count).map(|_| Flat::registered(group, kind, self.device, len));
         let buffers = buffers.collect::<Result<Vec<_>>>()?;
         self.rings.push(Ring { holds: vec![None; buffers.len()], buffers, next: 0 });
         Ok(self.rings.len() - 1)
@@ -182,18 +180,18 @@ impl Gatherer {
     }
 
     /// An operation takes `wanted`: they are here when this returns. Collective.
-    pub(super) fn bring(&mut self, wanted: &[usize]) {
+    pub(crate) fn bring(&mut self, group: &mut Group, wanted: &[usize]) {
         if self.failed.is_some() {
             return;
         }
         let start = Instant::now();
-        if let Err(error) = self.try_bring(wanted) {
+        if let Err(error) = access::unseen(|| self.try_bring(group, wanted)) {
             self.fail(&error);
         }
         self.waited += start.elapsed();
     }
 
-    fn try_bring(&mut self, wanted: &[usize]) -> Result<()> {
+    fn try_bring(&mut self, group: &mut Group, wanted: &[usize]) -> Result<()> {
         for index in 0..self.buckets.len() {
             if matches!(self.buckets[index].presence, Presence::Lent(_)) && !wanted.contains(&index)
             {
@@ -202,9 +200,9 @@ impl Gatherer {
         }
         let mut next = None;
         for &index in wanted {
-            if matches!(self.buckets[index].presence, Presence::Away) && !self.start(index, wanted)?
-            {
-                self.lend(index)?;
+            let is_away = matches!(self.buckets[index].presence, Presence::Away);
+            if is_away && !self.start(group, index, wanted)? {
+                self.lend(group, index)?;
             }
             if matches!(self.buckets[index].presence, Presence::Coming(..)) {
                 self.arrive(index)?;
@@ -213,14 +211,14 @@ impl Gatherer {
         }
         if let Some(next) = next {
             if matches!(self.buckets[next].presence, Presence::Away) {
-                self.start(next, wanted)?;
+                self.start(group, next, wanted)?;
             }
         }
         Ok(())
     }
 
     /// Starts to gather a bucket, in a buffer that holds none of `wanted`; whether there is one.
-    fn start(&mut self, index: usize, wanted: &[usize]) -> Result<bool> {
+    fn start(&mut self, group: &mut Group, index: usize, wanted: &[usize]) -> Result<bool> {
         let ring = self.buckets[index].ring;
         let Ring { holds, next, .. } = &self.rings[ring];
         let count = holds.len();
@@ -237,10 +235,9 @@ impl Gatherer {
         let buffer = &self.rings[ring].buffers[at];
         let mut own = buffer.range(&gathered.segment)?;
         tch::no_grad(|| own.f_copy_(&gathered.home).map(drop))?;
-        self.group.set_stream(shim::current_stream(self.device)?);
-        self.group.tagged(&gathered.name);
-        let len = as_i64(gathered.shell.tensor().numel())?;
-        let work = buffer.all_gather(&mut self.group, 0..usize::try_from(len).unwrap_or(0))?;
+        group.set_stream(shim::current_stream(self.device)?);
+        group.tagged(&gathered.name);
+        let work = buffer.all_gather(group, 0..gathered.shell.tensor().numel())?;
         gathered.presence = Presence::Coming(at, work);
         Ok(true)
     }
@@ -258,15 +255,15 @@ impl Gatherer {
     }
 
     /// Gathers a bucket into memory for this operation alone.
-    fn lend(&mut self, index: usize) -> Result<()> {
+    fn lend(&mut self, group: &mut Group, index: usize) -> Result<()> {
         let gathered = &mut self.buckets[index];
         let len = as_i64(gathered.shell.tensor().numel())?;
         let memory = Tensor::f_empty([len], (gathered.home.kind(), self.device))?;
         let mut whole = memory.f_to_device(Device::Cpu)?;
         let home = gathered.home.f_to_device(Device::Cpu)?;
         let bytes = dense_bytes_mut(&gathered.name, &mut whole)?;
-        self.group.tagged(&gathered.name);
-        self.group.all_gather(dense_bytes(&gathered.name, &home)?, bytes)?.wait()?;
+        group.tagged(&gathered.name);
+        group.all_gather(dense_bytes(&gathered.name, &home)?, bytes)?.wait()?;
         if self.device != Device::Cpu {
             tch::no_grad(|| memory.shallow_clone().f_copy_(&whole).map(drop))?;
         }
@@ -351,7 +348,6 @@ impl Gatherer {
 
 impl Drop for Gatherer {
     fn drop(&mut self) {
-        access::unregister(self.id);
         if self.failed.is_none() {
             self.close("the model is sharded, and what gathered its parameters is gone: keep the Ddp while the model is used");
         }

@@ -12,7 +12,7 @@
 //!
 //! Source: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models".
 
-mod access;
+pub(crate) mod access;
 pub(crate) mod gather;
 mod trace;
 

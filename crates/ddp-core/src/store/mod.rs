@@ -22,7 +22,7 @@ use std::time::Duration;
 use phalanx_comm::Group;
 use tch::{Device, Kind, Tensor};
 
-use crate::shard::gather::{self, Described, Gatherer};
+use crate::shard::gather::{Described, Gatherer};
 use crate::shard::Sharding;
 use crate::shim::{self, Variable};
 use crate::{DdpOptions, Error, Result};
@@ -96,7 +96,7 @@ pub(crate) struct Store {
     /// Buffers for the exchange of gradients that stay where they are.
     pub(crate) pool: Pool,
     /// Who gathers parameters when an operation needs them.
-    gatherer: Option<gather::Shared>,
+    gatherer: Option<Gatherer>,
     /// By variable: what it was when it was last looked at with approval.
     expected: Vec<Variable>,
     /// Counts the plans: who keeps something by place looks whether it is still that one.
@@ -211,10 +211,7 @@ impl Store {
         if !self.sharding.gathers_on_access() {
             return Ok(());
         }
-        let gatherer = match self.gatherer.take() {
-            Some(present) => present,
-            None => Gatherer::new(&mut self.group, self.device)?,
-        };
+        let mut gatherer = self.gatherer.take().unwrap_or_else(|| Gatherer::new(self.device, None));
         let mut described = Vec::new();
         for (index, bucket) in self.plan.buckets.iter().enumerate().skip(from) {
             let Held::Segment(home) = &self.storages[bucket.storage].parameters else { continue };
@@ -232,27 +229,31 @@ impl Store {
                 stays: unit.is_some_and(|unit| options.stays_gathered(unit)),
             });
         }
-        locked(&gatherer)?.add(described)?;
+        gatherer.add(&mut self.group, described)?;
         self.gatherer = Some(gatherer);
         Ok(())
     }
 
-    fn gatherer(&self) -> Result<std::sync::MutexGuard<'_, Gatherer>> {
-        self.gatherer.as_ref().map_or(Err(Error::Poisoned), locked)
-    }
-
-    /// What the program wrote to parameters that were gathered counts from here on.
-    pub(crate) fn heed_written(&self) -> Result<()> {
-        match &self.gatherer {
-            Some(gatherer) => locked(gatherer)?.bring_all_home(),
-            None => Ok(()),
+    /// An operation takes parameters of `buckets`, which are not here. Collective.
+    pub(crate) fn bring(&mut self, buckets: &[usize]) {
+        if let Some(gatherer) = &mut self.gatherer {
+            gatherer.bring(&mut self.group, buckets);
         }
     }
 
+    /// The number of who gathers parameters, if somebody does.
+    pub(crate) fn gatherer_id(&self) -> Option<u64> {
+        self.gatherer.as_ref().map(Gatherer::id)
+    }
+
+    /// What the program wrote to parameters that were gathered counts from here on.
+    pub(crate) fn heed_written(&mut self) -> Result<()> {
+        self.gatherer.as_mut().map_or(Ok(()), Gatherer::bring_all_home)
+    }
+
     /// Parameters have changed where they are kept; says what operations waited for them since the last time.
-    pub(crate) fn forget_gathered(&self) -> Result<Duration> {
-        let Some(gatherer) = &self.gatherer else { return Ok(Duration::ZERO) };
-        let mut gatherer = locked(gatherer)?;
+    pub(crate) fn forget_gathered(&mut self) -> Result<Duration> {
+        let Some(gatherer) = &mut self.gatherer else { return Ok(Duration::ZERO) };
         gatherer.forget()?;
         Ok(gatherer.take_waited())
     }
@@ -305,7 +306,7 @@ impl Store {
                 shim::set_data(&named.tensor, &data)?;
             }
             Held::Segment(_) => {
-                let mut gatherer = self.gatherer()?;
+                let Some(gatherer) = &mut self.gatherer else { return Ok(()) };
                 gatherer.settle(place.bucket, &named.tensor, (&place.range, &strides))?;
             }
         }
@@ -406,12 +407,18 @@ impl Store {
         }
         let storages = self.allocate(&kinds, &plan, options)?;
         let old_views: Vec<Tensor> = self.views.iter().map(Tensor::shallow_clone).collect();
-        self.plan = plan;
+        let old_places = std::mem::replace(&mut self.plan, plan).places;
         let old = std::mem::replace(&mut self.storages, storages);
-        let old_gatherer = self.gatherer.take();
         self.fit_pool(options)?;
+        let mut old_gatherer = self.gatherer.take();
+        let id = old_gatherer.as_ref().map(Gatherer::id);
+        self.gatherer = id.map(|id| Gatherer::new(self.device, Some(id)));
         self.add_gathered(0, options)?;
         for index in 0..count {
+            if let Some(old_gatherer) = &mut old_gatherer {
+                let bucket = old_places[index].bucket;
+                old_gatherer.bring(&mut self.group, &[bucket]);
+            }
             self.settle(index)?;
         }
         for (index, old_view) in old_views.iter().enumerate() {
@@ -542,8 +549,4 @@ impl Store {
     pub(crate) fn clear_gradients(&self) -> Result<()> {
         self.model.parameters().try_for_each(|named| shim::gradient_set(&named.tensor, None))
     }
-}
-
-fn locked(gatherer: &gather::Shared) -> Result<std::sync::MutexGuard<'_, Gatherer>> {
-    gatherer.lock().map_err(|_poisoned| Error::Poisoned)
 }

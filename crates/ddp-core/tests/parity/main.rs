@@ -68,7 +68,7 @@ impl Case {
     fn check_and(self, more: impl Fn(&fixtures::Row, &[Outcome])) {
         let fixtures = Fixtures::read();
         for row in fixtures.rows(self.name) {
-            for zero in [Zero::Off, Zero::One] {
+            for zero in [Zero::Off, Zero::One, Zero::Two, Zero::Three] {
                 for &way in self.ways {
                     let case = Self {
                         options: DdpOptions { zero, ..self.options.clone() },

@@ -1,5 +1,6 @@
 //! A program from a seed: first what is right, then, in some programs, one mistake.
 
+use phalanx_comm::environment::HostLink;
 use phalanx_ddp_core::{Buffers, NonFinite, Zero};
 use tch::Kind;
 
@@ -67,7 +68,8 @@ fn begun(mut draw: Draw, mistake: Option<Mistake>) -> Maker {
         draw.of(&[(false, false), (false, false), (true, false), (false, true)]);
     let settings = Settings {
         bucket_bytes: draw.of(&[[1, 1], [256, 400], [300, 5000], [1 << 20, 1 << 20]]).to_vec(),
-        zero: draw.of(&[Zero::Off, Zero::One]),
+        zero: draw.of(&[Zero::Off, Zero::One, Zero::Two, Zero::Three]),
+        link: draw.of(&[HostLink::Auto, HostLink::Tcp]),
         buffers: draw.of(&[Buffers::RankZero, Buffers::Mean, Buffers::Own]),
         find_unused_parameters,
         static_graph,
@@ -121,6 +123,10 @@ impl Maker {
         let settings = &mut program.settings;
         if program.mistake != Some(Mistake::ShardedWithTch) && program.optimizer.is_tchs() {
             settings.zero = Zero::Off;
+        }
+        if settings.zero == Zero::Three {
+            // Where ranks share no memory all must run the same operations on parameters; here they do not.
+            settings.link = HostLink::Auto;
         }
         // tch's AdamW wants gradients of the parameter's kind, and its clipping adds up in the gradient's.
         let is_plain = program.optimizer.is_tchs() && program.clip.is_some();

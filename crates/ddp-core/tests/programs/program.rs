@@ -1,5 +1,6 @@
 //! A program: what every rank builds and does, as a value.
 
+use phalanx_comm::environment::HostLink;
 use phalanx_ddp_core::{Buffers, NonFinite, Zero};
 use tch::Kind;
 
@@ -73,6 +74,8 @@ pub(crate) struct Parameter {
 pub(crate) struct Settings {
     pub(crate) bucket_bytes: Vec<usize>,
     pub(crate) zero: Zero,
+    /// How ranks talk: whether they share memory.
+    pub(crate) link: HostLink,
     pub(crate) buffers: Buffers,
     pub(crate) find_unused_parameters: bool,
     pub(crate) static_graph: bool,

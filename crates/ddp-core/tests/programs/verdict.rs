@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use phalanx_comm::environment::HostLink;
+
 use phalanx_comm::testing::run_ranks_with;
 use phalanx_comm::GroupOptions;
 
@@ -28,7 +28,7 @@ const BUGS: [&str; 6] = [
 pub(crate) fn of(program: &Program) -> Result<String, String> {
     let shared = Arc::new(program.clone());
     let options = GroupOptions::default().with_timeout(TIMEOUT);
-    let ended = run_ranks_with(program.world_size, HostLink::Auto, options, move |group| {
+    let ended = run_ranks_with(program.world_size, program.settings.link, options, move |group| {
         run::rank(&shared, group)
     });
     judge(program, &ended).map_err(|why| format!("{why}\n{}", shown(&ended)))

@@ -147,3 +147,11 @@ pub(crate) fn panic_text<T>(body: impl FnOnce() -> T) -> String {
             .unwrap_or_default(),
     }
 }
+
+/// What a closure of plain tch gives, or the text with which it panics.
+pub(crate) fn caught<T>(body: impl FnOnce() -> T) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(body)).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        text.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string)).unwrap_or_default()
+    })
+}
