@@ -189,7 +189,7 @@ impl Optimizer {
         self.fit(&mut reducer.store)?;
         let is_scaled = (loss_scale - 1.0).abs() > 0.0;
         let norm = match norm_max.is_some() || is_scaled {
-            true => Some(self.gradient_norm(&mut reducer)? / loss_scale),
+            true => Some(self.gradient_norm(&mut reducer, &has_gradient)? / loss_scale),
             false => None,
         };
         if is_scaled && norm.is_some_and(|norm| !norm.is_finite()) {
@@ -230,10 +230,14 @@ impl Optimizer {
         self.state.heed_masters(store)
     }
 
-    fn gradient_norm(&self, reducer: &mut Reducer) -> Result<f64> {
+    fn gradient_norm(&self, reducer: &mut Reducer, has_gradient: &[bool]) -> Result<f64> {
         let start = Instant::now();
         let store = &mut reducer.store;
-        let owned = self.owned(store);
+        let owned = piece::owned(
+            &store.plan,
+            |bucket| store.sharding.segment(bucket),
+            &self.treatments(has_gradient),
+        );
         let sums = norm::sums_of_squares(&gradient_parts(store, &owned), 1)?;
         let computed = start.elapsed();
         let sum = store.sharding.summed(&mut store.group, sums)?[0];
@@ -241,10 +245,10 @@ impl Optimizer {
         Ok(sum.sqrt())
     }
 
-    /// This rank's parts of all buckets, whatever is updated.
-    fn owned(&self, store: &Store) -> Vec<Owned> {
-        let all: Vec<_> = self.parameters.iter().map(|&treatment| Some(treatment)).collect();
-        piece::owned(&store.plan, |bucket| store.sharding.segment(bucket), &all)
+    /// How each parameter is treated, of those that have gradients.
+    fn treatments(&self, has_gradient: &[bool]) -> Vec<Option<Treatment>> {
+        let treated = self.parameters.iter().zip(has_gradient);
+        treated.map(|(&treatment, &has)| has.then_some(treatment)).collect()
     }
 
     fn update(&mut self, reducer: &mut Reducer, has_gradient: &[bool], divisor: f64) -> Result<()> {
@@ -252,9 +256,7 @@ impl Optimizer {
         {
             treatment.step += 1;
         }
-        let treated = self.parameters.iter().zip(has_gradient);
-        let treatments: Vec<Option<Treatment>> =
-            treated.map(|(&treatment, &has)| has.then_some(treatment)).collect();
+        let treatments = self.treatments(has_gradient);
         let store = &mut reducer.store;
         let sharding = store.sharding;
         let parts = piece::owned(&store.plan, |bucket| sharding.segment(bucket), &treatments);
