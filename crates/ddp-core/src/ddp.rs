@@ -7,7 +7,6 @@ use tch::{nn, Device, Tensor};
 
 use crate::reduce::statistics::Statistics;
 use crate::reduce::{self, Asked, Reducer, Shared};
-use crate::shard::Sharding;
 use crate::store::model::Model;
 use crate::store::{agree, broadcast, Store};
 use crate::{heap, shim, threads, DdpOptions, Error, Join, Result, Sync};
@@ -98,7 +97,7 @@ impl Ddp {
         signature.extend(model.signature());
         agree::same_on_all_ranks(&mut group, "model signature", &signature)?;
         // Only now: a rank that ended before it would leave the others to wonder.
-        options.check()?;
+        options.check(group.world_size())?;
         model.check()?;
         check_devices(&model, &group)?;
         for named in &model.variables {
@@ -111,8 +110,14 @@ impl Ddp {
         if options.keep_memory && device == Some(Device::Cpu) {
             heap::keep();
         }
-        let sharding = Sharding::new(options.zero, &group, device.unwrap_or(Device::Cpu));
-        let store = Store::new(group, model, sharding, &options)?;
+        let within = match options.shard_ranks {
+            Some(ranks) if ranks < group.world_size() => {
+                let color = u32::try_from(group.rank() / ranks).unwrap_or(u32::MAX);
+                group.split(Some(color), 0)?
+            }
+            _ => None,
+        };
+        let store = Store::new((group, within), model, &options)?;
         let shared = Arc::new(Mutex::new(Reducer::new(store, options)?));
         let hooks = reduce::attach(&shared)?;
         Ok(Self { hooks, shared })

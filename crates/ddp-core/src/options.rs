@@ -81,6 +81,10 @@ pub struct DdpOptions {
     pub bucket_bytes: Vec<usize>,
     /// What is sharded.
     pub zero: Zero,
+    /// Among how many ranks what is sharded is cut: each so many consecutive ranks have everything once (hybrid sharding), which is to be a
+    /// divisor of the world size. With the ranks of a node parameters are gathered inside it alone, for
+    /// the memory of a copy on each node. Gradients are averaged over all ranks, to the same bits. `None`: all ranks.
+    pub shard_ranks: Option<usize>,
     /// Which parameters are exchanged, and under ZeRO-3 gathered, together, by their names: `"encoder.layer.*"` makes a bucket of
     /// each layer, `*` being one part of the name, and `"head"` one of everything under it. The first that fits holds. The
     /// parameters of no unit are put together up to [`bucket_bytes`](Self::bucket_bytes).
@@ -126,6 +130,7 @@ impl Default for DdpOptions {
         Self {
             bucket_bytes: vec![plan::FIRST_BUCKET_BYTES_MAX, plan::BUCKET_BYTES_MAX],
             zero: Zero::Off,
+            shard_ranks: None,
             units: Vec::new(),
             stay_gathered: Vec::new(),
             buffers: Buffers::RankZero,
@@ -144,7 +149,11 @@ impl Default for DdpOptions {
 
 impl DdpOptions {
     /// An error for what cannot be.
-    pub(crate) fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self, world_size: usize) -> Result<()> {
+        if let Some(ranks) = self.shard_ranks.filter(|&r| r == 0 || !world_size.is_multiple_of(r)) {
+            let (setting, value) = ("shard_ranks", format!("{ranks} of {world_size} ranks"));
+            return Err(Error::BadSetting { setting, value, expected: "a divisor of the world size" });
+        }
         if self.bucket_bytes.is_empty() || self.bucket_bytes.contains(&0) {
             let (setting, value) = ("bucket_bytes", format!("{:?}", self.bucket_bytes));
             return Err(Error::BadSetting {

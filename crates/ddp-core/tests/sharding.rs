@@ -47,6 +47,27 @@ fn groups() -> ParameterGroups {
     ParameterGroups::default().with(no_decay)
 }
 
+#[test]
+fn sharding_inside_of_a_part_of_the_ranks_changes_no_bit() {
+    for link in LINKS {
+        for (world_size, ranks) in [(4, 2), (4, 1), (3, 1), (2, 2)] {
+            for accumulate in [1, 3] {
+                let off = move |mut group: Group| train(&mut group, options(Zero::Off), accumulate);
+                let expected = run(world_size, link, off).remove(0);
+                for zero in STAGES {
+                    let hybrid = run(world_size, link, move |mut group| {
+                        let options = DdpOptions { shard_ranks: Some(ranks), ..options(zero) };
+                        train(&mut group, options, accumulate)
+                    });
+                    for outcome in hybrid {
+                        assert!(outcome == expected, "{zero:?}, {link:?}, {ranks} of {world_size} ranks");
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// 4 steps on 12 samples each, in micro-batches, with clipping; the weights, and the norms.
 fn train(group: &mut Group, options: DdpOptions, accumulate: i64) -> (Vec<u32>, Vec<f64>) {
     let (model, ddp) = wrapped(group, options);

@@ -240,7 +240,7 @@ impl Optimizer {
         );
         let sums = norm::sums_of_squares(&gradient_parts(store, &owned), 1)?;
         let computed = start.elapsed();
-        let sum = store.sharding.summed(&mut store.group, sums)?[0];
+        let sum = store.summed(sums)?[0];
         reducer.waited(start.elapsed().saturating_sub(computed));
         Ok(sum.sqrt())
     }
@@ -262,7 +262,7 @@ impl Optimizer {
         let parts = piece::owned(&store.plan, |bucket| sharding.segment(bucket), &treatments);
         let now = Numbers { divisor, device: store.device() };
         let start = Instant::now();
-        sharding.await_readers(&mut store.group)?;
+        store.await_readers()?;
         reducer.waited(start.elapsed());
         let store = &mut reducer.store;
         let mut works = Vec::new();
@@ -271,7 +271,7 @@ impl Optimizer {
                 for (bucket, owned) in parts.iter().enumerate() {
                     self.update_runs(store, owned, &now)?;
                     self.state.write_back(store, owned)?;
-                    works.extend(gather(store, bucket)?);
+                    works.extend(store.gather(bucket)?);
                 }
             }
             Some(trust_ratio) => {
@@ -282,13 +282,13 @@ impl Optimizer {
                 for (bucket, owned) in parts.iter().enumerate() {
                     self.apply(store, owned, &ratios)?;
                     self.state.write_back(store, owned)?;
-                    works.extend(gather(store, bucket)?);
+                    works.extend(store.gather(bucket)?);
                 }
             }
         }
         let start = Instant::now();
         let store = &mut reducer.store;
-        let ended = wait_all(works).and_then(|()| sharding.settled(&mut store.group));
+        let ended = wait_all(works).and_then(|()| store.settled());
         let gathered = store.forget_gathered()?;
         reducer.waited(start.elapsed() + gathered);
         ended
@@ -321,7 +321,7 @@ impl Optimizer {
         let count = self.parameters.len();
         let mut sums = norm::sums_of_squares(&parameter_parts(store, owned), count)?;
         sums.extend(norm::sums_of_squares(&self.state.direction_parts(owned), count)?);
-        let sums = store.sharding.summed(&mut store.group, sums)?;
+        let sums = store.summed(sums)?;
         let (parameters, directions) = sums.split_at(count);
         let both = parameters.iter().zip(directions);
         Ok(both.map(|(parameter, direction)| trust_ratio(parameter.sqrt(), direction.sqrt())).collect())
@@ -375,15 +375,6 @@ impl Numbers {
             divisor_tensor: is_divided.then(|| scalar(self.divisor as f32)).transpose()?,
         })
     }
-}
-
-/// Starts the gathering of a bucket's updated parameters, where they are not everywhere.
-fn gather(store: &mut Store, bucket: usize) -> Result<Option<Work<'static>>> {
-    let planned = &store.plan.buckets[bucket];
-    let Some(parameters) = store.storages[planned.storage].parameters.whole() else {
-        return Ok(None);
-    };
-    store.sharding.gather(&mut store.group, parameters, (bucket, planned.range.clone()))
 }
 
 /// The gradients of this rank's pieces, all for one sum.

@@ -7,6 +7,9 @@
 //! | ZeRO-2 | a rank's segment | a rank its segment | are gathered |
 //! | ZeRO-3 | a rank's segment | a rank its segment | a rank's segment |
 //!
+//! Segments are those of all ranks, or of fewer ([`DdpOptions::shard_ranks`](crate::DdpOptions::shard_ranks)): then each group of so many ranks
+//! has everything once, gradients are reduced over all ranks as without sharding, and parameters are gathered inside the group.
+//!
 //! Ranks of one machine that share memory have the segments of a ZeRO-3 bucket side by side in one memory that all of them see:
 //! nothing need be gathered there, only nobody may write while others read.
 //!
@@ -31,16 +34,30 @@ use crate::{shim, Result, Zero};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Sharding {
     zero: Zero,
+    /// Of the ranks that have everything once together, which this one is, and how many there are.
     rank: usize,
-    world_size: usize,
+    ranks: usize,
+    /// Whether there are more ranks than those.
+    is_replicated: bool,
     /// Whether ranks see each other's memory, and the model is in it.
     shares_memory: bool,
 }
 
 impl Sharding {
-    pub(crate) fn new(zero: Zero, group: &Group, device: Device) -> Self {
-        let shares_memory = group.shares_memory() && device == Device::Cpu;
-        Self { zero, rank: group.rank(), world_size: group.world_size(), shares_memory }
+    /// `group` has all ranks, `within` those that have everything once, if they are fewer.
+    pub(crate) fn new(
+        zero: Zero,
+        (group, within): (&Group, Option<&Group>),
+        device: Device,
+    ) -> Self {
+        let ranks = within.unwrap_or(group);
+        Self {
+            zero,
+            rank: ranks.rank(),
+            ranks: ranks.world_size(),
+            is_replicated: ranks.world_size() < group.world_size(),
+            shares_memory: ranks.shares_memory() && device == Device::Cpu,
+        }
     }
 
     /// Whether parameters are gathered when an operation needs them.
@@ -57,7 +74,7 @@ impl Sharding {
     fn parts(self) -> usize {
         match self.zero {
             Zero::Off => 1,
-            _ => self.world_size,
+            _ => self.ranks,
         }
     }
 
@@ -148,7 +165,7 @@ impl Sharding {
         range: Range<usize>,
         (scale, everywhere): (Scale, bool),
     ) -> Result<Work<'static>> {
-        if everywhere || self.zero == Zero::Off {
+        if everywhere || self.zero == Zero::Off || self.is_replicated {
             return gradients.all_reduce(group, range, scale);
         }
         gradients.reduce_scatter(group, range, scale)

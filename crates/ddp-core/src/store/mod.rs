@@ -19,7 +19,7 @@ pub(crate) mod pool;
 use std::ops::Range;
 use std::time::Duration;
 
-use phalanx_comm::Group;
+use phalanx_comm::{Group, Work};
 use tch::{Device, Kind, Tensor};
 
 use crate::shard::gather::{Described, Gatherer};
@@ -87,6 +87,8 @@ pub(crate) struct Storage {
 #[derive(Debug)]
 pub(crate) struct Store {
     pub(crate) group: Group,
+    /// The ranks that have everything once together, if they are not all.
+    within: Option<Group>,
     pub(crate) model: Model,
     pub(crate) plan: Plan,
     pub(crate) storages: Vec<Storage>,
@@ -130,16 +132,17 @@ pub(crate) struct Attached {
 impl Store {
     /// Lays `model` flat. Collective.
     pub(crate) fn new(
-        group: Group,
+        (group, within): (Group, Option<Group>),
         model: Model,
-        sharding: Sharding,
         options: &DdpOptions,
     ) -> Result<Self> {
         let device = model.parameters().next().map_or(Device::Cpu, |first| first.tensor.device());
+        let sharding = Sharding::new(options.zero, (&group, within.as_ref()), device);
         let plan = Plan { buckets: Vec::new(), places: Vec::new(), storage_lens: Vec::new() };
         let expected = model.states()?;
         let mut store = Self {
             group,
+            within,
             model,
             plan,
             storages: Vec::new(),
@@ -201,9 +204,34 @@ impl Store {
         for index in first..count {
             self.settle(index)?; // a gradient that is there already goes to its view with its hook
         }
-        self.sharding.settled(&mut self.group)?;
+        self.settled()?;
         self.layout += 1;
         self.approve()
+    }
+
+    /// Every rank has written its parameters: see [`Sharding::settled`]. Collective.
+    pub(crate) fn settled(&mut self) -> Result<()> {
+        self.sharding.settled(self.within.as_mut().unwrap_or(&mut self.group))
+    }
+
+    /// Nobody reads parameters any more: see [`Sharding::await_readers`]. Collective.
+    pub(crate) fn await_readers(&mut self) -> Result<()> {
+        self.sharding.await_readers(self.within.as_mut().unwrap_or(&mut self.group))
+    }
+
+    /// The values of sums of which this rank has a part: see [`Sharding::summed`]. Collective.
+    pub(crate) fn summed(&mut self, sums: Vec<exact::ExactSum>) -> Result<Vec<f64>> {
+        self.sharding.summed(self.within.as_mut().unwrap_or(&mut self.group), sums)
+    }
+
+    /// Starts to gather a bucket's updated parameters, where they are not everywhere. Collective.
+    pub(crate) fn gather(&mut self, bucket: usize) -> Result<Option<Work<'static>>> {
+        let planned = &self.plan.buckets[bucket];
+        let Some(parameters) = self.storages[planned.storage].parameters.whole() else {
+            return Ok(None);
+        };
+        let group = self.within.as_mut().unwrap_or(&mut self.group);
+        self.sharding.gather(group, parameters, (bucket, planned.range.clone()))
     }
 
     /// Buckets from the `from`th on are gathered when an operation needs them, where they are sharded so. Collective.
@@ -229,7 +257,7 @@ impl Store {
                 stays: unit.is_some_and(|unit| options.stays_gathered(unit)),
             });
         }
-        gatherer.add(&mut self.group, described)?;
+        gatherer.add(self.within.as_mut().unwrap_or(&mut self.group), described)?;
         self.gatherer = Some(gatherer);
         Ok(())
     }
@@ -237,7 +265,7 @@ impl Store {
     /// An operation takes parameters of `buckets`, which are not here. Collective.
     pub(crate) fn bring(&mut self, buckets: &[usize]) {
         if let Some(gatherer) = &mut self.gatherer {
-            gatherer.bring(&mut self.group, buckets);
+            gatherer.bring(self.within.as_mut().unwrap_or(&mut self.group), buckets);
         }
     }
 
@@ -283,9 +311,11 @@ impl Store {
         let mut storages = Vec::with_capacity(kinds.len());
         for bucket in &plan.buckets {
             let (group, device) = (&mut self.group, self.device);
+            let within = self.within.as_mut();
             let kind = kinds[bucket.kind];
             let gradients = options.gradients_of(kind);
             let gradients = self.sharding.gradient_memory(group, gradients, device, bucket)?;
+            let group = within.unwrap_or(group);
             let parameters = self.sharding.parameter_memory(group, kind, device, bucket)?;
             storages.push(Storage { parameters, gradients });
         }
@@ -417,7 +447,8 @@ impl Store {
         for index in 0..count {
             if let Some(old_gatherer) = &mut old_gatherer {
                 let bucket = old_places[index].bucket;
-                old_gatherer.bring(&mut self.group, &[bucket]);
+                let group = self.within.as_mut().unwrap_or(&mut self.group);
+                old_gatherer.bring(group, &[bucket]);
             }
             self.settle(index)?;
         }
@@ -428,7 +459,7 @@ impl Store {
                 shim::gradient_set(&self.model.parameter(index).tensor, Some(view))?;
             }
         }
-        self.sharding.settled(&mut self.group)?;
+        self.settled()?;
         drop((old, old_gatherer));
         self.layout += 1;
         self.approve()
