@@ -1,15 +1,17 @@
 //! [`Ddp`]: a model that trains data-parallel.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use phalanx_comm::Group;
 use tch::{nn, Device, Tensor};
 
+use crate::checkpoint::WeightsOptions;
 use crate::reduce::statistics::Statistics;
 use crate::reduce::{self, Asked, Reducer, Shared};
-use crate::store::model::Model;
-use crate::store::{agree, broadcast, Store};
-use crate::{heap, shim, threads, DdpOptions, Error, Join, Result, Sync};
+use crate::store::model::{Model, Source};
+use crate::store::{agree, broadcast, Memory, Store};
+use crate::{checkpoint, heap, shim, threads, DdpOptions, Error, Join, Result, Sync};
 
 /// A model whose gradients are averaged over the ranks of a group, inside plain tch's own `backward`.
 ///
@@ -93,34 +95,47 @@ impl Ddp {
     fn build(model: Model, group: &mut Group, options: DdpOptions) -> Result<Self> {
         threads::share(group);
         let mut group = group.duplicate()?;
-        let mut signature = vec![format!("{options:?}")];
-        signature.extend(model.signature());
-        agree::same_on_all_ranks(&mut group, "model signature", &signature)?;
-        // Only now: a rank that ended before it would leave the others to wonder.
-        options.check(group.world_size())?;
-        model.check()?;
-        check_devices(&model, &group)?;
-        for named in &model.variables {
-            // From before: nobody else has them.
-            shim::gradient_set(&named.tensor, None)?;
+        take_in(&mut group, &model, &options)?;
+        if model.parameters().len() == 0 {
+            return Err(Error::NothingToTrain);
         }
-        let sent: Vec<_> = model.variables.iter().chain(&model.buffers).collect();
-        broadcast::tensors(&mut group, "parameters and buffers", 0, &sent)?;
-        let device = model.variables.first().map(|first| first.tensor.device());
-        if options.keep_memory && device == Some(Device::Cpu) {
+        let within = divided(&mut group, &options)?;
+        let device = model.variables.first().map_or(Device::Cpu, |first| first.tensor.device());
+        Self::over(Store::new((group, within), (model, device), &options)?, options)
+    }
+
+    fn over(store: Store, options: DdpOptions) -> Result<Self> {
+        if options.keep_memory && store.device() == Device::Cpu {
             heap::keep();
         }
-        let within = match options.shard_ranks {
-            Some(ranks) if ranks < group.world_size() => {
-                let color = u32::try_from(group.rank() / ranks).unwrap_or(u32::MAX);
-                group.split(Some(color), 0)?
-            }
-            _ => None,
-        };
-        let store = Store::new((group, within), model, &options)?;
         let shared = Arc::new(Mutex::new(Reducer::new(store, options)?));
         let hooks = reduce::attach(&shared)?;
         Ok(Self { hooks, shared })
+    }
+
+    /// Wraps a model while it is built, piece by piece: see [`Building`]. Collective.
+    ///
+    /// # Errors
+    /// As [`Ddp::new`].
+    pub fn begin(vs: &nn::VarStore, group: &mut Group, options: DdpOptions) -> Result<Building> {
+        threads::share(group);
+        let mut group = group.duplicate()?;
+        options.check(group.world_size())?;
+        let within = divided(&mut group, &options)?;
+        let nothing = Model::of_tensors(Vec::new(), Vec::new());
+        let store = Store::new((group, within), (nothing, vs.device()), &options)?;
+        let mut building = Building { source: Model::source_of(vs), store, options };
+        building.add()?;
+        Ok(building)
+    }
+
+    /// Writes the weights as others exchange them: to a path that ends in `.safetensors` as one file, to any other as a folder
+    /// with one or several and their index. Under ZeRO-3 no rank has more than a few buckets of them at once. Collective.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] or [`Error::Io`] where rank 0, which writes, cannot; errors of the group.
+    pub fn save_weights(&self, path: &Path, options: &WeightsOptions) -> Result<()> {
+        checkpoint::sharded::save(&mut *reduce::lock(&self.shared)?, path, options)
     }
 
     /// Runs `body`, in which backwards accumulate on this rank and exchange nothing. The next backward
@@ -264,6 +279,14 @@ impl Ddp {
         reduce::lock(&self.shared)?.release_gradients()
     }
 
+    /// What this rank's flat memory takes.
+    ///
+    /// # Errors
+    /// [`Error::Poisoned`].
+    pub fn memory(&self) -> Result<Memory> {
+        Ok(reduce::lock(&self.shared)?.store.memory())
+    }
+
     /// How many variables have hooks.
     #[must_use]
     pub fn variable_count(&self) -> usize {
@@ -279,6 +302,88 @@ impl Drop for Ddp {
     fn drop(&mut self) {
         reduce::detach(&self.shared);
     }
+}
+
+/// A model that is sharded while it is built, so that no rank ever has all of it.
+///
+/// After each layer [`add`](Self::add) takes in the variables that are new in the `VarStore`: they get rank 0's values, and under
+/// ZeRO-3 a rank keeps its segments of them. [`load_safetensors`](crate::checkpoint::load_safetensors) fills the model when it is complete.
+///
+/// # Example
+/// ```
+/// use phalanx_comm::{Group, GroupOptions};
+/// use phalanx_ddp_core::{Ddp, DdpOptions, Zero};
+/// use tch::{nn, Device};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let mut group = Group::single(GroupOptions::default())?;
+/// let vs = nn::VarStore::new(Device::Cpu);
+/// let options = DdpOptions { zero: Zero::Three, ..DdpOptions::default() };
+/// let mut building = Ddp::begin(&vs, &mut group, options)?;
+/// let mut net = nn::seq();
+/// for layer in 0..3 {
+///     net = net.add(nn::linear(vs.root() / layer, 64, 64, Default::default()));
+///     building.add()?; // the one line a layer
+/// }
+/// let ddp = building.finish()?;
+/// assert_eq!(ddp.variable_count(), 6);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Building {
+    source: Source,
+    store: Store,
+    options: DdpOptions,
+}
+
+impl Building {
+    /// Takes in the variables that are new. Collective.
+    ///
+    /// # Errors
+    /// As [`Ddp::new`].
+    pub fn add(&mut self) -> Result<()> {
+        let added = Model::of_source(&self.source)?.without(&self.store.model);
+        take_in(&mut self.store.group, &added, &self.options)?;
+        self.store.extend(added, &self.options)
+    }
+
+    /// The model is complete. Collective.
+    ///
+    /// # Errors
+    /// As [`Ddp::new`].
+    pub fn finish(mut self) -> Result<Ddp> {
+        self.add()?;
+        self.store.model.check()?;
+        self.store.complete(&self.options)?;
+        Ddp::over(self.store, self.options)
+    }
+}
+
+/// The ranks that have everything once together, if they are not all. Collective.
+fn divided(group: &mut Group, options: &DdpOptions) -> Result<Option<Group>> {
+    let Some(ranks) = options.shard_ranks.filter(|&ranks| ranks < group.world_size()) else {
+        return Ok(None);
+    };
+    let color = u32::try_from(group.rank() / ranks).unwrap_or(u32::MAX);
+    Ok(group.split(Some(color), 0)?)
+}
+
+/// Compares a model, or a part of one, over the ranks, and gives all of them the values of rank 0. Collective.
+fn take_in(group: &mut Group, model: &Model, options: &DdpOptions) -> Result<()> {
+    let mut signature = vec![format!("{options:?}")];
+    signature.extend(model.signature());
+    agree::same_on_all_ranks(group, "model signature", &signature)?;
+    // Only now: a rank that ended before it would leave the others to wonder.
+    options.check(group.world_size())?;
+    model.check()?;
+    check_devices(model, group)?;
+    for named in &model.variables {
+        // From before: nobody else has them.
+        shim::gradient_set(&named.tensor, None)?;
+    }
+    let sent: Vec<_> = model.variables.iter().chain(&model.buffers).collect();
+    broadcast::tensors(group, "parameters and buffers", 0, &sent)
 }
 
 /// An error unless all variables are on the CPU, or on the GPU that the group's backend works on.

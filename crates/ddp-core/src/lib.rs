@@ -25,7 +25,7 @@ mod shim;
 mod store;
 mod threads;
 
-pub use ddp::Ddp;
+pub use ddp::{Building, Ddp};
 pub use device::{load_cuda, Cuda};
 pub use error::{Error, Result};
 pub use join::Join;
@@ -34,3 +34,4 @@ pub use options::{Buffers, DdpOptions, NonFinite, SparseGradients, Sync, Zero};
 pub use reduce::ready;
 pub use reduce::statistics::{Phase, RankTimes, Statistics, Straggler};
 pub use store::plan;
+pub use store::Memory;

@@ -152,7 +152,11 @@ impl DdpOptions {
     pub(crate) fn check(&self, world_size: usize) -> Result<()> {
         if let Some(ranks) = self.shard_ranks.filter(|&r| r == 0 || !world_size.is_multiple_of(r)) {
             let (setting, value) = ("shard_ranks", format!("{ranks} of {world_size} ranks"));
-            return Err(Error::BadSetting { setting, value, expected: "a divisor of the world size" });
+            return Err(Error::BadSetting {
+                setting,
+                value,
+                expected: "a divisor of the world size",
+            });
         }
         if self.bucket_bytes.is_empty() || self.bucket_bytes.contains(&0) {
             let (setting, value) = ("bucket_bytes", format!("{:?}", self.bucket_bytes));

@@ -122,7 +122,12 @@ fn world_size_and_stage_may_change_on_the_way() {
     let leg = |world_size, zero, to| Leg { world_size, zero, to };
     for rule in RULES {
         let (_, whole) = run(&[leg(4, Zero::One, 9)], rule);
-        let legs = [leg(4, Zero::Three, 3), leg(2, Zero::One, 6), leg(3, Zero::Off, 7), leg(3, Zero::Three, 9)];
+        let legs = [
+            leg(4, Zero::Three, 3),
+            leg(2, Zero::One, 6),
+            leg(3, Zero::Off, 7),
+            leg(3, Zero::Three, 9),
+        ];
         let (_, losses) = run(&legs, rule);
         // The batch is the same, its sum is cut at other places.
         for (step, (one, other)) in losses.iter().zip(&whole).enumerate() {

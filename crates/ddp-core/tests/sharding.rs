@@ -7,14 +7,15 @@ mod support;
 
 use std::time::Duration;
 
-use phalanx_comm::testing::run_ranks_with;
 use phalanx_comm::environment::HostLink;
+use phalanx_comm::testing::run_ranks_with;
 use phalanx_comm::{Group, GroupOptions};
+use phalanx_ddp_core::checkpoint::{load_safetensors, WeightsOptions};
 use phalanx_ddp_core::{
     AdamW, Ddp, DdpOptions, Optimizer, ParameterGroup, ParameterGroups, Sync, Zero,
 };
 use support::{options, wrapped, Model, STAGES};
-use tch::Kind;
+use tch::{nn, Device, Kind};
 
 /// Ranks that share memory, and ranks that do not.
 const LINKS: [HostLink; 2] = [HostLink::Auto, HostLink::Tcp];
@@ -60,7 +61,10 @@ fn sharding_inside_of_a_part_of_the_ranks_changes_no_bit() {
                         train(&mut group, options, accumulate)
                     });
                     for outcome in hybrid {
-                        assert!(outcome == expected, "{zero:?}, {link:?}, {ranks} of {world_size} ranks");
+                        assert!(
+                            outcome == expected,
+                            "{zero:?}, {link:?}, {ranks} of {world_size} ranks"
+                        );
                     }
                 }
             }
@@ -102,9 +106,7 @@ fn every_stage_has_the_bits_of_no_sharding() {
                 if 12 % (world_size as i64 * accumulate) != 0 {
                     continue;
                 }
-                let off = move |mut group: Group| {
-                    train(&mut group, options(Zero::Off), accumulate)
-                };
+                let off = move |mut group: Group| train(&mut group, options(Zero::Off), accumulate);
                 let expected = run(world_size, link, off).remove(0);
                 for zero in STAGES {
                     for cut in 0..3 {
@@ -144,7 +146,11 @@ fn weights_that_the_program_writes_are_kept() {
                 steps(&group, (&model, &ddp, &mut optimizer), 1);
                 (sums, model.bits())
             });
-            assert!(all[0].0.iter().all(|mean| (mean - 0.25).abs() < 1e-12), "{zero:?} {:?}", all[0].0);
+            assert!(
+                all[0].0.iter().all(|mean| (mean - 0.25).abs() < 1e-12),
+                "{zero:?} {:?}",
+                all[0].0
+            );
             assert!(all[0].1 == all[1].1, "{zero:?}");
         }
     }
@@ -178,11 +184,15 @@ fn differing(
 #[test]
 fn a_rank_that_needs_another_unit_is_named_at_once() {
     let texts = differing(HostLink::Tcp, |model, _| {
-        let (_, variable) = model.sorted().into_iter().find(|(name, _)| name == "three.weight").unwrap();
+        let (_, variable) =
+            model.sorted().into_iter().find(|(name, _)| name == "three.weight").unwrap();
         drop(variable.sum(Kind::Float));
     });
     for text in &texts {
-        assert!(text.contains("parameters of three") && text.contains("parameters of one"), "{texts:?}");
+        assert!(
+            text.contains("parameters of three") && text.contains("parameters of one"),
+            "{texts:?}"
+        );
     }
 }
 
@@ -200,4 +210,69 @@ fn the_model_of_a_ddp_that_is_gone_says_so() {
         support::caught(|| model.bits()).err().unwrap_or_default()
     });
     assert!(texts.iter().all(|text| text.contains("keep the Ddp")), "{texts:?}");
+}
+
+/// Builds the model layer by layer, rank 0's values count, and trains it.
+fn built_and_trained(mut group: Group, zero: Zero) -> (Vec<u32>, usize) {
+    let vs = nn::VarStore::new(Device::Cpu);
+    let mut building = Ddp::begin(&vs, &mut group, options(zero)).unwrap();
+    let model = Model::built(vs, group.rank() as i64 * 1000, |_| building.add().unwrap());
+    let ddp = building.finish().unwrap();
+    let mut optimizer = Optimizer::new(&ddp, adamw(), groups()).unwrap();
+    steps(&group, (&model, &ddp, &mut optimizer), 1);
+    (model.bits(), ddp.memory().unwrap().parameters)
+}
+
+#[test]
+fn a_model_that_is_built_piece_by_piece_is_the_same() {
+    for link in LINKS {
+        for zero in STAGES {
+            for world_size in [1, 2, 3] {
+                let whole = move |mut group: Group| train(&mut group, options(zero), 1).0;
+                let expected = run(world_size, link, whole).remove(0);
+                for (bits, _) in run(world_size, link, move |group| built_and_trained(group, zero))
+                {
+                    assert!(bits == expected, "{zero:?}, {link:?}, {world_size} ranks");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn each_stage_holds_its_part() {
+    let of = |zero| {
+        run(2, HostLink::Tcp, move |mut group| {
+            let (_model, ddp) = wrapped(&mut group, options(zero));
+            ddp.memory().unwrap()
+        })[0]
+    };
+    let [off, one, two, three] = STAGES.map(of);
+    assert_eq!(off, one);
+    assert_eq!((two.parameters, two.gradients * 2), (one.parameters, one.gradients));
+    assert_eq!((three.parameters * 2, three.gradients), (two.parameters, two.gradients));
+    assert!(off.exchange == 0 && two.exchange > 0 && three.exchange > two.exchange);
+}
+
+#[test]
+fn weights_are_written_whole_whatever_the_stage() {
+    for link in LINKS {
+        for zero in STAGES {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("model.safetensors");
+            let all = run(3, link, move |mut group| {
+                let (model, ddp) = wrapped(&mut group, options(zero));
+                let mut optimizer = Optimizer::new(&ddp, adamw(), groups()).unwrap();
+                steps(&group, (&model, &ddp, &mut optimizer), 1);
+                ddp.save_weights(&path, &WeightsOptions::default()).unwrap();
+                let other = Model::new(5);
+                assert!(load_safetensors(&path, &other.vs).unwrap().is_empty());
+                let missing = path.join("no/such/folder.safetensors");
+                let refused = ddp.save_weights(&missing, &WeightsOptions::default());
+                assert!(refused.is_err(), "a file is no folder");
+                (other.bits(), model.bits())
+            });
+            assert!(all.iter().all(|(read, bits)| read == bits), "{zero:?}, {link:?}");
+        }
+    }
 }

@@ -85,8 +85,7 @@ fn of_segment(store: &Store, slot: usize) -> Result<Held> {
     let (shape, strides) = (named.tensor.size(), named.tensor.stride());
     let kind = named.tensor.kind();
     let mut held = Held::like(format!("model/{}", named.name), kind, (&shape, &strides))?;
-    let (start, end) =
-        (place.range.start.max(segment.start), place.range.end.min(segment.end));
+    let (start, end) = (place.range.start.max(segment.start), place.range.end.min(segment.end));
     if start < end {
         let own = start - segment.start..end - segment.start;
         let (memory, own) = store.storages[place.storage].parameters.at(&(start..end), &own);

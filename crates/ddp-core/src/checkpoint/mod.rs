@@ -24,11 +24,13 @@ mod neighbours;
 mod options;
 mod random;
 mod ranks;
+pub(crate) mod sharded;
 mod signals;
 mod training;
 mod weights;
 
 pub use checkpointer::Checkpointer;
 pub use options::{CheckpointerOptions, Next, Origin, Resumed};
+pub use phalanx_checkpoint::WeightsOptions;
 pub use phalanx_checkpoint::{Keep, OnBusy, OnError};
 pub use weights::{load_safetensors, save_safetensors};

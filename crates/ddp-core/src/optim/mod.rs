@@ -324,7 +324,9 @@ impl Optimizer {
         let sums = store.summed(sums)?;
         let (parameters, directions) = sums.split_at(count);
         let both = parameters.iter().zip(directions);
-        Ok(both.map(|(parameter, direction)| trust_ratio(parameter.sqrt(), direction.sqrt())).collect())
+        Ok(both
+            .map(|(parameter, direction)| trust_ratio(parameter.sqrt(), direction.sqrt()))
+            .collect())
     }
 
     /// Parameters of a bucket go in their directions.
@@ -380,7 +382,8 @@ impl Numbers {
 /// The gradients of this rank's pieces, all for one sum.
 fn gradient_parts<'a>(store: &'a Store, owned: &[Owned]) -> Vec<norm::Part<'a>> {
     let of = |(storage, piece): (usize, &Piece)| {
-        let (memory, range) = store.storages[storage].gradients.at(&piece.run.range, &piece.run.state);
+        let (memory, range) =
+            store.storages[storage].gradients.at(&piece.run.range, &piece.run.state);
         norm::Part { memory, range, sum: 0 }
     };
     pieces(owned).map(of).collect()
@@ -389,7 +392,8 @@ fn gradient_parts<'a>(store: &'a Store, owned: &[Owned]) -> Vec<norm::Part<'a>> 
 /// The parameters of this rank's pieces, by parameter.
 fn parameter_parts<'a>(store: &'a Store, owned: &[Owned]) -> Vec<norm::Part<'a>> {
     let of = |(storage, piece): (usize, &Piece)| {
-        let (memory, range) = store.storages[storage].parameters.at(&piece.run.range, &piece.run.state);
+        let (memory, range) =
+            store.storages[storage].parameters.at(&piece.run.range, &piece.run.state);
         norm::Part { memory, range, sum: piece.parameter }
     };
     pieces(owned).map(of).collect()

@@ -125,10 +125,7 @@ impl State {
     }
 
     /// The directions of this rank's pieces, by parameter.
-    pub(super) fn direction_parts<'a>(
-        &'a self,
-        owned: &[Owned],
-    ) -> Vec<norm::Part<'a>> {
+    pub(super) fn direction_parts<'a>(&'a self, owned: &[Owned]) -> Vec<norm::Part<'a>> {
         let of = |(storage, piece): (usize, &piece::Piece)| {
             let memory = self.parts[storage].directions.as_ref()?;
             Some(norm::Part { memory, range: piece.run.state.clone(), sum: piece.parameter })

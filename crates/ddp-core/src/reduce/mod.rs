@@ -225,8 +225,7 @@ impl Reducer {
         let tail = Notes::new(&mut store.group)?;
         let agreed =
             store.model.variables.iter().map(|named| named.tensor.requires_grad()).collect();
-        let is_order_settled =
-            options.ready_order.is_some() || !store.sharding.can_be_laid_anew();
+        let is_order_settled = options.ready_order.is_some() || !store.sharding.can_be_laid_anew();
         let mut reducer = Self {
             store,
             options,

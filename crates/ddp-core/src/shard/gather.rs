@@ -110,10 +110,22 @@ impl Gatherer {
         self.id
     }
 
+    /// Bytes of all buffers.
+    pub(crate) fn bytes(&self) -> usize {
+        let of = |flat: &Flat| flat.len() * flat.kind().elt_size_in_bytes();
+        self.rings.iter().flat_map(|ring| &ring.buffers).map(of).sum()
+    }
+
+    /// How many buckets there are: the number of the next one.
+    pub(crate) fn bucket_count(&self) -> usize {
+        self.buckets.len()
+    }
+
     /// Adds buckets, without variables yet. Collective.
     pub(crate) fn add(&mut self, group: &mut Group, described: Vec<Described<'_>>) -> Result<()> {
         let going: Vec<&Described<'_>> = described.iter().filter(|bucket| !bucket.stays).collect();
-        let lens: Vec<(Kind, usize)> = going.iter().map(|bucket| (bucket.kind, bucket.len)).collect();
+        let lens: Vec<(Kind, usize)> =
+            going.iter().map(|bucket| (bucket.kind, bucket.len)).collect();
         let (sizes, size_of) = pool::sizes(&lens);
         let first = self.rings.len();
         for size in sizes {
@@ -177,6 +189,11 @@ impl Gatherer {
         })?;
         gathered.variables.push(variable.shallow_clone());
         Ok(())
+    }
+
+    /// Whether a bucket can be read.
+    pub(crate) fn is_here(&self, bucket: usize) -> bool {
+        matches!(self.buckets[bucket].presence, Presence::Here(_) | Presence::Lent(_))
     }
 
     /// An operation takes `wanted`: they are here when this returns. Collective.
@@ -293,7 +310,9 @@ impl Gatherer {
     fn bring_home(&mut self, index: usize) -> Result<()> {
         let gathered = &mut self.buckets[index];
         let memory = match &gathered.presence {
-            Presence::Here(at) => self.rings[gathered.ring].buffers[*at].range(&gathered.segment)?,
+            Presence::Here(at) => {
+                self.rings[gathered.ring].buffers[*at].range(&gathered.segment)?
+            }
             Presence::Lent(memory) => {
                 let (start, len) = (gathered.segment.start, gathered.segment.len());
                 memory.f_narrow(0, as_i64(start)?, as_i64(len)?)?

@@ -135,9 +135,7 @@ impl Sharding {
             Zero::Off => Held::Whole(Flat::private(kind, device, len)?),
             Zero::One | Zero::Two => Held::Whole(Flat::registered(group, kind, device, len)?),
             Zero::Three if self.shares_memory => Held::Whole(Flat::shared(group, kind, len)?),
-            Zero::Three => {
-                Held::Segment(Flat::private(kind, device, self.segment(bucket).len())?)
-            }
+            Zero::Three => Held::Segment(Flat::private(kind, device, self.segment(bucket).len())?),
         })
     }
 

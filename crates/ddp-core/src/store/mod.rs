@@ -81,6 +81,8 @@ impl Held {
 pub(crate) struct Storage {
     pub(crate) parameters: Held,
     pub(crate) gradients: Held,
+    /// The bucket's number with who gathers it, if somebody does.
+    gathered: usize,
 }
 
 /// A model and its flat memory.
@@ -108,12 +110,15 @@ pub(crate) struct Store {
     device: Device,
 }
 
-/// Bytes of a rank's memory; what ranks share counts on each.
+/// Bytes of a rank's flat memory, without what its optimizer keeps. What ranks share counts on each of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Memory {
-    pub(crate) parameters: usize,
-    pub(crate) gradients: usize,
-    pub(crate) exchange: usize,
+pub struct Memory {
+    /// Parameters that are kept between steps.
+    pub parameters: usize,
+    /// Gradients that are kept between steps.
+    pub gradients: usize,
+    /// Buffers in which gradients are exchanged and parameters gathered.
+    pub exchange: usize,
 }
 
 /// What a store knows of this library's optimizers.
@@ -133,10 +138,9 @@ impl Store {
     /// Lays `model` flat. Collective.
     pub(crate) fn new(
         (group, within): (Group, Option<Group>),
-        model: Model,
+        (model, device): (Model, Device),
         options: &DdpOptions,
     ) -> Result<Self> {
-        let device = model.parameters().next().map_or(Device::Cpu, |first| first.tensor.device());
         let sharding = Sharding::new(options.zero, (&group, within.as_ref()), device);
         let plan = Plan { buckets: Vec::new(), places: Vec::new(), storage_lens: Vec::new() };
         let expected = model.states()?;
@@ -157,7 +161,30 @@ impl Store {
         };
         let order = store.initial_order(options)?;
         store.lay(&order, options)?;
+        store.fit_pool(options)?;
         Ok(store)
+    }
+
+    /// Takes in what was added to a model that is built piece by piece. Collective.
+    pub(crate) fn extend(&mut self, added: Model, options: &DdpOptions) -> Result<()> {
+        let before = self.model.extend(added);
+        let count = self.model.parameters().len() - before;
+        if count == 0 {
+            return self.approve();
+        }
+        let order: Vec<usize> = (0..count).rev().collect();
+        self.lay(&order, options)
+    }
+
+    /// The model is complete: what was built first becomes ready last. Collective.
+    pub(crate) fn complete(&mut self, options: &DdpOptions) -> Result<()> {
+        self.plan.reverse();
+        self.storages.reverse();
+        self.layout += 1;
+        match &options.ready_order {
+            Some(names) => self.lay_in_order(names, options),
+            None => self.fit_pool(options),
+        }
     }
 
     /// The order of an earlier run if there is one, else the reverse of registration.
@@ -198,7 +225,6 @@ impl Store {
         let from = self.storages.len();
         self.plan.append(later);
         self.storages.extend(storages);
-        self.fit_pool(options)?;
         self.add_gathered(from, options)?;
         let count = self.model.parameters().len();
         for index in first..count {
@@ -241,6 +267,9 @@ impl Store {
         }
         let mut gatherer = self.gatherer.take().unwrap_or_else(|| Gatherer::new(self.device, None));
         let mut described = Vec::new();
+        for (index, storage) in self.storages.iter_mut().enumerate().skip(from) {
+            storage.gathered = gatherer.bucket_count() + index - from;
+        }
         for (index, bucket) in self.plan.buckets.iter().enumerate().skip(from) {
             let Held::Segment(home) = &self.storages[bucket.storage].parameters else { continue };
             let first = bucket.parameters.first().map(|&slot| &self.model.parameter(slot).name);
@@ -262,7 +291,18 @@ impl Store {
         Ok(())
     }
 
-    /// An operation takes parameters of `buckets`, which are not here. Collective.
+    /// A bucket's parameters are to be here. Collective.
+    pub(crate) fn bring_bucket(&mut self, bucket: usize) {
+        self.bring(&[self.storages[bucket].gathered]);
+    }
+
+    /// Whether a bucket's parameters can be read.
+    pub(crate) fn is_here(&self, bucket: usize) -> bool {
+        let number = self.storages[bucket].gathered;
+        self.gatherer.as_ref().is_none_or(|gatherer| gatherer.is_here(number))
+    }
+
+    /// An operation takes parameters of buckets with these numbers, which are not here. Collective.
     pub(crate) fn bring(&mut self, buckets: &[usize]) {
         if let Some(gatherer) = &mut self.gatherer {
             gatherer.bring(self.within.as_mut().unwrap_or(&mut self.group), buckets);
@@ -317,7 +357,7 @@ impl Store {
             let gradients = self.sharding.gradient_memory(group, gradients, device, bucket)?;
             let group = within.unwrap_or(group);
             let parameters = self.sharding.parameter_memory(group, kind, device, bucket)?;
-            storages.push(Storage { parameters, gradients });
+            storages.push(Storage { parameters, gradients, gathered: 0 });
         }
         Ok(storages)
     }
@@ -337,7 +377,8 @@ impl Store {
             }
             Held::Segment(_) => {
                 let Some(gatherer) = &mut self.gatherer else { return Ok(()) };
-                gatherer.settle(place.bucket, &named.tensor, (&place.range, &strides))?;
+                let number = storage.gathered;
+                gatherer.settle(number, &named.tensor, (&place.range, &strides))?;
             }
         }
         let Held::Whole(gradients) = &storage.gradients else { return Ok(()) };
@@ -403,7 +444,8 @@ impl Store {
             return Ok(());
         }
         let order: Vec<usize> = (0..count).rev().collect();
-        self.lay(&order, options)
+        self.lay(&order, options)?;
+        self.fit_pool(options)
     }
 
     /// Lays everything anew in `order`, if buckets start sooner then: see [`Store::replace`]. Collective.
@@ -446,7 +488,7 @@ impl Store {
         self.add_gathered(0, options)?;
         for index in 0..count {
             if let Some(old_gatherer) = &mut old_gatherer {
-                let bucket = old_places[index].bucket;
+                let bucket = old[old_places[index].storage].gathered;
                 let group = self.within.as_mut().unwrap_or(&mut self.group);
                 old_gatherer.bring(group, &[bucket]);
             }
@@ -520,7 +562,7 @@ impl Store {
         Memory {
             parameters: sum(|storage| &storage.parameters),
             gradients: sum(|storage| &storage.gradients),
-            exchange: self.pool.bytes(),
+            exchange: self.pool.bytes() + self.gatherer.as_ref().map_or(0, Gatherer::bytes),
         }
     }
 

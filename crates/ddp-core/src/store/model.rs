@@ -36,8 +36,9 @@ pub(crate) struct Model {
     source: Option<Source>,
 }
 
+/// A `VarStore`'s variables.
 #[derive(Debug)]
-struct Source {
+pub(crate) struct Source {
     variables: Arc<Mutex<Variables>>,
     /// How many names and how many trainable variables it had.
     counts: (usize, usize),
@@ -46,15 +47,34 @@ struct Source {
 impl Model {
     /// Takes the variables of a `VarStore`.
     pub(crate) fn of_var_store(vs: &nn::VarStore) -> Result<Self> {
+        Self::of_source(&Self::source_of(vs))
+    }
+
+    /// Where variables of a `VarStore` come from, also those that are added later.
+    pub(crate) fn source_of(vs: &nn::VarStore) -> Source {
+        let variables = Arc::clone(&vs.variables_);
+        let counts = counts(&variables);
+        Source { variables, counts }
+    }
+
+    /// Takes the variables that are there.
+    pub(crate) fn of_source(source: &Source) -> Result<Self> {
         // Names come from a map with random order; sorting them makes every rank see one order.
-        let mut named: Vec<(String, Tensor)> = vs.variables().into_iter().collect();
+        let (mut named, trainable) = {
+            let variables = source.variables.lock().unwrap_or_else(PoisonError::into_inner);
+            let named = variables.named_variables.iter();
+            let named: Vec<(String, Tensor)> =
+                named.map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+            let trainable = variables.trainable_variables.iter();
+            (named, trainable.map(|v| v.tensor.shallow_clone()).collect::<Vec<_>>())
+        };
         named.sort_by(|a, b| a.0.cmp(&b.0));
         let mut keyed = Vec::with_capacity(named.len());
         for (name, tensor) in named {
             keyed.push((shim::identity(&tensor)?, Named { name, tensor }));
         }
         let (mut variables, mut taken) = (Vec::new(), Vec::new());
-        for variable in vs.trainable_variables() {
+        for variable in trainable {
             let identity = shim::identity(&variable)?;
             // A variable known under two names is taken under the first.
             let Some(at) = keyed.iter().position(|(other, _)| *other == identity) else { continue };
@@ -63,9 +83,9 @@ impl Model {
         }
         let buffers =
             keyed.into_iter().filter(|(id, _)| !taken.contains(id)).map(|(_, b)| b).collect();
-        let source = Arc::clone(&vs.variables_);
-        let counts = counts(&source);
-        Ok(Self::new(variables, buffers, Some(Source { variables: source, counts })))
+        let variables_of = Arc::clone(&source.variables);
+        let counts = counts(&variables_of);
+        Ok(Self::new(variables, buffers, Some(Source { variables: variables_of, counts })))
     }
 
     /// Takes tensors by hand: `parameters` in an order that is the same on every rank.
@@ -84,6 +104,25 @@ impl Model {
         let mut model = Self { variables, slots, laid: Vec::new(), buffers, source };
         model.lay_trained();
         model
+    }
+
+    /// Takes another model's tensors in, behind its own; says how many parameters there were before.
+    pub(crate) fn extend(&mut self, other: Self) -> usize {
+        self.slots.resize(self.slots.len() + other.variables.len(), None);
+        self.variables.extend(other.variables);
+        self.buffers.extend(other.buffers);
+        self.buffers.sort_by(|a, b| a.name.cmp(&b.name));
+        self.source = other.source;
+        self.lay_trained()
+    }
+
+    /// What this model has and `known` has not.
+    pub(crate) fn without(self, known: &Self) -> Self {
+        let is_new = |named: &Named| {
+            !known.variables.iter().chain(&known.buffers).any(|other| other.name == named.name)
+        };
+        let new = |list: Vec<Named>| list.into_iter().filter(|named| is_new(named)).collect();
+        Self::new(new(self.variables), new(self.buffers), self.source)
     }
 
     /// Gives every variable that trains and is no parameter yet a number of its own; says how many there
@@ -121,9 +160,6 @@ impl Model {
 
     /// An error unless there is something to train, of kinds that can be trained, each once.
     pub(crate) fn check(&self) -> Result<()> {
-        if self.laid.is_empty() {
-            return Err(Error::NothingToTrain);
-        }
         let mut seen: Vec<(u64, &str)> = Vec::new();
         for Named { name, tensor } in &self.variables {
             let kind = tensor.kind();

@@ -194,6 +194,20 @@ impl Plan {
         self.storage_lens.extend(later.storage_lens);
     }
 
+    /// Turns the order of buckets around.
+    pub fn reverse(&mut self) {
+        self.buckets.reverse();
+        self.storage_lens.reverse();
+        let count = self.buckets.len();
+        for (index, bucket) in self.buckets.iter_mut().enumerate() {
+            bucket.storage = index;
+        }
+        for place in &mut self.places {
+            place.bucket = count - 1 - place.bucket;
+            place.storage = place.bucket;
+        }
+    }
+
     /// How late buckets start when gradients become ready in `order`: the share of all elements that are
     /// ready by then, averaged over the elements. 0.5 is as good as it gets, 1.0 is at the end.
     ///

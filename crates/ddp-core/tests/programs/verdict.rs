@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-
 use phalanx_comm::testing::run_ranks_with;
 use phalanx_comm::GroupOptions;
 
@@ -78,9 +77,7 @@ fn right(program: &Program, values: &[&Values]) -> Result<(), String> {
     }
     for (rank, (ours, right)) in values.iter().zip(oracle::values(program)).enumerate() {
         for (number, (ours, right)) in ours.iter().zip(&right).enumerate() {
-            let off = |(a, b): (&f64, &f64)| {
-                !((a - b).abs() <= 0.0 || (a.is_nan() && b.is_nan()))
-            };
+            let off = |(a, b): (&f64, &f64)| !((a - b).abs() <= 0.0 || (a.is_nan() && b.is_nan()));
             if let Some(at) = ours.iter().zip(right).position(off) {
                 return Err(format!(
                     "rank {rank}: number {at} of model or buffers {number} is {}, expected {}",

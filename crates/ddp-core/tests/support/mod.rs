@@ -25,21 +25,50 @@ pub(crate) struct Model {
 
 impl Model {
     pub(crate) fn new(seed: i64) -> Self {
-        let vs = nn::VarStore::new(Device::Cpu);
+        Self::built(nn::VarStore::new(Device::Cpu), seed, |_| {})
+    }
+
+    /// As [`Model::new`]; `built` is called after each layer.
+    pub(crate) fn built(vs: nn::VarStore, seed: i64, mut built: impl FnMut(&str)) -> Self {
+        /// The names, sorted.
+        const NAMES: [&str; 8] = [
+            "norm.bias",
+            "norm.weight",
+            "one.bias",
+            "one.weight",
+            "three.bias",
+            "three.weight",
+            "two.bias",
+            "two.weight",
+        ];
         let root = vs.root();
+        let mut fill = |layer: &str| {
+            for (name, mut variable) in vs.variables() {
+                if let Some(index) = NAMES.iter().position(|n| *n == name && n.starts_with(layer)) {
+                    let values = pattern(&variable.size(), seed + index as i64) * 0.3;
+                    tch::no_grad(|| variable.copy_(&values));
+                }
+            }
+            built(layer);
+        };
+        let linear =
+            |name: &str, from, to| nn::linear(&root / name, from, to, nn::LinearConfig::default());
+        let one = linear("one", 7, 131);
+        fill("one");
+        let two = linear("two", 131, 33);
+        fill("two");
+        let norm = nn::layer_norm(&root / "norm", vec![33], nn::LayerNormConfig::default());
+        fill("norm");
+        let three = linear("three", 33, 1);
+        fill("three");
         let net = nn::seq()
-            .add(nn::linear(&root / "one", 7, 131, nn::LinearConfig::default()))
+            .add(one)
             .add_fn(Tensor::tanh)
-            .add(nn::linear(&root / "two", 131, 33, nn::LinearConfig::default()))
+            .add(two)
             .add_fn(Tensor::tanh)
-            .add(nn::layer_norm(&root / "norm", vec![33], nn::LayerNormConfig::default()))
-            .add(nn::linear(&root / "three", 33, 1, nn::LinearConfig::default()));
-        let model = Self { vs, net };
-        for (index, (_, mut variable)) in model.sorted().into_iter().enumerate() {
-            let values = pattern(&variable.size(), seed + index as i64) * 0.3;
-            tch::no_grad(|| variable.copy_(&values));
-        }
-        model
+            .add(norm)
+            .add(three);
+        Self { vs, net }
     }
 
     pub(crate) fn sorted(&self) -> Vec<(String, Tensor)> {
