@@ -9,6 +9,7 @@
 //! [`Ddp`], [`optim`]; `shim/README.md` has the rules of the C++ boundary.
 
 pub mod amp;
+pub mod autograd;
 pub mod checkpoint;
 mod ddp;
 mod device;
@@ -18,6 +19,7 @@ mod heap;
 mod join;
 pub mod optim;
 mod options;
+pub mod recompute;
 mod reduce;
 pub mod schedule;
 mod shard;
