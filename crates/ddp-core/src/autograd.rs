@@ -1,7 +1,7 @@
 //! Custom autograd functions: a forward and a backward of your own, as closures.
 //!
 //! libtorch records the function as one node of its graph. It is what layers stand on whose backward libtorch cannot
-//! derive: those that talk to other ranks, or that know a shorter way.
+//! derive: those that talk to other ranks ([`SyncBatchNorm`](crate::SyncBatchNorm)), or that know a shorter way.
 //!
 //! * The **forward** runs at once and without recording. It returns the outputs, and what else the backward needs: tensors
 //!   through [`Saving::save`], which libtorch keeps as it keeps those of its own nodes (a change in place is found, what is saved is

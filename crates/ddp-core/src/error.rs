@@ -251,6 +251,16 @@ pub enum Error {
     /// Nothing requires gradients.
     #[error("the model has no parameter that requires gradients: nothing to train")]
     NothingToTrain,
+    /// A layer got what it cannot work on.
+    #[error("{name} got {actual}, expected {expected}")]
+    BadInput {
+        /// The layer.
+        name: String,
+        /// Kind and shape of what it got.
+        actual: String,
+        /// What it takes.
+        expected: String,
+    },
     /// A tensor's kind is not one that can be reduced.
     #[error("{name} has kind {kind:?}; parameters can be Float, Double, Half or BFloat16, autocast Half or BFloat16")]
     UnsupportedKind {

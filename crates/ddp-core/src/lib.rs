@@ -25,6 +25,7 @@ pub mod schedule;
 mod shard;
 mod shim;
 mod store;
+mod sync_batch_norm;
 mod threads;
 
 pub use ddp::Ddp;
@@ -36,3 +37,4 @@ pub use options::{Buffers, DdpOptions, NonFinite, SparseGradients, Sync, Zero};
 pub use reduce::ready;
 pub use reduce::statistics::{Phase, RankTimes, Statistics, Straggler};
 pub use store::plan;
+pub use sync_batch_norm::{SyncBatchNorm, SyncBatchNormConfig, SyncGroup};

@@ -20,6 +20,7 @@
 //!
 //! What it does besides computing happens again. Batch normalisation updates its running statistics, which PyTorch lets happen twice:
 //! [`Checkpoint::keeping`] puts such buffers back after each recomputation, and [`is_recomputing`] tells a closure which run it is in.
+//! [`SyncBatchNorm`](crate::SyncBatchNorm) asks that by itself.
 //!
 //! # Errors
 //! An error or panic in a recomputation, or one that comes out differently (other shapes, more or fewer operations), is the error of that

@@ -22,6 +22,10 @@ pub(crate) fn fail_running(reducers: &Reducers, error: Error) -> String {
     for shared in reducers.iter().filter_map(Weak::upgrade) {
         let Ok(mut reducer) = shared.lock() else { continue };
         if reducer.is_reached() {
+            if let Some(Error::Comm(_)) = &error {
+                // Of another group than the reducer's: those who wait in this one have not heard of it.
+                reducer.store.group.abort(&text);
+            }
             reducer.fail(error.take().unwrap_or_else(|| Error::Closure(text.clone().into())));
         }
     }
