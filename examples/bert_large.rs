@@ -250,12 +250,13 @@ fn announce(settings: &Settings, group: &Group, batching: Batching, threads: usi
     let Config { model, optimizer, train, ddp, .. } = &settings.config;
     let Batching { global_batch, micro_batch, accumulate, .. } = batching;
     println!(
-        "model  {} M parameters: {} layers × {}, {} heads, {:?}",
+        "model  {} M parameters: {} layers × {}, {} heads, {:?}{}",
         report::millions(model.parameter_count()),
         model.num_hidden_layers,
         model.hidden_size,
         model.num_attention_heads,
         train.precision,
+        if train.recompute { ", layers computed again in backward" } else { "" },
     );
     println!("data   {data}");
     println!(

@@ -3,8 +3,8 @@
 
 Each case trains a small model on two and on three ranks under `DistributedDataParallel` over gloo, in fp32, and keeps the loss of
 every step (the mean over the ranks) and the last weights. `crates/ddp-core/tests/parity` trains the same and has to meet them.
-What has no counterpart there says so under `reference`: `single` is one process with everybody's samples, and `lamb` is its paper's
-algorithm 2 written out below, under `DistributedDataParallel` like the others.
+What has no counterpart there says so under `reference`: `single` is one process with everybody's samples (also for `SyncBatchNorm`, which
+PyTorch has on GPUs alone), and `lamb` is its paper's algorithm 2 written out below, under `DistributedDataParallel` like the others.
 
 Weights and data are k / 1024 with k from a hash of a name and an index (`number`), so that both sides start from the same bits.
 Every weight begins with a magnitude of 0.125 to 0.375 and stays away from zero, activations are tanh, losses squared errors, and
@@ -38,6 +38,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW
 from torch.optim import lr_scheduler as schedulers
+from torch.utils.checkpoint import checkpoint
 
 OUTPUT = pathlib.Path(__file__).resolve().parent.parent / "crates/ddp-core/tests/fixtures/parity.json"
 WORLD_SIZES = (2, 3)
@@ -141,6 +142,21 @@ class Normed(Mlp):
 
     def forward(self, x, step=0, rank=0):
         return self.d(self.c(self.norm(self.b(self.a(x).tanh())).tanh()).tanh())
+
+
+class Recomputed(nn.Module):
+    """Two layers used twice, each time checkpointed, the second time inside of another checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.t = nn.Linear(INPUTS, 13), nn.Linear(13, 17)
+        self.u, self.d = nn.Linear(17, 13), nn.Linear(13, OUTPUTS)
+
+    def forward(self, x, step=0, rank=0):
+        part = lambda y: self.u(self.t(y).tanh()).tanh()
+        again = lambda y: checkpoint(part, y, use_reentrant=False) * 0.5 + y
+        y = checkpoint(part, self.a(x).tanh(), use_reentrant=False)
+        return self.d(checkpoint(again, y, use_reentrant=False))
 
 
 class Embedded(Mlp):
@@ -371,6 +387,33 @@ def weighted(run):
         run.optimizer.step()
 
 
+def normed_together(run, by_weight):
+    """One process normalises everybody's batch as one: rank r's has 4 + r rows, by weight in step 3 the last one's none."""
+    for step in range(STEPS):
+        rows = [4 + rank for rank in range(run.world_size)]
+        if by_weight and step == 3:
+            rows[-1] = 0
+        run.optimizer.zero_grad()
+        parts = [samples(step * 64 + rank * 16, count) for rank, count in enumerate(rows)]
+        out = run.inner(torch.cat([x for x, _ in parts])).split(rows)
+        sums = [(part - y).square().sum() for part, (_, y) in zip(out, parts)]
+        if by_weight:
+            loss = sum(sums) / sum(rows)
+        else:
+            loss = sum(part / count for part, count in zip(sums, rows)) / run.world_size
+        loss.backward()
+        run.losses.append(loss.item())
+        run.optimizer.step()
+
+
+def normed_by_weight(run):
+    normed_together(run, by_weight=True)
+
+
+def normed_by_rank(run):
+    normed_together(run, by_weight=False)
+
+
 # ---------------------------------------------------------------- cases
 
 
@@ -434,6 +477,9 @@ CASES = [
     Case("buffers_mean", SLOW, averaged_buffers, model=Normed, broadcast_buffers=False),
     Case("sparse", SLOW, model=Embedded),
     Case("weighted", MOMENTUM, weighted, reference="single"),
+    Case("checkpointed", MOMENTUM, model=Recomputed),
+    Case("sync_batch_norm", SLOW, normed_by_weight, model=Normed, reference="single"),
+    Case("sync_batch_norm_by_rank", SLOW, normed_by_rank, model=Normed, reference="single"),
 ]
 
 

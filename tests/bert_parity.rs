@@ -67,6 +67,21 @@ fn dropout_and_bf16_repeat_bit_for_bit() {
     assert!(first.weights() == second.weights(), "the same command twice");
 }
 
+/// Nothing of a layer but its input is kept for backward, and every bit is what it was.
+#[test]
+fn recomputed_layers_change_no_bit() {
+    for (precision, nnodes, zero) in [("bf16", "2", "1"), ("fp32", "1", "0")] {
+        let args = ["--config", "configs/bert_tiny.json", "--precision", precision, "--zero", zero];
+        let more =
+            ["--nnodes", nnodes, "--global-batch", "8", "--micro-batch", "2", "--steps", "4"];
+        let fixed = ["--threads", "1", "--seed", "3", "--dropout", "0.1"];
+        let args: Vec<&str> = args.iter().chain(&more).chain(&fixed).copied().collect();
+        let (kept, again) = (bert(&args), bert(&[&args[..], &["--recompute"]].concat()));
+        assert_eq!(kept.losses(), again.losses(), "{precision}");
+        assert!(kept.weights() == again.weights(), "{precision}");
+    }
+}
+
 #[test]
 fn each_step_says_where_its_time_went() {
     let run = run(&["--nnodes", "2"]);

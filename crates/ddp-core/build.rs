@@ -5,8 +5,7 @@ use std::error::Error;
 use std::path::PathBuf;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    println!("cargo:rerun-if-changed=shim/ddp_shim.cc");
-    println!("cargo:rerun-if-changed=shim/ddp_shim.h");
+    println!("cargo:rerun-if-changed=shim");
     let lib = PathBuf::from(env::var("DEP_TCH_LIBTORCH_LIB").map_err(|_missing| {
         "torch-sys did not say where libtorch is: run scripts/setup.sh, or set LIBTORCH"
     })?);
@@ -19,7 +18,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .include(include.join("torch/csrc/api/include"))
         // As libtorch was built: classes of its headers have other members without it.
         .define("NDEBUG", None)
-        .file("shim/ddp_shim.cc")
+        .files(["shim/ddp_shim.cc", "shim/ddp_autograd.cc"])
         .compile("phalanx_ddp_shim");
     // torch-sys links libtorch_cpu and libc10 for the whole program; this gives our own tests and
     // examples their run-time path. Dependents read DEP_PHALANX_DDP_SHIM_LIBTORCH_LIB for theirs.

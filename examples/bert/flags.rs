@@ -40,6 +40,9 @@ pub(crate) struct Flags {
     /// Type of the matrix products.
     #[arg(long)]
     pub(crate) precision: Option<Precision>,
+    /// Keep one input a layer for backward and compute the layer again there: less memory, a second forward, the same bits.
+    #[arg(long)]
+    pub(crate) recompute: bool,
     /// Samples a step over all ranks.
     #[arg(long, value_name = "N")]
     pub(crate) global_batch: Option<usize>,
@@ -195,6 +198,7 @@ impl Flags {
         put(&mut optimizer.warmup_steps, self.warmup_steps.as_ref());
         put(&mut train.steps, self.steps.as_ref());
         put(&mut train.precision, self.precision.as_ref());
+        train.recompute |= self.recompute;
         put(&mut train.seed, self.seed.as_ref());
         train.threads = self.launch.threads.or(train.threads);
         train.global_batch = self.global_batch.or(train.global_batch);

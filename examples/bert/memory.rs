@@ -98,7 +98,11 @@ fn activations(config: &Config, samples: u64) -> u64 {
     let token = hidden * ((4 + casts) * width + 4 * 4 + 2) + 2 * inner * width;
     // Probabilities, their dropout noise and the product of both.
     let attention = 3 * size(num_attention_heads) * length * width;
-    let layers = size(num_hidden_layers) * tokens * (token + attention);
+    // Recomputed layers keep their input in fp32, and one of them at a time everything.
+    let layers = match (config.train.recompute, size(num_hidden_layers)) {
+        (true, count) => tokens * (count * hidden * 4 + token + attention),
+        (false, count) => count * tokens * (token + attention),
+    };
     let weights = if half { 2 * config.model.parameter_count() } else { 0 };
     // One token in six is predicted; logits, their log-softmax and both gradients.
     let logits = tokens / 6 * vocab * (4 + 4 + 2 * width);
@@ -226,7 +230,7 @@ pub(crate) fn check(
         let verdict = if other_need <= free.bytes { "fits" } else { "does not fit either" };
         let _infallible = write!(message, " --config {name} ({}, {verdict})", gib(other_need));
     }
-    message.push_str("; or fewer ranks, a smaller --micro-batch, --zero 3");
+    message.push_str("; or fewer ranks, a smaller --micro-batch, --zero 3, --recompute");
     Err(TooLittleMemory(message))
 }
 

@@ -13,6 +13,8 @@
 
 use anyhow::{Context as _, Result};
 use phalanx_ddp_core::optim::{ParameterGroup, ParameterGroups};
+use phalanx_ddp_core::recompute::checkpointed;
+use phalanx_ddp_core::Error;
 use tch::nn::{self, Path};
 use tch::{Kind, Reduction, TchError, Tensor};
 
@@ -67,6 +69,8 @@ pub(crate) struct BertForMaskedLm {
     embeddings: Embeddings,
     layers: Vec<Layer>,
     head: Head,
+    /// Whether backward computes each layer again instead of keeping what it needs of it.
+    recompute: bool,
 }
 
 impl BertForMaskedLm {
@@ -79,15 +83,23 @@ impl BertForMaskedLm {
             .map(|index| Layer::new(&(&bert / "encoder" / "layer" / index), config, make))
             .collect::<Result<_, _>>()?;
         let head = Head::new(&(root / "cls" / "predictions"), config, make)?;
-        Ok(BertForMaskedLm { embeddings, layers, head })
+        Ok(BertForMaskedLm { embeddings, layers, head, recompute: false })
+    }
+
+    /// Backward computes each layer again, instead of keeping what it needs of it.
+    pub(crate) fn recomputing(self, recompute: bool) -> Self {
+        BertForMaskedLm { recompute, ..self }
     }
 
     /// Loss over the masked positions of one micro-batch.
-    pub(crate) fn loss(&self, inputs: &Inputs<'_>, pass: Pass) -> Result<LossSum, TchError> {
+    pub(crate) fn loss(&self, inputs: &Inputs<'_>, pass: Pass) -> Result<LossSum, Error> {
         let mask = inputs.attention_mask.map(visible).transpose()?;
         let mut hidden = self.embeddings.forward(inputs.ids, pass)?;
         for layer in &self.layers {
-            hidden = layer.forward(&hidden, mask.as_ref(), pass)?;
+            hidden = match self.recompute {
+                true => recomputed(layer, &hidden, mask.as_ref(), pass)?,
+                false => layer.forward(&hidden, mask.as_ref(), pass)?,
+            };
         }
         let labels = inputs.labels.f_reshape([-1])?;
         let positions = labels.f_ne(IGNORED)?.f_nonzero()?.f_squeeze_dim(1)?;
@@ -104,6 +116,20 @@ impl BertForMaskedLm {
         )?;
         Ok(LossSum { loss, masked_count: positions.size()[0] })
     }
+}
+
+/// A layer of which only the input is kept for backward.
+fn recomputed(
+    layer: &Layer,
+    hidden: &Tensor,
+    mask: Option<&Tensor>,
+    pass: Pass,
+) -> Result<Tensor, Error> {
+    // The closure outlives this call: it has names of its own for the layer's weights.
+    let layer = layer.shallow_clone();
+    let inputs: Vec<&Tensor> = std::iter::once(hidden).chain(mask).collect();
+    let forward = move |given: &[Tensor]| Ok(vec![layer.forward(&given[0], given.get(1), pass)?]);
+    checkpointed(&inputs, forward).map(|mut outputs| outputs.remove(0))
 }
 
 /// Weights that take part in weight decay: all but biases and layer norms, as BERT was trained.
@@ -177,6 +203,10 @@ struct Linear {
 }
 
 impl Linear {
+    fn shallow_clone(&self) -> Self {
+        Linear { weight: self.weight.shallow_clone(), bias: self.bias.shallow_clone() }
+    }
+
     fn forward(&self, input: &Tensor) -> Result<Tensor, TchError> {
         input.f_linear(&self.weight, Some(&self.bias))
     }
@@ -190,6 +220,11 @@ struct LayerNorm {
 }
 
 impl LayerNorm {
+    fn shallow_clone(&self) -> Self {
+        let (weight, bias) = (self.weight.shallow_clone(), self.bias.shallow_clone());
+        LayerNorm { weight, bias, eps: self.eps }
+    }
+
     fn forward(&self, input: &Tensor) -> Result<Tensor, TchError> {
         input.f_layer_norm(self.bias.size(), Some(&self.weight), Some(&self.bias), self.eps, false)
     }
@@ -276,6 +311,21 @@ impl Layer {
             hidden_dropout: config.hidden_dropout_prob,
             attention_dropout: config.attention_probs_dropout_prob,
         })
+    }
+
+    /// The same weights under other names.
+    fn shallow_clone(&self) -> Self {
+        Layer {
+            query: self.query.shallow_clone(),
+            key: self.key.shallow_clone(),
+            value: self.value.shallow_clone(),
+            attention_dense: self.attention_dense.shallow_clone(),
+            attention_norm: self.attention_norm.shallow_clone(),
+            intermediate: self.intermediate.shallow_clone(),
+            output_dense: self.output_dense.shallow_clone(),
+            output_norm: self.output_norm.shallow_clone(),
+            ..*self
+        }
     }
 
     fn forward(

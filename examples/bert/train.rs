@@ -62,6 +62,7 @@ impl Trainer {
         (config, batching, exchange): (&Config, Batching, bool),
     ) -> Result<Trainer> {
         let options = DdpOptions { exchange, ..config.ddp.options() };
+        let network = network.recomputing(config.train.recompute);
         let ddp = Ddp::new(vs, group, options)?;
         let optimizer = Optimizer::new(&ddp, rule(&config.optimizer), groups())?;
         let norm = config.optimizer.max_grad_norm;

@@ -119,6 +119,21 @@ fn rules_and_kinds_of_gradients_show_in_the_estimate() {
 }
 
 #[test]
+fn recomputed_layers_show_in_the_estimate() {
+    let activations = |recompute: bool, layers: u64| {
+        let text = format!(
+            r#"{{ "model": {{ "num_hidden_layers": {layers} }}, "train": {{ "recompute": {recompute} }} }}"#
+        );
+        Estimate::new(&parse(&text).expect("valid"), 1, 2).activations
+    };
+    // Of each layer its input, and the inside of one: two samples of 128 tokens, 768 f32 wide.
+    let grows = |recompute| activations(recompute, 13) - activations(recompute, 12);
+    assert_eq!(grows(true), 2 * 128 * 768 * 4);
+    assert!(activations(true, 12) < activations(false, 12));
+    assert!(activations(true, 1) >= activations(false, 1));
+}
+
+#[test]
 fn what_is_saved_is_checked() {
     let section = |fields: &str| format!(r#"{{ "checkpoint": {{ {fields} }} }}"#);
     let wrong = |fields: &str, parts: &[&str]| check(&section(fields), parts);

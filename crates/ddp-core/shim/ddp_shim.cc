@@ -1,8 +1,8 @@
-// The only C++ of phalanx: thin calls into libtorch that decide nothing. Rules in README.md.
+// Thin calls into libtorch that decide nothing; custom functions are in ddp_autograd.cc. Rules in README.md.
 #include "ddp_shim.h"
 
-#include <cstring>
-#include <exception>
+#include "ddp_guarded.h"
+
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -30,29 +30,8 @@
 
 namespace {
 
-ddp_status failure(const char* text) {
-  ddp_status status;
-  status.code = 1;
-  std::strncpy(status.message, text, DDP_MESSAGE_BYTES - 1);
-  status.message[DDP_MESSAGE_BYTES - 1] = '\0';
-  return status;
-}
-
-// The only catch of the boundary: nothing but plain values leaves.
-template <typename Body>
-ddp_status guarded(Body&& body) noexcept {
-  try {
-    body();
-    ddp_status status;
-    status.code = 0;
-    status.message[0] = '\0';
-    return status;
-  } catch (const std::exception& error) {
-    return failure(error.what());
-  } catch (...) {
-    return failure("an exception that is not a std::exception");
-  }
-}
+using phalanx::guarded;
+using phalanx::tensor_at;
 
 at::Device device_of(int32_t cuda_device) {
   if (cuda_device < 0) return at::Device(at::kCPU);
@@ -163,10 +142,6 @@ std::unique_ptr<at::ObserverContext> on_operation(const at::RecordFunction& oper
   for (const c10::IValue& input : operation.inputs()) accessed.take(input);
   if (accessed.lacks_memory && on_access != nullptr) on_access(accessed.tokens.data(), accessed.tokens.size());
   return nullptr;
-}
-
-const at::Tensor& tensor_at(const void* pointer) {
-  return *static_cast<const at::Tensor*>(pointer);
 }
 
 at::TensorList list_of(std::vector<at::Tensor>& into, void* const* tensors, size_t count) {

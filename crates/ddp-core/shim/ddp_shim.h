@@ -138,6 +138,45 @@ ddp_status ddp_autocast_nest(int32_t change);
 ddp_status ddp_random_state(int32_t cuda_device, void** state);
 ddp_status ddp_set_random_state(int32_t cuda_device, const void* state);
 
+/* A node of the graph whose backward is ours. */
+typedef struct {
+  void* const* saved; /* what the forward saved: new tensors, the callee's */
+  size_t saved_count;
+  void* const* gradients; /* of the outputs: new tensors, the callee's; null where undefined */
+  size_t gradient_count;
+  const uint8_t* needs; /* by input: whether this backward wants its gradient */
+  size_t input_count;
+  int32_t recording; /* whether this backward is itself recorded (create_graph) */
+  void** results;    /* by input: the callee puts new tensors there; null is undefined */
+} ddp_backward_call;
+typedef int32_t (*ddp_backward)(void* context, const ddp_backward_call* call, char* message,
+                                size_t message_bytes);
+/* Records a function whose outputs are computed already: `wrapped` gets a new tensor for each of `outputs`, whose
+ * backward is `callback`. `saved` is kept as libtorch keeps what its own nodes save, and handed to the callback.
+ * Where nothing is recorded (no grad mode, no input that requires gradients) `destroy` runs at once, else when
+ * the graph is freed. */
+ddp_status ddp_function(const char* name, void* const* inputs, size_t input_count, void* const* outputs,
+                        size_t output_count, void* const* saved, size_t saved_count,
+                        ddp_backward callback, void* context, ddp_destroy destroy, void** wrapped);
+
+/* How often a tensor's memory was changed in place. */
+ddp_status ddp_version(const void* tensor, uint32_t* version);
+
+/* Whether operations of this thread are recorded. */
+ddp_status ddp_grad_mode(int32_t* enabled);
+
+/* A tensor kept as a node keeps what it saves: given back as a new tensor, unless it was changed in place. */
+ddp_status ddp_saved_new(const void* tensor, void** saved);
+ddp_status ddp_saved_get(const void* saved, void** tensor);
+void ddp_saved_free(void* saved);
+
+/* While functions are set, every tensor that autograd would keep for a backward recorded on this thread goes to
+ * `pack` (a new tensor, the callee's, detached) and its `handle` is kept instead; `unpack` gives a new tensor
+ * for it when a node needs it, on that node's thread; `destroy` ends it. Null functions end that. */
+typedef int32_t (*ddp_pack)(void* tensor, void** handle, char* message, size_t message_bytes);
+typedef int32_t (*ddp_unpack)(void* handle, void** tensor, char* message, size_t message_bytes);
+ddp_status ddp_saving(ddp_pack pack, ddp_unpack unpack, ddp_destroy destroy);
+
 #ifdef __cplusplus
 }
 #endif

@@ -70,6 +70,23 @@ pub enum Error {
         /// libtorch's own text.
         message: String,
     },
+    /// A closure of the caller's failed: its own error.
+    #[error("{0}")]
+    Closure(#[source] Box<dyn std::error::Error + Send + std::marker::Sync>),
+    /// A custom function's forward or backward broke the rules of [`autograd`](crate::autograd).
+    #[error("{function}: {reason}")]
+    Function {
+        /// Its name.
+        function: String,
+        /// What is wrong, and what to do.
+        reason: String,
+    },
+    /// What [`recompute`](crate::recompute) had to compute again could not be, or came out differently.
+    #[error("checkpointed closure: {reason}")]
+    Recompute {
+        /// What is wrong, and what to do.
+        reason: String,
+    },
     /// Ranks hold different models. Every rank gets this same text.
     #[error("the ranks hold different models:\n{report}build the same model, in the same order, on every rank")]
     ModelMismatch {
@@ -126,7 +143,7 @@ pub enum Error {
     /// A gradient came after its bucket was sent.
     #[error(
         "the gradient of {name} was ready again in one backward, after its bucket was sent; \
-         where parameters get several gradients in one backward (checkpointing), set static_graph"
+         where parameters get several gradients in one backward (from backwards inside of it), set static_graph"
     )]
     GradientTwice {
         /// The parameter.
@@ -234,6 +251,16 @@ pub enum Error {
     /// Nothing requires gradients.
     #[error("the model has no parameter that requires gradients: nothing to train")]
     NothingToTrain,
+    /// A layer got what it cannot work on.
+    #[error("{name} got {actual}, expected {expected}")]
+    BadInput {
+        /// The layer.
+        name: String,
+        /// Kind and shape of what it got.
+        actual: String,
+        /// What it takes.
+        expected: String,
+    },
     /// A tensor's kind is not one that can be reduced.
     #[error("{name} has kind {kind:?}; parameters can be Float, Double, Half or BFloat16, autocast Half or BFloat16")]
     UnsupportedKind {
@@ -307,4 +334,13 @@ pub enum Error {
         /// One line for each tensor that is missing or has another shape.
         report: String,
     },
+}
+
+impl Error {
+    /// An error of the caller's own, for the closures that this crate calls: it keeps its text.
+    pub fn closure(
+        error: impl Into<Box<dyn std::error::Error + Send + std::marker::Sync>>,
+    ) -> Self {
+        Self::Closure(error.into())
+    }
 }

@@ -9,6 +9,7 @@
 //! [`Ddp`], [`optim`]; `shim/README.md` has the rules of the C++ boundary.
 
 pub mod amp;
+pub mod autograd;
 pub mod checkpoint;
 mod ddp;
 mod device;
@@ -18,11 +19,13 @@ mod heap;
 mod join;
 pub mod optim;
 mod options;
+pub mod recompute;
 mod reduce;
 pub mod schedule;
 mod shard;
 mod shim;
 mod store;
+mod sync_batch_norm;
 mod threads;
 
 pub use ddp::{Building, Ddp};
@@ -35,3 +38,4 @@ pub use reduce::ready;
 pub use reduce::statistics::{Phase, RankTimes, Statistics, Straggler};
 pub use store::plan;
 pub use store::Memory;
+pub use sync_batch_norm::{SyncBatchNorm, SyncBatchNormConfig, SyncGroup};

@@ -100,7 +100,7 @@ pub struct DdpOptions {
     pub find_unused_parameters: bool,
     /// The model uses the same parameters equally often in every exchanged backward. The first one, which
     /// sends nothing before its end, counts; later ones wait for as many gradients of each parameter.
-    /// This is what parameters need that get several gradients in one backward (checkpointing), and it
+    /// This is what parameters need that get several gradients in one backward (from backwards inside of it), and it
     /// finds unused ones without a walk.
     pub static_graph: bool,
     /// In which kind gradients add up and travel. `None`: f32 for f16 and bf16 parameters, else the

@@ -209,6 +209,8 @@ pub(crate) struct Train {
     pub(crate) accumulate: Option<usize>,
     /// `fp32` or `bf16`.
     pub(crate) precision: Precision,
+    /// Keep one input a layer for backward and compute the layer again there: less memory for a second forward, same bits.
+    pub(crate) recompute: bool,
     /// Of weights, order, masks and dropout.
     pub(crate) seed: u64,
     /// Threads a rank computes with; by default cores ÷ ranks of this machine.
@@ -276,6 +278,7 @@ impl Default for Train {
             micro_batch: None,
             accumulate: None,
             precision: Precision::Fp32,
+            recompute: false,
             seed: 42,
             threads: None,
             output: None,

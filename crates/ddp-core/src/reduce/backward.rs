@@ -100,7 +100,7 @@ impl Run {
         }
     }
 
-    fn is_running(&self) -> bool {
+    pub(super) fn is_running(&self) -> bool {
         // One reference is ours; libtorch drops the callback's when a backward fails half-way.
         Arc::strong_count(&self.token) > 1
     }

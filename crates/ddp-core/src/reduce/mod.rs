@@ -20,6 +20,7 @@ mod exchange;
 mod findings;
 mod fingerprint;
 mod finite;
+pub(crate) mod inside;
 mod notes;
 pub mod ready;
 pub(crate) mod statistics;

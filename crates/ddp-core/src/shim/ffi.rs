@@ -50,6 +50,23 @@ pub(crate) struct SgdSettings {
     pub(crate) first_step: i32,
 }
 
+/// A node of the graph whose backward is ours.
+#[repr(C)]
+pub(crate) struct BackwardCall {
+    pub(crate) saved: *const *mut c_void,
+    pub(crate) saved_count: usize,
+    pub(crate) gradients: *const *mut c_void,
+    pub(crate) gradient_count: usize,
+    pub(crate) needs: *const u8,
+    pub(crate) input_count: usize,
+    pub(crate) recording: i32,
+    pub(crate) results: *mut *mut c_void,
+}
+
+pub(crate) type Backward =
+    extern "C" fn(*mut c_void, *const BackwardCall, *mut c_char, usize) -> i32;
+pub(crate) type Pack = extern "C" fn(*mut c_void, *mut *mut c_void, *mut c_char, usize) -> i32;
+pub(crate) type Unpack = extern "C" fn(*mut c_void, *mut *mut c_void, *mut c_char, usize) -> i32;
 pub(crate) type Callback = extern "C" fn(*mut c_void, *mut c_char, usize) -> i32;
 pub(crate) type Destroy = extern "C" fn(*mut c_void);
 pub(crate) type Witness = extern "C" fn();
@@ -139,4 +156,27 @@ extern "C" {
     pub(crate) fn ddp_autocast_nest(change: i32) -> Status;
     pub(crate) fn ddp_random_state(cuda_device: i32, state: *mut *mut c_void) -> Status;
     pub(crate) fn ddp_set_random_state(cuda_device: i32, state: *const c_void) -> Status;
+    pub(crate) fn ddp_function(
+        name: *const c_char,
+        inputs: *const *mut c_void,
+        input_count: usize,
+        outputs: *const *mut c_void,
+        output_count: usize,
+        saved: *const *mut c_void,
+        saved_count: usize,
+        callback: Backward,
+        context: *mut c_void,
+        destroy: Destroy,
+        wrapped: *mut *mut c_void,
+    ) -> Status;
+    pub(crate) fn ddp_version(tensor: *const c_void, version: *mut u32) -> Status;
+    pub(crate) fn ddp_grad_mode(enabled: *mut i32) -> Status;
+    pub(crate) fn ddp_saved_new(tensor: *const c_void, saved: *mut *mut c_void) -> Status;
+    pub(crate) fn ddp_saved_get(saved: *const c_void, tensor: *mut *mut c_void) -> Status;
+    pub(crate) fn ddp_saved_free(saved: *mut c_void);
+    pub(crate) fn ddp_saving(
+        pack: Option<Pack>,
+        unpack: Option<Unpack>,
+        destroy: Option<Destroy>,
+    ) -> Status;
 }

@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
 
+pub(crate) mod autograd;
 mod ffi;
 mod shell;
 
@@ -212,6 +213,16 @@ extern "C" fn call(context: *mut c_void, message: *mut c_char, message_bytes: us
         Ok(Err(text)) => text,
         Err(panic) => format!("panic in a gradient hook: {}", panic_text(&*panic)),
     };
+    // SAFETY: the shim's buffer, for this call.
+    unsafe { tell(&text, message, message_bytes) };
+    1
+}
+
+/// Writes `text`, cut where it must be, into a buffer of the shim.
+///
+/// # Safety
+/// `message` has room for `message_bytes` bytes.
+unsafe fn tell(text: &str, message: *mut c_char, message_bytes: usize) {
     let kept = text.len().min(message_bytes.saturating_sub(1));
     // SAFETY: `message` has room for `message_bytes` bytes, and `kept` is less than that.
     unsafe { ptr::copy_nonoverlapping(text.as_ptr(), message.cast::<u8>(), kept) };
@@ -219,10 +230,9 @@ extern "C" fn call(context: *mut c_void, message: *mut c_char, message_bytes: us
     let end = unsafe { message.add(kept) };
     // SAFETY: inside the buffer.
     unsafe { end.write(0) };
-    1
 }
 
-fn panic_text(panic: &(dyn Any + Send)) -> &str {
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> &str {
     panic
         .downcast_ref::<&str>()
         .copied()

@@ -111,6 +111,26 @@ fn uneven_batches_by_weight() {
 }
 
 #[test]
+fn checkpointed_layers() {
+    Case { shape: Shape::Recomputed, ..Case::new("checkpointed", momentum) }.check();
+}
+
+/// PyTorch has it on GPUs alone: the reference is plain batch normalisation of everybody's samples in one process.
+#[test]
+fn batch_normalisation_over_all_ranks() {
+    let cases: [(_, &[Way]); 2] =
+        [("sync_batch_norm", &[Way::Weighted]), ("sync_batch_norm_by_rank", &[Way::Plain])];
+    for (name, ways) in cases {
+        let case = Case {
+            shape: Shape::SyncNormed,
+            train: training::normed_together,
+            ..Case::new(name, slow)
+        };
+        Case { ways, ..case }.check_and(|row, ranks| row.compare_buffers(ranks, |rank| rank));
+    }
+}
+
+#[test]
 fn every_case_of_the_fixtures_is_trained() {
     let sources = [include_str!("features.rs"), include_str!("optimizers.rs")].concat();
     for name in Fixtures::read().names() {

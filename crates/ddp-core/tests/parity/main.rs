@@ -100,7 +100,7 @@ struct Run {
 impl Run {
     fn new(mut group: Group, case: &Case, way: Way) -> Self {
         tch::set_num_threads(1);
-        let network = Network::new(case.shape, group.rank());
+        let network = Network::new(case.shape, &mut group);
         let ddp = Ddp::new(&network.vs, &mut group, case.options.clone()).unwrap();
         let optimizer = (case.optimizer)(&ddp);
         let ddp = Rc::new(ddp);

@@ -3,7 +3,10 @@
 
 use std::collections::BTreeMap;
 
-use tch::nn::{self, Module as _, ModuleT as _};
+use phalanx_comm::Group;
+use phalanx_ddp_core::recompute::checkpointed_one;
+use phalanx_ddp_core::{SyncBatchNorm, SyncBatchNormConfig, SyncGroup};
+use tch::nn::{self, Module as _, ModuleT};
 use tch::{Device, Kind, Tensor};
 
 /// Samples of a batch.
@@ -24,6 +27,10 @@ pub(crate) enum Shape {
     Normed,
     /// With an embedding of sparse gradients.
     Embedded,
+    /// Two layers that are used twice and checkpointed, the second time in a checkpoint inside of another.
+    Recomputed,
+    /// As `Normed`, over the batches of all ranks.
+    SyncNormed,
 }
 
 /// A model.
@@ -32,17 +39,17 @@ pub(crate) struct Network {
     pub(crate) vs: nn::VarStore,
     shape: Shape,
     layers: BTreeMap<&'static str, nn::Linear>,
-    norm: Option<nn::BatchNorm>,
+    norm: Option<Box<dyn ModuleT>>,
     embedding: Option<Tensor>,
 }
 
 impl Network {
     /// With the script's values on rank 0, and others elsewhere: rank 0's count.
-    pub(crate) fn new(shape: Shape, rank: usize) -> Self {
+    pub(crate) fn new(shape: Shape, group: &mut Group) -> Self {
         let vs = nn::VarStore::new(Device::Cpu);
         let root = vs.root();
         let sizes: &[(&str, usize, usize)] = match shape {
-            Shape::Mlp | Shape::Normed | Shape::Embedded => {
+            Shape::Mlp | Shape::Normed | Shape::SyncNormed | Shape::Embedded => {
                 &[("a", INPUTS, 13), ("b", 13, 17), ("c", 17, 7), ("d", 7, OUTPUTS)]
             }
             Shape::Branches => &[
@@ -55,6 +62,9 @@ impl Network {
                 ("odd", INPUTS, OUTPUTS),
                 ("one", INPUTS, OUTPUTS),
             ],
+            Shape::Recomputed => {
+                &[("a", INPUTS, 13), ("t", 13, 17), ("u", 17, 13), ("d", 13, OUTPUTS)]
+            }
             Shape::Tied => {
                 &[("a", INPUTS, 13), ("t", 13, 13), ("d", 13, OUTPUTS), ("never", INPUTS, OUTPUTS)]
             }
@@ -63,15 +73,25 @@ impl Network {
             (name, nn::linear(&root / name, len(inputs), len(outputs), nn::LinearConfig::default()))
         };
         let layers = sizes.iter().map(layer).collect();
-        let norm = (shape == Shape::Normed)
-            .then(|| nn::batch_norm1d(&root / "norm", 17, nn::BatchNormConfig::default()));
+        let norm: Option<Box<dyn ModuleT>> = match shape {
+            Shape::Normed => {
+                let norm = nn::batch_norm1d(&root / "norm", 17, nn::BatchNormConfig::default());
+                Some(Box::new(norm))
+            }
+            Shape::SyncNormed => {
+                let sync = SyncGroup::new(group).expect("ranks meet");
+                let config = SyncBatchNormConfig::default();
+                Some(Box::new(SyncBatchNorm::new(&root / "norm", 17, config, &sync)))
+            }
+            _ => None,
+        };
         let embedding = (shape == Shape::Embedded)
             .then(|| (&root / "e").var("weight", &[11, len(INPUTS)], nn::Init::Const(0.0)));
         for (name, mut tensor) in vs.variables() {
             let count = tensor.numel();
             let values = exact((0..count).map(|index| weight(&name, index)), &tensor.size());
             let one = name == "norm.weight" || name == "norm.running_var";
-            let values = values + f64::from(u8::from(one)) + rank as f64;
+            let values = values + f64::from(u8::from(one)) + group.rank() as f64;
             tch::no_grad(|| tensor.copy_(&values));
         }
         Self { vs, shape, layers, norm, embedding }
@@ -103,7 +123,8 @@ impl Network {
                 let again = y.matmul(&self.layers["a"].ws).narrow(1, 0, len(OUTPUTS));
                 through("d", &y) + again.tanh()
             }
-            Shape::Normed => {
+            Shape::Recomputed => self.recomputed(&x),
+            Shape::Normed | Shape::SyncNormed => {
                 let norm = self.norm.as_ref().expect("made with the model");
                 let y = norm.forward_t(&through("b", &through("a", &x).tanh()), true);
                 through("d", &through("c", &y.tanh()).tanh())
@@ -116,6 +137,19 @@ impl Network {
                 self.mlp(&(x + Tensor::embedding(weight, &at, -1, false, true)))
             }
         }
+    }
+
+    fn recomputed(&self, x: &Tensor) -> Tensor {
+        let part = |t: &nn::Linear, u: &nn::Linear| {
+            let (t, u) = (owned(t), owned(u));
+            move |y: &Tensor| Ok(u.forward(&t.forward(y).tanh()).tanh())
+        };
+        let (t, u) = (&self.layers["t"], &self.layers["u"]);
+        let y = self.layers["a"].forward(x).tanh();
+        let y = checkpointed_one(&y, part(t, u)).expect("a forward");
+        let (own_t, own_u) = (owned(t), owned(u));
+        let again = move |z: &Tensor| Ok(checkpointed_one(z, part(&own_t, &own_u))? * 0.5 + z);
+        self.layers["d"].forward(&checkpointed_one(&y, again).expect("a forward"))
     }
 
     fn mlp(&self, x: &Tensor) -> Tensor {
@@ -134,6 +168,12 @@ impl Network {
         };
         self.vs.variables().iter().map(|(name, tensor)| (name.clone(), values(tensor))).collect()
     }
+}
+
+/// A layer of the same variables, for a closure, which owns what it uses.
+fn owned(layer: &nn::Linear) -> nn::Linear {
+    let bs = layer.bs.as_ref().map(Tensor::shallow_clone);
+    nn::Linear { ws: layer.ws.shallow_clone(), bs }
 }
 
 /// Inputs and targets of samples `first`, `first` + 1, …

@@ -130,7 +130,7 @@ fn tchs_own_optimizers_find_pytorchs_gradients() {
         for row in fixtures.rows(name) {
             let ranks = run_ranks(row.world_size, move |mut group| {
                 tch::set_num_threads(1);
-                let network = Network::new(Shape::Mlp, group.rank());
+                let network = Network::new(Shape::Mlp, &mut group);
                 let options = DdpOptions { bucket_bytes: vec![128, 600], ..DdpOptions::default() };
                 let _ddp = Ddp::new(&network.vs, &mut group, options).unwrap();
                 let mut optimizer = build(&network.vs);

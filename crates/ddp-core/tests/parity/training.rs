@@ -150,6 +150,22 @@ pub(crate) fn scheduled(run: &mut Run) {
     }
 }
 
+/// Rank r's batch has 4 + r samples, by weight in step 3 the last one's none.
+pub(crate) fn normed_together(run: &mut Run) {
+    let by_weight = run.way == Way::Weighted;
+    for step in 0..STEPS {
+        let skips = |rank| by_weight && step == 3 && rank + 1 == run.world_size;
+        let of = |rank| if skips(rank) { 0 } else { 4 + rank };
+        let rows = of(run.rank);
+        let sum = run.network.loss_sum(step, run.rank, 0, rows);
+        run.backward(&sum, rows);
+        let all: usize = (0..run.world_size).map(of).sum();
+        let share = if by_weight { all as f64 / run.world_size as f64 } else { rows as f64 };
+        run.outcome.losses.push(sum.double_value(&[]) / share);
+        run.optimizer.step(None).unwrap();
+    }
+}
+
 /// Rank r's batch has 1 + r samples, in step 3 the last one's none; each counts alike.
 pub(crate) fn weighted(run: &mut Run) {
     for step in 0..STEPS {
