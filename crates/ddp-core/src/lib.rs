@@ -15,6 +15,7 @@ mod device;
 mod error;
 pub mod feed;
 mod heap;
+pub mod hooks;
 mod join;
 pub mod optim;
 mod options;

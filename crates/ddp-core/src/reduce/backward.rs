@@ -40,8 +40,9 @@ pub(super) struct Run {
     /// Parameters as their first gradients came.
     pub(super) order: Vec<usize>,
     pub(super) works: Vec<Work<'static>>,
-    /// Bytes of gradients that were sent.
+    /// Bytes of gradients that were exchanged, and that this rank has sent for it.
     pub(super) bytes: u64,
+    pub(super) sent: u64,
     pub(super) first_start: Option<Instant>,
     pub(super) first_mark: Option<Mark>,
     pub(super) scale: Option<Scale>,
@@ -75,6 +76,7 @@ impl Run {
             order: Vec::new(),
             works: Vec::new(),
             bytes: 0,
+            sent: 0,
             first_start: None,
             first_mark: None,
             scale: None,

@@ -10,6 +10,7 @@ use tch::Kind;
 use super::backward::Run;
 use super::notes::{Head, Tail};
 use super::{hidden, Asked, Outcome, Reducer};
+use crate::hooks::Start;
 use crate::shim;
 use crate::store::{agree, flat::Scale, model};
 use crate::{Error, NonFinite, Result};
@@ -94,10 +95,16 @@ impl Reducer {
             run.first_start = Some(Instant::now());
             run.first_mark = store.group.mark()?;
         }
-        run.bytes += (bucket.range.len() * gradients.kind().elt_size_in_bytes()) as u64;
-        store.group.tagged(&tag);
+        let bytes = bucket.range.len() * gradients.kind().elt_size_in_bytes();
+        run.bytes += bytes as u64;
         // Before the order is settled every rank gets all: it may yet be laid anew.
         let everywhere = !self.is_order_settled;
+        if let Some(hooked) = &mut self.hooked {
+            let everywhere = everywhere || !store.sharding.needs_our_optimizer();
+            return hooked.start(store, Start { index, scale: scale.0, everywhere, tag });
+        }
+        store.group.tagged(&tag);
+        run.sent += store.sharding.bytes_sent(bytes, everywhere);
         let range = bucket.range.clone();
         let how = (scale, everywhere);
         run.works.push(store.sharding.reduce(&mut store.group, gradients, range, how)?);
@@ -312,7 +319,10 @@ impl Reducer {
         for work in run.works.drain(..) {
             work.wait_on(stream)?;
         }
-        self.clock.marks = match (run.first_mark.take(), waits, group.mark()?) {
+        if let Some(hooked) = &mut self.hooked {
+            (statistics.bucket_count, run.sent) = hooked.finish(&mut self.store)?;
+        }
+        self.clock.marks = match (run.first_mark.take(), waits, self.store.group.mark()?) {
             (Some(first), Some(waits), Some(end)) => Some([first, waits, end]),
             _ => None,
         };

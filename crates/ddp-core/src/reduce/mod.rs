@@ -31,6 +31,7 @@ use std::time::{Duration, Instant};
 
 use phalanx_comm::{Mark, Region};
 
+use crate::hooks::Hooked;
 use crate::shim::{self, Variable};
 use crate::store::Store;
 use crate::{DdpOptions, Error, Result};
@@ -47,6 +48,8 @@ use statistics::{Statistics, Window};
 pub(crate) struct Reducer {
     pub(crate) store: Store,
     pub(crate) options: DdpOptions,
+    /// How buckets are exchanged, where that is not one plain reduction.
+    pub(crate) hooked: Option<Hooked>,
     /// Off inside `no_sync`: gradients accumulate in their views, nothing is sent.
     pub(crate) synchronising: bool,
     /// What `Ddp::backward` asks of the backward that it is about to start.
@@ -219,6 +222,7 @@ impl Reducer {
         let mut reducer = Self {
             store,
             options,
+            hooked: None,
             synchronising: true,
             asked: None,
             joining: false,

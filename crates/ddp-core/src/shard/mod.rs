@@ -83,6 +83,12 @@ impl Sharding {
         gradients.reduce_scatter(group, range, scale)
     }
 
+    /// What a rank sends at least, when a bucket of so many bytes is reduced plainly.
+    pub(crate) fn bytes_sent(self, bytes: usize, everywhere: bool) -> u64 {
+        let share = (bytes - bytes / self.world_size) as u64;
+        share * if everywhere || self.zero == Zero::Off { 2 } else { 1 }
+    }
+
     /// Starts what brings a bucket's updated parameters to all ranks, where they are not there already.
     pub(crate) fn gather(
         self,
