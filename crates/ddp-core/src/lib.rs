@@ -12,6 +12,7 @@ pub mod amp;
 pub mod checkpoint;
 mod ddp;
 mod device;
+pub mod diloco;
 mod error;
 pub mod feed;
 mod heap;

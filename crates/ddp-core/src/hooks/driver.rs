@@ -3,8 +3,11 @@
 use std::any::Any;
 use std::fmt::Debug;
 
+use phalanx_comm::Group;
+use tch::{Device, Kind};
+
 use super::bucket::{Facts, Memory};
-use super::{Bucket, Hook, Placed, Pool, Progress, State};
+use super::{Bucket, Hook, Placed, Pool, Progress, State, Wire};
 use crate::shim;
 use crate::store::Store;
 use crate::{Error, Result};
@@ -122,13 +125,28 @@ impl Hooked {
         self.is_soiled.fill(true);
     }
 
-    /// Starts a bucket.
+    /// Starts a bucket of gradients.
     pub(crate) fn start(&mut self, store: &mut Store, start: Start) -> Result<()> {
+        self.begin(store, start, None)
+    }
+
+    /// As [`start`](Self::start), of other values than gradients, which lie in `wire`.
+    pub(crate) fn start_over(
+        &mut self,
+        store: &mut Store,
+        start: Start,
+        wire: &Wire,
+    ) -> Result<()> {
+        self.begin(store, start, Some(wire))
+    }
+
+    fn begin(&mut self, store: &mut Store, start: Start, wire: Option<&Wire>) -> Result<()> {
         self.follow(store);
         let Self { hook, pool, layouts, sent, exchange, is_soiled, .. } = self;
         let parameters = layouts[start.index].as_slice();
-        let mut bucket = bucket((store, pool, sent), parameters, (&start, *exchange));
-        if std::mem::take(&mut is_soiled[start.index]) {
+        let facts = (parameters, &start, *exchange);
+        let mut bucket = bucket((store, pool, sent), facts, wire);
+        if wire.is_none() && std::mem::take(&mut is_soiled[start.index]) {
             clear_padding(&bucket)?;
         }
         let pending = hook.start(&mut bucket)?;
@@ -139,20 +157,42 @@ impl Hooked {
     /// Finishes all that was started; says how many buckets that were, and how many bytes this rank has sent.
     pub(crate) fn finish(&mut self, store: &mut Store) -> Result<(usize, u64)> {
         store.group.set_stream(shim::current_stream(store.device())?);
+        let count = self.flights.len();
+        let sent = self.finish_over(store, &[])?;
+        self.exchange += 1;
+        Ok((count, sent))
+    }
+
+    /// Finishes what was started over `wires`, by bucket; says how many bytes this rank has sent.
+    pub(crate) fn finish_over(
+        &mut self,
+        store: &mut Store,
+        wires: &[(usize, Wire)],
+    ) -> Result<u64> {
         let mut flights = std::mem::take(&mut self.flights);
-        let count = flights.len();
         let Self { hook, pool, layouts, sent, exchange, .. } = self;
         while !flights.is_empty() {
             for Flight { start, pending } in std::mem::take(&mut flights) {
-                let parameters = layouts[start.index].as_slice();
-                let mut bucket = bucket((store, pool, sent), parameters, (&start, *exchange));
-                if let Progress::Again(pending) = hook.finish(&mut bucket, pending)? {
-                    flights.push(Flight { start, pending });
+                let wire = wires.iter().find(|(index, _)| *index == start.index);
+                let facts = (layouts[start.index].as_slice(), &start, *exchange);
+                let mut bucket = bucket((store, pool, sent), facts, wire.map(|(_, wire)| wire));
+                if let Progress::Again(again) = hook.finish(&mut bucket, pending)? {
+                    flights.push(Flight { start, pending: again });
                 }
             }
         }
+        Ok(std::mem::take(&mut self.sent))
+    }
+
+    /// An exchange over wires has ended; lets its memory go.
+    pub(crate) fn end_exchange(&mut self) {
         self.exchange += 1;
-        Ok((count, std::mem::take(&mut self.sent)))
+        self.pool.clear();
+    }
+
+    /// Memory for [`start_over`](Self::start_over).
+    pub(crate) fn take(&mut self, group: &mut Group, place: (Kind, Device, usize)) -> Result<Wire> {
+        self.pool.take(group, place)
     }
 
     /// Follows the store to its present layout.
@@ -229,16 +269,17 @@ fn layouts(store: &Store) -> Vec<Vec<Placed>> {
 
 fn bucket<'a>(
     (store, pool, sent): (&'a mut Store, &'a mut Pool, &'a mut u64),
-    parameters: &'a [Placed],
-    (start, exchange): (&'a Start, u64),
+    (parameters, start, exchange): (&'a [Placed], &'a Start, u64),
+    wire: Option<&'a Wire>,
 ) -> Bucket<'a> {
     let planned = &store.plan.buckets[start.index];
     let gradients = &store.storages[planned.storage].gradients;
+    let range = (planned.range.start, planned.range.end);
     Bucket {
         group: &mut store.group,
         pool,
         sent,
-        memory: Memory::Flat(gradients, (planned.range.start, planned.range.end)),
+        memory: wire.map_or(Memory::Flat(gradients, range), Memory::Wire),
         facts: Facts {
             index: start.index,
             exchange,

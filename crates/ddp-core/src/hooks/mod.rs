@@ -52,7 +52,7 @@ pub use top_k::TopK;
 pub use wire::Wire;
 
 pub(crate) use driver::{Hooked, Start};
-pub(crate) use wire::Pool;
+use wire::Pool;
 
 use crate::Result;
 

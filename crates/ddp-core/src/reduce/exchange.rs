@@ -282,13 +282,14 @@ impl Reducer {
             }
         };
         self.finish_statistics(&run, &tails, last_gradient);
+        self.divide_by_own_weight(&run)?;
         let has_gradient = self.with_gradients(&run);
         self.accumulated.pending.fill(false);
         self.accumulated.weight = 0.0;
         self.accumulated.is_weighted = false;
         self.clock.waited = Duration::ZERO;
         self.clock.ended = Instant::now();
-        let is_usable = self.judge(&tails)?;
+        let is_usable = self.judge(&run, &tails)?;
         self.compare_fingerprints(&tails)?;
         if self.options.exchange {
             self.exchange_buffers(run.leader)?;
@@ -304,6 +305,17 @@ impl Reducer {
         self.outcome = Outcome::Reduced(has_gradient);
         self.accumulated.views = self.store.view_versions()?;
         self.clock.ended = Instant::now();
+        Ok(())
+    }
+
+    /// Gradients that stay this rank's own are means as well: of its own weights.
+    fn divide_by_own_weight(&self, run: &Run) -> Result<()> {
+        let Some(asked) = run.asked.filter(|_| self.is_parted()) else { return Ok(()) };
+        let factor = one_over(self.accumulated.weight + asked.weight);
+        for bucket in &self.store.plan.buckets {
+            let mut sums = self.store.storages[bucket.storage].gradients.range(&bucket.range)?;
+            tch::no_grad(|| sums.f_mul_scalar_(factor).map(drop))?;
+        }
         Ok(())
     }
 

@@ -96,10 +96,13 @@ impl Reducer {
     }
 
     /// What becomes of gradients that are not finite: whether they may be used.
-    pub(super) fn judge(&mut self, tails: &[Tail]) -> Result<bool> {
+    pub(super) fn judge(&mut self, run: &Run, tails: &[Tail]) -> Result<bool> {
         let found = tails.iter().enumerate().find_map(|(rank, tail)| {
             tail.non_finite.map(|(slot, elements)| (rank, slot, elements))
         });
+        // A rank that trains by itself has only its own.
+        let own = run.non_finite.filter(|_| self.is_parted());
+        let found = found.or(own.map(|(slot, count)| (self.store.group.rank(), slot, count)));
         let Some((rank, slot, elements)) = found else { return Ok(true) };
         self.hooked.iter_mut().for_each(Hooked::reset);
         let named = self.store.model.parameter(slot);

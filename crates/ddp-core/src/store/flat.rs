@@ -91,6 +91,11 @@ impl Flat {
         Ok(Self { tensor, memory: Memory::Private })
     }
 
+    /// Elements.
+    pub(crate) fn len(&self) -> usize {
+        self.tensor.numel()
+    }
+
     pub(crate) fn kind(&self) -> Kind {
         self.tensor.kind()
     }
