@@ -7,6 +7,7 @@ use phalanx_comm::Group;
 use tch::{nn, Device, Tensor};
 
 use crate::checkpoint::WeightsOptions;
+use crate::hooks::{Hook, Hooked, State};
 use crate::reduce::statistics::Statistics;
 use crate::reduce::{self, Asked, Reducer, Shared};
 use crate::store::model::{Model, Source};
@@ -241,6 +242,64 @@ impl Ddp {
     pub fn set_exchange(&self, on: bool) -> Result<()> {
         reduce::lock(&self.shared)?.options.exchange = on;
         Ok(())
+    }
+
+    /// Exchanges gradients through a [`Hook`] from the next backward on: compressed, say. Between steps; collective.
+    ///
+    /// # Errors
+    /// [`Error::RanksDiffer`] where another rank has another hook or other settings; [`Error::BadSetting`]; errors of the group.
+    ///
+    /// # Example
+    /// ```
+    /// # use phalanx_comm::{Group, GroupOptions};
+    /// use phalanx_ddp_core::hooks::{ErrorFeedback, PowerSgd, PowerSgdOptions};
+    /// # use phalanx_ddp_core::{Ddp, DdpOptions};
+    /// # use tch::{nn, Device};
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let mut group = Group::single(GroupOptions::default())?;
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let _net = nn::linear(vs.root() / "fc", 4, 1, Default::default());
+    /// let ddp = Ddp::new(&vs, &mut group, DdpOptions::default())?;
+    /// let compressed = PowerSgd::new(PowerSgdOptions { rank: 4, start_step: 100, ..Default::default() });
+    /// ddp.set_hook(ErrorFeedback::around(compressed))?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn set_hook(&self, hook: impl Hook) -> Result<()> {
+        let mut reducer = reduce::lock(&self.shared)?;
+        let group = &mut reducer.store.group;
+        agree::alike(group, "communication hook", "their communication hooks", &[hook.name()])?;
+        hook.check()?;
+        if hook.drifts() && group.rank() == 0 && group.world_size() > 1 {
+            let name = hook.name();
+            tracing::warn!(
+                "with the hook {name} the ranks' models drift apart: for measurements alone"
+            );
+        }
+        reducer.hooked = Some(Hooked::new(hook));
+        Ok(())
+    }
+
+    /// What the hook must have to go on in another process, as far as this rank has it: a copy. [`Checkpointer`](crate::checkpoint::Checkpointer)
+    /// saves it with the rest.
+    ///
+    /// # Errors
+    /// [`Error::Poisoned`], libtorch's own.
+    pub fn hook_state(&self) -> Result<State> {
+        let reducer = reduce::lock(&self.shared)?;
+        reducer
+            .hooked
+            .as_ref()
+            .map_or_else(|| Ok(State::default()), |hooked| hooked.state()?.copied())
+    }
+
+    /// Goes on from what [`hook_state`](Self::hook_state) gave, with the same hook. On all ranks alike.
+    ///
+    /// # Errors
+    /// [`Error::BadSetting`] for a state of something else; [`Error::Poisoned`].
+    pub fn load_hook_state(&self, state: &State) -> Result<()> {
+        let mut reducer = reduce::lock(&self.shared)?;
+        reducer.hooked.as_mut().map_or(Ok(()), |hooked| hooked.load(state))
     }
 
     /// What the exchanges so far cost, and which ranks are slow. With models on a GPU the last exchange's

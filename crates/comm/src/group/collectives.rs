@@ -77,40 +77,6 @@ impl Group {
         self.in_place(&plan, bytes)
     }
 
-    /// Reduces, leaving segment `rank` of `world_size` equal segments reduced; the rest of the
-    /// buffer is unspecified.
-    ///
-    /// # Errors
-    ///
-    /// As [`Group::all_reduce`]; the buffer cannot be cut into equal segments.
-    #[track_caller]
-    pub fn reduce_scatter_in_place<'b, T: Element>(
-        &mut self,
-        buffer: impl Buffer<'b, T>,
-        op: impl ReduceOp<T>,
-    ) -> Result<Work<'b>> {
-        let bytes = buffer.into_bytes();
-        let plan = plan::<T>(Op::ReduceScatter, &bytes, Some(op.reduction()), None);
-        let plan = self.segmented(plan)?;
-        self.in_place(&plan, bytes)
-    }
-
-    /// Fills every segment of every rank's buffer from the rank of that number; segment `rank` is
-    /// this rank's input.
-    ///
-    /// # Errors
-    ///
-    /// As [`Group::reduce_scatter_in_place`].
-    #[track_caller]
-    pub fn all_gather_in_place<'b, T: Element>(
-        &mut self,
-        buffer: impl Buffer<'b, T>,
-    ) -> Result<Work<'b>> {
-        let bytes = buffer.into_bytes();
-        let plan = self.segmented(plan::<T>(Op::AllGather, &bytes, None, None))?;
-        self.in_place(&plan, bytes)
-    }
-
     /// Reduces `input`, of `world_size` segments, and writes segment `rank` to `output`.
     ///
     /// # Errors
@@ -336,7 +302,7 @@ impl Group {
 
     /// Starts a call whose buffer is in in-place form.
     #[track_caller]
-    fn in_place<'b>(&mut self, plan: &Plan, bytes: Bytes<'b>) -> Result<Work<'b>> {
+    pub(super) fn in_place<'b>(&mut self, plan: &Plan, bytes: Bytes<'b>) -> Result<Work<'b>> {
         if bytes.is_on_device() {
             let memory = self.device_memory(plan.op, bytes, None)?;
             return self.on_lane(plan, memory);

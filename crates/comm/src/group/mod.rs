@@ -4,6 +4,7 @@ mod backends;
 mod collectives;
 mod cores;
 mod divide;
+mod in_place;
 mod on_device;
 mod on_rank;
 mod options;

@@ -230,6 +230,10 @@ pub(crate) fn movement(mut group: Group) {
             let theirs = &inputs::<i64>(peer, len)[rank * segment..(rank + 1) * segment];
             assert_eq!(&output[peer * segment..(peer + 1) * segment], theirs);
         }
+        let expected = output.clone();
+        region.write(0, &mine);
+        group.all_to_all_in_place(region.full()).unwrap().wait().unwrap();
+        assert_eq!(region.read(0..len), expected);
         if world > 1 {
             let (next, previous) = ((rank + 1) % world, (rank + world - 1) % world);
             let sent = group.send(&mine, next).unwrap();

@@ -14,6 +14,7 @@ use signal_hook::consts::SIGTERM;
 
 use super::content;
 use super::keeper::{first_said, Keeper, NotKept};
+use super::kept;
 use super::options::{CheckpointerOptions, Next, Origin, Resumed};
 use super::ranks::OverGroup;
 use super::signals::Signals;
@@ -302,8 +303,13 @@ impl Checkpointer {
         if let Some(name) = reducer.pending() {
             return Err(Error::MidStep { name: name.to_owned() });
         }
-        let (tensors, numbers) = gather(&mut reducer, optimizer, Share::Saved)?;
-        let saved = Values { ready_order: reducer.settled_order(), optimizer: numbers, program };
+        // Between two averagings the ranks' models differ.
+        reducer.average()?;
+        let (mut tensors, numbers) = gather(&mut reducer, optimizer, Share::Saved)?;
+        let (held, kept) = kept::gather(&reducer)?;
+        tensors.extend(held);
+        let ready_order = reducer.settled_order();
+        let saved = Values { ready_order, optimizer: numbers, kept, program };
         drop(reducer);
         let rooms = content::rooms(&tensors);
         let mut snapshot = Snapshot::new();

@@ -13,6 +13,7 @@
 //! | `optimizer/master/NAME` | the f32 master of a parameter in half precision |
 //! | `random/DEVICE/rank-R` | the state of a rank's random generator |
 //! | `rank-R/NAME` | a buffer that each rank has for itself ([`Buffers::Own`](crate::Buffers::Own)) |
+//! | `kept/alike/…`, `kept/by-rank/…` | what [hooks](crate::hooks) and [local training](crate::diloco) keep; by rank with an axis of ranks in front |
 
 mod checkpointer;
 mod content;
@@ -20,6 +21,7 @@ mod finder;
 pub(crate) mod held;
 mod inventory;
 mod keeper;
+mod kept;
 mod neighbours;
 mod options;
 mod random;

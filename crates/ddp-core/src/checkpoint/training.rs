@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::held::{self, Held};
+use super::kept::{self, AllNumbers};
 use super::{content, random};
 use crate::optim::saved::Numbers;
 use crate::reduce::Reducer;
@@ -16,6 +17,9 @@ pub(super) struct Values {
     /// In which gradients become ready, once that is known: where everything lies, and so in which order norms are summed.
     pub(super) ready_order: Option<Vec<String>>,
     pub(super) optimizer: Option<Numbers>,
+    /// What hooks and local training keep beside tensors.
+    #[serde(default)]
+    pub(super) kept: AllNumbers,
     pub(super) program: Value,
 }
 
@@ -80,6 +84,7 @@ pub(super) fn load(
     content::fill(&mut tensors, checkpoint)?;
     reducer.store.forget_gathered()?;
     random::restore(&reducer.store, checkpoint)?;
+    kept::load(checkpoint, reducer, &values.kept)?;
     if let (Some(optimizer), Some(numbers)) = (optimizer, &values.optimizer) {
         optimizer.go_on(&mut reducer.store, numbers)?;
     }

@@ -44,8 +44,9 @@ pub(super) struct Run {
     pub(super) started: VecDeque<Started>,
     /// How many were started.
     pub(super) bucket_count: usize,
-    /// Bytes of gradients that were sent.
+    /// Bytes of gradients that were exchanged, and that this rank has sent for it.
     pub(super) bytes: u64,
+    pub(super) sent: u64,
     pub(super) first_start: Option<Instant>,
     pub(super) first_mark: Option<Mark>,
     pub(super) scale: Option<Scale>,
@@ -65,7 +66,8 @@ pub(super) struct Run {
 #[derive(Debug)]
 pub(super) struct Started {
     pub(super) bucket: usize,
-    pub(super) work: Work<'static>,
+    /// None where a hook has it.
+    pub(super) work: Option<Work<'static>>,
     /// The buffer in which it is exchanged, if it has no memory of its own.
     pub(super) taken: Option<Taken>,
 }
@@ -89,6 +91,7 @@ impl Run {
             started: VecDeque::new(),
             bucket_count: 0,
             bytes: 0,
+            sent: 0,
             first_start: None,
             first_mark: None,
             scale: None,

@@ -73,7 +73,7 @@ impl Reducer {
     }
 
     /// What the next forward starts from is the same on every rank, if so wanted.
-    pub(super) fn exchange_buffers(&mut self, leader: usize) -> Result<()> {
+    pub(crate) fn exchange_buffers(&mut self, leader: usize) -> Result<()> {
         let tag = self.tag("buffers");
         let (group, buffers) = (&mut self.store.group, &self.store.model.buffers);
         let is_mean = self.options.buffers == Buffers::Mean;

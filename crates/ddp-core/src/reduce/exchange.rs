@@ -10,6 +10,7 @@ use tch::{Kind, Tensor};
 use super::backward::{Run, Started};
 use super::notes::{Head, Tail};
 use super::{finite, hidden, Asked, Outcome, Reducer};
+use crate::hooks::Start;
 use crate::shim::{self, GradientPlace};
 use crate::store::{agree, flat::Scale, model, pool::Taken, Held};
 use crate::{Error, NonFinite, Result};
@@ -102,14 +103,21 @@ impl Reducer {
             run.first_mark = store.group.mark()?;
         }
         run.bucket_count += 1;
-        run.bytes += (bucket.range.len() * gradients.kind().elt_size_in_bytes()) as u64;
-        store.group.tagged(&tag);
+        let bytes = bucket.range.len() * gradients.kind().elt_size_in_bytes();
+        run.bytes += bytes as u64;
         // Before the order is settled every rank gets all: it may yet be laid anew.
-        let everywhere = !self.is_order_settled;
+        let to_all = !self.is_order_settled || store.sharding.reduces_to_all();
+        if let Some(hooked) = &mut self.hooked {
+            let start = Start { index, scale: scale.0, everywhere: to_all, tag, taken };
+            run.started.push_back(Started { bucket: index, work: None, taken });
+            return hooked.start(store, start);
+        }
+        store.group.tagged(&tag);
+        run.sent += store.sharding.bytes_sent(bytes, (store.group.world_size(), to_all));
         let range = bucket.range.clone();
-        let how = (scale, everywhere);
+        let how = (scale, to_all);
         let work = store.sharding.reduce(&mut store.group, gradients, range, how)?;
-        run.started.push_back(Started { bucket: index, work, taken });
+        run.started.push_back(Started { bucket: index, work: Some(work), taken });
         Ok(())
     }
 
@@ -185,7 +193,11 @@ impl Reducer {
     fn land(&mut self, started: Started) -> Result<()> {
         let store = &mut self.store;
         let stream = shim::current_stream(store.device())?;
-        started.work.wait_on(stream)?;
+        match (started.work, &mut self.hooked) {
+            (Some(work), _) => work.wait_on(stream)?,
+            (None, Some(hooked)) => hooked.finish_bucket(store, started.bucket)?,
+            (None, None) => {}
+        }
         let Some(taken) = started.taken else { return Ok(()) };
         let bucket = &store.plan.buckets[started.bucket];
         let reduced = store.pool.buffer(taken).range(&store.sharding.segment(bucket))?;
@@ -368,13 +380,14 @@ impl Reducer {
             }
         };
         self.finish_statistics(&run, &tails, last_gradient);
+        self.divide_by_own_weight(&run)?;
         let has_gradient = self.with_gradients(&run);
         self.accumulated.pending.fill(false);
         self.accumulated.weight = 0.0;
         self.accumulated.is_weighted = false;
         self.clock.waited = Duration::ZERO;
         self.clock.ended = Instant::now();
-        let is_usable = self.judge(&tails)?;
+        let is_usable = self.judge(&run, &tails)?;
         self.compare_fingerprints(&tails)?;
         if self.options.exchange {
             self.exchange_buffers(run.leader)?;
@@ -393,6 +406,19 @@ impl Reducer {
         Ok(())
     }
 
+    /// Gradients that stay this rank's own are means as well: of its own weights.
+    fn divide_by_own_weight(&self, run: &Run) -> Result<()> {
+        let Some(asked) = run.asked.filter(|_| self.is_parted()) else { return Ok(()) };
+        let factor = one_over(self.accumulated.weight + asked.weight);
+        for bucket in &self.store.plan.buckets {
+            let memory = self.store.storages[bucket.storage].gradients.whole();
+            let Some(whole) = memory else { continue };
+            let mut sums = whole.range(&bucket.range)?;
+            tch::no_grad(|| sums.f_mul_scalar_(factor).map(drop))?;
+        }
+        Ok(())
+    }
+
     fn wait_for_buckets(&mut self, run: &mut Run, last_gradient: Instant) -> Result<()> {
         let device = self.store.device();
         // The stream that the caller goes on with; the hooks may have had another one.
@@ -400,6 +426,9 @@ impl Reducer {
         let group = &mut self.store.group;
         group.set_stream(stream);
         let waits = group.mark()?;
+        if let Some(hooked) = &mut self.hooked {
+            run.sent = hooked.finish(&mut self.store)?;
+        }
         for started in std::mem::take(&mut run.started) {
             self.land(started)?;
         }

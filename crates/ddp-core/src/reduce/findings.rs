@@ -10,6 +10,7 @@ use super::fingerprint;
 use super::notes::Tail;
 use super::statistics::{RankTimes, Straggler};
 use super::{Outcome, Reducer};
+use crate::hooks::Hooked;
 use crate::{Error, NonFinite, Result};
 
 impl Reducer {
@@ -25,7 +26,8 @@ impl Reducer {
         let is_due = number.is_multiple_of(interval.max(1))
             || (number < interval && number.is_power_of_two());
         let is_suspect = std::mem::take(&mut self.is_suspect);
-        let fingerprint = match is_suspect || (interval > 0 && is_due) {
+        let drifts = self.hooked.as_ref().is_some_and(Hooked::drifts);
+        let fingerprint = match !drifts && (is_suspect || (interval > 0 && is_due)) {
             true => Some(fingerprint::combined(&fingerprint::of_parameters(&self.store)?)),
             false => None,
         };
@@ -68,6 +70,7 @@ impl Reducer {
         let statistics = &mut self.clock.statistics;
         statistics.exchange_count += u64::from(self.options.exchange);
         statistics.bytes = run.bytes;
+        statistics.bytes_sent = run.sent;
         let own = RankTimes {
             outside: run.began.saturating_duration_since(self.clock.ended),
             backward: last_gradient.saturating_duration_since(run.began),
@@ -93,11 +96,15 @@ impl Reducer {
     }
 
     /// What becomes of gradients that are not finite: whether they may be used.
-    pub(super) fn judge(&mut self, tails: &[Tail]) -> Result<bool> {
+    pub(super) fn judge(&mut self, run: &Run, tails: &[Tail]) -> Result<bool> {
         let found = tails.iter().enumerate().find_map(|(rank, tail)| {
             tail.non_finite.map(|(slot, elements)| (rank, slot, elements))
         });
+        // A rank that trains by itself has only its own.
+        let own = run.non_finite.filter(|_| self.is_parted());
+        let found = found.or(own.map(|(slot, count)| (self.store.group.rank(), slot, count)));
         let Some((rank, slot, elements)) = found else { return Ok(true) };
+        self.hooked.iter_mut().for_each(Hooked::reset);
         let named = self.store.model.parameter(slot);
         let error = Error::NonFinite {
             rank,

@@ -32,6 +32,8 @@ use std::time::{Duration, Instant};
 
 use phalanx_comm::{Mark, Region};
 
+use crate::diloco::Local;
+use crate::hooks::Hooked;
 use crate::shard::access;
 use crate::shim::{self, Variable};
 use crate::store::Store;
@@ -49,6 +51,10 @@ use statistics::{Statistics, Window};
 pub(crate) struct Reducer {
     pub(crate) store: Store,
     pub(crate) options: DdpOptions,
+    /// How buckets are exchanged, where that is not one plain reduction.
+    pub(crate) hooked: Option<Hooked>,
+    /// Ranks that train by themselves between averagings, where they do.
+    pub(crate) local: Option<Local>,
     /// Off inside `no_sync`: gradients accumulate in their views, nothing is sent.
     pub(crate) synchronising: bool,
     /// What `Ddp::backward` asks of the backward that it is about to start.
@@ -230,6 +236,8 @@ impl Reducer {
         let mut reducer = Self {
             store,
             options,
+            hooked: None,
+            local: None,
             synchronising: true,
             asked: None,
             joining: false,
@@ -284,14 +292,15 @@ impl Reducer {
     /// Ends the running backward with an error. The other ranks are told, unless they have come to the same
     /// error or know it already.
     fn fail(&mut self, error: Error) {
-        let is_everywhere = matches!(
-            error,
-            Error::NonFinite { .. }
-                | Error::ParametersDiffer { .. }
-                | Error::ModelMismatch { .. }
-                | Error::RanksDiffer { .. }
-                | Error::Comm(_)
-        );
+        let is_told = !self.is_parted() && matches!(error, Error::NonFinite { .. });
+        let is_everywhere = is_told
+            || matches!(
+                error,
+                Error::ParametersDiffer { .. }
+                    | Error::ModelMismatch { .. }
+                    | Error::RanksDiffer { .. }
+                    | Error::Comm(_)
+            );
         if !is_everywhere {
             self.store.group.abort(&error.to_string());
         }

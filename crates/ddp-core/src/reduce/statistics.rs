@@ -91,6 +91,9 @@ pub struct Statistics {
     pub bucket_count: usize,
     /// Of the last one: bytes of gradients in them.
     pub bytes: u64,
+    /// Of the last one: bytes that a rank must send for it at least, as bandwidth of collectives is counted: 2 (P−1)/P of a buffer that is reduced to
+    /// all of P ranks, (P−1)/P of one that is reduced to segments, gathered from them, or whose segments change places.
+    pub bytes_sent: u64,
     /// Of the last one, by rank.
     pub ranks: Vec<RankTimes>,
     /// Ranks that were slow over the last 20 exchanges.

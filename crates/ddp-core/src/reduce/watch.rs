@@ -89,6 +89,9 @@ impl Reducer {
         }
         self.agreed = trains;
         self.store.adopt(&self.options)?;
+        if let Some(local) = &mut self.local {
+            local.follow(&self.store)?;
+        }
         self.fit()?;
         self.counts = None; // a static graph is counted anew
         Ok(())

@@ -155,18 +155,29 @@ impl Sharding {
         Ok(())
     }
 
-    /// Starts the exchange of a bucket of gradients; with `everywhere` every rank gets all of it.
+    /// Starts the exchange of a bucket of gradients; `to_all` every rank gets all of it.
     pub(crate) fn reduce(
         self,
         group: &mut Group,
         gradients: &Flat,
         range: Range<usize>,
-        (scale, everywhere): (Scale, bool),
+        (scale, to_all): (Scale, bool),
     ) -> Result<Work<'static>> {
-        if everywhere || self.zero == Zero::Off || self.is_replicated {
+        if to_all {
             return gradients.all_reduce(group, range, scale);
         }
         gradients.reduce_scatter(group, range, scale)
+    }
+
+    /// What a rank sends at least, when a bucket of so many bytes is reduced plainly.
+    pub(crate) fn bytes_sent(self, bytes: usize, (world_size, to_all): (usize, bool)) -> u64 {
+        let share = (bytes - bytes / world_size) as u64;
+        share * if to_all { 2 } else { 1 }
+    }
+
+    /// Whether every rank gets all of a bucket of gradients.
+    pub(crate) fn reduces_to_all(self) -> bool {
+        self.zero == Zero::Off || self.is_replicated
     }
 
     /// Starts what brings a bucket's updated parameters to all ranks, where they are not there already.
