@@ -191,6 +191,15 @@ pub enum Error {
         /// The ranks that differ from most others.
         ranks: String,
     },
+    /// The norm that gradients were to be clipped to is not finite; parameters stayed as they are, and gradients are gone.
+    #[error(
+        "the norm of all gradients is {norm}, so they cannot be clipped to it: lower the learning rate or the loss \
+         scale, or take NonFinite::SkipStep without error_if_nonfinite"
+    )]
+    NonFiniteNorm {
+        /// The norm.
+        norm: f64,
+    },
     /// Some gradients of a step were weighed and some were not.
     #[error(
         "gradients accumulated by Ddp::backward with a weight and by plain backward cannot be exchanged \

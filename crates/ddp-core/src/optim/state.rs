@@ -1,17 +1,17 @@
 //! What an optimizer keeps of the elements that this rank updates: its rule's state, f32 masters of parameters in
 //! half precision, and directions where norms of whole parameters decide.
 
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 use super::piece::{self, Owned, Run};
-use super::rule::{Rule, Runs};
+use super::rule::{Rule, Runs, Whole};
 use crate::shim::Variable;
 use crate::store::flat::Flat;
 use crate::store::norm::Cells;
 use crate::store::Store;
 use crate::Result;
 
-/// Of one storage.
+/// Of one storage's parameters that are taken by the element, or of those that are taken whole.
 #[derive(Debug)]
 pub(super) struct Part {
     pub(super) states: Vec<Flat>,
@@ -20,52 +20,56 @@ pub(super) struct Part {
 }
 
 /// Of all storages.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct State {
-    pub(super) parts: Vec<Part>,
+    pub(super) parts: Vec<[Part; 2]>,
     /// The variables when masters were last read from them; else empty.
     seen: Vec<Variable>,
 }
 
 impl State {
-    pub(super) fn new(store: &Store, rule: &dyn Rule) -> Result<Self> {
-        let mut state = Self { parts: Vec::new(), seen: Vec::new() };
-        state.fit(store, rule, true)?;
-        Ok(state)
-    }
-
-    /// Allocates what the present plan needs: all of it `anew`, or that of storages that were added.
-    pub(super) fn fit(&mut self, store: &Store, rule: &dyn Rule, anew: bool) -> Result<()> {
+    /// Allocates what the present plan needs for `everything` that this rank owns: all of it `anew`, or that of
+    /// storages that were added.
+    pub(super) fn fit(
+        &mut self,
+        store: &Store,
+        rule: &dyn Rule,
+        everything: &[Owned],
+        anew: bool,
+    ) -> Result<()> {
         if anew {
             self.parts.clear();
         }
-        let lens = piece::state_lens(&store.plan, |bucket| store.sharding.segment(bucket));
-        for (storage, len) in store.storages.iter().zip(lens).skip(self.parts.len()) {
-            let kind = storage.parameters.kind();
-            let device = storage.parameters.device();
-            let flat = || Flat::private(work_kind(kind), device, len);
-            let states = rule.states().iter().map(|_| flat());
-            self.parts.push(Part {
-                states: states.collect::<Result<_>>()?,
-                masters: (work_kind(kind) != kind).then(flat).transpose()?,
-                directions: rule.trust_ratio().map(|_| flat()).transpose()?,
-            });
+        let has_ratio = rule.has_trust_ratio();
+        let of_whole = rule.whole().map_or(&[][..], Whole::states);
+        let lens = piece::state_lens(everything, store.storages.len());
+        for (storage, lens) in store.storages.iter().zip(lens).skip(self.parts.len()) {
+            let parameters = &storage.parameters;
+            let by_element = Part::new(parameters, rule.states(), has_ratio, lens[0])?;
+            let is_turned = has_ratio || rule.whole().is_some();
+            let whole = Part::new(parameters, of_whole, is_turned, lens[1])?;
+            self.parts.push([by_element, whole]);
         }
         self.seen.clear();
-        self.heed_masters(store)
+        self.heed_masters(store, everything)
+    }
+
+    /// Whether there are parameters in half precision.
+    pub(super) fn has_masters(&self) -> bool {
+        self.parts.iter().flatten().any(|part| part.masters.is_some())
     }
 
     /// Masters are right as they are: they were read together with the parameters.
     pub(super) fn believe_masters(&mut self, store: &Store) -> Result<()> {
-        if self.parts.iter().any(|part| part.masters.is_some()) {
+        if self.has_masters() {
             self.seen = store.model.states()?;
         }
         Ok(())
     }
 
     /// Reads masters anew where parameters were changed by somebody else: weights were loaded.
-    pub(super) fn heed_masters(&mut self, store: &Store) -> Result<()> {
-        if self.parts.iter().all(|part| part.masters.is_none()) {
+    pub(super) fn heed_masters(&mut self, store: &Store, everything: &[Owned]) -> Result<()> {
+        if !self.has_masters() {
             return Ok(());
         }
         let now = store.model.states()?;
@@ -75,50 +79,58 @@ impl State {
         if is_same {
             return Ok(());
         }
-        let mut state_ends = vec![0; self.parts.len()];
-        for bucket in &store.plan.buckets {
-            let segment = store.sharding.segment(bucket);
-            let start = state_ends[bucket.storage];
-            state_ends[bucket.storage] += segment.len();
-            let Some(masters) = &self.parts[bucket.storage].masters else { continue };
-            let parameters = store.storages[bucket.storage].parameters.range(&segment)?;
-            let mut target = masters.range(&(start..start + segment.len()))?;
-            // Only where a master does not round to its parameter: weights that were taken out and put back are the same.
-            let rounds_to_it = target.f_to_kind(parameters.kind())?.f_eq_tensor(&parameters)?;
-            let heeded =
-                target.f_where_self(&rounds_to_it, &parameters.f_to_kind(target.kind())?)?;
-            tch::no_grad(|| target.f_copy_(&heeded).map(drop))?;
+        for owned in everything {
+            for run in &owned.runs {
+                let Some(masters) = &self.part(owned.storage, run).masters else { continue };
+                let parameters = store.storages[owned.storage].parameters.range(&run.range)?;
+                let mut target = masters.range(&run.state)?;
+                // Only where a master does not round to its parameter: weights that were taken out and put back are the same.
+                let rounds_to_it = target.f_to_kind(parameters.kind())?.f_eq_tensor(&parameters)?;
+                let heeded =
+                    target.f_where_self(&rounds_to_it, &parameters.f_to_kind(target.kind())?)?;
+                tch::no_grad(|| target.f_copy_(&heeded).map(drop))?;
+            }
         }
         Ok(())
     }
 
-    /// The tensors of `runs` of one storage, in the kind that the rule works in.
+    /// Where a run's state is.
+    fn part(&self, storage: usize, run: &Run) -> &Part {
+        &self.parts[storage][usize::from(run.treatment.is_whole)]
+    }
+
+    /// A run's directions, where it has any.
+    pub(super) fn direction(&self, storage: usize, run: &Run) -> Result<Option<Tensor>> {
+        let directions = self.part(storage, run).directions.as_ref();
+        directions.map(|directions| directions.range(&run.state)).transpose()
+    }
+
+    /// The tensors of `runs` of one storage, all treated alike, in the kind that the rule works in.
     pub(super) fn runs(&self, store: &Store, storage: usize, runs: &[&Run]) -> Result<Runs> {
-        let (part, memory) = (&self.parts[storage], &store.storages[storage]);
+        let memory = &store.storages[storage];
         let kind = work_kind(memory.parameters.kind());
-        let mut all =
-            Runs { states: part.states.iter().map(|_| Vec::new()).collect(), ..Runs::default() };
+        let mut all = Runs::default();
         for run in runs {
+            let part = self.part(storage, run);
             all.parameters.push(match &part.masters {
                 Some(masters) => masters.range(&run.state)?,
                 None => memory.parameters.range(&run.range)?,
             });
             // The same tensor where the kind is the same.
             all.gradients.push(memory.gradients.range(&run.range)?.f_to_kind(kind)?);
+            all.states.resize_with(part.states.len(), Vec::new);
             for (list, state) in all.states.iter_mut().zip(&part.states) {
                 list.push(state.range(&run.state)?);
             }
-            if let Some(directions) = &part.directions {
-                all.directions.push(directions.range(&run.state)?);
-            }
+            all.directions.extend(self.direction(storage, run)?);
         }
         Ok(all)
     }
 
     /// Rounds a bucket's updated masters to its parameters.
     pub(super) fn write_back(&self, store: &Store, owned: &Owned) -> Result<()> {
-        let Some(masters) = &self.parts[owned.storage].masters else { return Ok(()) };
         for run in &owned.runs {
+            let Some(masters) = &self.part(owned.storage, run).masters else { continue };
             let mut parameters = store.storages[owned.storage].parameters.range(&run.range)?;
             let updated = masters.range(&run.state)?;
             tch::no_grad(|| parameters.f_copy_(&updated).map(drop))?;
@@ -142,11 +154,12 @@ impl State {
             next += found;
             let run = &pieces[next].1.run;
             let start = run.state.start + (cell.range.start - run.range.start);
-            places.push((cell.storage, start..start + cell.range.len()));
+            let part = 2 * cell.storage + usize::from(run.treatment.is_whole);
+            places.push((part, start..start + cell.range.len()));
             slots.push(slot);
         }
         let directions: Vec<&Flat> =
-            self.parts.iter().filter_map(|part| part.directions.as_ref()).collect();
+            self.parts.iter().flatten().filter_map(|part| part.directions.as_ref()).collect();
         let found = Flat::sums_of_squares(&directions, &places)?;
         let mut sums = vec![0.0; cells.mine.len()];
         for (slot, sum) in slots.into_iter().zip(found) {
@@ -156,8 +169,21 @@ impl State {
     }
 }
 
+impl Part {
+    /// Zeroed, of `len` elements of a storage with these parameters.
+    fn new(parameters: &Flat, states: &[&str], has_directions: bool, len: usize) -> Result<Self> {
+        let (kind, device) = (parameters.kind(), parameters.device());
+        let flat = || Flat::private(work_kind(kind), device, len);
+        Ok(Self {
+            states: states.iter().map(|_| flat()).collect::<Result<_>>()?,
+            masters: (work_kind(kind) != kind).then(flat).transpose()?,
+            directions: has_directions.then(flat).transpose()?,
+        })
+    }
+}
+
 /// The kind in which a rule works.
-fn work_kind(kind: Kind) -> Kind {
+pub(super) fn work_kind(kind: Kind) -> Kind {
     match kind {
         Kind::Half | Kind::BFloat16 => Kind::Float,
         other => other,

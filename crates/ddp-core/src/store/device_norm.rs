@@ -1,4 +1,4 @@
-//! Sums of squares on a GPU: few kernels over whole buckets, and one copy to the host.
+//! Sums of squares and other powers on a GPU: few kernels over whole buckets, and one copy to the host.
 //!
 //! Rows of [`ROW`] elements are summed in f64, then the rows of each cell. Parameters start at multiples of
 //! [`ROW`] and are padded with zeros, so a row belongs to one cell. The order of a sum is fixed, but it is not
@@ -9,6 +9,7 @@ use std::ops::Range;
 use tch::{Kind, Tensor};
 
 use super::flat::Flat;
+use super::norm::Power;
 use super::plan::PARAMETER_ALIGNMENT_LEN as ROW;
 use crate::Result;
 
@@ -62,23 +63,23 @@ fn as_i64(rows: usize) -> i64 {
     i64::try_from(rows).unwrap_or(i64::MAX)
 }
 
-/// Sums of squares of `cells`: a storage, and elements of it from a multiple of [`ROW`] on.
-pub(crate) fn sums_of_squares(
+/// Sums of powers of `cells`: a storage, and elements of it from a multiple of [`ROW`] on.
+pub(crate) fn power_sums(
     storages: &[&Flat],
     cells: &[(usize, Range<usize>)],
+    power: Power,
 ) -> Result<Vec<f64>> {
     let stretches = stretches(cells);
     let mut sums = Vec::new();
     for stretch in &stretches {
         let storage = storages[stretch.storage];
         let values = storage.range(&(stretch.rows.start * ROW..stretch.rows.end * ROW))?;
-        let squares = values.f_view([-1, as_i64(ROW)])?.f_to_kind(Kind::Double)?.f_square()?;
-        let rows = squares.f_sum_dim_intlist(1, false, Kind::Double)?;
+        let rows = of_rows(&values.f_view([-1, as_i64(ROW)])?.f_to_kind(Kind::Double)?, power)?;
         let lengths = Tensor::f_from_slice(&stretch.lengths)?.f_to_device(storage.device())?;
         let none: Option<Tensor> = None;
         let sum = Tensor::f_segment_reduce(
             &rows,
-            "sum",
+            if power == Power::Max { "max" } else { "sum" },
             Some(&lengths),
             none.as_ref(),
             none.as_ref(),
@@ -96,6 +97,17 @@ pub(crate) fn sums_of_squares(
     let sums: Vec<f64> = Vec::try_from(&sums)?;
     let is_cell = stretches.iter().flat_map(|stretch| &stretch.is_cell);
     Ok(sums.into_iter().zip(is_cell).filter(|(_, is_cell)| **is_cell).map(|(sum, _)| sum).collect())
+}
+
+/// What each row comes to.
+fn of_rows(values: &Tensor, power: Power) -> Result<Tensor> {
+    let powers = match power {
+        Power::One => values.f_abs()?,
+        Power::Two => values.f_square()?,
+        Power::Of(p) => values.f_abs()?.f_pow_tensor_scalar(p)?,
+        Power::Max => return Ok(values.f_abs()?.f_amax([1_i64].as_slice(), false)?),
+    };
+    Ok(powers.f_sum_dim_intlist(1, false, Kind::Double)?)
 }
 
 #[cfg(test)]
@@ -116,9 +128,11 @@ mod tests {
         let mut target = storage.range(&(0..values.len())).unwrap();
         target.copy_(&Tensor::from_slice(&values));
         let storages = [&storage];
-        let on_cpu = Flat::sums_of_squares(&storages, &cells).unwrap();
-        let by_rows = sums_of_squares(&storages, &cells).unwrap();
-        assert_eq!(by_rows, on_cpu, "sums of small integers are exact");
+        for power in [1.0, 2.0, 3.0, f64::INFINITY].map(Power::of) {
+            let on_cpu = Flat::power_sums(&storages, &cells, power).unwrap();
+            let by_rows = power_sums(&storages, &cells, power).unwrap();
+            assert_eq!(by_rows, on_cpu, "sums of small integers are exact: {power:?}");
+        }
     }
 
     #[test]
@@ -128,6 +142,6 @@ mod tests {
             stretches(&[(0, 0..64), (1, 64..128), (1, far..far + 64), (1, far + 64..far + 65)]);
         let shape: Vec<(usize, usize)> = all.iter().map(|s| (s.storage, s.rows.len())).collect();
         assert_eq!(shape, [(0, 1), (1, 1), (1, 2)]);
-        assert!(sums_of_squares(&[], &[]).unwrap().is_empty());
+        assert!(power_sums(&[], &[], Power::Two).unwrap().is_empty());
     }
 }

@@ -10,7 +10,8 @@ use half::{bf16, f16};
 use phalanx_comm::{Element, Float, Group, Region, ScaledSum, Work};
 use tch::{Device, Kind, Tensor};
 
-use super::{device_norm, norm};
+use super::device_norm;
+use super::norm::{self, Power};
 use crate::{shim, Error, Result};
 
 /// A registered region of one of the four kinds that a parameter can have.
@@ -122,21 +123,30 @@ impl Flat {
         storages: &[&Self],
         cells: &[(usize, Range<usize>)],
     ) -> Result<Vec<f64>> {
+        Self::power_sums(storages, cells, Power::Two)
+    }
+
+    /// As [`sums_of_squares`](Self::sums_of_squares), of any power of the elements' magnitudes.
+    pub(crate) fn power_sums(
+        storages: &[&Self],
+        cells: &[(usize, Range<usize>)],
+        power: Power,
+    ) -> Result<Vec<f64>> {
         if storages.iter().any(|storage| storage.device().is_cuda()) {
-            return device_norm::sums_of_squares(storages, cells);
+            return device_norm::power_sums(storages, cells, power);
         }
         let sum =
-            |(storage, range): &(usize, Range<usize>)| storages[*storage].sum_of_squares(range);
+            |(storage, range): &(usize, Range<usize>)| storages[*storage].power_sum(range, power);
         Ok(cells.iter().map(sum).collect())
     }
 
-    /// Sum of squares of elements `range`, in an order that depends on nothing but the range.
-    fn sum_of_squares(&self, range: &Range<usize>) -> f64 {
+    /// Sum over elements `range`, in an order that depends on nothing but the range.
+    fn power_sum(&self, range: &Range<usize>, power: Power) -> f64 {
         match self.kind() {
-            Kind::Double => norm::sum_of_squares(self.elements::<f64>(range), |x| x),
-            Kind::Half => norm::sum_of_squares(self.elements(range), f16::to_f64),
-            Kind::BFloat16 => norm::sum_of_squares(self.elements(range), bf16::to_f64),
-            _ => norm::sum_of_squares(self.elements::<f32>(range), f64::from),
+            Kind::Double => norm::power_sum(self.elements::<f64>(range), |x| x, power),
+            Kind::Half => norm::power_sum(self.elements(range), f16::to_f64, power),
+            Kind::BFloat16 => norm::power_sum(self.elements(range), bf16::to_f64, power),
+            _ => norm::power_sum(self.elements::<f32>(range), f64::from, power),
         }
     }
 

@@ -13,6 +13,73 @@ use super::plan::{Plan, BLOCK_LEN};
 use crate::shard::Sharding;
 use crate::Result;
 
+/// Of which power of their elements' magnitudes cells are summed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Power {
+    /// Of the first.
+    One,
+    /// Of the second.
+    Two,
+    /// Of another one.
+    Of(f64),
+    /// The largest magnitude takes the place of a sum.
+    Max,
+}
+
+impl Power {
+    /// That of the `p`-norm.
+    pub(crate) fn of(p: f64) -> Self {
+        match p {
+            1.0 => Self::One,
+            2.0 => Self::Two,
+            _ if p.is_infinite() => Self::Max,
+            _ => Self::Of(p),
+        }
+    }
+
+    /// The norm of everything, of the cells' sums in storage order.
+    pub(crate) fn norm(self, sums: impl Iterator<Item = f64>) -> f64 {
+        match self {
+            Self::One => sums.sum(),
+            Self::Two => sums.sum::<f64>().sqrt(),
+            Self::Of(p) => sums.sum::<f64>().powf(p.recip()),
+            Self::Max => sums.fold(0.0, larger),
+        }
+    }
+}
+
+/// The larger of two magnitudes; no number if either is none.
+fn larger(left: f64, right: f64) -> f64 {
+    if left.is_nan() || right <= left {
+        left
+    } else {
+        right
+    }
+}
+
+/// Sum of powers in f64, in the order of [`sum_of_squares`].
+pub(crate) fn power_sum<T: Copy>(values: &[T], to_f64: impl Fn(T) -> f64, power: Power) -> f64 {
+    match power {
+        Power::One => folded(values, |value| to_f64(value).abs(), |sum, x| sum + x),
+        Power::Two => sum_of_squares(values, to_f64),
+        Power::Of(p) => folded(values, |value| to_f64(value).abs().powf(p), |sum, x| sum + x),
+        Power::Max => folded(values, |value| to_f64(value).abs(), larger),
+    }
+}
+
+/// Folds from zero: lane by lane, then the lanes in order.
+fn folded<T: Copy>(values: &[T], of: impl Fn(T) -> f64, fold: impl Fn(f64, f64) -> f64) -> f64 {
+    let mut lanes = [0.0_f64; LANES];
+    let chunks = values.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in std::iter::once(rest).chain(chunks) {
+        for (lane, &value) in lanes.iter_mut().zip(chunk) {
+            *lane = fold(*lane, of(value));
+        }
+    }
+    lanes.into_iter().fold(0.0, fold)
+}
+
 /// Independent sums per cell: two AVX-512 registers of f64, so that the additions overlap.
 const LANES: usize = 16;
 
@@ -123,6 +190,30 @@ mod tests {
             let expected: u32 = (0..u32::from(len)).map(|x| x * x).sum();
             let sum = sum_of_squares(&values, f64::from);
             assert!(sum.to_bits() == f64::from(expected).to_bits(), "{len}: {sum}");
+        }
+    }
+
+    #[test]
+    fn norms_are_those_of_the_values() {
+        let values = [3.0_f32, -4.0, 0.5, -0.25];
+        for (p, expected) in [(1.0, 7.75), (2.0, 25.3125_f64.sqrt()), (f64::INFINITY, 4.0)] {
+            let power = Power::of(p);
+            let sums = values.chunks(3).map(|cell| power_sum(cell, f64::from, power));
+            assert!((power.norm(sums) - expected).abs() <= f64::EPSILON * expected, "{p}");
+        }
+        let cubes = (27.0 + 64.0 + 0.125 + 1.0 / 64.0_f64).cbrt();
+        let sum = power_sum(&values, f64::from, Power::of(3.0));
+        assert!(
+            (Power::of(3.0).norm([sum].into_iter()) - cubes).abs() <= 8.0 * f64::EPSILON * cubes
+        );
+        for p in [1.0, 2.0, 2.5, f64::INFINITY] {
+            for at in 0..40 {
+                let mut values = [1.0_f32; 40];
+                values[at] = f32::NAN;
+                let power = Power::of(p);
+                let sums = [power_sum(&values, f64::from, power), 1.0];
+                assert!(power.norm(sums.into_iter()).is_nan(), "{p}: {at}");
+            }
         }
     }
 
