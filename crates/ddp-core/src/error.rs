@@ -200,6 +200,12 @@ pub enum Error {
         /// The norm.
         norm: f64,
     },
+    /// Parameters were laid anew after averages of them had been made, so a rank has those of others than it should.
+    #[error(
+        "parameters were laid anew after they had been averaged: call Ema::update after the optimizer's step, never before \
+         the first one, and no backward inside of Ema::with_averaged"
+    )]
+    AveragesMoved,
     /// Some gradients of a step were weighed and some were not.
     #[error(
         "gradients accumulated by Ddp::backward with a weight and by plain backward cannot be exchanged \

@@ -30,8 +30,8 @@ pub use device::{load_cuda, Cuda};
 pub use error::{Error, Result};
 pub use join::Join;
 pub use optim::{
-    Adam, AdamW, Clip, Lamb, Lars, Lion, Muon, Optimizer, ParameterGroup, ParameterGroups, Sgd,
-    Step,
+    Adafactor, Adam, AdamW, Clip, Ema, Lamb, Lars, Lion, Muon, Optimizer, ParameterGroup,
+    ParameterGroups, Sgd, Step,
 };
 pub use options::{Buffers, DdpOptions, NonFinite, SparseGradients, Sync, Zero};
 pub use reduce::ready;

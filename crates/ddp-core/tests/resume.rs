@@ -17,7 +17,8 @@ use phalanx_comm::Group;
 use phalanx_ddp_core::checkpoint::{Checkpointer, CheckpointerOptions, Next, OnError};
 use phalanx_ddp_core::optim::Rule;
 use phalanx_ddp_core::{
-    Adam, AdamW, Buffers, Ddp, DdpOptions, Error, Lamb, Optimizer, ParameterGroups, Sgd, Sync, Zero,
+    Adafactor, Adam, AdamW, Buffers, Ddp, DdpOptions, Error, Lamb, Lars, Lion, Muon, Optimizer,
+    ParameterGroups, Sgd, Sync, Zero,
 };
 use support::{options, wrapped, Model};
 use tch::{nn, nn::ModuleT as _, Device, Kind, Tensor};
@@ -25,11 +26,15 @@ use tch::{nn, nn::ModuleT as _, Device, Kind, Tensor};
 /// Makes a rule.
 type Make = fn() -> Box<dyn Rule>;
 
-const RULES: [Make; 4] = [
+const RULES: [Make; 8] = [
     || Box::new(AdamW { lr: 0.01, weight_decay: 0.1, ..AdamW::default() }),
     || Box::new(Adam { lr: 0.01, ..Adam::default() }),
     || Box::new(Sgd { lr: 0.05, momentum: 0.9, nesterov: true, weight_decay: 0.1, dampening: 0.0 }),
     || Box::new(Lamb { lr: 0.02, ..Lamb::default() }),
+    || Box::new(Lars { lr: 0.5, trust_coefficient: 0.02, ..Lars::default() }),
+    || Box::new(Lion { lr: 0.002, ..Lion::default() }),
+    || Box::new(Muon { lr: 0.01, others: vec!["three.*".to_owned()], ..Muon::default() }),
+    || Box::new(Adafactor { lr: 0.02, ..Adafactor::default() }),
 ];
 
 /// A part of a run: the steps `from + 1..=to`, on one world.

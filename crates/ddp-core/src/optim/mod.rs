@@ -12,9 +12,11 @@
 //! Parameters in half precision have f32 masters, which is what a rule updates, and f32 state: a small step is not
 //! lost in a large parameter's last bit.
 
+mod adafactor;
 mod adam;
 mod adamw;
 mod clip;
+pub(crate) mod ema;
 mod groups;
 mod lamb;
 mod lars;
@@ -34,9 +36,11 @@ use std::time::{Duration, Instant};
 use phalanx_comm::Work;
 use tch::Tensor;
 
+pub use adafactor::Adafactor;
 pub use adam::Adam;
 pub use adamw::AdamW;
 pub use clip::Clip;
+pub use ema::Ema;
 pub use groups::{ParameterGroup, ParameterGroups};
 pub use lamb::Lamb;
 pub use lars::Lars;

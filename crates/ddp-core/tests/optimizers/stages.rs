@@ -1,30 +1,26 @@
 //! Every optimizer in every stage of sharding: the bits of unsharded training. One table each of stages, of rules and of
 //! ways to clip; another one of each is a line.
 
-#![allow(clippy::cast_possible_wrap, clippy::cast_precision_loss, reason = "small numbers")]
-#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
-
-mod support;
-
 use phalanx_comm::testing::run_ranks;
 use phalanx_comm::Group;
 use phalanx_ddp_core::optim::{AdjustLr, Rule};
 use phalanx_ddp_core::{
-    Adam, AdamW, Clip, Lamb, Lars, Lion, Muon, Optimizer, ParameterGroup, ParameterGroups, Sgd,
-    Sync, Zero,
+    Adafactor, Adam, AdamW, Clip, Lamb, Lars, Lion, Muon, Optimizer, ParameterGroup,
+    ParameterGroups, Sgd, Sync, Zero,
 };
-use support::{options, wrapped};
 
-const WORLD_SIZES: [usize; 4] = [1, 2, 3, 4];
+use super::support::{options, wrapped};
+
+pub(crate) const WORLD_SIZES: [usize; 4] = [1, 2, 3, 4];
 
 /// The first is what the others are compared with.
-const STAGES: [Zero; 2] = [Zero::Off, Zero::One];
+pub(crate) const STAGES: [Zero; 2] = [Zero::Off, Zero::One];
 
 /// Makes a rule.
-type Make = fn() -> Box<dyn Rule>;
+pub(crate) type Make = fn() -> Box<dyn Rule>;
 
 /// Every rule, with everything on that it has.
-const RULES: [Make; 9] = [
+pub(crate) const RULES: [Make; 10] = [
     || Box::new(AdamW { lr: 0.01, weight_decay: 0.1, ..AdamW::default() }),
     || Box::new(Adam { lr: 0.01, weight_decay: 0.1, ..Adam::default() }),
     || Box::new(Sgd { lr: 0.05, momentum: 0.9, nesterov: true, weight_decay: 0.1, dampening: 0.0 }),
@@ -34,6 +30,7 @@ const RULES: [Make; 9] = [
     || Box::new(muon()),
     || Box::new(Muon { adjust_lr: AdjustLr::MatchRmsAdamW, nesterov: false, ..muon() }),
     || Box::new(Muon { in_bf16: true, ..muon() }),
+    || Box::new(Adafactor { lr: 0.02, weight_decay: 0.1, ..Adafactor::default() }),
 ];
 
 const LARS: Lars = Lars {
@@ -46,7 +43,7 @@ const LARS: Lars = Lars {
 };
 
 /// The model's last matrix is its head.
-fn muon() -> Muon {
+pub(crate) fn muon() -> Muon {
     let adamw = AdamW { lr: 0.01, weight_decay: 0.1, ..AdamW::default() };
     Muon { lr: 0.02, others: vec!["three.*".into()], adamw, ..Muon::default() }
 }
@@ -61,7 +58,7 @@ const CLIPS: [fn() -> Clip; 6] = [
     Clip::none,
 ];
 
-fn groups() -> ParameterGroups {
+pub(crate) fn groups() -> ParameterGroups {
     let plain = ParameterGroup::matching(["*bias", "norm*"]);
     ParameterGroups::default()
         .with(plain.weight_decay(0.0).without_trust_ratio())
