@@ -247,13 +247,25 @@ def plain(run):
         run.step()
 
 
-def clipped(run):
+def clipped_to(norm_max, norm_type):
+    def clipped(run):
+        for step in range(STEPS):
+            loss = run.loss(step)
+            loss.backward()
+            run.losses.append(loss.item())
+            norm = nn.utils.clip_grad_norm_(run.model.parameters(), norm_max, norm_type)
+            run.note("gradient_norms", norm.item())
+            run.step()
+
+    return clipped
+
+
+def clamped(run):
     for step in range(STEPS):
         loss = run.loss(step)
         loss.backward()
         run.losses.append(loss.item())
-        norm = nn.utils.clip_grad_norm_(run.model.parameters(), 0.5)
-        run.note("gradient_norms", norm.item())
+        nn.utils.clip_grad_value_(run.model.parameters(), 0.05)
         run.step()
 
 
@@ -463,7 +475,11 @@ CASES = [
     Case("static_graph_accumulation", MOMENTUM, accumulated_alone, model=Tied, reference="single"),
     Case("together", ADAMW, together, groups=by_name),
     Case("two_losses", using(SGD, lr=0.005, momentum=0.9), two_losses),
-    Case("clipping", MOMENTUM, clipped),
+    Case("clipping", MOMENTUM, clipped_to(0.5, 2.0)),
+    Case("clipping_sum", MOMENTUM, clipped_to(2.0, 1.0)),
+    Case("clipping_p", MOMENTUM, clipped_to(0.2, 3.0)),
+    Case("clipping_largest", MOMENTUM, clipped_to(0.1, math.inf)),
+    Case("clipping_value", MOMENTUM, clamped),
     Case("loss_scaling", ADAMW, scaled),
     Case("schedule", ADAMW, scheduled),
     Case("buffers_rank_zero", SLOW, model=Normed),

@@ -95,8 +95,9 @@ fn run(legs: &[Leg], rule: Make) -> (Vec<u32>, Vec<f64>) {
 
 #[test]
 fn a_run_that_is_broken_twice_has_the_bits_of_an_unbroken_one() {
-    for rule in RULES {
-        for world_size in [1, 2, 3] {
+    for (number, rule) in RULES.into_iter().enumerate() {
+        let world_sizes = if number == 0 { 1..4 } else { 2..4 };
+        for world_size in world_sizes {
             for zero in [Zero::Off, Zero::One] {
                 let to = |to| Leg { world_size, zero, to };
                 let whole = run(&[to(7)], rule);

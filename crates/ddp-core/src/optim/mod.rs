@@ -133,6 +133,7 @@ impl Optimizer {
         agree::alike(&mut store.group, "optimizer", "their optimizers", &signature)?;
         rule.check()?;
         let settings = groups.settings(&rule)?;
+        let cells = Cells::new(&store.plan, store.sharding, &mut store.group)?;
         store.optimizer.count += 1;
         let mut optimizer = Self {
             shared: Shared::clone(&shared),
@@ -144,12 +145,13 @@ impl Optimizer {
             parameters: Vec::new(),
             layout: store.layout,
             state: State::default(),
-            cells: Cells::new(&store.plan, store.sharding, &mut store.group)?,
+            cells,
             wholes: None,
         };
-        optimizer.lay(store)?;
+        let laid = optimizer.lay(store);
+        // Before an optimizer is dropped, which takes the lock.
         drop(reducer);
-        Ok(optimizer)
+        laid.map(|()| optimizer)
     }
 
     /// Sets the learning rate of the next steps.
@@ -176,7 +178,8 @@ impl Optimizer {
 
     /// Clips the gradients, if that is wanted, updates the parameters, makes the gradients undefined, and returns
     /// their norm before clipping. `clip` is a [`Clip`] or the largest 2-norm: `Some(1.0)`, `None`; with
-    /// `Some(f64::INFINITY)` the norm is told and nothing clipped. Collective under ZeRO.
+    /// `Some(f64::INFINITY)` the norm is told and nothing clipped. Collective under ZeRO, and for rules that take
+    /// parameters whole.
     ///
     /// A norm that is not finite is treated as the `Ddp` treats gradients that are not finite: an error on every
     /// rank, a step that is left out, or a warning.
@@ -387,7 +390,7 @@ impl Optimizer {
             return Ok(vec![1.0; self.parameters.len()]);
         }
         let parameters = Flat::sums_of_squares(&store.parameters(), &self.cells.places())?;
-        let directions = self.state.sums_of_directions(&self.cells, owned)?;
+        let directions = self.state.sums_of_directions(store, &self.cells, owned)?;
         let parameters = self.cells.gather(&mut store.group, &parameters)?;
         let directions = self.cells.gather(&mut store.group, &directions)?;
         let mut sums = vec![(0.0, 0.0); self.parameters.len()];

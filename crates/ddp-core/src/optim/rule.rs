@@ -177,7 +177,7 @@ pub struct Runs {
     /// By state of [`Rule::states`].
     pub states: Vec<Vec<Tensor>>,
     /// Where directions go, with a [trust ratio](Rule::has_trust_ratio) and for parameters that are taken
-    /// [whole](Rule::whole); else empty.
+    /// [whole](Rule::whole); else empty. It may be the memory of `gradients`.
     pub directions: Vec<Tensor>,
 }
 

@@ -8,7 +8,7 @@ use super::rule::{Rule, Runs, Whole};
 use crate::shim::Variable;
 use crate::store::flat::Flat;
 use crate::store::norm::Cells;
-use crate::store::Store;
+use crate::store::{Storage, Store};
 use crate::Result;
 
 /// Of one storage's parameters that are taken by the element, or of those that are taken whole.
@@ -16,7 +16,18 @@ use crate::Result;
 pub(super) struct Part {
     pub(super) states: Vec<Flat>,
     pub(super) masters: Option<Flat>,
-    directions: Option<Flat>,
+    directions: Directions,
+}
+
+/// Where directions are.
+#[derive(Debug)]
+enum Directions {
+    /// There are none.
+    Nowhere,
+    /// In the place of the gradients, which are of the kind that rules work in and are not needed any more.
+    Gradients,
+    /// In memory of their own, beside the state.
+    Own(Flat),
 }
 
 /// Of all storages.
@@ -44,10 +55,9 @@ impl State {
         let of_whole = rule.whole().map_or(&[][..], Whole::states);
         let lens = piece::state_lens(everything, store.storages.len());
         for (storage, lens) in store.storages.iter().zip(lens).skip(self.parts.len()) {
-            let parameters = &storage.parameters;
-            let by_element = Part::new(parameters, rule.states(), has_ratio, lens[0])?;
+            let by_element = Part::new(storage, rule.states(), has_ratio, lens[0])?;
             let is_turned = has_ratio || rule.whole().is_some();
-            let whole = Part::new(parameters, of_whole, is_turned, lens[1])?;
+            let whole = Part::new(storage, of_whole, is_turned, lens[1])?;
             self.parts.push([by_element, whole]);
         }
         self.seen.clear();
@@ -100,9 +110,17 @@ impl State {
     }
 
     /// A run's directions, where it has any.
-    pub(super) fn direction(&self, storage: usize, run: &Run) -> Result<Option<Tensor>> {
-        let directions = self.part(storage, run).directions.as_ref();
-        directions.map(|directions| directions.range(&run.state)).transpose()
+    pub(super) fn direction(
+        &self,
+        store: &Store,
+        storage: usize,
+        run: &Run,
+    ) -> Result<Option<Tensor>> {
+        match &self.part(storage, run).directions {
+            Directions::Nowhere => Ok(None),
+            Directions::Gradients => store.storages[storage].gradients.range(&run.range).map(Some),
+            Directions::Own(flat) => flat.range(&run.state).map(Some),
+        }
     }
 
     /// The tensors of `runs` of one storage, all treated alike, in the kind that the rule works in.
@@ -122,7 +140,7 @@ impl State {
             for (list, state) in all.states.iter_mut().zip(&part.states) {
                 list.push(state.range(&run.state)?);
             }
-            all.directions.extend(self.direction(storage, run)?);
+            all.directions.extend(self.direction(store, storage, run)?);
         }
         Ok(all)
     }
@@ -138,11 +156,19 @@ impl State {
         Ok(())
     }
 
-    /// Sums of squares of the directions, cell by cell: the cells of this rank's pieces, which lie in the
+    /// Sums of squares of the directions, cell by cell: the cells of this rank's pieces, which may lie in the
     /// directions at other offsets than in the storage; zero where a parameter is not updated.
-    pub(super) fn sums_of_directions(&self, cells: &Cells, owned: &[Owned]) -> Result<Vec<f64>> {
+    pub(super) fn sums_of_directions(
+        &self,
+        store: &Store,
+        cells: &Cells,
+        owned: &[Owned],
+    ) -> Result<Vec<f64>> {
         let pieces: Vec<(usize, &piece::Piece)> =
             owned.iter().flat_map(|o| o.pieces.iter().map(|p| (o.storage, p))).collect();
+        let flats: Vec<&Flat> = (self.parts.iter().zip(&store.storages))
+            .flat_map(|(parts, storage)| parts.iter().map(move |part| part.memory(storage)))
+            .collect();
         let (mut places, mut slots) = (Vec::new(), Vec::new());
         let mut next = 0;
         for (slot, cell) in cells.mine.iter().enumerate() {
@@ -153,14 +179,15 @@ impl State {
             let Some(found) = pieces[next..].iter().position(holds) else { continue };
             next += found;
             let run = &pieces[next].1.run;
-            let start = run.state.start + (cell.range.start - run.range.start);
+            let start = match self.part(cell.storage, run).directions {
+                Directions::Own(_) => run.state.start + (cell.range.start - run.range.start),
+                _ => cell.range.start,
+            };
             let part = 2 * cell.storage + usize::from(run.treatment.is_whole);
             places.push((part, start..start + cell.range.len()));
             slots.push(slot);
         }
-        let directions: Vec<&Flat> =
-            self.parts.iter().flatten().filter_map(|part| part.directions.as_ref()).collect();
-        let found = Flat::sums_of_squares(&directions, &places)?;
+        let found = Flat::sums_of_squares(&flats, &places)?;
         let mut sums = vec![0.0; cells.mine.len()];
         for (slot, sum) in slots.into_iter().zip(found) {
             sums[slot] = sum;
@@ -170,15 +197,28 @@ impl State {
 }
 
 impl Part {
-    /// Zeroed, of `len` elements of a storage with these parameters.
-    fn new(parameters: &Flat, states: &[&str], has_directions: bool, len: usize) -> Result<Self> {
-        let (kind, device) = (parameters.kind(), parameters.device());
+    /// Zeroed, of `len` elements of a storage.
+    fn new(storage: &Storage, states: &[&str], has_directions: bool, len: usize) -> Result<Self> {
+        let (kind, device) = (storage.parameters.kind(), storage.parameters.device());
         let flat = || Flat::private(work_kind(kind), device, len);
+        let directions = match has_directions {
+            false => Directions::Nowhere,
+            true if storage.gradients.kind() == work_kind(kind) => Directions::Gradients,
+            true => Directions::Own(flat()?),
+        };
         Ok(Self {
             states: states.iter().map(|_| flat()).collect::<Result<_>>()?,
             masters: (work_kind(kind) != kind).then(flat).transpose()?,
-            directions: has_directions.then(flat).transpose()?,
+            directions,
         })
+    }
+
+    /// Where directions are, if there are any.
+    fn memory<'a>(&'a self, storage: &'a Storage) -> &'a Flat {
+        match &self.directions {
+            Directions::Own(flat) => flat,
+            Directions::Gradients | Directions::Nowhere => &storage.gradients,
+        }
     }
 }
 

@@ -175,7 +175,7 @@ fn copy(
             let run = &piece.run;
             let from = range.start + (run.range.start - start);
             let mut place = memory.range(&(from..from + run.range.len()))?;
-            let Some(mut direction) = state.direction(wave.storage, run)? else { continue };
+            let Some(mut direction) = state.direction(store, wave.storage, run)? else { continue };
             match way {
                 Way::In => place.f_copy_(&direction)?,
                 Way::Out => direction.f_copy_(&place)?,

@@ -33,10 +33,14 @@ fn mixed() -> Vec<(String, Tensor)> {
     all.map(|(name, tensor)| (name.to_owned(), tensor.set_requires_grad(true))).into()
 }
 
-fn train_mixed(mut group: Group, zero: Zero, rule: Make) -> Vec<Vec<u64>> {
+fn train_mixed(
+    mut group: Group,
+    zero: Zero,
+    (rule, gradient_kind): (Make, Option<Kind>),
+) -> Vec<Vec<u64>> {
     let named = mixed();
     let parameters = named.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
-    let options = DdpOptions { bucket_bytes: vec![3000, 9000], ..options(zero) };
+    let options = DdpOptions { bucket_bytes: vec![3000, 9000], gradient_kind, ..options(zero) };
     let ddp = Ddp::from_tensors(parameters, vec![], &mut group, options).unwrap();
     let mut optimizer = Optimizer::new(&ddp, rule(), ParameterGroups::default()).unwrap();
     for step in 0..3 {
@@ -57,14 +61,16 @@ fn train_mixed(mut group: Group, zero: Zero, rule: Make) -> Vec<Vec<u64>> {
 
 #[test]
 fn every_kind_and_layout_has_the_same_bits_in_every_stage_and_number_of_ranks() {
-    for rule in WHOLE {
-        let alone = run_ranks(1, move |group| train_mixed(group, Zero::Off, rule)).remove(0);
+    // Directions are in the gradients' memory, or in memory of their own where kinds differ.
+    for (rule, kind) in [(WHOLE[0], None), (WHOLE[1], None), (WHOLE[0], Some(Kind::BFloat16))] {
+        let with = (rule, kind);
+        let alone = run_ranks(1, move |group| train_mixed(group, Zero::Off, with)).remove(0);
         let finite = |bits: &u64| f64::from_bits(*bits).is_finite();
         assert!(alone.iter().flatten().all(finite), "{:?}", rule());
         // Every rank has the same gradients, and sums of two and four are exact.
         for world_size in [1, 2, 4] {
             for zero in STAGES {
-                for of_rank in run_ranks(world_size, move |group| train_mixed(group, zero, rule)) {
+                for of_rank in run_ranks(world_size, move |group| train_mixed(group, zero, with)) {
                     assert!(of_rank == alone, "{:?} {zero:?} on {world_size} ranks", rule());
                 }
             }

@@ -65,7 +65,7 @@ pub(crate) fn groups() -> ParameterGroups {
         .with(ParameterGroup::matching(["two.*"]).lr(0.004))
 }
 
-/// Trains 4 steps on batches of 12 samples, cut over the ranks and into micro-batches: the bits of all parameters, and
+/// Trains 3 steps on batches of 12 samples, cut over the ranks and into micro-batches: the bits of all parameters, and
 /// the norms.
 fn train(
     mut group: Group,
@@ -78,7 +78,7 @@ fn train(
     let (rank, world_size) = (group.rank() as i64, group.world_size() as i64);
     let micro = 12 / (world_size * accumulate);
     let mut norms = Vec::new();
-    for step in 0..4 {
+    for step in 0..3 {
         for part in 0..accumulate {
             let start = step * 12 + (rank * accumulate + part) * micro;
             let sync = if part + 1 == accumulate { Sync::Reduce } else { Sync::Accumulate };
@@ -133,22 +133,19 @@ fn every_way_to_clip_has_the_same_bits_in_every_stage_and_does_something() {
     }
 }
 
+/// That of one stage is that of all.
 #[test]
 fn ranks_and_micro_batches_give_the_same_bits() {
+    let zero = STAGES[STAGES.len() - 1];
     for (number, rule) in RULES.into_iter().enumerate() {
         let clip = CLIPS[number % CLIPS.len()]();
-        for zero in STAGES {
-            for parts in [2, 3, 4] {
-                let ranks = run_ranks(parts, move |group| train(group, zero, (rule, clip), 1));
-                let alone =
-                    run_ranks(1, move |group| train(group, zero, (rule, clip), parts as i64));
-                for (rank, outcome) in ranks.iter().enumerate() {
-                    assert!(
-                        *outcome == alone[0],
-                        "{:?} {clip:?} {zero:?}: rank {rank} of {parts} differs",
-                        rule()
-                    );
-                }
+        for parts in [2, 3, 4] {
+            let ranks = run_ranks(parts, move |group| train(group, zero, (rule, clip), 1));
+            let alone =
+                run_ranks(1, move |group| train(group, STAGES[0], (rule, clip), parts as i64));
+            for (rank, outcome) in ranks.iter().enumerate() {
+                let rule = rule();
+                assert!(*outcome == alone[0], "{rule:?} {clip:?}: rank {rank} of {parts} differs");
             }
         }
     }
