@@ -321,8 +321,8 @@ impl Checkpointer {
         let mut beside = Beside { optimizer, averages: averages.as_deref_mut() };
         let tensors = gather(&mut reducer, &mut beside, Share::Saved)?;
         let ready_order = reducer.settled_order();
-        let (optimizer, of_averages) = beside.numbers(&reducer);
-        let saved = Values { ready_order, optimizer, averages: of_averages, program };
+        let (of_optimizer, of_averages) = beside.numbers(&reducer);
+        let saved = Values { ready_order, optimizer: of_optimizer, averages: of_averages, program };
         drop((reducer, averages));
         let rooms = content::rooms(&tensors);
         let mut snapshot = Snapshot::new();

@@ -76,8 +76,8 @@ impl Rule for Adafactor {
         let eps1 = self.eps1.unwrap_or(1.0);
         check_setting("eps1", eps1, eps1 > 0.0 && eps1.is_finite(), "a number > 0")?;
         check_setting("eps2", eps2, eps2 >= 0.0 && eps2.is_finite(), "a number ≥ 0")?;
-        let is_right = clip_threshold >= 1.0 && clip_threshold.is_finite();
-        check_setting("clip_threshold", clip_threshold, is_right, "a number ≥ 1")
+        let is_some = clip_threshold >= 1.0 && clip_threshold.is_finite();
+        check_setting("clip_threshold", clip_threshold, is_some, "a number ≥ 1")
     }
 
     /// The direction: of a matrix its gradient, which is turned whole, else u.

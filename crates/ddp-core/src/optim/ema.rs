@@ -172,16 +172,20 @@ impl Ema {
         let layout = reducer.store.layout;
         drop((reducer, averages));
         let value = body();
+        self.put_back(&own, layout)?;
+        Ok(value)
+    }
+
+    /// Gives parameters their own values again.
+    fn put_back(&self, own: &[(Tensor, Tensor)], layout: u64) -> Result<()> {
         let mut reducer = reduce::lock(&self.shared)?;
         if reducer.store.layout != layout {
             return Err(Error::AveragesMoved);
         }
-        for (copy, parameters) in &own {
+        for (copy, parameters) in own {
             tch::no_grad(|| parameters.shallow_clone().f_copy_(copy).map(drop))?;
         }
-        gather_all(&mut reducer.store)?;
-        drop(reducer);
-        Ok(value)
+        gather_all(&mut reducer.store)
     }
 
     /// Writes the model with its averages, buffers included, as [`save_safetensors`] does: on rank 0, for which the others
@@ -190,13 +194,13 @@ impl Ema {
     /// # Errors
     /// As [`save_safetensors`], on rank 0; errors of the group.
     pub fn save_safetensors(&mut self, path: &Path) -> Result<()> {
-        let reducer = reduce::lock(&self.shared)?;
-        let is_first = reducer.store.group.rank() == 0;
-        let model = &reducer.store.model;
+        let locked = reduce::lock(&self.shared)?;
+        let is_first = locked.store.group.rank() == 0;
+        let model = &locked.store.model;
         let named = model.variables.iter().chain(&model.buffers);
         let tensors: Vec<(String, Tensor)> =
             named.map(|named| (named.name.clone(), named.tensor.shallow_clone())).collect();
-        drop(reducer);
+        drop(locked);
         let written =
             self.with_averaged(|| if is_first { save_safetensors(path, &tensors) } else { Ok(()) });
         let mut reducer = reduce::lock(&self.shared)?;
@@ -259,8 +263,8 @@ impl Averages {
             return Err(Error::AveragesMoved);
         }
         let mut old = std::mem::take(&mut self.pieces);
-        for owned in owned {
-            for piece in owned.pieces {
+        for of_bucket in owned {
+            for piece in of_bucket.pieces {
                 let offset = piece.run.range.start - store.plan.places[piece.parameter].range.start;
                 let is_it = |average: &Average| {
                     average.piece.parameter == piece.parameter && average.offset == offset
@@ -269,9 +273,9 @@ impl Averages {
                 let found = old.iter().position(is_it).filter(|_| is_known);
                 let values = match found {
                     Some(at) => old.swap_remove(at).values,
-                    None => begun(store, owned.storage, &piece)?,
+                    None => begun(store, of_bucket.storage, &piece)?,
                 };
-                let storage = owned.storage;
+                let storage = of_bucket.storage;
                 self.pieces.push(Average { piece, storage, offset, values });
             }
         }

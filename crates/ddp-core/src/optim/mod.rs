@@ -195,7 +195,7 @@ impl Optimizer {
     /// first, and tells the scaler whether they were finite. If not, every rank skips the step and the scale
     /// goes down.
     ///
-    /// The [`Ddp`] must not refuse such gradients itself: give it [`NonFinite::SkipStep`](crate::NonFinite::SkipStep).
+    /// The [`Ddp`] must not refuse such gradients itself: give it [`NonFinite::SkipStep`].
     ///
     /// # Errors
     /// As [`step`](Self::step).

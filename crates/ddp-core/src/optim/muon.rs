@@ -41,6 +41,10 @@ pub enum AdjustLr {
 /// Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; `torch.optim.Muon`, which
 /// iterates in bf16 and takes matrices alone. Liu et al. 2025, "Muon is Scalable for LLM Training".
 #[derive(Clone, Debug, PartialEq)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "switches that have nothing to do with each other"
+)]
 pub struct Muon {
     /// Learning rate of matrices.
     pub lr: f64,
@@ -250,15 +254,12 @@ mod tests {
             let mut expected: Vec<f64> =
                 singular_values(&from).iter().map(|value| iterated(value / norm, 5)).collect();
             expected.sort_by(|left, right| right.total_cmp(left));
-            let found = singular_values(&orthogonal(from, 5, 1e-7).unwrap());
-            for (found, expected) in found.iter().zip(&expected) {
+            let values = singular_values(&orthogonal(from, 5, 1e-7).unwrap());
+            for (found, right) in values.iter().zip(&expected) {
                 // Errors of a step are multiplied by its slope, at most 3.4445 (and less than 7 in magnitude above 1);
                 // a product over k elements is off by k roundings at most.
                 let bound = 3.4445_f64.powi(5) * 64.0 * f64::from(f32::EPSILON);
-                assert!(
-                    (found - expected).abs() <= bound,
-                    "{rows} × {columns}: {found} {expected}"
-                );
+                assert!((found - right).abs() <= bound, "{rows} × {columns}: {found} {right}");
             }
         }
     }

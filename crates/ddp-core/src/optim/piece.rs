@@ -128,8 +128,8 @@ mod tests {
                 let segment = |bucket: &Bucket| bucket.segment(rank, world_size);
                 let parts = owned(&plan, segment, &treatments, &is_updated);
                 let everything = owned(&plan, segment, &treatments, &[true; 7]);
-                let lens = state_lens(&everything, 1)[0];
-                let mut state = lens.map(|len| vec![0; len]);
+                let state_len = state_lens(&everything, 1)[0];
+                let mut state = state_len.map(|len| vec![0; len]);
                 for run in parts.iter().flat_map(|part| &part.runs) {
                     assert_eq!(run.range.len(), run.state.len());
                     assert_eq!(run.range.start % PARAMETER_ALIGNMENT_LEN, 0);
@@ -141,7 +141,7 @@ mod tests {
                 assert!(state.iter().flatten().all(|&count| count <= 1), "state is not shared");
                 let all = everything.iter().flat_map(|part| &part.pieces);
                 let len: usize = all.map(|piece| piece.run.state.len()).sum();
-                assert_eq!(lens[0] + lens[1], len, "state is for what is owned");
+                assert_eq!(state_len[0] + state_len[1], len, "state is for what is owned");
                 for piece in parts.iter().flat_map(|part| &part.pieces) {
                     assert_eq!(piece.run.treatment, treatments[piece.parameter]);
                 }

@@ -148,6 +148,7 @@ pub(super) fn divided(now: &Now, gradient: &Tensor) -> Result<Tensor> {
 
 /// The numbers of one update.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "of the group, and of the parameters")]
 pub struct Now {
     /// How often these elements are updated, this time included: from 1.
     pub step: u64,

@@ -54,10 +54,10 @@ impl State {
         let has_ratio = rule.has_trust_ratio();
         let of_whole = rule.whole().map_or(&[][..], Whole::states);
         let lens = piece::state_lens(everything, store.storages.len());
-        for (storage, lens) in store.storages.iter().zip(lens).skip(self.parts.len()) {
-            let by_element = Part::new(storage, rule.states(), has_ratio, lens[0])?;
+        for (storage, len) in store.storages.iter().zip(lens).skip(self.parts.len()) {
+            let by_element = Part::new(storage, rule.states(), has_ratio, len[0])?;
             let is_turned = has_ratio || rule.whole().is_some();
-            let whole = Part::new(storage, of_whole, is_turned, lens[1])?;
+            let whole = Part::new(storage, of_whole, is_turned, len[1])?;
             self.parts.push([by_element, whole]);
         }
         self.seen.clear();

@@ -67,8 +67,8 @@ impl Wholes {
             for member in wave.members.iter().filter(|member| member.owner == rank) {
                 let shape = &shapes[member.parameter];
                 let options = (kind_of(wave), store.device());
-                let zeros = |(name, shape): (&'static str, Vec<i64>)| {
-                    Ok((name, Tensor::f_zeros(shape.as_slice(), options)?))
+                let zeros = |(name, of_kept): (&'static str, Vec<i64>)| {
+                    Ok((name, Tensor::f_zeros(of_kept.as_slice(), options)?))
                 };
                 if let std::collections::btree_map::Entry::Vacant(free) =
                     kept.entry(member.parameter)

@@ -208,10 +208,10 @@ mod tests {
         );
         for p in [1.0, 2.0, 2.5, f64::INFINITY] {
             for at in 0..40 {
-                let mut values = [1.0_f32; 40];
-                values[at] = f32::NAN;
+                let mut spoilt = [1.0_f32; 40];
+                spoilt[at] = f32::NAN;
                 let power = Power::of(p);
-                let sums = [power_sum(&values, f64::from, power), 1.0];
+                let sums = [power_sum(&spoilt, f64::from, power), 1.0];
                 assert!(power.norm(sums.into_iter()).is_nan(), "{p}: {at}");
             }
         }

@@ -131,9 +131,9 @@ fn lars(rule: &Lars, parameter: &mut Parameter, gradient: &[f64]) {
             (rule.trust_coefficient * of_weight / below, norm(&parameter.off) / of_weight)
         }
     };
-    for at in 0..gradient.len() {
+    for (at, &slope) in gradient.iter().enumerate() {
         let (value, off) = (parameter.values[at], parameter.off[at]);
-        let raw = gradient[at] + decay * value;
+        let raw = slope + decay * value;
         let raw_off = decay * (off + 2.0 * u * value.abs()) + u * raw.abs();
         let scaled = ratio * raw;
         let scaled_off = ratio * raw_off + scaled.abs() * (ratio_off + 2.0 * u);

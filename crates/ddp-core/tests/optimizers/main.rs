@@ -2,7 +2,12 @@
 
 #![allow(clippy::cast_possible_wrap, clippy::cast_precision_loss, reason = "small numbers")]
 #![allow(clippy::cast_possible_truncation, reason = "what is compared is f32")]
-#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+#![allow(clippy::cast_sign_loss, reason = "counts of steps")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::shadow_unrelated,
+    reason = "a failed unwrap is a failed test"
+)]
 
 mod averages;
 mod clipping;
