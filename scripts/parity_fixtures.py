@@ -5,6 +5,8 @@ Each case trains a small model on two and on three ranks under `DistributedDataP
 every step (the mean over the ranks) and the last weights. `crates/ddp-core/tests/parity` trains the same and has to meet them.
 What has no counterpart there says so under `reference`: `single` is one process with everybody's samples (also for `SyncBatchNorm`, which
 PyTorch has on GPUs alone), and `lamb` is its paper's algorithm 2 written out below, under `DistributedDataParallel` like the others.
+`torch.optim.Muon` iterates in bf16, where a last bit of f32 decides about a last bit of bf16, which no two programs have alike; here its
+own code iterates in f32 (`MuonAndAdamW`).
 
 Weights and data are k / 1024 with k from a hash of a name and an index (`number`), so that both sides start from the same bits.
 Every weight begins with a magnitude of 0.125 to 0.375 and stays away from zero, activations are tanh, losses squared errors, and
@@ -27,6 +29,7 @@ import pathlib
 import struct
 import sys
 import tempfile
+import unittest.mock
 import warnings
 
 warnings.filterwarnings("ignore", message=".*NumPy.*")
@@ -36,7 +39,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, Adafactor, Adam, AdamW, Muon
 from torch.optim import lr_scheduler as schedulers
 from torch.utils.checkpoint import checkpoint
 
@@ -200,6 +203,29 @@ class Lamb(torch.optim.Optimizer):
                 p.sub_(update * (group["lr"] * ratio))
 
 
+# ---------------------------------------------------------------- Muon
+
+
+class MuonAndAdamW:
+    """PyTorch's Muon for matrices but the last layer's, PyTorch's AdamW for all else."""
+
+    def __init__(self, named, adamw_lr, **settings):
+        is_matrix = lambda name, p: p.ndim == 2 and not name.startswith("d.")
+        self.muon = Muon([p for n, p in named if is_matrix(n, p)], **settings)
+        others = [p for n, p in named if not is_matrix(n, p)]
+        self.adamw = AdamW(others, lr=adamw_lr, eps=EPS, weight_decay=0.1)
+
+    def step(self):
+        # What it rounds to bf16 before it iterates stays in f32.
+        with unittest.mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
+            self.muon.step()
+        self.adamw.step()
+
+    def zero_grad(self):
+        self.muon.zero_grad()
+        self.adamw.zero_grad()
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -238,13 +264,25 @@ def plain(run):
         run.step()
 
 
-def clipped(run):
+def clipped_to(norm_max, norm_type):
+    def clipped(run):
+        for step in range(STEPS):
+            loss = run.loss(step)
+            loss.backward()
+            run.losses.append(loss.item())
+            norm = nn.utils.clip_grad_norm_(run.model.parameters(), norm_max, norm_type)
+            run.note("gradient_norms", norm.item())
+            run.step()
+
+    return clipped
+
+
+def clamped(run):
     for step in range(STEPS):
         loss = run.loss(step)
         loss.backward()
         run.losses.append(loss.item())
-        norm = nn.utils.clip_grad_norm_(run.model.parameters(), 0.5)
-        run.note("gradient_norms", norm.item())
+        nn.utils.clip_grad_value_(run.model.parameters(), 0.05)
         run.step()
 
 
@@ -440,6 +478,10 @@ def by_name(model):
     ]
 
 
+def with_names(model):
+    return list(model.named_parameters())
+
+
 SLOW = using(SGD, lr=0.02)
 MOMENTUM = using(SGD, lr=0.01, momentum=0.9)
 # The decay shows in weights and in skipped parameters alike.
@@ -459,6 +501,14 @@ CASES = [
     Case("adamw_groups", ADAMW, groups=by_name),
     Case("sgd_groups", DECAYED, groups=by_name),
     Case("lamb", using(Lamb, lr=0.02, weight_decay=0.1), reference="formula"),
+    Case("muon", using(MuonAndAdamW, lr=0.006, adamw_lr=0.004), groups=with_names),
+    Case(
+        "muon_match_rms",
+        using(MuonAndAdamW, lr=0.008, adamw_lr=0.01, nesterov=False, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+        groups=with_names,
+    ),
+    Case("adafactor", using(Adafactor, lr=0.02, eps=(EPS, 1e-3), weight_decay=0.1)),
+    Case("adafactor_groups", using(Adafactor, lr=0.01, eps=(EPS, 1e-3)), groups=by_name),
     # Momentum begins undamped, at each parameter's first gradient.
     Case("unused_sgd", using(SGD, lr=0.01, momentum=0.9, dampening=0.3, weight_decay=0.1), **UNUSED),
     Case("unused_adamw", ADAMW, **UNUSED),
@@ -469,7 +519,11 @@ CASES = [
     Case("static_graph_accumulation", MOMENTUM, accumulated_alone, model=Tied, reference="single"),
     Case("together", ADAMW, together, groups=by_name),
     Case("two_losses", using(SGD, lr=0.005, momentum=0.9), two_losses),
-    Case("clipping", MOMENTUM, clipped),
+    Case("clipping", MOMENTUM, clipped_to(0.5, 2.0)),
+    Case("clipping_sum", MOMENTUM, clipped_to(2.0, 1.0)),
+    Case("clipping_p", MOMENTUM, clipped_to(0.2, 3.0)),
+    Case("clipping_largest", MOMENTUM, clipped_to(0.1, math.inf)),
+    Case("clipping_value", MOMENTUM, clamped),
     Case("loss_scaling", ADAMW, scaled),
     Case("schedule", ADAMW, scheduled),
     Case("buffers_rank_zero", SLOW, model=Normed),

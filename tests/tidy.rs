@@ -50,6 +50,7 @@ const PURE: &[&str] = &[
     "crates/ddp-core/src/checkpoint/neighbours.rs",
     "crates/ddp-core/src/optim/groups.rs",
     "crates/ddp-core/src/optim/piece.rs",
+    "crates/ddp-core/src/optim/waves.rs",
     "crates/ddp-core/src/reduce/ready.rs",
     "crates/ddp-core/src/reduce/statistics.rs",
     "crates/ddp-core/src/schedule.rs",

@@ -11,7 +11,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use super::config::{Config, GradientKind, Model, Precision};
+use super::config::{Config, GradientKind, Model, Precision, Rule};
 
 /// Too little memory: the need, what is free, and what would fit.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +36,9 @@ pub(crate) struct Estimate {
 /// Measured: a rank of the tiny model, libtorch's private pages included.
 const RUNTIME_BYTES: u64 = 160 << 20;
 
+/// Where matrices come together that a rule needs whole: a wave of buckets of 25 MiB.
+const TOGETHER_BYTES: u64 = 96 << 20;
+
 impl Estimate {
     /// For one rank of `world_size`.
     pub(crate) fn new(config: &Config, world_size: usize, micro_batch: usize) -> Estimate {
@@ -44,14 +47,20 @@ impl Estimate {
             None | Some(GradientKind::Fp32) => 4,
             Some(GradientKind::Bf16 | GradientKind::Fp16) => 2,
         };
-        let states = config.optimizer.rule.state_count(config.optimizer.momentum);
+        let (of_all, of_embeddings) =
+            (config.model.parameter_count(), config.model.embedding_count());
+        let states = 4 * config.optimizer.state_count(of_all, of_embeddings);
+        let together = match config.optimizer.rule {
+            Rule::Muon | Rule::Adafactor => parameters.min(TOGETHER_BYTES),
+            _ => 0,
+        };
         let ranks = world_size as u64;
         let shards = |from_stage: u8| if config.ddp.zero < from_stage { 1 } else { ranks };
         let gradients = parameters / 4 * gradient_bytes;
         Estimate {
             parameters: parameters.div_ceil(shards(3)),
             gradients: gradients.div_ceil(shards(2)) + exchange(config, gradient_bytes),
-            optimizer: (states * parameters).div_ceil(shards(1)),
+            optimizer: states.div_ceil(shards(1)) + together,
             activations: activations(config, micro_batch as u64),
             runtime: RUNTIME_BYTES,
         }

@@ -18,7 +18,7 @@ use phalanx_ddp_core::Error;
 use tch::nn::{self, Path};
 use tch::{Kind, Reduction, TchError, Tensor};
 
-use super::config::Model as Config;
+use super::config::{Model as Config, Rule};
 
 /// Label of a position that is not to be predicted, as PyTorch's cross-entropy has it.
 pub(crate) const IGNORED: i64 = -100;
@@ -133,8 +133,10 @@ fn recomputed(
 }
 
 /// Weights that take part in weight decay: all but biases and layer norms, as BERT was trained.
-pub(crate) fn groups() -> ParameterGroups {
+pub(crate) fn groups(rule: Rule) -> ParameterGroups {
     let no_decay = ParameterGroup::matching(["*.bias", "*LayerNorm*"]).weight_decay(0.0);
+    // The norm of a bias says nothing of how far it may move.
+    let no_decay = if rule == Rule::Lars { no_decay.without_trust_ratio() } else { no_decay };
     ParameterGroups::default().with(no_decay)
 }
 

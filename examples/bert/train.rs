@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use anyhow::{ensure, Context as _, Result};
 use phalanx_comm::{Group, Sum};
 use phalanx_ddp_core::feed::Feed;
-use phalanx_ddp_core::optim::{self, Adam, AdamW, Lamb, Optimizer, Sgd, Step};
+use phalanx_ddp_core::optim::{
+    self, Adafactor, Adam, AdamW, AdjustLr, Lamb, Lars, Lion, Muon, Optimizer, Sgd, Step,
+};
 use phalanx_ddp_core::schedule::{Schedule, Shape};
 use phalanx_ddp_core::{amp, Ddp, DdpOptions, Error, Sync};
 use tch::{nn, Device, Kind};
@@ -64,7 +66,8 @@ impl Trainer {
         let options = DdpOptions { exchange, ..config.ddp.options() };
         let network = network.recomputing(config.train.recompute);
         let ddp = Ddp::new(vs, group, options)?;
-        let optimizer = Optimizer::new(&ddp, rule(&config.optimizer), groups())?;
+        let optimizer =
+            Optimizer::new(&ddp, rule(&config.optimizer), groups(config.optimizer.rule))?;
         let norm = config.optimizer.max_grad_norm;
         Ok(Trainer {
             network,
@@ -234,12 +237,29 @@ fn advised(error: Error, step: u64) -> anyhow::Error {
 
 fn rule(optimizer: &config::Optimizer) -> Box<dyn optim::Rule> {
     let config::Optimizer { rule, lr, beta1, beta2, eps, weight_decay, .. } = *optimizer;
-    let config::Optimizer { momentum, nesterov, .. } = *optimizer;
+    let config::Optimizer { trust_coefficient, .. } = *optimizer;
+    let (momentum, nesterov) = (optimizer.momentum(), optimizer.nesterov());
     match rule {
         Rule::Adamw => Box::new(AdamW { lr, beta1, beta2, eps, weight_decay }),
         Rule::Adam => Box::new(Adam { lr, beta1, beta2, eps, weight_decay }),
         Rule::Sgd => Box::new(Sgd { lr, momentum, dampening: 0.0, nesterov, weight_decay }),
         Rule::Lamb => Box::new(Lamb { lr, beta1, beta2, eps, weight_decay }),
+        Rule::Lars => {
+            let own = Lars { lr, momentum, nesterov, trust_coefficient, ..Lars::default() };
+            Box::new(Lars { weight_decay, ..own })
+        }
+        Rule::Lion => Box::new(Lion { lr, beta1, beta2, weight_decay }),
+        Rule::Muon => {
+            let of_others = optimizer.adamw_lr.unwrap_or(lr);
+            let adamw = AdamW { lr: of_others, beta1, beta2, eps, weight_decay };
+            let adjust_lr = match optimizer.adjust_lr {
+                config::AdjustLr::Original => AdjustLr::Original,
+                config::AdjustLr::MatchRmsAdamw => AdjustLr::MatchRmsAdamW,
+            };
+            let own = Muon { lr, weight_decay, momentum, nesterov, ..Muon::default() };
+            Box::new(Muon { adjust_lr, adamw, ..own })
+        }
+        Rule::Adafactor => Box::new(Adafactor { lr, weight_decay, ..Adafactor::default() }),
     }
 }
 

@@ -7,7 +7,7 @@
 use anyhow::{bail, ensure, Context as _, Result};
 use phalanx::checkpoint::{Checkpointer, CheckpointerOptions};
 use phalanx::ddp::amp::LossScaler;
-use phalanx::ddp::optim::{Adam, AdamW, Lamb, Rule, Sgd};
+use phalanx::ddp::optim::{Adafactor, Adam, AdamW, Lamb, Lars, Lion, Muon, Rule, Sgd};
 use phalanx::ddp::{Error, NonFinite};
 use phalanx::tch::{self, nn, nn::Module as _, Device, Kind, Tensor};
 use phalanx::{Ddp, DdpOptions, Group, Optimizer, ParameterGroups, Sync, Zero};
@@ -132,7 +132,7 @@ fn training(group: &mut Group, device: Device, zero: Zero) -> Result<String> {
 type Make = fn() -> Box<dyn Rule>;
 
 /// With everything on that they have.
-const RULES: [(&str, Make); 4] = [
+const RULES: [(&str, Make); 8] = [
     ("AdamW", || Box::new(AdamW { lr: 0.01, weight_decay: 0.1, ..AdamW::default() })),
     ("Adam", || Box::new(Adam { lr: 0.01, weight_decay: 0.1, ..Adam::default() })),
     ("SGD", || {
@@ -140,6 +140,10 @@ const RULES: [(&str, Make); 4] = [
         Box::new(Sgd { lr, momentum, dampening, nesterov: true, weight_decay })
     }),
     ("LAMB", || Box::new(Lamb { lr: 0.01, weight_decay: 0.1, ..Lamb::default() })),
+    ("LARS", || Box::new(Lars { lr: 0.1, trust_coefficient: 0.02, ..Lars::default() })),
+    ("Lion", || Box::new(Lion { lr: 0.001, weight_decay: 0.1, ..Lion::default() })),
+    ("Muon", || Box::new(Muon { lr: 0.01, ..Muon::default() })),
+    ("Adafactor", || Box::new(Adafactor { lr: 0.01, weight_decay: 0.1, ..Adafactor::default() })),
 ];
 
 /// Every rule's steps beside those on the processor, with gradients that are whole numbers: nothing differs but the

@@ -40,10 +40,18 @@ fn what_a_rule_heeds_is_checked_and_nothing_else() {
     wrong(r#""rule": "sgd", "momentum": -1"#, &["optimizer.momentum is -1"]);
     wrong(r#""rule": "sgd", "nesterov": true"#, &["optimizer.nesterov", "optimizer.momentum is 0"]);
     wrong(r#""rule": "sgd", "nesterov": 1"#, &["optimizer.nesterov: ", "expected a boolean"]);
+    wrong(r#""rule": "muon", "momentum": 1"#, &["optimizer.momentum is 1", "below 1"]);
+    wrong(r#""rule": "muon", "adamw_lr": 0"#, &["optimizer.adamw_lr is 0", "above 0"]);
+    wrong(r#""rule": "muon", "adjust_lr": "no""#, &["unknown variant `no`", "`match_rms_adamw`"]);
+    wrong(r#""rule": "lars", "trust_coefficient": 0"#, &["optimizer.trust_coefficient is 0"]);
+    wrong(r#""rule": "lion", "beta1": 1"#, &["optimizer.beta1 is 1"]);
     for fine in [
         r#""rule": "sgd", "momentum": 0.9, "nesterov": true, "beta1": 2, "eps": 0"#,
         // A file for sgd under --optimizer adam, for one.
         r#""rule": "adam", "momentum": -1, "nesterov": true"#,
+        r#""rule": "adafactor", "momentum": -1, "beta1": 2, "eps": 0"#,
+        r#""rule": "lion", "eps": 0, "trust_coefficient": 0"#,
+        r#""rule": "muon", "trust_coefficient": 0, "adamw_lr": 3e-4, "adjust_lr": "original""#,
     ] {
         parse(&optimizer(fine)).unwrap();
     }
@@ -111,7 +119,10 @@ fn rules_and_kinds_of_gradients_show_in_the_estimate() {
         estimate.optimizer / estimate.parameters
     };
     assert_eq!(states(r#""rule": "adam""#), 2);
-    assert_eq!(states(r#""rule": "lamb""#), 3);
+    assert_eq!(states(r#""rule": "lamb""#), 2);
+    assert_eq!(states(r#""rule": "lion""#), 1);
+    assert_eq!(states(r#""rule": "lars""#), 1);
+    assert_eq!(states(r#""rule": "lars", "momentum": 0"#), 0);
     assert_eq!(states(r#""rule": "sgd""#), 0);
     assert_eq!(states(r#""rule": "sgd", "momentum": 0.9"#), 1);
     let half = of(r#"{ "ddp": { "gradient_kind": "bf16" } }"#);

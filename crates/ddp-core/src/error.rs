@@ -208,6 +208,21 @@ pub enum Error {
         /// The ranks that differ from most others.
         ranks: String,
     },
+    /// The norm that gradients were to be clipped to is not finite; parameters stayed as they are, and gradients are gone.
+    #[error(
+        "the norm of all gradients is {norm}, so they cannot be clipped to it: lower the learning rate or the loss \
+         scale, or take NonFinite::SkipStep without error_if_nonfinite"
+    )]
+    NonFiniteNorm {
+        /// The norm.
+        norm: f64,
+    },
+    /// Parameters were laid anew after averages of them had been made, so a rank has those of others than it should.
+    #[error(
+        "parameters were laid anew after they had been averaged: call Ema::update after the optimizer's step, never before \
+         the first one, and no backward inside of Ema::with_averaged"
+    )]
+    AveragesMoved,
     /// Some gradients of a step were weighed and some were not.
     #[error(
         "gradients accumulated by Ddp::backward with a weight and by plain backward cannot be exchanged \

@@ -34,7 +34,10 @@ pub use ddp::{Building, Ddp};
 pub use device::{load_cuda, Cuda};
 pub use error::{Error, Result};
 pub use join::Join;
-pub use optim::{Adam, AdamW, Lamb, Optimizer, ParameterGroup, ParameterGroups, Sgd, Step};
+pub use optim::{
+    Adafactor, Adam, AdamW, Clip, Ema, Lamb, Lars, Lion, Muon, Optimizer, ParameterGroup,
+    ParameterGroups, Sgd, Step,
+};
 pub use options::{Buffers, DdpOptions, NonFinite, SparseGradients, Sync, Zero};
 pub use reduce::ready;
 pub use reduce::statistics::{Phase, RankTimes, Statistics, Straggler};

@@ -192,23 +192,42 @@ impl Optimizer {
 
     /// What the rule heeds, and no other.
     fn problem_of_rule(&self) -> Option<String> {
-        let Self { rule, beta1, beta2, eps, momentum, nesterov, .. } = *self;
-        if rule == Rule::Sgd {
+        let (momentum, nesterov) = (self.momentum(), self.nesterov());
+        let of_momentum = || {
             if !(momentum >= 0.0 && momentum.is_finite()) {
                 return Some(format!("optimizer.momentum is {momentum}; it must not be negative"));
             }
-            return (nesterov && momentum <= 0.0).then(|| {
+            if momentum >= 1.0 && self.rule != Rule::Sgd {
+                return Some(format!("optimizer.momentum is {momentum}; it must be below 1"));
+            }
+            (nesterov && momentum <= 0.0).then(|| {
                 "optimizer.nesterov is true and optimizer.momentum is 0; give a momentum (0.9), or turn \
                  nesterov off"
                     .into()
-            });
+            })
+        };
+        let positive = |name: &str, value: f64| {
+            let is_right = value > 0.0 && value.is_finite();
+            (!is_right).then(|| format!("optimizer.{name} is {value}; it must be above 0"))
+        };
+        let of_betas = || {
+            let betas = [("beta1", self.beta1), ("beta2", self.beta2)];
+            let (name, value) = betas.into_iter().find(|(_, v)| !(0.0..1.0).contains(v))?;
+            Some(format!("optimizer.{name} is {value}; it must be at least 0 and below 1"))
+        };
+        match self.rule {
+            Rule::Adamw | Rule::Adam | Rule::Lamb => positive("eps", self.eps).or_else(of_betas),
+            Rule::Sgd => of_momentum(),
+            Rule::Lars => {
+                of_momentum().or_else(|| positive("trust_coefficient", self.trust_coefficient))
+            }
+            Rule::Lion => of_betas(),
+            Rule::Muon => of_momentum()
+                .or_else(|| positive("adamw_lr", self.adamw_lr.unwrap_or(self.lr)))
+                .or_else(|| positive("eps", self.eps))
+                .or_else(of_betas),
+            Rule::Adafactor => None,
         }
-        if !(eps > 0.0 && eps.is_finite()) {
-            return Some(format!("optimizer.eps is {eps}; it must be above 0"));
-        }
-        let betas = [("beta1", beta1), ("beta2", beta2)];
-        let (name, value) = betas.into_iter().find(|(_, v)| !(0.0..1.0).contains(v))?;
-        Some(format!("optimizer.{name} is {value}; it must be at least 0 and below 1"))
     }
 
     /// What the schedule heeds, and no other.

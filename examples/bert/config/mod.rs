@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use checkpoint::{Checkpoint, Resume};
 pub(crate) use ddp::{Backend, Ddp, GradientKind, NonFinite};
-pub(crate) use optimizer::{Optimizer, Rule, Schedule};
+pub(crate) use optimizer::{AdjustLr, Optimizer, Rule, Schedule};
 
 /// The configurations in the source tree, smallest first, as `--config` takes them, and their text.
 pub(crate) const SHIPPED: [(&str, &str); 4] = [
@@ -316,10 +316,15 @@ impl Model {
     /// Number of trained values: the decoder is tied and counts once.
     pub(crate) fn parameter_count(&self) -> u64 {
         let (h, i) = (self.hidden_size, self.intermediate_size);
-        let embeddings =
-            (self.vocab_size + self.max_position_embeddings + self.type_vocab_size) * h + 2 * h;
         let layer = 4 * (h * h + h) + 2 * h + (h * i + i) + (i * h + h) + 2 * h;
         let head = h * h + h + 2 * h + self.vocab_size;
-        u64::try_from(embeddings + self.num_hidden_layers * layer + head).unwrap_or(0)
+        let others = 2 * h + self.num_hidden_layers * layer + head;
+        self.embedding_count() + u64::try_from(others).unwrap_or(0)
+    }
+
+    /// Of which of embeddings.
+    pub(crate) fn embedding_count(&self) -> u64 {
+        let rows = self.vocab_size + self.max_position_embeddings + self.type_vocab_size;
+        u64::try_from(rows * self.hidden_size).unwrap_or(0)
     }
 }

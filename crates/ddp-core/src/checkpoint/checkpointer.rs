@@ -1,6 +1,7 @@
 //! [`Checkpointer`]: when a training is saved, and how it comes back.
 
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 
 use phalanx_checkpoint::{
     Checkpoint, Folder, OnError, Progress, Saver, SaverOptions, Snapshot, Started,
@@ -18,7 +19,8 @@ use super::kept;
 use super::options::{CheckpointerOptions, Next, Origin, Resumed};
 use super::ranks::OverGroup;
 use super::signals::Signals;
-use super::training::{gather, load, Share, Values};
+use super::training::{gather, load, Beside, Share, Values};
+use crate::optim::ema::{self, Averages, Ema};
 use crate::reduce::{self, Shared};
 use crate::{Ddp, Error, Optimizer, Result};
 
@@ -73,6 +75,8 @@ pub struct Checkpointer {
     saver: Saver,
     folder: Option<PathBuf>,
     keeper: Option<Keeper>,
+    /// Averages that are saved as well.
+    averages: Option<Arc<Mutex<Averages>>>,
     /// After how many steps: to the folder, to memory.
     every_steps: (u64, u64),
     on_error: OnError,
@@ -142,6 +146,7 @@ impl Checkpointer {
             group,
             saver: Saver::new(folder.clone().unwrap_or_default(), saving)?,
             folder,
+            averages: None,
             every_steps: (every_steps, memory_every_steps),
             on_error,
             signals: heed_signals.then(Signals::heed).transpose()?,
@@ -149,6 +154,12 @@ impl Checkpointer {
             committing: None,
             shared,
         })
+    }
+
+    /// Saves and resumes averages of the weights as well. A checkpoint that has none lets them begin as its weights are.
+    #[must_use]
+    pub fn with_ema(self, ema: &Ema) -> Self {
+        Self { averages: Some(ema.averages()), ..self }
     }
 
     /// Goes on from the newest complete checkpoint of the folder or snapshot in memory, if there is one: weights, buffers, the optimizer,
@@ -206,8 +217,11 @@ impl Checkpointer {
     ) -> Result<Result<Resumed>> {
         let shared = Shared::clone(&self.shared);
         let mut reducer = reduce::lock(&shared)?;
-        let loaded = load(checkpoint, &mut reducer, optimizer);
-        drop(reducer);
+        let averages = self.averages.clone();
+        let mut averages = averages.as_deref().map(ema::lock).transpose()?;
+        let beside = Beside { optimizer, averages: averages.as_deref_mut() };
+        let loaded = load(checkpoint, &mut reducer, beside);
+        drop((reducer, averages));
         let damage = match &loaded {
             Err(Error::Checkpoint(error)) if error.is_damage() => error.to_string(),
             _ => String::new(),
@@ -305,12 +319,17 @@ impl Checkpointer {
         }
         // Between two averagings the ranks' models differ.
         reducer.average()?;
-        let (mut tensors, numbers) = gather(&mut reducer, optimizer, Share::Saved)?;
+        let averages = self.averages.clone();
+        let mut averages = averages.as_deref().map(ema::lock).transpose()?;
+        let mut beside = Beside { optimizer, averages: averages.as_deref_mut() };
+        let mut tensors = gather(&mut reducer, &mut beside, Share::Saved)?;
         let (held, kept) = kept::gather(&reducer)?;
         tensors.extend(held);
         let ready_order = reducer.settled_order();
-        let saved = Values { ready_order, optimizer: numbers, kept, program };
-        drop(reducer);
+        let (of_optimizer, of_averages) = beside.numbers(&reducer);
+        let saved =
+            Values { ready_order, optimizer: of_optimizer, averages: of_averages, kept, program };
+        drop((reducer, averages));
         let rooms = content::rooms(&tensors);
         let mut snapshot = Snapshot::new();
         content::offer(&mut snapshot, &tensors, &rooms)?;

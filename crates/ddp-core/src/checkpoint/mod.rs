@@ -11,6 +11,7 @@
 //! | `model/NAME` | a variable or a buffer |
 //! | `optimizer/STATE/NAME` | what the rule keeps of a parameter |
 //! | `optimizer/master/NAME` | the f32 master of a parameter in half precision |
+//! | `ema/NAME` | the [average](crate::optim::Ema) of a parameter |
 //! | `random/DEVICE/rank-R` | the state of a rank's random generator |
 //! | `rank-R/NAME` | a buffer that each rank has for itself ([`Buffers::Own`](crate::Buffers::Own)) |
 //! | `kept/alike/…`, `kept/by-rank/…` | what [hooks](crate::hooks) and [local training](crate::diloco) keep; by rank with an axis of ranks in front |

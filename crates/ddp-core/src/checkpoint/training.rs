@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::held::{self, Held};
 use super::kept::{self, AllNumbers};
 use super::{content, random};
+use crate::optim::ema::{Averages, AveragesNumbers};
 use crate::optim::saved::Numbers;
 use crate::reduce::Reducer;
 use crate::{Error, Optimizer, Result};
@@ -20,6 +21,9 @@ pub(super) struct Values {
     /// What hooks and local training keep beside tensors.
     #[serde(default)]
     pub(super) kept: AllNumbers,
+    /// Of averages, where there are any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) averages: Option<AveragesNumbers>,
     pub(super) program: Value,
 }
 
@@ -32,42 +36,60 @@ pub(super) enum Share {
     Filled,
 }
 
+/// What is trained beside the model.
+#[derive(Debug, Default)]
+pub(super) struct Beside<'a> {
+    pub(super) optimizer: Option<&'a mut Optimizer>,
+    pub(super) averages: Option<&'a mut Averages>,
+}
+
 /// Everything that this rank holds of the training.
 pub(super) fn gather(
     reducer: &mut Reducer,
-    optimizer: Option<&mut Optimizer>,
+    beside: &mut Beside<'_>,
     share: Share,
-) -> Result<(Vec<Held>, Option<Numbers>)> {
+) -> Result<Vec<Held>> {
     let buffers = reducer.options.buffers;
     let counts = share == Share::Filled || reducer.store.group.rank() == 0;
     reducer.store.heed_written()?;
     let mut tensors = held::of_model(&reducer.store, (buffers, counts))?;
-    let mut numbers = None;
-    if let Some(optimizer) = optimizer {
+    if let Some(optimizer) = &mut beside.optimizer {
         tensors.extend(optimizer.held(&mut reducer.store)?);
-        numbers = Some(optimizer.numbers(&reducer.store));
+    }
+    if let Some(averages) = &mut beside.averages {
+        tensors.extend(averages.held(&reducer.store)?);
     }
     if share == Share::Saved {
         tensors.extend(random::held(&reducer.store)?);
     }
-    Ok((tensors, numbers))
+    Ok(tensors)
+}
+
+impl Beside<'_> {
+    /// Their numbers.
+    pub(super) fn numbers(&self, reducer: &Reducer) -> (Option<Numbers>, Option<AveragesNumbers>) {
+        let optimizer = self.optimizer.as_ref();
+        let averages = self.averages.as_ref().map(|averages| averages.numbers());
+        (optimizer.map(|optimizer| optimizer.numbers(&reducer.store)), averages)
+    }
 }
 
 /// Brings a checkpoint's training into this one; returns the program's values.
 pub(super) fn load(
     checkpoint: &Checkpoint,
     reducer: &mut Reducer,
-    mut optimizer: Option<&mut Optimizer>,
+    mut beside: Beside<'_>,
 ) -> Result<Value> {
     let misfit =
         |report: String| Error::CheckpointMisfit { path: checkpoint.path().to_owned(), report };
     let values: Values = serde_json::from_value(checkpoint.values()?)
         .map_err(|error| misfit(format!("  values: {error}\n")))?;
-    let (mut tensors, _) = gather(reducer, optimizer.as_deref_mut(), Share::Filled)?;
+    let unknown = beside.averages.take_if(|_| values.averages.is_none());
+    let mut tensors = gather(reducer, &mut beside, Share::Filled)?;
     held::name_new_ranks(&mut tensors, checkpoint);
     let mut report = held::lacking(&tensors, checkpoint);
     report.extend(content::misfits(&tensors, checkpoint));
-    if let (Some(optimizer), Some(numbers)) = (&optimizer, &values.optimizer) {
+    if let (Some(optimizer), Some(numbers)) = (&beside.optimizer, &values.optimizer) {
         report.extend(optimizer.misfit(numbers));
     }
     if !report.is_empty() {
@@ -77,16 +99,24 @@ pub(super) fn load(
         // Everything may lie elsewhere then.
         drop(tensors);
         reducer.lay_in_order(order)?;
-        optimizer.iter_mut().for_each(|optimizer| optimizer.forget());
-        tensors = gather(reducer, optimizer.as_deref_mut(), Share::Filled)?.0;
+        beside.optimizer.iter_mut().for_each(|optimizer| optimizer.forget());
+        beside.averages.iter_mut().for_each(|averages| averages.forget());
+        tensors = gather(reducer, &mut beside, Share::Filled)?;
         held::name_new_ranks(&mut tensors, checkpoint);
     }
     content::fill(&mut tensors, checkpoint)?;
     reducer.store.forget_gathered()?;
     random::restore(&reducer.store, checkpoint)?;
     kept::load(checkpoint, reducer, &values.kept)?;
-    if let (Some(optimizer), Some(numbers)) = (optimizer, &values.optimizer) {
+    if let (Some(optimizer), Some(numbers)) = (beside.optimizer, &values.optimizer) {
         optimizer.go_on(&mut reducer.store, numbers)?;
+    }
+    if let (Some(averages), Some(numbers)) = (beside.averages, values.averages) {
+        averages.go_on(numbers);
+    }
+    if let Some(averages) = unknown {
+        tracing::warn!("the checkpoint has no averages of weights: they begin as its weights are");
+        averages.forget();
     }
     Ok(values.program)
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::rule::{check_setting, Rule};
+use super::rule::{check_setting, Rule, Whole};
 use crate::Result;
 
 /// Parameters that are treated alike.
@@ -11,6 +11,7 @@ pub struct ParameterGroup {
     matches: Arc<dyn Fn(&str) -> bool + Send + Sync>,
     lr: Option<f64>,
     weight_decay: Option<f64>,
+    is_scaled: bool,
 }
 
 impl std::fmt::Debug for ParameterGroup {
@@ -18,6 +19,7 @@ impl std::fmt::Debug for ParameterGroup {
         f.debug_struct("ParameterGroup")
             .field("lr", &self.lr)
             .field("weight_decay", &self.weight_decay)
+            .field("is_scaled", &self.is_scaled)
             .finish_non_exhaustive()
     }
 }
@@ -38,7 +40,7 @@ impl ParameterGroup {
 
     /// The parameters for whose name `matches` holds. It must say the same on every rank.
     pub fn chosen(matches: impl Fn(&str) -> bool + Send + Sync + 'static) -> Self {
-        Self { matches: Arc::new(matches), lr: None, weight_decay: None }
+        Self { matches: Arc::new(matches), lr: None, weight_decay: None, is_scaled: true }
     }
 
     /// With a learning rate of its own, while the optimizer's is its initial one: what
@@ -52,6 +54,25 @@ impl ParameterGroup {
     #[must_use]
     pub fn weight_decay(self, weight_decay: f64) -> Self {
         Self { weight_decay: Some(weight_decay), ..self }
+    }
+
+    /// Whose steps are not scaled by norms, where the rule does that ([`Lars`](super::Lars), [`Lamb`](super::Lamb)):
+    /// usual for biases and norms.
+    #[must_use]
+    pub fn without_trust_ratio(self) -> Self {
+        Self { is_scaled: false, ..self }
+    }
+
+    /// What its parameters have that would have a learning rate and a decay of their `own` without it, where the
+    /// optimizer's rate is `lr` at first.
+    fn over(&self, (own_lr, own_decay): (f64, f64), lr: f64) -> GroupSettings {
+        let own = self.lr.unwrap_or(own_lr);
+        GroupSettings {
+            // Also where both are zero.
+            lr_factor: if (own - lr).abs() > 0.0 { own / lr } else { 1.0 },
+            weight_decay: self.weight_decay.unwrap_or(own_decay),
+            is_scaled: self.is_scaled,
+        }
     }
 
     /// Whether it has the parameter of this name, if no group before it does.
@@ -76,11 +97,13 @@ pub struct ParameterGroups {
     groups: Vec<ParameterGroup>,
 }
 
-/// What the parameters of a group have: a factor of the optimizer's learning rate, and a weight decay.
+/// What the parameters of a group have: a factor of the optimizer's learning rate, a weight decay, and whether norms
+/// scale their steps.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct GroupSettings {
     pub(super) lr_factor: f64,
     pub(super) weight_decay: f64,
+    pub(super) is_scaled: bool,
 }
 
 impl ParameterGroups {
@@ -91,8 +114,11 @@ impl ParameterGroups {
         self
     }
 
-    /// The settings of each group, and last those of all other parameters.
-    pub(super) fn settings(&self, rule: &dyn Rule) -> Result<Vec<GroupSettings>> {
+    /// The settings of each group, and last those of all other parameters: of parameters that the rule takes by the
+    /// element, and of those that it takes whole.
+    pub(super) fn settings(&self, rule: &dyn Rule) -> Result<Vec<[GroupSettings; 2]>> {
+        let of_rule = (rule.lr(), rule.weight_decay());
+        let others = rule.whole().map_or(of_rule, Whole::others);
         let mut all = Vec::with_capacity(self.groups.len() + 1);
         for group in &self.groups {
             if let Some(lr) = group.lr {
@@ -104,13 +130,13 @@ impl ParameterGroups {
                     "a number ≥ 0, beside an lr > 0 of the rule",
                 )?;
             }
-            let weight_decay = group.weight_decay.unwrap_or_else(|| rule.weight_decay());
-            let is_right = weight_decay >= 0.0 && weight_decay.is_finite();
-            check_setting("weight_decay of a group", weight_decay, is_right, "a number ≥ 0")?;
-            let lr_factor = group.lr.map_or(1.0, |lr| lr / rule.lr());
-            all.push(GroupSettings { lr_factor, weight_decay });
+            let decay = group.weight_decay.unwrap_or(0.0);
+            let is_right = decay >= 0.0 && decay.is_finite();
+            check_setting("weight_decay of a group", decay, is_right, "a number ≥ 0")?;
+            all.push([others, of_rule].map(|own| group.over(own, rule.lr())));
         }
-        all.push(GroupSettings { lr_factor: 1.0, weight_decay: rule.weight_decay() });
+        let none = ParameterGroup::matching(["*"]);
+        all.push([others, of_rule].map(|own| none.over(own, rule.lr())));
         Ok(all)
     }
 
@@ -121,7 +147,7 @@ impl ParameterGroups {
 }
 
 /// Whether `pattern` describes all of `name`.
-fn describes(pattern: &str, name: &str) -> bool {
+pub(super) fn describes(pattern: &str, name: &str) -> bool {
     let mut parts = pattern.split('*');
     let Some(mut rest) = parts.next().and_then(|first| name.strip_prefix(first)) else {
         return false;
@@ -162,14 +188,19 @@ mod tests {
     #[test]
     fn the_first_group_that_contains_a_parameter_has_it() {
         let groups = ParameterGroups::default()
-            .with(ParameterGroup::matching(["*.bias"]).weight_decay(0.0))
+            .with(ParameterGroup::matching(["*.bias"]).weight_decay(0.0).without_trust_ratio())
             .with(ParameterGroup::matching(["head.*"]).lr(2e-3));
         let rule = AdamW { lr: 1e-3, weight_decay: 0.1, ..AdamW::default() };
         let settings = groups.settings(&rule).unwrap();
-        let of = |name| settings[groups.index_of(name)];
-        assert_eq!(of("head.bias"), GroupSettings { lr_factor: 1.0, weight_decay: 0.0 });
-        assert_eq!(of("head.weight"), GroupSettings { lr_factor: 2.0, weight_decay: 0.1 });
-        assert_eq!(of("body.weight"), GroupSettings { lr_factor: 1.0, weight_decay: 0.1 });
+        let of = |name| settings[groups.index_of(name)][0];
+        let expected = |lr_factor, weight_decay, is_scaled| GroupSettings {
+            lr_factor,
+            weight_decay,
+            is_scaled,
+        };
+        assert_eq!(of("head.bias"), expected(1.0, 0.0, false));
+        assert_eq!(of("head.weight"), expected(2.0, 0.1, true));
+        assert_eq!(of("body.weight"), expected(1.0, 0.1, true));
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! LAMB. Plain tensor operations, each a single IEEE operation per element, so that the bits do not depend on how
 //! libtorch cuts the work.
 
-use super::rule::{check_betas, check_lr_and_decay};
-use super::{Now, Rule, Runs};
+use super::rule::{check_betas, check_lr_and_decay, divided};
+use super::{Norms, Now, Rule, Runs};
 use crate::Result;
 
 /// LAMB: AdamW's step, scaled per parameter by ‖parameter‖ / ‖step‖; for very large batches.
+///
+/// Parameters of a group [`without_trust_ratio`](super::ParameterGroup::without_trust_ratio) are not scaled.
 ///
 /// # Source
 /// You et al. 2020, "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", algorithm 2
@@ -57,11 +59,7 @@ impl Rule for Lamb {
         let count = i32::try_from(now.step).unwrap_or(i32::MAX);
         let (correct1, correct2) = (1.0 - self.beta1.powi(count), 1.0 - self.beta2.powi(count));
         for (at, parameter) in runs.parameters.iter().enumerate() {
-            let gradient = &runs.gradients[at];
-            let gradient = match now.divisor_tensor {
-                Some(_) => gradient.f_div_scalar(now.divisor)?,
-                None => gradient.shallow_clone(),
-            };
+            let gradient = divided(now, &runs.gradients[at])?;
             let mut first = runs.states[0][at].shallow_clone();
             let mut second = runs.states[1][at].shallow_clone();
             drop(first.f_mul_scalar_(self.beta1)?);
@@ -82,16 +80,16 @@ impl Rule for Lamb {
         Ok(())
     }
 
+    fn has_trust_ratio(&self) -> bool {
+        true
+    }
+
     /// 1 where either norm is zero.
-    fn trust_ratio(&self) -> Option<fn(f64, f64) -> f64> {
-        Some(
-            |parameter, direction| {
-                if parameter > 0.0 && direction > 0.0 {
-                    parameter / direction
-                } else {
-                    1.0
-                }
-            },
-        )
+    fn trust_ratio(&self, now: &Now, norms: Norms) -> f64 {
+        if now.is_scaled && norms.parameter > 0.0 && norms.direction > 0.0 {
+            norms.parameter / norms.direction
+        } else {
+            1.0
+        }
     }
 }

@@ -5,45 +5,68 @@
 //! elements ([`Rule::update`]), and the updated segments are gathered, bucket by bucket, while later buckets are
 //! still being updated. The arithmetic on an element is the same in every stage, so are the bits.
 //!
+//! Where more than an element decides, `update` leaves directions: those of matrices that are needed whole are brought
+//! together on one rank and taken back ([`Whole`], `whole`), norms of parameters and directions make a factor
+//! ([`Rule::trust_ratio`]), and then parameters move ([`Rule::apply`]).
+//!
 //! Parameters in half precision have f32 masters, which is what a rule updates, and f32 state: a small step is not
 //! lost in a large parameter's last bit.
 
+mod adafactor;
 mod adam;
 mod adamw;
+mod clip;
+pub(crate) mod ema;
 mod groups;
 mod lamb;
+mod lars;
+mod lion;
+mod muon;
+mod numbers;
 mod piece;
 mod rule;
 pub(crate) mod saved;
 mod sgd;
 mod state;
+mod waves;
+mod whole;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use phalanx_comm::Work;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
+pub use adafactor::Adafactor;
 pub use adam::Adam;
 pub use adamw::AdamW;
+pub use clip::Clip;
+pub use ema::Ema;
 pub use groups::{ParameterGroup, ParameterGroups};
 pub use lamb::Lamb;
-pub use rule::{Now, Rule, Runs};
+pub use lars::Lars;
+pub use lion::Lion;
+pub use muon::{AdjustLr, Muon};
+pub use rule::{Norms, Now, Rule, Runs, Whole};
 pub use sgd::Sgd;
 
 use crate::amp::LossScaler;
 use crate::reduce::{self, Outcome, Reducer, Shared};
 use crate::store::model::Named;
-use crate::store::{agree, norm, Store};
-use crate::{Ddp, Error, Result};
+use crate::store::norm::{self, Power};
+use crate::store::plan::Bucket;
+use crate::store::{agree, Store};
+use crate::{Ddp, Error, NonFinite, Result};
 use groups::GroupSettings;
+use numbers::{Changes, Numbers};
 use piece::{Owned, Piece, Treatment};
 use state::State;
+use whole::Wholes;
 
 /// What came of a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Step {
-    /// Norm of all gradients, before clipping; not finite where that is why the step was skipped. `None` where
-    /// nobody asked: it takes a pass over all gradients.
+    /// Norm of all gradients, before clipping: the one that they are clipped to, else the 2-norm. Not finite where that is
+    /// why the step was skipped. `None` where nobody asked: it takes a pass over all gradients.
     pub gradient_norm: Option<f64>,
     /// Whether parameters stayed as they were, on every rank: gradients were not finite.
     pub skipped: bool,
@@ -80,7 +103,8 @@ pub struct Optimizer {
     shared: Shared,
     rule: Box<dyn Rule>,
     groups: ParameterGroups,
-    settings: Vec<GroupSettings>,
+    /// By group: of parameters that are taken by the element, and of those that are taken whole.
+    settings: Vec<[GroupSettings; 2]>,
     lr: f64,
     step_count: u64,
     /// By parameter: its group, and how often it was updated.
@@ -88,6 +112,7 @@ pub struct Optimizer {
     /// The plan that what follows belongs to.
     layout: u64,
     state: State,
+    wholes: Option<Wholes>,
 }
 
 impl Optimizer {
@@ -106,9 +131,7 @@ impl Optimizer {
         agree::alike(&mut store.group, "optimizer", "their optimizers", &signature)?;
         rule.check()?;
         let settings = groups.settings(&rule)?;
-        let state = State::new(store, &rule)?;
         store.optimizer.count += 1;
-        let layout = store.layout;
         let mut optimizer = Self {
             shared: Shared::clone(&shared),
             lr: rule.lr(),
@@ -117,12 +140,14 @@ impl Optimizer {
             settings,
             step_count: 0,
             parameters: Vec::new(),
-            layout,
-            state,
+            layout: store.layout,
+            state: State::default(),
+            wholes: None,
         };
-        optimizer.take_in(store);
+        let laid = optimizer.lay(store);
+        // Before an optimizer is dropped, which takes the lock.
         drop(reducer);
-        Ok(optimizer)
+        laid.map(|()| optimizer)
     }
 
     /// Sets the learning rate of the next steps.
@@ -147,36 +172,37 @@ impl Optimizer {
         self.step_count
     }
 
-    /// Clips the gradients to the global norm `norm_max`, if given, updates the parameters, makes the
-    /// gradients undefined, and returns their norm before clipping: with `Some(f64::INFINITY)` without clipping.
-    /// Collective under ZeRO.
+    /// Clips the gradients, if that is wanted, updates the parameters, makes the gradients undefined, and returns
+    /// their norm before clipping. `clip` is a [`Clip`] or the largest 2-norm: `Some(1.0)`, `None`; with
+    /// `Some(f64::INFINITY)` the norm is told and nothing clipped. Collective under ZeRO, and for rules that take
+    /// parameters whole.
+    ///
+    /// A norm that is not finite is treated as the `Ddp` treats gradients that are not finite: an error on every
+    /// rank, a step that is left out, or a warning.
     ///
     /// # Errors
     /// [`Error::NoGradients`] when no backward exchanged gradients since the last step; [`Error::BadSetting`]
-    /// for a `norm_max` that is not above zero; errors of the group.
-    pub fn step(&mut self, norm_max: Option<f64>) -> Result<Step> {
-        self.step_divided(norm_max, 1.0)
+    /// for a limit that is not above zero; [`Error::NonFiniteNorm`]; errors of the group.
+    pub fn step(&mut self, clip: impl Into<Clip>) -> Result<Step> {
+        self.step_divided(clip.into(), 1.0)
     }
 
     /// As [`step`](Self::step) for a loss that was [scaled](LossScaler::scale): divides the gradients by the scale
     /// first, and tells the scaler whether they were finite. If not, every rank skips the step and the scale
     /// goes down.
     ///
-    /// The [`Ddp`] must not refuse such gradients itself: give it [`NonFinite::SkipStep`](crate::NonFinite::SkipStep).
+    /// The [`Ddp`] must not refuse such gradients itself: give it [`NonFinite::SkipStep`].
     ///
     /// # Errors
     /// As [`step`](Self::step).
-    pub fn step_scaled(&mut self, norm_max: Option<f64>, scaler: &mut LossScaler) -> Result<Step> {
-        let step = self.step_divided(norm_max, scaler.value())?;
+    pub fn step_scaled(&mut self, clip: impl Into<Clip>, scaler: &mut LossScaler) -> Result<Step> {
+        let step = self.step_divided(clip.into(), scaler.value())?;
         scaler.update(step.skipped);
         Ok(step)
     }
 
-    fn step_divided(&mut self, norm_max: Option<f64>, loss_scale: f64) -> Result<Step> {
-        if let Some(max) = norm_max.filter(|max| max.is_nan() || *max <= 0.0) {
-            let (setting, value) = ("norm_max", max.to_string());
-            return Err(Error::BadSetting { setting, value, expected: "a number > 0" });
-        }
+    fn step_divided(&mut self, clip: Clip, loss_scale: f64) -> Result<Step> {
+        clip.check()?;
         let shared = Shared::clone(&self.shared);
         let mut reducer = reduce::lock(&shared)?;
         let has_gradient = match std::mem::take(&mut reducer.outcome) {
@@ -188,20 +214,24 @@ impl Optimizer {
         reducer.store.heed_written()?;
         self.fit(&mut reducer.store)?;
         let is_scaled = (loss_scale - 1.0).abs() > 0.0;
-        let norm = match norm_max.is_some() || is_scaled {
-            true => Some(self.gradient_norm(&mut reducer, &has_gradient)? / loss_scale),
-            false => None,
+        let norm = match clip.power().or(is_scaled.then_some(Power::Two)) {
+            Some(power) => {
+                Some(self.gradient_norm(&mut reducer, &has_gradient, power)? / loss_scale)
+            }
+            None => None,
         };
-        if is_scaled && norm.is_some_and(|norm| !norm.is_finite()) {
+        if norm.is_some_and(|norm| !norm.is_finite())
+            && is_skipped(clip, is_scaled, &mut reducer, norm)?
+        {
             reducer.release_gradients()?;
             return Ok(Step { gradient_norm: norm, skipped: true });
         }
-        let clip = match (norm, norm_max) {
-            (Some(norm), Some(max)) => ((norm + 1e-6) / max).max(1.0),
-            _ => 1.0,
+        let changes = Changes {
+            divisor: clip.divisor(norm) * loss_scale,
+            value_max: clip.value_max().map(|max| max * loss_scale),
         };
-        self.update(&mut reducer, &has_gradient, clip * loss_scale)?;
-        let made_with = [norm_max.unwrap_or(-1.0), loss_scale].map(f64::to_le_bytes).concat();
+        self.update(&mut reducer, &has_gradient, changes)?;
+        let made_with = [clip.bytes(), loss_scale.to_le_bytes().to_vec()].concat();
         let stepped = &mut reducer.store.optimizer;
         stepped.steps += 1;
         stepped.lr = self.lr;
@@ -213,89 +243,113 @@ impl Optimizer {
 
     /// Gives parameters that are new their group.
     fn take_in(&mut self, store: &Store) {
+        let whole = self.rule.whole();
         for named in store.model.parameters().skip(self.parameters.len()) {
             let group = self.groups.index_of(&named.name);
-            self.parameters.push(Treatment { group, step: 0 });
+            let is_whole =
+                whole.is_some_and(|whole| whole.takes(&named.name, &named.tensor.size()));
+            self.parameters.push(Treatment { group, step: 0, is_whole });
         }
+    }
+
+    /// Allocates what the present plan needs and is not there. Collective.
+    fn lay(&mut self, store: &mut Store) -> Result<()> {
+        self.take_in(store);
+        let anew = self.step_count == 0;
+        self.state.fit(store, &*self.rule, &self.everything(store), anew)?;
+        if let Some(whole) = self.rule.whole() {
+            let kept = self.wholes.take().filter(|_| !anew).map(|wholes| wholes.kept);
+            let kept = kept.unwrap_or_default();
+            self.wholes = Some(Wholes::new(store, whole, &self.parameters, kept)?);
+        }
+        Ok(())
+    }
+
+    /// This rank's pieces of all parameters.
+    fn everything(&self, store: &Store) -> Vec<Owned> {
+        self.owned(store, &vec![true; self.parameters.len()])
+    }
+
+    /// This rank's pieces of the parameters that are updated.
+    fn owned(&self, store: &Store, is_updated: &[bool]) -> Vec<Owned> {
+        let segment = |bucket: &Bucket| store.sharding.segment(bucket);
+        piece::owned(&store.plan, segment, &self.parameters, is_updated)
     }
 
     /// Follows the store to its present plan: parameters were added, or, before the first step, all were laid
     /// anew. Collective under ZeRO.
     fn fit(&mut self, store: &mut Store) -> Result<()> {
         if self.layout != store.layout {
-            self.state.fit(store, &*self.rule, self.step_count == 0)?;
+            self.lay(store)?;
             self.layout = store.layout;
-            self.take_in(store);
         }
-        self.state.heed_masters(store)
+        if self.state.has_masters() {
+            self.state.heed_masters(store, &self.everything(store))?;
+        }
+        Ok(())
     }
 
-    fn gradient_norm(&self, reducer: &mut Reducer, has_gradient: &[bool]) -> Result<f64> {
+    fn gradient_norm(
+        &self,
+        reducer: &mut Reducer,
+        has_gradient: &[bool],
+        power: Power,
+    ) -> Result<f64> {
         let start = Instant::now();
         let store = &mut reducer.store;
-        let owned = piece::owned(
-            &store.plan,
-            |bucket| store.sharding.segment(bucket),
-            &self.treatments(has_gradient),
-        );
-        let sums = norm::sums_of_squares(&gradient_parts(store, &owned), 1)?;
+        let parts = gradient_parts(store, &self.owned(store, has_gradient));
+        let own = norm::of(&parts, 1, power)?;
         let computed = start.elapsed();
-        let sum = store.summed(sums)?[0];
+        let sum = store.over_ranks(own)?[0];
         reducer.waited(start.elapsed().saturating_sub(computed));
-        Ok(sum.sqrt())
+        Ok(power.norm(sum))
     }
 
-    /// How each parameter is treated, of those that have gradients.
-    fn treatments(&self, has_gradient: &[bool]) -> Vec<Option<Treatment>> {
-        let treated = self.parameters.iter().zip(has_gradient);
-        treated.map(|(&treatment, &has)| has.then_some(treatment)).collect()
-    }
-
-    fn update(&mut self, reducer: &mut Reducer, has_gradient: &[bool], divisor: f64) -> Result<()> {
+    fn update(
+        &mut self,
+        reducer: &mut Reducer,
+        has_gradient: &[bool],
+        changes: Changes,
+    ) -> Result<()> {
         for (treatment, _) in self.parameters.iter_mut().zip(has_gradient).filter(|(_, has)| **has)
         {
             treatment.step += 1;
         }
-        let treatments = self.treatments(has_gradient);
         let store = &mut reducer.store;
-        let sharding = store.sharding;
-        let parts = piece::owned(&store.plan, |bucket| sharding.segment(bucket), &treatments);
-        let now = Numbers { divisor, device: store.device() };
+        let parts = self.owned(store, has_gradient);
+        let (device, lr) = (store.device(), self.lr);
+        let numbers = Numbers { changes, device, lr, settings: &self.settings };
+        let mut works = Vec::new();
         let start = Instant::now();
         store.await_readers()?;
-        reducer.waited(start.elapsed());
-        let store = &mut reducer.store;
-        let mut works = Vec::new();
-        match self.rule.trust_ratio() {
-            None => {
-                for (bucket, owned) in parts.iter().enumerate() {
-                    self.update_runs(store, owned, &now)?;
-                    self.state.write_back(store, owned)?;
-                    works.extend(store.gather(bucket)?);
-                }
+        let mut waited = start.elapsed();
+        if self.rule.has_trust_ratio() || self.wholes.is_some() {
+            for owned in &parts {
+                self.update_runs(store, owned, &numbers)?;
             }
-            Some(trust_ratio) => {
-                for owned in &parts {
-                    self.update_runs(store, owned, &now)?;
-                }
-                let ratios = self.trust_ratios(store, &parts, trust_ratio)?;
-                for (bucket, owned) in parts.iter().enumerate() {
-                    self.apply(store, owned, &ratios)?;
-                    self.state.write_back(store, owned)?;
-                    works.extend(store.gather(bucket)?);
-                }
+            waited += self.make_whole(store, &parts, (&numbers, has_gradient))?;
+            let ratios = self.trust_ratios(store, &parts, &numbers)?;
+            for (bucket, owned) in parts.iter().enumerate() {
+                self.apply(store, owned, (&numbers, &ratios))?;
+                self.state.write_back(store, owned)?;
+                works.extend(store.gather(bucket)?);
+            }
+        } else {
+            for (bucket, owned) in parts.iter().enumerate() {
+                self.update_runs(store, owned, &numbers)?;
+                self.state.write_back(store, owned)?;
+                works.extend(store.gather(bucket)?);
             }
         }
         let start = Instant::now();
-        let store = &mut reducer.store;
         let ended = wait_all(works).and_then(|()| store.settled());
         let gathered = store.forget_gathered()?;
-        reducer.waited(start.elapsed() + gathered);
+        reducer.waited(waited + gathered + start.elapsed());
         ended
     }
 
     /// Lets the rule update a bucket's runs, those that are treated alike in one call.
-    fn update_runs(&self, store: &Store, owned: &Owned, numbers: &Numbers) -> Result<()> {
+    fn update_runs(&self, store: &Store, owned: &Owned, numbers: &Numbers<'_>) -> Result<()> {
         let mut treatments: Vec<Treatment> = Vec::new();
         for run in &owned.runs {
             if !treatments.contains(&run.treatment) {
@@ -306,9 +360,30 @@ impl Optimizer {
             let alike: Vec<_> =
                 owned.runs.iter().filter(|run| run.treatment == treatment).collect();
             let runs = self.state.runs(store, owned.storage, &alike)?;
-            self.rule.update(&numbers.now(treatment, self.lr, &self.settings)?, &runs)?;
+            numbers.clamp(&runs)?;
+            self.rule.update(&numbers.now(treatment)?, &runs)?;
         }
         Ok(())
+    }
+
+    /// Lets the rule turn the directions of parameters that it takes whole; says how long it waited for other ranks.
+    fn make_whole(
+        &self,
+        store: &mut Store,
+        parts: &[Owned],
+        (numbers, has_gradient): (&Numbers<'_>, &[bool]),
+    ) -> Result<Duration> {
+        let (Some(whole), Some(wholes)) = (self.rule.whole(), &self.wholes) else {
+            return Ok(Duration::ZERO);
+        };
+        let turn = |parameter: usize, direction: &Tensor, kept: &[Tensor]| {
+            if !has_gradient[parameter] {
+                return Ok(None);
+            }
+            let now = numbers.now(self.parameters[parameter])?;
+            whole.turn(&now, direction, kept).map(Some)
+        };
+        wholes.turn(store, &self.state, parts, turn)
     }
 
     /// The factors of the steps, by parameter.
@@ -316,27 +391,41 @@ impl Optimizer {
         &self,
         store: &mut Store,
         owned: &[Owned],
-        trust_ratio: fn(f64, f64) -> f64,
+        numbers: &Numbers<'_>,
     ) -> Result<Vec<f64>> {
+        if !self.rule.has_trust_ratio() {
+            return Ok(vec![1.0; self.parameters.len()]);
+        }
         let count = self.parameters.len();
-        let mut sums = norm::sums_of_squares(&parameter_parts(store, owned), count)?;
-        sums.extend(norm::sums_of_squares(&self.state.direction_parts(owned), count)?);
-        let sums = store.summed(sums)?;
+        let mut parts = parameter_parts(store, owned);
+        let directions = self.state.direction_parts(store, owned).into_iter();
+        parts.extend(directions.map(|part| norm::Part { sum: part.sum + count, ..part }));
+        let own = norm::of(&parts, 2 * count, Power::Two)?;
+        let sums = store.over_ranks(own)?;
         let (parameters, directions) = sums.split_at(count);
-        let both = parameters.iter().zip(directions);
-        Ok(both
-            .map(|(parameter, direction)| trust_ratio(parameter.sqrt(), direction.sqrt()))
-            .collect())
+        let both = parameters
+            .iter()
+            .zip(directions)
+            .map(|(&parameter, &direction)| (parameter, direction));
+        let ratio = |(index, (parameter, direction)): (usize, (f64, f64))| {
+            let now = numbers.now(self.parameters[index])?;
+            let len = store.plan.places[index].range.len();
+            let norms = Norms { parameter: parameter.sqrt(), direction: direction.sqrt(), len };
+            Ok(self.rule.trust_ratio(&now, norms))
+        };
+        both.enumerate().map(ratio).collect()
     }
 
     /// Parameters of a bucket go in their directions.
-    fn apply(&self, store: &Store, owned: &Owned, ratios: &[f64]) -> Result<()> {
+    fn apply(&self, store: &Store, owned: &Owned, with: (&Numbers<'_>, &[f64])) -> Result<()> {
+        let (numbers, ratios) = with;
         for piece in &owned.pieces {
             let runs = self.state.runs(store, owned.storage, &[&piece.run])?;
-            let factor = self.settings[piece.run.treatment.group].lr_factor;
-            let factor = self.lr * factor * ratios[piece.parameter];
-            let scaled = runs.directions[0].f_mul_scalar(factor)?;
-            tch::no_grad(|| runs.parameters[0].shallow_clone().f_sub_(&scaled).map(drop))?;
+            if runs.directions.is_empty() {
+                continue; // it was updated already
+            }
+            let now = numbers.now(piece.run.treatment)?;
+            self.rule.apply(&now, ratios[piece.parameter], &runs)?;
         }
         Ok(())
     }
@@ -350,40 +439,30 @@ impl Drop for Optimizer {
     }
 }
 
-/// What the numbers of an update are made of.
-struct Numbers {
-    divisor: f64,
-    device: tch::Device,
-}
-
-impl Numbers {
-    #[expect(
-        clippy::cast_precision_loss,
-        reason = "steps are far below 2^24; PyTorch counts in f32 too"
-    )]
-    #[expect(clippy::cast_possible_truncation, reason = "the kernels divide in f32")]
-    fn now(&self, treatment: Treatment, lr: f64, settings: &[GroupSettings]) -> Result<Now> {
-        let GroupSettings { lr_factor, weight_decay } = settings[treatment.group];
-        let is_divided = (self.divisor - 1.0).abs() > 0.0;
-        let scalar = |value: f32| Tensor::from(value).f_to_device(self.device);
-        let step_tensor = Tensor::f_zeros([] as [i64; 0], (Kind::Float, self.device))?;
-        drop(step_tensor.shallow_clone().f_fill_(treatment.step as f64)?);
-        Ok(Now {
-            step: treatment.step,
-            step_tensor,
-            lr: lr * lr_factor,
-            weight_decay,
-            divisor: self.divisor,
-            divisor_tensor: is_divided.then(|| scalar(self.divisor as f32)).transpose()?,
-        })
+/// Whether a step whose norm is not finite is left out; an error if it is to be one. The same on every rank.
+fn is_skipped(
+    clip: Clip,
+    is_scaled: bool,
+    reducer: &mut Reducer,
+    norm: Option<f64>,
+) -> Result<bool> {
+    let norm = norm.unwrap_or(f64::NAN);
+    let policy = reducer.options.non_finite;
+    if clip.is_strict || (policy == NonFinite::Error && !is_scaled) {
+        reducer.release_gradients()?;
+        return Err(Error::NonFiniteNorm { norm });
     }
+    if !is_scaled && policy != NonFinite::Ignore && reducer.store.group.rank() == 0 {
+        tracing::warn!(norm, "the norm of all gradients is not finite");
+    }
+    Ok(is_scaled || policy == NonFinite::SkipStep)
 }
 
 /// The gradients of this rank's pieces, all for one sum.
 fn gradient_parts<'a>(store: &'a Store, owned: &[Owned]) -> Vec<norm::Part<'a>> {
     let of = |(storage, piece): (usize, &Piece)| {
         let (memory, range) =
-            store.storages[storage].gradients.at(&piece.run.range, &piece.run.state);
+            store.storages[storage].gradients.at(&piece.run.range, &piece.run.segment);
         norm::Part { memory, range, sum: 0 }
     };
     pieces(owned).map(of).collect()
@@ -393,7 +472,7 @@ fn gradient_parts<'a>(store: &'a Store, owned: &[Owned]) -> Vec<norm::Part<'a>> 
 fn parameter_parts<'a>(store: &'a Store, owned: &[Owned]) -> Vec<norm::Part<'a>> {
     let of = |(storage, piece): (usize, &Piece)| {
         let (memory, range) =
-            store.storages[storage].parameters.at(&piece.run.range, &piece.run.state);
+            store.storages[storage].parameters.at(&piece.run.range, &piece.run.segment);
         norm::Part { memory, range, sum: piece.parameter }
     };
     pieces(owned).map(of).collect()

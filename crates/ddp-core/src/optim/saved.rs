@@ -7,7 +7,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::piece::{self, Piece, Treatment};
+use super::piece::Piece;
+use super::rule::Whole;
+use super::whole::Wholes;
 use super::{Optimizer, State};
 use crate::checkpoint::held::{Held, Part};
 use crate::store::Store;
@@ -40,16 +42,21 @@ impl Optimizer {
     /// Its tensors, as far as this rank has them.
     pub(crate) fn held(&mut self, store: &mut Store) -> Result<Vec<Held>> {
         self.fit(store)?;
-        let of_all = vec![Some(Treatment { group: 0, step: 0 }); self.parameters.len()];
-        let sharding = store.sharding;
-        let owned = piece::owned(&store.plan, |bucket| sharding.segment(bucket), &of_all);
+        let owned = self.everything(store);
         let mut pieces: Vec<Vec<&Piece>> = vec![Vec::new(); self.parameters.len()];
         for piece in owned.iter().flat_map(|of_bucket| &of_bucket.pieces) {
             pieces[piece.parameter].push(piece);
         }
         let mut all = Vec::new();
+        let of_whole = self.rule.whole().map_or(&[][..], Whole::states);
         for (parameter, own) in pieces.iter().enumerate() {
-            all.extend(self.state.held(store, parameter, (self.rule.states(), own))?);
+            let is_whole = self.parameters[parameter].is_whole;
+            let states = if is_whole { of_whole } else { self.rule.states() };
+            let of = (parameter, is_whole);
+            all.extend(self.state.held(store, of, (states, own))?);
+        }
+        if let Some(wholes) = &self.wholes {
+            all.extend(wholes.held(store)?);
         }
         Ok(all)
     }
@@ -89,12 +96,12 @@ impl State {
     fn held(
         &self,
         store: &Store,
-        parameter: usize,
+        (parameter, is_whole): (usize, bool),
         (states, pieces): (&[&str], &[&Piece]),
     ) -> Result<Vec<Held>> {
         let named = store.model.parameter(parameter);
         let place = &store.plan.places[parameter];
-        let part = &self.parts[place.storage];
+        let part = &self.parts[place.storage][usize::from(is_whole)];
         let flats = states.iter().copied().zip(&part.states);
         let masters = part.masters.as_ref().map(|masters| ("master", masters));
         let mut all = Vec::new();
@@ -113,6 +120,20 @@ impl State {
                 });
             }
             all.push(held);
+        }
+        Ok(all)
+    }
+}
+
+impl Wholes {
+    /// What owners keep of parameters that are taken whole.
+    fn held(&self, store: &Store) -> Result<Vec<Held>> {
+        let mut all = Vec::new();
+        for (parameter, kept) in &self.kept {
+            let named = store.model.parameter(*parameter);
+            for (state, tensor) in kept {
+                all.push(Held::whole(format!("optimizer/{state}/{}", named.name), tensor)?);
+            }
         }
         Ok(all)
     }

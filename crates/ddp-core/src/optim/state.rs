@@ -1,70 +1,85 @@
 //! What an optimizer keeps of the elements that this rank updates: its rule's state, f32 masters of parameters in
 //! half precision, and directions where norms of whole parameters decide.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::piece::{self, Owned, Run};
-use super::rule::{Rule, Runs};
+use super::rule::{Rule, Runs, Whole};
 use crate::shim::Variable;
 use crate::store::flat::Flat;
-use crate::store::{norm, Held, Store};
+use crate::store::{norm, Held, Storage, Store};
 use crate::Result;
 
-/// Of one storage.
+/// Of one storage's parameters that are taken by the element, or of those that are taken whole.
 #[derive(Debug)]
 pub(super) struct Part {
     pub(super) states: Vec<Flat>,
     pub(super) masters: Option<Flat>,
-    directions: Option<Flat>,
+    directions: Directions,
+}
+
+/// Where directions are.
+#[derive(Debug)]
+enum Directions {
+    /// There are none.
+    Nowhere,
+    /// In the place of the gradients, which are of the kind that rules work in and are not needed any more.
+    Gradients,
+    /// In memory of their own, beside the state.
+    Own(Flat),
 }
 
 /// Of all storages.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct State {
-    pub(super) parts: Vec<Part>,
+    pub(super) parts: Vec<[Part; 2]>,
     /// The variables when masters were last read from them; else empty.
     seen: Vec<Variable>,
 }
 
 impl State {
-    pub(super) fn new(store: &Store, rule: &dyn Rule) -> Result<Self> {
-        let mut state = Self { parts: Vec::new(), seen: Vec::new() };
-        state.fit(store, rule, true)?;
-        Ok(state)
-    }
-
-    /// Allocates what the present plan needs: all of it `anew`, or that of storages that were added.
-    pub(super) fn fit(&mut self, store: &Store, rule: &dyn Rule, anew: bool) -> Result<()> {
+    /// Allocates what the present plan needs for `everything` that this rank owns: all of it `anew`, or that of
+    /// storages that were added.
+    pub(super) fn fit(
+        &mut self,
+        store: &Store,
+        rule: &dyn Rule,
+        everything: &[Owned],
+        anew: bool,
+    ) -> Result<()> {
         if anew {
             self.parts.clear();
         }
-        for bucket in &store.plan.buckets[self.parts.len()..] {
-            let (storage, len) =
-                (&store.storages[bucket.storage], store.sharding.segment(bucket).len());
-            let (kind, device) = (storage.parameters.kind(), store.device());
-            let flat = || Flat::private(work_kind(kind), device, len);
-            let states = rule.states().iter().map(|_| flat());
-            self.parts.push(Part {
-                states: states.collect::<Result<_>>()?,
-                masters: (work_kind(kind) != kind).then(flat).transpose()?,
-                directions: rule.trust_ratio().map(|_| flat()).transpose()?,
-            });
+        let has_ratio = rule.has_trust_ratio();
+        let of_whole = rule.whole().map_or(&[][..], Whole::states);
+        let lens = piece::state_lens(everything, store.storages.len());
+        for (storage, len) in store.storages.iter().zip(lens).skip(self.parts.len()) {
+            let device = store.device();
+            let by_element = Part::new((storage, device), rule.states(), has_ratio, len[0])?;
+            let is_turned = has_ratio || rule.whole().is_some();
+            let whole = Part::new((storage, device), of_whole, is_turned, len[1])?;
+            self.parts.push([by_element, whole]);
         }
         self.seen.clear();
-        self.heed_masters(store)
+        self.heed_masters(store, everything)
+    }
+
+    /// Whether there are parameters in half precision.
+    pub(super) fn has_masters(&self) -> bool {
+        self.parts.iter().flatten().any(|part| part.masters.is_some())
     }
 
     /// Masters are right as they are: they were read together with the parameters.
     pub(super) fn believe_masters(&mut self, store: &Store) -> Result<()> {
-        if self.parts.iter().any(|part| part.masters.is_some()) {
+        if self.has_masters() {
             self.seen = store.model.states()?;
         }
         Ok(())
     }
 
     /// Reads masters anew where parameters were changed by somebody else: weights were loaded.
-    pub(super) fn heed_masters(&mut self, store: &Store) -> Result<()> {
-        if self.parts.iter().all(|part| part.masters.is_none()) {
+    pub(super) fn heed_masters(&mut self, store: &Store, everything: &[Owned]) -> Result<()> {
+        if !self.has_masters() {
             return Ok(());
         }
         let now = store.model.states()?;
@@ -74,49 +89,66 @@ impl State {
         if is_same {
             return Ok(());
         }
-        for bucket in &store.plan.buckets {
-            let segment = store.sharding.segment(bucket);
-            let Some(masters) = &self.parts[bucket.storage].masters else { continue };
-            let own = 0..segment.len();
-            let (memory, range) = store.storages[bucket.storage].parameters.at(&segment, &own);
-            let parameters = memory.range(&range)?;
-            let mut target = masters.range(&own)?;
-            // Only where a master does not round to its parameter: weights that were taken out and put back are the same.
-            let rounds_to_it = target.f_to_kind(parameters.kind())?.f_eq_tensor(&parameters)?;
-            let heeded =
-                target.f_where_self(&rounds_to_it, &parameters.f_to_kind(target.kind())?)?;
-            tch::no_grad(|| target.f_copy_(&heeded).map(drop))?;
+        for owned in everything {
+            for run in &owned.runs {
+                let Some(masters) = &self.part(owned.storage, run).masters else { continue };
+                let parameters = taken(&store.storages[owned.storage].parameters, run)?;
+                let mut target = masters.range(&run.state)?;
+                // Only where a master does not round to its parameter: weights that were taken out and put back are the same.
+                let rounds_to_it = target.f_to_kind(parameters.kind())?.f_eq_tensor(&parameters)?;
+                let heeded =
+                    target.f_where_self(&rounds_to_it, &parameters.f_to_kind(target.kind())?)?;
+                tch::no_grad(|| target.f_copy_(&heeded).map(drop))?;
+            }
         }
         Ok(())
     }
 
-    /// The tensors of `runs` of one storage, in the kind that the rule works in.
+    /// Where a run's state is.
+    fn part(&self, storage: usize, run: &Run) -> &Part {
+        &self.parts[storage][usize::from(run.treatment.is_whole)]
+    }
+
+    /// A run's directions, where it has any.
+    pub(super) fn direction(
+        &self,
+        store: &Store,
+        storage: usize,
+        run: &Run,
+    ) -> Result<Option<Tensor>> {
+        match &self.part(storage, run).directions {
+            Directions::Nowhere => Ok(None),
+            Directions::Gradients => taken(&store.storages[storage].gradients, run).map(Some),
+            Directions::Own(flat) => flat.range(&run.state).map(Some),
+        }
+    }
+
+    /// The tensors of `runs` of one storage, all treated alike, in the kind that the rule works in.
     pub(super) fn runs(&self, store: &Store, storage: usize, runs: &[&Run]) -> Result<Runs> {
-        let (part, memory) = (&self.parts[storage], &store.storages[storage]);
+        let memory = &store.storages[storage];
         let kind = work_kind(memory.parameters.kind());
-        let mut all =
-            Runs { states: part.states.iter().map(|_| Vec::new()).collect(), ..Runs::default() };
+        let mut all = Runs::default();
         for run in runs {
+            let part = self.part(storage, run);
             all.parameters.push(match &part.masters {
                 Some(masters) => masters.range(&run.state)?,
                 None => taken(&memory.parameters, run)?,
             });
             // The same tensor where the kind is the same.
             all.gradients.push(taken(&memory.gradients, run)?.f_to_kind(kind)?);
+            all.states.resize_with(part.states.len(), Vec::new);
             for (list, state) in all.states.iter_mut().zip(&part.states) {
                 list.push(state.range(&run.state)?);
             }
-            if let Some(directions) = &part.directions {
-                all.directions.push(directions.range(&run.state)?);
-            }
+            all.directions.extend(self.direction(store, storage, run)?);
         }
         Ok(all)
     }
 
     /// Rounds a bucket's updated masters to its parameters.
     pub(super) fn write_back(&self, store: &Store, owned: &Owned) -> Result<()> {
-        let Some(masters) = &self.parts[owned.storage].masters else { return Ok(()) };
         for run in &owned.runs {
+            let Some(masters) = &self.part(owned.storage, run).masters else { continue };
             let mut parameters = taken(&store.storages[owned.storage].parameters, run)?;
             let updated = masters.range(&run.state)?;
             tch::no_grad(|| parameters.f_copy_(&updated).map(drop))?;
@@ -125,23 +157,57 @@ impl State {
     }
 
     /// The directions of this rank's pieces, by parameter.
-    pub(super) fn direction_parts<'a>(&'a self, owned: &[Owned]) -> Vec<norm::Part<'a>> {
+    pub(super) fn direction_parts<'a>(
+        &'a self,
+        store: &'a Store,
+        owned: &[Owned],
+    ) -> Vec<norm::Part<'a>> {
         let of = |(storage, piece): (usize, &piece::Piece)| {
-            let memory = self.parts[storage].directions.as_ref()?;
-            Some(norm::Part { memory, range: piece.run.state.clone(), sum: piece.parameter })
+            let run = &piece.run;
+            let (memory, range) = match &self.part(storage, run).directions {
+                Directions::Nowhere => return None,
+                Directions::Gradients => {
+                    store.storages[storage].gradients.at(&run.range, &run.segment)
+                }
+                Directions::Own(flat) => (flat, run.state.clone()),
+            };
+            Some(norm::Part { memory, range, sum: piece.parameter })
         };
         super::pieces(owned).filter_map(of).collect()
     }
 }
 
+impl Part {
+    /// Zeroed, of `len` elements of a storage.
+    fn new(
+        (storage, device): (&Storage, Device),
+        states: &[&str],
+        has_directions: bool,
+        len: usize,
+    ) -> Result<Self> {
+        let kind = storage.parameters.kind();
+        let flat = || Flat::private(work_kind(kind), device, len);
+        let directions = match has_directions {
+            false => Directions::Nowhere,
+            true if storage.gradients.kind() == work_kind(kind) => Directions::Gradients,
+            true => Directions::Own(flat()?),
+        };
+        Ok(Self {
+            states: states.iter().map(|_| flat()).collect::<Result<_>>()?,
+            masters: (work_kind(kind) != kind).then(flat).transpose()?,
+            directions,
+        })
+    }
+}
+
 /// The elements of a run.
-fn taken(memory: &Held, run: &Run) -> Result<Tensor> {
-    let (flat, range) = memory.at(&run.range, &run.state);
+pub(super) fn taken(memory: &Held, run: &Run) -> Result<Tensor> {
+    let (flat, range) = memory.at(&run.range, &run.segment);
     flat.range(&range)
 }
 
 /// The kind in which a rule works.
-fn work_kind(kind: Kind) -> Kind {
+pub(super) fn work_kind(kind: Kind) -> Kind {
     match kind {
         Kind::Half | Kind::BFloat16 => Kind::Float,
         other => other,

@@ -24,7 +24,6 @@ use std::ops::Range;
 use phalanx_comm::{Group, Work};
 use tch::{Device, Kind};
 
-use crate::store::exact::ExactSum;
 use crate::store::flat::{Flat, Scale};
 use crate::store::plan::Bucket;
 use crate::store::{norm, Held};
@@ -71,7 +70,7 @@ impl Sharding {
     }
 
     /// Into how many parts the optimizer's state is cut.
-    fn parts(self) -> usize {
+    pub(crate) fn parts(self) -> usize {
         match self.zero {
             Zero::Off => 1,
             _ => self.ranks,
@@ -197,10 +196,10 @@ impl Sharding {
     }
 
     /// The values of sums of which this rank has what its segments give. Collective under ZeRO.
-    pub(crate) fn summed(self, group: &mut Group, sums: Vec<ExactSum>) -> Result<Vec<f64>> {
+    pub(crate) fn over_ranks(self, group: &mut Group, own: norm::Own) -> Result<Vec<f64>> {
         if self.parts() == 1 {
-            return Ok(sums.iter().map(ExactSum::value).collect());
+            return Ok(own.values());
         }
-        norm::over_ranks(group, sums)
+        norm::over_ranks(group, own)
     }
 }

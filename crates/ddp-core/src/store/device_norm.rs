@@ -1,4 +1,4 @@
-//! Sums of squares on a GPU: few kernels over whole buckets, and one copy to the host.
+//! Sums of powers on a GPU: few kernels over whole buckets, and one copy to the host.
 //!
 //! Rows of [`ROW`] elements are summed in f64, then the rows of each part. Parameters start at multiples of
 //! [`ROW`] and are padded with zeros, so a row belongs to one part. The order of a sum is fixed, but it is not
@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use super::norm::Part;
+use super::norm::{Part, Power};
 use super::plan::PARAMETER_ALIGNMENT_LEN as ROW;
 use crate::Result;
 
@@ -62,8 +62,8 @@ fn as_i64(rows: usize) -> i64 {
     i64::try_from(rows).unwrap_or(i64::MAX)
 }
 
-/// Sums of squares of `parts`.
-pub(crate) fn sums_of_squares(parts: &[Part<'_>]) -> Result<Vec<f64>> {
+/// Sums of powers of `parts`, or what is largest in them.
+pub(crate) fn power_sums(parts: &[Part<'_>], power: Power) -> Result<Vec<f64>> {
     let mut cells: Vec<(usize, Range<usize>)> = Vec::with_capacity(parts.len());
     for (at, part) in parts.iter().enumerate() {
         let before = cells.last().map(|(storage, _)| *storage);
@@ -76,13 +76,12 @@ pub(crate) fn sums_of_squares(parts: &[Part<'_>]) -> Result<Vec<f64>> {
     for stretch in &stretches {
         let storage = parts[stretch.storage].memory;
         let values = storage.range(&(stretch.rows.start * ROW..stretch.rows.end * ROW))?;
-        let squares = values.f_view([-1, as_i64(ROW)])?.f_to_kind(Kind::Double)?.f_square()?;
-        let rows = squares.f_sum_dim_intlist(1, false, Kind::Double)?;
+        let rows = of_rows(&values.f_view([-1, as_i64(ROW)])?.f_to_kind(Kind::Double)?, power)?;
         let lengths = Tensor::f_from_slice(&stretch.lengths)?.f_to_device(storage.device())?;
         let none: Option<Tensor> = None;
         let sum = Tensor::f_segment_reduce(
             &rows,
-            "sum",
+            if power == Power::Max { "max" } else { "sum" },
             Some(&lengths),
             none.as_ref(),
             none.as_ref(),
@@ -102,10 +101,20 @@ pub(crate) fn sums_of_squares(parts: &[Part<'_>]) -> Result<Vec<f64>> {
     Ok(sums.into_iter().zip(is_cell).filter(|(_, is_cell)| **is_cell).map(|(sum, _)| sum).collect())
 }
 
+/// What each row comes to.
+fn of_rows(values: &Tensor, power: Power) -> Result<Tensor> {
+    let powers = match power {
+        Power::One => values.f_abs()?,
+        Power::Two => values.f_square()?,
+        Power::Of(p) => values.f_abs()?.f_pow_tensor_scalar(p)?,
+        Power::Max => return Ok(values.f_abs()?.f_amax([1_i64].as_slice(), false)?),
+    };
+    Ok(powers.f_sum_dim_intlist(1, false, Kind::Double)?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::exact::ExactSum;
     use crate::store::flat::Flat;
     use crate::store::norm;
 
@@ -123,10 +132,11 @@ mod tests {
         let mut target = storage.range(&(0..values.len())).unwrap();
         target.copy_(&Tensor::from_slice(&values));
         let parts = cells.map(|(sum, range)| Part { memory: &storage, range, sum });
-        let on_cpu: Vec<f64> =
-            norm::sums_of_squares(&parts, 4).unwrap().iter().map(ExactSum::value).collect();
-        let by_rows = sums_of_squares(&parts).unwrap();
-        assert_eq!(by_rows, on_cpu, "sums of small integers are exact");
+        for power in [Power::One, Power::Two, Power::Of(3.0), Power::Max] {
+            let on_cpu = norm::of(&parts, 4, power).unwrap().values();
+            let by_rows = power_sums(&parts, power).unwrap();
+            assert_eq!(by_rows, on_cpu, "sums of small integers are exact: {power:?}");
+        }
     }
 
     #[test]
@@ -136,6 +146,6 @@ mod tests {
             stretches(&[(0, 0..64), (1, 64..128), (1, far..far + 64), (1, far + 64..far + 65)]);
         let shape: Vec<(usize, usize)> = all.iter().map(|s| (s.storage, s.rows.len())).collect();
         assert_eq!(shape, [(0, 1), (1, 1), (1, 2)]);
-        assert!(sums_of_squares(&[]).unwrap().is_empty());
+        assert!(power_sums(&[], Power::Two).unwrap().is_empty());
     }
 }

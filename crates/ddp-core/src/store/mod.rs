@@ -9,7 +9,7 @@
 pub(crate) mod agree;
 pub(crate) mod broadcast;
 mod device_norm;
-pub(crate) mod exact;
+mod exact;
 pub(crate) mod flat;
 pub(crate) mod model;
 pub(crate) mod norm;
@@ -235,6 +235,11 @@ impl Store {
         self.approve()
     }
 
+    /// The ranks that have everything once together.
+    pub(crate) fn sharers(&mut self) -> &mut Group {
+        self.within.as_mut().unwrap_or(&mut self.group)
+    }
+
     /// Every rank has written its parameters: see [`Sharding::settled`]. Collective.
     pub(crate) fn settled(&mut self) -> Result<()> {
         self.sharding.settled(self.within.as_mut().unwrap_or(&mut self.group))
@@ -245,9 +250,9 @@ impl Store {
         self.sharding.await_readers(self.within.as_mut().unwrap_or(&mut self.group))
     }
 
-    /// The values of sums of which this rank has a part: see [`Sharding::summed`]. Collective.
-    pub(crate) fn summed(&mut self, sums: Vec<exact::ExactSum>) -> Result<Vec<f64>> {
-        self.sharding.summed(self.within.as_mut().unwrap_or(&mut self.group), sums)
+    /// The values of what this rank has a part of: see [`Sharding::over_ranks`]. Collective.
+    pub(crate) fn over_ranks(&mut self, own: norm::Own) -> Result<Vec<f64>> {
+        self.sharding.over_ranks(self.within.as_mut().unwrap_or(&mut self.group), own)
     }
 
     /// Starts to gather a bucket's updated parameters, where they are not everywhere. Collective.

@@ -67,6 +67,15 @@ fn clipping_by_the_norm_of_all_gradients() {
 }
 
 #[test]
+fn clipping_by_other_norms_and_by_value() {
+    let check = |name, train| Case { train, ..Case::new(name, momentum) }.check();
+    check("clipping_sum", training::clipped_by_the_sum);
+    check("clipping_p", training::clipped_by_cubes);
+    check("clipping_largest", training::clipped_by_the_largest);
+    check("clipping_value", training::clamped);
+}
+
+#[test]
 fn loss_scaling_skips_a_step_that_overflows_on_one_rank() {
     let case = Case::new("loss_scaling", adamw);
     let options = DdpOptions { non_finite: NonFinite::SkipStep, ..case.options.clone() };

@@ -2,7 +2,8 @@
 
 use phalanx_comm::testing::run_ranks;
 use phalanx_ddp_core::optim::{
-    Adam, AdamW, Lamb, Optimizer, ParameterGroup, ParameterGroups, Rule, Sgd,
+    Adafactor, Adam, AdamW, AdjustLr, Lamb, Muon, Optimizer, ParameterGroup, ParameterGroups, Rule,
+    Sgd,
 };
 use phalanx_ddp_core::{Ddp, DdpOptions};
 use tch::nn::{self, OptimizerConfig as _};
@@ -107,6 +108,46 @@ fn lamb() {
     let optimizer =
         |ddp: &Ddp| made(ddp, Lamb { lr: 0.02, eps: EPS, weight_decay: 0.1, ..Lamb::default() });
     Case::new("lamb", optimizer).check();
+}
+
+/// The last layer is the head, which AdamW has.
+fn of_matrices(lr: f64, adamw_lr: f64) -> Muon {
+    Muon {
+        lr,
+        others: vec!["d.*".to_owned()],
+        adamw: AdamW { lr: adamw_lr, ..ADAMW },
+        ..Muon::default()
+    }
+}
+
+#[test]
+fn muon() {
+    Case::new("muon", |ddp| made(ddp, of_matrices(0.006, 0.004))).check();
+    let matching = |ddp: &Ddp| {
+        let adjust_lr = AdjustLr::MatchRmsAdamW;
+        let plain = Muon { nesterov: false, momentum: 0.9, adjust_lr, ..of_matrices(0.008, 0.01) };
+        made(ddp, plain)
+    };
+    Case::new("muon_match_rms", matching).check();
+}
+
+const ADAFACTOR: Adafactor = Adafactor {
+    lr: 0.02,
+    beta2_decay: -0.8,
+    eps1: Some(EPS),
+    eps2: 1e-3,
+    clip_threshold: 1.0,
+    weight_decay: 0.1,
+};
+
+#[test]
+fn adafactor() {
+    Case::new("adafactor", |ddp| made(ddp, ADAFACTOR)).check();
+    let of_groups = |ddp: &Ddp| {
+        let rule = Adafactor { lr: 0.01, weight_decay: 0.0, ..ADAFACTOR };
+        Optimizer::new(ddp, rule, groups()).unwrap()
+    };
+    Case::new("adafactor_groups", of_groups).check();
 }
 
 /// An optimizer of tch.

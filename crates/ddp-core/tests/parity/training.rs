@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use phalanx_ddp_core::amp::LossScaler;
 use phalanx_ddp_core::schedule::{Schedule, Shape};
-use phalanx_ddp_core::Sync;
+use phalanx_ddp_core::{Clip, Sync};
 use tch::Kind;
 
 use super::networks::ROWS;
@@ -31,12 +31,32 @@ fn one(run: &mut Run, step: usize) {
     run.note_loss(&sum, ROWS);
 }
 
-/// With clipping.
+/// With clipping to the 2-norm.
 pub(crate) fn clipped(run: &mut Run) {
+    clipped_by(run, Clip::norm(0.5));
+}
+
+pub(crate) fn clipped_by_the_sum(run: &mut Run) {
+    clipped_by(run, Clip::p_norm(2.0, 1.0));
+}
+
+pub(crate) fn clipped_by_cubes(run: &mut Run) {
+    clipped_by(run, Clip::p_norm(0.2, 3.0));
+}
+
+pub(crate) fn clipped_by_the_largest(run: &mut Run) {
+    clipped_by(run, Clip::p_norm(0.1, f64::INFINITY));
+}
+
+pub(crate) fn clamped(run: &mut Run) {
+    clipped_by(run, Clip::value(0.05));
+}
+
+fn clipped_by(run: &mut Run, clip: Clip) {
     for step in 0..STEPS {
         one(run, step);
-        let norm = run.optimizer.step(Some(0.5)).unwrap().gradient_norm.unwrap();
-        run.outcome.gradient_norms.push(norm);
+        let norm = run.optimizer.step(clip).unwrap().gradient_norm;
+        run.outcome.gradient_norms.extend(norm);
     }
 }
 

@@ -1,0 +1,204 @@
+//! Parameters that a rule needs whole although they are sharded: their directions come together on one rank each, are
+//! turned there, and go back.
+//!
+//! In waves of buckets (`waves`), each the same on every rank:
+//!
+//! 1. a rank puts its pieces of the wave's directions into registered memory that is laid out like the buckets;
+//! 2. where pieces are sharded, buckets are all-gathered;
+//! 3. each rank turns the parameters that it owns in place, and zeroes those of others;
+//! 4. buckets are summed, in rank order: a value and zeros, so every bit of it stays. Where directions are sharded a
+//!    rank gets its segments alone (reduce-scatter), else all (all-reduce);
+//! 5. a rank takes its pieces back.
+//!
+//! A parameter is computed by one rank, from memory of its own at the same alignment, with the same operations, so its
+//! bits depend neither on the stage nor on the number of ranks, as long as these compute with as many threads. Cost: a
+//! wave of f32 elements as memory (`WAVE_LENS`), and what two exchanges of gradients send. Where sharding is inside
+//! parts of the ranks, each part does all of it by itself.
+//!
+//! Source: Jordan et al. 2024's distributed Muon gives each rank matrices of its own; gathering and returning the
+//! pieces of sharded ones follows from the plan of buckets.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use phalanx_comm::Work;
+use tch::{Kind, Tensor};
+
+use super::piece::{Owned, Treatment};
+use super::rule::Whole;
+use super::state::{work_kind, State};
+use super::waves::{self, Wave, WAVE_LENS};
+use crate::shim;
+use crate::store::flat::{Flat, Scale};
+use crate::store::Store;
+use crate::Result;
+
+/// What owners keep: by parameter, names and tensors.
+pub(super) type Kept = BTreeMap<usize, Vec<(&'static str, Tensor)>>;
+
+/// What brings parameters together.
+#[derive(Debug)]
+pub(super) struct Wholes {
+    waves: Vec<Wave>,
+    /// By kind, as long as the longest wave of that kind.
+    memory: Vec<Flat>,
+    /// Of the parameters that this rank owns.
+    pub(super) kept: Kept,
+}
+
+impl Wholes {
+    /// For the store's present plan; what is in `kept` stays. Collective.
+    pub(super) fn new(
+        store: &mut Store,
+        whole: &dyn Whole,
+        treatments: &[Treatment],
+        mut kept: Kept,
+    ) -> Result<Self> {
+        let (rank, world_size) = (store.sharers().rank(), store.sharers().world_size());
+        let shapes: Vec<Vec<i64>> =
+            store.model.parameters().map(|named| named.tensor.size()).collect();
+        let of = |(treatment, shape): (&Treatment, &Vec<i64>)| {
+            treatment.is_whole.then(|| waves::cost(shape))
+        };
+        let costs: Vec<Option<u64>> = treatments.iter().zip(&shapes).map(of).collect();
+        let waves = waves::waves(&store.plan, &costs, world_size, WAVE_LENS);
+        let kind_of = |wave: &Wave| work_kind(store.storages[wave.storage].parameters.kind());
+        for wave in &waves {
+            for member in wave.members.iter().filter(|member| member.owner == rank) {
+                let shape = &shapes[member.parameter];
+                let options = (kind_of(wave), store.device());
+                let zeros = |(name, of_kept): (&'static str, Vec<i64>)| {
+                    Ok((name, Tensor::f_zeros(of_kept.as_slice(), options)?))
+                };
+                if let std::collections::btree_map::Entry::Vacant(free) =
+                    kept.entry(member.parameter)
+                {
+                    free.insert(whole.kept(shape).into_iter().map(zeros).collect::<Result<_>>()?);
+                }
+            }
+        }
+        let lens = [Kind::Float, Kind::Double].map(|kind| {
+            let of_kind = waves.iter().filter(|wave| kind_of(wave) == kind);
+            (kind, of_kind.map(Wave::len).max().unwrap_or(0))
+        });
+        let mut memory = Vec::new();
+        for (kind, len) in lens.into_iter().filter(|(_, len)| *len > 0) {
+            let device = store.device();
+            memory.push(match world_size {
+                1 => Flat::private(kind, device, len)?,
+                _ => Flat::registered(store.sharers(), kind, device, len)?,
+            });
+        }
+        Ok(Self { waves, memory, kept })
+    }
+
+    /// Turns the directions of all parameters that are taken whole: `turn` makes one parameter's of what it was, or
+    /// nothing where it is not updated. Says how long this rank waited for others. Collective.
+    pub(super) fn turn(
+        &self,
+        store: &mut Store,
+        state: &State,
+        parts: &[Owned],
+        turn: impl Fn(usize, &Tensor, &[Tensor]) -> Result<Option<Tensor>>,
+    ) -> Result<Duration> {
+        let mut waited = Duration::ZERO;
+        for wave in &self.waves {
+            let kind = work_kind(store.storages[wave.storage].parameters.kind());
+            let Some(memory) = self.memory.iter().find(|flat| flat.kind() == kind) else {
+                continue;
+            };
+            copy(store, state, parts, (wave, memory), Way::In)?;
+            if store.sharding.parts() > 1 {
+                waited += exchange(store, wave, |store, range| {
+                    memory.all_gather(store.sharers(), range)
+                })?;
+            }
+            self.turn_own(store, wave, memory, &turn)?;
+            let (is_sharded, whole) = (store.sharding.parts() > 1, Scale(1.0));
+            if store.sharers().world_size() > 1 {
+                waited += exchange(store, wave, |store, range| match is_sharded {
+                    true => memory.reduce_scatter(store.sharers(), range, whole),
+                    false => memory.all_reduce(store.sharers(), range, whole),
+                })?;
+            }
+            copy(store, state, parts, (wave, memory), Way::Out)?;
+        }
+        Ok(waited)
+    }
+
+    /// Turns the parameters that this rank owns where they lie, and zeroes the others.
+    fn turn_own(
+        &self,
+        store: &mut Store,
+        wave: &Wave,
+        memory: &Flat,
+        turn: impl Fn(usize, &Tensor, &[Tensor]) -> Result<Option<Tensor>>,
+    ) -> Result<()> {
+        let rank = store.sharers().rank();
+        for member in &wave.members {
+            let tensor = &store.model.parameter(member.parameter).tensor;
+            let view = || memory.view(&member.range, &tensor.size(), &tensor.stride());
+            let mut turned = None;
+            if member.owner == rank {
+                let kept = self.kept.get(&member.parameter).map_or(&[][..], Vec::as_slice);
+                let kept: Vec<Tensor> = kept.iter().map(|(_, kept)| kept.shallow_clone()).collect();
+                turned = tch::no_grad(|| turn(member.parameter, &view()?, &kept))?;
+            }
+            // A zero that comes out of a sum has no sign, so none has. And `turned` may be the same memory.
+            let turned = turned.map(|turned| turned.f_add_scalar(0.0)).transpose()?;
+            drop(memory.range(&member.range)?.f_zero_()?);
+            if let Some(turned) = turned {
+                view()?.f_copy_(&turned)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Between directions and the memory of a wave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    In,
+    Out,
+}
+
+fn copy(
+    store: &Store,
+    state: &State,
+    parts: &[Owned],
+    (wave, memory): (&Wave, &Flat),
+    way: Way,
+) -> Result<()> {
+    for (bucket, range) in &wave.buckets {
+        let start = store.plan.buckets[*bucket].range.start;
+        for piece in parts[*bucket].pieces.iter().filter(|piece| piece.run.treatment.is_whole) {
+            let run = &piece.run;
+            let from = range.start + (run.range.start - start);
+            let mut place = memory.range(&(from..from + run.range.len()))?;
+            let Some(mut direction) = state.direction(store, wave.storage, run)? else { continue };
+            match way {
+                Way::In => place.f_copy_(&direction)?,
+                Way::Out => direction.f_copy_(&place)?,
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Starts a collective on each bucket of a wave, and waits for all.
+fn exchange(
+    store: &mut Store,
+    wave: &Wave,
+    start: impl Fn(&mut Store, std::ops::Range<usize>) -> Result<Work<'static>>,
+) -> Result<Duration> {
+    let begun = Instant::now();
+    let stream = shim::current_stream(store.device())?;
+    let mut works = Vec::with_capacity(wave.buckets.len());
+    for (bucket, range) in &wave.buckets {
+        store.sharers().set_stream(stream);
+        store.sharers().tagged(&format!("whole parameters of bucket {bucket}"));
+        works.push(start(store, range.clone())?);
+    }
+    works.into_iter().try_for_each(Work::wait)?;
+    Ok(begun.elapsed())
+}
