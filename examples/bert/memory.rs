@@ -48,7 +48,7 @@ impl Estimate {
         let shards = if config.ddp.zero == 0 { 1 } else { world_size as u64 };
         Estimate {
             parameters,
-            gradients: parameters / 4 * gradient_bytes,
+            gradients: parameters / 4 * (gradient_bytes + config.ddp.hook.kept_bytes()),
             optimizer: (states * parameters).div_ceil(shards),
             activations: activations(config, micro_batch as u64),
             runtime: RUNTIME_BYTES,

@@ -113,7 +113,8 @@ fn the_outer_optimizer_steps_on_the_mean_of_the_ranks_changes() {
                 // step makes a few roundings of values of that size, which momentum sums up in the same way.
                 let growth = 0.7 * 1.9 / (1.0 - 0.9);
                 let size = 1.0 + steps as f64 * 0.25 * WHOLE_MAX * growth;
-                let bound = (steps as f64 * (8.0 + world_size as f64) * growth + 1.0) * ROUNDOFF * size;
+                let bound =
+                    (steps as f64 * (8.0 + world_size as f64) * growth + 1.0) * ROUNDOFF * size;
                 assert_within(&ranks[0], &right, bound);
             }
         }
@@ -312,7 +313,8 @@ fn layers_may_be_unfrozen_on_the_way() {
 
 #[test]
 fn buffers_are_averaged_as_the_policy_has_it() {
-    for (policy, alike) in [(Buffers::Mean, true), (Buffers::RankZero, true), (Buffers::Own, false)] {
+    for (policy, alike) in [(Buffers::Mean, true), (Buffers::RankZero, true), (Buffers::Own, false)]
+    {
         let all = run_ranks(2, move |mut group| {
             let rank = group.rank();
             let vs = nn::VarStore::new(Device::Cpu);

@@ -24,6 +24,8 @@ pub(crate) enum Shape {
     Normed,
     /// With an embedding of sparse gradients.
     Embedded,
+    /// The weights of the first times given numbers: see [`Network::products`].
+    Products,
 }
 
 /// A model.
@@ -42,7 +44,7 @@ impl Network {
         let vs = nn::VarStore::new(Device::Cpu);
         let root = vs.root();
         let sizes: &[(&str, usize, usize)] = match shape {
-            Shape::Mlp | Shape::Normed | Shape::Embedded => {
+            Shape::Mlp | Shape::Normed | Shape::Embedded | Shape::Products => {
                 &[("a", INPUTS, 13), ("b", 13, 17), ("c", 17, 7), ("d", 7, OUTPUTS)]
             }
             Shape::Branches => &[
@@ -88,7 +90,7 @@ impl Network {
         let (x, _) = samples(step * 64 + rank * 16 + part * ROWS, rows);
         let through = |name: &str, of: &Tensor| self.layers[name].forward(of);
         match self.shape {
-            Shape::Mlp => self.mlp(&x),
+            Shape::Mlp | Shape::Products => self.mlp(&x),
             Shape::Branches => {
                 let turn = if step.is_multiple_of(2) { "even" } else { "odd" };
                 let mut y = self.mlp(&x) + through(turn, &x).tanh();
@@ -116,6 +118,23 @@ impl Network {
                 self.mlp(&(x + Tensor::embedding(weight, &at, -1, false, true)))
             }
         }
+    }
+
+    /// Each weight times its gradient, which is 3 (k + 1/2048) / 64 with k from 16 to 31.
+    pub(crate) fn products(&self, step: usize, rank: usize) -> Tensor {
+        // From the last layer to the first, so that gradients become ready as elsewhere.
+        let mut variables: Vec<(String, Tensor)> = self.vs.variables().into_iter().collect();
+        variables.sort_by(|left, right| left.0.cmp(&right.0));
+        let product = |(name, tensor): (String, Tensor)| {
+            let of = format!("{name} {step} {rank}");
+            let value = |index| {
+                (f64::from(16 + number(&of, index) % 16) + 1.0 / 2048.0) * 3.0 / 64.0
+            };
+            let values: Vec<f64> = (0..tensor.numel()).map(value).collect();
+            let gradient = Tensor::from_slice(&values).to_kind(Kind::Float).reshape(tensor.size());
+            (tensor * gradient).sum(Kind::Float)
+        };
+        variables.into_iter().map(product).sum()
     }
 
     fn mlp(&self, x: &Tensor) -> Tensor {
