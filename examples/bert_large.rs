@@ -24,7 +24,7 @@ use phalanx::tch::{self, nn, Device};
 use phalanx::{comm, launch, Group, GroupOptions};
 
 use bert::batching::Batching;
-use bert::config::{Backend, Config, Precision};
+use bert::config::{Backend, Config, Hook, Precision};
 use bert::flags::{Flags, Settings};
 use bert::journal::Journal;
 use bert::memory::{self, Estimate, Usage};
@@ -260,11 +260,12 @@ fn announce(settings: &Settings, group: &Group, batching: Batching, threads: usi
     );
     println!("data   {data}");
     println!(
-        "ranks  {} on {} node(s), {threads} thread(s) each, backend {}, zero {}",
+        "ranks  {} on {} node(s), {threads} thread(s) each, backend {}, zero {}{}",
         group.world_size(),
         group.node_count(),
         group.backend().name(),
         ddp.zero,
+        if ddp.hook == Hook::None { String::new() } else { format!(", hook {}", ddp.hook) },
     );
     if let Some(choice) = group.backend_choice() {
         println!("device {}: {choice}", if group.device().is_some() { "GPU" } else { "CPU" });
@@ -306,6 +307,7 @@ fn summary(
         accumulate: batching.accumulate,
         precision: config.train.precision,
         zero: config.ddp.zero,
+        hook: config.ddp.hook,
         skipped: trainer.skipped_count(),
         stragglers: trainer.stragglers()?,
         peak_memory_sum_bytes: peak_memory.iter().map(|m| m.proportional_peak_bytes).sum(),

@@ -7,7 +7,9 @@ use clap::Parser;
 use phalanx_launch::LaunchArgs;
 
 use super::batching::{Batching, Wanted};
-use super::config::{Backend, Config, ConfigError, NonFinite, Precision, Resume, Rule, SHIPPED};
+use super::config::{
+    Backend, Config, ConfigError, Hook, NonFinite, Precision, Resume, Rule, SHIPPED,
+};
 use super::disturbed::Disturbance;
 use super::failure;
 
@@ -64,6 +66,9 @@ pub(crate) struct Flags {
     /// Of what each rank holds a part: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too.
     #[arg(long, value_name = "STAGE")]
     pub(crate) zero: Option<u8>,
+    /// How gradients travel: none, noop, bf16, fp16, int8, topk:SHARE or powersgd:RANK[:PLAIN_STEPS].
+    #[arg(long, value_name = "HOOK")]
+    pub(crate) hook: Option<Hook>,
     /// What to do with gradients that are not finite.
     #[arg(long, value_name = "POLICY")]
     pub(crate) non_finite: Option<NonFinite>,
@@ -206,6 +211,7 @@ impl Flags {
         train.accumulate = self.accumulate.or(train.accumulate);
         train.output = self.output.clone().or(train.output.take());
         put(&mut ddp.zero, self.zero.as_ref());
+        put(&mut ddp.hook, self.hook.as_ref());
         put(&mut ddp.non_finite, self.non_finite.as_ref());
         put(&mut ddp.backend, self.backend.as_ref());
         checkpoint.folder = self.checkpoint.clone().or(checkpoint.folder.take());

@@ -59,7 +59,9 @@ impl Estimate {
         let gradients = parameters / 4 * gradient_bytes;
         Estimate {
             parameters: parameters.div_ceil(shards(3)),
-            gradients: gradients.div_ceil(shards(2)) + exchange(config, gradient_bytes),
+            gradients: gradients.div_ceil(shards(2))
+                + exchange(config, gradient_bytes)
+                + parameters / 4 * config.ddp.hook.kept_bytes(),
             optimizer: states.div_ceil(shards(1)) + together,
             activations: activations(config, micro_batch as u64),
             runtime: RUNTIME_BYTES,

@@ -39,6 +39,9 @@ pub(crate) struct StepRecord {
     pub(crate) backward_ms: f64,
     /// Waiting for gradients after the last of our own was ready.
     pub(crate) exposed_comm_ms: f64,
+    /// Bytes that a rank has to send for the gradients at least; what sharded weights take to be gathered is not in it.
+    #[serde(default)]
+    pub(crate) bytes_sent: u64,
     /// Clipping, update, and the gathering of weights when they are sharded.
     pub(crate) optimizer_ms: f64,
     /// Tokens of the global batch ÷ step time.
@@ -59,6 +62,8 @@ pub(crate) struct Summary {
     pub(crate) accumulate: usize,
     pub(crate) precision: super::config::Precision,
     pub(crate) zero: u8,
+    /// How gradients travelled.
+    pub(crate) hook: super::config::Hook,
     /// Steps that were left out because gradients were not finite.
     pub(crate) skipped: u64,
     /// Ranks that the others waited for over the last exchanges, a text each.

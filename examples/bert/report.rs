@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use phalanx_data::SlowLoader;
 
+use super::config::Hook;
 use super::memory::gib;
 use super::metrics::{StepRecord, Summary};
 
@@ -76,6 +77,14 @@ pub(crate) fn screen(
     let left_out: usize = records.iter().map(|record| record.left_out).sum();
     if left_out > 0 {
         add(format!("{left_out} damaged samples were left out"));
+    }
+    if summary.hook != Hook::None {
+        let bytes = timed.last().map_or(0, |record| record.bytes_sent);
+        add(format!(
+            "gradients travelled by {}: {} MB a step and rank",
+            summary.hook,
+            millions(bytes)
+        ));
     }
     let ranks: Vec<String> =
         summary.peak_memory.iter().map(|m| gib(m.resident_peak_bytes)).collect();

@@ -9,7 +9,7 @@ use phalanx_ddp_core::optim::{
     self, Adafactor, Adam, AdamW, AdjustLr, Lamb, Lars, Lion, Muon, Optimizer, Sgd, Step,
 };
 use phalanx_ddp_core::schedule::{Schedule, Shape};
-use phalanx_ddp_core::{amp, Ddp, DdpOptions, Error, Sync};
+use phalanx_ddp_core::{amp, Ddp, DdpOptions, Error, Statistics, Sync};
 use tch::{nn, Device, Kind};
 
 use super::batching::Batching;
@@ -66,6 +66,7 @@ impl Trainer {
         let options = DdpOptions { exchange, ..config.ddp.options() };
         let network = network.recomputing(config.train.recompute);
         let ddp = Ddp::new(vs, group, options)?;
+        config.ddp.hook.set(&ddp)?;
         let optimizer =
             Optimizer::new(&ddp, rule(&config.optimizer), groups(config.optimizer.rule))?;
         let norm = config.optimizer.max_grad_norm;
@@ -105,7 +106,7 @@ impl Trainer {
             }
             self.micro_batch(&tensors, (step, index), sync, &mut sums)?;
         }
-        let exposed = self.ddp.statistics()?.exposed_comm;
+        let Statistics { exposed_comm: exposed, bytes_sent, .. } = self.ddp.statistics()?;
         let data_wait_ms = milliseconds(batches.data_wait);
         let mut totals = vec![0.0; OWN_TOTALS + group.world_size()];
         let of_all = [sums.loss, count(sums.masked_count), count(sums.token_count)];
@@ -152,6 +153,7 @@ impl Trainer {
             forward_ms: milliseconds(sums.forward),
             backward_ms: milliseconds(sums.backward.saturating_sub(exposed)),
             exposed_comm_ms: milliseconds(exposed),
+            bytes_sent,
             optimizer_ms: milliseconds(optimizer_time),
             tokens_per_s: token_count / step_time.as_secs_f64(),
         })

@@ -3,7 +3,7 @@
 use phalanx_ddp_core::{Buffers, DdpOptions, Zero};
 use tch::Kind;
 
-use super::bert::config::Config;
+use super::bert::config::{Config, Hook};
 use super::bert::memory::Estimate;
 use super::bert::train;
 use super::{check, parse};
@@ -92,6 +92,32 @@ fn wrong_settings_of_ddp_are_named() {
 }
 
 #[test]
+fn hooks_are_words_with_settings() {
+    for (text, hook) in [
+        ("none", Hook::None),
+        ("noop", Hook::Noop),
+        ("bf16", Hook::Bf16),
+        ("fp16", Hook::Fp16),
+        ("int8", Hook::Int8),
+        ("topk:0.01", Hook::TopK(0.01)),
+        ("powersgd:4:100", Hook::PowerSgd(4, 100)),
+    ] {
+        let config = parse(&format!(r#"{{ "ddp": {{ "hook": "{text}" }} }}"#)).unwrap();
+        assert_eq!((config.ddp.hook, config.ddp.hook.to_string().as_str()), (hook, text));
+    }
+    let rank = parse(r#"{ "ddp": { "hook": "powersgd:2" } }"#).unwrap().ddp.hook;
+    assert_eq!(rank, Hook::PowerSgd(2, 10));
+    let wrong = |hook: &str, parts: &[&str]| {
+        check(&format!(r#"{{ "ddp": {{ "hook": "{hook}" }} }}"#), parts);
+    };
+    wrong("int4", &["ddp.hook: \"int4\" is no hook; take none, noop, bf16", "powersgd:RANK"]);
+    wrong("bf16:2", &["\"bf16:2\" is no hook"]);
+    wrong("topk:0", &["ddp.hook: \"topk:0\": the share must be above 0 and at most 1"]);
+    wrong("powersgd:0", &["\"powersgd:0\": rank (above 0)"]);
+    wrong("powersgd:2:x", &["\"powersgd:2:x\"", "whole numbers"]);
+}
+
+#[test]
 #[expect(clippy::float_cmp, reason = "values that are exact in f64")]
 fn every_schedule_of_a_configuration_ends_where_it_says() {
     let rates = |name: &str, warmup_steps: u64, steps: [u64; 3]| {
@@ -127,6 +153,8 @@ fn rules_and_kinds_of_gradients_show_in_the_estimate() {
     assert_eq!(states(r#""rule": "sgd", "momentum": 0.9"#), 1);
     let half = of(r#"{ "ddp": { "gradient_kind": "bf16" } }"#);
     assert_eq!(half.gradients, half.parameters / 2);
+    let kept = of(r#"{ "ddp": { "hook": "topk:0.1" } }"#);
+    assert_eq!(kept.gradients, 2 * kept.parameters);
 }
 
 #[test]

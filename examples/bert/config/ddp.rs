@@ -4,6 +4,8 @@ use phalanx_ddp_core::{self as core, DdpOptions, Zero};
 use serde::{Deserialize, Serialize};
 use tch::Kind;
 
+use super::Hook;
+
 /// Which library moves the bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -85,6 +87,8 @@ pub(crate) struct Ddp {
     pub(crate) non_finite: NonFinite,
     /// In which type gradients add up and travel: `fp32`, `bf16`, `fp16`; null is the parameters' own, fp32.
     pub(crate) gradient_kind: Option<GradientKind>,
+    /// How gradients travel: `none`, `noop`, `bf16`, `fp16`, `int8`, `topk:SHARE` or `powersgd:RANK[:PLAIN_STEPS]`.
+    pub(crate) hook: Hook,
     /// After how many exchanges ranks compare their parameters; 0 is never.
     pub(crate) fingerprint_interval: u64,
     /// How long a collective may wait for ranks that live and do not call, in seconds. Dead ones are found at once.
@@ -105,6 +109,7 @@ impl Default for Ddp {
             buffers: Buffers::RankZero,
             non_finite: NonFinite::Error,
             gradient_kind: None,
+            hook: Hook::None,
             fingerprint_interval: 100,
             timeout_s: 1800,
         }

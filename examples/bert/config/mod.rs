@@ -8,6 +8,7 @@
 mod check;
 mod checkpoint;
 mod ddp;
+mod hook;
 mod optimizer;
 
 use std::path::{Path, PathBuf};
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use checkpoint::{Checkpoint, Resume};
 pub(crate) use ddp::{Backend, Ddp, GradientKind, NonFinite};
+pub(crate) use hook::Hook;
 pub(crate) use optimizer::{AdjustLr, Optimizer, Rule, Schedule};
 
 /// The configurations in the source tree, smallest first, as `--config` takes them, and their text.

@@ -141,7 +141,9 @@ fn batch_normalisation_over_all_ranks() {
 
 #[test]
 fn every_case_of_the_fixtures_is_trained() {
-    let sources = [include_str!("features.rs"), include_str!("optimizers.rs")].concat();
+    let sources =
+        [include_str!("features.rs"), include_str!("optimizers.rs"), include_str!("hooks.rs")]
+            .concat();
     for name in Fixtures::read().names() {
         assert!(sources.contains(&format!("\"{name}\"")), "nothing trains {name}");
     }

@@ -8,6 +8,7 @@
 
 mod features;
 mod fixtures;
+mod hooks;
 mod networks;
 mod optimizers;
 mod schedules;

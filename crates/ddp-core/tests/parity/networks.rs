@@ -31,6 +31,8 @@ pub(crate) enum Shape {
     Recomputed,
     /// As `Normed`, over the batches of all ranks.
     SyncNormed,
+    /// The weights of the first times given numbers: see [`Network::products`].
+    Products,
 }
 
 /// A model.
@@ -49,7 +51,7 @@ impl Network {
         let vs = nn::VarStore::new(Device::Cpu);
         let root = vs.root();
         let sizes: &[(&str, usize, usize)] = match shape {
-            Shape::Mlp | Shape::Normed | Shape::SyncNormed | Shape::Embedded => {
+            Shape::Mlp | Shape::Normed | Shape::SyncNormed | Shape::Embedded | Shape::Products => {
                 &[("a", INPUTS, 13), ("b", 13, 17), ("c", 17, 7), ("d", 7, OUTPUTS)]
             }
             Shape::Branches => &[
@@ -108,7 +110,7 @@ impl Network {
         let (x, _) = samples(step * 64 + rank * 16 + part * ROWS, rows);
         let through = |name: &str, of: &Tensor| self.layers[name].forward(of);
         match self.shape {
-            Shape::Mlp => self.mlp(&x),
+            Shape::Mlp | Shape::Products => self.mlp(&x),
             Shape::Branches => {
                 let turn = if step.is_multiple_of(2) { "even" } else { "odd" };
                 let mut y = self.mlp(&x) + through(turn, &x).tanh();
@@ -150,6 +152,22 @@ impl Network {
         let (own_t, own_u) = (owned(t), owned(u));
         let again = move |z: &Tensor| Ok(checkpointed_one(z, part(&own_t, &own_u))? * 0.5 + z);
         self.layers["d"].forward(&checkpointed_one(&y, again).expect("a forward"))
+    }
+
+    /// Each weight times its gradient, which is 3 (k + 1/2048) / 64 with k from 16 to 31.
+    pub(crate) fn products(&self, step: usize, rank: usize) -> Tensor {
+        // From the last layer to the first, so that gradients become ready as elsewhere.
+        let mut variables: Vec<(String, Tensor)> = self.vs.variables().into_iter().collect();
+        variables.sort_by(|left, right| left.0.cmp(&right.0));
+        let product = |(name, tensor): (String, Tensor)| {
+            let of = format!("{name} {step} {rank}");
+            let value =
+                |index| (f64::from(16 + number(&of, index) % 16) + 1.0 / 2048.0) * 3.0 / 64.0;
+            let values: Vec<f64> = (0..tensor.numel()).map(value).collect();
+            let gradient = Tensor::from_slice(&values).to_kind(Kind::Float).reshape(tensor.size());
+            (tensor * gradient).sum(Kind::Float)
+        };
+        variables.into_iter().map(product).sum()
     }
 
     fn mlp(&self, x: &Tensor) -> Tensor {

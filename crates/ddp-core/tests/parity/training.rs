@@ -31,6 +31,16 @@ fn one(run: &mut Run, step: usize) {
     run.note_loss(&sum, ROWS);
 }
 
+/// The sum of each weight times its gradient.
+pub(crate) fn products(run: &mut Run) {
+    for step in 0..STEPS {
+        let sum = run.network.products(step, run.rank);
+        run.backward(&sum, 1);
+        run.note_loss(&sum, 1);
+        run.optimizer.step(None).unwrap();
+    }
+}
+
 /// With clipping to the 2-norm.
 pub(crate) fn clipped(run: &mut Run) {
     clipped_by(run, Clip::norm(0.5));
