@@ -9,6 +9,7 @@ mod support;
 mod elastic;
 mod kills;
 mod memory;
+mod soak;
 mod stops;
 mod world;
 
