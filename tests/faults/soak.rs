@@ -131,7 +131,11 @@ impl Soaked {
             run.count("no space left") > failures
         });
         for (path, bytes) in kept {
-            assert!(fs::read(&path).is_ok_and(|now| now == bytes), "{} has changed", path.display());
+            assert!(
+                fs::read(&path).is_ok_and(|now| now == bytes),
+                "{} has changed",
+                path.display()
+            );
         }
         fs::remove_file(filler).expect("removed");
     }
@@ -149,7 +153,16 @@ fn newest(disk: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 fn training(folder: &Path, steps: u64) -> Vec<String> {
     let place = |name| folder.join(name).display().to_string();
     let steps = steps.to_string();
-    let own = ["--micro-batch", "2", "--steps", &steps, "--zero", "1", "--metrics", &place("metrics.jsonl")];
+    let own = [
+        "--micro-batch",
+        "2",
+        "--steps",
+        &steps,
+        "--zero",
+        "1",
+        "--metrics",
+        &place("metrics.jsonl"),
+    ];
     let out = ["--output", &place("out")];
     FOUR.iter().chain(&own).chain(&out).map(|&text| text.to_owned()).collect()
 }
@@ -189,7 +202,8 @@ fn last_step(folder: &Path) -> u64 {
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     };
     let text = read().unwrap_or_default();
-    let step_of = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok()?["step"].as_u64();
+    let step_of =
+        |line: &str| serde_json::from_str::<serde_json::Value>(line).ok()?["step"].as_u64();
     text.lines().rev().find_map(step_of).unwrap_or(0)
 }
 
@@ -212,7 +226,8 @@ fn soak_at_steps(seed: u64, draws: &mut Draws) {
     let mut run = Soaked::start(wet.path(), STEPS);
     let mut left = ALL.to_vec();
     for step in HOLDS {
-        let fault = left.swap_remove(usize::try_from(draws.below(left.len() as u64)).expect("small"));
+        let fault =
+            left.swap_remove(usize::try_from(draws.below(left.len() as u64)).expect("small"));
         run.wait("a step", |_| last_step(wet.path()) >= step);
         run.inject(fault, draws, || fs::remove_file(hold(step)).expect("removed"));
     }
@@ -241,7 +256,9 @@ fn soak_for(seconds: u64, seed: u64, draws: &mut Draws) {
     let last = steps.saturating_sub((2.0 / a_step) as u64);
     loop {
         next += Duration::from_millis(5_000 + draws.below(10_000));
-        run.wait("the moment, or the end", |_| Instant::now() >= next || last_step(wet.path()) > last);
+        run.wait("the moment, or the end", |_| {
+            Instant::now() >= next || last_step(wet.path()) > last
+        });
         if last_step(wet.path()) > last {
             break;
         }
@@ -267,10 +284,17 @@ fn report((steps, a_step): (u64, f64), (without, with): (Duration, Duration), co
     for (fault, cost) in ALL.iter().zip(costs) {
         let Cost { count, lost, worst } = cost;
         let mean = lost.as_secs_f64() / f64::from((*count).max(1));
-        println!("{:28} {count:3} × {mean:6.2} s, at most {:6.2} s", fault.name(), worst.as_secs_f64());
+        println!(
+            "{:28} {count:3} × {mean:6.2} s, at most {:6.2} s",
+            fault.name(),
+            worst.as_secs_f64()
+        );
     }
     let goodput = without.as_secs_f64() / with.as_secs_f64();
-    println!("without faults {without:.1?}, with them {with:.1?}: goodput {:.1} %", goodput * 100.0);
+    println!(
+        "without faults {without:.1?}, with them {with:.1?}: goodput {:.1} %",
+        goodput * 100.0
+    );
 }
 
 fn end(mut run: Soaked, dry: &Path, seed: u64) {

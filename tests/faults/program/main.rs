@@ -50,7 +50,7 @@ fn main() -> ExitCode {
 fn run(lab: &Lab) -> Result<ExitCode> {
     let settings = lab.flags.settings()?;
     if launch::is_worker() {
-        return rank(lab, &settings);
+        return launch::each_generation(|| rank(lab, &settings));
     }
     drop(data::open(&settings.config, &Silent)?);
     let launch = lab.flags.launch(&settings);
