@@ -10,6 +10,7 @@ mod elastic;
 mod kills;
 mod memory;
 mod soak;
+mod staying;
 mod stops;
 mod world;
 

@@ -191,7 +191,7 @@ fn unbroken(folder: &Path, steps: u64) -> Duration {
 }
 
 /// The last step that the metrics have, whatever their length.
-fn last_step(folder: &Path) -> u64 {
+pub(crate) fn last_step(folder: &Path) -> u64 {
     const TAIL: u64 = 4096;
     let read = || -> std::io::Result<String> {
         let mut file = File::open(folder.join("metrics.jsonl"))?;

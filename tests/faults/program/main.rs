@@ -35,6 +35,9 @@ struct Lab {
     /// Where a test leaves its wishes.
     #[arg(long)]
     lab: PathBuf,
+    /// Do not stay from one generation to the next.
+    #[arg(long)]
+    anew: bool,
     #[command(flatten)]
     flags: Flags,
 }
@@ -49,6 +52,9 @@ fn main() -> ExitCode {
 
 fn run(lab: &Lab) -> Result<ExitCode> {
     let settings = lab.flags.settings()?;
+    if launch::is_worker() && lab.anew {
+        return rank(lab, &settings);
+    }
     if launch::is_worker() {
         return launch::each_generation(|| rank(lab, &settings));
     }
