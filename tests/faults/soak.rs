@@ -50,7 +50,7 @@ struct Soaked {
 }
 
 impl Soaked {
-    fn start(folder: &Path, steps: u64) -> Self {
+    fn start(folder: &Path, steps: u64, [memory, disk]: [&str; 2]) -> Self {
         for name in ["disk", "lab"] {
             fs::create_dir_all(folder.join(name)).expect("a folder");
         }
@@ -61,7 +61,7 @@ impl Soaked {
         command.arg(folder.join("disk")).arg(example("fault_lab"));
         command.arg("--lab").arg(folder.join("lab"));
         command.args(training(folder, steps)).arg("--checkpoint").arg(folder.join("disk"));
-        command.args(["--memory-every", "2", "--save-every", "5"]);
+        command.args(["--memory-every", memory, "--save-every", disk]);
         command.args(["--max-restarts", "100000"]);
         let said = File::create(folder.join("said")).expect("a file");
         command.stderr(said.try_clone().expect("a descriptor")).stdout(said);
@@ -223,7 +223,7 @@ fn soak_at_steps(seed: u64, draws: &mut Draws) {
     fs::create_dir(wet.path().join("lab")).expect("a folder");
     let hold = |step: u64| wet.path().join(format!("lab/hold-{step}"));
     HOLDS.into_iter().for_each(|step| fs::write(hold(step), "").expect("a wish"));
-    let mut run = Soaked::start(wet.path(), STEPS);
+    let mut run = Soaked::start(wet.path(), STEPS, ["2", "5"]);
     let mut left = ALL.to_vec();
     for step in HOLDS {
         let fault =
@@ -248,8 +248,9 @@ fn soak_for(seconds: u64, seed: u64, draws: &mut Draws) {
     let a_step = unbroken(trial.path(), TRIAL).as_secs_f64() / TRIAL as f64;
     let steps = (seconds as f64 / a_step) as u64;
     let without = unbroken(dry.path(), steps);
+    let a_step = without.as_secs_f64() / steps as f64;
     let begun = Instant::now();
-    let mut run = Soaked::start(wet.path(), steps);
+    let mut run = Soaked::start(wet.path(), steps, ["5", "50"]);
     let mut costs = [Cost::default(); ALL.len()];
     let mut next = begun;
     // The last one needs steps in which to be found and got over.
@@ -270,7 +271,8 @@ fn soak_for(seconds: u64, seed: u64, draws: &mut Draws) {
             run.wait("ranks that go on", |run| run.count("resume step ") > resumed);
             run.wait("the next step", |_| last_step(wet.path()) > step);
         }
-        let lost = moment.elapsed();
+        let gained = last_step(wet.path()).saturating_sub(step) as f64 * a_step;
+        let lost = moment.elapsed().saturating_sub(Duration::from_secs_f64(gained));
         let cost = &mut costs[which];
         *cost = Cost { count: cost.count + 1, lost: cost.lost + lost, worst: cost.worst.max(lost) };
     }
@@ -284,10 +286,11 @@ fn report((steps, a_step): (u64, f64), (without, with): (Duration, Duration), co
     for (fault, cost) in ALL.iter().zip(costs) {
         let Cost { count, lost, worst } = cost;
         let mean = lost.as_secs_f64() / f64::from((*count).max(1));
+        let share = 100.0 * lost.as_secs_f64() / with.as_secs_f64();
+        let worst = worst.as_secs_f64();
         println!(
-            "{:28} {count:3} × {mean:6.2} s, at most {:6.2} s",
-            fault.name(),
-            worst.as_secs_f64()
+            "{:28} {count:3} × {mean:5.2} s, at most {worst:5.2} s: {share:4.1} % of the time",
+            fault.name()
         );
     }
     let goodput = without.as_secs_f64() / with.as_secs_f64();

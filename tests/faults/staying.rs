@@ -75,6 +75,8 @@ fn a_rank_that_is_lost_is_replaced_and_the_others_stay() {
         assert_eq!(losses(folder.path()), losses(whole.path()), "stays: {stays}");
         times.sort();
         let (median, worst) = (times[times.len() / 2], times[times.len() - 1]);
-        println!("stays {stays}: {count} deaths, to the next step {median:.2?}, at most {worst:.2?}");
+        println!(
+            "stays {stays}: {count} deaths, to the next step {median:.2?}, at most {worst:.2?}"
+        );
     }
 }
