@@ -138,7 +138,7 @@ mod tests {
         let offer = channel.offer(Duration::from_secs(1));
         let mut news = File::options().write(true).open(offer.news).unwrap();
         let mut orders = File::open(offer.orders).unwrap();
-        assert_eq!(channel.hear(), []);
+        assert!(channel.hear().is_empty());
         news.write_all(&[STAYS]).unwrap();
         news.write_all(&[WAITS]).unwrap();
         assert_eq!(channel.hear(), [STAYS, WAITS]);
