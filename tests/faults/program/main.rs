@@ -19,8 +19,9 @@ use clap::Parser;
 use phalanx::comm::environment::World;
 use phalanx::data::progress::Silent;
 use phalanx::tch::{self, nn, Device};
-use phalanx::{checkpoint, launch, Group, GroupOptions};
+use phalanx::{checkpoint, comm, launch, Group, GroupOptions};
 
+use bert::config::Backend;
 use bert::flags::{Flags, Settings};
 use bert::journal::Journal;
 use bert::resume::Checkpoints;
@@ -73,7 +74,10 @@ fn rank(lab: &Lab, settings: &Settings) -> Result<ExitCode> {
     let mut journal = (world.rank == 0)
         .then(|| Journal::open(config, &settings.name, metrics, world.world_size))
         .transpose()?;
-    let mut group = Group::from_environment(GroupOptions::default())?;
+    let mut group = Group::from_environment(match config.ddp.backend {
+        Backend::Mpi => GroupOptions::default().with_backend(comm::Backend::Mpi),
+        _ => GroupOptions::default(),
+    })?;
     tch::set_num_threads(1);
     let vs = nn::VarStore::new(Device::Cpu);
     let network = model::build(&vs, &config.model, config.train.seed, world.rank)?;
