@@ -243,18 +243,19 @@ struct Cost {
 }
 
 fn soak_for(seconds: u64, seed: u64, draws: &mut Draws) {
-    const TRIAL: u64 = 200;
+    const TRIAL: u32 = 200;
     let (trial, dry, wet) = (folder(), folder(), folder());
-    let a_step = unbroken(trial.path(), TRIAL).as_secs_f64() / TRIAL as f64;
-    let steps = (seconds as f64 / a_step) as u64;
-    let without = unbroken(dry.path(), steps);
-    let a_step = without.as_secs_f64() / steps as f64;
+    let of_trial = unbroken(trial.path(), TRIAL.into()) / TRIAL;
+    let wanted = Duration::from_secs(seconds).as_nanos() / of_trial.as_nanos();
+    let steps = u32::try_from(wanted).expect("not so many steps");
+    let without = unbroken(dry.path(), steps.into());
+    let a_step = without / steps;
     let begun = Instant::now();
-    let mut run = Soaked::start(wet.path(), steps, ["5", "50"]);
+    let mut run = Soaked::start(wet.path(), steps.into(), ["5", "50"]);
     let mut costs = [Cost::default(); ALL.len()];
     let mut next = begun;
     // The last one needs steps in which to be found and got over.
-    let last = steps.saturating_sub((2.0 / a_step) as u64);
+    let last = u64::from(steps.saturating_sub(20));
     loop {
         next += Duration::from_millis(5_000 + draws.below(10_000));
         run.wait("the moment, or the end", |_| {
@@ -271,8 +272,8 @@ fn soak_for(seconds: u64, seed: u64, draws: &mut Draws) {
             run.wait("ranks that go on", |run| run.count("resume step ") > resumed);
             run.wait("the next step", |_| last_step(wet.path()) > step);
         }
-        let gained = last_step(wet.path()).saturating_sub(step) as f64 * a_step;
-        let lost = moment.elapsed().saturating_sub(Duration::from_secs_f64(gained));
+        let gained = u32::try_from(last_step(wet.path()).saturating_sub(step)).expect("few");
+        let lost = moment.elapsed().saturating_sub(a_step * gained);
         let cost = &mut costs[which];
         *cost = Cost { count: cost.count + 1, lost: cost.lost + lost, worst: cost.worst.max(lost) };
     }
@@ -281,8 +282,9 @@ fn soak_for(seconds: u64, seed: u64, draws: &mut Draws) {
     report((steps, a_step), (without, with), &costs);
 }
 
-fn report((steps, a_step): (u64, f64), (without, with): (Duration, Duration), costs: &[Cost]) {
-    println!("{steps} steps of {:.1} ms", a_step * 1e3);
+#[expect(clippy::print_stdout, reason = "a report")]
+fn report((steps, a_step): (u32, Duration), (without, with): (Duration, Duration), costs: &[Cost]) {
+    println!("{steps} steps of {a_step:.1?}");
     for (fault, cost) in ALL.iter().zip(costs) {
         let Cost { count, lost, worst } = cost;
         let mean = lost.as_secs_f64() / f64::from((*count).max(1));

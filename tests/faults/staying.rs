@@ -66,7 +66,7 @@ fn deaths(folder: &Path, deaths: u64, stays: bool) -> Vec<Duration> {
 
 #[test]
 fn a_rank_that_is_lost_is_replaced_and_the_others_stay() {
-    let count = number("PHALANX_DEATHS", 2);
+    let count = number("PHALANX_DEATHS", 1);
     let [whole, kept, anew] = [(); 3].map(|()| tempfile::tempdir().expect("a temporary folder"));
     finish(lab(whole.path(), count, &[]));
     for (folder, stays) in [(&kept, true), (&anew, false)] {

@@ -96,8 +96,8 @@ impl Launcher {
 
     /// Says that this rank waits, and waits. `None`: there is no next place.
     fn next_place(&self) -> io::Result<Option<Vec<(String, String)>>> {
-        let end = Instant::now() + COMMIT_MAX;
-        while recorder::is_committing() && Instant::now() < end {
+        let committed_by = Instant::now() + COMMIT_MAX;
+        while recorder::is_committing() && Instant::now() < committed_by {
             std::thread::park_timeout(COMMIT_LOOK_EVERY);
         }
         (&self.news).write_all(&[WAITS])?;

@@ -43,8 +43,8 @@ impl Starter<'_> {
             .iter()
             .map(|&place| (place, supervisor.take_kept(place.number_here)))
             .partition(|(_, kept)| kept.is_some());
-        for (place, kept) in new.into_iter().chain(kept) {
-            let called = kept.map(|rank| self.call(place, rank)).transpose()?.flatten();
+        for (place, living) in new.into_iter().chain(kept) {
+            let called = living.map(|rank| self.call(place, rank)).transpose()?.flatten();
             supervisor.add(called.map_or_else(|| self.start(place), Ok)?);
         }
         supervisor.ranks.sort_by_key(|rank| rank.number);
