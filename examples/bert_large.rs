@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use phalanx::comm::environment::{LaunchDefaults, Launcher, NcclSettings, World};
+use phalanx::comm::environment::{LaunchDefaults, Launcher, NcclSettingError, NcclSettings, World};
 use phalanx::data::progress::{Progress, Silent, Terminal};
 use phalanx::ddp::{self, Cuda};
 use phalanx::tch::{self, nn, Device};
@@ -54,9 +54,12 @@ fn main() -> ExitCode {
 fn run(flags: &Flags) -> Result<ExitCode> {
     let settings = flags.settings()?;
     if launch::is_worker() {
-        let world = World::from_env()?;
-        flags.launch.check_against(&world)?;
-        return rank(flags, &settings, &world);
+        let mut nccl = apply_nccl(&settings.config);
+        return launch::each_generation(|| {
+            let world = World::from_env()?;
+            flags.launch.check_against(&world)?;
+            rank(flags, &settings, &world, nccl.take())
+        });
     }
     let launch = flags.launch(&settings);
     let options = launch.options_with(&LaunchDefaults::from_env()?)?;
@@ -69,7 +72,8 @@ fn run(flags: &Flags) -> Result<ExitCode> {
         weights::check(path, &settings.config.model)?;
     }
     if world_size == 1 && options.max_restarts == 0 && launch.hostfile.is_none() {
-        return rank(flags, &settings, &World::single());
+        let nccl = apply_nccl(&settings.config);
+        return rank(flags, &settings, &World::single(), nccl);
     }
     // Prepared here, where the terminal is, and once for all ranks of this machine.
     drop(data::open(&settings.config, &Terminal::stderr())?);
@@ -98,12 +102,18 @@ fn check(flags: &Flags, settings: &Settings, world: usize, local_ranks: usize) -
     Ok(batching)
 }
 
-/// The life of one rank.
-fn rank(flags: &Flags, settings: &Settings, world: &World) -> Result<ExitCode> {
-    let config = &settings.config;
-    // While this process has one thread.
+/// What NCCL will see.
+type Nccl = Result<Vec<(&'static str, String, bool)>, NcclSettingError>;
+
+/// Where NCCL may be used. Once, while this process has one thread.
+fn apply_nccl(config: &Config) -> Option<Nccl> {
     let may_use_nccl = matches!(config.ddp.backend, Backend::Auto | Backend::Nccl);
-    let nccl = may_use_nccl.then(|| config.nccl.apply());
+    may_use_nccl.then(|| config.nccl.apply())
+}
+
+/// The life of one rank, in one generation of the job.
+fn rank(flags: &Flags, settings: &Settings, world: &World, nccl: Option<Nccl>) -> Result<ExitCode> {
+    let config = &settings.config;
     // First of all that libtorch is asked: it finds CUDA in its first look, or never.
     let cuda = ddp::load_cuda();
     let root = world.rank == 0;

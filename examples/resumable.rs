@@ -1,12 +1,12 @@
 //! `minimal.rs` that survives: `cargo run --release --example resumable -- --nnodes 4 --max-restarts 3`
 //!
-//! Kill a rank and it starts again where the last checkpoint was; press Ctrl-C, start it again, and it goes on.
+//! Kill a rank: it is started again, and the others go on with it where the last checkpoint was. Press Ctrl-C, start it again, and it goes on.
 #![expect(clippy::print_stdout, reason = "a program talks to its user")]
 use std::process::ExitCode;
 
 use clap::Parser;
 use phalanx::checkpoint::{Checkpointer, CheckpointerOptions, Next};
-use phalanx::launch::{launch_or_join, Joined, LaunchArgs};
+use phalanx::launch::{each_generation, launch_or_join, Joined, LaunchArgs};
 use phalanx::optim::{AdamW, Optimizer, ParameterGroups};
 use phalanx::tch::{self, nn, nn::Module, Device, Kind, Tensor};
 use phalanx::{Ddp, DdpOptions, Group, GroupOptions};
@@ -22,9 +22,14 @@ struct Flags {
 
 fn main() -> anyhow::Result<ExitCode> {
     let flags = Flags::parse();
-    if let Joined::Finished(report) = launch_or_join(&flags.launch)? {
-        return Ok(report.exit_code());
+    match launch_or_join(&flags.launch)? {
+        Joined::Finished(report) => Ok(report.exit_code()),
+        Joined::Worker => each_generation(|| train(&flags)),
     }
+}
+
+/// What a rank does, in each generation from the newest checkpoint on.
+fn train(flags: &Flags) -> anyhow::Result<ExitCode> {
     let mut group = Group::from_environment(GroupOptions::default())?;
     let vs = nn::VarStore::new(Device::Cpu);
     let net = nn::seq()

@@ -92,6 +92,14 @@ const IMPURE: &[&str] = &[
 /// Where library code may read or change the environment.
 const ENVIRONMENT: &[&str] = &["crates/comm/src/environment"];
 
+/// Where library code may look at the time of day.
+const TIME_OF_DAY: &[&str] = &[
+    "crates/cli/src/flight.rs",
+    "crates/data/src/convert/input.rs",
+    "crates/data/src/source/cache.rs",
+    "crates/launch/src/error_file.rs",
+];
+
 /// Longest file; one that needs more is two ideas.
 const LINES_MAX: usize = 500;
 
@@ -132,6 +140,29 @@ fn only_the_environment_module_reads_the_environment() {
         }
     }
     assert!(found.is_empty(), "read it in {ENVIRONMENT:?} and pass the value on: {found:#?}");
+}
+
+/// A clock that somebody sets makes nobody late (F30): what is waited for and who lives is decided by clocks that only go forward. Labels,
+/// ages of files and names of the moment may have the time of day.
+#[test]
+fn the_time_of_day_decides_nothing() {
+    let mut found = Vec::new();
+    for file in library_sources() {
+        let name = relative(&file);
+        if TIME_OF_DAY.iter().any(|allowed| name.starts_with(allowed)) {
+            continue;
+        }
+        let code = without_tests(&code_of(&read(&file)));
+        for (number, line) in code.lines().enumerate() {
+            if ["SystemTime", "UNIX_EPOCH", "ClockId::Realtime"]
+                .iter()
+                .any(|word| names(line, word))
+            {
+                found.push(format!("{name}:{}", number + 1));
+            }
+        }
+    }
+    assert!(found.is_empty(), "take Instant, or the monotonic clock: {found:#?}");
 }
 
 #[test]

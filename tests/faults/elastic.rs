@@ -1,8 +1,10 @@
 //! Nodes that come and go (F35): two launchers as of two machines, on one.
 
+use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use super::memory::ranks_of;
 use super::support::{example, free_port, Owned};
 use super::{finish, losses, steps_done, wait_until, weights, DEADLINE};
 
@@ -36,6 +38,14 @@ fn node(number: &str, port: u16, folder: &Path) -> Owned {
     Owned::start(&mut command)
 }
 
+/// Whether the last step is one of two ranks.
+fn has_two(folder: &Path) -> bool {
+    let text = fs::read_to_string(folder.join("metrics.jsonl")).unwrap_or_default();
+    let last = text.lines().last().and_then(|line| serde_json::from_str(line).ok());
+    let last: serde_json::Value = last.unwrap_or_default();
+    last["data_wait_ms_by_rank"].as_array().is_some_and(|by_rank| by_rank.len() == 2)
+}
+
 #[test]
 fn a_job_goes_on_without_a_node_and_takes_it_in_again_with_the_same_bits() {
     let whole = tempfile::tempdir().expect("a temporary folder");
@@ -45,10 +55,15 @@ fn a_job_goes_on_without_a_node_and_takes_it_in_again_with_the_same_bits() {
     let first = node("0", port, folder.path());
     let second = node("1", port, folder.path());
     wait_until("twelve steps", || steps_done(folder.path()) >= 12);
+    let of_first = ranks_of(first.0.id());
+    assert_eq!(of_first.len(), 1);
     second.signal("-KILL");
     drop(second);
     wait_until("steps without it", || steps_done(folder.path()) >= 24);
+    assert_eq!(ranks_of(first.0.id()), of_first, "it has stayed without the other node");
     let again = node("1", port, folder.path());
+    wait_until("steps of both", || ranks_of(again.0.id()).len() == 1 && has_two(folder.path()));
+    assert_eq!(ranks_of(first.0.id()), of_first, "it has stayed for the other node");
     let output = first.finish(DEADLINE);
     let said = String::from_utf8_lossy(&output.stdout).into_owned()
         + &String::from_utf8_lossy(&output.stderr);

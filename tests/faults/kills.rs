@@ -10,10 +10,14 @@ const STEPS: u64 = 12;
 /// Numbers from a seed.
 ///
 /// Source: `SplitMix64` (Steele et al. 2014).
-struct Draws(u64);
+pub(crate) struct Draws(u64);
 
 impl Draws {
-    fn below(&mut self, end: u64) -> u64 {
+    pub(crate) const fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -21,7 +25,8 @@ impl Draws {
     }
 }
 
-fn number(variable: &str, default: u64) -> u64 {
+/// What a variable asks for.
+pub(crate) fn number(variable: &str, default: u64) -> u64 {
     let set = std::env::vars().find(|(name, _)| name == variable);
     set.map_or(default, |(_, value)| value.parse().expect("a number"))
 }
@@ -31,7 +36,7 @@ fn number(variable: &str, default: u64) -> u64 {
 #[test]
 fn after_any_number_of_kills_the_run_ends_with_the_bits_of_an_unbroken_one() {
     let (kills, seed) = (number("PHALANX_KILLS", 4), number("PHALANX_KILLS_SEED", 1));
-    let mut draws = Draws(seed);
+    let mut draws = Draws::new(seed);
     let steps = STEPS.to_string();
     let all = |more: &[&'static str]| -> Vec<String> {
         let own = ["--steps", &steps, "--zero", "1"];

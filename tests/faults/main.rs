@@ -8,7 +8,11 @@ mod support;
 
 mod elastic;
 mod kills;
+mod machine;
 mod memory;
+mod over_mpi;
+mod soak;
+mod staying;
 mod stops;
 mod world;
 

@@ -17,7 +17,7 @@ use crate::restart::{Decision, GiveUp};
 use crate::run::host_store;
 use crate::screen::Stream;
 use crate::signals;
-use crate::start::Starter;
+use crate::start::{patience, Starter};
 use crate::supervise::{AttemptEnd, Supervisor};
 
 /// A job whose ranks are all decided about by this launcher.
@@ -51,7 +51,10 @@ impl Attempts<'_> {
                     supervisor.notice(&restart_line(supervisor, &end));
                     self.renew(number)?;
                 }
-                _ => return Ok(finish(supervisor, end)),
+                _ => {
+                    supervisor.run_out()?;
+                    return Ok(finish(supervisor, end));
+                }
             }
         }
     }
@@ -60,11 +63,10 @@ impl Attempts<'_> {
         let Self { options, program, args, job, .. } = self;
         let logs = self.logs.of_attempt(job.restart_count)?;
         supervisor.begin(job.world_size, logs.lineup(&job.run_id, &supervisor.host));
-        let starter = Starter { program, args, job, logs: &logs, prefix: options.prefix };
-        for place in self.plan.places(&self.ranks_of_nodes) {
-            // An error here drops the ranks that are there already: see Supervisor's drop.
-            supervisor.add(starter.start(place)?);
-        }
+        let patience = (options.max_restarts > 0).then(|| patience(options));
+        let starter = Starter { program, args, job, logs: &logs, prefix: options.prefix, patience };
+        // An error here drops the ranks that are there already: see Supervisor's drop.
+        starter.start_all(&self.plan.places(&self.ranks_of_nodes), supervisor)?;
         supervisor.run()
     }
 

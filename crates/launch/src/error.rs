@@ -169,6 +169,9 @@ impl LaunchError {
 }
 
 fn start_help(source: &io::Error) -> &'static str {
+    if source.raw_os_error() == Some(rustix::io::Errno::MFILE.raw_os_error()) {
+        return "; the limit of open files is reached (ulimit -n): the launcher has eight for each rank";
+    }
     match source.kind() {
         io::ErrorKind::NotFound => "; check the path, or build the program first",
         io::ErrorKind::PermissionDenied => "; it is not executable for this user",

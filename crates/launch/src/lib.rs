@@ -11,6 +11,7 @@
 //! * [`LaunchOptions::max_restarts`]: then all ranks are started again, unless the failure would come again or the
 //!   attempts come no further. Ranks say how far they are ([`progress`]) and that they must not be cut off
 //!   ([`committing`]), and look whether they should stop ([`should_stop`]).
+//! * A program that would rather stay trains in [`each_generation`]: then only ranks that are lost are started again.
 //! * Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 reach the ranks; a second Ctrl-C kills at once.
 //! * Lines are prefixed by `[rank N]`. On a terminal rank 0's standard error is a terminal, too, so that its progress bar
 //!   shows; lines of other ranks clear the bar, which redraws itself. Ranks have no standard input.
@@ -50,6 +51,7 @@ mod elastic;
 mod error;
 mod error_file;
 mod flight;
+mod generations;
 mod gpus;
 mod guard;
 #[cfg(feature = "clap")]
@@ -69,6 +71,7 @@ mod run;
 mod screen;
 mod signals;
 mod start;
+mod stay;
 mod stop;
 mod supervise;
 mod suspect;
@@ -77,6 +80,7 @@ mod suspect;
 pub use args::{launch_or_join, Joined, LaunchArgs, NodeCount};
 pub use error::LaunchError;
 pub use error_file::{record_failure, record_panics};
+pub use generations::each_generation;
 pub use gpus::gpu_count;
 #[cfg(any(test, feature = "testing"))]
 pub use membership::simulation;

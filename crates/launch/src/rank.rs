@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use phalanx_comm::recorder::{FlightRecord, Vitals};
 
 use crate::lines::{Lines, Tail};
-use crate::process::{Exit, Process};
+use crate::process::{ErrorStream, Exit, Process};
 use crate::screen::Stream;
+use crate::stay::Channel;
 
 /// What a rank's escaped children may still write after it has ended.
 const DRAIN_MAX: Duration = Duration::from_millis(200);
@@ -30,15 +31,43 @@ pub(crate) struct Rank {
     pub(crate) number: usize,
     pub(crate) process: Process,
     pub(crate) lines: [Lines; 2],
+    pub(crate) error_stream: ErrorStream,
     pub(crate) tail: Tail,
     pub(crate) log: Option<File>,
     pub(crate) log_path: Option<PathBuf>,
     /// What the rank has recorded of its operations.
     pub(crate) flight: File,
     pub(crate) ended: Option<Ended>,
+    /// Its number among the ranks of this launcher.
+    pub(crate) number_here: usize,
+    /// How it hears of the next generation, where the launcher keeps ranks.
+    pub(crate) channel: Option<Channel>,
+    pub(crate) staying: Staying,
+}
+
+/// Whether a rank stays for the next generation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Staying {
+    /// It has not said that it would.
+    No,
+    Would,
+    /// It is expected to: it has lost another rank, or will soon see that it has.
+    Expected,
+    /// It waits for its next place.
+    Waits,
 }
 
 impl Rank {
+    /// Whether nothing more is to come of it in this generation.
+    pub(crate) fn is_done(&self) -> bool {
+        self.ended.is_some() || self.waits()
+    }
+
+    /// Whether it lives, and waits for the next generation.
+    pub(crate) fn waits(&self) -> bool {
+        self.ended.is_none() && self.staying == Staying::Waits
+    }
+
     /// What it has recorded, if it ran a group at all.
     pub(crate) fn record(&self) -> Option<FlightRecord> {
         FlightRecord::read(&self.flight).unwrap_or_else(|error| {

@@ -2,18 +2,23 @@
 
 use std::ffi::OsString;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
+use phalanx_comm::environment::StayOffer;
 use phalanx_comm::recorder;
+use rustix::process::Signal;
 
 use crate::error::{system, LaunchError};
 use crate::flight;
 use crate::lines::{Lines, Style, Tail};
 use crate::logs::Logs;
-use crate::options::Prefix;
+use crate::options::{LaunchOptions, Prefix};
 use crate::plan::{environment, Job, Place};
 use crate::process::{ErrorStream, Process, Start};
-use crate::rank::Rank;
+use crate::rank::{Rank, Staying};
 use crate::screen::{Screen, Stream};
+use crate::stay::Channel;
+use crate::supervise::{Supervisor, KILL_MAX};
 
 /// What every rank of an attempt is started from.
 pub(crate) struct Starter<'s> {
@@ -22,9 +27,30 @@ pub(crate) struct Starter<'s> {
     pub(crate) job: &'s Job,
     pub(crate) logs: &'s Logs,
     pub(crate) prefix: Prefix,
+    /// How long a rank may wait for its next generation; `None`: there is none.
+    pub(crate) patience: Option<Duration>,
 }
 
 impl Starter<'_> {
+    /// The ranks of a generation: those that were kept for it, and new ones.
+    pub(crate) fn start_all(
+        &self,
+        places: &[Place],
+        supervisor: &mut Supervisor,
+    ) -> Result<(), LaunchError> {
+        // New ones take the longest: they come first.
+        let (kept, new): (Vec<_>, Vec<_>) = places
+            .iter()
+            .map(|&place| (place, supervisor.take_kept(place.number_here)))
+            .partition(|(_, kept)| kept.is_some());
+        for (place, living) in new.into_iter().chain(kept) {
+            let called = living.map(|rank| self.call(place, rank)).transpose()?.flatten();
+            supervisor.add(called.map_or_else(|| self.start(place), Ok)?);
+        }
+        supervisor.ranks.sort_by_key(|rank| rank.number);
+        Ok(())
+    }
+
     /// Must be called from the thread that waits for the rank: see [`Process::start`].
     pub(crate) fn start(&self, place: Place) -> Result<Rank, LaunchError> {
         let prefix = self.prefix(place);
@@ -33,14 +59,13 @@ impl Starter<'_> {
         } else {
             ErrorStream::Pipe
         };
-        let style = prefix.clone().map_or(Style::Plain, Style::Prefixed);
-        let error_style = match error_stream {
-            ErrorStream::Terminal => Style::Terminal(prefix.unwrap_or_default()),
-            ErrorStream::Pipe => style.clone(),
-        };
         let flight = recorder::memory().map_err(system("memfd_create"))?;
         let mut environment = environment(self.job, place);
         environment.push(("PHALANX_FLIGHT_RECORDER", flight::path(&flight)));
+        let channel = self.channel();
+        if let (Some(channel), Some(patience)) = (&channel, self.patience) {
+            environment.push((StayOffer::VARIABLE, channel.offer(patience).encode()));
+        }
         let (log, log_path) = self.logs.of_rank(place.rank)?.unzip();
         let process = Process::start(&Start {
             program: self.program,
@@ -51,13 +76,46 @@ impl Starter<'_> {
         Ok(Rank {
             number: place.rank,
             process,
-            lines: [Lines::new(style), Lines::new(error_style)],
+            lines: lines(prefix, error_stream),
+            error_stream,
             tail: Tail::default(),
             log,
             log_path,
             flight,
             ended: None,
+            number_here: place.number_here,
+            channel,
+            staying: Staying::No,
         })
+    }
+
+    /// Gives a rank that waits its place in the next generation. `None`: it must be started anew.
+    pub(crate) fn call(&self, place: Place, mut rank: Rank) -> Result<Option<Rank>, LaunchError> {
+        if rank.process.collect()?.is_some() {
+            return Ok(None);
+        }
+        let Some(channel) = &rank.channel else { return Ok(None) };
+        let called = recorder::renew(&rank.flight)
+            .and_then(|()| channel.call(&environment(self.job, place)));
+        if let Err(error) = called {
+            tracing::warn!(rank = place.rank, %error, "it is started anew");
+            rank.process.signal_group(Signal::KILL);
+            rank.process.wait_until(Instant::now() + KILL_MAX);
+            return Ok(None);
+        }
+        let (log, log_path) = self.logs.of_rank(place.rank)?.unzip();
+        rank.number = place.rank;
+        rank.lines = lines(self.prefix(place), rank.error_stream);
+        rank.tail = Tail::default();
+        (rank.log, rank.log_path) = (log, log_path);
+        rank.staying = Staying::Would;
+        Ok(Some(rank))
+    }
+
+    /// Without one the rank is started anew each time.
+    fn channel(&self) -> Option<Channel> {
+        let channel = self.patience.map(|_| Channel::new())?;
+        channel.inspect_err(|error| tracing::warn!(%error, "a rank cannot be kept")).ok()
     }
 
     fn prefix(&self, place: Place) -> Option<String> {
@@ -68,4 +126,21 @@ impl Starter<'_> {
         let width = (world_size - 1).to_string().len();
         Some(format!("[rank {:>width$}] ", place.rank))
     }
+}
+
+/// How long a rank that stays may wait for its next generation: as long as nodes may wait for each other, and for the slowest of
+/// the ranks to end.
+pub(crate) fn patience(options: &LaunchOptions) -> Duration {
+    const MORE: Duration = Duration::from_secs(60);
+    options.connect_timeout + options.grace + MORE
+}
+
+/// How both streams of a rank are shown.
+fn lines(prefix: Option<String>, error_stream: ErrorStream) -> [Lines; 2] {
+    let style = prefix.clone().map_or(Style::Plain, Style::Prefixed);
+    let error_style = match error_stream {
+        ErrorStream::Terminal => Style::Terminal(prefix.unwrap_or_default()),
+        ErrorStream::Pipe => style.clone(),
+    };
+    [Lines::new(style), Lines::new(error_style)]
 }

@@ -66,6 +66,47 @@ fn what_would_come_again_is_final_and_75_is_a_wish() {
     assert_eq!(notices(&wished, "after 3 restarts").len(), 1, "{:#?}", wished.errors);
 }
 
+/// The process of each rank in an attempt.
+fn processes(finished: &Finished, attempt: u32) -> Vec<i32> {
+    let of = |rank: usize| {
+        let said = format!("attempt {attempt} rank {rank} pid ");
+        let pid = finished.output.iter().find_map(|line| Some(line.split_once(&said)?.1));
+        pid.unwrap_or_else(|| panic!("{said}: {:#?}", finished.output)).parse().expect("a number")
+    };
+    (0..3).map(of).collect()
+}
+
+#[test]
+fn ranks_that_would_stay_are_the_same_processes_and_only_the_lost_one_is_new() {
+    let job = "--nproc-per-node 3 --act stay --rank 1 --fault kill --failing 2 --further 4 --max-restarts 3";
+    let finished = Job::start(job).finish();
+    assert_eq!(finished.code, Some(0), "{:#?}", finished.errors);
+    let attempts = [0, 1, 2].map(|attempt| processes(&finished, attempt));
+    for pair in attempts.windows(2) {
+        let same = pair[0].iter().zip(&pair[1]).map(|(one, other)| one == other);
+        assert_eq!(same.collect::<Vec<_>>(), [true, false, true], "{attempts:?}");
+    }
+    let done = |line: &&String| line.ends_with("done in attempt 2");
+    assert_eq!(finished.output.iter().filter(done).count(), 3, "{:#?}", finished.output);
+    let restarts = notices(&finished, ": restart ");
+    assert!(restarts[1].contains("; step 7 | operations of all ranks: "), "{restarts:?}");
+    assert_gone(&attempts.concat(), LIMIT);
+}
+
+#[test]
+fn ranks_that_wait_for_a_generation_that_never_comes_end_with_what_they_had_to_say() {
+    let job =
+        "--nproc-per-node 3 --act stay --rank 1 --code 74 --failing 9 --further 4 --max-restarts 1";
+    let finished = Job::start(job).finish();
+    assert_eq!(finished.code, Some(74), "{:#?}", finished.errors);
+    assert_eq!(notices(&finished, "giving up after 1 restart").len(), 1, "{:#?}", finished.errors);
+    let [before, last] = [0, 1].map(|attempt| processes(&finished, attempt));
+    for rank in [0, 2] {
+        assert_eq!(before[rank], last[rank]);
+    }
+    assert_gone(&[before, last].concat(), LIMIT);
+}
+
 #[test]
 fn one_rank_alone_is_started_again_too() {
     let job = "--act train --fault kill --max-restarts 1 --failing 1";

@@ -28,6 +28,7 @@ mod recorder;
 mod slurm;
 mod slurm_step;
 mod snapshots;
+mod stay;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -48,6 +49,7 @@ pub use nccl_settings::{NcclSettingError, NcclSettings};
 pub use platform::{LaunchDefaults, RanksPerNode};
 pub(crate) use recorder::flight_recorder;
 pub(crate) use snapshots::snapshot_memory;
+pub use stay::{take_place, StayOffer};
 pub use threads::ThreadVariables;
 
 /// Who started this process.
@@ -303,6 +305,11 @@ pub fn torchrun_error_file() -> Option<std::path::PathBuf> {
 }
 
 fn process_variable(name: &str) -> Option<String> {
+    stay::told(name).or_else(|| given_variable(name))
+}
+
+/// As the process was started with it.
+fn given_variable(name: &str) -> Option<String> {
     std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
 }
 

@@ -28,7 +28,10 @@ use std::sync::OnceLock;
 
 pub use lineup::{lineup, summary};
 pub use record::{FlightRecord, Operation, OperationState, RecordedFailure};
-pub use vitals::{ask_to_stop, committing, progress, should_stop, Committing, Vitals};
+pub use vitals::{
+    ask_to_stop, call_back, committing, has_lost_another, is_called_back, is_committing, progress,
+    renew, should_stop, Committing, Vitals,
+};
 
 use rustix::fs::{Mode, OFlags};
 

@@ -132,10 +132,27 @@ impl Ring {
         }
     }
 
+    pub(super) fn is_committing(&self) -> bool {
+        self.words()[COMMITTING_AT].load(Ordering::Acquire) != 0
+    }
+
     pub(super) fn is_asked_to_stop(&self) -> bool {
         let words = self.words();
         words[HEEDS_AT].store(1, Ordering::Relaxed);
         words[STOP_AT].load(Ordering::Relaxed) != 0
+    }
+
+    /// What the launcher asks for.
+    pub(super) fn asked(&self) -> u64 {
+        self.words()[STOP_AT].load(Ordering::Relaxed)
+    }
+
+    pub(super) fn has_lost_another(&self) -> bool {
+        let words = self.words();
+        let has_failed = words[FAILED_AT].load(Ordering::Acquire) != 0;
+        let blamed = words[BLAMED_AT].load(Ordering::Relaxed).checked_sub(1);
+        let is_another = |rank| rank != words[RANK_AT].load(Ordering::Relaxed);
+        has_failed && blamed.is_some_and(is_another)
     }
 
     /// The number of a call site, from 1; 0 when there is no room for another.

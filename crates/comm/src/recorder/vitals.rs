@@ -8,7 +8,15 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt as _;
 
-use super::record::{COMMITTING_AT, FAILED_AT, HEEDS_AT, PROGRESS_AT, STOP_AT, VITALS_BYTES};
+use super::record::{
+    BYTES, COMMITTING_AT, ENTRIES_AT, FAILED_AT, HEEDS_AT, MAGIC_AT, NEXT_AT, PID_AT, PROGRESS_AT,
+    STOP_AT, VITALS_BYTES,
+};
+
+/// What the word at `STOP_AT` asks for: the end.
+pub(super) const END: u64 = 1;
+/// To come back for another generation.
+pub(super) const COME_BACK: u64 = 2;
 
 /// Says that this rank is at `step`: the launcher counts attempts that come no further as a crash loop, and names the
 /// step when it starts the ranks again. One relaxed store.
@@ -34,6 +42,24 @@ pub fn progress(step: u64) {
 #[must_use]
 pub fn should_stop() -> bool {
     super::ring().is_some_and(super::Ring::is_asked_to_stop)
+}
+
+/// Whether the launcher has asked this rank to stop in order to begin again in the next generation: nodes come or go.
+#[must_use]
+pub fn is_called_back() -> bool {
+    super::ring().is_some_and(|ring| ring.asked() == COME_BACK)
+}
+
+/// Whether this rank is at something that should not be cut off: see [`committing`].
+#[must_use]
+pub fn is_committing() -> bool {
+    super::ring().is_some_and(super::Ring::is_committing)
+}
+
+/// Whether a group of this process has failed because of another rank.
+#[must_use]
+pub fn has_lost_another() -> bool {
+    super::ring().is_some_and(super::Ring::has_lost_another)
 }
 
 /// Until it is dropped the launcher, when it is about to start the ranks again, gives this one the time to finish:
@@ -65,6 +91,8 @@ impl Drop for Committing {
 pub struct Vitals {
     /// The last step that it told.
     pub progress: Option<u64>,
+    /// It has started an operation.
+    pub has_started: bool,
     /// It was at something that should not be cut off.
     pub is_committing: bool,
     /// A group of it has failed.
@@ -88,6 +116,7 @@ impl Vitals {
         };
         Ok(Self {
             progress: word(PROGRESS_AT).checked_sub(1),
+            has_started: word(NEXT_AT) != 0,
             is_committing: word(COMMITTING_AT) != 0,
             has_failed: word(FAILED_AT) != 0,
             heeds_stop: word(HEEDS_AT) != 0,
@@ -101,7 +130,33 @@ impl Vitals {
 ///
 /// The memory cannot be written.
 pub fn ask_to_stop(memory: &File) -> std::io::Result<()> {
-    memory.write_all_at(&1_u64.to_le_bytes(), STOP_AT as u64 * 8)
+    write(memory, STOP_AT, &END.to_le_bytes())
+}
+
+/// As [`ask_to_stop`], in order to begin again: [`is_called_back`] is true as well.
+///
+/// # Errors
+///
+/// The memory cannot be written.
+pub fn call_back(memory: &File) -> std::io::Result<()> {
+    write(memory, STOP_AT, &COME_BACK.to_le_bytes())
+}
+
+/// Forgets what a process has recorded that waits for its next generation: all but its number, the call sites, what it is
+/// committing, and that it looks whether it should stop.
+///
+/// # Errors
+///
+/// The memory cannot be written.
+pub fn renew(memory: &File) -> std::io::Result<()> {
+    for words in [MAGIC_AT..PID_AT, FAILED_AT..COMMITTING_AT, STOP_AT..HEEDS_AT] {
+        write(memory, words.start, &vec![0; words.len() * 8])?;
+    }
+    write(memory, ENTRIES_AT, &vec![0; BYTES - ENTRIES_AT * 8])
+}
+
+fn write(memory: &File, word: usize, bytes: &[u8]) -> std::io::Result<()> {
+    memory.write_all_at(bytes, word as u64 * 8)
 }
 
 #[cfg(test)]
@@ -127,6 +182,34 @@ mod tests {
         assert!(Vitals::read(&file).expect("read").heeds_stop);
         ask_to_stop(&file).expect("written");
         assert!(ring.is_asked_to_stop());
+        assert_eq!(ring.asked(), END);
+        call_back(&file).expect("written");
+        assert!(ring.is_asked_to_stop());
+        assert_eq!(ring.asked(), COME_BACK);
+    }
+
+    #[test]
+    fn what_is_renewed_remembers_nothing_but_what_goes_on() {
+        let file = memory().expect("memory");
+        let ring = Ring::open(&file, true).expect("mapped");
+        ring.identify(2, 4);
+        assert!(!ring.has_lost_another());
+        ring.fail("rank 1 died", 0, Some(1));
+        assert!(ring.has_lost_another());
+        ring.progress(120);
+        ring.commit(false);
+        call_back(&file).expect("written");
+        assert!(ring.is_asked_to_stop());
+        renew(&file).expect("written");
+        let vitals = Vitals { is_committing: true, heeds_stop: true, ..Vitals::default() };
+        assert_eq!(Vitals::read(&file).expect("read"), vitals);
+        assert!(!ring.has_lost_another() && !ring.is_asked_to_stop());
+        assert_eq!(super::super::FlightRecord::read(&file).expect("read"), None);
+        ring.identify(1, 3);
+        ring.fail("rank 1 has lost its way", 0, Some(1));
+        assert!(!ring.has_lost_another(), "that is itself");
+        let record = super::super::FlightRecord::read(&file).expect("read").expect("a record");
+        assert_eq!((record.rank, record.started, record.pid), (1, 0, std::process::id()));
     }
 
     #[test]

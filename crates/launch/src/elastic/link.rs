@@ -178,6 +178,11 @@ impl Link {
         lock(&self.shared.agent).silence(self.shared.now()) >= GONE_AFTER
     }
 
+    /// Whether node 0 has not been heard of for so long that the ranks must not run.
+    pub(crate) fn is_cut_off(&self) -> bool {
+        lock(&self.shared.agent).is_cut_off(self.shared.now())
+    }
+
     /// The connection to node 0's store.
     pub(crate) const fn store(&self) -> &Arc<StoreClient> {
         &self.store

@@ -32,7 +32,7 @@ use crate::report::{Failure, Report};
 use crate::restart::{Ending, GiveUp, Policy};
 use crate::screen::Stream;
 use crate::signals;
-use crate::start::Starter;
+use crate::start::{patience, Starter};
 use crate::supervise::{AttemptEnd, Leaving, Supervisor};
 
 /// How long a launcher that ends waits until the others know it.
@@ -141,6 +141,7 @@ impl Elastic<'_> {
                 Next::Gone => break lost_node_0(supervisor, ended_by),
             }
         };
+        supervisor.run_out()?;
         if let Some(failure) = &report.failure {
             supervisor.screen.write(Stream::Error, format!("{failure}\n").as_bytes());
         }
@@ -173,11 +174,10 @@ impl Elastic<'_> {
             let cause = told.map_or_else(String::new, |told| format!("; before: {}", told.brief()));
             supervisor.notice(&format!("{}{cause}", generation_line(order)));
         }
-        let starter = Starter { program, args, job, logs: &logs, prefix: options.prefix };
+        let patience = Some(patience(options));
+        let starter = Starter { program, args, job, logs: &logs, prefix: options.prefix, patience };
         let ranks_of_nodes: Vec<usize> = order.members.iter().map(|member| member.ranks).collect();
-        for place in plan.places(&ranks_of_nodes) {
-            supervisor.add(starter.start(place)?);
-        }
+        starter.start_all(&plan.places(&ranks_of_nodes), supervisor)?;
         let end = supervisor.run()?;
         if let Some(Failure::Rank(failure)) = &end.failure {
             self.logs.record(failure, order.generation, end.step);

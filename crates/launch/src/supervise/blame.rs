@@ -10,7 +10,7 @@ use crate::error::LaunchError;
 use crate::flight::{self, Culprit};
 use crate::nodes::Nodes;
 use crate::process::Exit;
-use crate::rank::{Ended, Rank};
+use crate::rank::{Ended, Rank, Staying};
 use crate::report::{code_of, Failure, RankFailure};
 use crate::restart::{Decision, Ending};
 use crate::suspect::{Accuses, Suspect};
@@ -32,9 +32,9 @@ impl Supervisor {
                 self.close(at, 1);
             }
         }
-        let all_ended = self.ranks.iter().all(|rank| rank.ended.is_some());
+        let all_ended = self.ranks.iter().all(Rank::is_done);
         let all_have_spoken = || {
-            let has_spoken = |rank: &Rank| rank.ended.is_some() || rank.vitals().has_failed;
+            let has_spoken = |rank: &Rank| rank.is_done() || rank.vitals().has_failed;
             self.ranks.iter().all(has_spoken)
         };
         let is_due = |suspect: &Suspect| {
@@ -47,7 +47,7 @@ impl Supervisor {
         Ok(())
     }
 
-    fn suspect(&mut self, at: usize, exit: Exit, now: Instant) {
+    pub(super) fn suspect(&mut self, at: usize, exit: Exit, now: Instant) {
         let record = self.ranks[at].record();
         let accused = record.as_ref().map(|it| flight::accused(it, &self.ranks, self.world_size));
         let accuses = match accused {
@@ -68,7 +68,7 @@ impl Supervisor {
             nodes.announce(&line, code_of(&failure));
         }
         self.fail(failure, now);
-        let left = self.ranks.iter().filter(|rank| rank.ended.is_none()).count();
+        let left = self.ranks.iter().filter(|rank| !rank.is_done()).count();
         if left > 0 && !self.state.is_hasty {
             self.notice(&format!("rank {number} failed; ending the others ({left})"));
         }
@@ -125,19 +125,31 @@ impl Supervisor {
             self.state.is_hasty = matches!(decision, Decision::Restart { .. });
             self.state.end.decision = Some(decision);
         }
+        let culprit = match &failure {
+            Failure::Rank(failure) => Some(failure.rank),
+            Failure::Node { .. } => None,
+        };
         self.state.end.failure = Some(failure);
         // As it is before the others are told to end.
         if let Some(nodes) = &self.nodes {
             nodes.publish(&self.ranks);
         }
-        self.end_ranks(now);
+        self.end_ranks(culprit, now);
     }
 
-    /// Asks the ranks to end, and gives them the time that is due to them.
-    pub(super) fn end_ranks(&mut self, now: Instant) {
-        self.signal_all(Signal::TERM);
+    /// Asks the ranks to end, and gives them the time that is due to them; those that stay are waited for, but not `culprit`.
+    pub(super) fn end_ranks(&mut self, culprit: Option<usize>, now: Instant) {
+        self.expect_to_stay(culprit, now);
+        for rank in self.ranks.iter().filter(|rank| !rank.is_done()) {
+            if rank.staying != Staying::Expected {
+                rank.process.signal_group(Signal::TERM);
+            }
+        }
         // A stopped process takes SIGTERM only when it continues.
         self.signal_all(Signal::CONT);
+        if !self.state.is_hasty {
+            self.dismiss_all();
+        }
         let grace = if self.state.is_hasty { RESTART_GRACE.min(self.grace) } else { self.grace };
         self.state.stage = Stage::Ending { kill_at: now + grace, patience: now + self.grace };
     }

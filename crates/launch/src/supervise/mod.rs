@@ -10,10 +10,12 @@
 //! | `blame` | who has ended, which of them is the cause, and what follows |
 //! | `orders` | what node 0 wants of this node's ranks in an elastic job |
 //! | `output` | what the ranks say |
+//! | `staying` | ranks that wait for the next generation |
 
 mod blame;
 mod orders;
 mod output;
+mod staying;
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -29,15 +31,16 @@ use crate::error::{system, LaunchError};
 use crate::guard::Guard;
 use crate::nodes::Nodes;
 use crate::process;
-use crate::rank::Rank;
+use crate::rank::{Rank, Staying};
 use crate::report::Failure;
 use crate::restart::{Decision, Policy};
 use crate::screen::Screen;
 use crate::signals::{Meaning, Signals};
+use crate::stay::Channel;
 use crate::suspect::Suspect;
 
 /// After a kill everything should be gone in no time; a process stuck in the kernel is left to it after this.
-const KILL_MAX: Duration = Duration::from_secs(5);
+pub(crate) const KILL_MAX: Duration = Duration::from_secs(5);
 /// What ranks that are to be started again get instead of the grace: their group is dead, and there is nothing to save.
 /// One that is committing a checkpoint gets the grace all the same.
 const RESTART_GRACE: Duration = Duration::from_millis(100);
@@ -50,7 +53,7 @@ const LINK_LOOK_EVERY: Duration = Duration::from_millis(500);
 #[derive(Clone, Copy, Debug)]
 enum Stage {
     Running,
-    /// Who is committing has until `patience`, the others until `kill_at`.
+    /// Who is committing, or is expected to stay, has until `patience`, the others until `kill_at`.
     Ending {
         kill_at: Instant,
         patience: Instant,
@@ -72,6 +75,8 @@ pub(crate) enum Leaving {
 #[derive(Debug)]
 pub(crate) struct Supervisor {
     pub(crate) ranks: Vec<Rank>,
+    /// Those that the last generation has left, and that have no place yet.
+    kept: Vec<Rank>,
     pub(crate) signals: Signals,
     pub(crate) guard: Guard,
     pub(crate) screen: Screen,
@@ -136,6 +141,7 @@ impl Supervisor {
         let now = Instant::now();
         Self {
             ranks: Vec::new(),
+            kept: Vec::new(),
             signals,
             guard: Guard::start(),
             screen: Screen::new(),
@@ -154,9 +160,9 @@ impl Supervisor {
         }
     }
 
-    /// A new attempt begins; of the one before, all ranks have ended.
+    /// A new attempt begins; of the one before, all ranks have ended, or wait for this one.
     pub(crate) fn begin(&mut self, world_size: usize, lineup_path: PathBuf) {
-        self.ranks.clear();
+        self.kept = std::mem::take(&mut self.ranks).into_iter().filter(Rank::waits).collect();
         self.guard.forget();
         self.state = State::new();
         self.started = Instant::now();
@@ -170,11 +176,11 @@ impl Supervisor {
         self.ranks.push(rank);
     }
 
-    /// Runs until every rank has ended.
+    /// Runs until every rank has ended, or waits for the next generation.
     pub(crate) fn run(&mut self) -> Result<AttemptEnd, LaunchError> {
         self.hear_orders(Instant::now());
         while self.has_work() {
-            self.poll(None)?;
+            self.poll(&self.ranks, None)?;
             let now = Instant::now();
             for (signal, meaning, count) in self.signals.pending() {
                 self.handle_signal(signal, meaning, count, now);
@@ -182,6 +188,7 @@ impl Supervisor {
             for at in 0..self.ranks.len() {
                 self.read(at);
             }
+            self.hear_ranks(now);
             self.collect(now)?;
             self.hear_news(now);
             self.hear_orders(now);
@@ -199,13 +206,13 @@ impl Supervisor {
 
     /// Between two generations of an elastic job: waits for an order, a signal, or a little while.
     pub(crate) fn wait_for_orders(&self) -> Result<(), LaunchError> {
-        self.poll(None)
+        self.poll(&[], None)
     }
 
     /// A rank was killed and has not ended: it is stuck in the kernel. No other attempt may run beside it.
     pub(crate) fn has_left_behind(&mut self) -> bool {
         let stuck: Vec<usize> =
-            self.ranks.iter().filter(|rank| rank.ended.is_none()).map(|rank| rank.number).collect();
+            self.ranks.iter().filter(|rank| !rank.is_done()).map(|rank| rank.number).collect();
         if !stuck.is_empty() {
             self.notice(&format!("not started again: ranks {stuck:?} were killed and do not end"));
         }
@@ -228,7 +235,7 @@ impl Supervisor {
                 .notice("the ranks of this node have ended; waiting for those of the other nodes");
         }
         loop {
-            self.poll(Some(done.as_fd()))?;
+            self.poll(&self.ranks, Some(done.as_fd()))?;
             for (signal, meaning, _) in self.signals.pending() {
                 if meaning == Meaning::End {
                     self.state.end.ended_by = Some(signal.as_raw());
@@ -254,19 +261,19 @@ impl Supervisor {
         if self.is_running() && self.state.suspect.is_some() {
             return true;
         }
-        self.ranks
-            .iter()
-            .any(|rank| rank.ended.is_none() || rank.process.streams.iter().any(Option::is_some))
+        let speaks = |rank: &Rank| rank.process.streams.iter().any(Option::is_some);
+        self.ranks.iter().any(|rank| !rank.waits() && (rank.ended.is_none() || speaks(rank)))
     }
 
-    /// Waits for a signal, news, output, an exit, `also`, or the next deadline.
-    fn poll(&self, also: Option<BorrowedFd<'_>>) -> Result<(), LaunchError> {
+    /// Waits for a signal, news, output or an exit of `ranks`, `also`, or the next deadline.
+    fn poll(&self, ranks: &[Rank], also: Option<BorrowedFd<'_>>) -> Result<(), LaunchError> {
         let mut fds: Vec<BorrowedFd<'_>> = self.signals.fds().collect();
         fds.extend(self.nodes.iter().filter(|_| self.is_running()).map(Nodes::fd));
         fds.extend(self.link.iter().map(Link::fd));
-        for rank in &self.ranks {
+        for rank in ranks {
             if rank.ended.is_none() {
                 fds.push(rank.process.pidfd.as_fd());
+                fds.extend(rank.channel.iter().map(Channel::fd));
             }
             fds.extend(rank.process.streams.iter().flatten().map(AsFd::as_fd));
         }
@@ -326,6 +333,7 @@ impl Supervisor {
                 self.ask_to_stop();
                 self.wish_for_end(signal);
                 self.signal_all(signal);
+                self.dismiss_all();
                 if self.is_running() {
                     let (name, grace) = (crate::signals::name(signal.as_raw()), self.grace);
                     if let Some(nodes) = &self.nodes {
@@ -351,8 +359,9 @@ impl Supervisor {
         }
     }
 
+    /// Those of whom something is still to come.
     fn signal_all(&self, signal: Signal) {
-        for rank in self.ranks.iter().filter(|rank| rank.ended.is_none()) {
+        for rank in self.ranks.iter().filter(|rank| !rank.is_done()) {
             rank.process.signal_group(signal);
         }
     }
@@ -373,13 +382,15 @@ impl Supervisor {
 
     fn advance(&mut self, now: Instant) {
         let Stage::Ending { kill_at, patience } = self.state.stage else { return };
-        let left = self.ranks.iter().filter(|rank| rank.ended.is_none());
+        let left = self.ranks.iter().filter(|rank| !rank.is_done());
         if now < kill_at || left.clone().count() == 0 {
             return;
         }
-        let (committing, others): (Vec<&Rank>, Vec<&Rank>) =
-            left.partition(|rank| now < patience && rank.vitals().is_committing);
-        if !committing.is_empty() {
+        let is_busy =
+            |rank: &Rank| rank.staying == Staying::Expected || rank.vitals().is_committing;
+        let (busy, others): (Vec<&Rank>, Vec<&Rank>) =
+            left.partition(|rank| now < patience && is_busy(rank));
+        if !busy.is_empty() {
             for rank in others {
                 rank.process.signal_group(Signal::KILL);
             }
@@ -404,7 +415,8 @@ fn is_readable(stream: &UnixStream) -> Result<bool, LaunchError> {
 impl Supervisor {
     /// Kills what there is, and waits for its end.
     pub(crate) fn kill_all(&self) {
-        let left: Vec<&Rank> = self.ranks.iter().filter(|rank| rank.ended.is_none()).collect();
+        let all = self.ranks.iter().chain(&self.kept);
+        let left: Vec<&Rank> = all.filter(|rank| rank.ended.is_none()).collect();
         for rank in &left {
             rank.process.signal_group(Signal::KILL);
         }

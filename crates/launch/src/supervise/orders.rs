@@ -28,7 +28,7 @@ impl Supervisor {
         }
         self.notice("nodes come or go: the ranks are asked to stop at their next step");
         self.state.end.was_stopped = true;
-        self.ask_to_stop();
+        self.call_back();
         let deaf = |rank: &&Rank| rank.ended.is_none() && !rank.vitals().heeds_stop;
         for rank in self.ranks.iter().filter(deaf) {
             rank.process.signal_group(Signal::TERM);
@@ -47,7 +47,7 @@ impl Supervisor {
         }
         self.state.end.was_stopped = true;
         self.state.is_hasty = true;
-        self.end_ranks(now);
+        self.end_ranks(None, now);
     }
 
     /// SIGTERM is how a scheduler takes a node away: the others go on, if there may be fewer. Ctrl-C is for the job.

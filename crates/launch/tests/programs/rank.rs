@@ -85,6 +85,8 @@ enum Act {
     Polite,
     /// Every rank trains; in the first attempts the chosen one fails at its fourth step: killed, or with `--code`.
     Train,
+    /// As `train`, and who loses a peer stays for the next generation.
+    Stay,
     /// As `train`, and the survivors ignore requests to end; rank 0 has begun to commit a checkpoint.
     Commit,
     /// Every rank trains until it is asked to stop at a boundary.
@@ -182,6 +184,7 @@ fn work(args: &Args) -> ExitCode {
         Act::Cascade => return cascade(&world, is_chosen),
         Act::Group => return group(args, is_chosen),
         Act::Train | Act::Commit => return train::train(args, &world),
+        Act::Stay => return train::stay(args),
         Act::Endless => return train::endless(&world),
         Act::Kill | Act::Panic | Act::Exit => wait(),
     }

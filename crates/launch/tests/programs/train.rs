@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use phalanx_comm::environment::World;
 use phalanx_comm::{Group, GroupOptions, Max, Sum};
-use phalanx_launch::{committing, heed_signals, progress, should_stop};
+use phalanx_launch::{committing, each_generation, heed_signals, progress, should_stop};
 use rustix::process::{getpid, kill_process, Signal};
 
 use super::{pause, Act, Args, Fault};
@@ -43,6 +43,23 @@ pub(super) fn train(args: &Args, world: &World) -> ExitCode {
     ExitCode::SUCCESS
 }
 
+/// As [`train`], in one generation after the other.
+pub(super) fn stay(args: &Args) -> ExitCode {
+    let outcome = each_generation(|| {
+        let world = World::from_env().expect("a place");
+        let code = train(args, &world);
+        if code == ExitCode::SUCCESS {
+            Ok(code)
+        } else {
+            Err(code)
+        }
+    });
+    if outcome.is_err() {
+        println!("pid {} ends with an error", std::process::id());
+    }
+    outcome.unwrap_or_else(|code| code)
+}
+
 /// Trains until the launcher asks for the end; the ranks agree on the step after which that is.
 pub(super) fn endless(world: &World) -> ExitCode {
     let (attempt, size) = (world.restart_count, world.world_size);
@@ -74,7 +91,7 @@ fn fail(args: &Args) -> ExitCode {
 }
 
 fn lost_a_peer(args: &Args, is_committing: bool) -> ExitCode {
-    if args.act == Act::Train {
+    if matches!(args.act, Act::Train | Act::Stay) {
         return ExitCode::from(69);
     }
     while !should_stop() {
