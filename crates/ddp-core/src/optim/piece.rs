@@ -123,39 +123,44 @@ mod tests {
         let treatments = groups.map(|group| Treatment { group, step: 3, is_whole: group == 0 });
         let is_updated = groups.map(|group| group < 2);
         let extents: Vec<Extent> =
-            lens.iter().map(|&len| Extent { len, element_bytes: 4, storage: 0 }).collect();
+            lens.iter().map(|&len| Extent { len, element_bytes: 4, kind: 0, unit: None }).collect();
         for world_size in [1, 2, 3, 4, 7] {
             let caps = Caps { bucket_bytes: &[100, 30000], world_size };
             let plan = Plan::new(&extents, &[6, 5, 4, 3, 2, 1, 0], caps);
-            let mut covered = vec![0; plan.storage_lens[0]];
+            let mut covered: Vec<Vec<u32>> =
+                plan.storage_lens.iter().map(|&len| vec![0; len]).collect();
             for rank in 0..world_size {
                 let segment = |bucket: &Bucket| bucket.segment(rank, world_size);
-                let parts = owned(&plan, segment, &treatments, &is_updated);
                 let everything = owned(&plan, segment, &treatments, &[true; 7]);
-                let state_len = state_lens(&everything, 1)[0];
-                let mut state = state_len.map(|len| vec![0; len]);
-                for run in parts.iter().flat_map(|part| &part.runs) {
-                    assert_eq!(run.range.len(), run.state.len());
-                    assert_eq!(run.range.start % PARAMETER_ALIGNMENT_LEN, 0);
-                    assert_eq!(run.range.len() % PARAMETER_ALIGNMENT_LEN, 0);
-                    run.range.clone().for_each(|at| covered[at] += 1);
-                    let state = &mut state[usize::from(run.treatment.is_whole)];
-                    run.state.clone().for_each(|at| state[at] += 1);
+                let lens = state_lens(&everything, plan.storage_lens.len());
+                for part in &owned(&plan, segment, &treatments, &is_updated) {
+                    let mut state = lens[part.storage].map(|len| vec![0; len]);
+                    let bucket = segment(&plan.buckets[part.storage]);
+                    for run in &part.runs {
+                        assert_eq!(run.range.len(), run.state.len());
+                        assert_eq!(run.range.start, bucket.start + run.segment.start);
+                        assert_eq!(run.range.end, bucket.start + run.segment.end);
+                        assert_eq!(run.range.start % PARAMETER_ALIGNMENT_LEN, 0);
+                        assert_eq!(run.range.len() % PARAMETER_ALIGNMENT_LEN, 0);
+                        run.range.clone().for_each(|at| covered[part.storage][at] += 1);
+                        let state = &mut state[usize::from(run.treatment.is_whole)];
+                        run.state.clone().for_each(|at| state[at] += 1);
+                    }
+                    assert!(state.iter().flatten().all(|&count| count <= 1), "state is not shared");
+                    for piece in &part.pieces {
+                        assert_eq!(piece.run.treatment, treatments[piece.parameter]);
+                    }
                 }
-                assert!(state.iter().flatten().all(|&count| count <= 1), "state is not shared");
                 let all = everything.iter().flat_map(|part| &part.pieces);
                 let len: usize = all.map(|piece| piece.run.state.len()).sum();
-                assert_eq!(state_len[0] + state_len[1], len, "state is for what is owned");
-                for piece in parts.iter().flat_map(|part| &part.pieces) {
-                    assert_eq!(piece.run.treatment, treatments[piece.parameter]);
-                }
+                assert_eq!(lens.iter().flatten().sum::<usize>(), len, "state is for what is owned");
             }
             for (parameter, place) in plan.places.iter().enumerate() {
-                let times = usize::from(is_updated[parameter]);
+                let times = u32::from(is_updated[parameter]);
                 let mut all = place.range.clone();
-                assert!(all.all(|at| covered[at] == times), "{world_size} ranks");
+                assert!(all.all(|at| covered[place.storage][at] == times), "{world_size} ranks");
             }
-            assert!(covered.iter().all(|&count| count <= 1));
+            assert!(covered.iter().flatten().all(|&count| count <= 1));
         }
     }
 }

@@ -14,8 +14,8 @@ pub(super) const WAVE_LENS: (usize, usize) = (16 << 20, 64 << 20);
 /// Buckets whose parameters come together at once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Wave {
-    /// Of which storage they are.
-    pub(super) storage: usize,
+    /// Number of their parameters' kind.
+    pub(super) kind: usize,
     /// Numbers of buckets, and where they lie in the wave's memory.
     pub(super) buckets: Vec<(usize, Range<usize>)>,
     /// In the order of their places.
@@ -39,7 +39,7 @@ impl Wave {
     }
 }
 
-/// The waves of a plan, storage by storage; `costs` says what each parameter that is needed whole costs.
+/// The waves of a plan, kind by kind; `costs` says what each parameter that is needed whole costs.
 pub(super) fn waves(
     plan: &Plan,
     costs: &[Option<u64>],
@@ -47,16 +47,17 @@ pub(super) fn waves(
     (enough_len, most_len): (usize, usize),
 ) -> Vec<Wave> {
     let mut all: Vec<Wave> = Vec::new();
-    for storage in 0..plan.storage_lens.len() {
-        let mut open = Wave { storage, buckets: Vec::new(), members: Vec::new() };
+    let kind_count = plan.buckets.iter().map(|bucket| bucket.kind + 1).max().unwrap_or(0);
+    for kind in 0..kind_count {
+        let mut open = Wave { kind, buckets: Vec::new(), members: Vec::new() };
         for (index, bucket) in plan.buckets.iter().enumerate() {
             let is_needed = bucket.parameters.iter().any(|&parameter| costs[parameter].is_some());
-            if bucket.storage != storage || !is_needed {
+            if bucket.kind != kind || !is_needed {
                 continue;
             }
             let is_full = open.len() >= enough_len && open.members.len() >= 2 * world_size;
             if !open.members.is_empty() && (is_full || open.len() + bucket.range.len() > most_len) {
-                let next = Wave { storage, buckets: Vec::new(), members: Vec::new() };
+                let next = Wave { kind, buckets: Vec::new(), members: Vec::new() };
                 all.push(std::mem::replace(&mut open, next));
             }
             let start = open.len();
@@ -110,7 +111,7 @@ mod tests {
     fn planned(world_size: usize) -> (Plan, Vec<Option<u64>>) {
         let lens = [5000, 64, 1, 9000, 700, 2048, 77, 4096, 3000];
         let extents: Vec<Extent> = (lens.iter().enumerate())
-            .map(|(at, &len)| Extent { len, element_bytes: 4, storage: usize::from(at == 4) })
+            .map(|(at, &len)| Extent { len, element_bytes: 4, kind: usize::from(at == 4), unit: None })
             .collect();
         let order: Vec<usize> = (0..lens.len()).rev().collect();
         let plan = Plan::new(&extents, &order, Caps { bucket_bytes: &[100, 30000], world_size });
@@ -132,7 +133,7 @@ mod tests {
                     for (bucket, range) in &wave.buckets {
                         assert_eq!(range.start, end);
                         assert_eq!(range.len(), plan.buckets[*bucket].range.len());
-                        assert_eq!(plan.buckets[*bucket].storage, wave.storage);
+                        assert_eq!(plan.buckets[*bucket].kind, wave.kind);
                         end = range.end;
                     }
                     for member in &wave.members {

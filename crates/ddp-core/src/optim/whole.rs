@@ -62,7 +62,7 @@ impl Wholes {
         };
         let costs: Vec<Option<u64>> = treatments.iter().zip(&shapes).map(of).collect();
         let waves = waves::waves(&store.plan, &costs, world_size, WAVE_LENS);
-        let kind_of = |wave: &Wave| work_kind(store.storages[wave.storage].parameters.kind());
+        let kind_of = |wave: &Wave| kind_of(store, wave);
         for wave in &waves {
             for member in wave.members.iter().filter(|member| member.owner == rank) {
                 let shape = &shapes[member.parameter];
@@ -103,7 +103,7 @@ impl Wholes {
     ) -> Result<Duration> {
         let mut waited = Duration::ZERO;
         for wave in &self.waves {
-            let kind = work_kind(store.storages[wave.storage].parameters.kind());
+            let kind = kind_of(store, wave);
             let Some(memory) = self.memory.iter().find(|flat| flat.kind() == kind) else {
                 continue;
             };
@@ -155,6 +155,12 @@ impl Wholes {
     }
 }
 
+/// The kind in which a wave's parameters are turned.
+fn kind_of(store: &Store, wave: &Wave) -> Kind {
+    let first = wave.buckets.first().map(|(bucket, _)| store.plan.buckets[*bucket].storage);
+    first.map_or(Kind::Float, |storage| work_kind(store.storages[storage].parameters.kind()))
+}
+
 /// Between directions and the memory of a wave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
@@ -175,7 +181,7 @@ fn copy(
             let run = &piece.run;
             let from = range.start + (run.range.start - start);
             let mut place = memory.range(&(from..from + run.range.len()))?;
-            let Some(mut direction) = state.direction(store, wave.storage, run)? else { continue };
+            let Some(mut direction) = state.direction(store, parts[*bucket].storage, run)? else { continue };
             match way {
                 Way::In => place.f_copy_(&direction)?,
                 Way::Out => direction.f_copy_(&place)?,

@@ -20,7 +20,7 @@ struct Exchanged {
 fn plan(world_size: usize) -> Plan {
     let extent = |(_, shape): &(&str, &[i64])| {
         let len = usize::try_from(shape.iter().product::<i64>()).unwrap();
-        Extent { len, element_bytes: 4, storage: 0 }
+        Extent { len, element_bytes: 4, kind: 0, unit: None }
     };
     let extents: Vec<Extent> = SHAPES.iter().map(extent).collect();
     let order: Vec<usize> = (0..SHAPES.len()).rev().collect();
