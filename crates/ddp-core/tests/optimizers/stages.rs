@@ -14,7 +14,7 @@ use super::support::{options, wrapped};
 pub(crate) const WORLD_SIZES: [usize; 4] = [1, 2, 3, 4];
 
 /// The first is what the others are compared with.
-pub(crate) const STAGES: [Zero; 2] = [Zero::Off, Zero::One];
+pub(crate) const STAGES: [Zero; 4] = [Zero::Off, Zero::One, Zero::Two, Zero::Three];
 
 /// Makes a rule.
 pub(crate) type Make = fn() -> Box<dyn Rule>;
