@@ -87,7 +87,7 @@ impl Training {
         let vs = nn::VarStore::new(Device::Cpu);
         let network = model::build(&vs, &config.model, 1, group.rank())?;
         let ddp = Ddp::new(&vs, group, DdpOptions { zero: Zero::One, ..DdpOptions::default() })?;
-        let optimizer = Optimizer::new(&ddp, AdamW::default(), model::groups())?;
+        let optimizer = Optimizer::new(&ddp, AdamW::default(), model::groups(config::Rule::Adamw))?;
         let at = Tensor::arange(8 * 128, (Kind::Int64, Device::Cpu)).reshape([8, 128]);
         let ids = (&at * 7919 + 13).remainder(config.model.vocab_size - 5) + 5;
         let labels = ids.where_self(&at.remainder(7).eq(0), &Tensor::from(model::IGNORED));

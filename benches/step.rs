@@ -132,7 +132,7 @@ impl Stepper {
             options.non_finite = NonFinite::Ignore;
         }
         let ddp = Ddp::new(&vs, group, options)?;
-        let optimizer = Optimizer::new(&ddp, AdamW::default(), model::groups())?;
+        let optimizer = Optimizer::new(&ddp, AdamW::default(), model::groups(config::Rule::Adamw))?;
         let (ids, labels) = batch(config.model.vocab_size, flags.micro_batch);
         let parameter_elements = vs.trainable_variables().iter().map(Tensor::numel).sum();
         Ok(Self { network, ddp, optimizer, ids, labels, kind, parameter_elements })
