@@ -341,10 +341,10 @@ impl Optimizer {
                 works.extend(store.gather(bucket)?);
             }
         }
-        let start = Instant::now();
+        let last = Instant::now();
         let ended = wait_all(works).and_then(|()| store.settled());
         let gathered = store.forget_gathered()?;
-        reducer.waited(waited + gathered + start.elapsed());
+        reducer.waited(waited + gathered + last.elapsed());
         ended
     }
 
@@ -398,8 +398,8 @@ impl Optimizer {
         }
         let count = self.parameters.len();
         let mut parts = parameter_parts(store, owned);
-        let directions = self.state.direction_parts(store, owned).into_iter();
-        parts.extend(directions.map(|part| norm::Part { sum: part.sum + count, ..part }));
+        let of_directions = self.state.direction_parts(store, owned).into_iter();
+        parts.extend(of_directions.map(|part| norm::Part { sum: part.sum + count, ..part }));
         let own = norm::of(&parts, 2 * count, Power::Two)?;
         let sums = store.over_ranks(own)?;
         let (parameters, directions) = sums.split_at(count);

@@ -132,9 +132,9 @@ mod tests {
             for rank in 0..world_size {
                 let segment = |bucket: &Bucket| bucket.segment(rank, world_size);
                 let everything = owned(&plan, segment, &treatments, &[true; 7]);
-                let lens = state_lens(&everything, plan.storage_lens.len());
+                let of_state = state_lens(&everything, plan.storage_lens.len());
                 for part in &owned(&plan, segment, &treatments, &is_updated) {
-                    let mut state = lens[part.storage].map(|len| vec![0; len]);
+                    let mut state = of_state[part.storage].map(|len| vec![0; len]);
                     let bucket = segment(&plan.buckets[part.storage]);
                     for run in &part.runs {
                         assert_eq!(run.range.len(), run.state.len());
@@ -153,7 +153,11 @@ mod tests {
                 }
                 let all = everything.iter().flat_map(|part| &part.pieces);
                 let len: usize = all.map(|piece| piece.run.state.len()).sum();
-                assert_eq!(lens.iter().flatten().sum::<usize>(), len, "state is for what is owned");
+                assert_eq!(
+                    of_state.iter().flatten().sum::<usize>(),
+                    len,
+                    "state is for what is owned"
+                );
             }
             for (parameter, place) in plan.places.iter().enumerate() {
                 let times = u32::from(is_updated[parameter]);

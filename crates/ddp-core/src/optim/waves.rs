@@ -111,7 +111,12 @@ mod tests {
     fn planned(world_size: usize) -> (Plan, Vec<Option<u64>>) {
         let lens = [5000, 64, 1, 9000, 700, 2048, 77, 4096, 3000];
         let extents: Vec<Extent> = (lens.iter().enumerate())
-            .map(|(at, &len)| Extent { len, element_bytes: 4, kind: usize::from(at == 4), unit: None })
+            .map(|(at, &len)| Extent {
+                len,
+                element_bytes: 4,
+                kind: usize::from(at == 4),
+                unit: None,
+            })
             .collect();
         let order: Vec<usize> = (0..lens.len()).rev().collect();
         let plan = Plan::new(&extents, &order, Caps { bucket_bytes: &[100, 30000], world_size });

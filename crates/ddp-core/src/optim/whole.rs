@@ -181,7 +181,9 @@ fn copy(
             let run = &piece.run;
             let from = range.start + (run.range.start - start);
             let mut place = memory.range(&(from..from + run.range.len()))?;
-            let Some(mut direction) = state.direction(store, parts[*bucket].storage, run)? else { continue };
+            let Some(mut direction) = state.direction(store, parts[*bucket].storage, run)? else {
+                continue;
+            };
             match way {
                 Way::In => place.f_copy_(&direction)?,
                 Way::Out => direction.f_copy_(&place)?,

@@ -140,8 +140,8 @@ impl Reducer {
             let Some(started) = run.started.remove(oldest) else { continue };
             let start = Instant::now();
             self.land(started)?;
-            if let Some(run) = &mut self.run {
-                run.waited += start.elapsed();
+            if let Some(waiting) = &mut self.run {
+                waiting.waited += start.elapsed();
             }
         };
         let mut end = 0;
@@ -432,10 +432,10 @@ impl Reducer {
         for started in std::mem::take(&mut run.started) {
             self.land(started)?;
         }
-        let group = &mut self.store.group;
         let statistics = &mut self.clock.statistics;
         statistics.bucket_count = run.bucket_count;
-        self.clock.marks = match (run.first_mark.take(), waits, group.mark()?) {
+        let end = self.store.group.mark()?;
+        self.clock.marks = match (run.first_mark.take(), waits, end) {
             (Some(first), Some(waits), Some(end)) => Some([first, waits, end]),
             _ => None,
         };

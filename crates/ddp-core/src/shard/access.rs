@@ -32,7 +32,7 @@ fn owners() -> MutexGuard<'static, BTreeMap<u64, Weak<Mutex<Reducer>>>> {
 /// From here on this thread's operations find the gatherer with this number.
 pub(crate) fn register(id: u64, owner: &Weak<Mutex<Reducer>>) -> Result<()> {
     let mut owners = owners();
-    owners.retain(|_, owner| owner.strong_count() > 0);
+    owners.retain(|_, known| known.strong_count() > 0);
     owners.insert(id, Weak::clone(owner));
     drop(owners);
     let present = ACCESSES.take();

@@ -9,7 +9,7 @@
 //! differ are out of step at once, with the names of both. Which bucket goes to which buffer follows from that order. An operation that needs more buckets at once than there are buffers
 //! is lent memory for it.
 //!
-//! Source: the idea is DeepSpeed's ZeRO-3, which traces modules; here it is operations.
+//! Source: the idea is `DeepSpeed`'s ZeRO-3, which traces modules; here it is operations.
 
 #![expect(unsafe_code, reason = "gate: a buffer becomes a shell's memory")]
 

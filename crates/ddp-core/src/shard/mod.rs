@@ -31,6 +31,7 @@ use crate::{shim, Result, Zero};
 
 /// Who holds what, when.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "facts that have nothing to do with each other")]
 pub(crate) struct Sharding {
     zero: Zero,
     /// Of the ranks that have everything once together, which this one is, and how many there are.

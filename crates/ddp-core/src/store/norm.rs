@@ -170,8 +170,8 @@ pub(crate) fn over_ranks(group: &mut Group, own: Own) -> Result<Vec<f64>> {
         Own::Sums(sums) => {
             let mut words: Vec<i64> = sums.into_iter().flat_map(ExactSum::into_words).collect();
             group.tagged("norms").all_reduce(&mut words[..], Sum)?.wait()?;
-            let sums = words.chunks_exact(WORDS).filter_map(ExactSum::of_words);
-            Ok(sums.map(|sum| sum.value()).collect())
+            let of_all = words.chunks_exact(WORDS).filter_map(ExactSum::of_words);
+            Ok(of_all.map(|sum| sum.value()).collect())
         }
         Own::Largest(mut all) => {
             let mine: Vec<u8> = all.iter().flat_map(|value| value.to_le_bytes()).collect();

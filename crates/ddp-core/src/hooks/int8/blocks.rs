@@ -71,7 +71,12 @@ fn scale_of(block: &[f32]) -> (f32, f32) {
 const SIGN: u32 = 1 << 31;
 
 #[cfg(test)]
-#[allow(clippy::cast_precision_loss, reason = "small numbers")]
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::float_cmp,
+    clippy::shadow_unrelated,
+    reason = "small numbers, exact ones"
+)]
 mod tests {
     use super::*;
 

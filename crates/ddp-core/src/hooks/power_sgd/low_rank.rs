@@ -82,7 +82,12 @@ fn rounded(value: f64) -> f32 {
 }
 
 #[cfg(test)]
-#[allow(clippy::cast_precision_loss, reason = "small numbers")]
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::float_cmp,
+    clippy::shadow_unrelated,
+    reason = "small numbers, exact ones"
+)]
 mod tests {
     use super::*;
 
