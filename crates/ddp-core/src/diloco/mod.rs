@@ -76,7 +76,7 @@ impl Default for DiLoCoOptions {
 /// ```
 ///
 /// # Source
-/// Douillard et al. 2023, "DiLoCo: Distributed Low-Communication Training of Language Models"; Stich 2018, "Local SGD Converges Fast and Communicates
+/// Douillard et al. 2023, "`DiLoCo`: Distributed Low-Communication Training of Language Models"; Stich 2018, "Local SGD Converges Fast and Communicates
 /// Little"; Lin et al. 2018, "Don't Use Large Mini-Batches, Use Local SGD" (post-local).
 #[derive(Debug)]
 pub struct DiLoCo {

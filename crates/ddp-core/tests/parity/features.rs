@@ -112,7 +112,9 @@ fn uneven_batches_by_weight() {
 
 #[test]
 fn every_case_of_the_fixtures_is_trained() {
-    let sources = [include_str!("features.rs"), include_str!("optimizers.rs"), include_str!("hooks.rs")].concat();
+    let sources =
+        [include_str!("features.rs"), include_str!("optimizers.rs"), include_str!("hooks.rs")]
+            .concat();
     for name in Fixtures::read().names() {
         assert!(sources.contains(&format!("\"{name}\"")), "nothing trains {name}");
     }

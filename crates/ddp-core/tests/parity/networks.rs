@@ -127,9 +127,8 @@ impl Network {
         variables.sort_by(|left, right| left.0.cmp(&right.0));
         let product = |(name, tensor): (String, Tensor)| {
             let of = format!("{name} {step} {rank}");
-            let value = |index| {
-                (f64::from(16 + number(&of, index) % 16) + 1.0 / 2048.0) * 3.0 / 64.0
-            };
+            let value =
+                |index| (f64::from(16 + number(&of, index) % 16) + 1.0 / 2048.0) * 3.0 / 64.0;
             let values: Vec<f64> = (0..tensor.numel()).map(value).collect();
             let gradient = Tensor::from_slice(&values).to_kind(Kind::Float).reshape(tensor.size());
             (tensor * gradient).sum(Kind::Float)

@@ -82,7 +82,8 @@ fn rounded(value: f64) -> f32 {
 }
 
 #[cfg(test)]
-#[allow(clippy::cast_precision_loss, reason = "small numbers")]
+#[expect(clippy::cast_precision_loss, reason = "small numbers")]
+#[expect(clippy::float_cmp, clippy::shadow_unrelated, reason = "exact values, case by case")]
 mod tests {
     use super::*;
 
