@@ -91,7 +91,7 @@ impl Which {
             Self::Fed(&Self::PowerSgd(rank)) => {
                 ddp.set_hook(ErrorFeedback::around(power_sgd(rank)))
             }
-            other => panic!("{other:?} has no losses"),
+            Self::Fed(other) => unreachable!("{other:?} has no losses"),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! PyTorch's communication hooks: bf16 and PowerSGD.
+//! PyTorch's communication hooks: bf16 and `PowerSGD`.
 
 use phalanx_ddp_core::hooks::{Cast, ErrorFeedback, PowerSgd, PowerSgdOptions};
 use phalanx_ddp_core::{Ddp, Optimizer, Sgd};

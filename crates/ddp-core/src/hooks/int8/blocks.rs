@@ -71,12 +71,8 @@ fn scale_of(block: &[f32]) -> (f32, f32) {
 const SIGN: u32 = 1 << 31;
 
 #[cfg(test)]
-#[expect(
-    clippy::cast_precision_loss,
-    clippy::float_cmp,
-    clippy::shadow_unrelated,
-    reason = "small numbers, exact ones"
-)]
+#[expect(clippy::cast_precision_loss, reason = "small numbers")]
+#[expect(clippy::float_cmp, clippy::shadow_unrelated, reason = "exact values, case by case")]
 mod tests {
     use super::*;
 

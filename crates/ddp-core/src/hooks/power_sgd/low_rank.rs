@@ -82,12 +82,8 @@ fn rounded(value: f64) -> f32 {
 }
 
 #[cfg(test)]
-#[expect(
-    clippy::cast_precision_loss,
-    clippy::float_cmp,
-    clippy::shadow_unrelated,
-    reason = "small numbers, exact ones"
-)]
+#[expect(clippy::cast_precision_loss, reason = "small numbers")]
+#[expect(clippy::float_cmp, clippy::shadow_unrelated, reason = "exact values, case by case")]
 mod tests {
     use super::*;
 
