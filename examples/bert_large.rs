@@ -12,7 +12,7 @@
 
 mod bert;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -177,9 +177,11 @@ fn rank(flags: &Flags, settings: &Settings, world: &World, nccl: Option<Nccl>) -
         }
     }
     let peak_memory = gather_usage(&mut group)?;
+    // All ranks, for none may have all of the model.
+    trainer.save_weights(&journal.as_ref().map_or_else(PathBuf::new, Journal::weights))?;
     if let Some(journal) = journal {
         let summary = summary(config, &group, batching, (threads, peak_memory), &trainer)?;
-        print!("{}", journal.close(&vs, config, &summary)?);
+        print!("{}", journal.close(config, &summary)?);
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -17,6 +17,7 @@ use bert::train::Trainer;
 use bert::{data, failure, output, weights};
 use phalanx_comm::{Group, GroupOptions};
 use phalanx_data::progress::Silent;
+use phalanx_ddp_core::checkpoint;
 use tch::{nn, Device, Kind, Tensor};
 
 fn fixture(name: &str) -> PathBuf {
@@ -158,7 +159,9 @@ fn what_was_written_loads_again() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("out");
     let output = output::Output::create(Some(&path), "unused").unwrap();
-    let written = output.write(&vs, &config.model, &[]).unwrap();
+    let variables: Vec<_> = vs.variables().into_iter().collect();
+    checkpoint::save_safetensors(&output.weights(), &variables).unwrap();
+    let written = output.write(&config.model, &[]).unwrap();
     assert_eq!(written.len(), 3, "{written:?}");
     let other = other_network(&config.model);
     assert!(!same(&vs, &other));

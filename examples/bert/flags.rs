@@ -66,7 +66,7 @@ pub(crate) struct Flags {
     /// Of what each rank holds a part: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too.
     #[arg(long, value_name = "STAGE")]
     pub(crate) zero: Option<u8>,
-    /// How gradients travel: none, noop, bf16, fp16, int8, topk:SHARE or powersgd:RANK[:PLAIN_STEPS].
+    /// How gradients travel: none, noop, bf16, fp16, int8, topk:SHARE or powersgd:RANK, and :STEPS that travel plainly first.
     #[arg(long, value_name = "HOOK")]
     pub(crate) hook: Option<Hook>,
     /// What to do with gradients that are not finite.

@@ -1,10 +1,9 @@
 //! What rank 0 keeps and shows: progress, metrics, and at the end the output and a screen.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use phalanx_data::WaitShares;
-use tch::nn;
 
 use super::config::Config;
 use super::metrics::{MetricsFile, StepRecord, Summary};
@@ -65,15 +64,15 @@ impl Journal {
         written
     }
 
-    /// Writes weights, plot and summary; returns the screen to be shown.
-    pub(crate) fn close(
-        mut self,
-        vs: &nn::VarStore,
-        config: &Config,
-        summary: &Summary,
-    ) -> Result<String> {
+    /// Where the weights go.
+    pub(crate) fn weights(&self) -> PathBuf {
+        self.output.weights()
+    }
+
+    /// Writes plot and summary beside the weights; returns the screen to be shown.
+    pub(crate) fn close(mut self, config: &Config, summary: &Summary) -> Result<String> {
         self.progress.finish();
-        let mut written = self.output.write(vs, &config.model, &self.records)?;
+        let mut written = self.output.write(&config.model, &self.records)?;
         if let Some(file) = &mut self.metrics {
             file.write(&serde_json::json!({ "summary": summary }))?;
             written.push(file.path().display().to_string());

@@ -3,8 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context as _, Result};
-use phalanx_ddp_core::checkpoint;
-use tch::{nn, Tensor};
 
 use super::config::Model;
 use super::metrics::StepRecord;
@@ -41,15 +39,14 @@ impl Output {
         bail!("{} holds {NUMBER_MAX} runs called {name}; give --output", parent.display())
     }
 
-    /// Writes everything; gives what was written, one line each.
-    pub(crate) fn write(
-        &self,
-        vs: &nn::VarStore,
-        model: &Model,
-        records: &[StepRecord],
-    ) -> Result<Vec<String>> {
-        let weights = self.folder.join("model.safetensors");
-        checkpoint::save_safetensors(&weights, &sorted(vs))?;
+    /// Where the weights go.
+    pub(crate) fn weights(&self) -> PathBuf {
+        self.folder.join("model.safetensors")
+    }
+
+    /// Writes everything but the weights, which are there; gives what was written, one line each.
+    pub(crate) fn write(&self, model: &Model, records: &[StepRecord]) -> Result<Vec<String>> {
+        let weights = self.weights();
         let config = self.text("config.json", &hugging_face(model)?)?;
         let points: Vec<_> = records.iter().map(|r| (step(r), r.loss)).collect();
         let plot = self.text("loss.svg", &plot::loss_curve("masked-LM loss", &points))?;
@@ -61,13 +58,6 @@ impl Output {
         std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
         Ok(path)
     }
-}
-
-/// Variables by name: the file is the same whatever order the store iterates in.
-fn sorted(vs: &nn::VarStore) -> Vec<(String, Tensor)> {
-    let mut variables: Vec<_> = vs.variables().into_iter().collect();
-    variables.sort_by(|a, b| a.0.cmp(&b.0));
-    variables
 }
 
 /// `config.json` as transformers wants it beside the weights.

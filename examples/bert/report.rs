@@ -64,28 +64,7 @@ pub(crate) fn screen(
     if !slow.is_empty() {
         add(waiting(slow));
     }
-    if summary.skipped > 0 {
-        add(format!(
-            "{} step{} skipped: gradients were not finite",
-            summary.skipped,
-            if summary.skipped == 1 { " was" } else { "s were" }
-        ));
-    }
-    for straggler in &summary.stragglers {
-        add(straggler.clone());
-    }
-    let left_out: usize = records.iter().map(|record| record.left_out).sum();
-    if left_out > 0 {
-        add(format!("{left_out} damaged samples were left out"));
-    }
-    if summary.hook != Hook::None {
-        let bytes = timed.last().map_or(0, |record| record.bytes_sent);
-        add(format!(
-            "gradients travelled by {}: {} MB a step and rank",
-            summary.hook,
-            millions(bytes)
-        ));
-    }
+    remarks(records, summary).into_iter().for_each(&mut add);
     let ranks: Vec<String> =
         summary.peak_memory.iter().map(|m| gib(m.resident_peak_bytes)).collect();
     add(format!(
@@ -97,6 +76,32 @@ pub(crate) fn screen(
         add(format!("wrote {line}"));
     }
     text
+}
+
+/// What else was noticed, a line each.
+fn remarks(records: &[StepRecord], summary: &Summary) -> Vec<String> {
+    let mut lines = Vec::new();
+    if summary.skipped > 0 {
+        lines.push(format!(
+            "{} step{} skipped: gradients were not finite",
+            summary.skipped,
+            if summary.skipped == 1 { " was" } else { "s were" }
+        ));
+    }
+    lines.extend(summary.stragglers.iter().cloned());
+    let left_out: usize = records.iter().map(|record| record.left_out).sum();
+    if left_out > 0 {
+        lines.push(format!("{left_out} damaged samples were left out"));
+    }
+    if summary.hook != Hook::None {
+        let bytes = records.last().map_or(0, |record| record.bytes_sent);
+        lines.push(format!(
+            "gradients travelled by {}: {} MB a step and rank",
+            summary.hook,
+            millions(bytes)
+        ));
+    }
+    lines
 }
 
 /// Whose loader is too slow, in a line.

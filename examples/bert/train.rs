@@ -1,9 +1,11 @@
 //! The training loop: one optimizer step after the other, the same on every rank.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context as _, Result};
 use phalanx_comm::{Group, Sum};
+use phalanx_ddp_core::checkpoint::WeightsOptions;
 use phalanx_ddp_core::feed::Feed;
 use phalanx_ddp_core::optim::{
     self, Adafactor, Adam, AdamW, AdjustLr, Lamb, Lars, Lion, Muon, Optimizer, Sgd, Step,
@@ -196,6 +198,11 @@ impl Trainer {
 }
 
 impl Trainer {
+    /// Writes the weights to rank 0's `path`. Collective.
+    pub(crate) fn save_weights(&self, path: &Path) -> Result<()> {
+        Ok(self.ddp.save_weights(path, &WeightsOptions::default())?)
+    }
+
     /// What checkpoints are made of.
     pub(crate) fn parts(&mut self) -> (&Ddp, &mut Optimizer) {
         (&self.ddp, &mut self.optimizer)

@@ -100,7 +100,7 @@ fn values_out_of_range_are_named() {
     check(r#"{ "optimizer": { "beta2": 1 } }"#, &["optimizer.beta2 is 1"]);
     check(r#"{ "train": { "steps": 0 } }"#, &["train.steps is 0"]);
     check(r#"{ "train": { "micro_batch": 0 } }"#, &["train.micro_batch is 0"]);
-    check(r#"{ "ddp": { "zero": 2 } }"#, &["ddp.zero is 2"]);
+    check(r#"{ "ddp": { "zero": 4 } }"#, &["ddp.zero is 4"]);
 }
 
 #[test]
@@ -346,10 +346,11 @@ fn wrong_nccl_settings_are_named() {
 #[test]
 fn a_wrong_flag_is_told_from_a_wrong_file() {
     let error = |args: &[&str]| flags(args).unwrap().settings().unwrap_err();
-    let wrong = error(&["--zero", "3"]);
+    let wrong = error(&["--zero", "4"]);
     assert_eq!(
         failure::message(&wrong),
-        "command line: ddp.zero is 3; stages are 0 (off) and 1 (optimizer state sharded)"
+        "command line: ddp.zero is 4; stages are 0 (nothing is sharded), 1 (optimizer state), 2 (gradients, too) \
+         and 3 (parameters, too)"
     );
     assert_eq!(failure::exit_code(&wrong), failure::USAGE);
     assert_eq!(failure::exit_code(&error(&["--config", "/nowhere.json"])), failure::IO);

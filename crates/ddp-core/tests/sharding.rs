@@ -168,8 +168,7 @@ fn differing(
         let mut step = |step: i64| -> Result<(), String> {
             let loss = match step {
                 2 if group.rank() == 1 => {
-                    let loss = support::caught(|| differ(&model, &ddp))?;
-                    drop(loss);
+                    support::caught(|| differ(&model, &ddp))?;
                     return Err("rank 1 has left".to_owned());
                 }
                 _ => support::caught(|| model.loss_sum(step * 4..step * 4 + 4))?,

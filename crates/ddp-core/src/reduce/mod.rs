@@ -21,6 +21,7 @@ mod findings;
 mod fingerprint;
 mod finite;
 pub(crate) mod inside;
+mod landing;
 mod notes;
 pub mod ready;
 pub(crate) mod statistics;

@@ -11,79 +11,28 @@ pub(crate) mod broadcast;
 mod device_norm;
 mod exact;
 pub(crate) mod flat;
+mod gathering;
+mod held;
 pub(crate) mod model;
 pub(crate) mod norm;
 pub mod plan;
 pub(crate) mod pool;
 
-use std::ops::Range;
-use std::time::Duration;
-
-use phalanx_comm::{Group, Work};
+use phalanx_comm::Group;
 use tch::{Device, Kind, Tensor};
 
-use crate::shard::gather::{Described, Gatherer};
+use crate::shard::gather::Gatherer;
 use crate::shard::Sharding;
 use crate::shim::{self, Variable};
 use crate::{DdpOptions, Error, Result};
 use flat::Flat;
+pub(crate) use held::{Held, Storage};
 use model::Model;
 use plan::{Bucket, Caps, Extent, Plan};
 use pool::{Pool, Taken};
 
 /// By how much sooner, as [`Plan::lateness`] counts, buckets must start to be worth a new layout.
 const WORTHWHILE: f64 = 0.02;
-
-/// What a rank has of a bucket's parameters or gradients.
-#[derive(Debug)]
-pub(crate) enum Held {
-    /// All of it.
-    Whole(Flat),
-    /// Its segment.
-    Segment(Flat),
-}
-
-impl Held {
-    /// Where elements of the bucket that are this rank's lie: `range` in the bucket, `segment` in its segment.
-    pub(crate) fn at(&self, range: &Range<usize>, segment: &Range<usize>) -> (&Flat, Range<usize>) {
-        match self {
-            Self::Whole(flat) => (flat, range.clone()),
-            Self::Segment(flat) => (flat, segment.clone()),
-        }
-    }
-
-    /// All of it, if it is here.
-    pub(crate) fn whole(&self) -> Option<&Flat> {
-        match self {
-            Self::Whole(flat) => Some(flat),
-            Self::Segment(_) => None,
-        }
-    }
-
-    fn flat(&self) -> &Flat {
-        let (Self::Whole(flat) | Self::Segment(flat)) = self;
-        flat
-    }
-
-    /// Its kind.
-    pub(crate) fn kind(&self) -> Kind {
-        self.flat().kind()
-    }
-
-    /// Its bytes.
-    pub(crate) fn bytes(&self) -> usize {
-        self.flat().len() * self.kind().elt_size_in_bytes()
-    }
-}
-
-/// A bucket's parameters, and their gradients, which may be of another kind.
-#[derive(Debug)]
-pub(crate) struct Storage {
-    pub(crate) parameters: Held,
-    pub(crate) gradients: Held,
-    /// The bucket's number with who gathers it, if somebody does.
-    gathered: usize,
-}
 
 /// A model and its flat memory.
 #[derive(Debug)]
@@ -233,102 +182,6 @@ impl Store {
         self.settled()?;
         self.layout += 1;
         self.approve()
-    }
-
-    /// The ranks that have everything once together.
-    pub(crate) fn sharers(&mut self) -> &mut Group {
-        self.within.as_mut().unwrap_or(&mut self.group)
-    }
-
-    /// Every rank has written its parameters: see [`Sharding::settled`]. Collective.
-    pub(crate) fn settled(&mut self) -> Result<()> {
-        self.sharding.settled(self.within.as_mut().unwrap_or(&mut self.group))
-    }
-
-    /// Nobody reads parameters any more: see [`Sharding::await_readers`]. Collective.
-    pub(crate) fn await_readers(&mut self) -> Result<()> {
-        self.sharding.await_readers(self.within.as_mut().unwrap_or(&mut self.group))
-    }
-
-    /// The values of what this rank has a part of: see [`Sharding::over_ranks`]. Collective.
-    pub(crate) fn over_ranks(&mut self, own: norm::Own) -> Result<Vec<f64>> {
-        self.sharding.over_ranks(self.within.as_mut().unwrap_or(&mut self.group), own)
-    }
-
-    /// Starts to gather a bucket's updated parameters, where they are not everywhere. Collective.
-    pub(crate) fn gather(&mut self, bucket: usize) -> Result<Option<Work<'static>>> {
-        let planned = &self.plan.buckets[bucket];
-        let Some(parameters) = self.storages[planned.storage].parameters.whole() else {
-            return Ok(None);
-        };
-        let group = self.within.as_mut().unwrap_or(&mut self.group);
-        self.sharding.gather(group, parameters, (bucket, planned.range.clone()))
-    }
-
-    /// Buckets from the `from`th on are gathered when an operation needs them, where they are sharded so. Collective.
-    fn add_gathered(&mut self, from: usize, options: &DdpOptions) -> Result<()> {
-        if !self.sharding.gathers_on_access() {
-            return Ok(());
-        }
-        let mut gatherer = self.gatherer.take().unwrap_or_else(|| Gatherer::new(self.device, None));
-        let mut described = Vec::new();
-        for (index, storage) in self.storages.iter_mut().enumerate().skip(from) {
-            storage.gathered = gatherer.bucket_count() + index - from;
-        }
-        for (index, bucket) in self.plan.buckets.iter().enumerate().skip(from) {
-            let Held::Segment(home) = &self.storages[bucket.storage].parameters else { continue };
-            let first = bucket.parameters.first().map(|&slot| &self.model.parameter(slot).name);
-            let unit = first.and_then(|name| options.unit_of(name));
-            described.push(Described {
-                kind: home.kind(),
-                len: bucket.range.len(),
-                segment: self.sharding.segment(bucket),
-                home,
-                name: match unit {
-                    Some(unit) => format!("parameters of {unit}, bucket {index}"),
-                    None => format!("parameters of bucket {index}"),
-                },
-                stays: unit.is_some_and(|unit| options.stays_gathered(unit)),
-            });
-        }
-        gatherer.add(self.within.as_mut().unwrap_or(&mut self.group), described)?;
-        self.gatherer = Some(gatherer);
-        Ok(())
-    }
-
-    /// A bucket's parameters are to be here. Collective.
-    pub(crate) fn bring_bucket(&mut self, bucket: usize) {
-        self.bring(&[self.storages[bucket].gathered]);
-    }
-
-    /// Whether a bucket's parameters can be read.
-    pub(crate) fn is_here(&self, bucket: usize) -> bool {
-        let number = self.storages[bucket].gathered;
-        self.gatherer.as_ref().is_none_or(|gatherer| gatherer.is_here(number))
-    }
-
-    /// An operation takes parameters of buckets with these numbers, which are not here. Collective.
-    pub(crate) fn bring(&mut self, buckets: &[usize]) {
-        if let Some(gatherer) = &mut self.gatherer {
-            gatherer.bring(self.within.as_mut().unwrap_or(&mut self.group), buckets);
-        }
-    }
-
-    /// The number of who gathers parameters, if somebody does.
-    pub(crate) fn gatherer_id(&self) -> Option<u64> {
-        self.gatherer.as_ref().map(Gatherer::id)
-    }
-
-    /// What the program wrote to parameters that were gathered counts from here on.
-    pub(crate) fn heed_written(&mut self) -> Result<()> {
-        self.gatherer.as_mut().map_or(Ok(()), Gatherer::bring_all_home)
-    }
-
-    /// Parameters have changed where they are kept; says what operations waited for them since the last time.
-    pub(crate) fn forget_gathered(&mut self) -> Result<Duration> {
-        let Some(gatherer) = &mut self.gatherer else { return Ok(Duration::ZERO) };
-        gatherer.forget()?;
-        Ok(gatherer.take_waited())
     }
 
     /// Buffers for all buckets, where they are exchanged in such. Collective.
@@ -547,13 +400,6 @@ impl Store {
         let strides = flat::dense_strides(&named.name, &named.tensor)?;
         let place = &self.plan.places[index].range;
         Ok(memory.view(place, &named.tensor.size(), &strides)?.f_detach()?)
-    }
-
-    /// Whether this rank has only its segments of a variable.
-    pub(crate) fn is_cut(&self, variable: usize) -> bool {
-        let slot = self.model.slot(variable);
-        let held = slot.map(|slot| &self.storages[self.plan.places[slot].storage].parameters);
-        matches!(held, Some(Held::Segment(_)))
     }
 
     /// Where parameters and gradients are.

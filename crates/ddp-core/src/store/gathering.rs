@@ -1,0 +1,114 @@
+//! A store whose parameters, or their updates, come together over the ranks that share it.
+
+use std::time::Duration;
+
+use phalanx_comm::{Group, Work};
+
+use super::{norm, Held, Store};
+use crate::shard::gather::{Described, Gatherer};
+use crate::{DdpOptions, Result};
+
+impl Store {
+    /// The ranks that have everything once together.
+    pub(crate) fn sharers(&mut self) -> &mut Group {
+        self.within.as_mut().unwrap_or(&mut self.group)
+    }
+
+    /// Every rank has written its parameters: see [`Sharding::settled`]. Collective.
+    pub(crate) fn settled(&mut self) -> Result<()> {
+        self.sharding.settled(self.within.as_mut().unwrap_or(&mut self.group))
+    }
+
+    /// Nobody reads parameters any more: see [`Sharding::await_readers`]. Collective.
+    pub(crate) fn await_readers(&mut self) -> Result<()> {
+        self.sharding.await_readers(self.within.as_mut().unwrap_or(&mut self.group))
+    }
+
+    /// The values of what this rank has a part of: see [`Sharding::over_ranks`]. Collective.
+    pub(crate) fn over_ranks(&mut self, own: norm::Own) -> Result<Vec<f64>> {
+        self.sharding.over_ranks(self.within.as_mut().unwrap_or(&mut self.group), own)
+    }
+
+    /// Starts to gather a bucket's updated parameters, where they are not everywhere. Collective.
+    pub(crate) fn gather(&mut self, bucket: usize) -> Result<Option<Work<'static>>> {
+        let planned = &self.plan.buckets[bucket];
+        let Some(parameters) = self.storages[planned.storage].parameters.whole() else {
+            return Ok(None);
+        };
+        let group = self.within.as_mut().unwrap_or(&mut self.group);
+        self.sharding.gather(group, parameters, (bucket, planned.range.clone()))
+    }
+
+    /// Buckets from the `from`th on are gathered when an operation needs them, where they are sharded so. Collective.
+    pub(super) fn add_gathered(&mut self, from: usize, options: &DdpOptions) -> Result<()> {
+        if !self.sharding.gathers_on_access() {
+            return Ok(());
+        }
+        let mut gatherer = self.gatherer.take().unwrap_or_else(|| Gatherer::new(self.device, None));
+        let mut described = Vec::new();
+        for (index, storage) in self.storages.iter_mut().enumerate().skip(from) {
+            storage.gathered = gatherer.bucket_count() + index - from;
+        }
+        for (index, bucket) in self.plan.buckets.iter().enumerate().skip(from) {
+            let Held::Segment(home) = &self.storages[bucket.storage].parameters else { continue };
+            let first = bucket.parameters.first().map(|&slot| &self.model.parameter(slot).name);
+            let unit = first.and_then(|name| options.unit_of(name));
+            described.push(Described {
+                kind: home.kind(),
+                len: bucket.range.len(),
+                segment: self.sharding.segment(bucket),
+                home,
+                name: match unit {
+                    Some(unit) => format!("parameters of {unit}, bucket {index}"),
+                    None => format!("parameters of bucket {index}"),
+                },
+                stays: unit.is_some_and(|unit| options.stays_gathered(unit)),
+            });
+        }
+        gatherer.add(self.within.as_mut().unwrap_or(&mut self.group), described)?;
+        self.gatherer = Some(gatherer);
+        Ok(())
+    }
+
+    /// A bucket's parameters are to be here. Collective.
+    pub(crate) fn bring_bucket(&mut self, bucket: usize) {
+        self.bring(&[self.storages[bucket].gathered]);
+    }
+
+    /// Whether a bucket's parameters can be read.
+    pub(crate) fn is_here(&self, bucket: usize) -> bool {
+        let number = self.storages[bucket].gathered;
+        self.gatherer.as_ref().is_none_or(|gatherer| gatherer.is_here(number))
+    }
+
+    /// An operation takes parameters of buckets with these numbers, which are not here. Collective.
+    pub(crate) fn bring(&mut self, buckets: &[usize]) {
+        if let Some(gatherer) = &mut self.gatherer {
+            gatherer.bring(self.within.as_mut().unwrap_or(&mut self.group), buckets);
+        }
+    }
+
+    /// The number of who gathers parameters, if somebody does.
+    pub(crate) fn gatherer_id(&self) -> Option<u64> {
+        self.gatherer.as_ref().map(Gatherer::id)
+    }
+
+    /// What the program wrote to parameters that were gathered counts from here on.
+    pub(crate) fn heed_written(&mut self) -> Result<()> {
+        self.gatherer.as_mut().map_or(Ok(()), Gatherer::bring_all_home)
+    }
+
+    /// Parameters have changed where they are kept; says what operations waited for them since the last time.
+    pub(crate) fn forget_gathered(&mut self) -> Result<Duration> {
+        let Some(gatherer) = &mut self.gatherer else { return Ok(Duration::ZERO) };
+        gatherer.forget()?;
+        Ok(gatherer.take_waited())
+    }
+
+    /// Whether this rank has only its segments of a variable.
+    pub(crate) fn is_cut(&self, variable: usize) -> bool {
+        let slot = self.model.slot(variable);
+        let held = slot.map(|slot| &self.storages[self.plan.places[slot].storage].parameters);
+        matches!(held, Some(Held::Segment(_)))
+    }
+}
