@@ -63,7 +63,7 @@ pub(crate) struct Flags {
     /// 0: every rank holds the whole optimizer state; 1: each a part.
     #[arg(long, value_name = "STAGE")]
     pub(crate) zero: Option<u8>,
-    /// How gradients travel: none, noop, bf16, fp16, int8, topk:SHARE or powersgd:RANK[:PLAIN_STEPS].
+    /// How gradients travel: none, noop, bf16, fp16, int8, topk:SHARE or `powersgd:RANK[:PLAIN_STEPS]`.
     #[arg(long, value_name = "HOOK")]
     pub(crate) hook: Option<Hook>,
     /// What to do with gradients that are not finite.

@@ -71,20 +71,12 @@ pub(crate) fn screen(
             if summary.skipped == 1 { " was" } else { "s were" }
         ));
     }
-    for straggler in &summary.stragglers {
-        add(straggler.clone());
+    for line in summary.stragglers.iter().chain(&travelled(summary, timed)) {
+        add(line.clone());
     }
     let left_out: usize = records.iter().map(|record| record.left_out).sum();
     if left_out > 0 {
         add(format!("{left_out} damaged samples were left out"));
-    }
-    if summary.hook != Hook::None {
-        let bytes = timed.last().map_or(0, |record| record.bytes_sent);
-        add(format!(
-            "gradients travelled by {}: {} MB a step and rank",
-            summary.hook,
-            millions(bytes)
-        ));
     }
     let ranks: Vec<String> =
         summary.peak_memory.iter().map(|m| gib(m.resident_peak_bytes)).collect();
@@ -97,6 +89,14 @@ pub(crate) fn screen(
         add(format!("wrote {line}"));
     }
     text
+}
+
+/// What a hook has made of the gradients, in a line.
+fn travelled(summary: &Summary, timed: &[StepRecord]) -> Option<String> {
+    let Summary { hook, .. } = summary;
+    let bytes = timed.last()?.bytes_sent;
+    let line = || format!("gradients travelled by {hook}: {} MB a step and rank", millions(bytes));
+    (*hook != Hook::None).then(line)
 }
 
 /// Whose loader is too slow, in a line.
