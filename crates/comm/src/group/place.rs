@@ -40,6 +40,12 @@ impl Group {
         self.world.node_rank
     }
 
+    /// Whether all ranks read each other's memory: they are on one machine, and nothing was set that keeps them apart.
+    #[must_use]
+    pub fn shares_memory(&self) -> bool {
+        self.core.topology.is_one_machine()
+    }
+
     /// How many nodes there are.
     #[must_use]
     pub fn node_count(&self) -> usize {
