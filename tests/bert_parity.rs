@@ -40,8 +40,8 @@ fn four_ranks_and_four_micro_batches_give_the_same_weights() {
     let alone = run(&["--nnodes", "1", "--micro-batch", "3", "--accumulate", "4", "--zero", "0"]);
     assert_eq!(ranks.losses(), alone.losses());
     assert!(ranks.weights() == again.weights(), "the same command twice");
-    for (stage, sharded) in (1..).zip(&sharded) {
-        assert!(ranks.weights() == sharded.weights(), "zero 0 and zero {stage}");
+    for (stage, other) in (1..).zip(&sharded) {
+        assert!(ranks.weights() == other.weights(), "zero 0 and zero {stage}");
     }
     assert!(ranks.weights() == alone.weights(), "4 ranks × 1 and 1 rank × 4");
 }

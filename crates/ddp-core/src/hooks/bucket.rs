@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use phalanx_comm::{Group, Work};
+use phalanx_comm::{Backend, Group, Work};
 use tch::{Device, Kind, Tensor};
 
 use super::wire::{Pool, Wire};
@@ -286,6 +286,30 @@ impl Bucket<'_> {
             }
             Memory::Wire(wire) => wire.reduce(self.group, scale, everywhere),
         }
+    }
+
+    /// Where gradients in half precision lie in a wire and ranks on several machines: starts to send segment r of them to rank r.
+    pub(super) fn cross_in_place(&mut self) -> Result<Option<Work<'static>>> {
+        let is_half = matches!(self.kind(), Kind::Half | Kind::BFloat16);
+        let is_far = self.group.backend() == Backend::Host && !self.group.shares_memory();
+        let Memory::Wire(wire) = self.memory else { return Ok(None) };
+        if !is_half || !is_far || self.device().is_cuda() {
+            return Ok(None);
+        }
+        self.tag("to the ranks that add");
+        *self.sent += self.share(wire.bytes());
+        wire.all_to_all(self.group, None).map(Some)
+    }
+
+    /// Starts to send this rank's segment of the wire to all, where all need it.
+    pub(super) fn gather_in_place(&mut self) -> Result<Option<Work<'static>>> {
+        let Memory::Wire(wire) = self.memory else { return Ok(None) };
+        if !self.facts.everywhere {
+            return Ok(None);
+        }
+        self.tag("means");
+        *self.sent += self.share(wire.bytes());
+        wire.all_gather(self.group).map(Some)
     }
 
     /// Waits for a collective; on a GPU the current stream does.

@@ -45,7 +45,7 @@ pub use cast::{Cast, Casting};
 pub use error_feedback::ErrorFeedback;
 pub use int8::{Int8Blocks, Quantised};
 pub use noop::Noop;
-pub use plain::Plain;
+pub use plain::{Plain, Reducing};
 pub use power_sgd::{Factoring, PowerSgd, PowerSgdOptions};
 pub use state::{Kept, State};
 pub use top_k::TopK;

@@ -1,6 +1,8 @@
 //! One exchange of each hook beside the mean in f64.
 
-use phalanx_comm::testing::run_ranks;
+use phalanx_comm::environment::HostLink;
+use phalanx_comm::testing::{run_ranks, run_ranks_with};
+use phalanx_comm::GroupOptions;
 use phalanx_ddp_core::plan::{Caps, Extent, Plan};
 use phalanx_ddp_core::{Sync, Zero};
 
@@ -29,7 +31,17 @@ fn plan(world_size: usize) -> Plan {
 
 /// Step `step` of each rank's gradients, weighed if there are weights.
 fn exchange(world_size: usize, which: Which, weights: Option<fn(usize) -> f64>) -> Exchanged {
-    let ranks = run_ranks(world_size, move |mut group| {
+    exchange_over(HostLink::Auto, world_size, which, weights)
+}
+
+fn exchange_over(
+    link: HostLink,
+    world_size: usize,
+    which: Which,
+    weights: Option<fn(usize) -> f64>,
+) -> Exchanged {
+    let ranks = run_ranks_with(world_size, link, GroupOptions::default(), move |mut group| {
+        assert_eq!(group.shares_memory(), link == HostLink::Auto || world_size == 1);
         let (rank, model) = (group.rank(), Model::new());
         // In this order already: nothing is laid anew.
         let order = SHAPES.iter().rev().map(|(name, _)| (*name).to_owned()).collect();
@@ -235,6 +247,19 @@ fn every_rank_comes_to_the_same_bits() {
             for means in &exchanged.means[1..] {
                 assert!(bits(means) == bits(&exchanged.means[0]), "{which:?} on {world_size}");
             }
+        }
+    }
+}
+
+/// Between machines other collectives move them.
+#[test]
+fn the_bits_do_not_depend_on_where_the_ranks_are() {
+    for world_size in [2, 3] {
+        for which in ALL {
+            let near = exchange(world_size, which, None);
+            let far = exchange_over(HostLink::Tcp, world_size, which, None);
+            assert!(near.means == far.means, "{which:?} on {world_size} ranks");
+            assert_eq!(near.bytes_sent, far.bytes_sent, "{which:?}");
         }
     }
 }
