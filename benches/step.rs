@@ -33,7 +33,7 @@ use anyhow::{ensure, Context as _, Result};
 use clap::Parser;
 use phalanx::comm::Max;
 use phalanx::launch::{launch_or_join, Joined, LaunchArgs};
-use phalanx::{Ddp, DdpOptions, Group, GroupOptions, Zero};
+use phalanx::{Ddp, Group, GroupOptions};
 use phalanx_ddp_core::optim::{AdamW, Optimizer};
 use phalanx_ddp_core::{amp, NonFinite, Sync};
 use tch::{nn, Device, Kind, Tensor};
@@ -59,9 +59,18 @@ struct Flags {
     /// Samples of 128 tokens on each rank.
     #[arg(long, default_value_t = 8)]
     micro_batch: i64,
-    /// What is sharded: 0 or 1, else what the configuration has.
-    #[arg(long)]
+    /// What is sharded: 0 to 3, else what the configuration has.
+    #[arg(long, value_parser = clap::value_parser!(u8).range(0..=3))]
     zero: Option<u8>,
+    /// How gradients travel, as in a configuration.
+    #[arg(long, default_value = "none")]
+    hook: config::Hook,
+    /// In which kind gradients add up and travel, `fp32` or `bf16`.
+    #[arg(long, default_value = "fp32")]
+    gradients: String,
+    /// Layers are computed again in backward.
+    #[arg(long)]
+    recompute: bool,
     /// Timed steps of each kind.
     #[arg(long, default_value_t = 20)]
     steps: usize,
@@ -96,6 +105,7 @@ struct Stepper {
     ids: Tensor,
     labels: Tensor,
     kind: Kind,
+    has_exchange: bool,
     parameter_elements: usize,
 }
 
@@ -111,20 +121,14 @@ enum Checks {
 
 impl Stepper {
     fn new(flags: &Flags, group: &mut Group, checks: Checks) -> Result<Self> {
-        let kind = match flags.precision.as_str() {
-            "fp32" => Kind::Float,
-            "bf16" => Kind::BFloat16,
-            other => anyhow::bail!("--precision {other}: expected fp32 or bf16"),
-        };
-        let config = config::Config::read(Path::new(&flags.config))?;
+        let kind = kind_of("--precision", &flags.precision)?;
+        let mut config = config::Config::read(Path::new(&flags.config))?;
+        config.ddp.zero = flags.zero.unwrap_or(config.ddp.zero);
         let vs = nn::VarStore::new(Device::Cpu);
         let network = model::build(&vs, &config.model, 1, group.rank())?;
-        let zero = match flags.zero.unwrap_or(config.ddp.zero) {
-            0 => Zero::Off,
-            1 => Zero::One,
-            other => anyhow::bail!("--zero {other}: expected 0 or 1"),
-        };
-        let mut options = DdpOptions { zero, ..DdpOptions::default() };
+        let network = network.recomputing(flags.recompute);
+        let mut options = config.ddp.options();
+        options.gradient_kind = Some(kind_of("--gradients", &flags.gradients)?);
         if checks != Checks::All {
             options.fingerprint_interval = 0;
         }
@@ -132,16 +136,29 @@ impl Stepper {
             options.non_finite = NonFinite::Ignore;
         }
         let ddp = Ddp::new(&vs, group, options)?;
+        flags.hook.set(&ddp)?;
         let optimizer = Optimizer::new(&ddp, AdamW::default(), model::groups(config::Rule::Adamw))?;
         let (ids, labels) = batch(config.model.vocab_size, flags.micro_batch);
         let parameter_elements = vs.trainable_variables().iter().map(Tensor::numel).sum();
-        Ok(Self { network, ddp, optimizer, ids, labels, kind, parameter_elements })
+        Ok(Self {
+            network,
+            ddp,
+            optimizer,
+            ids,
+            labels,
+            kind,
+            has_exchange: true,
+            parameter_elements,
+        })
     }
 
     /// Milliseconds that this rank's step takes, with the exchange of gradients or without it. All ranks start
     /// together.
     fn time(&mut self, group: &mut Group, with_exchange: bool) -> Result<f64> {
-        self.ddp.set_exchange(with_exchange)?;
+        if self.has_exchange != with_exchange {
+            self.ddp.set_exchange(with_exchange)?;
+            self.has_exchange = with_exchange;
+        }
         group.barrier()?.wait()?;
         let start = Instant::now();
         let inputs = model::Inputs { ids: &self.ids, labels: &self.labels, attention_mask: None };
@@ -154,6 +171,14 @@ impl Stepper {
         self.ddp.backward(&sum.loss, sum.masked_count as f64, Sync::Reduce)?;
         self.optimizer.step(None)?;
         Ok(start.elapsed().as_secs_f64() * 1e3)
+    }
+}
+
+fn kind_of(flag: &str, value: &str) -> Result<Kind> {
+    match value {
+        "fp32" => Ok(Kind::Float),
+        "bf16" => Ok(Kind::BFloat16),
+        other => anyhow::bail!("{flag} {other}: expected fp32 or bf16"),
     }
 }
 

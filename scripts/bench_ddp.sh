@@ -3,6 +3,8 @@
 #
 #   scripts/bench_ddp.sh [--config configs/bert_small.json] [--precision fp32|bf16] [--rounds 6] [--steps 5] [--json FILE] ...
 #
+#   scripts/bench_ddp.sh --sides "--zero 1" "--zero 3" fsdp2 ...      settings of ours, and PyTorch's FSDP2 (benches/peers/sides_step.py)
+#
 # `--help` lists all, and says what is compared with what (benches/peers/ddp_step.py). PyTorch is that of PHALANX_PYTHON,
 # or the one that scripts/setup.sh --test-extras unpacks.
 set -euo pipefail
@@ -27,4 +29,6 @@ program() {
 ours=$(program phalanx step)
 collectives=$(program phalanx-comm collectives)
 
-exec "$python" -W ignore benches/peers/ddp_step.py --ours "$ours" --collectives "$collectives" "$@"
+peer=benches/peers/ddp_step.py
+[[ " $* " == *" --sides "* ]] && peer=benches/peers/sides_step.py
+exec "$python" -W ignore "$peer" --ours "$ours" --collectives "$collectives" "$@"

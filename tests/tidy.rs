@@ -58,6 +58,8 @@ const PURE: &[&str] = &[
     "crates/ddp-core/src/reduce/ready.rs",
     "crates/ddp-core/src/reduce/statistics.rs",
     "crates/ddp-core/src/schedule.rs",
+    "crates/ddp-core/src/shard/trace.rs",
+    "crates/ddp-core/src/store/exact.rs",
     "crates/ddp-core/src/store/plan.rs",
     "crates/launch/src/hosts/file.rs",
     "crates/launch/src/lines.rs",

@@ -49,6 +49,20 @@ def batch(torch, vocabulary, samples):
     return ids, torch.where(at % 7 == 0, ids, torch.full_like(ids, IGNORED))
 
 
+def sharded(bert, bf16):
+    """FSDP2: a unit a layer, and the rest; where parameters are bf16 it gathers and computes in it, and gradients add up in fp32."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = narrow if bf16 else MixedPrecisionPolicy()
+    for layer in bert.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(bert, mesh=mesh, mp_policy=policy)
+
+
 def serve(arguments):
     import torch
     import torch.distributed as dist
@@ -62,20 +76,20 @@ def serve(arguments):
     config = json.loads(pathlib.Path(arguments.config).read_text())["model"]
     torch.manual_seed(7)
     bert = Bert(config, dropout=lambda x, p: torch.native_dropout(x, p, True)[0])
-    model = DistributedDataParallel(bert, gradient_as_bucket_view=True)
+    bf16 = arguments.precision == "bf16"
+    model = sharded(bert, bf16 and arguments.fsdp == "bf16") if arguments.fsdp else DistributedDataParallel(bert, gradient_as_bucket_view=True)
     decays = [p for p in model.parameters() if p.dim() == 2]
     plain = [p for p in model.parameters() if p.dim() != 2]
     groups = [{"params": decays, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
     ids, labels = batch(torch, config["vocab_size"], arguments.micro_batch)
-    bf16 = arguments.precision == "bf16"
     print(json.dumps({"parameters": sum(p.numel() for p in model.parameters())}), flush=True)
 
     def step(exchange):
         dist.barrier()
         start = time.perf_counter()
-        with contextlib.nullcontext() if exchange else model.no_sync():
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with contextlib.nullcontext() if exchange or arguments.fsdp else model.no_sync():
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and arguments.fsdp != "bf16"):
                 loss = model(ids, labels)
             loss.backward()
         optimizer.step()
@@ -292,6 +306,7 @@ def parsed():
     parser.add_argument("--ours", help="the program of benches/step.rs")
     parser.add_argument("--collectives", help="the program of crates/comm/benches/collectives.rs")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--fsdp", choices=("bf16", "autocast"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -15,11 +15,14 @@ use phalanx::{Ddp, DdpOptions, Group, Optimizer, ParameterGroups, Sync, Zero};
 /// What a rank checks; says what it saw.
 pub(crate) type TrainingCheck = fn(&mut Group, Device) -> Result<String>;
 
-pub(crate) const CHECKS: [(&str, TrainingCheck); 12] = [
+pub(crate) const CHECKS: [(&str, TrainingCheck); 15] = [
     ("training, zero 0", |group, device| training(group, device, Zero::Off)),
     ("training, zero 1", |group, device| training(group, device, Zero::One)),
+    ("training, zero 2", |group, device| training(group, device, Zero::Two)),
+    ("training, zero 3", |group, device| training(group, device, Zero::Three)),
     ("rules, zero 0", |group, device| rules(group, device, Zero::Off)),
     ("rules, zero 1", |group, device| rules(group, device, Zero::One)),
+    ("rules, zero 3", |group, device| rules(group, device, Zero::Three)),
     ("bf16 parameters", half_precision),
     ("f16, scaled losses", scaled_losses),
     ("not finite: error", non_finite_is_an_error),

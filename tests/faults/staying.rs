@@ -80,3 +80,25 @@ fn a_rank_that_is_lost_is_replaced_and_the_others_stay() {
         );
     }
 }
+
+/// An error that all ranks have: nobody is lost.
+#[test]
+fn gradients_that_are_not_finite_begin_again_in_the_same_processes() {
+    let [whole, spoilt] = [(); 2].map(|()| tempfile::tempdir().expect("a temporary folder"));
+    finish(lab(whole.path(), 1, &[]));
+    let folder = spoilt.path();
+    fs::create_dir_all(folder.join("lab")).expect("a folder");
+    let hold = folder.join(format!("lab/hold-{EVERY}"));
+    fs::write(&hold, "").expect("a wish");
+    let run = lab(folder, 1, &["--memory-every", "2", "--max-restarts", "1"]);
+    wait_until("a step", || last_step(folder) == EVERY);
+    let before = ranks_of(run.0.id());
+    fs::write(folder.join("lab/nan-1"), "").expect("a wish");
+    fs::remove_file(hold).expect("removed");
+    wait_until("the next step", || last_step(folder) > EVERY);
+    assert_eq!(ranks_of(run.0.id()), before);
+    let said = finish(run);
+    assert!(said.contains("not finite") && said.contains("restart 1/1"), "{said}");
+    assert!(weights(folder) == weights(whole.path()));
+    assert_eq!(losses(folder), losses(whole.path()));
+}

@@ -3,6 +3,7 @@
 
 #include "ddp_guarded.h"
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -112,7 +113,7 @@ at::DataPtr shell_memory(void* memory, uint64_t token, at::Device device) {
   return at::DataPtr(memory, reinterpret_cast<void*>(token), &shell_memory_goes, device);
 }
 
-ddp_access on_access = nullptr;
+std::atomic<ddp_access> on_access{nullptr};
 
 struct Accessed {
   std::vector<uint64_t> tokens;
@@ -140,7 +141,8 @@ struct Accessed {
 std::unique_ptr<at::ObserverContext> on_operation(const at::RecordFunction& operation) {
   Accessed accessed;
   for (const c10::IValue& input : operation.inputs()) accessed.take(input);
-  if (accessed.lacks_memory && on_access != nullptr) on_access(accessed.tokens.data(), accessed.tokens.size());
+  const ddp_access tell = on_access.load();
+  if (accessed.lacks_memory && tell != nullptr) tell(accessed.tokens.data(), accessed.tokens.size());
   return nullptr;
 }
 

@@ -18,9 +18,10 @@ use crate::{checkpoint, heap, shim, threads, DdpOptions, Error, Join, Result, Sy
 ///
 /// While it lives, every `loss.backward()` exchanges gradients, overlapped with the backward itself, from
 /// the first step on; when it returns, `grad()` of every parameter is the mean over the ranks. Dropping it
-/// ends that; the model stays usable.
+/// ends that; the model stays usable, unless its parameters were gathered ([`Zero::Three`](crate::Zero::Three)).
 ///
-/// It stays on the thread that made it, and so does the training: that is where backwards are seen.
+/// It stays on the thread that made it, and so does the training: that is where backwards are seen. Parameters that are gathered
+/// when they are needed are there on this thread alone; an operation of another one on them finds no memory.
 ///
 /// # What may change
 /// Parameters may be frozen and unfrozen between steps, on all ranks alike: frozen ones are left out, and
@@ -121,9 +122,9 @@ impl Ddp {
     pub fn begin(vs: &nn::VarStore, group: &mut Group, options: DdpOptions) -> Result<Building> {
         threads::share(group);
         let mut group = group.duplicate()?;
-        options.check(group.world_size())?;
-        let within = divided(&mut group, &options)?;
         let nothing = Model::of_tensors(Vec::new(), Vec::new());
+        take_in(&mut group, &nothing, &options)?;
+        let within = divided(&mut group, &options)?;
         let store = Store::new((group, within), (nothing, vs.device()), &options)?;
         let mut building = Building { source: Model::source_of(vs), store, options };
         building.add()?;
@@ -442,7 +443,15 @@ fn take_in(group: &mut Group, model: &Model, options: &DdpOptions) -> Result<()>
         shim::gradient_set(&named.tensor, None)?;
     }
     let sent: Vec<_> = model.variables.iter().chain(&model.buffers).collect();
-    broadcast::tensors(group, "parameters and buffers", 0, &sent)
+    broadcast::tensors(group, "parameters and buffers", 0, &sent)?;
+    // Those that train become it when they are laid.
+    for named in model.variables.iter().filter(|named| !named.tensor.requires_grad()) {
+        let (is, becomes) = (named.tensor.kind(), options.parameters_of(named.tensor.kind()));
+        if is != becomes {
+            shim::set_data(&named.tensor, &named.tensor.f_detach()?.f_to_kind(becomes)?)?;
+        }
+    }
+    Ok(())
 }
 
 /// An error unless all variables are on the CPU, or on the GPU that the group's backend works on.

@@ -106,6 +106,12 @@ pub struct DdpOptions {
     /// In which kind gradients add up and travel. `None`: f32 for f16 and bf16 parameters, else the
     /// parameter's own.
     pub gradient_kind: Option<Kind>,
+    /// In which kind f32 parameters are kept, computed with and gathered, f16 or bf16: they become it when they are wrapped, frozen ones too, and
+    /// the [`Optimizer`](crate::Optimizer)'s f32 masters begin from what they were. `None`: each in its own.
+    pub parameter_kind: Option<Kind>,
+    /// Whether an [`Optimizer`](crate::Optimizer) keeps its state in the host's memory, with an f32 copy of what it updates, and
+    /// makes its steps there (ZeRO-Offload): for models on a GPU that does not hold them otherwise. The same bits on the CPU.
+    pub offload_optimizer: bool,
     /// What to do with sparse gradients.
     pub sparse_gradients: SparseGradients,
     /// What to do with gradients that are not finite.
@@ -137,6 +143,8 @@ impl Default for DdpOptions {
             find_unused_parameters: false,
             static_graph: false,
             gradient_kind: None,
+            parameter_kind: None,
+            offload_optimizer: false,
             sparse_gradients: SparseGradients::Refuse,
             non_finite: NonFinite::Error,
             fingerprint_interval: 100,
@@ -171,6 +179,10 @@ impl DdpOptions {
             let expected = "false beside static_graph, which finds them in the first backward";
             return Err(Error::BadSetting { setting, value, expected });
         }
+        if let Some(kind) = self.parameter_kind.filter(|kind| !is_half(*kind)) {
+            let (setting, value) = ("parameter_kind", format!("{kind:?}"));
+            return Err(Error::BadSetting { setting, value, expected: "Half or BFloat16" });
+        }
         match self.gradient_kind {
             None | Some(Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16) => Ok(()),
             Some(kind) => Err(Error::UnsupportedKind { name: "gradient_kind".to_owned(), kind }),
@@ -187,13 +199,19 @@ impl DdpOptions {
         self.stay_gathered.iter().any(|pattern| described(pattern, unit) == Some(unit))
     }
 
+    /// In which kind parameters that are of `kind` are kept.
+    pub(crate) fn parameters_of(&self, kind: Kind) -> Kind {
+        self.parameter_kind.filter(|_| kind == Kind::Float).unwrap_or(kind)
+    }
+
     /// In which kind the gradients of parameters of `kind` add up and travel.
     pub(crate) fn gradients_of(&self, kind: Kind) -> Kind {
-        self.gradient_kind.unwrap_or(match kind {
-            Kind::Half | Kind::BFloat16 => Kind::Float,
-            other => other,
-        })
+        self.gradient_kind.unwrap_or(if is_half(kind) { Kind::Float } else { kind })
     }
+}
+
+fn is_half(kind: Kind) -> bool {
+    matches!(kind, Kind::Half | Kind::BFloat16)
 }
 
 /// Whether a backward exchanges gradients.

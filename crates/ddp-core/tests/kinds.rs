@@ -71,6 +71,56 @@ fn half_precision_parameters_have_masters_that_keep_small_steps() {
     }
 }
 
+/// Values that bf16 does not have, and steps too small for it: what comes out shows what masters began from. The order of buckets
+/// changes before the first step, and with it who has which element.
+#[test]
+fn masters_of_parameters_that_become_halves_begin_from_what_they_were() {
+    const SIZES: [i64; 5] = [3000, 70, 5000, 64, 1];
+    const STEPS: i64 = 3;
+    let begin =
+        |len| (Tensor::arange(len, (Kind::Float, Device::Cpu)) * 7).remainder(8) / 1024.0 + 1.0;
+    let rounded = |values: Tensor| values.to_kind(Kind::BFloat16).to_kind(Kind::Float);
+    for (world_size, shard_ranks) in [(1, None), (2, None), (3, None), (4, None), (4, Some(2))] {
+        for zero in STAGES {
+            let all = run_ranks(world_size, move |mut group| {
+                let leaf = |len| begin(len).set_requires_grad(true);
+                let weights = SIZES.map(leaf);
+                let frozen = begin(9);
+                let mut named: Vec<_> = weights.iter().enumerate().collect();
+                named.push((9, &frozen));
+                let named = named.iter().map(|(at, w)| (format!("w{at}"), w.shallow_clone()));
+                let parameter_kind = Some(Kind::BFloat16);
+                let options = DdpOptions { parameter_kind, shard_ranks, ..options(zero) };
+                let named: Vec<_> = named.collect();
+                let ddp = Ddp::from_tensors(named, vec![], &mut group, options).unwrap();
+                let before = ddp.ready_order().unwrap();
+                let rule = Sgd { lr: 1.0 / 512.0, ..Sgd::default() };
+                let mut optimizer = Optimizer::new(&ddp, rule, ParameterGroups::default()).unwrap();
+                for _ in 0..STEPS {
+                    // The last one that is used is ready first.
+                    let mut sum = weights[4].sum(Kind::Float);
+                    for weight in weights[..4].iter().rev() {
+                        sum += weight.sum(Kind::Float);
+                    }
+                    ddp.backward(&-sum, 1.0, Sync::Reduce).unwrap();
+                    let _step = optimizer.step(None).unwrap();
+                }
+                let is_laid_anew = ddp.ready_order().unwrap() != before;
+                let can_be = matches!(zero, Zero::Off | Zero::One);
+                assert_eq!(is_laid_anew, can_be, "{zero:?}");
+                assert_eq!((weights[0].kind(), frozen.kind()), (Kind::BFloat16, Kind::BFloat16));
+                let widened = weights.iter().map(|w| values(&w.to_kind(Kind::Float)));
+                (widened.collect::<Vec<_>>(), values(&frozen.to_kind(Kind::Float)))
+            });
+            let right = SIZES.map(|len| values(&rounded(begin(len) + STEPS as f64 / 512.0)));
+            for (weights, frozen) in &all {
+                assert_eq!(weights[..], right, "{zero:?} on {world_size} ranks");
+                assert_eq!(*frozen, values(&rounded(begin(9))));
+            }
+        }
+    }
+}
+
 #[test]
 fn kinds_can_be_mixed() {
     let all = run_ranks(3, |mut group| {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use phalanx_comm::environment::HostLink;
 use phalanx_comm::testing::run_ranks_with;
 use phalanx_comm::{Group, GroupOptions};
-use phalanx_ddp_core::checkpoint::{load_safetensors, WeightsOptions};
+use phalanx_ddp_core::checkpoint::{load_safetensors, save_safetensors, WeightsOptions};
 use phalanx_ddp_core::{
     AdamW, Ddp, DdpOptions, Optimizer, ParameterGroup, ParameterGroups, Sync, Zero,
 };
@@ -166,6 +166,8 @@ fn differing(
         let (model, ddp) = wrapped(&mut group, options);
         let mut optimizer = Optimizer::new(&ddp, adamw(), groups()).unwrap();
         let mut step = |step: i64| -> Result<(), String> {
+            // So that rank 1 leaves nobody in the step before.
+            group.barrier().unwrap().wait().unwrap();
             let loss = match step {
                 2 if group.rank() == 1 => {
                     support::caught(|| differ(&model, &ddp))?;
@@ -217,6 +219,16 @@ fn built_and_trained(mut group: Group, zero: Zero) -> (Vec<u32>, usize) {
     let mut building = Ddp::begin(&vs, &mut group, options(zero)).unwrap();
     let model = Model::built(vs, group.rank() as i64 * 1000, |_| building.add().unwrap());
     let ddp = building.finish().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("other.safetensors");
+    for seed in [77, 0] {
+        assert!(model.bits() == Model::new(if seed == 0 { 77 } else { 0 }).bits());
+        // Before one writes where ranks share memory, all have read.
+        group.barrier().unwrap().wait().unwrap();
+        save_safetensors(&path, &Model::new(seed).sorted()).unwrap();
+        assert!(load_safetensors(&path, &model.vs).unwrap().is_empty());
+        group.barrier().unwrap().wait().unwrap();
+    }
     let mut optimizer = Optimizer::new(&ddp, adamw(), groups()).unwrap();
     steps(&group, (&model, &ddp, &mut optimizer), 1);
     (model.bits(), ddp.memory().unwrap().parameters)
@@ -234,6 +246,42 @@ fn a_model_that_is_built_piece_by_piece_is_the_same() {
                     assert!(bits == expected, "{zero:?}, {link:?}, {world_size} ranks");
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn layers_that_are_added_one_by_one_are_gathered_in_the_same_few_buffers() {
+    let buffers = |layers: i64| {
+        run(2, HostLink::Tcp, move |mut group| {
+            let vs = nn::VarStore::new(Device::Cpu);
+            let mut building = Ddp::begin(&vs, &mut group, options(Zero::Three)).unwrap();
+            for layer in 0..layers {
+                let _layer = nn::linear(vs.root() / layer, 64, 64, nn::LinearConfig::default());
+                building.add().unwrap();
+            }
+            building.finish().unwrap().memory().unwrap().exchange
+        })
+    };
+    assert_eq!(buffers(24), buffers(4));
+}
+
+#[test]
+fn writes_that_no_version_counts_are_kept() {
+    for link in LINKS {
+        let all = run(2, link, |mut group| {
+            let (model, ddp) = wrapped(&mut group, options(Zero::Three));
+            group.barrier().unwrap().wait().unwrap();
+            for (_, variable) in model.sorted() {
+                let _filled = tch::no_grad(|| variable.data().fill_(0.25));
+            }
+            group.barrier().unwrap().wait().unwrap();
+            let values = model.values();
+            drop(ddp);
+            values
+        });
+        for values in all {
+            assert!(values.iter().all(|&value| value.to_bits() == 0.25_f32.to_bits()), "{link:?}");
         }
     }
 }

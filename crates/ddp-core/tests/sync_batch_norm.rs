@@ -10,11 +10,13 @@
 
 mod support;
 
-use phalanx_comm::testing::run_ranks;
-use phalanx_comm::Group;
+use phalanx_comm::environment::HostLink;
+use phalanx_comm::testing::{run_ranks, run_ranks_with};
+use phalanx_comm::{Group, GroupOptions};
 use phalanx_ddp_core::recompute::Checkpointed;
 use phalanx_ddp_core::{
-    Buffers, Ddp, DdpOptions, Error, Sync, SyncBatchNorm, SyncBatchNormConfig, SyncGroup, Zero,
+    Buffers, Ddp, DdpOptions, Error, Optimizer, ParameterGroups, Sgd, Sync, SyncBatchNorm,
+    SyncBatchNormConfig, SyncGroup, Zero,
 };
 use support::{options, pattern};
 use tch::nn::ModuleT as _;
@@ -290,26 +292,32 @@ fn trained(group: &mut Group, checkpointing: bool, zero: Zero) -> Vec<u64> {
         let sync = if step == 0 { Sync::Accumulate } else { Sync::Reduce };
         ddp.backward(&y.square().sum(Kind::Double), rows as f64, sync).unwrap();
     }
+    let rule = Sgd { lr: 0.25, ..Sgd::default() };
+    let mut optimizer = Optimizer::new(&ddp, rule, ParameterGroups::default()).unwrap();
+    let _step = optimizer.step(None).unwrap();
     let bits = |tensor: &Tensor| doubles(tensor).into_iter().map(f64::to_bits).collect::<Vec<_>>();
-    let of = |(_, tensor): &(String, Tensor)| {
-        let gradient = tensor.requires_grad().then(|| bits(&tensor.grad()));
-        gradient.unwrap_or_else(|| bits(tensor))
-    };
-    variables.iter().flat_map(of).collect()
+    variables.iter().flat_map(|(_, tensor)| bits(tensor)).collect()
 }
 
 #[test]
 fn it_trains_in_ddp_also_checkpointed() {
     for world_size in [1, 2, 3, 4] {
-        let of = |checkpointing| {
-            run_ranks(world_size, move |mut group| trained(&mut group, checkpointing, Zero::Off))
+        let of = |checkpointing, zero| {
+            // Gathered over TCP where parameters are sharded.
+            let link = if zero == Zero::Three { HostLink::Tcp } else { HostLink::Auto };
+            let options = GroupOptions::default();
+            run_ranks_with(world_size, link, options, move |mut group| {
+                trained(&mut group, checkpointing, zero)
+            })
         };
-        let plain = of(false);
+        let plain = of(false, Zero::Off);
         assert!(plain.iter().all(|rank| *rank == plain[0]), "{world_size} ranks differ");
-        assert!(
-            plain == of(true),
-            "{world_size} ranks: running statistics and gradients are alike"
-        );
+        for zero in support::STAGES {
+            assert!(
+                plain == of(true, zero),
+                "{world_size} ranks, {zero:?}: running statistics and parameters are alike"
+            );
+        }
     }
 }
 

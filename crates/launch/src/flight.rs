@@ -103,8 +103,13 @@ pub(crate) fn investigate(
         let record = records[at].as_ref();
         evidence.operation = record.and_then(FlightRecord::last_collective).map(operation);
     }
+    // An error of its own that blames nobody, and it lives: all ranks have it.
+    let own = at.filter(|&at| ranks[at].ended.is_none()).and_then(|at| records[at].as_ref());
+    let own = own.and_then(|record| record.failure.as_ref()).filter(|it| it.blamed.is_none());
+    evidence.testimony = own.map(|failure| failure.text.clone());
     let witness = all
         .iter()
+        .filter(|_| own.is_none())
         .filter(|record| record.rank != number)
         .filter_map(|record| Some((record, record.failure.as_ref()?)))
         .min_by_key(|(_, failure)| failure.at_ns);

@@ -12,6 +12,7 @@ use rustix::fs::OFlags;
 
 use crate::process::timespec_until;
 use crate::stay::{decode, MESSAGE_BYTES_MAX, STAYS, WAITS};
+use crate::stop;
 
 /// How long what is being committed when `train` ends is waited for; a launcher that has less patience kills.
 const COMMIT_MAX: Duration = Duration::from_secs(60);
@@ -23,7 +24,8 @@ const COMMIT_LOOK_EVERY: Duration = Duration::from_millis(1);
 ///
 /// Only phalanx's launcher keeps ranks, with `--max-restarts` or `--nnodes MIN:MAX`; elsewhere this is one call of `train`.
 ///
-/// * `train` is called again when it ends with an error and a group of this process has failed because of another rank; and when it
+/// * `train` is called again when it ends with an error and a group of this process has failed because of another rank; when it ends with an error
+///   that every rank has met (gradients that are not finite), which counts as one failure of the job; and when it
 ///   ends, however well, after the launcher has asked it to stop for a new generation ([`should_stop`](crate::should_stop), which
 ///   `Checkpointer::step` heeds). Any other error is returned: then the launcher starts this rank again, as all whose programs do not
 ///   call this.
@@ -55,17 +57,21 @@ pub fn each_generation<T, E>(mut train: impl FnMut() -> Result<T, E>) -> Result<
         opened.inspect_err(note).ok()
     });
     loop {
+        drop(recorder::take_shared_error()); // of before
         let outcome = train();
         let Some(launcher) = &launcher else { return outcome };
         let is_over = match &outcome {
             Ok(_) => !recorder::is_called_back(),
-            Err(_) => !recorder::has_lost_another(),
+            Err(_) => !recorder::has_lost_another() && !fails_together(),
         };
         if is_over {
             return outcome;
         }
         match launcher.next_place() {
-            Ok(Some(place)) => take_place(place),
+            Ok(Some(place)) => {
+                stop::forget();
+                take_place(place);
+            }
             Ok(None) => return outcome,
             Err(error) => {
                 tracing::warn!(%error, "the launcher has no next place for this rank");
@@ -73,6 +79,13 @@ pub fn each_generation<T, E>(mut train: impl FnMut() -> Result<T, E>) -> Result<
             }
         }
     }
+}
+
+/// Whether the error is every rank's; the launcher is told.
+fn fails_together() -> bool {
+    let shared = recorder::take_shared_error();
+    shared.iter().for_each(|text| recorder::fail_together(text));
+    shared.is_some()
 }
 
 /// The launcher, as a rank that stays sees it.

@@ -119,8 +119,14 @@ impl RankFailure {
             Exit::Code(0) => "left early, with exit code 0".to_owned(),
             Exit::Code(code) => format!("ended with exit code {code}"),
             Exit::Not if self.process.is_none() => "failed the others".to_owned(),
+            Exit::Not if self.is_shared() => "has an error that every rank has".to_owned(),
             Exit::Not => "failed the others and has not ended".to_owned(),
         }
+    }
+
+    /// Whether nobody was lost: an error that all ranks have.
+    fn is_shared(&self) -> bool {
+        self.evidence.witness.is_none() && self.evidence.testimony.is_some()
     }
 
     fn help(&self) -> &'static str {
@@ -131,6 +137,7 @@ impl RankFailure {
             Exit::Code(101) => "it panicked: its last lines say where; RUST_BACKTRACE=1 shows the way there",
             Exit::Code(0) => "every rank must run the same number of collectives before it ends",
             Exit::Not if self.process.is_none() => "its node's launcher has not said how it ended: look at the output there",
+            Exit::Not if self.is_shared() => "the error says what to do; all ranks began again from their checkpoint, and had it again",
             Exit::Not => "what the others say of it names its state; a stopped process goes on with SIGCONT",
             Exit::Code(_) | Exit::Signal(_) => "its last lines say why",
         }
@@ -153,7 +160,9 @@ impl RankFailure {
             None => "another node".to_owned(),
         };
         let seconds = self.after.as_secs_f64();
-        format!("rank {rank} on {place} {cause} after {seconds:.1} s")
+        let said = self.evidence.testimony.as_ref().filter(|_| self.is_shared());
+        let said = said.map_or_else(String::new, |text| format!(": {}", text.replace('\n', " ⏎ ")));
+        format!("rank {rank} on {place} {cause} after {seconds:.1} s{said}")
     }
 
     /// The record for `errors.jsonl`: one JSON object.

@@ -25,6 +25,13 @@ pub fn heed_signals() -> Result<(), LaunchError> {
     Ok(())
 }
 
+/// A new generation begins: what the one before was asked for is over.
+pub(crate) fn forget() {
+    if let Some(asked) = ASKED.get() {
+        asked.store(false, Ordering::Relaxed);
+    }
+}
+
 /// Whether this rank has been asked to stop at the next boundary between steps: by its launcher, because nodes come or go
 /// or the user ends the job; or by a signal, after [`heed_signals`]. Two loads.
 ///

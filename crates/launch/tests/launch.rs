@@ -191,7 +191,8 @@ fn children_of_ranks_are_ended_with_them() {
 #[test]
 fn a_stopped_launcher_can_be_continued() {
     let job = Job::start("--nproc-per-node 2 --act polite");
-    let pids = job.numbers("pid", 2);
+    let mut pids = job.numbers("pid", 2);
+    pids.push(i32::try_from(job.child.id()).expect("a process id"));
     let is_stopped = |pid: i32| {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         stat.contains(") T ")

@@ -143,7 +143,7 @@ fn logs_and_errors_are_kept_of_every_attempt() {
 #[test]
 fn survivors_are_killed_soon_and_who_commits_may_finish() {
     let job = Job::start(
-        "--nproc-per-node 3 --act commit --rank 1 --fault kill --max-restarts 1 --grace 50",
+        "--nproc-per-node 3 --act commit --rank 1 --fault kill --max-restarts 1 --grace 600",
     );
     let first = job.numbers("pid", 3);
     let finished = job.finish();

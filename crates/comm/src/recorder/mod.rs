@@ -13,11 +13,13 @@
 //! | `ring` | the memory, written with plain atomic stores |
 //! | `record` | pure: reading it |
 //! | `lineup` | pure: several ranks' records side by side |
+//! | `together` | errors that all ranks have at once |
 //! | `vitals` | the words by which a rank and its launcher know of each other while the rank runs |
 
 mod lineup;
 mod record;
 mod ring;
+mod together;
 mod vitals;
 
 use std::fs::{File, OpenOptions};
@@ -28,6 +30,7 @@ use std::sync::OnceLock;
 
 pub use lineup::{lineup, summary};
 pub use record::{FlightRecord, Operation, OperationState, RecordedFailure};
+pub use together::{fail_together, take_shared_error, tell_shared_error};
 pub use vitals::{
     ask_to_stop, call_back, committing, has_lost_another, is_called_back, is_committing, progress,
     renew, should_stop, Committing, Vitals,

@@ -114,6 +114,13 @@ pub(super) fn load(checkpoint: &Checkpoint, reducer: &mut Reducer, all: &AllNumb
         }
         Ok(Some(state))
     };
+    let absent = all.iter().filter(|(who, _)| names.iter().all(|(here, _)| here != who));
+    for (_, numbers) in absent {
+        tracing::warn!(
+            "the checkpoint has what {} keeps, and nothing here takes it over: give it to the Ddp before resuming",
+            numbers.of
+        );
+    }
     for (who, name) in names {
         let state = read(who, &name)?;
         match (who, state) {

@@ -28,10 +28,14 @@ pub(crate) fn save(reducer: &mut Reducer, path: &Path, options: &WeightsOptions)
     if store.group.rank() != 0 {
         return follow(store, path);
     }
+    let written = write(store, path, options);
+    tell(store, if written.is_ok() { DONE } else { FAILED })?;
+    written
+}
+
+fn write(store: &mut Store, path: &Path, options: &WeightsOptions) -> Result<()> {
     let source = Whole::new(store)?;
-    let written = write_weights(&Real, path, &source, options);
-    tell(source.store.into_inner(), if written.is_ok() { DONE } else { FAILED })?;
-    Ok(written.map(drop)?)
+    Ok(write_weights(&Real, path, &source, options).map(drop)?)
 }
 
 /// Gathers what rank 0 asks for.

@@ -22,9 +22,12 @@ const AVERAGED: &str = "averaged";
 
 /// Local training, from plain steps on.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "what is and what was")]
 pub(crate) struct Local {
     pub(super) options: DiLoCoOptions,
     hooked: Hooked,
+    /// Whether the `Ddp` exchanges when ranks do not train by themselves.
+    pub(super) exchange: bool,
     /// Whether ranks train by themselves.
     is_parted: bool,
     /// Steps made, and those since the last averaging.
@@ -40,10 +43,11 @@ pub(crate) struct Local {
 }
 
 impl Local {
-    pub(super) fn new(options: DiLoCoOptions, hook: impl Hook) -> Self {
+    pub(super) fn new(options: DiLoCoOptions, hook: impl Hook, exchange: bool) -> Self {
         Self {
             options,
             hooked: Hooked::new(hook),
+            exchange,
             is_parted: false,
             step_count: 0,
             own_steps: 0,
@@ -197,7 +201,17 @@ impl Reducer {
         local.starts.clear();
         local.momenta.clear();
         self.options.exchange = false;
+        self.store.is_parted = true;
         local.follow(&self.store)
+    }
+
+    /// From here on backwards exchange, as they did before.
+    pub(super) fn join_again(&mut self) {
+        if let Some(local) = &mut self.local {
+            local.is_parted = false;
+            self.options.exchange = local.exchange;
+            self.store.is_parted = false;
+        }
     }
 
     /// The parameters were set from elsewhere, alike on all ranks: ranks start from them.
@@ -240,8 +254,10 @@ impl Reducer {
         };
         let lines: Vec<Vec<String>> = told.iter().map(line).collect();
         agree::compared("the steps that they have made by themselves", &lines)?;
+        let is_compared = self.options.fingerprint_interval > 0 && !local.hooked.drifts();
         if local.own_steps == 0 {
-            return Ok(());
+            // Unless somebody has made a step and not told.
+            return if is_compared && local.is_parted { self.compare_parameters() } else { Ok(()) };
         }
         self.store.group.set_stream(shim::current_stream(self.store.device())?);
         local.average(&mut self.store)?;
@@ -250,7 +266,7 @@ impl Reducer {
         let (count, interval) = (local.averaged_count, self.options.fingerprint_interval);
         self.exchange_buffers(0)?;
         // As of exchanges: soon at first, then now and then.
-        if interval > 0 && (count.is_power_of_two() || count.is_multiple_of(interval)) {
+        if is_compared && (count.is_power_of_two() || count.is_multiple_of(interval)) {
             self.compare_parameters()?;
         }
         Ok(())
@@ -273,8 +289,9 @@ impl Reducer {
         local.loaded = tensors.map(|(name, kept)| (name, kept.tensor().shallow_clone())).collect();
         let is_parted = local.step_count >= local.options.plain_steps;
         if is_parted {
-            self.part()?;
+            return self.part();
         }
+        self.join_again();
         Ok(())
     }
 }

@@ -38,7 +38,8 @@ impl Default for DiLoCoOptions {
 /// Buffers become alike with each averaging, as [`DdpOptions::buffers`](crate::DdpOptions::buffers) has it. The inner optimizer's state stays each rank's own.
 /// Parameters are compared after averagings 1, 2, 4, 8 … and every [`fingerprint_interval`](crate::DdpOptions::fingerprint_interval)-th, and not between them.
 ///
-/// Dropping it lets backwards exchange again: after an averaging.
+/// Dropping it lets backwards exchange again: after an averaging, and with an inner optimizer that keeps nothing or is built anew, for what one
+/// keeps is each rank's own.
 ///
 /// # What it does not do
 /// It needs [`Zero::Off`]: a sharded step is a step of all ranks. Ranks look at their own gradients alone, so with [`NonFinite::SkipStep`](crate::NonFinite) one rank
@@ -46,7 +47,7 @@ impl Default for DiLoCoOptions {
 /// [`Ddp::join`]: every rank makes the same number of steps, which averagings compare.
 ///
 /// # Checkpoints
-/// [`Checkpointer`](crate::checkpoint::Checkpointer) saves it with the rest, and averages first where a checkpoint is due between two averagings. Of the inner
+/// [`Checkpointer`](crate::checkpoint::Checkpointer) saves it with the rest, and averages first where a checkpoint is due between two averagings; call it behind [`step`](Self::step). Of the inner
 /// optimizer's state a checkpoint has, for each part, some rank's.
 ///
 /// # Memory
@@ -81,8 +82,6 @@ impl Default for DiLoCoOptions {
 #[derive(Debug)]
 pub struct DiLoCo {
     shared: Shared,
-    /// What `DdpOptions::exchange` was.
-    exchange: bool,
 }
 
 impl DiLoCo {
@@ -115,12 +114,12 @@ impl DiLoCo {
             return Err(Error::BadSetting { setting, value, expected: "one for a Ddp" });
         }
         let exchange = reducer.options.exchange;
-        reducer.local = Some(Local::new(options, hook));
+        reducer.local = Some(Local::new(options, hook, exchange));
         if options.plain_steps == 0 {
             reducer.part()?;
         }
         drop(reducer);
-        Ok(Self { shared, exchange })
+        Ok(Self { shared })
     }
 
     /// The inner optimizer has made a step. Averages if it is time to, and says whether it did: collective then.
@@ -183,8 +182,8 @@ impl DiLoCoOptions {
 impl Drop for DiLoCo {
     fn drop(&mut self) {
         if let Ok(mut reducer) = self.shared.lock() {
+            reducer.join_again();
             reducer.local = None;
-            reducer.options.exchange = self.exchange;
         }
     }
 }

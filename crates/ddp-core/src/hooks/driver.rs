@@ -10,7 +10,7 @@ use super::bucket::{Facts, Memory};
 use super::{Bucket, Hook, Placed, Pool, Progress, State, Wire};
 use crate::shim;
 use crate::store::pool::Taken;
-use crate::store::{Held, Store};
+use crate::store::Store;
 use crate::{Error, Result};
 
 /// A number of a saved state beside the hook's own.
@@ -291,11 +291,11 @@ fn bucket<'a>(
 ) -> Result<Bucket<'a>> {
     let planned = &store.plan.buckets[start.index];
     let range = (planned.range.start, planned.range.end);
-    let memory = match (wire, start.taken, &store.storages[planned.storage].gradients) {
-        (Some(wire), ..) => Memory::Wire(wire),
-        (None, Some(taken), _) => Memory::Flat(store.pool.buffer(taken), range),
-        (None, None, Held::Whole(whole)) => Memory::Flat(whole, range),
-        (None, None, Held::Segment(_)) => return Err(Error::InsideBackward),
+    let own = store.storages[planned.storage].exchanged(&store.pool, start.taken);
+    let memory = match (wire, own) {
+        (Some(wire), _) => Memory::Wire(wire),
+        (None, Some(flat)) => Memory::Flat(flat, range),
+        (None, None) => return Err(Error::InsideBackward),
     };
     Ok(Bucket {
         group: &mut store.group,

@@ -18,7 +18,7 @@ const INNER: &str = "inner";
 ///
 /// Residuals are of the size of a mean, so they fit next to gradients of other weights. With a loss scale that changes
 /// ([`LossScaler`](crate::amp::LossScaler)) one step's residual is off by the factor of the change. Residuals of a step that was not finite are
-/// forgotten. They are saved with an axis of ranks in front; on another number of ranks each gets the mean, which keeps their sum's meaning.
+/// forgotten, and so is what was kept of a parameter that no rank has used in a step. They are saved with an axis of ranks in front; on another number of ranks each gets the mean, which keeps their sum's meaning.
 ///
 /// # Source
 /// Karimireddy et al. 2019, "Error Feedback Fixes `SignSGD` and other Gradient Compression Schemes".

@@ -142,7 +142,8 @@ pub trait Hook: Debug + Send + 'static {
     /// Those of the group and of libtorch.
     fn start(&mut self, bucket: &mut Bucket<'_>) -> Result<Self::Pending>;
 
-    /// At the end of backward, bucket by bucket in the order of their starts: waits for what was started, and leaves the mean in the bucket's
+    /// At the end of backward, bucket by bucket in the order of their starts; with [`Zero::Two`](crate::Zero::Two) and more also sooner, and
+    /// out of that order, though in one that is the same on every rank: where the bucket's memory is needed for the next. Waits for what was started, and leaves the mean in the bucket's
     /// memory, in [`Bucket::segment`] at least.
     ///
     /// # Errors

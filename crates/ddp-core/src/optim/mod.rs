@@ -33,7 +33,7 @@ mod whole;
 
 use std::time::{Duration, Instant};
 
-use phalanx_comm::Work;
+use phalanx_comm::{recorder, Work};
 use tch::Tensor;
 
 pub use adafactor::Adafactor;
@@ -50,6 +50,7 @@ pub use rule::{Norms, Now, Rule, Runs, Whole};
 pub use sgd::Sgd;
 
 use crate::amp::LossScaler;
+use crate::hooks::Hooked;
 use crate::reduce::{self, Outcome, Reducer, Shared};
 use crate::store::model::Named;
 use crate::store::norm::{self, Power};
@@ -124,6 +125,7 @@ impl Optimizer {
     pub fn new(ddp: &Ddp, rule: impl Rule + 'static, groups: ParameterGroups) -> Result<Self> {
         let shared = Shared::clone(ddp.shared());
         let mut reducer = reduce::lock(&shared)?;
+        let is_offloaded = reducer.options.offload_optimizer;
         let store = &mut reducer.store;
         let mut signature = vec![format!("{rule:?} {groups:?}")];
         let of = |named: &Named| format!("{}: group {}", named.name, groups.index_of(&named.name));
@@ -141,7 +143,7 @@ impl Optimizer {
             step_count: 0,
             parameters: Vec::new(),
             layout: store.layout,
-            state: State::default(),
+            state: State::new(is_offloaded),
             wholes: None,
         };
         let laid = optimizer.lay(store);
@@ -223,6 +225,7 @@ impl Optimizer {
         if norm.is_some_and(|norm| !norm.is_finite())
             && is_skipped(clip, is_scaled, &mut reducer, norm)?
         {
+            reducer.hooked.iter_mut().for_each(Hooked::reset);
             reducer.release_gradients()?;
             return Ok(Step { gradient_norm: norm, skipped: true });
         }
@@ -258,9 +261,8 @@ impl Optimizer {
         let anew = self.step_count == 0;
         self.state.fit(store, &*self.rule, &self.everything(store), anew)?;
         if let Some(whole) = self.rule.whole() {
-            let kept = self.wholes.take().filter(|_| !anew).map(|wholes| wholes.kept);
-            let kept = kept.unwrap_or_default();
-            self.wholes = Some(Wholes::new(store, whole, &self.parameters, kept)?);
+            let before = self.wholes.take().filter(|_| !anew);
+            self.wholes = Some(Wholes::new(store, whole, &self.parameters, before)?);
         }
         Ok(())
     }
@@ -279,7 +281,8 @@ impl Optimizer {
     /// Follows the store to its present plan: parameters were added, or, before the first step, all were laid
     /// anew. Collective under ZeRO.
     fn fit(&mut self, store: &mut Store) -> Result<()> {
-        if self.layout != store.layout {
+        let is_outdated = self.wholes.as_ref().is_some_and(|wholes| wholes.is_outdated(store));
+        if self.layout != store.layout || is_outdated {
             self.lay(store)?;
             self.layout = store.layout;
         }
@@ -317,7 +320,7 @@ impl Optimizer {
         }
         let store = &mut reducer.store;
         let parts = self.owned(store, has_gradient);
-        let (device, lr) = (store.device(), self.lr);
+        let (device, lr) = (self.state.device(store), self.lr);
         let numbers = Numbers { changes, device, lr, settings: &self.settings };
         let mut works = Vec::new();
         let start = Instant::now();
@@ -450,7 +453,11 @@ fn is_skipped(
     let policy = reducer.options.non_finite;
     if clip.is_strict || (policy == NonFinite::Error && !is_scaled) {
         reducer.release_gradients()?;
-        return Err(Error::NonFiniteNorm { norm });
+        let error = Error::NonFiniteNorm { norm };
+        if !reducer.is_parted() {
+            recorder::tell_shared_error(&error.to_string());
+        }
+        return Err(error);
     }
     if !is_scaled && policy != NonFinite::Ignore && reducer.store.group.rank() == 0 {
         tracing::warn!(norm, "the norm of all gradients is not finite");

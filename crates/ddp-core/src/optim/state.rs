@@ -1,5 +1,6 @@
 //! What an optimizer keeps of the elements that this rank updates: its rule's state, f32 masters of parameters in
-//! half precision, and directions where norms of whole parameters decide.
+//! half precision, and directions where norms of whole parameters decide. Offloaded, all of it is in the host's memory,
+//! masters of all parameters included, and gradients are copied there for the step.
 
 use tch::{Device, Kind, Tensor};
 
@@ -8,7 +9,7 @@ use super::rule::{Rule, Runs, Whole};
 use crate::shim::Variable;
 use crate::store::flat::Flat;
 use crate::store::{norm, Held, Storage, Store};
-use crate::Result;
+use crate::{Error, Result};
 
 /// Of one storage's parameters that are taken by the element, or of those that are taken whole.
 #[derive(Debug)]
@@ -35,9 +36,31 @@ pub(super) struct State {
     pub(super) parts: Vec<[Part; 2]>,
     /// The variables when masters were last read from them; else empty.
     seen: Vec<Variable>,
+    is_offloaded: bool,
+}
+
+/// Where a storage's state is, and in which kind.
+#[derive(Clone, Copy, Debug)]
+struct Home {
+    kind: Kind,
+    device: Device,
+    is_offloaded: bool,
 }
 
 impl State {
+    pub(super) fn new(is_offloaded: bool) -> Self {
+        Self { is_offloaded, ..Self::default() }
+    }
+
+    /// Where rules work.
+    pub(super) fn device(&self, store: &Store) -> Device {
+        if self.is_offloaded {
+            Device::Cpu
+        } else {
+            store.device()
+        }
+    }
+
     /// Allocates what the present plan needs for `everything` that this rank owns: all of it `anew`, or that of
     /// storages that were added.
     pub(super) fn fit(
@@ -53,18 +76,34 @@ impl State {
         let has_ratio = rule.has_trust_ratio();
         let of_whole = rule.whole().map_or(&[][..], Whole::states);
         let lens = piece::state_lens(everything, store.storages.len());
-        for (storage, len) in store.storages.iter().zip(lens).skip(self.parts.len()) {
-            let device = store.device();
-            let by_element = Part::new((storage, device), rule.states(), has_ratio, len[0])?;
+        let known = self.parts.len();
+        for (storage, len) in store.storages.iter().zip(lens).skip(known) {
+            let kind = work_kind(storage.parameters.kind());
+            let home = Home { kind, device: store.device(), is_offloaded: self.is_offloaded };
+            let by_element = Part::new(home, storage, (rule.states(), has_ratio), len[0])?;
             let is_turned = has_ratio || rule.whole().is_some();
-            let whole = Part::new((storage, device), of_whole, is_turned, len[1])?;
+            let whole = Part::new(home, storage, (of_whole, is_turned), len[1])?;
             self.parts.push([by_element, whole]);
+        }
+        for owned in everything.iter().filter(|owned| owned.storage >= known) {
+            self.begin_masters(store, owned)?;
         }
         self.seen.clear();
         self.heed_masters(store, everything)
     }
 
-    /// Whether there are parameters in half precision.
+    /// Masters begin from parameters as they were before they were rounded, where those are known.
+    fn begin_masters(&self, store: &Store, owned: &Owned) -> Result<()> {
+        let Some(unrounded) = &store.storages[owned.storage].unrounded else { return Ok(()) };
+        for run in &owned.runs {
+            let Some(masters) = &self.part(owned.storage, run).masters else { continue };
+            let mut target = masters.range(&run.state)?;
+            tch::no_grad(|| target.f_copy_(&unrounded.range(&run.segment)?).map_err(Error::from))?;
+        }
+        Ok(())
+    }
+
+    /// Whether there are copies in another precision, or in other memory, of what is updated.
     pub(super) fn has_masters(&self) -> bool {
         self.parts.iter().flatten().any(|part| part.masters.is_some())
     }
@@ -92,8 +131,9 @@ impl State {
         for owned in everything {
             for run in &owned.runs {
                 let Some(masters) = &self.part(owned.storage, run).masters else { continue };
-                let parameters = taken(&store.storages[owned.storage].parameters, run)?;
                 let mut target = masters.range(&run.state)?;
+                let parameters = taken(&store.storages[owned.storage].parameters, run)?
+                    .f_to_device(target.device())?;
                 // Only where a master does not round to its parameter: weights that were taken out and put back are the same.
                 let rounds_to_it = target.f_to_kind(parameters.kind())?.f_eq_tensor(&parameters)?;
                 let heeded =
@@ -134,8 +174,9 @@ impl State {
                 Some(masters) => masters.range(&run.state)?,
                 None => taken(&memory.parameters, run)?,
             });
-            // The same tensor where the kind is the same.
-            all.gradients.push(taken(&memory.gradients, run)?.f_to_kind(kind)?);
+            // The same tensor where kind and device are the same.
+            let gradient = taken(&memory.gradients, run)?;
+            all.gradients.push(gradient.f_to_device(self.device(store))?.f_to_kind(kind)?);
             all.states.resize_with(part.states.len(), Vec::new);
             for (list, state) in all.states.iter_mut().zip(&part.states) {
                 list.push(state.range(&run.state)?);
@@ -180,21 +221,26 @@ impl State {
 impl Part {
     /// Zeroed, of `len` elements of a storage.
     fn new(
-        (storage, device): (&Storage, Device),
-        states: &[&str],
-        has_directions: bool,
+        home: Home,
+        storage: &Storage,
+        (states, has_directions): (&[&str], bool),
         len: usize,
     ) -> Result<Self> {
-        let kind = storage.parameters.kind();
-        let flat = || Flat::private(work_kind(kind), device, len);
+        let Home { kind, device, is_offloaded } = home;
+        let flat = || match is_offloaded {
+            true => Flat::on_host(kind, device, len),
+            false => Flat::private(kind, device, len),
+        };
+        let is_elsewhere = is_offloaded && device != Device::Cpu;
         let directions = match has_directions {
             false => Directions::Nowhere,
-            true if storage.gradients.kind() == work_kind(kind) => Directions::Gradients,
+            true if storage.gradients.kind() == kind && !is_elsewhere => Directions::Gradients,
             true => Directions::Own(flat()?),
         };
+        let has_masters = is_offloaded || storage.parameters.kind() != kind;
         Ok(Self {
             states: states.iter().map(|_| flat()).collect::<Result<_>>()?,
-            masters: (work_kind(kind) != kind).then(flat).transpose()?,
+            masters: has_masters.then(flat).transpose()?,
             directions,
         })
     }

@@ -29,6 +29,7 @@ use super::rule::Whole;
 use super::state::{work_kind, State};
 use super::waves::{self, Wave, WAVE_LENS};
 use crate::shim;
+use crate::store::broadcast;
 use crate::store::flat::{Flat, Scale};
 use crate::store::Store;
 use crate::Result;
@@ -39,6 +40,8 @@ pub(super) type Kept = BTreeMap<usize, Vec<(&'static str, Tensor)>>;
 /// What brings parameters together.
 #[derive(Debug)]
 pub(super) struct Wholes {
+    /// Among how many ranks, and which of them this one is: alone where ranks train by themselves.
+    among: (usize, usize),
     waves: Vec<Wave>,
     /// By kind, as long as the longest wave of that kind.
     memory: Vec<Flat>,
@@ -47,14 +50,14 @@ pub(super) struct Wholes {
 }
 
 impl Wholes {
-    /// For the store's present plan; what is in `kept` stays. Collective.
+    /// For the store's present plan; what was kept goes to its owners. Collective.
     pub(super) fn new(
         store: &mut Store,
         whole: &dyn Whole,
         treatments: &[Treatment],
-        mut kept: Kept,
+        mut before: Option<Self>,
     ) -> Result<Self> {
-        let (rank, world_size) = (store.sharers().rank(), store.sharers().world_size());
+        let (rank, world_size) = among(store);
         let shapes: Vec<Vec<i64>> =
             store.model.parameters().map(|named| named.tensor.size()).collect();
         let of = |(treatment, shape): (&Treatment, &Vec<i64>)| {
@@ -62,21 +65,29 @@ impl Wholes {
         };
         let costs: Vec<Option<u64>> = treatments.iter().zip(&shapes).map(of).collect();
         let waves = waves::waves(&store.plan, &costs, world_size, WAVE_LENS);
-        let kind_of = |wave: &Wave| kind_of(store, wave);
+        let mut kept = Kept::new();
         for wave in &waves {
-            for member in wave.members.iter().filter(|member| member.owner == rank) {
-                let shape = &shapes[member.parameter];
-                let options = (kind_of(wave), store.device());
-                let zeros = |(name, of_kept): (&'static str, Vec<i64>)| {
-                    Ok((name, Tensor::f_zeros(of_kept.as_slice(), options)?))
+            let options = (kind_of(store, wave), store.device());
+            for member in &wave.members {
+                let parts = whole.kept(&shapes[member.parameter]);
+                let zeros = |(name, shape): (&'static str, Vec<i64>)| {
+                    Ok((name, Tensor::f_zeros(shape.as_slice(), options)?))
                 };
-                if let std::collections::btree_map::Entry::Vacant(free) =
-                    kept.entry(member.parameter)
-                {
-                    free.insert(whole.kept(shape).into_iter().map(zeros).collect::<Result<_>>()?);
+                let mut own: Vec<_> = parts.into_iter().map(zeros).collect::<Result<_>>()?;
+                if let Some(before) = &mut before {
+                    before.hand_over(
+                        store,
+                        member.parameter,
+                        (member.owner, world_size),
+                        &mut own,
+                    )?;
+                }
+                if member.owner == rank {
+                    kept.insert(member.parameter, own);
                 }
             }
         }
+        let kind_of = |wave: &Wave| kind_of(store, wave);
         let lens = [Kind::Float, Kind::Double].map(|kind| {
             let of_kind = waves.iter().filter(|wave| kind_of(wave) == kind);
             (kind, of_kind.map(Wave::len).max().unwrap_or(0))
@@ -89,7 +100,34 @@ impl Wholes {
                 _ => Flat::registered(store.sharers(), kind, device, len)?,
             });
         }
-        Ok(Self { waves, memory, kept })
+        Ok(Self { among: (rank, world_size), waves, memory, kept })
+    }
+
+    /// Whether ranks have begun to train by themselves since, or have ended to.
+    pub(super) fn is_outdated(&self, store: &mut Store) -> bool {
+        self.among != among(store)
+    }
+
+    /// Brings what the present owner keeps of a parameter to the one that it has `among` so many ranks. Collective.
+    fn hand_over(
+        &mut self,
+        store: &mut Store,
+        parameter: usize,
+        (owner, among): (usize, usize),
+        kept: &mut Vec<(&'static str, Tensor)>,
+    ) -> Result<()> {
+        let mut members = self.waves.iter().flat_map(|wave| &wave.members);
+        let Some(known) = members.find(|member| member.parameter == parameter) else {
+            return Ok(());
+        };
+        if let Some(own) = self.kept.remove(&parameter) {
+            *kept = own;
+        }
+        if self.among.1 == 1 || kept.is_empty() || (known.owner == owner && among > 1) {
+            return Ok(());
+        }
+        let tensors: Vec<&Tensor> = kept.iter().map(|(_, tensor)| tensor).collect();
+        broadcast::plain(store.sharers(), "what an optimizer keeps", known.owner, &tensors)
     }
 
     /// Turns the directions of all parameters that are taken whole: `turn` makes one parameter's of what it was, or
@@ -115,7 +153,7 @@ impl Wholes {
             }
             self.turn_own(store, wave, memory, &turn)?;
             let (is_sharded, whole) = (store.sharding.parts() > 1, Scale(1.0));
-            if store.sharers().world_size() > 1 {
+            if self.among.1 > 1 {
                 waited += exchange(store, wave, |store, range| match is_sharded {
                     true => memory.reduce_scatter(store.sharers(), range, whole),
                     false => memory.all_reduce(store.sharers(), range, whole),
@@ -134,7 +172,7 @@ impl Wholes {
         memory: &Flat,
         turn: impl Fn(usize, &Tensor, &[Tensor]) -> Result<Option<Tensor>>,
     ) -> Result<()> {
-        let rank = store.sharers().rank();
+        let (rank, _) = self.among;
         for member in &wave.members {
             let tensor = &store.model.parameter(member.parameter).tensor;
             let view = || memory.view(&member.range, &tensor.size(), &tensor.stride());
@@ -152,6 +190,14 @@ impl Wholes {
             }
         }
         Ok(())
+    }
+}
+
+/// Which rank this is of those that turn parameters together, and how many they are.
+fn among(store: &mut Store) -> (usize, usize) {
+    match store.is_parted {
+        true => (0, 1),
+        false => (store.sharers().rank(), store.sharers().world_size()),
     }
 }
 

@@ -16,7 +16,8 @@
 //! It depends on its inputs, on what it owns, on the default random generators and on autocast alone, for it runs twice (with `n` parts
 //! around it, 1 + `n` times more). It owns what it uses, and may run on another thread (the backward of a GPU's model does): clone parameters
 //! with `shallow_clone`, or give the module to a [`Checkpointed`]. It does not change its inputs in place, and runs no backward over its
-//! own operations.
+//! own operations. As with PyTorch's, neither is found: a tensor that it captures and that is changed in place between forward and backward (its inputs
+//! are looked at), nor random numbers drawn on a GPU that none of its inputs is on.
 //!
 //! What it does besides computing happens again. Batch normalisation updates its running statistics, which PyTorch lets happen twice:
 //! [`Checkpoint::keeping`] puts such buffers back after each recomputation, and [`is_recomputing`] tells a closure which run it is in.

@@ -12,7 +12,7 @@ use super::notes::{Head, Tail};
 use super::{hidden, Asked, Outcome, Reducer};
 use crate::hooks::Start;
 use crate::shim;
-use crate::store::{agree, flat::Scale, model, pool::Taken, Held};
+use crate::store::{agree, flat::Scale, model, pool::Taken};
 use crate::{Error, NonFinite, Result};
 
 impl Reducer {
@@ -88,13 +88,8 @@ impl Reducer {
         self.flag_on_device(index, taken)?;
         let store = &mut self.store;
         let bucket = &store.plan.buckets[index];
-        let gradients = match taken {
-            Some(taken) => store.pool.buffer(taken),
-            None => match &store.storages[bucket.storage].gradients {
-                Held::Whole(whole) => whole,
-                Held::Segment(_) => return Ok(()),
-            },
-        };
+        let memory = store.storages[bucket.storage].exchanged(&store.pool, taken);
+        let Some(gradients) = memory else { return Ok(()) };
         let stream = shim::current_stream(gradients.device())?;
         store.group.set_stream(stream);
         let Some(run) = &mut self.run else { return Ok(()) };
@@ -127,7 +122,8 @@ impl Reducer {
             return Ok(());
         }
         let bucket = &self.store.plan.buckets[index];
-        let Some(gradients) = self.store.exchanged(bucket, taken) else { return Ok(()) };
+        let storage = &self.store.storages[bucket.storage];
+        let Some(gradients) = storage.exchanged(&self.store.pool, taken) else { return Ok(()) };
         let finite = gradients.range(&bucket.range)?.f_isfinite()?;
         let flag = finite.f_logical_not()?.f_sum(Kind::Int64)?;
         if let Some(run) = &mut self.run {

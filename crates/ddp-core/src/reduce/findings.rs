@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use phalanx_comm::Work;
+use phalanx_comm::{recorder, Work};
 use tch::Tensor;
 
 use super::backward::Run;
@@ -115,6 +115,9 @@ impl Reducer {
         };
         match self.options.non_finite {
             NonFinite::Error => {
+                if !self.is_parted() {
+                    recorder::tell_shared_error(&error.to_string());
+                }
                 self.store.clear_gradients()?;
                 self.outcome = Outcome::Nothing;
                 Err(error)

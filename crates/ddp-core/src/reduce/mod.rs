@@ -31,7 +31,7 @@ mod witness;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
-use phalanx_comm::{Mark, Region};
+use phalanx_comm::{recorder, Mark, Region};
 
 use crate::diloco::Local;
 use crate::hooks::Hooked;
@@ -352,7 +352,11 @@ impl Reducer {
     /// Compares the parameters over the ranks. Collective.
     pub(crate) fn compare_parameters(&mut self) -> Result<()> {
         let hashes = fingerprint::of_parameters(&self.store)?;
-        fingerprint::compare(&mut self.store, &hashes)
+        let compared = fingerprint::compare(&mut self.store, &hashes);
+        if let Err(error @ Error::ParametersDiffer { .. }) = &compared {
+            recorder::tell_shared_error(&error.to_string());
+        }
+        compared
     }
 
     /// The order in which gradients become ready, if it is settled.

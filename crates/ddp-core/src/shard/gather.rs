@@ -6,11 +6,10 @@
 //! in one goes. What the last step needed next is gathered meanwhile ([`Trace`]).
 //!
 //! Gathering and the exchange of gradients are one order of collectives: the program's operations decide it, and ranks whose programs
-//! differ are out of step at once, with the names of both. Which bucket goes to which buffer follows from that order. An operation that needs more buckets at once than there are buffers
-//! is lent memory for it.
+//! differ are out of step at once, with the names of both. Which bucket goes to which buffer follows from that order. An operation
+//! that needs more buckets at once than there are buffers is lent memory for it.
 //!
 //! Source: the idea is `DeepSpeed`'s ZeRO-3, which traces modules; here it is operations.
-
 #![expect(unsafe_code, reason = "gate: a buffer becomes a shell's memory")]
 
 use std::ops::Range;
@@ -23,7 +22,7 @@ use tch::{Device, Kind, Tensor};
 use super::access;
 use super::trace::Trace;
 use crate::shim::{self, Shell};
-use crate::store::flat::{dense_bytes, dense_bytes_mut, Flat};
+use crate::store::flat::{self, dense_bytes, dense_bytes_mut, Flat};
 use crate::store::pool::{self, Size};
 use crate::{Error, Result};
 
@@ -37,12 +36,10 @@ pub(crate) struct Gathered {
     segment: Range<usize>,
     /// What the bucket is called in collectives.
     name: String,
-    /// The variables that are views of the shell.
-    variables: Vec<Tensor>,
+    /// Whether it stays from its first use to the end of the step.
+    stays: bool,
     ring: usize,
     presence: Presence,
-    /// How often the variables had been changed when the bucket came.
-    versions: u64,
 }
 
 /// Where a bucket's elements are beside the ranks' homes.
@@ -60,6 +57,7 @@ enum Presence {
 /// Buffers of one size, used in turn.
 #[derive(Debug)]
 struct Ring {
+    size: Size,
     buffers: Vec<Flat>,
     holds: Vec<Option<usize>>,
     next: usize,
@@ -123,23 +121,7 @@ impl Gatherer {
 
     /// Adds buckets, without variables yet. Collective.
     pub(crate) fn add(&mut self, group: &mut Group, described: Vec<Described<'_>>) -> Result<()> {
-        let going: Vec<&Described<'_>> = described.iter().filter(|bucket| !bucket.stays).collect();
-        let lens: Vec<(Kind, usize)> =
-            going.iter().map(|bucket| (bucket.kind, bucket.len)).collect();
-        let (sizes, size_of) = pool::sizes(&lens);
-        let first = self.rings.len();
-        for size in sizes {
-            self.add_ring(group, size)?;
-        }
-        let mut size_of = size_of.into_iter();
         for bucket in described {
-            let ring = match bucket.stays {
-                true => {
-                    let size = Size { kind: bucket.kind, len: bucket.len, count: 1 };
-                    self.add_ring(group, size)?
-                }
-                false => first + size_of.next().unwrap_or(0),
-            };
             let token = self.id << access::BUCKET_BITS | self.buckets.len() as u64;
             let home = bucket.home;
             self.buckets.push(Gathered {
@@ -147,21 +129,46 @@ impl Gatherer {
                 home: home.range(&(0..home.len()))?,
                 segment: bucket.segment,
                 name: bucket.name,
-                variables: Vec::new(),
-                ring,
+                stays: bucket.stays,
+                ring: 0,
                 presence: Presence::Away,
-                versions: 0,
             });
         }
-        Ok(())
+        self.fit_rings(group)
     }
 
-    fn add_ring(&mut self, group: &mut Group, size: Size) -> Result<usize> {
-        let Size { kind, len, count } = size;
-        let buffers = (0..count).map(|_| Flat::registered(group, kind, self.device, len));
-        let buffers = buffers.collect::<Result<Vec<_>>>()?;
-        self.rings.push(Ring { holds: vec![None; buffers.len()], buffers, next: 0 });
-        Ok(self.rings.len() - 1)
+    /// Makes the rings those of all buckets; those that are right already stay. Collective.
+    fn fit_rings(&mut self, group: &mut Group) -> Result<()> {
+        for index in 0..self.buckets.len() {
+            self.send_away(index)?;
+        }
+        let size_of = |gathered: &Gathered| {
+            let shell = gathered.shell.tensor();
+            Size { kind: shell.kind(), len: shell.numel(), count: 1 }
+        };
+        let going = self.buckets.iter().filter(|gathered| !gathered.stays).map(size_of);
+        let lens: Vec<(Kind, usize)> = going.map(|size| (size.kind, size.len)).collect();
+        let (mut sizes, ring_of) = pool::sizes(&lens);
+        let mut ring_of = ring_of.into_iter();
+        for gathered in &mut self.buckets {
+            gathered.ring = match gathered.stays {
+                true => {
+                    sizes.push(size_of(gathered));
+                    sizes.len() - 1
+                }
+                false => ring_of.next().unwrap_or(0),
+            };
+        }
+        let mut before = std::mem::take(&mut self.rings);
+        let mut known = |size: &Size| {
+            before.iter().position(|ring| ring.size == *size).map(|at| before.swap_remove(at))
+        };
+        let kept: Vec<Option<Ring>> = sizes.iter().map(&mut known).collect();
+        drop(before); // before others take their place
+        for (size, ring) in sizes.into_iter().zip(kept) {
+            self.rings.push(ring.map_or_else(|| Ring::new(group, self.device, size), Ok)?);
+        }
+        Ok(())
     }
 
     /// Makes `variable` the view `range` of a bucket; its values go home, as far as they are this rank's.
@@ -175,9 +182,10 @@ impl Gatherer {
         let segment = &gathered.segment;
         let (start, end) = (range.start.max(segment.start), range.end.min(segment.end));
         if start < end {
-            // Its elements one after the other, as memory has them.
-            let flat = variable.f_detach()?.f_as_strided([as_i64(range.len())?], [1], None)?;
-            let own = flat.f_narrow(0, as_i64(start - range.start)?, as_i64(end - start)?)?;
+            let own = flat::part(
+                &flat::elements_of(variable)?,
+                &(start - range.start..end - range.start),
+            )?;
             let mut home =
                 gathered.home.f_narrow(0, as_i64(start - segment.start)?, as_i64(end - start)?)?;
             tch::no_grad(|| home.f_copy_(&own).map(drop))?;
@@ -187,7 +195,6 @@ impl Gatherer {
             let view = shell.f_as_strided(variable.size(), strides, as_i64(range.start).ok())?;
             shim::set_data(variable, &view)
         })?;
-        gathered.variables.push(variable.shallow_clone());
         Ok(())
     }
 
@@ -203,6 +210,10 @@ impl Gatherer {
         }
         let start = Instant::now();
         if let Err(error) = access::unseen(|| self.try_bring(group, wanted)) {
+            if !matches!(error, Error::Comm(_)) {
+                // The others have not heard of it, and wait for this rank.
+                group.abort(&error.to_string());
+            }
             self.fail(&error);
         }
         self.waited += start.elapsed();
@@ -289,24 +300,31 @@ impl Gatherer {
         Ok(())
     }
 
-    /// A bucket goes; what was written to it goes home.
+    /// A bucket goes; what the program has written to it goes home before.
     fn send_away(&mut self, index: usize) -> Result<()> {
         self.bring_home(index)?;
+        self.drop_gathered(index)
+    }
+
+    /// A bucket goes, whatever was written to it.
+    fn drop_gathered(&mut self, index: usize) -> Result<()> {
         let gathered = &mut self.buckets[index];
+        // Before lent memory goes.
+        gathered.shell.detach()?;
         match std::mem::replace(&mut gathered.presence, Presence::Away) {
-            Presence::Away => return Ok(()),
+            Presence::Away | Presence::Lent(_) => {}
             // It was never looked at; the buffer is free when the ranks are done with it.
             Presence::Coming(at, work) => {
                 work.wait_on(shim::current_stream(self.device)?)?;
                 self.rings[gathered.ring].holds[at] = None;
             }
             Presence::Here(at) => self.rings[gathered.ring].holds[at] = None,
-            Presence::Lent(_) => {}
         }
-        gathered.shell.detach()
+        Ok(())
     }
 
-    /// What the program wrote to a bucket that is here, as far as it is this rank's, goes home.
+    /// What the program wrote to a bucket that is here, as far as it is this rank's, goes home: its segment, which is what it was if
+    /// nobody wrote. (Writes through `Tensor::data` leave no other trace.)
     fn bring_home(&mut self, index: usize) -> Result<()> {
         let gathered = &mut self.buckets[index];
         let memory = match &gathered.presence {
@@ -319,12 +337,7 @@ impl Gatherer {
             }
             _ => return Ok(()),
         };
-        let versions = gathered.versions()?;
-        if versions != gathered.versions {
-            gathered.versions = versions;
-            tch::no_grad(|| gathered.home.f_copy_(&memory).map(drop))?;
-        }
-        Ok(())
+        Ok(tch::no_grad(|| gathered.home.f_copy_(&memory).map(drop))?)
     }
 
     /// Everything that the program wrote goes home: what is there counts from here on.
@@ -335,7 +348,7 @@ impl Gatherer {
     /// The homes have changed: what was gathered before goes, and the next step will be like this one.
     pub(crate) fn forget(&mut self) -> Result<()> {
         for index in 0..self.buckets.len() {
-            self.send_away(index)?;
+            self.drop_gathered(index)?;
         }
         self.rings.iter_mut().for_each(|ring| ring.next = 0);
         self.trace.turn();
@@ -357,10 +370,11 @@ impl Gatherer {
 
     fn close(&mut self, text: &str) {
         for gathered in &mut self.buckets {
-            gathered.presence = Presence::Away;
             if let Err(error) = gathered.shell.fail(text) {
                 tracing::error!(%error, "a parameter's memory could not be taken away");
             }
+            // Lent memory goes only now.
+            gathered.presence = Presence::Away;
         }
     }
 }
@@ -373,17 +387,19 @@ impl Drop for Gatherer {
     }
 }
 
+impl Ring {
+    fn new(group: &mut Group, device: Device, size: Size) -> Result<Self> {
+        let buffers = (0..size.count).map(|_| Flat::registered(group, size.kind, device, size.len));
+        let buffers = buffers.collect::<Result<Vec<_>>>()?;
+        Ok(Self { size, holds: vec![None; buffers.len()], buffers, next: 0 })
+    }
+}
+
 impl Gathered {
     fn attach(&mut self, memory: *mut std::ffi::c_void) -> Result<()> {
-        self.versions = self.versions()?;
         // SAFETY: the buffer is at least as long as the shell, of its kind and on its device, and stays until `detach` or `fail`:
         // rings and lent memory go only after that.
         unsafe { self.shell.attach(memory) }
-    }
-
-    fn versions(&self) -> Result<u64> {
-        let variables: Vec<&Tensor> = self.variables.iter().collect();
-        Ok(shim::variables(&variables)?.iter().map(|state| u64::from(state.version)).sum())
     }
 }
 

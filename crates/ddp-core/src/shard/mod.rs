@@ -44,20 +44,23 @@ pub(crate) struct Sharding {
 }
 
 impl Sharding {
-    /// `group` has all ranks, `within` those that have everything once, if they are fewer.
+    /// `group` has all ranks, `within` those that have everything once, if they are fewer. Collective.
     pub(crate) fn new(
         zero: Zero,
-        (group, within): (&Group, Option<&Group>),
+        (group, within): (&mut Group, Option<&Group>),
         device: Device,
-    ) -> Self {
+    ) -> Result<Self> {
         let ranks = within.unwrap_or(group);
-        Self {
-            zero,
-            rank: ranks.rank(),
-            ranks: ranks.world_size(),
-            is_replicated: ranks.world_size() < group.world_size(),
-            shares_memory: ranks.shares_memory() && device == Device::Cpu,
+        let (rank, count) = (ranks.rank(), ranks.world_size());
+        let mut shares_memory = ranks.shares_memory() && device == Device::Cpu;
+        if within.is_some() {
+            // Some parts may be on one machine and some not: all do alike.
+            let told =
+                group.tagged("who shares memory").all_gather_bytes(&[shares_memory.into()])?;
+            shares_memory = told.iter().all(|of_rank| *of_rank == [1]);
         }
+        let is_replicated = count < group.world_size();
+        Ok(Self { zero, rank, ranks: count, is_replicated, shares_memory })
     }
 
     /// Whether parameters are gathered when an operation needs them.

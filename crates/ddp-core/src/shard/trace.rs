@@ -1,5 +1,8 @@
 //! In which order a step needs its buckets: what is gathered ahead. Pure.
 
+/// So much of a step is remembered: more are evaluations without a step between them.
+const MOST: usize = 1 << 14;
+
 /// The order of the last step, and how far this one has come.
 #[derive(Debug, Default)]
 pub(crate) struct Trace {
@@ -12,7 +15,9 @@ pub(crate) struct Trace {
 impl Trace {
     /// `bucket` was not here and is needed; says which one will be next, if the last step tells.
     pub(crate) fn needed(&mut self, bucket: usize) -> Option<usize> {
-        self.now.push(bucket);
+        if self.now.len() < MOST {
+            self.now.push(bucket);
+        }
         let from = self.at.min(self.last.len());
         let behind = self.last[from..].iter().position(|&other| other == bucket);
         let found = match behind {

@@ -31,6 +31,12 @@ pub(crate) fn tensors(group: &mut Group, tag: &str, root: usize, tensors: &[&Nam
     broadcast(group, tag, root, &batch, bytes)
 }
 
+/// As [`tensors`], of a few small ones without names.
+pub(crate) fn plain(group: &mut Group, tag: &str, root: usize, tensors: &[&Tensor]) -> Result<()> {
+    let bytes = tensors.iter().map(|tensor| bytes_of(tensor)).sum();
+    broadcast(group, tag, root, tensors, bytes)
+}
+
 /// Makes floating-point tensors their mean over the ranks. Collective, as [`tensors`].
 pub(crate) fn mean(group: &mut Group, tag: &str, tensors: &[&Named]) -> Result<()> {
     if group.world_size() == 1 || tensors.is_empty() {

@@ -63,7 +63,7 @@ fn as_i64(rows: usize) -> i64 {
 }
 
 /// Sums of powers of `parts`, or what is largest in them.
-pub(crate) fn power_sums(parts: &[Part<'_>], power: Power) -> Result<Vec<f64>> {
+pub(crate) fn power_sums(parts: &[&Part<'_>], power: Power) -> Result<Vec<f64>> {
     let mut cells: Vec<(usize, Range<usize>)> = Vec::with_capacity(parts.len());
     for (at, part) in parts.iter().enumerate() {
         let before = cells.last().map(|(storage, _)| *storage);
@@ -134,7 +134,7 @@ mod tests {
         let parts = cells.map(|(sum, range)| Part { memory: &storage, range, sum });
         for power in [Power::One, Power::Two, Power::Of(3.0), Power::Max] {
             let on_cpu = norm::of(&parts, 4, power).unwrap().values();
-            let by_rows = power_sums(&parts, power).unwrap();
+            let by_rows = power_sums(&parts.each_ref(), power).unwrap();
             assert_eq!(by_rows, on_cpu, "sums of small integers are exact: {power:?}");
         }
     }

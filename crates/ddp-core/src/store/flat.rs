@@ -12,26 +12,43 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{shim, Error, Result};
 
-/// A registered region of one of the four kinds that a parameter can have.
+/// A registered region of one of the kinds that parameters have, or that hooks send.
 #[derive(Debug)]
 enum Memory {
     F32(Region<f32>),
     F64(Region<f64>),
     F16(Region<f16>),
     BF16(Region<bf16>),
+    U8(Region<u8>),
+    I32(Region<i32>),
     /// libtorch's own memory: no collective works on it.
     Private,
+}
+
+/// Runs `$body` with `$region` bound to the typed region of numbers; `$other` for the rest.
+macro_rules! with_numbers {
+    ($memory:expr, $region:ident => $body:expr, $other:expr) => {
+        match $memory {
+            Memory::F32($region) => $body,
+            Memory::F64($region) => $body,
+            Memory::F16($region) => $body,
+            Memory::BF16($region) => $body,
+            _ => $other,
+        }
+    };
 }
 
 /// Runs `$body` with `$region` bound to the typed region; `Private` memory is our bug.
 macro_rules! with_region {
     ($memory:expr, $region:ident => $body:expr) => {
         match $memory {
-            Memory::F32($region) => $body,
-            Memory::F64($region) => $body,
-            Memory::F16($region) => $body,
-            Memory::BF16($region) => $body,
-            Memory::Private => unreachable!("a collective on memory that is not registered"),
+            Memory::U8($region) => $body,
+            Memory::I32($region) => $body,
+            other => with_numbers!(
+                other,
+                $region => $body,
+                unreachable!("a collective on memory that is not registered")
+            ),
         }
     };
 }
@@ -60,6 +77,8 @@ impl Flat {
             Kind::Double => Self::over(allocate(group, device, len)?, kind, device, Memory::F64),
             Kind::Half => Self::over(allocate(group, device, len)?, kind, device, Memory::F16),
             Kind::BFloat16 => Self::over(allocate(group, device, len)?, kind, device, Memory::BF16),
+            Kind::Uint8 => Self::over(allocate(group, device, len)?, kind, device, Memory::U8),
+            Kind::Int => Self::over(allocate(group, device, len)?, kind, device, Memory::I32),
             _ => Err(Error::UnsupportedKind { name: "flat storage".to_owned(), kind }),
         }
     }
@@ -90,6 +109,16 @@ impl Flat {
         Ok(Self { tensor, memory: Memory::Private })
     }
 
+    /// `len` zeroed elements of host memory, page-locked where `device` is a GPU, which copies faster from there.
+    pub(crate) fn on_host(kind: Kind, device: Device, len: usize) -> Result<Self> {
+        let flat = Self::private(kind, Device::Cpu, len)?;
+        Ok(if device.is_cuda() {
+            Self { tensor: flat.tensor.f_pin_memory(device)?, ..flat }
+        } else {
+            flat
+        })
+    }
+
     /// `len` elements on the CPU, zero at first, that are the same memory on all ranks of `group`, which share
     /// memory. Collective.
     pub(crate) fn shared(group: &mut Group, kind: Kind, len: usize) -> Result<Self> {
@@ -115,6 +144,11 @@ impl Flat {
         Ok(Self { tensor, memory: Memory::Private })
     }
 
+    /// All of it.
+    pub(crate) fn tensor(&self) -> &Tensor {
+        &self.tensor
+    }
+
     /// Its first element.
     pub(crate) fn base(&self) -> *mut std::ffi::c_void {
         self.tensor.data_ptr()
@@ -135,8 +169,7 @@ impl Flat {
 
     /// Elements `range` as a flat tensor in the same memory.
     pub(crate) fn range(&self, range: &Range<usize>) -> Result<Tensor> {
-        let (start, len) = as_i64(range)?;
-        Ok(self.tensor.f_narrow(0, start, len)?)
+        part(&self.tensor, range)
     }
 
     /// Zeroes elements `range`.
@@ -189,7 +222,7 @@ impl Flat {
         range: Range<usize>,
         scale: Scale,
     ) -> Result<Work<'static>> {
-        Ok(with_region!(&self.memory, region => reduce(group, region, range, scale, true)?))
+        self.reduce(group, range, (scale, true))
     }
 
     pub(crate) fn reduce_scatter(
@@ -198,7 +231,21 @@ impl Flat {
         range: Range<usize>,
         scale: Scale,
     ) -> Result<Work<'static>> {
-        Ok(with_region!(&self.memory, region => reduce(group, region, range, scale, false)?))
+        self.reduce(group, range, (scale, false))
+    }
+
+    /// Sums, `to_all` or to each rank its segment.
+    pub(crate) fn reduce(
+        &self,
+        group: &mut Group,
+        range: Range<usize>,
+        (scale, to_all): (Scale, bool),
+    ) -> Result<Work<'static>> {
+        with_numbers!(
+            &self.memory,
+            region => reduce(group, region, range, scale, to_all),
+            Err(Error::UnsupportedKind { name: "a sum".to_owned(), kind: self.kind() })
+        )
     }
 
     pub(crate) fn all_gather(
@@ -208,6 +255,36 @@ impl Flat {
     ) -> Result<Work<'static>> {
         Ok(with_region!(&self.memory, region => group.all_gather_in_place(region.range(range))?))
     }
+
+    /// In place on the host. GPUs need a second buffer, `into`, of the same kind and length.
+    pub(crate) fn all_to_all(
+        &self,
+        group: &mut Group,
+        into: Option<&Self>,
+    ) -> Result<Work<'static>> {
+        let Some(into) = into else {
+            return Ok(
+                with_region!(&self.memory, region => group.all_to_all_in_place(region.full())?),
+            );
+        };
+        match (&self.memory, &into.memory) {
+            (Memory::F32(from), Memory::F32(to)) => across(group, from, to),
+            (Memory::F64(from), Memory::F64(to)) => across(group, from, to),
+            (Memory::F16(from), Memory::F16(to)) => across(group, from, to),
+            (Memory::BF16(from), Memory::BF16(to)) => across(group, from, to),
+            (Memory::U8(from), Memory::U8(to)) => across(group, from, to),
+            (Memory::I32(from), Memory::I32(to)) => across(group, from, to),
+            _ => Err(Error::UnsupportedKind { name: "all_to_all".to_owned(), kind: self.kind() }),
+        }
+    }
+}
+
+fn across<T: Element>(
+    group: &mut Group,
+    from: &Region<T>,
+    to: &Region<T>,
+) -> Result<Work<'static>> {
+    Ok(group.all_to_all_on_device(from.full(), to.full())?)
 }
 
 /// Memory where the model's gradients are.
@@ -278,4 +355,16 @@ pub(crate) fn dense_strides(name: &str, tensor: &Tensor) -> Result<Vec<i64>> {
         expected *= size;
     }
     Ok(strides)
+}
+
+/// Elements `range` of a flat tensor, in the same memory.
+pub(crate) fn part(flat: &Tensor, range: &Range<usize>) -> Result<Tensor> {
+    let (start, len) = as_i64(range)?;
+    Ok(flat.f_narrow(0, start, len)?)
+}
+
+/// The elements of a dense tensor one after the other, as memory has them.
+pub(crate) fn elements_of(tensor: &Tensor) -> Result<Tensor> {
+    let (_, len) = as_i64(&(0..tensor.numel()))?;
+    Ok(tensor.f_detach()?.f_as_strided([len], [1], None)?)
 }

@@ -1,32 +1,35 @@
 //! A store whose parameters, or their updates, come together over the ranks that share it.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use phalanx_comm::{Group, Work};
 
-use super::{norm, Held, Store};
+use super::flat::Flat;
+use super::plan::Plan;
+use super::{norm, Held, Storage, Store};
 use crate::shard::gather::{Described, Gatherer};
-use crate::{DdpOptions, Result};
+use crate::{DdpOptions, Error, Result};
 
 impl Store {
     /// The ranks that have everything once together.
     pub(crate) fn sharers(&mut self) -> &mut Group {
-        self.within.as_mut().unwrap_or(&mut self.group)
+        sharing(&mut self.within, &mut self.group)
     }
 
     /// Every rank has written its parameters: see [`Sharding::settled`]. Collective.
     pub(crate) fn settled(&mut self) -> Result<()> {
-        self.sharding.settled(self.within.as_mut().unwrap_or(&mut self.group))
+        self.sharding.settled(sharing(&mut self.within, &mut self.group))
     }
 
     /// Nobody reads parameters any more: see [`Sharding::await_readers`]. Collective.
     pub(crate) fn await_readers(&mut self) -> Result<()> {
-        self.sharding.await_readers(self.within.as_mut().unwrap_or(&mut self.group))
+        self.sharding.await_readers(sharing(&mut self.within, &mut self.group))
     }
 
     /// The values of what this rank has a part of: see [`Sharding::over_ranks`]. Collective.
     pub(crate) fn over_ranks(&mut self, own: norm::Own) -> Result<Vec<f64>> {
-        self.sharding.over_ranks(self.within.as_mut().unwrap_or(&mut self.group), own)
+        self.sharding.over_ranks(sharing(&mut self.within, &mut self.group), own)
     }
 
     /// Starts to gather a bucket's updated parameters, where they are not everywhere. Collective.
@@ -35,7 +38,7 @@ impl Store {
         let Some(parameters) = self.storages[planned.storage].parameters.whole() else {
             return Ok(None);
         };
-        let group = self.within.as_mut().unwrap_or(&mut self.group);
+        let group = sharing(&mut self.within, &mut self.group);
         self.sharding.gather(group, parameters, (bucket, planned.range.clone()))
     }
 
@@ -65,7 +68,7 @@ impl Store {
                 stays: unit.is_some_and(|unit| options.stays_gathered(unit)),
             });
         }
-        gatherer.add(self.within.as_mut().unwrap_or(&mut self.group), described)?;
+        gatherer.add(sharing(&mut self.within, &mut self.group), described)?;
         self.gatherer = Some(gatherer);
         Ok(())
     }
@@ -84,8 +87,36 @@ impl Store {
     /// An operation takes parameters of buckets with these numbers, which are not here. Collective.
     pub(crate) fn bring(&mut self, buckets: &[usize]) {
         if let Some(gatherer) = &mut self.gatherer {
-            gatherer.bring(self.within.as_mut().unwrap_or(&mut self.group), buckets);
+            gatherer.bring(sharing(&mut self.within, &mut self.group), buckets);
         }
+    }
+
+    /// Brings what parameters were before they were rounded from an earlier plan to the present one. Collective.
+    pub(super) fn carry_unrounded(&mut self, old: &mut [Storage], plan: &Plan) -> Result<()> {
+        for bucket in &plan.buckets {
+            let Some(own) = old[bucket.storage].unrounded.take() else { continue };
+            let (segment, len) = (self.sharding.segment(bucket), bucket.range.len());
+            let whole =
+                if segment.len() == len { own } else { self.whole_of(&own, &segment, len)? };
+            for &slot in &bucket.parameters {
+                let values = whole.range(&plan.places[slot].range)?;
+                let place = &self.plan.places[slot];
+                let own_now = self.sharding.segment(&self.plan.buckets[place.bucket]);
+                self.storages[place.storage].keep_unrounded(&values, &place.range, &own_now)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// All `len` elements of what this rank has a segment of. Collective.
+    fn whole_of(&mut self, own: &Flat, segment: &Range<usize>, len: usize) -> Result<Flat> {
+        let device = self.device;
+        let group = self.sharers();
+        let whole = Flat::registered(group, own.kind(), device, len)?;
+        let values = own.range(&(0..own.len()))?;
+        tch::no_grad(|| whole.range(segment)?.f_copy_(&values).map_err(Error::from))?;
+        whole.all_gather(group, 0..len)?.wait()?;
+        Ok(whole)
     }
 
     /// The number of who gathers parameters, if somebody does.
@@ -111,4 +142,9 @@ impl Store {
         let held = slot.map(|slot| &self.storages[self.plan.places[slot].storage].parameters);
         matches!(held, Some(Held::Segment(_)))
     }
+}
+
+/// The ranks that have everything once together: `within`, or all.
+pub(super) fn sharing<'a>(within: &'a mut Option<Group>, all: &'a mut Group) -> &'a mut Group {
+    within.as_mut().unwrap_or(all)
 }

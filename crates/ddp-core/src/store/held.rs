@@ -2,9 +2,11 @@
 
 use std::ops::Range;
 
-use tch::Kind;
+use tch::{Kind, Tensor};
 
-use super::flat::Flat;
+use super::flat::{self, Flat};
+use super::pool::{Pool, Taken};
+use crate::Result;
 
 /// What a rank has of a bucket's parameters or gradients.
 #[derive(Debug)]
@@ -53,6 +55,39 @@ impl Held {
 pub(crate) struct Storage {
     pub(crate) parameters: Held,
     pub(crate) gradients: Held,
+    /// This rank's segment of the parameters as they were before they were rounded, until an optimizer has taken a step from them.
+    pub(crate) unrounded: Option<Flat>,
     /// The bucket's number with who gathers it, if somebody does.
     pub(super) gathered: usize,
+}
+
+impl Storage {
+    /// Keeps what lies in this rank's `segment` of a parameter at `range` of the bucket: `values`, its elements one after the other.
+    pub(super) fn keep_unrounded(
+        &mut self,
+        values: &Tensor,
+        range: &Range<usize>,
+        segment: &Range<usize>,
+    ) -> Result<()> {
+        if self.unrounded.is_none() {
+            self.unrounded = Some(Flat::private(values.kind(), values.device(), segment.len())?);
+        }
+        let (start, end) = (range.start.max(segment.start), range.end.min(segment.end));
+        let Some(flat) = self.unrounded.as_ref().filter(|_| start < end) else { return Ok(()) };
+        let own = flat::part(values, &(start - range.start..end - range.start))?;
+        let mut place = flat.range(&(start - segment.start..end - segment.start))?;
+        Ok(tch::no_grad(|| place.f_copy_(&own).map(drop))?)
+    }
+
+    /// The memory in which the bucket's gradients are exchanged: a buffer of `pool`, or their own.
+    pub(crate) fn exchanged<'a>(
+        &'a self,
+        pool: &'a Pool,
+        taken: Option<Taken>,
+    ) -> Option<&'a Flat> {
+        match taken {
+            Some(taken) => Some(pool.buffer(taken)),
+            None => self.gradients.whole(),
+        }
+    }
 }

@@ -26,10 +26,11 @@ use crate::shard::Sharding;
 use crate::shim::{self, Variable};
 use crate::{DdpOptions, Error, Result};
 use flat::Flat;
+use gathering::sharing;
 pub(crate) use held::{Held, Storage};
 use model::Model;
 use plan::{Bucket, Caps, Extent, Plan};
-use pool::{Pool, Taken};
+use pool::Pool;
 
 /// By how much sooner, as [`Plan::lateness`] counts, buckets must start to be worth a new layout.
 const WORTHWHILE: f64 = 0.02;
@@ -57,6 +58,8 @@ pub(crate) struct Store {
     /// Who of this library steps on the gradients, and how.
     pub(crate) optimizer: Attached,
     device: Device,
+    /// Whether ranks train by themselves, so that a step sends nothing.
+    pub(crate) is_parted: bool,
 }
 
 /// Bytes of a rank's flat memory, without what its optimizer keeps. What ranks share counts on each of them.
@@ -86,11 +89,11 @@ pub(crate) struct Attached {
 impl Store {
     /// Lays `model` flat. Collective.
     pub(crate) fn new(
-        (group, within): (Group, Option<Group>),
+        (mut group, within): (Group, Option<Group>),
         (model, device): (Model, Device),
         options: &DdpOptions,
     ) -> Result<Self> {
-        let sharding = Sharding::new(options.zero, (&group, within.as_ref()), device);
+        let sharding = Sharding::new(options.zero, (&mut group, within.as_ref()), device)?;
         let plan = Plan { buckets: Vec::new(), places: Vec::new(), storage_lens: Vec::new() };
         let expected = model.states()?;
         let mut store = Self {
@@ -107,6 +110,7 @@ impl Store {
             layout: 0,
             optimizer: Attached::default(),
             device,
+            is_parted: false,
         };
         let order = store.initial_order(options)?;
         store.lay(&order, options)?;
@@ -169,8 +173,7 @@ impl Store {
     fn lay(&mut self, order: &[usize], options: &DdpOptions) -> Result<()> {
         let first = self.plan.places.len();
         let later = self.planned(first, order, options);
-        let kinds = self.kinds(first);
-        let storages = self.allocate(&kinds, &later, options)?;
+        let storages = self.allocate(&later, options)?;
         let from = self.storages.len();
         self.plan.append(later);
         self.storages.extend(storages);
@@ -199,23 +202,18 @@ impl Store {
         Ok(())
     }
 
-    /// Memory for a plan of parameters of `kinds`. Collective.
-    fn allocate(
-        &mut self,
-        kinds: &[Kind],
-        plan: &Plan,
-        options: &DdpOptions,
-    ) -> Result<Vec<Storage>> {
-        let mut storages = Vec::with_capacity(kinds.len());
+    /// Memory for a plan. Collective.
+    fn allocate(&mut self, plan: &Plan, options: &DdpOptions) -> Result<Vec<Storage>> {
+        let mut storages = Vec::with_capacity(plan.buckets.len());
         for bucket in &plan.buckets {
-            let (group, device) = (&mut self.group, self.device);
-            let within = self.within.as_mut();
-            let kind = kinds[bucket.kind];
+            let device = self.device;
+            let kind = model::KINDS[bucket.kind];
             let gradients = options.gradients_of(kind);
-            let gradients = self.sharding.gradient_memory(group, gradients, device, bucket)?;
-            let group = within.unwrap_or(group);
+            let all = &mut self.group;
+            let gradients = self.sharding.gradient_memory(all, gradients, device, bucket)?;
+            let group = sharing(&mut self.within, &mut self.group);
             let parameters = self.sharding.parameter_memory(group, kind, device, bucket)?;
-            storages.push(Storage { parameters, gradients, gathered: 0 });
+            storages.push(Storage { parameters, gradients, unrounded: None, gathered: 0 });
         }
         Ok(storages)
     }
@@ -223,10 +221,15 @@ impl Store {
     /// Copies parameter `index` to its place and makes it, and the view of its gradient, point there.
     fn settle(&mut self, index: usize) -> Result<()> {
         let place = &self.plan.places[index];
-        let storage = &self.storages[place.storage];
         let named = self.model.parameter(index);
         let strides = flat::dense_strides(&named.name, &named.tensor)?;
         let shape = named.tensor.size();
+        if self.storages[place.storage].parameters.kind() != named.tensor.kind() {
+            let segment = self.sharding.segment(&self.plan.buckets[place.bucket]);
+            let values = flat::elements_of(&named.tensor)?;
+            self.storages[place.storage].keep_unrounded(&values, &place.range, &segment)?;
+        }
+        let storage = &self.storages[place.storage];
         match &storage.parameters {
             Held::Whole(parameters) => {
                 let mut data = parameters.view(&place.range, &shape, &strides)?;
@@ -251,35 +254,23 @@ impl Store {
 
     /// A plan of the parameters from `first` on, by themselves.
     fn planned(&self, first: usize, order: &[usize], options: &DdpOptions) -> Plan {
-        let kinds = self.kinds(first);
         let units = self.units(options);
         let unit_of = |name: &str| {
             let unit = options.unit_of(name)?;
             units.iter().position(|other| *other == unit)
         };
         let extent = |named: &model::Named| {
-            let kind = named.tensor.kind();
+            let kind = options.parameters_of(named.tensor.kind());
             Extent {
                 len: named.tensor.numel(),
                 element_bytes: options.gradients_of(kind).elt_size_in_bytes(),
-                kind: kinds.iter().position(|&other| other == kind).unwrap_or(0),
+                kind: model::KINDS.iter().position(|&other| other == kind).unwrap_or(0),
                 unit: unit_of(&named.name),
             }
         };
         let extents: Vec<Extent> = self.model.parameters().skip(first).map(extent).collect();
         let world_size = self.group.world_size();
         Plan::new(&extents, order, Caps { bucket_bytes: &options.bucket_bytes, world_size })
-    }
-
-    /// The kinds of the parameters from `first` on, in the order in which they first appear.
-    fn kinds(&self, first: usize) -> Vec<Kind> {
-        let mut kinds = Vec::new();
-        for named in self.model.parameters().skip(first) {
-            if !kinds.contains(&named.tensor.kind()) {
-                kinds.push(named.tensor.kind());
-            }
-        }
-        kinds
     }
 
     /// The names of the units, in the order of their first parameters.
@@ -328,17 +319,17 @@ impl Store {
     /// Moves everything to where `plan` has it. Gradients that are in their views stay what they are; what
     /// the optimizer keeps by place is void. Needs room for a second copy of parameters and gradients meanwhile.
     fn replace(&mut self, plan: Plan, options: &DdpOptions) -> Result<()> {
-        let kinds = self.kinds(0);
         let count = self.plan.places.len();
         let mut kept = Vec::with_capacity(self.views.len());
         for (index, view) in self.views.iter().enumerate() {
             let variable = &self.model.parameter(index).tensor;
             kept.push(shim::gradient_place(variable, view)? == shim::GradientPlace::InView);
         }
-        let storages = self.allocate(&kinds, &plan, options)?;
+        let storages = self.allocate(&plan, options)?;
         let old_views: Vec<Tensor> = self.views.iter().map(Tensor::shallow_clone).collect();
-        let old_places = std::mem::replace(&mut self.plan, plan).places;
-        let old = std::mem::replace(&mut self.storages, storages);
+        let old_plan = std::mem::replace(&mut self.plan, plan);
+        let old_places = &old_plan.places;
+        let mut old = std::mem::replace(&mut self.storages, storages);
         self.fit_pool(options)?;
         let mut old_gatherer = self.gatherer.take();
         let id = old_gatherer.as_ref().map(Gatherer::id);
@@ -347,7 +338,7 @@ impl Store {
         for index in 0..count {
             if let Some(old_gatherer) = &mut old_gatherer {
                 let bucket = old[old_places[index].storage].gathered;
-                let group = self.within.as_mut().unwrap_or(&mut self.group);
+                let group = sharing(&mut self.within, &mut self.group);
                 old_gatherer.bring(group, &[bucket]);
             }
             self.settle(index)?;
@@ -360,6 +351,7 @@ impl Store {
             }
         }
         self.settled()?;
+        self.carry_unrounded(&mut old, &old_plan)?;
         drop((old, old_gatherer));
         self.layout += 1;
         self.approve()
@@ -384,14 +376,6 @@ impl Store {
         }
         let gradient = self.model.parameter(index).tensor.f_grad()?;
         Ok(gradient.defined().then_some(gradient))
-    }
-
-    /// The memory in which a bucket of gradients is exchanged.
-    pub(crate) fn exchanged(&self, bucket: &Bucket, taken: Option<Taken>) -> Option<&Flat> {
-        match taken {
-            Some(taken) => Some(self.pool.buffer(taken)),
-            None => self.storages[bucket.storage].gradients.whole(),
-        }
     }
 
     /// Where parameter `index` lies in `memory` of its bucket's length.

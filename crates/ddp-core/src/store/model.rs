@@ -10,6 +10,9 @@ use tch::{Kind, Tensor};
 use crate::shim::{self, Variable};
 use crate::{Error, Result};
 
+/// What parameters can be; a bucket's are of one of these.
+pub(crate) const KINDS: [Kind; 4] = [Kind::Float, Kind::Double, Kind::Half, Kind::BFloat16];
+
 /// Names that an error lists; the rest is counted.
 const NAMES_SHOWN: usize = 10;
 
@@ -163,7 +166,7 @@ impl Model {
         let mut seen: Vec<(u64, &str)> = Vec::new();
         for Named { name, tensor } in &self.variables {
             let kind = tensor.kind();
-            if !matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16) {
+            if !KINDS.contains(&kind) {
                 return Err(Error::UnsupportedKind { name: name.clone(), kind });
             }
             seen.push((shim::identity(tensor)?, name));

@@ -84,13 +84,12 @@ pub(crate) fn of(parts: &[Part<'_>], count: usize, power: Power) -> Result<Own> 
         Power::Max => Own::Largest(vec![0.0; count]),
         _ => Own::Sums(vec![ExactSum::default(); count]),
     };
-    if parts.iter().any(|part| part.memory.device().is_cuda()) {
-        for (part, value) in parts.iter().zip(device_norm::power_sums(parts, power)?) {
-            own.take(part.sum, value);
-        }
-        return Ok(own);
+    let (on_gpu, on_host): (Vec<&Part<'_>>, Vec<&Part<'_>>) =
+        parts.iter().partition(|part| part.memory.device().is_cuda());
+    for (part, value) in on_gpu.iter().zip(device_norm::power_sums(&on_gpu, power)?) {
+        own.take(part.sum, value);
     }
-    for Part { memory, range, sum } in parts {
+    for Part { memory, range, sum } in on_host {
         match memory.kind() {
             Kind::Double => own.add((*sum, power), memory.elements::<f64>(range), |x| x),
             Kind::Half => own.add((*sum, power), memory.elements(range), f16::to_f64),

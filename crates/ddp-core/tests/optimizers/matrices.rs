@@ -3,6 +3,7 @@
 use phalanx_comm::testing::run_ranks;
 use phalanx_comm::Group;
 use phalanx_ddp_core::checkpoint::{Checkpointer, CheckpointerOptions};
+use phalanx_ddp_core::diloco::{DiLoCo, DiLoCoOptions};
 use phalanx_ddp_core::optim::Rule;
 use phalanx_ddp_core::{Adafactor, Ddp, DdpOptions, Muon, Optimizer, ParameterGroups, Sync, Zero};
 use tch::{Device, Kind, Tensor};
@@ -14,6 +15,57 @@ const WHOLE: [Make; 2] = [
     || Box::new(Muon { lr: 0.02, flattens: true, ..Muon::default() }),
     || Box::new(Adafactor { lr: 0.02, ..Adafactor::default() }),
 ];
+
+/// Ranks that train by themselves compute whole matrices by themselves, with what other ranks have kept of them until then.
+#[test]
+fn ranks_that_train_by_themselves_turn_matrices_by_themselves() {
+    const PLAIN: u64 = 2;
+    let train = |mut group: Group, make: Make, own: Option<i64>| {
+        let (model, ddp) = wrapped(&mut group, options(Zero::Off));
+        let mut optimizer = Optimizer::new(&ddp, make(), groups()).unwrap();
+        let diloco = DiLoCoOptions { plain_steps: PLAIN, ..DiLoCoOptions::default() };
+        let mut local = own.is_none().then(|| DiLoCo::new(&ddp, diloco).unwrap());
+        let rank = own.unwrap_or(group.rank() as i64);
+        for step in 0..5 {
+            let part = |rank: i64| model.loss_sum(rank * 6..rank * 6 + 6);
+            if step < PLAIN as i64 && group.world_size() == 1 {
+                // Both ranks' samples, one after the other.
+                ddp.backward(&part(0), 6.0, Sync::Accumulate).unwrap();
+                ddp.backward(&part(1), 6.0, Sync::Reduce).unwrap();
+            } else {
+                ddp.backward(&part(rank), 6.0, Sync::Reduce).unwrap();
+            }
+            let _step = optimizer.step(None).unwrap();
+            local.iter_mut().for_each(|local| assert!(!local.step().unwrap(), "no averaging"));
+        }
+        model.bits()
+    };
+    for make in [WHOLE[0], WHOLE[1]] {
+        let together = run_ranks(2, move |group| train(group, make, None));
+        for (rank, bits) in (0..).zip(&together) {
+            let alone = run_ranks(1, move |group| train(group, make, Some(rank))).remove(0);
+            assert!(*bits == alone, "{:?}: rank {rank}", make());
+        }
+        assert_ne!(together[0], together[1]);
+    }
+}
+
+#[test]
+fn what_is_kept_of_a_matrix_stays_with_it_when_others_begin_to_train() {
+    let late = ["tall", "double", "vector"];
+    for rule in WHOLE {
+        let with = (rule, None);
+        let alone = run_ranks(1, move |group| train_thawing(group, Zero::Off, with, &late));
+        for world_size in [2, 4] {
+            for zero in STAGES {
+                let train = move |group| train_thawing(group, zero, with, &late);
+                for of_rank in run_ranks(world_size, train) {
+                    assert!(of_rank == alone[0], "{:?} {zero:?} on {world_size} ranks", rule());
+                }
+            }
+        }
+    }
+}
 
 /// Matrices in f32, bf16 and f64, kernels that lie channels-last, one of a single row, one without elements, a vector.
 fn mixed() -> Vec<(String, Tensor)> {
@@ -33,17 +85,27 @@ fn mixed() -> Vec<(String, Tensor)> {
     all.map(|(name, tensor)| (name.to_owned(), tensor.set_requires_grad(true))).into()
 }
 
-fn train_mixed(
+fn train_mixed(group: Group, zero: Zero, with: (Make, Option<Kind>)) -> Vec<Vec<u64>> {
+    train_thawing(group, zero, with, &[])
+}
+
+/// As [`train_mixed`]; those of these names begin to train after the first step.
+fn train_thawing(
     mut group: Group,
     zero: Zero,
     (rule, gradient_kind): (Make, Option<Kind>),
+    late: &[&str],
 ) -> Vec<Vec<u64>> {
     let named = mixed();
+    let late: Vec<&Tensor> =
+        named.iter().filter(|(n, _)| late.contains(&n.as_str())).map(|(_, t)| t).collect();
+    late.iter().for_each(|tensor| drop(tensor.set_requires_grad(false)));
     let parameters = named.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
     let options = DdpOptions { bucket_bytes: vec![3000, 9000], gradient_kind, ..options(zero) };
     let ddp = Ddp::from_tensors(parameters, vec![], &mut group, options).unwrap();
     let mut optimizer = Optimizer::new(&ddp, rule(), ParameterGroups::default()).unwrap();
     for step in 0..3 {
+        late.iter().filter(|_| step > 0).for_each(|tensor| drop(tensor.set_requires_grad(true)));
         let of = |(at, (_, tensor)): (i64, &(String, Tensor))| {
             let gradient = pattern(&tensor.size(), 100 + step * 10 + at).to_kind(tensor.kind());
             (tensor * gradient).sum(Kind::Double)

@@ -5,9 +5,11 @@ use phalanx_comm::testing::run_ranks;
 use phalanx_comm::Group;
 use phalanx_ddp_core::optim::{AdjustLr, Rule};
 use phalanx_ddp_core::{
-    Adafactor, Adam, AdamW, Clip, Lamb, Lars, Lion, Muon, Optimizer, ParameterGroup,
+    Adafactor, Adam, AdamW, Clip, DdpOptions, Lamb, Lars, Lion, Muon, Optimizer, ParameterGroup,
     ParameterGroups, Sgd, Sync, Zero,
 };
+
+use tch::Kind;
 
 use super::support::{options, wrapped};
 
@@ -65,15 +67,21 @@ pub(crate) fn groups() -> ParameterGroups {
         .with(ParameterGroup::matching(["two.*"]).lr(0.004))
 }
 
-/// Trains 3 steps on batches of 12 samples, cut over the ranks and into micro-batches: the bits of all parameters, and
-/// the norms.
-fn train(
+/// Trains 3 steps on batches of 12 samples, cut over the ranks and into micro-batches.
+fn train(group: Group, zero: Zero, by: (Make, Clip), accumulate: i64) -> Trained {
+    train_with(group, options(zero), by, accumulate)
+}
+
+/// The bits of all parameters, and the norms of the steps.
+type Trained = (Vec<u32>, Vec<Option<u64>>);
+
+fn train_with(
     mut group: Group,
-    zero: Zero,
+    options: DdpOptions,
     (rule, clip): (Make, Clip),
     accumulate: i64,
-) -> (Vec<u32>, Vec<Option<u64>>) {
-    let (model, ddp) = wrapped(&mut group, options(zero));
+) -> Trained {
+    let (model, ddp) = wrapped(&mut group, options);
     let mut optimizer = Optimizer::new(&ddp, rule(), groups()).unwrap();
     let (rank, world_size) = (group.rank() as i64, group.world_size() as i64);
     let micro = 12 / (world_size * accumulate);
@@ -109,6 +117,24 @@ fn every_stage_has_the_bits_of_unsharded_training() {
                     rule()
                 );
             }
+        }
+    }
+}
+
+#[test]
+fn offloaded_state_gives_the_same_bits() {
+    for (number, rule) in RULES.into_iter().enumerate() {
+        let clip = CLIPS[number % CLIPS.len()]();
+        let zero = STAGES[number % STAGES.len()];
+        for parameter_kind in [None, Some(Kind::BFloat16)] {
+            let run = |offload_optimizer| {
+                run_ranks(2 + number % 2, move |group| {
+                    let options = DdpOptions { offload_optimizer, ..options(zero) };
+                    let options = DdpOptions { parameter_kind, ..options };
+                    train_with(group, options, (rule, clip), 2)
+                })
+            };
+            assert!(run(true) == run(false), "{:?} {clip:?} {zero:?} {parameter_kind:?}", rule());
         }
     }
 }

@@ -5,9 +5,12 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-/// Greatest difference, relative to PyTorch's number. Processors round differently: that alone moves the numbers
-/// by up to 2e-6 (`scripts/parity_fixtures.py --compare` under `MKL_CBWR` and `ATEN_CPU_CAPABILITY`).
+/// Greatest difference, relative to PyTorch's number. Processors round differently, so the arithmetic alone moves numbers: a
+/// gradient by a few last bits of terms near 1, which an optimizer with eps of 2^-5 turns into less than a thousandth of this.
 const TOLERANCE: f64 = 1e-5;
+
+/// Weights begin at this size or above: what they are rounded to on the way, however small they end.
+const SIZE: f64 = 0.125;
 
 /// The whole file.
 #[derive(Debug, Deserialize)]
@@ -95,7 +98,7 @@ impl Row {
                 let tensor = format!("{what}: rank {rank}: {name}");
                 let ours = &outcome.tensors[name];
                 assert!(*ours == ranks[0].tensors[name], "{tensor} is not rank 0's");
-                close(&tensor, ours.iter().map(|&x| f64::from(x)), &decoded(digits));
+                close_at(&tensor, ours.iter().map(|&x| f64::from(x)), &decoded(digits), SIZE);
             }
             assert_eq!(outcome.skipped, self.skipped, "{what}: rank {rank}: skipped steps");
             close(&format!("{what}: scales"), outcome.scales.iter().copied(), &self.scales);
@@ -137,9 +140,14 @@ fn decoded(digits: &str) -> Vec<f64> {
 }
 
 fn close(what: &str, ours: impl ExactSizeIterator<Item = f64>, theirs: &[f64]) {
+    close_at(what, ours, theirs, 0.0);
+}
+
+/// Of numbers that were as large as `size` on the way.
+fn close_at(what: &str, ours: impl ExactSizeIterator<Item = f64>, theirs: &[f64], size: f64) {
     assert_eq!(ours.len(), theirs.len(), "{what}: how many");
     for (at, (left, right)) in ours.zip(theirs).enumerate() {
-        let off = (left - right).abs();
-        assert!(off <= TOLERANCE * right.abs(), "{what}: {at}: {left}, and PyTorch's {right}");
+        let (off, most) = ((left - right).abs(), TOLERANCE * right.abs().max(size));
+        assert!(off <= most, "{what}: {at}: {left}, and PyTorch's {right}");
     }
 }

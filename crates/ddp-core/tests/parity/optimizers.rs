@@ -32,7 +32,7 @@ pub(crate) fn decayed(ddp: &Ddp) -> Optimizer {
 }
 
 /// Not the usual 1e-8: see the script.
-const EPS: f64 = 1e-3;
+const EPS: f64 = 1.0 / 32.0;
 const ADAMW: AdamW = AdamW { lr: 0.01, beta1: 0.9, beta2: 0.999, eps: EPS, weight_decay: 0.1 };
 
 pub(crate) fn adamw(ddp: &Ddp) -> Optimizer {

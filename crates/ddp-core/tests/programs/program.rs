@@ -279,7 +279,8 @@ impl Mistake {
             Self::ExchangedTwice => &["a gradient that was exchanged already is there"],
             Self::ShardedWithTch => &["phalanx's Optimizer"],
             Self::NotFinite => &["are not finite"],
-            Self::Poked => &["is not the same on every rank"],
+            // Where the ranks have one copy, one that accumulates meanwhile sees it change.
+            Self::Poked => &["is not the same on every rank", "was changed between accumulating"],
             Self::WrongStepNumber => &["step 9"],
             Self::StepWithoutGradients => &["no backward has exchanged gradients"],
             Self::ModelsDiffer => &["the ranks hold different models"],

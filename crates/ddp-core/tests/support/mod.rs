@@ -80,7 +80,9 @@ impl Model {
     /// Sum of squared errors over samples `range`.
     pub(crate) fn loss_sum(&self, range: std::ops::Range<i64>) -> Tensor {
         let (x, y) = samples(range);
-        (self.net.forward(&x) - y).square().sum(Kind::Float)
+        // A model in half precision takes such.
+        let kind = self.vs.variables().values().next().map_or(Kind::Float, Tensor::kind);
+        (self.net.forward(&x.to_kind(kind)) - y).square().sum(Kind::Float)
     }
 
     /// A loss whose gradients are known exactly: [`whole_gradients`] summed over samples `range`.
@@ -97,7 +99,7 @@ impl Model {
     pub(crate) fn bits(&self) -> Vec<u32> {
         let flat: Vec<Tensor> =
             self.sorted().into_iter().map(|(_, v)| v.detach().reshape([-1])).collect();
-        values(&Tensor::cat(&flat, 0)).into_iter().map(f32::to_bits).collect()
+        values(&Tensor::cat(&flat, 0).to_kind(Kind::Float)).into_iter().map(f32::to_bits).collect()
     }
 
     pub(crate) fn values(&self) -> Vec<f32> {

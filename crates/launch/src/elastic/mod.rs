@@ -23,7 +23,7 @@ use phalanx_comm::rendezvous::{Credentials, Store as _, StoreClient, StoreServer
 
 pub(crate) use self::host::Host;
 pub(crate) use self::link::Link;
-use crate::error::LaunchError;
+use crate::error::{system, LaunchError};
 use crate::logs::Logs;
 use crate::membership::{Action, Condition, Config, Coordinator, Order, Times, Verdict, Wish};
 use crate::options::LaunchOptions;
@@ -179,6 +179,10 @@ impl Elastic<'_> {
         let ranks_of_nodes: Vec<usize> = order.members.iter().map(|member| member.ranks).collect();
         starter.start_all(&plan.places(&ranks_of_nodes), supervisor)?;
         let end = supervisor.run()?;
+        if supervisor.has_left_behind() {
+            // No other generation may run beside it.
+            return Err(system("end the ranks")(rustix::io::Errno::TIMEDOUT));
+        }
         if let Some(Failure::Rank(failure)) = &end.failure {
             self.logs.record(failure, order.generation, end.step);
         }

@@ -297,6 +297,8 @@ impl Supervisor {
             Stage::Ending { kill_at, .. } => Some(kill_at),
             Stage::Killed { give_up_at } => Some(give_up_at),
         };
+        // Of nobody, when all have ended.
+        let stage = stage.filter(|_| self.ranks.iter().any(|rank| !rank.is_done()));
         let drains = self.ranks.iter().filter_map(Rank::drain_until);
         let suspect = self.state.suspect.filter(|_| self.is_running());
         let decision = suspect.map(|suspect| {

@@ -8,7 +8,7 @@ use crate::screen::{Screen, Stream};
 const READ_BYTES: usize = 64 << 10;
 /// Reads of one stream before the others get their turn.
 const READS_PER_TURN: usize = 8;
-const STREAMS: [Stream; 2] = [Stream::Output, Stream::Error];
+pub(super) const STREAMS: [Stream; 2] = [Stream::Output, Stream::Error];
 
 impl Supervisor {
     /// Reads what a rank has written, and shows it.

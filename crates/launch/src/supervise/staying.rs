@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use phalanx_comm::recorder;
 
+use super::output::STREAMS;
 use super::{Stage, Supervisor};
 use crate::elastic::Link;
 use crate::error::LaunchError;
@@ -73,7 +74,11 @@ impl Supervisor {
     /// The rank that was kept for this place, the `number`th here.
     pub(crate) fn take_kept(&mut self, number: usize) -> Option<Rank> {
         let at = self.kept.iter().position(|rank| rank.number_here == number)?;
-        Some(self.kept.swap_remove(at))
+        let mut rank = self.kept.swap_remove(at);
+        for (lines, stream) in rank.lines.iter_mut().zip(STREAMS) {
+            self.screen.write(stream, &lines.finish());
+        }
+        Some(rank)
     }
 
     fn dismiss(&mut self, at: usize) {
@@ -104,6 +109,9 @@ impl Supervisor {
         while self.has_work() {
             self.poll(&self.ranks, None)?;
             let now = Instant::now();
+            for (signal, meaning, count) in self.signals.pending() {
+                self.handle_signal(signal, meaning, count, now);
+            }
             for at in 0..self.ranks.len() {
                 self.read(at);
             }
