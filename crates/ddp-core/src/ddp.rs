@@ -367,7 +367,7 @@ impl Drop for Ddp {
 /// A model that is sharded while it is built, so that no rank ever has all of it.
 ///
 /// After each layer [`add`](Self::add) takes in the variables that are new in the `VarStore`: they get rank 0's values, and under
-/// ZeRO-3 a rank keeps its segments of them. [`load_safetensors`](crate::checkpoint::load_safetensors) fills the model when it is complete.
+/// ZeRO-3 a rank keeps its segments of them. [`Ddp::load_weights`] fills the model when it is complete.
 ///
 /// # Example
 /// ```

@@ -1,12 +1,15 @@
-//! The memory of what a rank holds: given to a snapshot, and filled from a checkpoint. Memory on the CPU is read and written in
+//! The memory of what a rank holds: given to a snapshot, and filled from a checkpoint or from weights. Memory on the CPU is read and written in
 //! place; of a GPU's a part is copied to the host when the first of its bytes is asked for.
 
 use std::cell::OnceCell;
 
-use phalanx_checkpoint::{flat_range, scatter, Content, Extent, Snapshot, Strided, Tensors};
-use tch::{Device, Tensor};
+use phalanx_checkpoint::{
+    flat_range, scatter, Content, Extent, Snapshot, Strided, Tensors, Weights,
+};
+use tch::{Device, Kind, Tensor};
 
-use super::held::{Held, Part};
+use super::held::{kind_of, Held, Part};
+use super::weights::of_file;
 use crate::store::flat::{dense_bytes, dense_bytes_mut};
 use crate::{Error, Result};
 
@@ -94,13 +97,70 @@ fn read_run(
     (run, strides): (&mut [u8], &[u64]),
     element_bytes: usize,
 ) -> Result<()> {
-    if strides.is_sorted_by(|before, after| before >= after) {
+    if is_last_fastest(strides) {
         return Ok(source.read(name, extent, run)?);
     }
     let mut values = vec![0; run.len()];
     source.read(name, extent, &mut values)?;
     let first = extent.start().iter().zip(strides).map(|(start, stride)| start * stride).sum();
     Ok(scatter(extent, &values, run, (strides, first), element_bytes)?)
+}
+
+/// Bytes of a tensor that are read at once.
+const PIECE_BYTES: u64 = 8 << 20;
+
+/// Fills a tensor that is held from the tensor `name` of weights, which has its shape and may be of another kind: in pieces. libtorch
+/// converts them, as `copy_` does.
+pub(super) fn fill_converted(of: &Held, weights: &Weights, name: &str) -> Result<()> {
+    let Some(spec) = weights.spec(name) else { return Ok(()) };
+    let Some(kind) = kind_of(spec.dtype) else { return Ok(()) };
+    let piece = PIECE_BYTES / spec.dtype.bytes() as u64;
+    for part in &of.parts {
+        let mut at = 0;
+        while at < part.range.end - part.range.start {
+            let start = part.range.start + at;
+            let end = part.range.end.min(start + piece);
+            // The boxes are one after the other in memory.
+            for extent in flat_range(&of.shape, &of.strides, start..end)? {
+                let len = extent.elements();
+                let run = part.memory.f_narrow(0, signed(at), signed(len))?;
+                fill_run(of, run, &extent, (weights, name, kind))?;
+                at += len;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Fills memory that is one run of a tensor from a box of weights.
+fn fill_run(
+    of: &Held,
+    mut run: Tensor,
+    extent: &Extent,
+    (weights, name, kind): (&Weights, &str, Kind),
+) -> Result<()> {
+    let read = |memory: &mut Tensor| {
+        let bytes = dense_bytes_mut(&of.name, memory)?;
+        weights.read(name, extent, bytes).map_err(|error| of_file("reading", error))
+    };
+    if run.device() == Device::Cpu && run.kind() == kind && is_last_fastest(&of.strides) {
+        return read(&mut run);
+    }
+    let numbers = |list: &[u64]| list.iter().map(|&number| signed(number)).collect::<Vec<_>>();
+    let shape = numbers(extent.len());
+    let mut values = Tensor::f_empty(&shape, (kind, Device::Cpu))?;
+    read(&mut values)?;
+    let mut target = run.f_as_strided(&shape, numbers(&of.strides), None)?;
+    Ok(tch::no_grad(|| target.f_copy_(&values).map(drop))?)
+}
+
+/// Whether the last dimension is the fastest.
+fn is_last_fastest(strides: &[u64]) -> bool {
+    strides.is_sorted_by(|before, after| before >= after)
+}
+
+fn signed(len: u64) -> i64 {
+    i64::try_from(len).unwrap_or(i64::MAX)
 }
 
 /// One line for each tensor that `source` has not as it is held here.

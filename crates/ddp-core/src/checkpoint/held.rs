@@ -66,7 +66,9 @@ pub(crate) fn of_model(store: &Store, (buffers, count): (Buffers, bool)) -> Resu
     let of_all = |named: &Named| Held::whole(format!("model/{}", named.name), &named.tensor);
     let own = |named: &Named| Held::whole(own_buffer(rank, &named.name), &named.tensor);
     let of_variable = |(variable, named): (usize, &Named)| match store.model.slot(variable) {
-        Some(slot) if store.is_cut(variable) => of_segment(store, slot),
+        Some(slot) if store.is_cut(variable) => {
+            of_segment(store, slot, format!("model/{}", named.name))
+        }
         _ => of_all(named),
     };
     let variables = store.model.variables.iter().enumerate().map(of_variable);
@@ -77,14 +79,26 @@ pub(crate) fn of_model(store: &Store, (buffers, count): (Buffers, bool)) -> Resu
     }
 }
 
+/// What a rank fills when weights come from elsewhere, by their own names: of parameters its segments, also where it has more or
+/// sees those of others; all else whole.
+pub(super) fn to_fill(store: &Store) -> Result<Vec<Held>> {
+    let whole = |named: &Named| Held::whole(named.name.clone(), &named.tensor);
+    let of_variable = |(variable, named): (usize, &Named)| match store.model.slot(variable) {
+        Some(slot) => of_segment(store, slot, named.name.clone()),
+        None => whole(named),
+    };
+    let variables = store.model.variables.iter().enumerate().map(of_variable);
+    variables.chain(store.model.buffers.iter().map(whole)).collect()
+}
+
 /// The part of a parameter that is in this rank's segment.
-fn of_segment(store: &Store, slot: usize) -> Result<Held> {
+fn of_segment(store: &Store, slot: usize, name: String) -> Result<Held> {
     let named = store.model.parameter(slot);
     let place = &store.plan.places[slot];
     let segment = store.sharding.segment(&store.plan.buckets[place.bucket]);
     let (shape, strides) = (named.tensor.size(), named.tensor.stride());
     let kind = named.tensor.kind();
-    let mut held = Held::like(format!("model/{}", named.name), kind, (&shape, &strides))?;
+    let mut held = Held::like(name, kind, (&shape, &strides))?;
     let (start, end) = (place.range.start.max(segment.start), place.range.end.min(segment.end));
     if start < end {
         let own = start - segment.start..end - segment.start;

@@ -23,6 +23,7 @@ pub(crate) mod held;
 mod inventory;
 mod keeper;
 mod kept;
+mod loading;
 mod neighbours;
 mod options;
 mod random;
@@ -33,6 +34,7 @@ mod training;
 mod weights;
 
 pub use checkpointer::Checkpointer;
+pub use loading::LoadOptions;
 pub use options::{CheckpointerOptions, Next, Origin, Resumed};
 pub use phalanx_checkpoint::WeightsOptions;
 pub use phalanx_checkpoint::{Keep, OnBusy, OnError};

@@ -1,13 +1,10 @@
 //! Model weights as safetensors files: tch's tensors on one side, `phalanx-checkpoint`'s files on the other.
 
-use std::fmt::Write as _;
 use std::io::{self, ErrorKind};
 use std::path::Path;
 
 use phalanx_checkpoint::fs::Real;
-use phalanx_checkpoint::{
-    write_weights_file, Dtype, Error as FileError, Snapshot, Tensors, Weights,
-};
+use phalanx_checkpoint::{write_weights_file, Error as FileError, Snapshot, Tensors, Weights};
 use tch::{nn, Device, Tensor};
 
 use super::content;
@@ -44,7 +41,10 @@ pub fn load_safetensors(path: &Path, vs: &nn::VarStore) -> Result<Vec<String>> {
     let weights = Weights::open(path).map_err(|error| of_file("reading", error))?;
     let mut variables: Vec<(String, Tensor)> = vs.variables().into_iter().collect();
     variables.sort_by(|a, b| a.0.cmp(&b.0));
-    let report = misfits(&weights, &variables);
+    let misfit = |(name, variable): &(String, Tensor)| {
+        misfit(&weights, (name, &variable.size()), weights.spec(name).map(|_| name.as_str()))
+    };
+    let report: String = variables.iter().filter_map(misfit).collect();
     if !report.is_empty() {
         return Err(Error::WeightsMismatch { path: path.to_owned(), report });
     }
@@ -58,36 +58,31 @@ pub fn load_safetensors(path: &Path, vs: &nn::VarStore) -> Result<Vec<String>> {
     Ok(weights.names().into_iter().filter(|name| !known(name)).map(ToOwned::to_owned).collect())
 }
 
-/// One line for each variable that the weights cannot fill.
-fn misfits(weights: &Weights, variables: &[(String, Tensor)]) -> String {
-    let mut report = String::new();
-    for (name, variable) in variables {
-        let expected = variable.size();
-        // Writing to a String cannot fail.
-        _ = match weights.spec(name) {
-            None => writeln!(report, "  {name}: missing, the model has {expected:?}"),
-            Some(spec) if !same_shape(spec.shape, &expected) => {
-                writeln!(report, "  {name}: {:?}, the model has {expected:?}", spec.shape)
-            }
-            Some(spec) if kind_of(spec.dtype).is_none() => {
-                writeln!(report, "  {}", unsupported(name, spec.dtype))
-            }
-            Some(_) => Ok(()),
-        };
+/// A line for a variable of this shape that the weights' tensor `found` cannot fill.
+pub(super) fn misfit(
+    weights: &Weights,
+    (name, expected): (&str, &[i64]),
+    found: Option<&str>,
+) -> Option<String> {
+    match found.and_then(|found| weights.spec(found)) {
+        None => Some(format!("  {name}: missing, the model has {expected:?}\n")),
+        Some(spec) if !same_shape(spec.shape, expected) => {
+            Some(format!("  {name}: {:?}, the model has {expected:?}\n", spec.shape))
+        }
+        Some(spec) if kind_of(spec.dtype).is_none() => Some(format!(
+            "  {name}: dtype {} cannot be loaded; convert it to F32, F16 or BF16\n",
+            spec.dtype
+        )),
+        Some(_) => None,
     }
-    report
 }
 
 fn same_shape(left: &[u64], right: &[i64]) -> bool {
     left.len() == right.len() && left.iter().zip(right).all(|(&l, &r)| i64::try_from(l) == Ok(r))
 }
 
-fn unsupported(name: &str, dtype: Dtype) -> String {
-    format!("{name}: dtype {dtype} cannot be loaded; convert it to F32, F16 or BF16")
-}
-
 /// An error of a file, in this crate's words.
-fn of_file(doing: &'static str, error: FileError) -> Error {
+pub(super) fn of_file(doing: &'static str, error: FileError) -> Error {
     match error {
         FileError::Io { path, cause, .. } => Error::Io { doing, path, source: cause },
         FileError::NotFound { path } => {

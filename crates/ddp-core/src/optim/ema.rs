@@ -12,7 +12,6 @@ use tch::Tensor;
 use super::piece::{self, Piece, Treatment};
 use super::rule::check_setting;
 use super::state::{taken, work_kind};
-use super::wait_all;
 use crate::checkpoint::held::{Held, Part};
 use crate::checkpoint::{sharded, WeightsOptions};
 use crate::reduce::{self, Shared};
@@ -170,7 +169,7 @@ impl Ema {
         for (average, (_, parameters)) in averages.pieces.iter().zip(&own) {
             tch::no_grad(|| parameters.shallow_clone().f_copy_(&average.values).map(drop))?;
         }
-        gather_all(&mut reducer.store)?;
+        reducer.store.gather_all()?;
         let layout = reducer.store.layout;
         drop((reducer, averages));
         let value = body();
@@ -188,7 +187,7 @@ impl Ema {
         for (copy, parameters) in own {
             tch::no_grad(|| parameters.shallow_clone().f_copy_(copy).map(drop))?;
         }
-        gather_all(&mut reducer.store)
+        reducer.store.gather_all()
     }
 
     /// Writes the model with its averages, buffers included, as [`Ddp::save_weights`] does. Collective.
@@ -331,14 +330,4 @@ fn begun(store: &Store, storage: usize, piece: &Piece) -> Result<Tensor> {
     let mut values = Tensor::f_empty(parameters.size(), (kind, parameters.device()))?;
     values.f_copy_(&parameters)?;
     Ok(values)
-}
-
-fn gather_all(store: &mut Store) -> Result<()> {
-    let mut works = Vec::new();
-    for bucket in 0..store.plan.buckets.len() {
-        works.extend(store.gather(bucket)?);
-    }
-    wait_all(works)?;
-    store.settled()?;
-    store.forget_gathered().map(drop)
 }

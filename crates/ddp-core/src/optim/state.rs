@@ -34,8 +34,8 @@ enum Directions {
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) parts: Vec<[Part; 2]>,
-    /// The variables when masters were last read from them; else empty.
-    seen: Vec<Variable>,
+    /// The variables, and the store's renewals, when masters were last read; else empty.
+    seen: (Vec<Variable>, u64),
     is_offloaded: bool,
 }
 
@@ -88,7 +88,7 @@ impl State {
         for owned in everything.iter().filter(|owned| owned.storage >= known) {
             self.begin_masters(store, owned)?;
         }
-        self.seen.clear();
+        self.seen.0.clear();
         self.heed_masters(store, everything)
     }
 
@@ -111,7 +111,7 @@ impl State {
     /// Masters are right as they are: they were read together with the parameters.
     pub(super) fn believe_masters(&mut self, store: &Store) -> Result<()> {
         if self.has_masters() {
-            self.seen = store.model.states()?;
+            self.seen = (store.model.states()?, store.renewals);
         }
         Ok(())
     }
@@ -122,9 +122,11 @@ impl State {
             return Ok(());
         }
         let now = store.model.states()?;
-        let is_same = now.len() == self.seen.len()
-            && now.iter().zip(&self.seen).all(|(now, seen)| now.version == seen.version);
-        self.seen = now;
+        let (seen, renewals) = &self.seen;
+        let is_same = now.len() == seen.len()
+            && *renewals == store.renewals
+            && now.iter().zip(seen).all(|(now, seen)| now.version == seen.version);
+        self.seen = (now, store.renewals);
         if is_same {
             return Ok(());
         }

@@ -42,6 +42,24 @@ impl Store {
         self.sharding.gather(group, parameters, (bucket, planned.range.clone()))
     }
 
+    /// Every rank has written its segments of the parameters: they come to all that hold more, and what was gathered before goes.
+    /// Collective.
+    pub(crate) fn gather_all(&mut self) -> Result<()> {
+        let mut works = Vec::new();
+        for bucket in 0..self.plan.buckets.len() {
+            works.extend(self.gather(bucket)?);
+        }
+        works.into_iter().try_for_each(|work| Ok::<(), Error>(work.wait()?))?;
+        self.settled()?;
+        self.forget_gathered().map(drop)
+    }
+
+    /// As [`gather_all`](Self::gather_all), of weights that were loaded: masters follow. Collective.
+    pub(crate) fn renew(&mut self) -> Result<()> {
+        self.renewals += 1;
+        self.gather_all()
+    }
+
     /// Buckets from the `from`th on are gathered when an operation needs them, where they are sharded so. Collective.
     pub(super) fn add_gathered(&mut self, from: usize, options: &DdpOptions) -> Result<()> {
         if !self.sharding.gathers_on_access() {

@@ -55,6 +55,8 @@ pub(crate) struct Store {
     expected: Vec<Variable>,
     /// Counts the plans: who keeps something by place looks whether it is still that one.
     pub(crate) layout: u64,
+    /// How often weights were loaded that no variable counts as a change of its own.
+    pub(crate) renewals: u64,
     /// Who of this library steps on the gradients, and how.
     pub(crate) optimizer: Attached,
     device: Device,
@@ -108,6 +110,7 @@ impl Store {
             gatherer: None,
             expected,
             layout: 0,
+            renewals: 0,
             optimizer: Attached::default(),
             device,
             is_parted: false,
