@@ -150,13 +150,15 @@ fn rank(flags: &Flags, settings: &Settings, world: &World, nccl: Option<Nccl>) -
     let network = model::build(&vs, &config.model, config.train.seed, world.rank)?;
     if let Some(path) = flags.init_weights.as_ref().filter(|_| root) {
         weights::check(path, &config.model)?;
-        let left = weights::load(path, &vs)?;
-        if let Some(name) = left.first() {
-            println!("note   {} tensors of {} are not used: {name} …", left.len(), path.display());
-        }
     }
     let exchange = !flags.no_exchange;
     let mut trainer = Trainer::new(network, &vs, &mut group, (config, batching, exchange))?;
+    if let Some(path) = &flags.init_weights {
+        let left = trainer.load_weights(path)?;
+        if let Some(name) = left.first().filter(|_| root) {
+            println!("note   {} tensors of {} are not used: {name} …", left.len(), path.display());
+        }
+    }
     // `--threads 1` under torchrun looks to Ddp like torchrun's own default.
     use_threads(threads);
     let (mut checkpoints, start) = Checkpoints::open(config, &mut trainer)?;

@@ -6,6 +6,8 @@
 # --programs: packs the programs that lie in the folder BUILT instead of building them.
 # A program that does not start is told here, not on the GPU machine.
 # There:  ./run.sh [SECONDS]     needs an NVIDIA driver and Python's torch 2.11 with its CUDA wheels; prints a table.
+# It runs gpu_check on 1 to 3 ranks (collectives; training and optimizers in ZeRO stages; kinds; faults; checkpoints; layers computed again;
+# SyncBatchNorm; weights written and read under ZeRO-3; batches) and bert_large beside PyTorch.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 built=

@@ -17,7 +17,7 @@ use bert::train::Trainer;
 use bert::{data, failure, output, weights};
 use phalanx_comm::{Group, GroupOptions};
 use phalanx_data::progress::Silent;
-use phalanx_ddp_core::checkpoint;
+use phalanx_ddp_core::{checkpoint, Ddp, DdpOptions};
 use tch::{nn, Device, Kind, Tensor};
 
 fn fixture(name: &str) -> PathBuf {
@@ -151,6 +151,13 @@ fn same(left: &nn::VarStore, right: &nn::VarStore) -> bool {
     left.len() == right.len() && left.iter().all(|(name, tensor)| right[name].equal(tensor))
 }
 
+/// Loads into the wrapped model.
+fn load(path: &Path, vs: &nn::VarStore) -> anyhow::Result<Vec<String>> {
+    let mut group = Group::single(GroupOptions::default()).expect("a group");
+    let ddp = Ddp::new(vs, &mut group, DdpOptions::default()).expect("a model");
+    weights::load(path, &ddp)
+}
+
 #[test]
 fn what_was_written_loads_again() {
     let fixture = Fixture::read();
@@ -165,7 +172,7 @@ fn what_was_written_loads_again() {
     assert_eq!(written.len(), 3, "{written:?}");
     let other = other_network(&config.model);
     assert!(!same(&vs, &other));
-    let left = weights::load(&path.join("model.safetensors"), &other).unwrap();
+    let left = load(&path.join("model.safetensors"), &other).unwrap();
     assert!(left.is_empty(), "{left:?}");
     assert!(same(&vs, &other));
     let model = std::fs::read_to_string(path.join("config.json")).unwrap();
@@ -189,7 +196,7 @@ fn old_names_of_layer_norms_load_and_foreign_tensors_are_named() {
     let config = fixture.config(Precision::Fp32).model;
     weights::check(&path, &config).unwrap();
     let other = other_network(&config);
-    assert_eq!(weights::load(&path, &other).unwrap(), ["bert.pooler.dense.bias"]);
+    assert_eq!(load(&path, &other).unwrap(), ["bert.pooler.dense.bias"]);
     assert!(same(&vs, &other));
 }
 
@@ -211,7 +218,7 @@ fn weights_of_other_shapes_are_all_named() {
     assert!(!error.contains('\n'), "{error}");
     // Loading by itself refuses too, before any variable is changed.
     let vs = other_network(&config);
-    let refusal = weights::load(&path, &vs).unwrap_err().to_string();
+    let refusal = load(&path, &vs).unwrap_err().to_string();
     assert!(refusal.contains("[512, 64]") && refusal.contains("[100, 64]"), "{refusal}");
     assert!(same(&vs, &other_network(&config)));
 }

@@ -33,7 +33,7 @@ pub(crate) struct Flags {
     /// Take the samples as they lie.
     #[arg(long)]
     pub(crate) no_shuffle: bool,
-    /// Start from these weights (safetensors, names as in transformers).
+    /// Start from these weights (safetensors, names as in transformers), which every machine must have there.
     #[arg(long, value_name = "FILE")]
     pub(crate) init_weights: Option<PathBuf>,
     /// Folder for weights and plot [default: the next free runs/NAME-NUMBER].

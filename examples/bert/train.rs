@@ -19,6 +19,7 @@ use super::config::{self, Config, NonFinite, Precision, Rule};
 use super::data::Tensors;
 use super::metrics::{milliseconds, StepRecord};
 use super::model::{groups, BertForMaskedLm, Inputs, LossSum, Pass};
+use super::weights;
 
 /// A rank's model and optimizer.
 #[derive(Debug)]
@@ -198,6 +199,11 @@ impl Trainer {
 }
 
 impl Trainer {
+    /// Starts from the weights of a file that every rank sees. Returns the names in it that are not needed. Collective.
+    pub(crate) fn load_weights(&self, path: &Path) -> Result<Vec<String>> {
+        weights::load(path, &self.ddp)
+    }
+
     /// Writes the weights to rank 0's `path`. Collective.
     pub(crate) fn save_weights(&self, path: &Path) -> Result<()> {
         Ok(self.ddp.save_weights(path, &WeightsOptions::default())?)

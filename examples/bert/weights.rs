@@ -1,13 +1,12 @@
-//! Weights from a file, as phalanx or transformers wrote it.
+//! Weights from a file, several and their index, or a folder, as phalanx or transformers wrote them.
 
-use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Read as _;
+use std::io;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
-use phalanx_ddp_core::checkpoint;
-use serde::Deserialize;
+use anyhow::Result;
+use phalanx_checkpoint::{Error as FileError, Tensors as _, Weights};
+use phalanx_ddp_core::checkpoint::LoadOptions;
+use phalanx_ddp_core::Ddp;
 use tch::{nn, Device};
 
 use super::config::Model;
@@ -38,20 +37,10 @@ pub(crate) enum WeightsError {
     },
 }
 
-/// What a safetensors header says about a tensor, as far as it matters here.
-#[derive(Deserialize)]
-struct Entry {
-    #[serde(default)]
-    shape: Vec<i64>,
-}
-
-/// Compares names and shapes with the model's before anything is started; reads the header alone.
+/// Compares names and shapes with the model's before anything is started; reads headers alone.
 pub(crate) fn check(path: &Path, config: &Model) -> Result<()> {
     const SHOWN: usize = 4;
-    let ill_formed = |reason| WeightsError::IllFormed { path: path.into(), reason };
-    let header = header(path)?;
-    let entries: BTreeMap<String, Entry> =
-        serde_json::from_str(&header).map_err(|error| ill_formed(error.to_string()))?;
+    let weights = open(path)?;
     // Memory that is never touched is never taken: this costs address space only.
     let vs = nn::VarStore::new(Device::Cpu);
     drop(BertForMaskedLm::new(&vs.root(), config, Start::Unset)?);
@@ -59,12 +48,11 @@ pub(crate) fn check(path: &Path, config: &Model) -> Result<()> {
     let mut expected: Vec<_> = vs.variables().into_iter().collect();
     expected.sort_by(|a, b| a.0.cmp(&b.0));
     for (name, tensor) in expected {
-        let entry = entries.get(&name).or_else(|| entries.get(&old_name(&name)));
-        let shape = tensor.size();
-        match entry {
+        let shape: Vec<u64> = tensor.size().into_iter().map(i64::unsigned_abs).collect();
+        match weights.spec(&name).or_else(|| weights.spec(&old_name(&name))) {
             None => differences.push(format!("{name} is missing")),
-            Some(entry) if entry.shape != shape => {
-                differences.push(format!("{name} is {:?}, the model has {shape:?}", entry.shape));
+            Some(spec) if spec.shape != shape => {
+                differences.push(format!("{name} is {:?}, the model has {shape:?}", spec.shape));
             }
             Some(_) => {}
         }
@@ -85,35 +73,31 @@ fn old_name(name: &str) -> String {
     OLD_NAMES.iter().fold(name.to_owned(), |name, (new, old)| name.replace(new, old))
 }
 
-/// Overwrites every variable. Returns the names in the file that the model does not have (a pooler,
-/// the head for next sentences).
-pub(crate) fn load(path: &Path, vs: &nn::VarStore) -> Result<Vec<String>> {
-    if !header(path)?.contains(OLD_NAMES[0].1) {
-        return Ok(checkpoint::load_safetensors(path, vs)?);
-    }
-    // The same tensors under the file's names.
-    let renamed = nn::VarStore::new(vs.device());
-    if let Ok(mut store) = renamed.variables_.lock() {
-        for (name, tensor) in vs.variables() {
-            store.named_variables.insert(old_name(&name), tensor);
+/// Overwrites every variable of the wrapped model. Returns the names in the file that it does not have (a pooler, the head for next
+/// sentences). Collective.
+pub(crate) fn load(path: &Path, ddp: &Ddp) -> Result<Vec<String>> {
+    let names = |name: &str| {
+        let (new, old) = (name.to_owned(), old_name(name));
+        if new == old {
+            vec![new]
+        } else {
+            vec![new, old]
         }
-    }
-    Ok(checkpoint::load_safetensors(path, &renamed)?)
+    };
+    Ok(ddp.load_weights(path, &LoadOptions::with_names(names))?)
 }
 
-/// The JSON at the beginning of a safetensors file; empty where there is none, which loading
-/// reports.
-fn header(path: &Path) -> Result<String> {
-    /// As the format has it.
-    const LENGTH_MAX: u64 = 100_000_000;
-    let explain = || format!("cannot read the weights {}", path.display());
-    let mut file = File::open(path).with_context(explain)?;
-    let mut length = [0; 8];
-    if file.read_exact(&mut length).is_err() {
-        return Ok(String::new());
-    }
-    let mut bytes = Vec::new();
-    let length_bytes = u64::from_le_bytes(length).min(LENGTH_MAX);
-    file.take(length_bytes).read_to_end(&mut bytes).with_context(explain)?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+fn open(given: &Path) -> Result<Weights> {
+    let unreadable = |file: &Path, cause: io::Error| {
+        anyhow::Error::from(cause).context(format!("cannot read the weights {}", file.display()))
+    };
+    Weights::open(given).map_err(|error| match error {
+        FileError::BadWeights { path, reason } => WeightsError::IllFormed { path, reason }.into(),
+        FileError::Io { path, cause, .. } => unreadable(&path, cause),
+        FileError::NotFound { path } => {
+            let lacks = "no safetensors file, and no folder with one";
+            unreadable(&path, io::Error::new(io::ErrorKind::NotFound, lacks))
+        }
+        other => other.into(),
+    })
 }

@@ -4,6 +4,9 @@
 //! Most train the same model on the processor first, in the same group, and compare.
 #![expect(clippy::cast_precision_loss, clippy::cast_possible_wrap, reason = "small whole numbers")]
 
+#[path = "layers.rs"]
+mod layers;
+
 use anyhow::{bail, ensure, Context as _, Result};
 use phalanx::checkpoint::{Checkpointer, CheckpointerOptions};
 use phalanx::ddp::amp::LossScaler;
@@ -15,7 +18,7 @@ use phalanx::{Ddp, DdpOptions, Group, Optimizer, ParameterGroups, Sync, Zero};
 /// What a rank checks; says what it saw.
 pub(crate) type TrainingCheck = fn(&mut Group, Device) -> Result<String>;
 
-pub(crate) const CHECKS: [(&str, TrainingCheck); 15] = [
+pub(crate) const CHECKS: [(&str, TrainingCheck); 18] = [
     ("training, zero 0", |group, device| training(group, device, Zero::Off)),
     ("training, zero 1", |group, device| training(group, device, Zero::One)),
     ("training, zero 2", |group, device| training(group, device, Zero::Two)),
@@ -31,6 +34,9 @@ pub(crate) const CHECKS: [(&str, TrainingCheck); 15] = [
     ("parameters compared", parameters_compared),
     ("join", join),
     ("checkpoint", checkpoint),
+    ("layers computed again", layers::recompute),
+    ("SyncBatchNorm", layers::batch_norm),
+    ("weights in files, zero 3", layers::weights_in_files),
 ];
 
 /// Rows of a rank's batch, and their width.

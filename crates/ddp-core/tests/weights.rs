@@ -182,8 +182,11 @@ fn a_model_that_is_built_piece_by_piece_is_filled() {
     }
 }
 
+/// Tensors with names.
+type Named = Vec<(String, Tensor)>;
+
 /// Parameters of a kind, one of them with columns that are dense; what does not train is of other kinds.
-fn tensors(kind: Kind, seed: i64) -> (Vec<(String, Tensor)>, Vec<(String, Tensor)>) {
+fn tensors(kind: Kind, seed: i64) -> (Named, Named) {
     let value = |shape: &[i64], index: i64| pattern(shape, seed + index).to_kind(kind);
     let trained = |tensor: Tensor| tensor.set_requires_grad(true);
     let parameters = [
@@ -211,7 +214,7 @@ fn numbers(all: &[(String, Tensor)]) -> Vec<f64> {
 }
 
 /// Parameters and buffers.
-fn together(kind: Kind, seed: i64) -> Vec<(String, Tensor)> {
+fn together(kind: Kind, seed: i64) -> Named {
     let (mut all, buffers) = tensors(kind, seed);
     all.extend(buffers);
     all
@@ -224,7 +227,7 @@ fn converted(world_size: usize, link: HostLink, zero: Zero, (from, to): (Kind, K
     save_safetensors(&path, &together(from, 9)).unwrap();
     let all = run(world_size, link, move |mut group| {
         let (parameters, buffers) = tensors(to, group.rank() as i64);
-        let clones = |list: &[(String, Tensor)]| -> Vec<(String, Tensor)> {
+        let clones = |list: &[(String, Tensor)]| -> Named {
             list.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
         };
         let mut all = clones(&parameters);
@@ -246,7 +249,7 @@ fn converted(world_size: usize, link: HostLink, zero: Zero, (from, to): (Kind, K
         (loaded, numbers(&all))
     });
     // As libtorch converts them in one process.
-    let expected: Vec<(String, Tensor)> = together(to, 0)
+    let expected: Named = together(to, 0)
         .into_iter()
         .zip(together(from, 9))
         .map(|((name, mut tensor), (_, values))| {

@@ -178,7 +178,7 @@ enum Said {
 }
 
 impl Said {
-    fn of<T>((path, outcome): (&Path, &Result<T>), describe: impl Fn(&T) -> String) -> Self {
+    fn of<T>((given, outcome): (&Path, &Result<T>), describe: impl Fn(&T) -> String) -> Self {
         let shown = |path: &Path| path.to_string_lossy().into_owned();
         match outcome {
             Ok(fine) => Self::Fine(describe(fine)),
@@ -191,7 +191,7 @@ impl Said {
             Err(Error::Io { path, source, .. }) => {
                 Self::Unreadable(shown(path), source.to_string())
             }
-            Err(other) => Self::Unreadable(shown(path), other.to_string()),
+            Err(other) => Self::Unreadable(shown(given), other.to_string()),
         }
     }
 
@@ -269,8 +269,8 @@ mod tests {
             let vs = nn::VarStore::new(Device::Cpu);
             let _zeros = vs.root().zeros("before", &[70]);
             let _long = vs.root().zeros("long", &[9, 1000]);
-            let options = DdpOptions { zero, ..DdpOptions::default() };
-            let ddp = Ddp::new(&vs, &mut group, options).unwrap();
+            let sharded = DdpOptions { zero, ..DdpOptions::default() };
+            let ddp = Ddp::new(&vs, &mut group, sharded).unwrap();
             ddp.save_weights(&path, &WeightsOptions::default()).unwrap();
             let mut reducer = reduce::lock(ddp.shared()).unwrap();
             let prepared = Prepared::new(&mut reducer.store, &path, &LoadOptions::default());
