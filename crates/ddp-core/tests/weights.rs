@@ -18,6 +18,7 @@ use phalanx_comm::{Group, GroupOptions};
 use phalanx_ddp_core::checkpoint::{
     load_safetensors, save_safetensors, LoadOptions, WeightsOptions,
 };
+use phalanx_ddp_core::diloco::{DiLoCo, DiLoCoOptions, OuterSgd};
 use phalanx_ddp_core::{
     AdamW, Ddp, DdpOptions, Error, Optimizer, ParameterGroups, Sgd, Sync, Zero,
 };
@@ -180,6 +181,26 @@ fn a_model_that_is_built_piece_by_piece_is_filled() {
             assert!(all.iter().all(|bits| *bits == Model::new(77).bits()), "{zero:?}, {link:?}");
         }
     }
+}
+
+#[test]
+fn ranks_that_train_by_themselves_start_from_what_is_loaded() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = file_in(&folder);
+    save(&path, 77, Kind::Float);
+    let all = run(2, HostLink::Auto, move |mut group| {
+        let (model, ddp) = wrapped(&mut group, options(Zero::Off));
+        let mut inner = optimizer(&ddp);
+        let outer = OuterSgd { lr: 0.5, momentum: 0.0, nesterov: false };
+        let options = DiLoCoOptions { outer, sync_every: 2, plain_steps: 0 };
+        let mut local = DiLoCo::new(&ddp, options).unwrap();
+        train(&group, (&model, &ddp), &mut inner, 0..1);
+        local.step().unwrap();
+        ddp.load_weights(&path, &LoadOptions::default()).unwrap();
+        local.average().unwrap();
+        model.bits()
+    });
+    assert!(all.iter().all(|bits| *bits == Model::new(77).bits()));
 }
 
 /// Tensors with names.

@@ -58,7 +58,7 @@ impl fmt::Debug for LoadOptions {
 impl Ddp {
     /// Fills variables and buffers from weights as others exchange them: a safetensors file, the index of several, or a folder with either.
     /// The counterpart of [`save_weights`](Ddp::save_weights), in every stage and however the model was built, before an
-    /// [`Optimizer`](crate::Optimizer) is there or between two steps: its masters follow. Gives the names in the files that nothing was taken from.
+    /// [`Optimizer`](crate::Optimizer) is there or between two steps: its masters follow, and ranks that train by themselves start from there. Averages of weights stay. Gives the names in the files that nothing was taken from.
     /// Collective; every rank must see the files.
     ///
     /// A rank reads the ranges that it holds under ZeRO (its segments of the parameters, which stages 1 and 2 then gather), and all of what

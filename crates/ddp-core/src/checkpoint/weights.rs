@@ -86,7 +86,9 @@ pub(super) fn of_file(doing: &'static str, error: FileError) -> Error {
     match error {
         FileError::Io { path, cause, .. } => Error::Io { doing, path, source: cause },
         FileError::NotFound { path } => {
-            Error::Io { doing, path, source: io::Error::from(ErrorKind::NotFound) }
+            let lacks =
+                "there is no safetensors file, no index of several, and no folder with either";
+            Error::Io { doing, path, source: io::Error::new(ErrorKind::NotFound, lacks) }
         }
         FileError::BadWeights { path, reason } => Error::Safetensors { path, message: reason },
         other => other.into(),
