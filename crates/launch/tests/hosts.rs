@@ -88,6 +88,15 @@ fn a_host_that_cannot_be_reached_is_named_at_once() {
 }
 
 #[test]
+fn a_host_that_cannot_be_reached_is_not_waited_for_where_ranks_may_be_restarted() {
+    let site = Site::new("here\ndown\n");
+    let finished = site.start("--act wait --max-restarts 1").finish();
+    assert_eq!(finished.code, Some(69), "{:#?}", finished.errors);
+    let text = finished.errors.join("\n");
+    assert!(text.contains("no route to host") && text.contains("PHX0705"), "{text}");
+}
+
+#[test]
 fn ctrl_c_ends_the_ranks_of_all_hosts() {
     let site = Site::new("here\nthere\n");
     let job = site.start("--act polite");

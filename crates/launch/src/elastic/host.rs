@@ -12,6 +12,7 @@ use phalanx_comm::rendezvous::{
 use super::keys;
 use crate::error::{system, LaunchError};
 use crate::membership::{decode_status, encode_order, Command, Coordinator};
+use crate::nodes;
 
 /// The coordinator looks at the time this often.
 const TICK: Duration = Duration::from_millis(250);
@@ -103,10 +104,21 @@ impl Desk {
             }
             if self.looked.elapsed() >= TICK {
                 self.looked = Instant::now();
+                self.hear_of_gone()?;
                 self.coordinator.tick(self.begun.elapsed());
             }
             self.publish()?;
         }
+    }
+
+    /// Who was to start the launchers of other nodes says which of them will not come.
+    fn hear_of_gone(&mut self) -> Result<(), LaunchError> {
+        for node in self.coordinator.awaited() {
+            if self.store.check(&[&nodes::meeting_key(node)])? {
+                self.coordinator.note_gone(node, self.begun.elapsed());
+            }
+        }
+        Ok(())
     }
 
     /// A launcher may have died between taking a number and using it. What a slow one says then is lost, and it says it

@@ -1,6 +1,6 @@
 //! Which nodes make the next generation, and when the one before ends. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -48,6 +48,8 @@ pub(crate) struct Coordinator {
     nodes: BTreeMap<usize, Known>,
     /// The newest life and number of each node that was ever heard of.
     newest: BTreeMap<usize, (Life, u64)>,
+    /// Nodes that will not come, as whoever was to start them says.
+    gone: BTreeSet<usize>,
     /// How many of them want to leave, or the job to end.
     wishes: usize,
     ended: Ended,
@@ -66,6 +68,7 @@ impl Coordinator {
             has_started: false,
             nodes: BTreeMap::new(),
             newest: BTreeMap::new(),
+            gone: BTreeSet::new(),
             wishes: 0,
             ended: Ended::default(),
             failure: None,
@@ -81,6 +84,21 @@ impl Coordinator {
     #[cfg(any(test, feature = "testing"))]
     pub(super) fn is_finished(&self) -> bool {
         self.phase == Phase::Finished
+    }
+
+    /// Nodes that are waited for, and have not been heard of.
+    pub(crate) fn awaited(&self) -> Vec<usize> {
+        let is_awaited = |node: &usize| !self.nodes.contains_key(node) && !self.gone.contains(node);
+        match self.phase {
+            Phase::Gathering { .. } => (0..self.config.nodes_max).filter(is_awaited).collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// That node will not come.
+    pub(crate) fn note_gone(&mut self, node: usize, now: Duration) {
+        self.gone.insert(node);
+        self.advance(now);
     }
 
     /// A status has come. Whether it was a new one.
@@ -181,14 +199,17 @@ impl Coordinator {
             return self.finish(verdict);
         }
         let Config { nodes_min, nodes_max, times } = self.config;
-        let is_over = now.saturating_sub(since) >= times.gather_max;
+        let gone = self.gone.iter().filter(|node| !self.nodes.contains_key(node)).count();
+        let coming_max = nodes_max.saturating_sub(gone);
+        let is_over = now.saturating_sub(since) >= times.gather_max || coming_max < nodes_min;
         if self.nodes.len() < nodes_min && !is_over {
             return;
         }
         let candidates = self.candidates();
         let newest = self.nodes.values().map(|known| known.came).max().unwrap_or(now);
         let is_settled = self.has_started || now.saturating_sub(newest) >= times.settle;
-        if candidates.len() >= nodes_max || candidates.len() >= nodes_min && is_settled {
+        let are_all = candidates.len() >= coming_max;
+        if candidates.len() >= nodes_min && (are_all || is_settled) {
             self.start(candidates);
         } else if is_over {
             self.finish(Verdict::TooFew { nodes: candidates.len() });
@@ -399,6 +420,22 @@ mod tests {
         nodes.say(0, None, 300);
         nodes.coordinator.tick(seconds(300));
         assert_eq!(nodes.wanted().1, Command::Finish(Verdict::TooFew { nodes: 1 }));
+    }
+
+    #[test]
+    fn a_node_that_will_not_come_is_not_waited_for() {
+        let mut nodes = Nodes::new(coordinator(2, 3, 0));
+        nodes.say(0, None, 0);
+        assert_eq!(nodes.coordinator.awaited(), [1, 2]);
+        nodes.coordinator.note_gone(2, seconds(1));
+        assert_eq!(nodes.wanted().1, Command::Wait);
+        assert_eq!(nodes.coordinator.awaited(), [1]);
+        nodes.say(1, None, 1);
+        assert_eq!(nodes.wanted(), (0, Command::Run, vec![0, 1]), "these are all that come");
+        let mut alone = Nodes::new(coordinator(2, 2, 0));
+        alone.say(0, None, 0);
+        alone.coordinator.note_gone(1, seconds(1));
+        assert_eq!(alone.wanted().1, Command::Finish(Verdict::TooFew { nodes: 1 }));
     }
 
     #[test]
