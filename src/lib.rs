@@ -35,3 +35,12 @@ pub use phalanx_ddp_core::{
 };
 #[cfg(feature = "torch")]
 pub use tch;
+
+/// The guides' examples, compiled with those of this documentation.
+#[cfg(all(doctest, feature = "torch"))]
+mod guides {
+    #[doc = include_str!("../docs/training.md")]
+    struct Training;
+    #[doc = include_str!("../docs/gpu.md")]
+    struct Gpu;
+}

@@ -1,7 +1,7 @@
 //! Holds the invariants of `ARCHITECTURE.md` that no compiler checks, by reading the sources:
 //! pure files stay pure, one module reads the environment, every file with `unsafe` is a declared
-//! gate, the C++ boundary is declared alike on both sides, files stay short, and the README shows
-//! the example that is built.
+//! gate, the C++ boundary is declared alike on both sides, files stay short, the README shows
+//! the example that is built, and documents can be found.
 //!
 //! It needs nothing but the standard library, so that it also runs without libtorch:
 //! `rustc --edition 2021 --test tests/tidy.rs -o /tmp/tidy && /tmp/tidy`.
@@ -104,6 +104,9 @@ const TIME_OF_DAY: &[&str] = &[
 
 /// Longest file; one that needs more is two ideas.
 const LINES_MAX: usize = 500;
+
+/// What a stranger reads first is a page.
+const README_LINES_MAX: usize = 170;
 
 const GATE: &str = "#![expect(unsafe_code, reason = \"";
 
@@ -218,6 +221,35 @@ fn the_readme_shows_the_example_that_is_built() {
 }
 
 #[test]
+fn the_readme_is_short_and_all_documents_are_in_the_index() {
+    let lines = read(&root().join("README.md")).lines().count();
+    assert!(lines <= README_LINES_MAX, "README.md has {lines} lines: what is longer is a guide");
+    let index = read(&root().join("docs/README.md"));
+    let missing: Vec<_> = documents_in("docs")
+        .into_iter()
+        .filter_map(|file| file.file_name().map(|name| name.to_string_lossy().into_owned()))
+        .filter(|name| name != "README.md" && !index.contains(&format!("({name})")))
+        .collect();
+    assert!(missing.is_empty(), "docs/README.md lists no {missing:#?}");
+}
+
+#[test]
+fn links_between_documents_lead_somewhere() {
+    let mut broken = Vec::new();
+    for file in documents_in("").into_iter().chain(documents_in("docs")) {
+        let folder = file.parent().unwrap_or(root());
+        for target in read(&file).split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            let path = target.split('#').next().unwrap_or_default();
+            let elsewhere = path.is_empty() || path.contains("://");
+            if !elsewhere && !folder.join(path).exists() {
+                broken.push(format!("{}: {target}", relative(&file)));
+            }
+        }
+    }
+    assert!(broken.is_empty(), "no such files: {broken:#?}");
+}
+
+#[test]
 fn the_scanner_sees_code_and_nothing_else() {
     let text = "a(\"unsafe \\\" \"); // unsafe\n/* unsafe /* nested */ unsafe */ b('\"', 'x);\nr#\"unsafe\"# c";
     let code = code_of(text);
@@ -264,6 +296,18 @@ fn sources_under(start: &Path) -> Vec<PathBuf> {
         }
     }
     files.sort();
+    files
+}
+
+/// The Markdown files that lie in a folder of ours itself.
+fn documents_in(folder: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(root().join(folder)).into_iter().flatten().flatten();
+    let mut files: Vec<_> = entries
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|end| end == "md"))
+        .collect();
+    files.sort();
+    assert!(!files.is_empty(), "no documents in {folder:?}");
     files
 }
 

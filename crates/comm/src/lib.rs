@@ -50,3 +50,8 @@ pub use reduce_op::{Avg, Max, Min, Product, ReduceOp, ScaledSum, Sum};
 pub use region::{Buffer, DeviceSlice, Region, RegionRange, Stream};
 pub use upload::{PinnedMemory, Upload, Uploader};
 pub use work::Work;
+
+/// The guide's examples, compiled with those of this documentation.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/collectives.md")]
+struct Guide;

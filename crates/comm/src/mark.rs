@@ -1,4 +1,4 @@
-//! Points in the time of a GPU.
+//! Time stamps on a stream of a GPU: how long the GPU takes between two of them.
 
 use std::time::{Duration, Instant};
 

@@ -1,5 +1,5 @@
-//! What a lane looks at before it starts calls, and while they take long: what the other ranks called, who
-//! has left, whose time is over.
+//! What a lane checks before it starts calls, and while they take long: whether all ranks have
+//! called the same, who has left the group, whose deadline has passed.
 
 use std::sync::atomic::Ordering;
 use std::sync::Arc;

@@ -1,11 +1,13 @@
-//! A lane: where a group's calls go whose data another library (MPI, NCCL) moves.
+//! A lane: the queue of a group's calls whose data another library (MPI, NCCL) moves.
 //!
-//! The host backend stays the group's control plane. A call's header goes over it first, so ranks have
-//! compared what they called, and know who is absent, before the library is asked for anything. Then
-//! the [`Transport`] starts.
+//! The host backend stays the group's control plane. A call's header goes over it first, so ranks
+//! have compared what they called, and know who is absent, before the library is asked for
+//! anything. Then the [`Transport`] starts the call, and is polled until it has ended.
 //!
-//! A [`Runner`] thread works on its lanes. Where the library allows it (`callers_drive`), a caller that
-//! waits works on its own lane instead: no thread has to be woken for it.
+//! A [`Runner`] thread polls all lanes. Where the library allows it (`callers_drive`), a caller
+//! that waits polls its own lane instead: no thread has to be woken for it. Whether callers of late
+//! have waited at once is counted for each size of call (`habits`), which decides whether the
+//! runner has to be woken.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicI8, AtomicU64, Ordering};

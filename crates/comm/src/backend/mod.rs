@@ -1,4 +1,4 @@
-//! What carries collectives out.
+//! The backends: what carries collectives out.
 
 mod checks;
 pub(crate) mod gpu;

@@ -1,4 +1,5 @@
-//! The MPI backend where it was left out.
+//! Stands in for the MPI backend in builds without the feature `mpi`: asking for it is an error
+//! that says what to build.
 
 use std::sync::Arc;
 use std::time::Instant;

@@ -1,8 +1,10 @@
-//! How long a caller goes on waiting for a call that the runner looks after.
+//! How long a caller goes on waiting for a call that another thread polls.
 //!
-//! Looks at a lane make its calls end: in time, or with an error. A thread that is stuck inside the library or
-//! the driver while it looks keeps everybody else from it, and whoever waits has to notice by himself. A call
-//! whose turn comes late is no reason to give up, so it is the looks that are watched, not the call.
+//! Each poll of a lane (a *look*) ends the calls whose time is over, so a call ends in time as long
+//! as somebody polls. A thread that is stuck inside the library or the driver during its poll keeps
+//! all others from polling; the waiting caller has to notice that by itself. A call that is late
+//! because others are before it is no reason to give up, so it is the polls that are watched, not
+//! the call.
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,4 @@
-//! The thread that works on lanes, so that data moves while callers compute.
+//! The thread that polls lanes, so that data moves while callers compute.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};

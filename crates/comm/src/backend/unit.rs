@@ -1,4 +1,4 @@
-//! Calls on their way into a lane, as they were made: one by one, or several that start together.
+//! Calls that enter a lane, as they were made: one by one, or several that start together.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! What the MPI backend wants to know.
+//! What the MPI backend reads of the environment.
 
 use super::variables::Variables;
 use super::{process_variable, EnvironmentError, HostLink, Launcher, World};

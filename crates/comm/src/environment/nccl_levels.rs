@@ -1,4 +1,5 @@
-//! The words of NCCL's closed sets. Their names are NCCL's; a configuration that holds another is told which there are.
+//! The values that NCCL's settings may have, as enums with NCCL's own names; for any other value
+//! the error lists them.
 
 /// How much NCCL writes (`NCCL_DEBUG`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

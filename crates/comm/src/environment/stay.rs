@@ -1,4 +1,5 @@
-//! What a process is told that stays from one generation of ranks to the next: other values than those that it was started with.
+//! The variables of a rank whose process survives a restart of the others: the new rank, world size
+//! and address stand before those that the process was started with.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -1,4 +1,4 @@
-//! Who moves a group's data: choosing, connecting, and handing calls over.
+//! Who moves a group's data: choosing a backend, connecting to it, and handing calls to it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,4 +1,5 @@
-//! The collectives, typed: check the arguments, bring them into in-place form, start.
+//! The collectives, typed: check the arguments, bring the buffers into the in-place form (`call.rs`
+//! of the host backend), start.
 
 use std::sync::Arc;
 

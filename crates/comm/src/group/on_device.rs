@@ -1,4 +1,5 @@
-//! Collectives on GPU memory that have no place among the others: two buffers, and messages.
+//! Calls on GPU memory that have no twin in place: with an input and an output buffer, and
+//! messages.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! Where this rank is among the others.
+//! This rank's numbers: in the group, on its node, and of its node.
 
 use super::Group;
 use crate::environment::Launcher;

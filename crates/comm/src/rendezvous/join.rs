@@ -1,4 +1,5 @@
-//! Everybody here? Joins with a deadline that name the absent ranks, and the way from a [`World`] to a store.
+//! Joins: waiting in the store until all ranks have come, with a deadline and the names of those
+//! that are absent; and the way from a [`World`] to a store.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,4 +1,5 @@
-//! Where hooks meet the reducer: buckets go in when they are full, and are finished in the same order at the end of backward.
+//! Between hooks and reducer: a bucket is given to the hook when it is full, and finished in the
+//! same order at the end of backward.
 
 use std::any::Any;
 use std::fmt::Debug;

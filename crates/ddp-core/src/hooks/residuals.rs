@@ -1,4 +1,5 @@
-//! What is kept of each element of each parameter in f32, laid out as the buckets are, kept by name.
+//! An f32 value for each element of each parameter that a hook keeps from exchange to exchange:
+//! laid out as the buckets are, saved under the parameters' names.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! Memory that travels: registered with the group, and a tensor over it.
+//! Registered memory in which a hook's compressed data travels, and a tensor over it.
 
 use phalanx_comm::{Group, Work};
 use tch::{Device, Kind, Tensor};

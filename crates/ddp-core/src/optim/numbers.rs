@@ -1,4 +1,5 @@
-//! What the numbers of an update are made of: the step's, the group's and the parameter's.
+//! The numbers of an update: hyper-parameters of the step, of the parameter group and of the
+//! parameter.
 
 use tch::{Device, Kind, Tensor};
 

@@ -1,4 +1,5 @@
-//! One backward, as far as it is this rank's own: its beginning, and each gradient's way to its view.
+//! The local part of one backward: its beginning, and the copy of each gradient to its view in a
+//! bucket.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, Weak};

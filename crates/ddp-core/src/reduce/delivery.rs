@@ -1,5 +1,6 @@
-//! What comes after the buckets: gradients are handed out, buffers made alike, and once the layout follows the order
-//! in which gradients really became ready.
+//! After the last bucket of an exchange: gradients are handed out, buffers are made equal on all
+//! ranks, and once the buckets are laid out anew in the order in which gradients really became
+//! ready.
 
 use tch::Kind;
 

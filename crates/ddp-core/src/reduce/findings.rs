@@ -1,4 +1,5 @@
-//! What ranks found beside gradients, told to all in the tail of each exchange, and what follows from it.
+//! What each rank found beside its gradients (not finite, other parameters, its times), sent to all
+//! ranks in the tail of each exchange, and what follows from it.
 
 use std::time::Instant;
 

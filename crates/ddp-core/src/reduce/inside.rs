@@ -1,6 +1,7 @@
-//! Errors from inside of a backward that no hook of ours finds: a custom function's, a recomputation's. libtorch stops that
-//! backward with their text; the reducers whose gradients it would have made are told here, so that the other ranks
-//! hear of it at once, and [`Ddp::backward`](crate::Ddp::backward) has the error with its type.
+//! Errors that arise inside a backward, outside of our hooks: in a custom function, or in a
+//! recomputation. libtorch ends that backward with their text. The reducers that it would have
+//! reached are told here, so that the other ranks hear of it at once, and
+//! [`Ddp::backward`](crate::Ddp::backward) returns the error with its type.
 
 use std::sync::{Arc, Mutex, Weak};
 

@@ -1,5 +1,6 @@
-//! Where ranks keep segments of gradients alone: a bucket's gradients come from where libtorch made them to a buffer when the
-//! bucket starts, and the rank's segment is kept when it has been exchanged.
+//! Sharded gradients (ZeRO-2, 3): when a bucket starts, its gradients are copied from where
+//! libtorch made them to an exchange buffer; when it has been exchanged, the rank's segment is
+//! kept.
 
 use std::time::Instant;
 

@@ -1,5 +1,5 @@
-//! Is the model still what was wrapped? Looked at when a backward begins; what trains is followed, anything else is an
-//! error.
+//! Is the model still what was wrapped? Checked when a backward begins. A change of which
+//! parameters train is followed; any other change is an error.
 
 use super::Reducer;
 use crate::shim::{self, GradientPlace, Variable};

@@ -1,8 +1,8 @@
-//! Who sees every backward of a thread, also one that reaches no wrapped parameter: the way in which a model
-//! that changed is noticed even if the change took all hooks out of the way.
+//! Notices each backward of a thread, also one that reaches no wrapped parameter: a model that was
+//! changed may have lost the hooks by which its backward would be noticed otherwise.
 //!
-//! libtorch tells a thread's record callback of each node that backward runs; the shim passes on the first of each
-//! backward. What the reducers of this thread make of it is theirs.
+//! libtorch calls a thread's record callback for each node that a backward runs; the shim passes on
+//! the first of each backward, and the reducers of the thread are told.
 
 use std::cell::RefCell;
 use std::mem::ManuallyDrop;

@@ -1,7 +1,8 @@
-//! How an operation on parameters that are not here finds who gathers them.
+//! How an operation on parameters that are not in memory finds who gathers them.
 //!
-//! libtorch tells a thread's record callback of each operation and what it takes, also on the threads that run this thread's
-//! backward; the shim passes on those that take a shell without memory.
+//! libtorch calls a thread's record callback for each operation with its inputs, also on the
+//! threads that run this thread's backward; the shim passes on those whose inputs include a shell
+//! without memory.
 #![expect(unsafe_code, reason = "gate: a list of tokens as the shim passes it")]
 
 use std::cell::Cell;

@@ -1,4 +1,5 @@
-//! A store whose parameters, or their updates, come together over the ranks that share it.
+//! The parts of a store that need other ranks: gathering parameters, or their updates, among the
+//! ranks that share one copy.
 
 use std::ops::Range;
 use std::time::Duration;

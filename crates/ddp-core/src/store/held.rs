@@ -1,4 +1,4 @@
-//! What a rank has of each bucket.
+//! What a rank holds of a bucket: all of it, or its segment.
 
 use std::ops::Range;
 

@@ -1,4 +1,5 @@
-//! What ranks tell each other: a few numbers by channel from each to all, in memory that the group registered.
+//! The exchange of batch statistics: a few numbers a channel from each rank to all, in registered
+//! memory.
 
 use phalanx_comm::Group;
 use tch::Tensor;

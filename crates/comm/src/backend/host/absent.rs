@@ -1,4 +1,4 @@
-//! Who is waited for, and what it is known to have called last.
+//! Which ranks a call still waits for, and the last call that each of them is known to have made.
 
 use std::sync::atomic::Ordering;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
-//! Connections that come while a group is made, until they have said who they are.
+//! Incoming connections while a group is made, until they have proved which rank they come from.
 //!
-//! All are heard at once, each for two seconds and [`HELLO_BYTES`] bytes: one that says nothing, or slowly, keeps nobody
-//! waiting. When there are too many, the oldest goes.
+//! All are read at once, each for two seconds and [`HELLO_BYTES`] bytes: one that sends nothing, or
+//! slowly, keeps nobody waiting. When there are too many, the oldest is closed.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read};

@@ -1,4 +1,4 @@
-//! Waiting for a word of a peer's board: watch it briefly, then sleep in the kernel.
+//! Waiting until a word on a peer's board has changed: watch it briefly, then sleep in the kernel.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};

@@ -1,5 +1,5 @@
-//! Pure: which bytes of a call on GPU memory go to its copy on the host (see [`Call`] for the form), and which
-//! come back.
+//! Calls on GPU memory over MPI: which bytes are copied to the host before the call (see [`Call`]
+//! for the layout there), and which are copied back after it. Pure.
 
 use crate::backend::host::call::Call;
 use crate::fingerprint::Op;

@@ -1,4 +1,5 @@
-//! The communicators of this process. Whoever calls NCCL on one holds the list, so that nobody aborts it meanwhile.
+//! The communicators of this process. Whoever calls NCCL on one of them holds the list meanwhile,
+//! so that no other thread aborts it.
 #![expect(unsafe_code, reason = "gate: handles of libnccl")]
 
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};

@@ -1,4 +1,4 @@
-//! What a communicator is asked to be, in the form that each version of NCCL knows.
+//! A communicator's settings, in the layout that each version of NCCL expects.
 
 use std::ffi::c_int;
 use std::mem::offset_of;
