@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use phalanx::data::convert::{prepare, PrepareOptions};
+use phalanx::data::damage::{record_damage, verify};
 use phalanx::data::progress::Silent;
-use phalanx::data::text::{prepare, PrepareOptions};
-use phalanx::data::{record_damage, verify};
 use serde_json::{json, Value};
 use support::{bert, example, Owned};
 

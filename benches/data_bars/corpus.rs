@@ -4,8 +4,10 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use phalanx::data::permutation::Permutation;
-use phalanx::data::{Access, MaskedText, Masking, RawText, Samples, SpecialTokens, TokenWriter};
+use phalanx::data::format::{SpecialTokens, TokenWriter};
+use phalanx::data::order::permutation::Permutation;
+use phalanx::data::samples::RawText;
+use phalanx::data::{Access, MaskedText, Masking, Samples};
 
 /// Tokens of a sequence.
 pub(crate) const LEN: usize = 512;

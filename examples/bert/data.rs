@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use phalanx_data::progress::Progress;
-use phalanx_data::{text, Access, FixedBatches, LoaderOptions, LoaderState, MaskedText};
-use phalanx_data::{Masking, MicroBatch, Order, Samples};
+use phalanx_data::samples::FixedBatches;
+use phalanx_data::{
+    convert, Access, LoaderOptions, LoaderState, MaskedText, Masking, MicroBatch, Order, Samples,
+};
 use phalanx_ddp_core::feed::{Feed, TensorBatch};
 use tch::{Device, Kind, Tensor};
 
@@ -55,12 +57,12 @@ fn open_batches(path: &Path, config: &Config) -> Result<Source> {
 }
 
 fn open_text(data: &Data, config: &Config, progress: &dyn Progress) -> Result<Source> {
-    let options = text::PrepareOptions {
+    let options = convert::PrepareOptions {
         vocab_size: u32::try_from(data.vocab_size).unwrap_or(u32::MAX),
         cache_dir: data.cache.clone(),
         ..Default::default()
     };
-    let prepared = text::prepare(&data.path, &options, progress)?;
+    let prepared = convert::prepare(&data.path, &options, progress)?;
     if i64::from(prepared.vocab_size) > config.model.vocab_size {
         return Err(invalid(format!(
             "the data in {} was prepared with a vocabulary of {}, model.vocab_size is {}; raise it, \

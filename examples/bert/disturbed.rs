@@ -6,7 +6,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use phalanx_data::{Column, Fingerprint, Part, Result, Rows, Samples, Scratch};
+use phalanx_data::batches::{Rows, Scratch};
+use phalanx_data::fingerprint::Fingerprint;
+use phalanx_data::order::MixtureComponent;
+use phalanx_data::{Column, Result, Samples};
 
 /// What happens to each batch of a slow loader: many steps of a tiny model, also on a busy machine.
 const DELAY: Duration = Duration::from_millis(500);
@@ -74,7 +77,7 @@ impl Samples for Disturbed {
         self.samples.sample_len(id, scratch)
     }
 
-    fn parts(&self) -> Vec<Part> {
+    fn parts(&self) -> Vec<MixtureComponent> {
         self.samples.parts()
     }
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use phalanx_data::WaitShares;
+use phalanx_data::loader::WaitShares;
 
 use super::config::Config;
 use super::metrics::{MetricsFile, StepRecord, Summary};

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use phalanx_data::SlowLoader;
+use phalanx_data::loader::SlowLoader;
 
 use super::config::Hook;
 use super::memory::gib;

@@ -4,13 +4,13 @@
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use libfuzzer_sys::fuzz_target;
-use phalanx_data::fuzzing::{Target, TARGETS};
+use phalanx_data::fuzzing::{FuzzTarget, TARGETS};
 
 /// What the last panic said.
 static LAST_PANIC: Mutex<String> = Mutex::new(String::new());
 
-fn target() -> Target {
-    static TARGET: OnceLock<Target> = OnceLock::new();
+fn target() -> FuzzTarget {
+    static TARGET: OnceLock<FuzzTarget> = OnceLock::new();
     let name = env!("CARGO_BIN_NAME");
     *TARGET.get_or_init(|| {
         // The fuzzer ends at any panic, but the converters catch those of libraries: only one that is not caught counts.

@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use phalanx_data::convert::{convert, ConvertOptions, Document, Vocabulary};
-use phalanx_data::permutation::Permutation;
+use phalanx_data::order::permutation::Permutation;
 use phalanx_data::progress::Silent;
 use tokenizers::models::bpe::{BpeTrainer, BPE};
 use tokenizers::models::TrainerWrapper;

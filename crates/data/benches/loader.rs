@@ -12,10 +12,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use phalanx_data::{
-    permutation::Permutation, Access, CausalText, Documents, Loader, LoaderOptions, MaskedText,
-    Masking, RawText, Samples, Scratch, SpecialTokens, TokenStream, TokenWriter,
-};
+use phalanx_data::batches::Scratch;
+use phalanx_data::format::{SpecialTokens, TokenStream, TokenWriter};
+use phalanx_data::order::permutation::Permutation;
+use phalanx_data::samples::{Documents, RawText};
+use phalanx_data::{Access, CausalText, Loader, LoaderOptions, MaskedText, Masking, Samples};
 
 #[path = "../tests/support/processor.rs"]
 mod processor;

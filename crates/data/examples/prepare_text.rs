@@ -4,14 +4,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use phalanx_data::{progress, text, Access, Loader, LoaderOptions, MaskedText, Masking};
+use phalanx_data::{convert, progress, Access, Loader, LoaderOptions, MaskedText, Masking};
 
 fn main() -> anyhow::Result<()> {
     let folder = std::env::args_os().nth(1).map(PathBuf::from);
     let folder = folder.ok_or_else(|| anyhow::anyhow!("give a folder with .txt files"))?;
     let started = Instant::now();
-    let prepared =
-        text::prepare(&folder, &text::PrepareOptions::default(), &progress::Terminal::stderr())?;
+    let prepared = convert::prepare(
+        &folder,
+        &convert::PrepareOptions::default(),
+        &progress::Terminal::stderr(),
+    )?;
     let prepared_after = started.elapsed();
     let opened = Instant::now();
     let samples = MaskedText::open(&prepared.folder, 128, Masking::default(), Access::Read)?;

@@ -1,4 +1,5 @@
-//! Conversions between counts on disk (`u64`) and in memory (`usize`), which are the same thing on 64-bit machines.
+//! Conversions between counts on disk (`u64`) and in memory (`usize`), which are the same thing on
+//! 64-bit machines.
 
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("phalanx-data addresses files beyond 4 GiB: it needs a 64-bit machine");

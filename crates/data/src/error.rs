@@ -1,6 +1,7 @@
 //! Everything that can go wrong between a folder of text and a batch.
 //!
-//! Each variant says what is wrong and what to do about it; nothing here is logged or printed by the crate itself.
+//! Each variant says what is wrong and what to do about it; nothing here is logged or printed by
+//! the crate itself.
 
 use std::fmt::Display;
 use std::io;
@@ -265,7 +266,8 @@ pub enum Error {
         reading: String,
         /// Where that begins in the file.
         offset: u64,
-        /// Why not. It stands in the message, so it is not also the error's `source`; see [`Error::root`].
+        /// Why not. It stands in the message, so it is not also the error's `source`; see
+        /// [`Error::root`].
         cause: Box<Error>,
     },
     /// `damage.json` says that a shard is lost, and something in it was to be read.
@@ -358,7 +360,8 @@ pub enum Error {
         /// The value of this run.
         current: String,
     },
-    /// The loaders of the ranks would not deliver parts of the same global batches. Every rank gets this same text.
+    /// The loaders of the ranks would not deliver parts of the same global batches. Every rank gets
+    /// this same text.
     #[error("the ranks' loaders do not agree on {differences}; give every rank the same data and options")]
     RanksDisagree {
         /// What differs, and which ranks have what.

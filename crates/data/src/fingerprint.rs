@@ -1,7 +1,8 @@
-//! 64-bit fingerprints: of data, to know it again when training resumes; of names and options, to find prepared data.
+//! 64-bit fingerprints: of data, to know it again when training resumes; of names and options, to
+//! find prepared data.
 //!
-//! FNV-1a with 64 bits, then the finaliser of `SplitMix64` (FNV alone mixes its high bits badly). Frozen: a saved loader state
-//! holds one. It guards against mistakes, not against an attacker.
+//! FNV-1a with 64 bits, then the finaliser of `SplitMix64` (FNV alone mixes its high bits badly).
+//! Frozen: a saved loader state holds one. It guards against mistakes, not against an attacker.
 //! Source: Fowler/Noll/Vo, <http://www.isthe.com/chongo/tech/comp/fnv/>.
 
 use std::fmt;
@@ -54,7 +55,8 @@ impl FromStr for Fingerprint {
     }
 }
 
-/// Adds up what a fingerprint is of. Every part is closed by its length, so that ("ab", "c") and ("a", "bc") differ.
+/// Takes in, part by part, what a fingerprint is made of. Each part is closed by its length, so
+/// that ("ab", "c") and ("a", "bc") differ.
 #[derive(Clone, Debug)]
 pub(crate) struct Fingerprinter(u64);
 

@@ -76,7 +76,7 @@ impl<F: Fn(Event<'_>) + Sync> Progress for F {
     }
 }
 
-/// Says nothing.
+/// Ignores all events.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Silent;
 
@@ -97,7 +97,7 @@ pub struct Terminal {
 #[derive(Debug)]
 enum Shown {
     Bar(Option<ProgressBar>),
-    Lines(Lines),
+    Lines(PlainLines),
 }
 
 impl Terminal {
@@ -106,7 +106,7 @@ impl Terminal {
         let shown = if std::io::stderr().is_terminal() {
             Shown::Bar(None)
         } else {
-            Shown::Lines(Lines::default())
+            Shown::Lines(PlainLines::default())
         };
         Terminal { shown: Mutex::new(shown) }
     }
@@ -155,24 +155,24 @@ fn bar(stage: Stage, total_bytes: u64) -> ProgressBar {
 
 /// A stage as plain lines.
 #[derive(Debug)]
-struct Lines {
+struct PlainLines {
     done_bytes: u64,
     total_bytes: u64,
     began: Instant,
     last: Instant,
 }
 
-impl Default for Lines {
+impl Default for PlainLines {
     fn default() -> Self {
-        Lines { done_bytes: 0, total_bytes: 0, began: Instant::now(), last: Instant::now() }
+        PlainLines { done_bytes: 0, total_bytes: 0, began: Instant::now(), last: Instant::now() }
     }
 }
 
-impl Lines {
+impl PlainLines {
     fn write(&mut self, event: Event<'_>) {
         match event {
             Event::Begin { stage, total_bytes } => {
-                *self = Lines { total_bytes, ..Lines::default() };
+                *self = PlainLines { total_bytes, ..PlainLines::default() };
                 match total_bytes {
                     0 => line(stage.describe()),
                     _ => line(&format!("{} ({total_bytes} bytes)", stage.describe())),

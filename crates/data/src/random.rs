@@ -1,8 +1,10 @@
-//! Random numbers that are a pure function of what they are for.
+//! Random numbers that depend on nothing but what they are drawn for.
 //!
-//! `SplitMix64`: a counter with a strong finaliser. Frozen: sample order and masks are made of it, and a resumed run must see
-//! the same ones, so no library whose output may change between releases is used here.
-//! Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014); finaliser of Stafford, variant 13.
+//! `SplitMix64`: a counter with a strong finaliser. Frozen: sample order and masks are made of it,
+//! and a resumed run must see the same ones, so no library whose output may change between releases
+//! is used here.
+//! Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014); finaliser
+//! of Stafford, variant 13.
 
 /// The golden ratio in 64 bits: the counter's step.
 const STEP: u64 = 0x9E37_79B9_7F4A_7C15;
@@ -16,13 +18,14 @@ pub(crate) const fn mix(value: u64) -> u64 {
 
 /// A stream of random words.
 #[derive(Clone, Debug)]
-pub(crate) struct Stream(u64);
+pub(crate) struct RandomStream(u64);
 
-impl Stream {
-    /// The stream that belongs to `purpose` and `key`; streams of other keys or purposes are unrelated to it.
+impl RandomStream {
+    /// The stream that belongs to `purpose` and `key`; streams of other keys or purposes are
+    /// unrelated to it.
     pub(crate) fn keyed(purpose: u64, key: &[u64]) -> Self {
         let start = mix(purpose.wrapping_add(STEP));
-        Stream(key.iter().fold(start, |state, &part| {
+        RandomStream(key.iter().fold(start, |state, &part| {
             mix(state.wrapping_mul(STEP).wrapping_add(mix(part.wrapping_add(STEP))))
         }))
     }
@@ -33,7 +36,8 @@ impl Stream {
     }
 }
 
-/// A number below `bound` from 32 random bits (Lemire's multiplication; the bias is below bound / 2^32).
+/// A number below `bound` from 32 random bits (Lemire's multiplication; the bias is below bound /
+/// 2^32).
 pub(crate) const fn below(random: u32, bound: u32) -> u32 {
     high_half(random as u64 * bound as u64)
 }

@@ -11,11 +11,10 @@ use std::sync::mpsc::channel;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use phalanx_data::batches::Scratch;
+use phalanx_data::format::{MegatronTokens, SpecialTokens, TokenStream, TokenWriter, Tokens};
 use phalanx_data::records::{ColumnValue, Field, RecordSamples, RecordWriter, Records};
-use phalanx_data::{
-    Access, DType, Error, Loader, LoaderOptions, MegatronTokens, Scratch, SpecialTokens,
-    TokenStream, TokenWriter,
-};
+use phalanx_data::{Access, DType, Error, Loader, LoaderOptions};
 
 const FOLDER: &str = "CUT_OFF_TEST_FOLDER";
 const SIGBUS: i32 = 7;

@@ -7,12 +7,16 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use phalanx_data::batches::Scratch;
+use phalanx_data::damage::{record_damage, verify, verify_from};
+use phalanx_data::format::{SpecialTokens, TokenStream, TokenWriter, Tokens};
 use phalanx_data::progress::Silent;
 use phalanx_data::records::{ColumnValue, Field, RecordSamples, RecordWriter, Records};
+use phalanx_data::samples::{Documents, FixedBatches, Mixture, Objective, PaddedText};
+use phalanx_data::source::{Folder, LocalFolder, Source};
 use phalanx_data::{
-    record_damage, verify, verify_from, Access, CausalText, DType, Documents, Error, FixedBatches,
-    Folder, Loader, LoaderOptions, LocalFolder, MaskedText, Masking, Mixture, Objective, Order,
-    PaddedText, Result, Samples, Scratch, Source, SpecialTokens, Tail, TokenStream, TokenWriter,
+    Access, CausalText, DType, Error, Loader, LoaderOptions, MaskedText, Masking, Order, Result,
+    Samples, Tail,
 };
 use safetensors::tensor::{Dtype, TensorView};
 

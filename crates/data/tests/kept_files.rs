@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use phalanx_data::{CachedFolder, Folder, Result, Source};
+use phalanx_data::source::{CachedFolder, Folder, Source};
+use phalanx_data::Result;
 use rustix::process::{getrlimit, setrlimit, Resource};
 
 const BLOCK: u64 = 1 << 20;

@@ -10,7 +10,7 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Once;
 use std::time::{Duration, Instant};
 
-use phalanx_data::fuzzing::{Case, Target, TARGETS};
+use phalanx_data::fuzzing::{Case, FuzzTarget, TARGETS};
 
 /// Counts what each thread has allocated, and the most of it at once: tests run side by side.
 struct Measuring;
@@ -76,7 +76,7 @@ fn keep_quiet() {
 }
 
 /// Reads a case; gives whether anything could be read.
-fn read(target: &Target, case: &Case) -> bool {
+fn read(target: &FuzzTarget, case: &Case) -> bool {
     keep_quiet();
     LAST_PANIC.take();
     let before = LIVE.get();
@@ -85,7 +85,7 @@ fn read(target: &Target, case: &Case) -> bool {
     let is_read = catch_unwind(AssertUnwindSafe(|| (case.read)()));
     IS_READING.set(false);
     let taken = PEAK.get() - before;
-    let (Target { name, memory: (times, besides), .. }, bytes) = (target, case.bytes);
+    let (FuzzTarget { name, memory: (times, besides), .. }, bytes) = (target, case.bytes);
     assert!(taken <= times * bytes + besides, "{name}: {taken} of {bytes} bytes");
     is_read.unwrap_or_else(|_| panic!("{name}: {}", LAST_PANIC.take()))
 }
@@ -173,7 +173,7 @@ fn change(bytes: &mut Vec<u8>, numbers: &mut Numbers) {
     }
 }
 
-fn target(name: &str) -> &'static Target {
+fn target(name: &str) -> &'static FuzzTarget {
     TARGETS.iter().find(|target| target.name == name).expect("there is such a target")
 }
 

@@ -12,12 +12,16 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use phalanx_data::damage::{record_damage, verify};
+use phalanx_data::format::{SpecialTokens, TokenStream, TokenWriter, Tokens};
 use phalanx_data::progress::Silent;
 use phalanx_data::records::{ColumnValue, Field, RecordSamples, RecordWriter, Records};
+use phalanx_data::samples::{
+    map, Documents, FixedBatches, Mixture, Objective, PaddedText, RawText,
+};
 use phalanx_data::{
-    map, record_damage, verify, Access, CausalText, DType, Documents, FixedBatches, Loader,
-    LoaderOptions, MaskedText, Masking, MicroBatch, Mixture, Objective, OnDamage, Order,
-    PaddedText, RawText, Samples, SpecialTokens, Tail, TokenStream, TokenWriter, Tokens,
+    Access, CausalText, DType, Loader, LoaderOptions, MaskedText, Masking, MicroBatch, OnDamage,
+    Order, Samples, Tail,
 };
 use safetensors::tensor::{Dtype, TensorView};
 

@@ -29,10 +29,11 @@ use arrow_schema::{DataType, Field, Fields};
 use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
+use phalanx_data::batches::Scratch;
 use phalanx_data::convert::{convert, BadLines, ConvertOptions, Format, Vocabulary};
 use phalanx_data::progress::{Event, Silent};
 use phalanx_data::records::{convert_columns, FieldShape, RecordOptions, Records};
-use phalanx_data::{Access, DType, Error, Scratch};
+use phalanx_data::{Access, DType, Error};
 
 use seen::Seen;
 

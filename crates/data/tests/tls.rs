@@ -13,10 +13,10 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use phalanx_data::{
-    Access, CachedFolder, Error, HttpFolder, HttpOptions, Scratch, SpecialTokens, TokenStream,
-    TokenWriter,
-};
+use phalanx_data::batches::Scratch;
+use phalanx_data::format::{SpecialTokens, TokenStream, TokenWriter, Tokens};
+use phalanx_data::source::{CachedFolder, HttpFolder, HttpOptions};
+use phalanx_data::{Access, Error};
 use rcgen::{date_time_ymd, BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};

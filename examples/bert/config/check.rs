@@ -2,7 +2,7 @@
 //!
 //! Each message names the field by its path in the file, its value, and what to do.
 
-use phalanx_data::Index;
+use phalanx_data::format::TokenIndex;
 
 use super::{Config, ConfigError, Data, Ddp, Model, Optimizer, Rule, Schedule};
 
@@ -159,7 +159,7 @@ impl Data {
             ));
         }
         // A folder that is prepared has a vocabulary, which is checked when it is opened.
-        if vocab > model.vocab_size && !Index::is_in(&self.path) {
+        if vocab > model.vocab_size && !TokenIndex::is_in(&self.path) {
             return Some(format!(
                 "data.vocab_size ({vocab}) is above model.vocab_size ({}); \
                  lower the first or raise the second",

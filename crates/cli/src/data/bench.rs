@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
+use phalanx_data::fingerprint::Fingerprint;
+use phalanx_data::format::TokenStream;
+use phalanx_data::order::Quality;
 use phalanx_data::records::{RecordIndex, RecordSamples, Records};
-use phalanx_data::{
-    CausalText, Documents, Error, Fingerprint, Loader, LoaderOptions, MaskedText, Masking, Order,
-    Quality, RawText, Samples, TokenStream,
-};
+use phalanx_data::samples::{Documents, RawText};
+use phalanx_data::{CausalText, Error, Loader, LoaderOptions, MaskedText, Masking, Order, Samples};
 use serde_json::json;
 
 use super::{megatron, AccessFlag, Data, Folder};

@@ -6,9 +6,11 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Args;
+use phalanx_data::batches::Scratch;
+use phalanx_data::format::{TokenIndex, TokenStream, Tokens};
 use phalanx_data::records::RecordIndex;
 use phalanx_data::text::Detokenizer;
-use phalanx_data::{Access, Index, Scratch, TokenStream};
+use phalanx_data::Access;
 use serde_json::{json, Value};
 
 use super::{megatron, records, Data, Folder};
@@ -55,11 +57,11 @@ fn tokens(folder: &Path, args: &InspectArgs) -> Result<()> {
     report::print(&as_lines(folder, stream.index(), &samples)?)
 }
 
-fn file_bytes(index: &Index) -> u64 {
+fn file_bytes(index: &TokenIndex) -> u64 {
     index.shards.iter().map(|shard| shard.file_bytes).sum()
 }
 
-fn as_json(index: &Index, samples: &[Sample]) -> Value {
+fn as_json(index: &TokenIndex, samples: &[Sample]) -> Value {
     let shards: Vec<Value> = index
         .shards
         .iter()
@@ -82,7 +84,7 @@ fn as_json(index: &Index, samples: &[Sample]) -> Value {
     })
 }
 
-fn as_lines(folder: &Path, index: &Index, samples: &[Sample]) -> Result<String> {
+fn as_lines(folder: &Path, index: &TokenIndex, samples: &[Sample]) -> Result<String> {
     let mut out = String::new();
     let special = match serde_json::to_value(index.special)? {
         Value::Object(ids) => ids

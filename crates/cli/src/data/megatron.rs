@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Result;
-use phalanx_data::{Access, Error, MegatronTokens, Scratch};
+use phalanx_data::batches::Scratch;
+use phalanx_data::format::{MegatronTokens, Tokens};
+use phalanx_data::{Access, Error};
 use serde_json::json;
 
 use crate::report::{self, count, real};

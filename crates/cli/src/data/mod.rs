@@ -13,8 +13,9 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Args, Subcommand, ValueEnum};
+use phalanx_data::format::TokenIndex;
 use phalanx_data::progress::{Progress, Silent, Terminal};
-use phalanx_data::{Access, Error, Index};
+use phalanx_data::{Access, Error};
 
 /// What to do with data.
 #[derive(Debug, Subcommand)]
@@ -56,7 +57,7 @@ impl Folder {
         if !self.path.exists() {
             return Err(Error::DataMissing { path: self.path.clone() }.into());
         }
-        if !Index::is_in(&self.path) {
+        if !TokenIndex::is_in(&self.path) {
             return Err(Error::NotPrepared { path: self.path.clone() }.into());
         }
         Ok(Data::Folder(&self.path))

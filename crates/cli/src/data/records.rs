@@ -4,8 +4,9 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::Result;
+use phalanx_data::batches::Scratch;
 use phalanx_data::records::{Field, FieldShape, RecordIndex, Records};
-use phalanx_data::{Access, Scratch};
+use phalanx_data::Access;
 use serde_json::json;
 
 use crate::report::{self, bytes, count};

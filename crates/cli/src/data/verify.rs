@@ -5,7 +5,8 @@ use std::time::Instant;
 
 use anyhow::Result;
 use clap::Args;
-use phalanx_data::{record_damage, verify, Error, Verified};
+use phalanx_data::damage::{record_damage, verify, Verified};
+use phalanx_data::Error;
 use serde_json::json;
 
 use super::{megatron, Data, Folder, ProgressFlag, Threads};

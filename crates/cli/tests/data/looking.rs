@@ -8,7 +8,7 @@ use crate::support::{damage, phalanx, prepared, refused, text};
 fn inspect_shows_what_is_there_and_some_of_it() {
     let folder = tempfile::tempdir().unwrap();
     let target = prepared(folder.path());
-    let index = phalanx_data::Index::read(&target).unwrap();
+    let index = phalanx_data::format::TokenIndex::read(&target).unwrap();
     assert!(index.shards.len() > 1, "several shards");
     let out = phalanx(&["data", "inspect", text(&target), "--sample", "3"]).good();
     for part in [

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use phalanx_data::convert::{prepare, PrepareOptions};
 use phalanx_data::progress::Silent;
-use phalanx_data::text::{prepare, PrepareOptions};
 
 /// No command of these tests takes as long on any machine.
 pub(crate) const LONG: Duration = Duration::from_secs(120);

@@ -8,7 +8,7 @@ use crate::cast::to_u64;
 
 /// A document, or a part of one.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Segment<'a> {
+pub(crate) struct Passage<'a> {
     pub(crate) text: Cow<'a, str>,
     /// Where the block goes on after it and what separates it from the next.
     pub(crate) end: usize,
@@ -21,12 +21,12 @@ pub(crate) struct Segment<'a> {
 pub(crate) fn of_text<E>(
     text: &str,
     unit: Document,
-    mut each: impl FnMut(Segment<'_>) -> Result<(), E>,
+    mut each: impl FnMut(Passage<'_>) -> Result<(), E>,
 ) -> Result<(), E> {
     match unit {
         Document::File => {
             let (end, lines) = (text.len(), 0);
-            each(Segment { text: text.into(), end, lines, ends_document: false })
+            each(Passage { text: text.into(), end, lines, ends_document: false })
         }
         Document::Line => {
             let (mut at, mut number) = (0, 0);
@@ -35,7 +35,7 @@ pub(crate) fn of_text<E>(
                 number += 1;
                 if !line.trim_ascii().is_empty() {
                     let line = line.trim_end_matches(['\n', '\r']).into();
-                    each(Segment { text: line, end: at, lines: number, ends_document: true })?;
+                    each(Passage { text: line, end: at, lines: number, ends_document: true })?;
                 }
             }
             Ok(())
@@ -45,14 +45,14 @@ pub(crate) fn of_text<E>(
 }
 
 /// Runs of lines between empty ones.
-fn paragraphs<E>(text: &str, mut each: impl FnMut(Segment<'_>) -> Result<(), E>) -> Result<(), E> {
+fn paragraphs<E>(text: &str, mut each: impl FnMut(Passage<'_>) -> Result<(), E>) -> Result<(), E> {
     // The paragraph is `text[begin..close]`; `close == begin` while there is none.
     let (mut begin, mut close, mut at, mut number, mut gap) = (0, 0, 0, 0_u64, false);
     for line in text.split_inclusive('\n') {
         let is_blank = line.trim_ascii().is_empty();
         if !is_blank && gap {
             let paragraph = text[begin..close].trim_end_matches(['\n', '\r']).into();
-            each(Segment { text: paragraph, end: at, lines: number, ends_document: true })?;
+            each(Passage { text: paragraph, end: at, lines: number, ends_document: true })?;
             (begin, close, gap) = (at, at, false);
         }
         at += line.len();
@@ -68,19 +68,21 @@ fn paragraphs<E>(text: &str, mut each: impl FnMut(Segment<'_>) -> Result<(), E>)
     if close == begin {
         return Ok(());
     }
-    // Without an empty line after it the paragraph may go on in the next block: its last line break belongs to it.
+    // Without an empty line after it the paragraph may go on in the next block: its last line break
+    // belongs to it.
     let last = &text[begin..close];
     let last = if gap { last.trim_end_matches(['\n', '\r']) } else { last };
-    each(Segment { text: last.into(), end: at, lines: number, ends_document: gap })
+    each(Passage { text: last.into(), end: at, lines: number, ends_document: gap })
 }
 
-/// Calls `each` for every line of a block of JSON objects: its text, or what is wrong with the line. The block begins at byte
-/// `offset` of its file. Lines are looked at one by one, so that a bad one has no say in the others, wherever the block was cut.
+/// Calls `each` for every line of a block of JSON objects: with its text, or with what is wrong
+/// with the line. The block begins at byte `offset` of its file. Each line is parsed for itself, so
+/// that a bad one does not change the others, wherever the block was cut.
 pub(crate) fn of_json_lines<E>(
     block: &[u8],
     offset: u64,
     field: &str,
-    mut each: impl FnMut(Result<Segment<'_>, BadJson>) -> Result<(), E>,
+    mut each: impl FnMut(Result<Passage<'_>, BadJson>) -> Result<(), E>,
 ) -> Result<(), E> {
     let (mut at, mut number) = (0, 0);
     for line in block.split_inclusive(|&byte| byte == b'\n') {
@@ -94,7 +96,7 @@ pub(crate) fn of_json_lines<E>(
             format!("it is not UTF-8 at byte {} of the file", start + to_u64(error.valid_up_to()))
         });
         let found = found.and_then(|text| json_text(text, field));
-        let found = found.map(|text| Segment { text, end: at, lines: number, ends_document: true });
+        let found = found.map(|text| Passage { text, end: at, lines: number, ends_document: true });
         each(found.map_err(|reason| BadJson { line: number, reason }))?;
     }
     Ok(())

@@ -7,7 +7,7 @@ use std::time::UNIX_EPOCH;
 use super::options::Format;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprinter;
-use crate::format::is_output;
+use crate::format::index::is_output;
 use crate::progress::{Event, Progress};
 
 /// Folders deeper than this are a loop or a mistake.
@@ -45,10 +45,11 @@ impl InputFile {
     }
 }
 
-/// The text under a path: the file itself, or all `.txt` files of a folder and its subfolders, sorted by name. Hidden folders,
-/// links to folders and folders that this crate has made are passed over.
-pub(crate) fn list_text(path: &Path) -> Result<Found> {
-    let mut found = Found::default();
+/// The text under a path: the file itself, or all `.txt` files of a folder and its subfolders,
+/// sorted by name. Hidden folders, links to folders and folders that this crate has made are passed
+/// over.
+pub(crate) fn list_text(path: &Path) -> Result<InputFiles> {
+    let mut found = InputFiles::default();
     list_one(path, Format::Text.extensions(), &mut found)?;
     if found.files.is_empty() {
         return Err(Error::NoText { path: path.to_path_buf() });
@@ -58,13 +59,13 @@ pub(crate) fn list_text(path: &Path) -> Result<Found> {
 
 /// What is under a path.
 #[derive(Debug, Default)]
-pub(crate) struct Found {
+pub(crate) struct InputFiles {
     pub(crate) files: Vec<InputFile>,
     /// Folders that this crate has made.
     outputs: Vec<PathBuf>,
 }
 
-impl Found {
+impl InputFiles {
     /// Says which folders were passed over.
     pub(crate) fn tell(&self, progress: &dyn Progress) {
         for path in &self.outputs {
@@ -76,7 +77,8 @@ impl Found {
     }
 }
 
-/// The files under all paths, in the order of the paths: files as they are given, of folders those with a known extension.
+/// The files under all paths, in the order of the paths: files as they are given, of folders those
+/// with a known extension.
 pub(crate) fn list_named(
     paths: &[PathBuf],
     known: &[&str],
@@ -85,10 +87,10 @@ pub(crate) fn list_named(
     if paths.is_empty() {
         return Err(Error::option("input", "empty", "give at least one file or folder"));
     }
-    let mut found = Found::default();
+    let mut found = InputFiles::default();
     for path in paths {
         let nothing = || Error::NoInput { path: path.clone(), expected: known.join(", ") };
-        // Also of a broken link it is said that there is nothing; what cannot be looked at is another matter.
+        // A broken link counts as nothing; a path that cannot be looked at is another error.
         if !path.try_exists().map_err(Error::io("look at", path))? {
             return Err(nothing());
         }
@@ -140,14 +142,14 @@ fn has_extension(path: &Path, known: &[&str]) -> bool {
 }
 
 /// A file is taken whatever it is called; of a folder, files with a known extension.
-fn list_one(path: &Path, extensions: &[&str], all: &mut Found) -> Result<()> {
+fn list_one(path: &Path, extensions: &[&str], all: &mut InputFiles) -> Result<()> {
     let metadata = fs::metadata(path).map_err(Error::io("open", path))?;
     if metadata.is_file() {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         all.files.push(InputFile::look(path, name)?);
         return Ok(());
     }
-    let mut found = Found::default();
+    let mut found = InputFiles::default();
     walk(path, "", DEPTH_MAX, extensions, &mut found)?;
     found.files.sort_by(|a, b| a.name.cmp(&b.name));
     found.outputs.sort();
@@ -161,7 +163,7 @@ fn walk(
     prefix: &str,
     depth: usize,
     extensions: &[&str],
-    found: &mut Found,
+    found: &mut InputFiles,
 ) -> Result<()> {
     for entry in fs::read_dir(folder).map_err(Error::io("list", folder))? {
         let entry = entry.map_err(Error::io("list", folder))?;

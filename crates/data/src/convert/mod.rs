@@ -1,4 +1,8 @@
-//! From files of text to a prepared folder: [`convert`], with any tokenizer, resumable.
+//! From files of text to a prepared folder: [`convert`], with any tokenizer, resumable, and
+//! [`prepare`], which trains a vocabulary and finds what is prepared already.
+//!
+//! Here belongs what reads files of text and tables in blocks, all threads at once, and goes on
+//! after an interruption. Tokens are made in `text`, written in [`crate::format`].
 //!
 //! ```
 //! use phalanx_data::convert::{convert, ConvertOptions, Vocabulary};
@@ -17,48 +21,20 @@
 //! # }
 //! ```
 
-mod block;
-mod byte_level;
-mod cut;
+pub(crate) mod block;
 mod documents;
-pub(crate) mod encoder;
 pub(crate) mod input;
 pub(crate) mod journal;
-mod json_field;
+pub(crate) mod json_field;
 mod options;
-pub(crate) mod pipeline;
+mod pipeline;
+mod prepare;
 pub(crate) mod resume;
 #[cfg(feature = "parquet")]
-mod rows;
+pub(crate) mod rows;
 mod run;
-pub(crate) mod sink;
-mod special;
-mod word_pieces;
-mod words;
+mod sink;
 
-/// What tests feed with bytes. Each says whether anything was found.
-#[cfg(feature = "testing")]
-pub(crate) mod fuzzed {
-    pub(crate) fn journal(text: &[u8]) -> bool {
-        super::journal::parses(text)
-    }
-
-    pub(crate) fn tokenizer(json: &[u8]) -> bool {
-        super::encoder::fuzzed(json)
-    }
-
-    #[cfg(feature = "parquet")]
-    pub(crate) fn rows(path: &std::path::Path) -> bool {
-        super::rows::fuzzed(path, "text").unwrap_or(false)
-    }
-
-    pub(crate) fn json_text(line: &str, field: &str) -> bool {
-        super::json_field::json_text(line, field).is_ok()
-    }
-}
-
-pub(crate) use block::Place;
-pub(crate) use journal::Counts;
 pub use options::{BadLines, ConvertOptions, Document, Format, Vocabulary};
+pub use prepare::{prepare, PrepareOptions, Prepared};
 pub use run::{convert, Converted};
-pub(crate) use run::{count_words, encode_all};

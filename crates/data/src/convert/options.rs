@@ -11,9 +11,11 @@ pub enum Format {
     Text,
     /// A JSON object a line: `.jsonl`, `.ndjson`. Each is a document.
     JsonLines,
-    /// A column of strings in Parquet files: `.parquet`. Each row is a document. Needs the feature `parquet`.
+    /// A column of strings in Parquet files: `.parquet`. Each row is a document. Needs the feature
+    /// `parquet`.
     Parquet,
-    /// A column of strings in Arrow files or streams: `.arrow`, `.feather`. Each row is a document. Needs the feature `parquet`.
+    /// A column of strings in Arrow files or streams: `.arrow`, `.feather`. Each row is a document.
+    /// Needs the feature `parquet`.
     Arrow,
 }
 
@@ -87,11 +89,14 @@ pub struct ConvertOptions {
     pub field: String,
     /// What a document is in plain text.
     pub document: Document,
-    /// The token that closes each document; found by name if not given: `[SEP]`, or the end of text.
+    /// The token that closes each document; found by name if not given: `[SEP]`, or the end of
+    /// text.
     pub end_token: Option<String>,
-    /// What happens to lines that are no JSON, not UTF-8, of more than 256 MiB or lack the field, and to rows without text.
+    /// What happens to lines that are no JSON, not UTF-8, of more than 256 MiB or lack the field,
+    /// and to rows without text.
     pub bad_lines: BadLines,
-    /// A shard is closed at the first end of a document after so many bytes of tokens and of the places of documents (8 each).
+    /// A shard is closed at the first end of a document after so many bytes of tokens and of the
+    /// places of documents (8 each).
     pub shard_bytes: u64,
     /// Threads; all processors if not given. The result does not depend on it.
     pub threads: Option<NonZeroUsize>,

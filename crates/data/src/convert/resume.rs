@@ -4,11 +4,12 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use super::journal::{self, Entry, Found, Listed};
+use super::journal::{self, FoundJournal, JournalEntry};
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
-use crate::format::files::{is_free, partial_path};
-use crate::lock::{self, Lock};
+use crate::format::folder::{is_free, partial_path};
+use crate::format::index::ShardEntry;
+use crate::format::lock::{self, Lock};
 use crate::progress::{Event, Progress};
 
 /// Keeps others away from `output`, whose parent folders are made.
@@ -22,12 +23,13 @@ pub(crate) fn lock(output: &Path) -> Result<Lock> {
     lock::acquire(&lock::path_for(output), Duration::ZERO, || {})
 }
 
-/// What a finished output says of its shards; `None` if nothing is there. Anything else that is there is an error.
-pub(crate) fn finished<S: Listed>(
+/// What a finished output says of its shards; `None` if nothing is there. Anything else that is
+/// there is an error.
+pub(crate) fn finished<S: ShardEntry>(
     output: &Path,
     key: Fingerprint,
     is_output: impl FnOnce(&Path) -> bool,
-) -> Result<Option<Vec<Entry<S>>>> {
+) -> Result<Option<Vec<JournalEntry<S>>>> {
     if is_free(output)? {
         return Ok(None);
     }
@@ -36,22 +38,23 @@ pub(crate) fn finished<S: Listed>(
         return Err(exists());
     }
     match journal::read(output, key)? {
-        Found::Shards(entries) => Ok(Some(entries)),
+        FoundJournal::Shards(entries) => Ok(Some(entries)),
         _ => Err(exists()),
     }
 }
 
-/// What an earlier run of the same conversion has done, if `is_usable` says that its folder can be used.
-pub(crate) fn half_done<S: Listed>(
+/// What an earlier run of the same conversion has done, if `is_usable` says that its folder can be
+/// used.
+pub(crate) fn half_done<S: ShardEntry>(
     output: &Path,
     key: Fingerprint,
     restart: bool,
     is_usable: impl FnOnce(&Path) -> bool,
     progress: &dyn Progress,
-) -> Result<Vec<Entry<S>>> {
+) -> Result<Vec<JournalEntry<S>>> {
     let partial = partial_path(output);
     match journal::read(&partial, key)? {
-        Found::Shards(entries) if !restart && is_usable(&partial) => {
+        FoundJournal::Shards(entries) if !restart && is_usable(&partial) => {
             if !entries.is_empty() {
                 let shards = journal::count(&entries);
                 progress.report(Event::Notice(&format!(
@@ -60,7 +63,7 @@ pub(crate) fn half_done<S: Listed>(
             }
             Ok(entries)
         }
-        Found::Other if !restart => Err(Error::OtherConversion { path: partial }),
+        FoundJournal::Other if !restart => Err(Error::OtherConversion { path: partial }),
         _ => {
             match fs::remove_dir_all(&partial) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -73,15 +76,16 @@ pub(crate) fn half_done<S: Listed>(
     }
 }
 
-/// After an error of the conversion with that key: says what of it is kept, and how to go on. It is quiet if nothing is.
-pub(crate) fn tell_what_stays<S: Listed>(
+/// After an error of the conversion with that key: says what of it is kept, and how to go on. It is
+/// quiet if nothing is.
+pub(crate) fn tell_what_stays<S: ShardEntry>(
     output: &Path,
     key: Fingerprint,
     error: &Error,
     progress: &dyn Progress,
 ) {
     let partial = partial_path(output);
-    let Ok(Found::Shards(entries)) = journal::read::<S>(&partial, key) else { return };
+    let Ok(FoundJournal::Shards(entries)) = journal::read::<S>(&partial, key) else { return };
     if entries.is_empty() {
         return;
     }

@@ -2,15 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use arrow_array::cast::AsArray;
 use arrow_array::{Array, ArrayRef};
 use arrow_buffer::NullBuffer;
 use arrow_schema::DataType;
 
-use super::block::{Block, Content, Place, Texts};
+use super::block::{BlockContent, InputPosition, TextBlock, Texts};
 use crate::cast::to_u64;
 use crate::error::{Error, Result};
-use crate::table::{self, Table};
+use crate::table::{self, TableScan};
 
 /// Rows of a block, unless their text is long.
 const ROWS: usize = 256;
@@ -19,26 +18,26 @@ const ROWS: usize = 256;
 const TEXT_BYTES: usize = 256 << 10;
 
 /// The rows of one file, from a place on.
-pub(super) struct Rows {
+pub(super) struct TableRows {
     path: PathBuf,
-    table: Table,
+    table: TableScan,
     column: String,
-    place: Place,
-    current: Option<Batch>,
+    place: InputPosition,
+    current: Option<TextBatch>,
     /// Bytes of the file that blocks stood for.
     done_bytes: u64,
     ended: bool,
 }
 
 /// Rows in memory, of which those before `at` are done.
-struct Batch {
+struct TextBatch {
     texts: ArrayRef,
     nulls: Option<NullBuffer>,
     at: usize,
 }
 
-impl Rows {
-    pub(super) fn open(path: &Path, column: &str, place: Place) -> Result<Self> {
+impl TableRows {
+    pub(super) fn open(path: &Path, column: &str, place: InputPosition) -> Result<Self> {
         let schema = table::schema(path)?;
         let kind = table::column_type(path, &schema, column)?;
         if !is_text(&kind) {
@@ -47,13 +46,13 @@ impl Rows {
             );
             return Err(Error::BadTable { path: path.to_path_buf(), reason });
         }
-        let table = Table::open(path, &schema, &[column.to_owned()], place.line)?;
+        let table = TableScan::open(path, &schema, &[column.to_owned()], place.line)?;
         let (path, column) = (path.to_path_buf(), column.to_owned());
-        Ok(Rows { path, table, column, place, current: None, done_bytes: 0, ended: false })
+        Ok(TableRows { path, table, column, place, current: None, done_bytes: 0, ended: false })
     }
 
     /// The next block, or `None` after the one that ends the file.
-    pub(super) fn next(&mut self) -> Result<Option<Block>> {
+    pub(super) fn next(&mut self) -> Result<Option<TextBlock>> {
         if self.ended {
             return Ok(None);
         }
@@ -68,7 +67,7 @@ impl Rows {
                     None => break,
                     Some(batch) => {
                         let found = table::column(&self.path, &batch, &self.column)?;
-                        self.current = found.map(Batch::new);
+                        self.current = found.map(TextBatch::new);
                     }
                 },
             }
@@ -77,19 +76,20 @@ impl Rows {
         self.place.offset += rows;
         self.place.line += rows;
         self.ended = rows == 0;
-        // The first block stands also for the rows before it, the end for what follows the last row.
+        // The first block also counts for the rows before it, and the end for what follows the last
+        // row.
         let rest = || self.table.bytes_until(self.place.line);
         let done_bytes = if self.ended { self.table.bytes() } else { rest() };
         let bytes = done_bytes.saturating_sub(self.done_bytes);
         self.done_bytes += bytes;
-        let content = if self.ended { Content::End } else { Content::Rows(texts) };
-        Ok(Some(Block { start, content, bytes, is_inside: false }))
+        let content = if self.ended { BlockContent::End } else { BlockContent::Rows(texts) };
+        Ok(Some(TextBlock { start, content, bytes, is_inside: false }))
     }
 }
 
-impl Batch {
+impl TextBatch {
     fn new((texts, nulls): (ArrayRef, Option<NullBuffer>)) -> Self {
-        Batch { texts, nulls, at: 0 }
+        TextBatch { texts, nulls, at: 0 }
     }
 
     fn text(&self) -> std::result::Result<&str, &'static str> {
@@ -97,15 +97,7 @@ impl Batch {
         if self.nulls.as_ref().is_some_and(|nulls| nulls.is_null(at)) {
             return Err("it is null");
         }
-        let bytes = match texts.data_type() {
-            DataType::Utf8 => return Ok(texts.as_string::<i32>().value(at)),
-            DataType::LargeUtf8 => return Ok(texts.as_string::<i64>().value(at)),
-            DataType::Utf8View => return Ok(texts.as_string_view().value(at)),
-            DataType::Binary => texts.as_binary::<i32>().value(at),
-            DataType::LargeBinary => texts.as_binary::<i64>().value(at),
-            DataType::BinaryView => texts.as_binary_view().value(at),
-            _ => return Err("it is no string"),
-        };
+        let bytes = table::bytes_at(texts, at).ok_or("it is no string")?;
         std::str::from_utf8(bytes).ok().ok_or("it is not UTF-8")
     }
 }
@@ -113,25 +105,21 @@ impl Batch {
 /// Strings, whatever way they are kept; bytes are read as UTF-8.
 fn is_text(kind: &DataType) -> bool {
     match kind {
-        DataType::Utf8
-        | DataType::LargeUtf8
-        | DataType::Utf8View
-        | DataType::Binary
-        | DataType::LargeBinary
-        | DataType::BinaryView => true,
         DataType::Dictionary(_, values) => is_text(values),
-        _ => false,
+        _ => table::is_bytes(kind),
     }
 }
 
 /// Reads the texts of a file, as the converter does: some thousands. Gives whether there are any.
 #[cfg(feature = "testing")]
-pub(super) fn fuzzed(path: &Path, column: &str) -> Result<bool> {
-    let mut rows = Rows::open(path, column, Place::default())?;
+pub(crate) fn fuzzed(path: &Path, column: &str) -> Result<bool> {
+    let mut rows = TableRows::open(path, column, InputPosition::default())?;
     let mut is_read = false;
     for _ in 0..100 {
         match rows.next()? {
-            Some(Block { content: Content::Rows(texts), .. }) => is_read |= texts.rows() > 0,
+            Some(TextBlock { content: BlockContent::Rows(texts), .. }) => {
+                is_read |= texts.rows() > 0;
+            }
             _ => break,
         }
     }

@@ -2,25 +2,27 @@
 
 use std::path::{Path, PathBuf};
 
-use super::block::Place;
-use super::cut::Cut;
-use super::encoder::{self, Encoder};
-use super::input;
-use super::journal::{self, Counts, Entry, Journal};
+use super::block::InputPosition;
+use super::journal::{self, ConversionJournal, ConvertCounts, JournalEntry};
 use super::options::{BadLines, ConvertOptions, Document, Format, Vocabulary};
-use super::pipeline::Input;
-use super::sink::{self, Sink};
-use super::{resume, special, words};
+use super::pipeline::TextInput;
+use super::sink::{self, TokenSink};
+use super::{input, resume};
 use crate::cast::to_u64;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
-use crate::format::{partial_path, Index, ShardEntry, SpecialTokens, TokenWriter, TOKENIZER_FILE};
-use crate::pool::in_pool;
+use crate::format::continuations::TOKENIZER_FILE;
+use crate::format::folder::{partial_path, OnDrop};
+use crate::format::{SpecialTokens, TokenIndex, TokenShard, TokenWriter};
 use crate::progress::{Event, Progress, Stage};
 use crate::random::mix;
+use crate::text::cut::CutRule;
 use crate::text::decode::read_bounded;
+use crate::text::encoder::{self, Encoder};
 use crate::text::split::about;
-use crate::text::vocabulary::{self, WordCounts, SPECIAL_IDS, VOCAB_SIZE_MIN};
+use crate::text::vocabulary::{self, TrainedVocabulary, WantedVocabulary, WordCounts, SPECIAL_IDS};
+use crate::text::{special, words};
+use crate::threads::in_pool;
 
 /// Part of every key: raised when the same input and options give other files.
 const KEY_VERSION: &str = "convert 6";
@@ -32,14 +34,14 @@ const TRAINING_BYTES_MAX: u64 = 1 << 30;
 const DOCUMENT_WORTH_A_NOTICE: u64 = 256 << 20;
 
 /// One unknown token in so many is worth a notice.
-const UNKNOWN_WORTH_A_NOTICE: u64 = 50;
+pub(super) const UNKNOWN_WORTH_A_NOTICE: u64 = 50;
 
 /// What [`convert`] made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Converted {
     /// What the folder holds.
-    pub index: Index,
+    pub index: TokenIndex,
     /// Lines that were left out because they are bad.
     pub skipped_lines: u64,
     /// Shards that an interrupted run of the same conversion had finished.
@@ -48,31 +50,34 @@ pub struct Converted {
     pub reused: bool,
 }
 
-/// Converts text to a prepared folder at `output`: plain text, JSON lines, or a column of Parquet or Arrow
-/// files, with any `tokenizer.json` or a vocabulary
-/// that is trained on the text.
+/// Converts text to a prepared folder at `output`: plain text, JSON lines, or a column of Parquet
+/// or Arrow files, with any `tokenizer.json` or a vocabulary that is trained on the text.
 ///
-/// The folder appears when it is complete. Until then shards gather in a hidden folder beside it; after a crash or an error
-/// the same call goes on behind the last finished shard, and the result has the bytes of a run without interruption. Of
-/// several processes with one output the first converts and the others fail.
+/// The folder appears when it is complete. Until then shards gather in a hidden folder beside it;
+/// after a crash or an error the same call goes on behind the last finished shard, and the result
+/// has the bytes of a run without interruption. Of several processes with one output the first
+/// converts and the others fail.
 ///
-/// Text is encoded in pieces, cut so that tokenizers of BERT's, GPT-2's, Llama 3's and Qwen's kind give the tokens of the whole; of
-/// others documents longer than 256 KiB are cut at spaces. A run without white space is cut after 1 MiB. Special tokens that stand in
-/// the text are text.
+/// Text is encoded in pieces, cut so that tokenizers of BERT's, GPT-2's, Llama 3's and Qwen's kind
+/// give the tokens of the whole; of others documents longer than 256 KiB are cut at spaces. A run
+/// without white space is cut after 1 MiB. Special tokens that stand in the text are text.
 ///
-/// A vocabulary is trained on all of the text up to 1 GiB, and on 1 GiB of more: blocks of it that are spread evenly. Of its
-/// words the most frequent 65 536 count, or four times as many as the vocabulary has entries.
+/// A vocabulary is trained on all of the text up to 1 GiB, and on 1 GiB of more: blocks of it that
+/// are spread evenly. Of its words the most frequent 65 536 count, or four times as many as the
+/// vocabulary has entries.
 ///
-/// Memory: some tens of MiB for each thread, 8 bytes for each document of a shard, and the words of the text while a vocabulary is
-/// trained.
+/// Memory: some tens of MiB for each thread, 8 bytes for each document of a shard, and the words of
+/// the text while a vocabulary is trained.
 ///
 /// # Determinism
 /// The same input and options give the same bytes, whatever the number of threads.
 ///
 /// # Errors
-/// [`Error::NoInput`], [`Error::InvalidUtf8`], [`Error::BadLine`], [`Error::BadRow`], [`Error::BadTable`], [`Error::EmptyText`], [`Error::TextChanged`],
-/// [`Error::OutputExists`], [`Error::OtherConversion`], [`Error::LockTimeout`] if another process converts to the same output,
-/// [`Error::Tokenizer`], [`Error::InvalidOption`], [`Error::CacheNotWritable`] and [`Error::Io`].
+/// [`Error::NoInput`], [`Error::InvalidUtf8`], [`Error::BadLine`], [`Error::BadRow`],
+/// [`Error::BadTable`], [`Error::EmptyText`], [`Error::TextChanged`], [`Error::OutputExists`],
+/// [`Error::OtherConversion`], [`Error::LockTimeout`] if another process converts to the same
+/// output, [`Error::Tokenizer`], [`Error::InvalidOption`], [`Error::CacheNotWritable`] and
+/// [`Error::Io`].
 pub fn convert(
     inputs: &[PathBuf],
     output: &Path,
@@ -91,7 +96,7 @@ pub fn convert(
         return Err(Error::option("format", format!("{format:?}").to_lowercase(), reason));
     }
     let (field, bad_lines) = (options.field.clone(), options.bad_lines);
-    let input = Input { files, format, unit, field, bad_lines };
+    let input = TextInput { files, format, unit, field, bad_lines };
     let tokenizer = match &options.vocabulary {
         Vocabulary::File(path) => Some(read_bounded(path)?),
         Vocabulary::Train { .. } => None,
@@ -106,17 +111,14 @@ pub fn convert(
     if let Some(text) = large_document(&input) {
         progress.report(Event::Notice(&text));
     }
-    let work = Work { input: &input, output, options, key, progress };
+    let work = TextConversion { input: &input, output, options, key, progress };
     let made = in_pool(options.threads, || work.run(tokenizer, &done))?;
-    made.inspect_err(|error| resume::tell_what_stays::<ShardEntry>(output, key, error, progress))
+    made.inspect_err(|error| resume::tell_what_stays::<TokenShard>(output, key, error, progress))
 }
 
 fn check(options: &ConvertOptions) -> Result<()> {
     if let Vocabulary::Train { vocab_size, .. } = options.vocabulary {
-        if vocab_size < VOCAB_SIZE_MIN {
-            let reason = format!("at least {VOCAB_SIZE_MIN} entries are needed for the letters");
-            return Err(Error::option("vocab_size", vocab_size, reason));
-        }
+        vocabulary::check_size(vocab_size)?;
         if let Some(name) = &options.end_token {
             let reason = "a vocabulary that is trained has [SEP]; this is for --tokenizer";
             return Err(Error::option("end_token", name, reason));
@@ -129,7 +131,7 @@ fn check(options: &ConvertOptions) -> Result<()> {
 }
 
 /// What is to be known of files that are one large document each.
-fn large_document(input: &Input) -> Option<String> {
+fn large_document(input: &TextInput) -> Option<String> {
     let is_whole = input.format == Format::Text && input.unit == Document::File;
     let mut large = input.files.iter().filter(|file| file.bytes > DOCUMENT_WORTH_A_NOTICE);
     let first = large.next().filter(|_| is_whole)?;
@@ -145,7 +147,7 @@ fn large_document(input: &Input) -> Option<String> {
 }
 
 /// All that decides about the result.
-fn key(input: &Input, options: &ConvertOptions, tokenizer: Option<&[u8]>) -> Fingerprint {
+fn key(input: &TextInput, options: &ConvertOptions, tokenizer: Option<&[u8]>) -> Fingerprint {
     let mut sum = Fingerprinter::new(KEY_VERSION)
         .bytes(format!("{:?} {:?}", input.format, input.unit).as_bytes())
         .bytes(options.field.as_bytes())
@@ -163,17 +165,17 @@ fn key(input: &Input, options: &ConvertOptions, tokenizer: Option<&[u8]>) -> Fin
 
 /// The output, if it is there and of the same conversion.
 fn finished(output: &Path, key: Fingerprint) -> Result<Option<Converted>> {
-    let Some(entries) = resume::finished::<ShardEntry>(output, key, Index::is_in)? else {
+    let Some(entries) = resume::finished::<TokenShard>(output, key, TokenIndex::is_in)? else {
         return Ok(None);
     };
-    let index = Index::read(output)?;
+    let index = TokenIndex::read(output)?;
     let skipped_lines = entries.last().map_or(0, |entry| entry.counts.skipped_lines);
     Ok(Some(Converted { index, skipped_lines, resumed_shards: 0, reused: true }))
 }
 
 /// A conversion under its lock.
-struct Work<'a> {
-    input: &'a Input,
+struct TextConversion<'a> {
+    input: &'a TextInput,
     output: &'a Path,
     options: &'a ConvertOptions,
     key: Fingerprint,
@@ -190,9 +192,9 @@ struct Language {
     vocab_size: u32,
 }
 
-impl Work<'_> {
+impl TextConversion<'_> {
     /// Must run in a rayon pool.
-    fn run(&self, tokenizer: Option<Vec<u8>>, done: &[Entry]) -> Result<Converted> {
+    fn run(&self, tokenizer: Option<Vec<u8>>, done: &[JournalEntry]) -> Result<Converted> {
         let language = self.language(tokenizer)?;
         let end_token = language.special.document_end().ok_or_else(|| {
             Error::option("end_token", "not given", "documents need a token that closes them")
@@ -204,8 +206,9 @@ impl Work<'_> {
             (language.vocab_size, language.special),
             self.options.shard_bytes,
             shards,
+            OnDrop::Keep,
         )?;
-        let mut journal = Journal::create(writer.folder(), self.key, done)?;
+        let mut journal = ConversionJournal::create(writer.folder(), self.key, done)?;
         let counts = self.encode(&language, &mut writer, &mut journal, (end_token, done));
         let counts = counts.map_err(about(&language.path))?;
         self.input.files.iter().try_for_each(input::InputFile::check_unchanged)?;
@@ -228,7 +231,13 @@ impl Work<'_> {
                 let json = if found.is_file() {
                     read_bounded(&found)?
                 } else {
-                    self.train(*vocab_size, *min_frequency, *lowercase)?
+                    let wanted = WantedVocabulary {
+                        vocab_size: *vocab_size,
+                        min_frequency: *min_frequency,
+                        lowercase: *lowercase,
+                    };
+                    let empty = &self.input.files[0].path;
+                    train(self.input, wanted, empty, self.progress)?.json.into_bytes()
                 };
                 (found, json)
             }
@@ -245,22 +254,13 @@ impl Work<'_> {
         Ok(Language { path, json, encoder, special, vocab_size })
     }
 
-    fn train(&self, vocab_size: u32, min_frequency: u64, lowercase: bool) -> Result<Vec<u8>> {
-        let counts = count_words(self.input, lowercase, self.progress)?;
-        if counts.is_empty() {
-            return Err(Error::EmptyText { path: self.input.files[0].path.clone() });
-        }
-        let wanted = vocabulary::Wanted { vocab_size, min_frequency, lowercase };
-        Ok(vocabulary::train_alone(&counts, wanted, self.progress)?.json.into_bytes())
-    }
-
     fn encode(
         &self,
         language: &Language,
         writer: &mut TokenWriter,
-        journal: &mut Journal,
-        (end_token, done): (u32, &[Entry]),
-    ) -> Result<Counts> {
+        journal: &mut ConversionJournal,
+        (end_token, done): (u32, &[JournalEntry]),
+    ) -> Result<ConvertCounts> {
         let (place, counts) =
             done.last().map_or_else(Default::default, |last| (last.next, last.counts));
         let sizes = self.input.files.iter().map(|file| file.bytes);
@@ -271,16 +271,16 @@ impl Work<'_> {
         self.progress.report(Event::Begin { stage: Stage::Encoding, total_bytes });
         let unknown = language.special.unk;
         let journal = Some(journal);
-        let mut sink = Sink { writer, journal, end_token, unknown, counts, is_open: false };
+        let mut sink = TokenSink { writer, journal, end_token, unknown, counts, is_open: false };
         encode_all(self.input, &language.encoder, place, &mut sink, self.progress)?;
-        let end = Place { file: self.input.files.len(), ..Place::default() };
+        let end = InputPosition { file: self.input.files.len(), ..InputPosition::default() };
         let total = sink.finish(end)?;
         self.progress.report(Event::End { stage: Stage::Encoding });
         Ok(total)
     }
 
-    fn tell(&self, index: &Index, counts: Counts, language: &Language) {
-        let Counts { skipped_lines, unknown_tokens } = counts;
+    fn tell(&self, index: &TokenIndex, counts: ConvertCounts, language: &Language) {
+        let ConvertCounts { skipped_lines, unknown_tokens } = counts;
         if skipped_lines > 0 {
             let text = format!("{skipped_lines} bad lines were left out");
             self.progress.report(Event::Notice(&text));
@@ -299,15 +299,20 @@ impl Work<'_> {
 
 /// Encodes the input from `place` on into shards. Must run in a rayon pool.
 pub(crate) fn encode_all(
-    input: &Input,
+    input: &TextInput,
     encoder: &Encoder,
-    place: Place,
-    sink: &mut Sink<'_>,
+    place: InputPosition,
+    sink: &mut TokenSink<'_>,
     progress: &dyn Progress,
 ) -> Result<()> {
+    let cut = match input.unit {
+        Document::File => encoder.cut(),
+        Document::Line => CutRule::Line,
+        Document::BlankLine => CutRule::BlankLine,
+    };
     input.for_each(
         place,
-        encoder.cut(input.unit),
+        cut,
         |block| {
             let encoded = sink::encode(input, encoder, block);
             progress.report(Event::Advance { stage: Stage::Encoding, bytes: block.bytes });
@@ -317,20 +322,31 @@ pub(crate) fn encode_all(
     )
 }
 
-/// Counts the words of the input, or of about [`TRAINING_BYTES_MAX`] of it. Must run in a rayon pool.
-pub(crate) fn count_words(
-    input: &Input,
-    lowercase: bool,
+/// Trains a vocabulary on the input; `path` is what an error calls it. Must run in a rayon pool.
+pub(crate) fn train(
+    input: &TextInput,
+    wanted: WantedVocabulary,
+    path: &Path,
     progress: &dyn Progress,
-) -> Result<WordCounts> {
+) -> Result<TrainedVocabulary> {
+    let counts = count_words(input, wanted.lowercase, progress)?;
+    if counts.is_empty() {
+        return Err(Error::EmptyText { path: path.to_path_buf() });
+    }
+    vocabulary::train_alone(&counts, wanted, progress)
+}
+
+/// Counts the words of the input, or of about [`TRAINING_BYTES_MAX`] of it. Must run in a rayon
+/// pool.
+fn count_words(input: &TextInput, lowercase: bool, progress: &dyn Progress) -> Result<WordCounts> {
     progress.report(Event::Begin { stage: Stage::Counting, total_bytes: input.bytes() });
     let (counter, bytes) = (words::Counter::new(), input.bytes());
     let cut = match input.unit {
-        Document::File => Cut::Space,
-        Document::Line | Document::BlankLine => Cut::Line,
+        Document::File => CutRule::Space,
+        Document::Line | Document::BlankLine => CutRule::Line,
     };
     input.for_each(
-        Place::default(),
+        InputPosition::default(),
         cut,
         |block| {
             if is_counted(block.start, bytes) {
@@ -346,9 +362,9 @@ pub(crate) fn count_words(
     counter.into_total(lowercase)
 }
 
-/// Whether the words of the block at `start` are counted, of so many bytes of input: as if drawn by lot, the first
-/// always.
-fn is_counted(start: Place, bytes: u64) -> bool {
+/// Whether the words of the block at `start` are counted, of so many bytes of input: as if drawn by
+/// lot, the first always.
+fn is_counted(start: InputPosition, bytes: u64) -> bool {
     let lot = mix(mix(to_u64(start.file)) ^ start.offset);
     let is_first = (start.file, start.offset) == (0, 0);
     bytes <= TRAINING_BYTES_MAX || is_first || lot % bytes < TRAINING_BYTES_MAX
@@ -361,8 +377,11 @@ mod tests {
     #[test]
     fn one_block_in_so_many_is_counted() {
         let is_share = |bytes| {
-            let places =
-                (0..10_000).map(|at| Place { file: at % 3, offset: to_u64(at) << 16, line: 0 });
+            let places = (0..10_000).map(|at| InputPosition {
+                file: at % 3,
+                offset: to_u64(at) << 16,
+                line: 0,
+            });
             places.filter(|&place| is_counted(place, bytes)).count()
         };
         let counted = |times: u64| is_share(times * TRAINING_BYTES_MAX);
@@ -371,6 +390,6 @@ mod tests {
         // As much as is promised, also of little more than that; and something of the first block.
         let most = is_share(TRAINING_BYTES_MAX / 10 * 11);
         assert!((8900..9300).contains(&most), "{most}");
-        assert!(is_counted(Place::default(), u64::MAX));
+        assert!(is_counted(InputPosition::default(), u64::MAX));
     }
 }

@@ -1,44 +1,45 @@
-//! Encoded blocks into shards, in order; after each shard the journal says how far the input is done.
+//! Encoded blocks into shards, in order; after each shard the journal says how far the input is
+//! done.
 
-use super::block::{Block, Content, Place};
-use super::encoder::Encoder;
-use super::journal::{Counts, Entry, Journal};
-use super::pipeline::Input;
+use super::block::{BlockContent, InputPosition, TextBlock};
+use super::journal::{ConversionJournal, ConvertCounts, JournalEntry};
+use super::pipeline::TextInput;
 use crate::cast::to_u64;
 use crate::error::Result;
 use crate::format::TokenWriter;
+use crate::text::encoder::Encoder;
 
 /// The tokens of a block.
 #[derive(Debug)]
 pub(crate) struct Encoded {
     tokens: Vec<u32>,
-    ends: Vec<End>,
-    start: Place,
+    ends: Vec<DocumentEnd>,
+    start: InputPosition,
     skipped_lines: u64,
     is_inside: bool,
     /// Where the input goes on, if a file ends with the block.
-    next_file: Option<Place>,
+    next_file: Option<InputPosition>,
 }
 
 /// A document ends here.
 #[derive(Clone, Copy, Debug)]
-struct End {
+struct DocumentEnd {
     /// Tokens of the block before it.
     tokens: usize,
     /// Where the input goes on.
-    next: Place,
+    next: InputPosition,
     /// Bad lines of the block before it.
     skipped_lines: u64,
 }
 
 /// Encodes a block.
-pub(crate) fn encode(input: &Input, encoder: &Encoder, block: &Block) -> Result<Encoded> {
+pub(crate) fn encode(input: &TextInput, encoder: &Encoder, block: &TextBlock) -> Result<Encoded> {
     // English has some five letters a word and one token a word.
     let bytes = match &block.content {
-        Content::Bytes(bytes) => bytes.len(),
+        BlockContent::Bytes(bytes) => bytes.len(),
         #[cfg(feature = "parquet")]
-        Content::Rows(texts) => texts.bytes(),
-        Content::LongLine | Content::End => 0,
+        BlockContent::Rows(texts) => texts.bytes(),
+        BlockContent::LongLine | BlockContent::End => 0,
     };
     let mut tokens = Vec::with_capacity(bytes / 4);
     let mut ends = Vec::new();
@@ -49,31 +50,32 @@ pub(crate) fn encode(input: &Input, encoder: &Encoder, block: &Block) -> Result<
         encoder.encode(&segment.text, goes_on, &mut tokens)?;
         if segment.ends_document {
             let (offset, line) = (start.offset + to_u64(segment.end), start.line + segment.lines);
-            let next = Place { file: start.file, offset, line };
-            ends.push(End { tokens: tokens.len(), next, skipped_lines });
+            let next = InputPosition { file: start.file, offset, line };
+            ends.push(DocumentEnd { tokens: tokens.len(), next, skipped_lines });
         }
         Ok(())
     })?;
-    let is_end = matches!(block.content, Content::End);
-    let next_file = is_end.then_some(Place { file: start.file + 1, ..Place::default() });
+    let is_end = matches!(block.content, BlockContent::End);
+    let next_file =
+        is_end.then_some(InputPosition { file: start.file + 1, ..InputPosition::default() });
     let is_inside = block.is_inside;
     Ok(Encoded { tokens, ends, start, skipped_lines, is_inside, next_file })
 }
 
 /// Writes documents.
 #[derive(Debug)]
-pub(crate) struct Sink<'a> {
+pub(crate) struct TokenSink<'a> {
     pub(crate) writer: &'a mut TokenWriter,
-    pub(crate) journal: Option<&'a mut Journal>,
+    pub(crate) journal: Option<&'a mut ConversionJournal>,
     /// Closes each document.
     pub(crate) end_token: u32,
     pub(crate) unknown: Option<u32>,
-    pub(crate) counts: Counts,
+    pub(crate) counts: ConvertCounts,
     /// Whether the current document has tokens.
     pub(crate) is_open: bool,
 }
 
-impl Sink<'_> {
+impl TokenSink<'_> {
     pub(crate) fn take(&mut self, block: &Encoded) -> Result<()> {
         if !block.is_inside {
             self.end_document(block.start)?;
@@ -91,7 +93,7 @@ impl Sink<'_> {
     }
 
     /// Closes the last shard; the input is done up to `place`.
-    pub(crate) fn finish(&mut self, place: Place) -> Result<Counts> {
+    pub(crate) fn finish(&mut self, place: InputPosition) -> Result<ConvertCounts> {
         let before = self.writer.shards().len();
         self.writer.close_shard()?;
         self.note(before, place)?;
@@ -109,7 +111,7 @@ impl Sink<'_> {
     }
 
     /// A document without tokens is none.
-    fn end_document(&mut self, next: Place) -> Result<()> {
+    fn end_document(&mut self, next: InputPosition) -> Result<()> {
         if !std::mem::take(&mut self.is_open) {
             return Ok(());
         }
@@ -119,12 +121,12 @@ impl Sink<'_> {
         self.note(before, next)
     }
 
-    fn note(&mut self, shards_before: usize, next: Place) -> Result<()> {
+    fn note(&mut self, shards_before: usize, next: InputPosition) -> Result<()> {
         let (Some(journal), Some(shard)) =
             (&mut self.journal, self.writer.shards().get(shards_before))
         else {
             return Ok(());
         };
-        journal.add(&Entry { shard: shard.clone(), next, counts: self.counts })
+        journal.add(&JournalEntry { shard: shard.clone(), next, counts: self.counts })
     }
 }

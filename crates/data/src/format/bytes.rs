@@ -6,17 +6,16 @@ use std::sync::Arc;
 
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
-pub use crate::source::Access;
-use crate::source::{open_file, Source};
+use crate::source::{open_file, Access, Source};
 
 /// A source and its size.
 #[derive(Clone, Debug)]
-pub(crate) struct Bytes {
+pub(crate) struct SizedSource {
     source: Arc<dyn Source>,
     len: u64,
 }
 
-impl Bytes {
+impl SizedSource {
     /// Opens a file of this machine. If `expected_len` is given, any other size is an error.
     pub(crate) fn open(path: &Path, access: Access, expected_len: Option<u64>) -> Result<Self> {
         Self::of(open_file(path, access)?, expected_len)
@@ -29,7 +28,7 @@ impl Bytes {
             let path = source.name().to_path_buf();
             return Err(Error::WrongSize { path, expected, actual: len });
         }
-        Ok(Bytes { source, len })
+        Ok(SizedSource { source, len })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -40,8 +39,8 @@ impl Bytes {
         self.len
     }
 
-    /// `len` bytes from `offset`; they may lie in `scratch`. When they were used, [`check`](Self::check) says whether they were
-    /// the file's.
+    /// `len` bytes from `offset`; they may lie in `scratch`. When they were used,
+    /// [`check`](Self::check) says whether they were the file's.
     pub(crate) fn read<'a>(
         &'a self,
         offset: u64,
@@ -60,6 +59,14 @@ impl Bytes {
         }
         self.source.read_at(offset, &mut scratch[..len])?;
         Ok(&scratch[..len])
+    }
+
+    /// All bytes.
+    pub(crate) fn read_all(&self) -> Result<Vec<u8>> {
+        let mut scratch = Vec::new();
+        let bytes = self.read(0, to_usize(self.len), &mut scratch)?.to_vec();
+        self.check(0..self.len)?;
+        Ok(bytes)
     }
 
     /// To be called when bytes were used: a mapped file may have been cut off meanwhile.

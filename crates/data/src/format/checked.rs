@@ -1,59 +1,49 @@
 //! A file whose blocks are compared with their checksums when they are first touched.
 //!
-//! The checksums are the file's last tensor, in pages of [`PAGE_BLOCKS`]; the index has a checksum for each page. So an index of
-//! 10^12 bytes has some thousand numbers, and memory holds one bit a block.
+//! The checksums are the file's last tensor, in pages of [`PAGE_BLOCKS`]; the index has a checksum
+//! for each page. So an index of 10^12 bytes has some thousand numbers, and memory holds one bit a
+//! block.
 
 use std::fmt::Display;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::bytes::Bytes;
-use super::files::{Layout, PAGE_BLOCKS};
-use super::header::Header;
-use super::index::BLOCK_BYTES;
+use super::bytes::SizedSource;
+use super::header::SafetensorsHeader;
+use super::layout::{BlockLayout, BLOCK_BYTES, CHECKSUMS, CHECKSUM_BYTES, PAGE_BLOCKS};
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 
-/// The tensor of checksums.
-pub(crate) const CHECKSUMS: &str = "block_crc32c";
-
-const CHECKSUM_BYTES: usize = size_of::<u32>();
-
 #[derive(Debug)]
 pub(crate) struct Checked {
-    pub(crate) bytes: Bytes,
-    layout: Layout,
+    pub(crate) bytes: SizedSource,
+    layout: BlockLayout,
     /// Of each page of checksums.
     page_crc32c: Box<[u32]>,
-    /// A bit for each block that was found good. Two threads may verify the same block; they come to the same result.
+    /// A bit for each block that was found good. Two threads may verify the same block; they come
+    /// to the same result.
     verified: Box<[AtomicU64]>,
 }
 
 impl Checked {
-    /// A file, and the checksums of the pages of its checksums. The index has compared their numbers.
-    pub(crate) fn new(bytes: Bytes, page_crc32c: &[u32]) -> Self {
-        let layout = Layout::of(bytes.len()).unwrap_or_default();
+    /// A file, and the checksums of the pages of its checksums. The index has compared their
+    /// numbers.
+    pub(crate) fn new(bytes: SizedSource, page_crc32c: &[u32]) -> Self {
+        let layout = BlockLayout::of(bytes.len()).unwrap_or_default();
         let words = layout.blocks.div_ceil(u64::from(u64::BITS));
         let verified = (0..words).map(|_| AtomicU64::new(0)).collect();
         Checked { bytes, layout, page_crc32c: page_crc32c.into(), verified }
     }
 
     /// Whether the header puts the checksums where they are looked for.
-    pub(crate) fn check_header(&self, header: &Header) -> Result<()> {
-        let span = header.tensor(CHECKSUMS)?;
-        let (path, name) = (self.path().to_path_buf(), CHECKSUMS.to_owned());
-        if span.dtype != safetensors::tensor::Dtype::U32 {
-            let actual = format!("{:?}", span.dtype);
-            return Err(Error::WrongDType { path, name, expected: "U32", actual });
-        }
-        if span.shape != [to_usize(self.layout.blocks)] {
-            let expected = format!("[{}]", self.layout.blocks);
-            return Err(Error::WrongShape { path, name, expected, actual: span.shape });
-        }
+    pub(crate) fn check_header(&self, header: &SafetensorsHeader) -> Result<()> {
+        let span = header.vector(CHECKSUMS, "U32", self.layout.blocks)?;
         if span.start != self.layout.content_bytes {
             let reason = format!("`{CHECKSUMS}` is not its last tensor");
-            return Err(Error::BadHeader { path, reason });
+            return Err(Error::BadHeader { path: self.path().to_path_buf(), reason });
         }
         Ok(())
     }
@@ -73,7 +63,8 @@ impl Checked {
         start..(start + to_u64(BLOCK_BYTES)).min(self.layout.content_bytes)
     }
 
-    /// Verifies the blocks under a range of bytes that nobody has verified yet. `reading` names what is read in errors.
+    /// Verifies the blocks under a range of bytes that nobody has verified yet. `reading` names
+    /// what is read in errors.
     #[inline]
     pub(crate) fn verify(
         &self,
@@ -116,8 +107,8 @@ impl Checked {
     /// The checksum of a block, out of its page, which is compared with its own.
     fn expected(&self, block: u64, scratch: &mut Vec<u8>) -> Result<u32> {
         let page = block / PAGE_BLOCKS;
-        let offset = self.layout.content_bytes + page * PAGE_BLOCKS * to_u64(CHECKSUM_BYTES);
-        let end = offset + PAGE_BLOCKS * to_u64(CHECKSUM_BYTES);
+        let offset = self.layout.content_bytes + page * PAGE_BLOCKS * CHECKSUM_BYTES;
+        let end = offset + PAGE_BLOCKS * CHECKSUM_BYTES;
         let range = offset..end.min(self.bytes.len());
         let expected = self.page_crc32c.get(to_usize(page)).copied().unwrap_or_default();
         if let Some(actual) = self.compare(range.clone(), expected, scratch)? {
@@ -131,11 +122,11 @@ impl Checked {
                 reading,
             });
         }
-        let at = self.layout.content_bytes + block * to_u64(CHECKSUM_BYTES);
+        let at = self.layout.content_bytes + block * CHECKSUM_BYTES;
         Ok(u32::from_le_bytes(self.bytes.array(at)?))
     }
 
-    /// The checksum of a range, if it is not the expected one.
+    /// The actual checksum of a range, if it is not the expected one.
     fn compare(
         &self,
         range: Range<u64>,
@@ -155,4 +146,25 @@ impl Checked {
         self.bytes.check(range)?;
         Ok(sum)
     }
+}
+
+/// Reads a file back, appends the checksums of its blocks and syncs it to disk. Gives its size and
+/// the checksums of their pages.
+pub(crate) fn seal(file: &mut File, path: &Path) -> Result<(u64, Vec<u32>)> {
+    file.seek(SeekFrom::Start(0)).map_err(Error::io("read", path))?;
+    let (mut total, mut sums, mut block) = (0, Vec::new(), Vec::with_capacity(BLOCK_BYTES));
+    loop {
+        block.clear();
+        let read = Read::by_ref(file).take(to_u64(BLOCK_BYTES)).read_to_end(&mut block);
+        let read = read.map_err(Error::io("read", path))?;
+        if read == 0 {
+            break;
+        }
+        total += to_u64(read);
+        sums.extend_from_slice(&crc32c::crc32c(&block).to_le_bytes());
+    }
+    file.write_all(&sums).map_err(Error::io("write", path))?;
+    file.sync_all().map_err(Error::io("sync", path))?;
+    let pages = sums.chunks(to_usize(PAGE_BLOCKS * CHECKSUM_BYTES));
+    Ok((total + to_u64(sums.len()), pages.map(crc32c::crc32c).collect()))
 }

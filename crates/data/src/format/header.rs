@@ -1,15 +1,18 @@
-//! safetensors headers: read with every number checked before it is used, and written so that data start on a page.
+//! safetensors headers: read with every number checked before it is used, and written so that data
+//! start on a page.
 //!
-//! A file is: u64 length of the header, the header (JSON: name → dtype, shape, `data_offsets`), the data. The `safetensors` crate
-//! checks that the tensors fill the data without holes and that shapes agree with sizes; here we check that the file does.
+//! A file is: u64 length of the header, the header (JSON: name → dtype, shape, `data_offsets`), the
+//! data. The `safetensors` crate checks that the tensors fill the data without holes and that
+//! shapes agree with sizes; here we check that the file does.
 //! Source: <https://github.com/huggingface/safetensors#format>.
 
 use std::path::PathBuf;
 
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
-use super::bytes::Bytes;
+use super::bytes::SizedSource;
 use super::json;
+use super::layout::{BlockLayout, CHECKSUMS};
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 
@@ -24,14 +27,15 @@ const HEADER_BYTES_MAX: u64 = 100_000_000;
 
 /// The header of an open file.
 #[derive(Debug)]
-pub(crate) struct Header {
+pub(crate) struct SafetensorsHeader {
     path: PathBuf,
     data_start: u64,
     metadata: Metadata,
     bytes: Vec<u8>,
 }
 
-/// What the safetensors crate takes for a value of a header on its way, at most: it looks at them twice.
+/// Memory that the safetensors crate takes for a value of a header while it parses, at most: it
+/// goes through them twice.
 const VALUE_BYTES: usize = 96;
 
 /// Where a tensor lies.
@@ -43,8 +47,8 @@ pub(crate) struct Span {
     pub(crate) start: u64,
 }
 
-impl Header {
-    pub(crate) fn read(bytes: &Bytes) -> Result<Self> {
+impl SafetensorsHeader {
+    pub(crate) fn read(bytes: &SizedSource) -> Result<Self> {
         let path = bytes.path().to_path_buf();
         let bad = |reason: String| Error::BadHeader { path: path.clone(), reason };
         let mut scratch = Vec::new();
@@ -75,7 +79,12 @@ impl Header {
                 "its header describes {data_bytes} bytes of data, the file holds {found}"
             )));
         }
-        Ok(Header { path, data_start: to_u64(LENGTH_BYTES) + length, metadata, bytes: header })
+        Ok(SafetensorsHeader {
+            path,
+            data_start: to_u64(LENGTH_BYTES) + length,
+            metadata,
+            bytes: header,
+        })
     }
 
     /// The tensor `name`, or an error that lists what is there.
@@ -90,6 +99,33 @@ impl Header {
             shape: info.shape.clone(),
             start: self.data_start + to_u64(info.data_offsets.0),
         })
+    }
+
+    /// The tensor `name`, which must have this element type and a shape that `fits`; `expected`
+    /// says in words which.
+    pub(crate) fn expect(
+        &self,
+        name: &str,
+        dtype: &'static str,
+        fits: impl FnOnce(&[usize]) -> bool,
+        expected: impl FnOnce() -> String,
+    ) -> Result<Span> {
+        let span = self.tensor(name)?;
+        let (path, name) = (self.path.clone(), name.to_owned());
+        let actual = format!("{:?}", span.dtype);
+        if actual != dtype {
+            return Err(Error::WrongDType { path, name, expected: dtype, actual });
+        }
+        if !fits(&span.shape) {
+            let expected = expected();
+            return Err(Error::WrongShape { path, name, expected, actual: span.shape });
+        }
+        Ok(span)
+    }
+
+    /// As [`expect`](Self::expect), of one dimension with so many elements.
+    pub(crate) fn vector(&self, name: &str, dtype: &'static str, len: u64) -> Result<Span> {
+        self.expect(name, dtype, |shape| shape == [to_usize(len)], || format!("[{len}]"))
     }
 
     pub(crate) fn has(&self, name: &str) -> bool {
@@ -121,8 +157,9 @@ pub(crate) struct Tensor {
     pub(crate) element_bytes: usize,
 }
 
-/// As [`encode`], for a file whose tensors of `data_bytes` are followed by the checksums of its blocks. Their number depends on the
-/// length of the header and the header on their number: it grows until they agree.
+/// As [`encode`], for a file whose tensors of `data_bytes` are followed by the checksums of its
+/// blocks. Their number depends on the length of the header and the header on their number: it
+/// grows until they agree.
 pub(crate) fn encode_sealed(
     tensors: &mut Vec<Tensor>,
     metadata: &[(&str, String)],
@@ -130,7 +167,7 @@ pub(crate) fn encode_sealed(
 ) -> Vec<u8> {
     let mut start = DATA_START;
     loop {
-        tensors.push(super::files::checksum_tensor(to_u64(start) + data_bytes));
+        tensors.push(checksum_tensor(to_u64(start) + data_bytes));
         let header = encode(tensors, metadata);
         if header.len() <= start {
             return padded(header, start);
@@ -140,6 +177,12 @@ pub(crate) fn encode_sealed(
     }
 }
 
+/// The header's entry for the checksums of a file of `content_bytes`.
+fn checksum_tensor(content_bytes: u64) -> Tensor {
+    let blocks = to_usize(BlockLayout::for_content(content_bytes).blocks);
+    Tensor { name: CHECKSUMS.to_owned(), dtype: "U32", shape: vec![blocks], element_bytes: 4 }
+}
+
 /// The header with more spaces at its end, so that data start at `start`.
 fn padded(mut header: Vec<u8>, start: usize) -> Vec<u8> {
     header.resize(start, b' ');
@@ -147,7 +190,8 @@ fn padded(mut header: Vec<u8>, start: usize) -> Vec<u8> {
     header
 }
 
-/// A header for tensors in the order of their data, padded with spaces so that data start at a multiple of [`DATA_START`].
+/// A header for tensors in the order of their data, padded with spaces so that data start at a
+/// multiple of [`DATA_START`].
 pub(crate) fn encode(tensors: &[Tensor], metadata: &[(&str, String)]) -> Vec<u8> {
     let mut fields = serde_json::Map::new();
     let about: serde_json::Map<String, serde_json::Value> =

@@ -1,18 +1,53 @@
 //! JSON whose memory is bounded by its text: lists of short numbers would take many times as much.
 
 use serde::de::DeserializeOwned;
+use serde::Serialize;
+
+use super::bytes::SizedSource;
+use crate::cast::to_usize;
+use crate::error::{Error, Result};
 
 /// What any text may take besides its size.
 const SLACK_BYTES: usize = 1 << 20;
 
-/// Parses a text, unless its values would take more memory than it has bytes: so many for each value, at most.
-pub(crate) fn parse<T: DeserializeOwned>(text: &[u8], value_bytes: usize) -> Result<T, String> {
+/// Parses a text, unless its values would take more memory than it has bytes: so many for each
+/// value, at most.
+fn parse<T: DeserializeOwned>(text: &[u8], value_bytes: usize) -> std::result::Result<T, String> {
     check(text, value_bytes, text.len())?;
     serde_json::from_slice(text).map_err(|error| error.to_string())
 }
 
+/// Parses a whole file of at most `bytes_max` bytes, which `what` names in errors.
+pub(crate) fn read<T: DeserializeOwned>(
+    file: &SizedSource,
+    (bytes_max, value_bytes): (u64, usize),
+    what: &str,
+    bad: impl Fn(String) -> Error,
+) -> Result<T> {
+    let len = file.len();
+    if len > bytes_max {
+        return Err(bad(format!("{len} bytes are too many for {what}")));
+    }
+    let mut scratch = Vec::new();
+    let text = file.read(0, to_usize(len), &mut scratch)?;
+    let parsed = parse(text, value_bytes);
+    file.check(0..len)?;
+    parsed.map_err(|error| bad(format!("not {what}: {error}")))
+}
+
+/// A value as the text of a file for people to read.
+pub(crate) fn to_bytes(value: &impl Serialize) -> Vec<u8> {
+    let mut text = serde_json::to_vec_pretty(value).unwrap_or_default();
+    text.push(b'\n');
+    text
+}
+
 /// Whether the values of a text fit into about so many bytes.
-pub(crate) fn check(text: &[u8], value_bytes: usize, bytes_max: usize) -> Result<(), String> {
+pub(crate) fn check(
+    text: &[u8],
+    value_bytes: usize,
+    bytes_max: usize,
+) -> std::result::Result<(), String> {
     let values = value_count(text);
     if values.saturating_mul(value_bytes) > bytes_max.saturating_add(SLACK_BYTES) {
         return Err(format!("its {values} values are too many for its size"));

@@ -1,26 +1,30 @@
-//! Tokens as Megatron-LM keeps them: `PREFIX.bin` holds them, `PREFIX.idx` says where each sequence and document is.
+//! Tokens as Megatron-LM keeps them: `PREFIX.bin` holds them, `PREFIX.idx` says where each sequence
+//! and document is.
 //!
 //! ```text
 //! PREFIX.idx   "MMIDIDX\0\0", u64 version 1, u8 type, u64 sequences n, u64 entries d of the document index,
 //!              i32 lengths [n], i64 offsets in PREFIX.bin [n], i64 first sequence of each document, and n at last [d]
 //! ```
 //!
-//! All numbers are little-endian. Multimodal files have i8 modes [n] after that; they are passed over. Megatron itself does not
-//! check any of it; here everything is checked when a file is opened, and nothing is kept in memory where sequences lie one
-//! behind the other, as Megatron's own tools write them.
-//! Source: <https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/datasets/indexed_dataset.py>.
+//! All numbers are little-endian. Multimodal files have i8 modes [n] after that; they are passed
+//! over. Megatron itself does not check any of it; here everything is checked when a file is
+//! opened, and nothing is kept in memory where sequences lie one behind the other, as Megatron's
+//! own tools write them.
+//! Source:
+//! <https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/datasets/indexed_dataset.py>.
 
 use std::fmt::Display;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use super::bytes::{Access, Bytes};
-use super::index::SpecialTokens;
+use super::bytes::SizedSource;
+use super::special_tokens::SpecialTokens;
+use super::tokens::Tokens;
+use crate::batches::Scratch;
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
-use crate::samples::Scratch;
-use crate::source::Folder;
+use crate::source::{Access, Folder};
 
 const MAGIC: &[u8; 9] = b"MMIDIDX\0\0";
 const HEADER_BYTES: u64 = 34;
@@ -29,7 +33,7 @@ const READ_ENTRIES: u64 = 1 << 16;
 
 /// What tokens are on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum TokenKind {
     U8,
     I8,
     I16,
@@ -38,15 +42,15 @@ enum Kind {
     I64,
 }
 
-impl Kind {
+impl TokenKind {
     fn of_code(code: u8) -> std::result::Result<Self, String> {
         Ok(match code {
-            1 => Kind::U8,
-            2 => Kind::I8,
-            3 => Kind::I16,
-            4 => Kind::I32,
-            5 => Kind::I64,
-            8 => Kind::U16,
+            1 => TokenKind::U8,
+            2 => TokenKind::I8,
+            3 => TokenKind::I16,
+            4 => TokenKind::I32,
+            5 => TokenKind::I64,
+            8 => TokenKind::U16,
             6 | 7 => {
                 return Err(format!("type code {code} is that of real numbers, not of tokens"))
             }
@@ -56,10 +60,10 @@ impl Kind {
 
     const fn bytes(self) -> usize {
         match self {
-            Kind::U8 | Kind::I8 => 1,
-            Kind::I16 | Kind::U16 => 2,
-            Kind::I32 => 4,
-            Kind::I64 => 8,
+            TokenKind::U8 | TokenKind::I8 => 1,
+            TokenKind::I16 | TokenKind::U16 => 2,
+            TokenKind::I32 => 4,
+            TokenKind::I64 => 8,
         }
     }
 }
@@ -67,16 +71,17 @@ impl Kind {
 /// The tokens of a Megatron file pair as one stream, readable in any order from many threads.
 #[derive(Debug)]
 pub struct MegatronTokens {
-    bin: Bytes,
-    idx: Bytes,
-    kind: Kind,
+    bin: SizedSource,
+    idx: SizedSource,
+    kind: TokenKind,
     sequences: u64,
     /// Entries of the document index: one more than there are documents.
     document_entries: u64,
     token_count: u64,
     vocab_size: u32,
     special: SpecialTokens,
-    /// Where sequences start in the stream, and where the last one ends; only where there is other data between them.
+    /// Where sequences start in the stream, and where the last one ends; only where there is other
+    /// data between them.
     starts: Option<Vec<u64>>,
     /// Of the files alone, and with what was said of special tokens.
     files: Fingerprint,
@@ -91,14 +96,14 @@ fn with_suffix(prefix: &Path, suffix: &str) -> PathBuf {
 }
 
 impl MegatronTokens {
-    /// Opens `PREFIX.bin` and `PREFIX.idx`, and reads the index once to check it. `vocab_size`: tokens are below it; the
-    /// files do not say.
+    /// Opens `PREFIX.bin` and `PREFIX.idx`, and reads the index once to check it. `vocab_size`:
+    /// tokens are below it; the files do not say.
     ///
     /// # Errors
     /// [`Error::Io`], and [`Error::BadIndex`] that says which number is wrong.
     pub fn open(prefix: &Path, vocab_size: u32, access: Access) -> Result<Self> {
-        let idx = Bytes::open(&with_suffix(prefix, ".idx"), access, None)?;
-        let bin = Bytes::open(&with_suffix(prefix, ".bin"), access, None)?;
+        let idx = SizedSource::open(&with_suffix(prefix, ".idx"), access, None)?;
+        let bin = SizedSource::open(&with_suffix(prefix, ".bin"), access, None)?;
         Self::of(bin, idx, vocab_size)
     }
 
@@ -107,12 +112,12 @@ impl MegatronTokens {
     /// # Errors
     /// As [`open`](Self::open), and what the folder says.
     pub fn open_from(folder: &dyn Folder, name: &str, vocab_size: u32) -> Result<Self> {
-        let idx = Bytes::of(folder.open(&format!("{name}.idx"))?, None)?;
-        let bin = Bytes::of(folder.open(&format!("{name}.bin"))?, None)?;
+        let idx = SizedSource::of(folder.open(&format!("{name}.idx"))?, None)?;
+        let bin = SizedSource::of(folder.open(&format!("{name}.bin"))?, None)?;
         Self::of(bin, idx, vocab_size)
     }
 
-    fn of(bin: Bytes, idx: Bytes, vocab_size: u32) -> Result<Self> {
+    fn of(bin: SizedSource, idx: SizedSource, vocab_size: u32) -> Result<Self> {
         let bad = |reason: String| Error::BadIndex { path: idx.path().to_path_buf(), reason };
         if idx.len() < HEADER_BYTES {
             return Err(bad(format!("{} bytes are too few for a header", idx.len())));
@@ -130,7 +135,7 @@ impl MegatronTokens {
         if word(9) != 1 {
             return Err(bad(format!("version {} is not 1", word(9))));
         }
-        let kind = Kind::of_code(header[17]).map_err(bad)?;
+        let kind = TokenKind::of_code(header[17]).map_err(bad)?;
         let (sequences, document_entries) = (word(18), word(26));
         let bytes = |extra: u64| {
             let of_sequences = sequences.checked_mul(12 + extra)?;
@@ -285,24 +290,9 @@ impl MegatronTokens {
         }
     }
 
-    /// How many tokens there are.
-    pub fn token_count(&self) -> u64 {
-        self.token_count
-    }
-
     /// How many sequences there are: what was one line of text, or one sentence.
     pub fn sequence_count(&self) -> u64 {
         self.sequences
-    }
-
-    /// How many documents there are.
-    pub fn document_count(&self) -> u64 {
-        self.document_entries.saturating_sub(1)
-    }
-
-    /// Tokens are below this.
-    pub fn vocab_size(&self) -> u32 {
-        self.vocab_size
     }
 
     /// Says which tokens are no text: the files do not.
@@ -315,7 +305,8 @@ impl MegatronTokens {
             return Err(Error::option("special", id, reason));
         }
         self.special = special;
-        // They decide about masks and documents. Data of which nothing was said keep the fingerprint of their files.
+        // They decide about masks and documents. Data of which nothing was said keep the
+        // fingerprint of their files.
         self.fingerprint = if special == SpecialTokens::default() {
             self.files
         } else {
@@ -325,51 +316,73 @@ impl MegatronTokens {
         Ok(self)
     }
 
+    /// Reads tokens that lie one behind the other: those after the first `before` of a read that
+    /// started at `start`.
+    fn read_at(
+        &self,
+        offset: u64,
+        (start, before): (u64, usize),
+        out: &mut [i64],
+        scratch: &mut Scratch,
+        reading: &dyn Display,
+    ) -> Result<()> {
+        self.copy_at(offset, out, scratch)
+            .map_err(|error| error.while_reading(reading, self.bin.path(), offset))?;
+        let range = 0..i64::from(self.vocab_size);
+        match out.iter().position(|token| !range.contains(token)) {
+            None => Ok(()),
+            Some(position) => Err(Error::BadValue {
+                path: self.bin.path().to_path_buf(),
+                sample: start,
+                position: before + position,
+                value: out[position],
+                reason: format!(
+                    "found while reading {reading}; the vocabulary has {} entries: give the size of the tokenizer's",
+                    self.vocab_size
+                ),
+            }),
+        }
+    }
+
+    /// Widens the numbers from `offset` of the .bin on.
+    fn copy_at(&self, offset: u64, out: &mut [i64], scratch: &mut Scratch) -> Result<()> {
+        let len = out.len() * self.kind.bytes();
+        let bytes = self.bin.read(offset, len, &mut scratch.bytes)?;
+        match self.kind {
+            TokenKind::U8 => copy(out, bytes, |le| i64::from(u8::from_le_bytes(le))),
+            TokenKind::I8 => copy(out, bytes, |le| i64::from(i8::from_le_bytes(le))),
+            TokenKind::I16 => copy(out, bytes, |le| i64::from(i16::from_le_bytes(le))),
+            TokenKind::U16 => copy(out, bytes, |le| i64::from(u16::from_le_bytes(le))),
+            TokenKind::I32 => copy(out, bytes, |le| i64::from(i32::from_le_bytes(le))),
+            TokenKind::I64 => copy(out, bytes, i64::from_le_bytes),
+        }
+        self.bin.check(offset..offset + to_u64(len))
+    }
+}
+
+impl Tokens for MegatronTokens {
+    fn token_count(&self) -> u64 {
+        self.token_count
+    }
+
+    fn vocab_size(&self) -> u32 {
+        self.vocab_size
+    }
+
     /// The tokens that are no text, as far as they were given.
-    pub fn special(&self) -> SpecialTokens {
+    fn special(&self) -> SpecialTokens {
         self.special
     }
 
     /// Identifies the files, by their index and sizes, and the special tokens that were given.
-    pub fn fingerprint(&self) -> Fingerprint {
+    fn fingerprint(&self) -> Fingerprint {
         self.fingerprint
     }
 
-    /// Has these tokens fetched from the disk, where that can be asked for. Not where there is other data between sequences.
-    pub fn will_need(&self, tokens: Range<u64>) {
-        if self.starts.is_none() {
-            let size = to_u64(self.kind.bytes());
-            let end = tokens.end.min(self.token_count);
-            self.bin.will_need(tokens.start.min(end) * size..end * size);
-        }
-    }
-
-    /// The tokens of a document, counted in the stream.
-    ///
     /// # Errors
-    /// [`Error::NoSuchSample`] and [`Error::Io`].
-    pub fn document(&self, document: u64, _scratch: &mut Scratch) -> Result<Range<u64>> {
-        let samples = self.document_count();
-        if document >= samples {
-            return Err(Error::NoSuchSample { sample: document, samples });
-        }
-        let at = self.documents_at() + 8 * document;
-        let bounds = || {
-            let (first, after) = (self.word(at)?, self.word(at + 8)?);
-            Ok(self.start(first)?..self.start(after)?)
-        };
-        bounds().map_err(|error: Error| {
-            let reading = format_args!("the bounds of document {document}");
-            error.while_reading(&reading, self.idx.path(), at)
-        })
-    }
-
-    /// Reads tokens from `start` on, as many as `out` holds. `reading` names them in errors.
-    ///
-    /// # Errors
-    /// [`Error::NoSuchSample`] beyond the end, [`Error::WrongSize`], [`Error::Io`], and [`Error::BadValue`] for tokens that are
-    /// no entry of the vocabulary.
-    pub fn read(
+    /// [`Error::NoSuchSample`] beyond the end, [`Error::WrongSize`], [`Error::Io`], and
+    /// [`Error::BadValue`] for tokens that are no entry of the vocabulary.
+    fn read(
         &self,
         start: u64,
         out: &mut [i64],
@@ -402,52 +415,41 @@ impl MegatronTokens {
         Ok(())
     }
 
-    /// Reads tokens that lie one behind the other: those after the first `before` of a read that started at `start`.
-    fn read_at(
-        &self,
-        offset: u64,
-        (start, before): (u64, usize),
-        out: &mut [i64],
-        scratch: &mut Scratch,
-        reading: &dyn Display,
-    ) -> Result<()> {
-        self.copy_at(offset, out, scratch)
-            .map_err(|error| error.while_reading(reading, self.bin.path(), offset))?;
-        let range = 0..i64::from(self.vocab_size);
-        match out.iter().position(|token| !range.contains(token)) {
-            None => Ok(()),
-            Some(position) => Err(Error::BadValue {
-                path: self.bin.path().to_path_buf(),
-                sample: start,
-                position: before + position,
-                value: out[position],
-                reason: format!(
-                    "found while reading {reading}; the vocabulary has {} entries: give the size of the tokenizer's",
-                    self.vocab_size
-                ),
-            }),
-        }
+    fn document_count(&self) -> u64 {
+        self.document_entries.saturating_sub(1)
     }
 
-    /// Widens the numbers from `offset` of the .bin on.
-    fn copy_at(&self, offset: u64, out: &mut [i64], scratch: &mut Scratch) -> Result<()> {
-        let len = out.len() * self.kind.bytes();
-        let bytes = self.bin.read(offset, len, &mut scratch.bytes)?;
-        match self.kind {
-            Kind::U8 => copy(out, bytes.as_chunks().0, |le| i64::from(u8::from_le_bytes(le))),
-            Kind::I8 => copy(out, bytes.as_chunks().0, |le| i64::from(i8::from_le_bytes(le))),
-            Kind::I16 => copy(out, bytes.as_chunks().0, |le| i64::from(i16::from_le_bytes(le))),
-            Kind::U16 => copy(out, bytes.as_chunks().0, |le| i64::from(u16::from_le_bytes(le))),
-            Kind::I32 => copy(out, bytes.as_chunks().0, |le| i64::from(i32::from_le_bytes(le))),
-            Kind::I64 => copy(out, bytes.as_chunks().0, i64::from_le_bytes),
+    /// # Errors
+    /// [`Error::NoSuchSample`] and [`Error::Io`].
+    fn document(&self, document: u64, _scratch: &mut Scratch) -> Result<Range<u64>> {
+        let samples = self.document_count();
+        if document >= samples {
+            return Err(Error::NoSuchSample { sample: document, samples });
         }
-        self.bin.check(offset..offset + to_u64(len))
+        let at = self.documents_at() + 8 * document;
+        let bounds = || {
+            let (first, after) = (self.word(at)?, self.word(at + 8)?);
+            Ok(self.start(first)?..self.start(after)?)
+        };
+        bounds().map_err(|error: Error| {
+            let reading = format_args!("the bounds of document {document}");
+            error.while_reading(&reading, self.idx.path(), at)
+        })
+    }
+
+    /// Does nothing where there is other data between sequences.
+    fn will_need(&self, tokens: Range<u64>) {
+        if self.starts.is_none() {
+            let size = to_u64(self.kind.bytes());
+            let end = tokens.end.min(self.token_count);
+            self.bin.will_need(tokens.start.min(end) * size..end * size);
+        }
     }
 }
 
 /// Widens numbers of `N` bytes.
-fn copy<const N: usize>(out: &mut [i64], from: &[[u8; N]], widen: impl Fn([u8; N]) -> i64) {
-    for (token, le) in out.iter_mut().zip(from) {
+fn copy<const N: usize>(out: &mut [i64], from: &[u8], widen: impl Fn([u8; N]) -> i64) {
+    for (token, le) in out.iter_mut().zip(from.as_chunks().0) {
         *token = widen(*le);
     }
 }

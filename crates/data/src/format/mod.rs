@@ -9,29 +9,40 @@
 //! tokens-00001.safetensors    …
 //! ```
 //!
-//! `tokens` is the text, document after document, each closed by `[SEP]` or what the vocabulary has for it. `doc_offsets[i]..doc_offsets[i + 1]` is document i of
-//! the shard. Samples are cut out of the stream when it is read, so one folder serves every sequence length.
+//! `tokens` is the text, document after document, each closed by `[SEP]` or what the vocabulary has
+//! for it. `doc_offsets[i]..doc_offsets[i + 1]` is document i of the shard. Samples are cut out of
+//! the stream when it is read, so one folder serves every sequence length.
+//!
+//! Here belongs how tokens lie in files (Megatron-LM's among them), and what folders of records
+//! ([`crate::records`]) have in common with those of tokens: the index, shards with checksums, the
+//! list of damage, and how a folder appears whole or not at all.
 
 pub(crate) mod bytes;
 pub(crate) mod checked;
-pub(crate) mod files;
+pub(crate) mod continuations;
+pub(crate) mod damage_list;
+pub(crate) mod folder;
 pub(crate) mod header;
-mod index;
+pub(crate) mod index;
 pub(crate) mod json;
+pub(crate) mod layout;
+pub(crate) mod lock;
 mod megatron;
 pub(crate) mod offsets;
+pub(crate) mod open_shards;
+mod prefetch_lines;
 pub(crate) mod shard;
+mod special_tokens;
+mod stream;
+mod token_index;
 mod tokens;
 mod widen;
 mod writer;
 
-pub use bytes::Access;
-pub(crate) use files::partial_path;
-pub(crate) use index::{
-    is_output, read_json, BLOCK_BYTES, INDEX_BYTES_MAX, INDEX_FILE, RECORDS_FORMAT, TOKENIZER_FILE,
-    VALUE_BYTES,
-};
-pub use index::{Index, ShardEntry, SpecialTokens, TokenDType};
+pub use continuations::Continuations;
 pub use megatron::MegatronTokens;
-pub use tokens::TokenStream;
+pub use special_tokens::SpecialTokens;
+pub use stream::TokenStream;
+pub use token_index::{TokenIndex, TokenShard};
+pub use tokens::Tokens;
 pub use writer::TokenWriter;

@@ -1,12 +1,12 @@
-//! Bounds of rows of any length: row i is elements `offsets[i]..offsets[i + 1]`. Read from end to end, many at a time, around blocks
-//! that are known to be damaged.
+//! Bounds of rows of any length: row i is elements `offsets[i]..offsets[i + 1]`. Read from end to
+//! end, many at a time, around blocks that are known to be damaged.
 
 use std::fmt::Display;
 use std::ops::Range;
 
 use super::checked::Checked;
+use super::damage_list::merged;
 use crate::cast::{to_u64, to_usize};
-use crate::damage;
 use crate::error::Result;
 
 const ENTRY_BYTES: u64 = 8;
@@ -16,14 +16,15 @@ const READ_ENTRIES: u64 = 1 << 16;
 
 /// Where bounds lie in a file.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Offsets {
+pub(crate) struct RowOffsets {
     /// From the file's beginning.
     pub(crate) start: u64,
     pub(crate) rows: u64,
 }
 
-impl Offsets {
-    /// Gives each row's bounds, as they are written. `None`: they lie in one of the ranges of bytes in `damaged`, which are ascending.
+impl RowOffsets {
+    /// Gives each row's bounds, as they are written. `None`: they lie in one of the ranges of bytes
+    /// in `damaged`, which are ascending.
     pub(crate) fn scan(
         self,
         file: &Checked,
@@ -62,7 +63,8 @@ impl Offsets {
         Ok(())
     }
 
-    /// Rows whose bounds lie in damaged bytes, and those that hold one of the damaged elements. Both lists are ascending.
+    /// Rows whose bounds lie in damaged bytes, and those that hold one of the damaged elements.
+    /// Both lists are ascending.
     pub(crate) fn damaged_rows(
         self,
         file: &Checked,
@@ -90,10 +92,11 @@ impl Offsets {
 
 /// The bytes of blocks, ascending.
 pub(crate) fn bytes_of(file: &Checked, blocks: &[u64]) -> Vec<Range<u64>> {
-    damage::merged(blocks.iter().map(|&block| file.block(block)).collect())
+    merged(blocks.iter().map(|&block| file.block(block)).collect())
 }
 
-/// Elements of a column of which some bytes are damaged. It begins at `start` and has `count` elements of `element_bytes`.
+/// Elements of a column of which some bytes are damaged. It begins at `start` and has `count`
+/// elements of `element_bytes`.
 pub(crate) fn elements_in(
     bytes: &[Range<u64>],
     (start, element_bytes, count): (u64, usize, u64),

@@ -1,62 +1,44 @@
-//! Reading one shard: opened with its size and header checked, blocks verified when they are first touched.
+//! Reading one shard: opened with its size and header checked, blocks verified when they are first
+//! touched.
 
 use std::fmt::Display;
 use std::ops::Range;
 use std::path::Path;
 
-use safetensors::tensor::Dtype;
-
-use super::bytes::Bytes;
+use super::bytes::SizedSource;
 use super::checked::Checked;
-use super::header::Header;
-use super::index::{ShardEntry, TokenDType};
-use super::offsets::{bytes_of, elements_in, Offsets};
+use super::header::SafetensorsHeader;
+use super::offsets::{bytes_of, elements_in, RowOffsets};
+use super::prefetch_lines::prefetch_lines;
+use super::token_index::TokenShard;
 use super::widen::widen_u16;
-use crate::cast::{to_u64, to_usize};
+use crate::batches::{DType, Scratch};
+use crate::cast::to_u64;
 use crate::error::{Error, Result};
-use crate::prefetch_lines::prefetch_lines;
-use crate::samples::Scratch;
 use crate::source::Folder;
 
 #[derive(Debug)]
-pub(crate) struct Shard {
+pub(crate) struct OpenTokenShard {
     checked: Checked,
-    dtype: TokenDType,
+    dtype: DType,
     token_start: u64,
     token_count: u64,
     offset_start: u64,
     document_count: u64,
 }
 
-impl Shard {
-    /// Opens a shard and compares it with what the index says of it. Reads the header, but no tokens.
-    pub(crate) fn open(folder: &dyn Folder, entry: &ShardEntry, dtype: TokenDType) -> Result<Self> {
-        let bytes = Bytes::of(folder.open(&entry.file)?, Some(entry.file_bytes))?;
-        let path = bytes.path().to_path_buf();
-        let header = Header::read(&bytes)?;
-        let tokens = header.tensor("tokens")?;
-        if tokens.dtype != safetensors_dtype(dtype) {
-            let (name, actual) = ("tokens".to_owned(), format!("{:?}", tokens.dtype));
-            return Err(Error::WrongDType { path, name, expected: dtype.name(), actual });
-        }
-        let offsets = header.tensor("doc_offsets")?;
-        if offsets.dtype != Dtype::U64 {
-            let (name, actual) = ("doc_offsets".to_owned(), format!("{:?}", offsets.dtype));
-            return Err(Error::WrongDType { path, name, expected: "U64", actual });
-        }
+impl OpenTokenShard {
+    /// Opens a shard and compares it with what the index says of it. Reads the header, but no
+    /// tokens.
+    pub(crate) fn open(folder: &dyn Folder, entry: &TokenShard, dtype: DType) -> Result<Self> {
+        let bytes = SizedSource::of(folder.open(&entry.file)?, Some(entry.file_bytes))?;
+        let header = SafetensorsHeader::read(&bytes)?;
+        let tokens = header.vector("tokens", dtype.name(), entry.token_count)?;
+        let documents = entry.document_count.saturating_add(1);
+        let offsets = header.vector("doc_offsets", "U64", documents)?;
         let checked = Checked::new(bytes, &entry.crc32c);
         checked.check_header(&header)?;
-        let documents = entry.document_count.saturating_add(1);
-        let tensors =
-            [(&tokens, "tokens", entry.token_count), (&offsets, "doc_offsets", documents)];
-        for (span, name, len) in tensors {
-            if span.shape != [to_usize(len)] {
-                let (name, expected) = (name.to_owned(), format!("[{len}]"));
-                let actual = span.shape.clone();
-                return Err(Error::WrongShape { path, name, expected, actual });
-            }
-        }
-        Ok(Shard {
+        Ok(OpenTokenShard {
             checked,
             dtype,
             token_start: tokens.start,
@@ -94,7 +76,8 @@ impl Shard {
         self.checked.bytes.path()
     }
 
-    /// Tokens from `start` on, as many as `out` holds; gives the largest. `reading` names the sample in errors.
+    /// Tokens from `start` on, as many as `out` holds; gives the largest. `reading` names the
+    /// sample in errors.
     pub(crate) fn read(
         &self,
         start: u64,
@@ -119,8 +102,8 @@ impl Shard {
         self.verify(offset..offset + to_u64(len), scratch, reading)?;
         let bytes = self.checked.bytes.read(offset, len, &mut scratch.bytes)?;
         let largest = match self.dtype {
-            TokenDType::U16 => u32::from(widen_u16(bytes.as_chunks::<2>().0, out)),
-            TokenDType::U32 => {
+            DType::U16 => u32::from(widen_u16(bytes.as_chunks::<2>().0, out)),
+            _ => {
                 let tokens = bytes.as_chunks::<4>().0;
                 for (token, le) in out.iter_mut().zip(tokens) {
                     *token = i64::from(u32::from_le_bytes(*le));
@@ -164,25 +147,16 @@ impl Shard {
         elements_in(&bytes, (self.token_start, self.dtype.bytes(), self.token_count))
     }
 
-    /// The documents that have tokens or bounds in these blocks, counted within the shard: ascending. Reads all bounds once.
+    /// The documents that have tokens or bounds in these blocks, counted within the shard:
+    /// ascending. Reads all bounds once.
     pub(crate) fn documents_of(&self, blocks: &[u64]) -> Result<Vec<Range<u64>>> {
-        if blocks.is_empty() {
-            return Ok(Vec::new());
-        }
         let bytes = bytes_of(&self.checked, blocks);
-        let bounds = Offsets { start: self.offset_start, rows: self.document_count };
+        let bounds = RowOffsets { start: self.offset_start, rows: self.document_count };
         let reading = &"the bounds of documents";
         bounds.damaged_rows(&self.checked, &bytes, &self.tokens_of(blocks), reading)
     }
 
     pub(crate) fn file_bytes(&self) -> u64 {
         self.checked.bytes.len()
-    }
-}
-
-fn safetensors_dtype(dtype: TokenDType) -> Dtype {
-    match dtype {
-        TokenDType::U16 => Dtype::U16,
-        TokenDType::U32 => Dtype::U32,
     }
 }

@@ -1,6 +1,7 @@
 //! Tokens of a shard as `i64`.
 
-/// Tokens that are worked on at once: one pass reads, compares and writes them with vector instructions.
+/// Tokens that are worked on at once: one pass reads, compares and writes them with vector
+/// instructions.
 const LANES: usize = 16;
 
 /// Writes little-endian tokens to `out`, of the same length; gives the largest.

@@ -1,31 +1,31 @@
-//! Writing a prepared folder so that it is there whole or not at all.
-//!
-//! Everything is written into a hidden folder beside the final one, synced to disk, and renamed. A crash leaves a hidden
-//! folder that nobody reads; the next writer of the same data removes it.
+//! Writing a folder of tokens.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Seek, Write};
 use std::path::{Path, PathBuf};
 
-use super::files::{is_free, partial_path, publish, seal, write_synced};
+use super::checked::seal;
+use super::continuations::{fingerprint_of, TOKENIZER_FILE};
+use super::folder::{is_free, write_synced, OnDrop, PartialFolder, SHARD_EXTENSION};
 use super::header::{self, Tensor, DATA_START};
-use super::index::{
-    Index, ShardEntry, SpecialTokens, TokenDType, BLOCK_BYTES, INDEX_FILE, TOKENIZER_FILE,
-};
+use super::index::CREATOR;
+use super::layout::BLOCK_BYTES;
+use super::special_tokens::SpecialTokens;
+use super::token_index::{token_dtype, TokenIndex, TokenShard};
+use crate::batches::DType;
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
-use crate::fingerprint::{Fingerprint, Fingerprinter};
-
-const SHARD_EXTENSION: &str = "safetensors";
+use crate::fingerprint::Fingerprint;
 
 /// Writes a prepared folder.
 ///
-/// The folder appears under its name when [`finish`](Self::finish) succeeds, complete and synced to disk; until then, and if
-/// the writer is dropped, nothing is there. Two writers must not write to the same target at once. Memory: 8 bytes for each
-/// document of a shard.
+/// The folder appears under its name when [`finish`](Self::finish) succeeds, complete and synced to
+/// disk; until then, and if the writer is dropped, nothing is there. Two writers must not write to
+/// the same target at once. Memory: 8 bytes for each document of a shard.
 ///
 /// ```
-/// use phalanx_data::{SpecialTokens, TokenStream, TokenWriter, Access};
+/// use phalanx_data::format::{SpecialTokens, TokenStream, TokenWriter, Tokens};
+/// use phalanx_data::Access;
 ///
 /// # fn main() -> phalanx_data::Result<()> {
 /// # let folder = tempfile::tempdir().unwrap();
@@ -43,28 +43,22 @@ const SHARD_EXTENSION: &str = "safetensors";
 /// ```
 #[derive(Debug)]
 pub struct TokenWriter {
-    partial: PathBuf,
-    target: PathBuf,
+    partial: PartialFolder,
     about: ShardInfo,
     current: Option<ShardWriter>,
-    done: Vec<ShardEntry>,
-    on_drop: OnDrop,
-}
-
-/// What becomes of the hidden folder when its writer is dropped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum OnDrop {
-    Remove,
-    Keep,
+    done: Vec<TokenShard>,
 }
 
 impl TokenWriter {
-    /// Starts a folder that will be renamed to `target`. What an earlier writer of the same target left half done is removed.
+    /// Starts a folder that will be renamed to `target`. What an earlier writer of the same target
+    /// left half done is removed.
     ///
-    /// A shard is closed at the first end of a document after `shard_bytes` of tokens and of the places of documents (8 bytes each).
+    /// A shard is closed at the first end of a document after `shard_bytes` of tokens and of the
+    /// places of documents (8 bytes each).
     ///
     /// # Errors
-    /// [`Error::OutputExists`] if `target` is there and no empty folder, [`Error::CacheNotWritable`] and [`Error::Io`].
+    /// [`Error::OutputExists`] if `target` is there and no empty folder,
+    /// [`Error::CacheNotWritable`] and [`Error::Io`].
     pub fn create(
         target: &Path,
         tokenizer_json: &[u8],
@@ -72,77 +66,52 @@ impl TokenWriter {
         special: SpecialTokens,
         shard_bytes: u64,
     ) -> Result<Self> {
-        if !is_free(target)? {
-            return Err(Error::OutputExists { path: target.to_path_buf() });
-        }
-        let partial = partial_path(target);
-        let failed = |cause| Error::CacheNotWritable { path: partial.clone(), cause };
-        if partial.exists() {
-            fs::remove_dir_all(&partial).map_err(failed)?;
-        }
-        fs::create_dir_all(&partial).map_err(failed)?;
-        let tokenizer = Fingerprinter::new(TOKENIZER_FILE).bytes(tokenizer_json).finish();
-        let writer = TokenWriter {
-            partial,
-            target: target.to_path_buf(),
-            about: ShardInfo { vocab_size, special, tokenizer, shard_bytes },
-            current: None,
-            done: Vec::new(),
-            on_drop: OnDrop::Remove,
-        };
-        write_synced(&writer.partial.join(TOKENIZER_FILE), tokenizer_json)?;
-        Ok(writer)
+        let words = (vocab_size, special);
+        Self::resume(target, tokenizer_json, words, shard_bytes, Vec::new(), OnDrop::Remove)
     }
 
-    /// Goes on with what an earlier writer of the same target left half done: these shards are whole, any others are removed.
-    /// Dropped before it is finished, this writer leaves what is done to the next.
+    /// Goes on with what an earlier writer of the same target left half done: these shards are
+    /// whole, any others are removed. Without any it begins anew.
     pub(crate) fn resume(
         target: &Path,
         tokenizer_json: &[u8],
         (vocab_size, special): (u32, SpecialTokens),
         shard_bytes: u64,
-        done: Vec<ShardEntry>,
+        done: Vec<TokenShard>,
+        on_drop: OnDrop,
     ) -> Result<Self> {
+        if done.is_empty() && !is_free(target)? {
+            return Err(Error::OutputExists { path: target.to_path_buf() });
+        }
+        let partial = PartialFolder::open(target, &done, on_drop)?;
         if done.is_empty() {
-            let mut fresh = Self::create(target, tokenizer_json, vocab_size, special, shard_bytes)?;
-            fresh.on_drop = OnDrop::Keep;
-            return Ok(fresh);
+            write_synced(&partial.path().join(TOKENIZER_FILE), tokenizer_json)?;
         }
-        let partial = partial_path(target);
-        for entry in fs::read_dir(&partial).map_err(Error::io("list", &partial))? {
-            let entry = entry.map_err(Error::io("list", &partial))?;
-            let is_shard = entry.path().extension().is_some_and(|end| end == SHARD_EXTENSION);
-            let name = entry.file_name();
-            if is_shard && !done.iter().any(|shard| name == *shard.file) {
-                fs::remove_file(entry.path()).map_err(Error::io("remove", &entry.path()))?;
-            }
-        }
-        let tokenizer = Fingerprinter::new(TOKENIZER_FILE).bytes(tokenizer_json).finish();
+        let tokenizer = fingerprint_of(tokenizer_json);
         let about = ShardInfo { vocab_size, special, tokenizer, shard_bytes };
-        let target = target.to_path_buf();
-        Ok(TokenWriter { partial, target, about, current: None, done, on_drop: OnDrop::Keep })
+        Ok(TokenWriter { partial, about, current: None, done })
     }
 
     /// Where shards gather until the folder is complete.
     pub(crate) fn folder(&self) -> &Path {
-        &self.partial
+        self.partial.path()
     }
 
     /// The shards that are closed.
-    pub(crate) fn shards(&self) -> &[ShardEntry] {
+    pub(crate) fn shards(&self) -> &[TokenShard] {
         &self.done
     }
 
-    /// Appends tokens to the current document. Its last token should be the one that closes documents
-    /// ([`SpecialTokens::document_end`]).
+    /// Appends tokens to the current document. Its last token should be the one that closes
+    /// documents ([`SpecialTokens::document_end`]).
     ///
     /// # Errors
     /// [`Error::Io`], and [`Error::BadValue`] for a token outside the vocabulary.
     pub fn tokens(&mut self, tokens: &[u32]) -> Result<()> {
-        let dtype = TokenDType::for_vocabulary(self.about.vocab_size);
+        let dtype = token_dtype(self.about.vocab_size);
         let shard = match &mut self.current {
             Some(shard) => shard,
-            none => none.insert(ShardWriter::create(&self.partial, self.done.len(), dtype)?),
+            none => none.insert(ShardWriter::create(self.partial.path(), self.done.len(), dtype)?),
         };
         shard.tokens(tokens, self.about.vocab_size)
     }
@@ -163,17 +132,13 @@ impl TokenWriter {
     /// Writes the index and moves the folder to its place. `source_bytes` of text went into it.
     ///
     /// # Errors
-    /// [`Error::OutputExists`] if something came to lie there meanwhile: it stays, and the complete folder is beside it as
-    /// `.NAME.partial`. [`Error::Io`].
-    pub fn finish(mut self, source_bytes: u64) -> Result<Index> {
+    /// [`Error::OutputExists`] if something came to lie there meanwhile: it stays, and the complete
+    /// folder is beside it as `.NAME.partial`. [`Error::Io`].
+    pub fn finish(mut self, source_bytes: u64) -> Result<TokenIndex> {
         self.close_shard()?;
         let ShardInfo { vocab_size, special, tokenizer, .. } = self.about;
-        let shards = std::mem::take(&mut self.done);
-        let index = Index::new(vocab_size, special, tokenizer, source_bytes, shards);
-        write_synced(&self.partial.join(INDEX_FILE), &index.to_json())?;
-        // It is complete: if it cannot be moved, it is not thrown away.
-        self.on_drop = OnDrop::Keep;
-        publish(&self.partial, &self.target)?;
+        let index = TokenIndex::new(vocab_size, special, tokenizer, source_bytes, self.done);
+        self.partial.finish(&index)?;
         Ok(index)
     }
 
@@ -183,15 +148,6 @@ impl TokenWriter {
             self.done.push(shard.finish(&self.about)?);
         }
         Ok(())
-    }
-}
-
-impl Drop for TokenWriter {
-    fn drop(&mut self) {
-        if self.on_drop == OnDrop::Remove {
-            // What cannot be removed is removed by the next writer, or reported by it.
-            drop(fs::remove_dir_all(&self.partial));
-        }
     }
 }
 
@@ -209,14 +165,14 @@ struct ShardWriter {
     name: String,
     path: PathBuf,
     file: BufWriter<File>,
-    dtype: TokenDType,
+    dtype: DType,
     token_count: u64,
     doc_offsets: Vec<u64>,
     buffer: Vec<u8>,
 }
 
 impl ShardWriter {
-    fn create(folder: &Path, number: usize, dtype: TokenDType) -> Result<Self> {
+    fn create(folder: &Path, number: usize, dtype: DType) -> Result<Self> {
         let name = format!("tokens-{number:05}.{SHARD_EXTENSION}");
         let path = folder.join(&name);
         let file = OpenOptions::new()
@@ -270,7 +226,7 @@ impl ShardWriter {
         }
     }
 
-    fn finish(mut self, about: &ShardInfo) -> Result<ShardEntry> {
+    fn finish(mut self, about: &ShardInfo) -> Result<TokenShard> {
         self.end_document();
         let offsets: &[u8] = bytemuck::cast_slice(&self.doc_offsets);
         self.file.write_all(offsets).map_err(Error::io("write", &self.path))?;
@@ -292,7 +248,7 @@ impl ShardWriter {
         let header = header::encode_sealed(
             &mut vec![tokens, offsets_tensor],
             &[
-                ("creator", concat!("phalanx-data ", env!("CARGO_PKG_VERSION")).to_owned()),
+                ("creator", CREATOR.to_owned()),
                 ("tokenizer", about.tokenizer.to_string()),
                 ("vocab_size", about.vocab_size.to_string()),
                 (
@@ -311,7 +267,7 @@ impl ShardWriter {
         file.rewind().map_err(failed)?;
         file.write_all(&header).map_err(failed)?;
         let (file_bytes, crc32c) = seal(&mut file, &self.path)?;
-        Ok(ShardEntry {
+        Ok(TokenShard {
             file: self.name,
             file_bytes,
             token_count: self.token_count,

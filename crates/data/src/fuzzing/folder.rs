@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::source::{Folder, Source};
 
 #[derive(Clone, Debug)]
-pub(super) struct Memory(Vec<Arc<File>>);
+pub(super) struct MemoryFolder(Vec<Arc<File>>);
 
 #[derive(Debug)]
 struct File {
@@ -19,7 +19,7 @@ struct File {
     reads: AtomicU64,
 }
 
-impl Memory {
+impl MemoryFolder {
     pub(super) fn new(files: &[(&str, &[u8])], is_mapped: bool) -> Self {
         let file = |&(name, bytes): &(&str, &[u8])| {
             Arc::new(File {
@@ -29,7 +29,7 @@ impl Memory {
                 reads: AtomicU64::new(0),
             })
         };
-        Memory(files.iter().map(file).collect())
+        MemoryFolder(files.iter().map(file).collect())
     }
 
     /// Of all files.
@@ -52,7 +52,7 @@ impl Memory {
     }
 }
 
-impl Folder for Memory {
+impl Folder for MemoryFolder {
     fn name(&self) -> &Path {
         Path::new("memory")
     }

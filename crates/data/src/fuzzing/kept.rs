@@ -1,21 +1,25 @@
-//! What a `CachedFolder` finds on this machine: whatever that is, what is read through it is right, or an error.
+//! What a `CachedFolder` finds on this machine: whatever that is, what is read through it is right,
+//! or an error.
 
 use std::fs;
 use std::sync::OnceLock;
 
-use super::folder::{Memory, Temporary};
+use super::folder::{MemoryFolder, Temporary};
 use super::{case, seeds, Case};
+use crate::batches::Scratch;
 use crate::cast::{to_u64, to_usize};
-use crate::format::INDEX_FILE;
+use crate::error::Result;
+use crate::format::index::INDEX_FILE;
+use crate::format::{TokenStream, Tokens};
 use crate::source::cache::{BLOCK_BYTES, ENTRY_BYTES, PAGE, PRESENT};
-use crate::{CachedFolder, Folder, Result, Scratch, TokenStream};
+use crate::source::{CachedFolder, Folder};
 
 const SHARD: &str = "tokens-00000.safetensors";
 
 /// A prepared folder far away, whose shard has one block or two.
-fn far(is_large: bool) -> Memory {
+fn far(is_large: bool) -> MemoryFolder {
     let (index, shard) = seeds::token_folder(if is_large { 15_000 } else { 40 });
-    Memory::new(&[(INDEX_FILE, &index), (SHARD, &shard)], false)
+    MemoryFolder::new(&[(INDEX_FILE, &index), (SHARD, &shard)], false)
 }
 
 /// Calls `each` with all tokens, part by part, and the number of the first.
@@ -32,7 +36,7 @@ fn tokens(folder: &dyn Folder, mut each: impl FnMut(usize, &[i64])) -> Result<()
 
 /// A far folder, and what is kept of it.
 struct Right {
-    far: Memory,
+    far: MemoryFolder,
     tokens: Vec<i64>,
     /// The file of the shard's blocks, if everything was read.
     name: String,
@@ -45,7 +49,7 @@ impl Right {
         RIGHT[usize::from(is_large)].get_or_init(|| Self::make(far(is_large))).as_ref()
     }
 
-    fn make(far: Memory) -> Option<Self> {
+    fn make(far: MemoryFolder) -> Option<Self> {
         let place = Temporary::new()?;
         let mut all = Vec::new();
         let folder = CachedFolder::new(far.clone(), place.path(), 1 << 30).ok()?;

@@ -1,6 +1,8 @@
-//! Every parser of files and answers as a function of bytes: for property tests (`tests/malformed.rs`) and fuzzers (`fuzz/`).
+//! Every parser of files and answers as a function of bytes: for property tests
+//! (`tests/malformed.rs`) and fuzzers (`fuzz/`).
 //!
-//! A target makes cases of bytes. Where a checksum or a fingerprint would end each attempt, the case has a right one, so that what lies behind it is reached.
+//! A target makes cases of bytes. Where a checksum or a fingerprint would end each attempt, the
+//! case has a right one, so that what lies behind it is reached.
 
 mod folder;
 mod kept;
@@ -9,27 +11,32 @@ mod seeds;
 mod tables;
 
 use std::fmt;
+use std::sync::Arc;
 
+use crate::batches::{Column, DType, Scratch};
 use crate::cast::to_u64;
-use crate::convert::fuzzed;
-use crate::format::bytes::Bytes;
-use crate::format::files::{Layout, PAGE_BLOCKS};
-use crate::format::header::Header;
-use crate::format::{Index, ShardEntry, SpecialTokens, TokenDType, BLOCK_BYTES, INDEX_FILE};
+use crate::convert::json_field::json_text;
+use crate::fingerprint::Fingerprint;
+use crate::format::bytes::SizedSource;
+use crate::format::header::SafetensorsHeader;
+use crate::format::index::{FolderIndex, INDEX_FILE};
+use crate::format::layout::{BlockLayout, BLOCK_BYTES, PAGE_BLOCKS};
+use crate::format::{
+    json, Continuations, MegatronTokens, SpecialTokens, TokenIndex, TokenShard, TokenStream, Tokens,
+};
+use crate::loader::{Buckets, Loader, LoaderOptions, LoaderState};
+use crate::order::Tail;
 use crate::records::{Field, RecordIndex, RecordSamples, RecordShard, Records};
-use crate::samples::{Samples, Scratch};
-use crate::state::LoaderState;
-use crate::tokens::Tokens;
-use crate::whole_words::Continuations;
-use crate::{FixedBatches, MegatronTokens, TokenStream};
-use folder::Memory;
+use crate::samples::{from_fn, FixedBatches, Samples};
+use crate::source::Folder;
+use folder::MemoryFolder;
 
 /// Something to be read.
 pub struct Case {
     /// Bytes of all files in it.
     pub bytes: usize,
-    /// Reads it: whatever the bytes are, that ends, does not panic, and takes no more memory than [`Target::memory`] says.
-    /// Gives whether anything could be read.
+    /// Reads it: whatever the bytes are, that ends, does not panic, and takes no more memory than
+    /// [`FuzzTarget::memory`] says. Gives whether anything could be read.
     pub read: Box<dyn Fn() -> bool>,
 }
 
@@ -41,7 +48,7 @@ impl fmt::Debug for Case {
 
 /// A parser.
 #[derive(Clone, Copy, Debug)]
-pub struct Target {
+pub struct FuzzTarget {
     /// Its name.
     pub name: &'static str,
     /// What is right, to begin with.
@@ -55,7 +62,8 @@ pub struct Target {
 /// Twice the files; a block, and what libraries take for themselves.
 const TWICE: (usize, usize) = (2, (1 << 20) + (64 << 10));
 
-/// What the tokenizers crate makes of a file is its own affair: maps of each token, both ways, and automata.
+/// What the tokenizers crate makes of a file is its own affair: maps of each token, both ways, and
+/// automata.
 const TOKENIZER: (usize, usize) = (256, 64 << 20);
 
 /// Zstandard makes at most 2^15 bytes of one; a dictionary and a batch may take as much again.
@@ -66,12 +74,12 @@ const fn target(
     name: &'static str,
     seeds: fn() -> Vec<Vec<u8>>,
     cases: fn(&[u8]) -> Vec<Case>,
-) -> Target {
-    Target { name, seeds, cases, memory: TWICE }
+) -> FuzzTarget {
+    FuzzTarget { name, seeds, cases, memory: TWICE }
 }
 
 /// All of them.
-pub const TARGETS: &[Target] = &[
+pub const TARGETS: &[FuzzTarget] = &[
     target("token_index", seeds::token_index, token_index),
     target("token_shard", seeds::token_shard, token_shard),
     target("record_index", seeds::record_index, record_index),
@@ -82,7 +90,7 @@ pub const TARGETS: &[Target] = &[
     target("arrays", seeds::arrays, arrays),
     target("kept_blocks", kept::right, kept::cases),
     target("tokenizer", seeds::tokenizer, tokenizer),
-    Target {
+    FuzzTarget {
         memory: TOKENIZER,
         ..target("converter_tokenizer", seeds::converter_tokenizer, converter_tokenizer)
     },
@@ -92,7 +100,7 @@ pub const TARGETS: &[Target] = &[
     #[cfg(feature = "http")]
     target("http_answer", seeds::http_answer, http_answer),
     #[cfg(feature = "parquet")]
-    Target { memory: TABLE, ..target("table", tables::right, tables::cases) },
+    FuzzTarget { memory: TABLE, ..target("table", tables::right, tables::cases) },
 ];
 
 /// Vocabularies of both widths.
@@ -106,10 +114,10 @@ fn case(bytes: usize, read: impl Fn() -> bool + 'static) -> Case {
 /// A folder, once read and once mapped.
 fn in_folder(
     files: &[(&str, &[u8])],
-    read: impl Fn(&Memory) -> bool + Copy + 'static,
+    read: impl Fn(&MemoryFolder) -> bool + Copy + 'static,
 ) -> Vec<Case> {
     let one = |is_mapped| {
-        let folder = Memory::new(files, is_mapped);
+        let folder = MemoryFolder::new(files, is_mapped);
         case(folder.bytes(), move || read(&folder))
     };
     vec![one(false), one(true)]
@@ -117,7 +125,7 @@ fn in_folder(
 
 /// Right checksums at the end of what may be a shard; gives those of their pages.
 fn seal(file: &mut [u8]) -> Option<Vec<u32>> {
-    let layout = Layout::of(to_u64(file.len()))?;
+    let layout = BlockLayout::of(to_u64(file.len()))?;
     let content = usize::try_from(layout.content_bytes).ok()?;
     let (content, sums) = file.split_at_mut(content);
     for (block, sum) in content.chunks(BLOCK_BYTES).zip(sums.chunks_exact_mut(4)) {
@@ -127,13 +135,13 @@ fn seal(file: &mut [u8]) -> Option<Vec<u32>> {
     Some(sums.chunks(page).map(crc32c::crc32c).collect())
 }
 
-fn header(file: &[u8]) -> Option<Header> {
-    let memory = Memory::new(&[("f", file)], false);
-    Header::read(&Bytes::of(crate::Folder::open(&memory, "f").ok()?, None).ok()?).ok()
+fn header(file: &[u8]) -> Option<SafetensorsHeader> {
+    let memory = MemoryFolder::new(&[("f", file)], false);
+    SafetensorsHeader::read(&SizedSource::of(Folder::open(&memory, "f").ok()?, None).ok()?).ok()
 }
 
 /// How long a tensor says it is; 1 if it says nothing.
-fn rows(header: Option<&Header>, name: &str) -> u64 {
+fn rows(header: Option<&SafetensorsHeader>, name: &str) -> u64 {
     let span = header.and_then(|header| header.tensor(name).ok());
     span.and_then(|span| span.shape.first().copied()).map_or(1, to_u64)
 }
@@ -157,7 +165,7 @@ fn read_tokens(tokens: &dyn Tokens) -> bool {
     is_read
 }
 
-fn read_token_folder(folder: &Memory) -> bool {
+fn read_token_folder(folder: &MemoryFolder) -> bool {
     TokenStream::open_from(folder).is_ok_and(|stream| {
         let is_read = read_tokens(&stream);
         is_read & stream.verify().is_ok()
@@ -168,8 +176,8 @@ fn token_index(bytes: &[u8]) -> Vec<Case> {
     let shard = seeds::tokens();
     let files: [(&str, &[u8]); 2] = [(INDEX_FILE, bytes), ("tokens-00000.safetensors", &shard)];
     let mut cases = in_folder(&files, read_token_folder);
-    if let Ok(index) = serde_json::from_slice::<Index>(bytes) {
-        let sealed = index.with_right_fingerprint().to_json();
+    if let Ok(index) = serde_json::from_slice::<TokenIndex>(bytes) {
+        let sealed = json::to_bytes(&index.with_right_fingerprint());
         cases.extend(in_folder(&[(INDEX_FILE, &sealed), files[1]], read_token_folder));
     }
     cases
@@ -180,7 +188,7 @@ fn token_shard(bytes: &[u8]) -> Vec<Case> {
     let Some(crc32c) = seal(&mut shard) else { return Vec::new() };
     let header = header(&shard);
     let file = "tokens-00000.safetensors".to_owned();
-    let entry = ShardEntry {
+    let entry = TokenShard {
         file_bytes: to_u64(shard.len()),
         token_count: rows(header.as_ref(), "tokens"),
         document_count: rows(header.as_ref(), "doc_offsets").saturating_sub(1),
@@ -189,11 +197,10 @@ fn token_shard(bytes: &[u8]) -> Vec<Case> {
     };
     let mut cases = Vec::new();
     for vocab_size in VOCABULARIES {
-        let tokenizer = crate::Fingerprint(1);
-        let index = Index::new(vocab_size, SPECIAL, tokenizer, 0, vec![entry.clone()]);
-        debug_assert_eq!(index.dtype, TokenDType::for_vocabulary(vocab_size));
+        let tokenizer = Fingerprint(1);
+        let index = TokenIndex::new(vocab_size, SPECIAL, tokenizer, 0, vec![entry.clone()]);
         let list = seeds::damage_of(index.fingerprint, "tokens-00000.safetensors");
-        let json = index.to_json();
+        let json = json::to_bytes(&index);
         let files: [(&str, &[u8]); 3] =
             [(INDEX_FILE, &json), (&entry.file, &shard), ("damage.json", &list)];
         cases.extend(in_folder(&files[..2], read_token_folder));
@@ -202,7 +209,7 @@ fn token_shard(bytes: &[u8]) -> Vec<Case> {
     cases
 }
 
-fn read_record_folder(folder: &Memory) -> bool {
+fn read_record_folder(folder: &MemoryFolder) -> bool {
     let Ok(records) = Records::open_from(folder) else { return false };
     let mut scratch = Scratch::default();
     let mut is_read = records.damaged().is_ok();
@@ -224,7 +231,7 @@ fn record_index(bytes: &[u8]) -> Vec<Case> {
     let files: [(&str, &[u8]); 2] = [(INDEX_FILE, bytes), ("records-00000.safetensors", &shard)];
     let mut cases = in_folder(&files, read_record_folder);
     if let Ok(index) = serde_json::from_slice::<RecordIndex>(bytes) {
-        let sealed = index.with_right_fingerprint().to_json();
+        let sealed = json::to_bytes(&index.with_right_fingerprint());
         cases.extend(in_folder(&[(INDEX_FILE, &sealed), files[1]], read_record_folder));
     }
     cases
@@ -240,7 +247,7 @@ fn record_shard(bytes: &[u8]) -> Vec<Case> {
     let entry = RecordShard { file, file_bytes, record_count, crc32c, longest: Vec::new() };
     let index = RecordIndex::new(fields, vec![entry.clone()]);
     let list = seeds::damage_of(index.fingerprint, &entry.file);
-    let json = index.to_json();
+    let json = json::to_bytes(&index);
     let files: [(&str, &[u8]); 3] =
         [(INDEX_FILE, &json), (&entry.file, &shard), ("damage.json", &list)];
     let mut cases = in_folder(&files[..2], read_record_folder);
@@ -292,12 +299,12 @@ fn tokenizer(bytes: &[u8]) -> Vec<Case> {
 }
 
 fn converter_tokenizer(bytes: &[u8]) -> Vec<Case> {
-    text(bytes, fuzzed::tokenizer)
+    text(bytes, crate::text::encoder::fuzzed)
 }
 
 fn arrays(bytes: &[u8]) -> Vec<Case> {
     in_folder(&[("f", bytes)], |folder| {
-        crate::Folder::open(folder, "f").is_ok_and(crate::records::fuzzed_arrays)
+        Folder::open(folder, "f").is_ok_and(crate::records::arrays::fuzzed)
     })
 }
 
@@ -308,36 +315,36 @@ fn loader_state(bytes: &[u8]) -> Vec<Case> {
             let written = serde_json::to_vec(&state).unwrap_or_default();
             let again = serde_json::from_slice::<LoaderState>(&written);
             assert!(again.is_ok_and(|again| again == state), "{state:?}");
-            let columns = vec![crate::Column::new("x", crate::DType::U8, [])];
-            let samples = crate::from_fn(100, columns, "", |_, _, _| Ok(()));
+            let columns = vec![Column::new("x", DType::U8, [])];
+            let samples = from_fn(100, columns, "", |_, _, _| Ok(()));
             // Batches of a run's own size, however large the state says that they were.
             let buckets = state.buckets.filter(|sizes| sizes.batches.max(sizes.global_batch) <= 64);
-            let sizes = buckets.unwrap_or(crate::Buckets { batches: 0, global_batch: 32 });
-            let options = crate::LoaderOptions {
+            let sizes = buckets.unwrap_or(Buckets { batches: 0, global_batch: 32 });
+            let options = LoaderOptions {
                 seed: state.seed,
                 order: state.order,
                 bucketing: sizes.batches,
                 global_batch: usize::try_from(sizes.global_batch).unwrap_or(32),
                 threads: 0,
-                tail: crate::Tail::Exact,
+                tail: Tail::Exact,
                 ..Default::default()
             };
             let own = LoaderState { fingerprint: samples.fingerprint(), ..state };
-            crate::Loader::resume(std::sync::Arc::new(samples), options, &own)
+            Loader::resume(Arc::new(samples), options, &own)
                 .is_ok_and(|mut loader| loader.next_step().is_ok())
         })
     })
 }
 
 fn journal(bytes: &[u8]) -> Vec<Case> {
-    text(bytes, fuzzed::journal)
+    text(bytes, crate::convert::journal::parses)
 }
 
 fn json_line(bytes: &[u8]) -> Vec<Case> {
     text(bytes, |line| {
         std::str::from_utf8(line).is_ok_and(|line| {
-            let nested = fuzzed::json_text(line, "page.body");
-            fuzzed::json_text(line, "text") | nested
+            let nested = json_text(line, "page.body").is_ok();
+            json_text(line, "text").is_ok() | nested
         })
     })
 }

@@ -1,11 +1,11 @@
 //! Right files, to begin with.
 
 use super::{seal, SPECIAL};
+use crate::batches::DType;
 use crate::cast::{to_u64, to_usize};
-use crate::dtype::DType;
 use crate::fingerprint::Fingerprint;
 use crate::format::header::{encode, encode_sealed, Tensor};
-use crate::format::{Index, ShardEntry};
+use crate::format::{json, TokenIndex, TokenShard};
 use crate::records::{Field, RecordIndex, RecordShard};
 
 fn tensor(name: &str, dtype: &'static str, shape: &[usize], element_bytes: usize) -> Tensor {
@@ -50,14 +50,14 @@ pub(super) fn token_shard() -> Vec<Vec<u8>> {
 pub(super) fn token_folder(documents: u32) -> (Vec<u8>, Vec<u8>) {
     let mut shard = tokens_of(2, documents);
     let crc32c = seal(&mut shard).unwrap_or_default();
-    let entry = ShardEntry {
+    let entry = TokenShard {
         file: "tokens-00000.safetensors".to_owned(),
         file_bytes: to_u64(shard.len()),
         token_count: u64::from(documents) * 50,
         document_count: u64::from(documents),
         crc32c,
     };
-    (Index::new(500, SPECIAL, Fingerprint(1), 7, vec![entry]).to_json(), shard)
+    (json::to_bytes(&TokenIndex::new(500, SPECIAL, Fingerprint(1), 7, vec![entry])), shard)
 }
 
 pub(super) fn token_index() -> Vec<Vec<u8>> {
@@ -105,7 +105,7 @@ pub(super) fn record_index() -> Vec<Vec<u8>> {
         crc32c,
         longest: vec![1 << 20; fields().len()],
     };
-    vec![RecordIndex::new(fields(), vec![entry]).to_json()]
+    vec![json::to_bytes(&RecordIndex::new(fields(), vec![entry]))]
 }
 
 /// A list with the first block of a file.
@@ -191,7 +191,8 @@ pub(super) fn converter_tokenizer() -> Vec<Vec<u8>> {
     vec![words.into(), bytes.into(), other.into()]
 }
 
-/// What the converter of arrays reads: tensors that agree in their rows, and a shard of records, which is such a file as well.
+/// What the converter of arrays reads: tensors that agree in their rows, and a shard of records,
+/// which is such a file as well.
 pub(super) fn arrays() -> Vec<Vec<u8>> {
     let tensors = [
         tensor("label", "I64", &[20], 8),

@@ -14,6 +14,7 @@ use parquet::file::properties::WriterProperties;
 
 use super::folder::Temporary;
 use super::{case, Case};
+use crate::convert::rows;
 
 /// 60 rows.
 fn batch() -> Option<RecordBatch> {
@@ -70,8 +71,8 @@ fn arrow(
     Some(file)
 }
 
-/// Each kind of file, as it is and compressed. None has strings as differences of each other, whose number nothing bounds
-/// (`table/pages.rs`).
+/// Each kind of file, as it is and compressed. None has strings as differences of each other, whose
+/// number nothing bounds (`table/pages.rs`).
 pub(super) fn right() -> Vec<Vec<u8>> {
     let Some(batch) = batch() else { return Vec::new() };
     let zstd = Compression::ZSTD(ZstdLevel::default());
@@ -95,5 +96,6 @@ pub(super) fn cases(bytes: &[u8]) -> Vec<Case> {
         let (place, path) = (Arc::clone(&place), path.clone());
         case(bytes.len(), move || place.path().is_dir() && read(&path))
     };
-    vec![one(crate::convert::fuzzed::rows), one(crate::records::fuzzed_columns)]
+    let texts = |file: &std::path::Path| rows::fuzzed(file, "text").unwrap_or(false);
+    vec![one(texts), one(crate::records::columns::fuzzed)]
 }

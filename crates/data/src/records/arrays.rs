@@ -2,35 +2,41 @@
 
 use std::path::{Path, PathBuf};
 
-use super::convert::{convert, ConvertedRecords, Input, Part, Parts, RecordOptions};
+use super::convert::{
+    convert, ConvertedRecords, InputPart, InputParts, RecordInput, RecordOptions,
+};
 use super::field::Field;
-use super::packed::Packed;
+use super::packed::PackedColumn;
+use crate::batches::DType;
 use crate::cast::{to_u64, to_usize};
 use crate::convert::input::{self, InputFile};
-use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::format::bytes::{Access, Bytes};
-use crate::format::checked::CHECKSUMS;
-use crate::format::header::{Header, Span};
+use crate::format::bytes::SizedSource;
+use crate::format::header::{SafetensorsHeader, Span};
+use crate::format::layout::CHECKSUMS;
 use crate::progress::Progress;
+use crate::source::Access;
 
 /// What is read at once of a file, in bytes of all its tensors.
 const PART_BYTES: usize = 4 << 20;
 
-/// Converts safetensors files, or folders of them, to a folder of records at `output`. Every tensor is a field and its first size
-/// counts records: all tensors of a file must agree in it, and all files in names, types and the other sizes. Files follow each
-/// other as given, those of a folder by name.
+/// Converts safetensors files, or folders of them, to a folder of records at `output`. Every tensor
+/// is a field and its first size counts records: all tensors of a file must agree in it, and all
+/// files in names, types and the other sizes. Files follow each other as given, those of a folder
+/// by name.
 ///
-/// The folder appears when it is complete; after a crash or an error the same call goes on behind the last finished shard, and
-/// the result has the bytes of a run without interruption.
+/// The folder appears when it is complete; after a crash or an error the same call goes on behind
+/// the last finished shard, and the result has the bytes of a run without interruption.
 ///
 /// # Determinism
 /// The same input and options give the same bytes, whatever the number of threads.
 ///
 /// # Errors
-/// [`Error::NoInput`], [`Error::InvalidOption`] without files, [`Error::BadHeader`], [`Error::WrongShape`] and
-/// [`Error::WrongDType`] for tensors that do not agree, [`Error::BadValue`] for truth values other than 0 and 1, [`Error::TextChanged`], [`Error::OutputExists`],
-/// [`Error::OtherConversion`], [`Error::LockTimeout`], [`Error::CacheNotWritable`] and [`Error::Io`].
+/// [`Error::NoInput`], [`Error::InvalidOption`] without files, [`Error::BadHeader`],
+/// [`Error::WrongShape`] and [`Error::WrongDType`] for tensors that do not agree,
+/// [`Error::BadValue`] for truth values other than 0 and 1, [`Error::TextChanged`],
+/// [`Error::OutputExists`], [`Error::OtherConversion`], [`Error::LockTimeout`],
+/// [`Error::CacheNotWritable`] and [`Error::Io`].
 pub fn convert_safetensors(
     inputs: &[PathBuf],
     output: &Path,
@@ -38,7 +44,7 @@ pub fn convert_safetensors(
     progress: &dyn Progress,
 ) -> Result<ConvertedRecords> {
     let files = input::list_named(inputs, &["safetensors"], progress)?;
-    let open = |path| Bytes::open(path, Access::Read, None);
+    let open = |path| SizedSource::open(path, Access::Read, None);
     let arrays: Vec<Arrays> =
         files.iter().map(|file| Arrays::of(open(&file.path)?)).collect::<Result<_>>()?;
     for file in &arrays[1..] {
@@ -53,7 +59,7 @@ struct AllArrays {
     arrays: Vec<Arrays>,
 }
 
-impl Input for AllArrays {
+impl RecordInput for AllArrays {
     type Content = ();
 
     fn files(&self) -> &[InputFile] {
@@ -64,24 +70,19 @@ impl Input for AllArrays {
         &self.arrays[0].fields
     }
 
-    fn parts(&self, file: usize) -> Result<Parts<'_, ()>> {
+    fn parts(&self, file: usize) -> Result<InputParts<'_, ()>> {
         Ok(Box::new(self.arrays[file].parts().map(Ok)))
     }
 
-    fn read(&self, file: usize, part: &Part<()>) -> Result<Vec<Packed>> {
+    fn read(&self, file: usize, part: &InputPart<()>) -> Result<Vec<PackedColumn>> {
         self.arrays[file].read(part)
     }
-}
-
-/// Bytes of a record in a field.
-fn row_bytes(field: &Field) -> usize {
-    field.elements().unwrap_or(0) * field.dtype.bytes()
 }
 
 /// One file.
 struct Arrays {
     path: PathBuf,
-    bytes: Bytes,
+    bytes: SizedSource,
     fields: Vec<Field>,
     /// Where each field's data start.
     starts: Vec<u64>,
@@ -89,9 +90,9 @@ struct Arrays {
 }
 
 impl Arrays {
-    fn of(bytes: Bytes) -> Result<Self> {
+    fn of(bytes: SizedSource) -> Result<Self> {
         let path = bytes.path();
-        let header = Header::read(&bytes)?;
+        let header = SafetensorsHeader::read(&bytes)?;
         let mut names = header.names();
         names.sort_unstable();
         // A shard of records is such a file, but for the checksums at its end.
@@ -125,25 +126,25 @@ impl Arrays {
         Ok(Arrays { path: path.to_path_buf(), bytes, fields, starts, records })
     }
 
-    fn parts(&self) -> impl Iterator<Item = Part<()>> + '_ {
-        let row_bytes: usize = self.fields.iter().map(row_bytes).sum();
+    fn parts(&self) -> impl Iterator<Item = InputPart<()>> + '_ {
+        let row_bytes: usize = self.fields.iter().map(Field::row_bytes).sum();
         let step = (PART_BYTES / row_bytes.max(1)).max(1);
         (0..self.records).step_by(step).map(move |first| {
             let rows = (self.records - first).min(to_u64(step));
             let bytes = rows * to_u64(row_bytes);
-            Part { first, rows, memory_bytes: bytes, file_bytes: bytes, content: () }
+            InputPart { first, rows, memory_bytes: bytes, file_bytes: bytes, content: () }
         })
     }
 
-    fn read(&self, part: &Part<()>) -> Result<Vec<Packed>> {
-        let Part { first, rows, content: (), .. } = part;
+    fn read(&self, part: &InputPart<()>) -> Result<Vec<PackedColumn>> {
+        let InputPart { first, rows, content: (), .. } = part;
         let rows = to_usize(*rows);
         let columns = self.fields.iter().zip(&self.starts).map(|(field, &start)| {
-            let (row_bytes, mut bytes) = (row_bytes(field), Vec::new());
+            let (row_bytes, mut bytes) = (field.row_bytes(), Vec::new());
             let at = start + first * to_u64(row_bytes);
             self.bytes.read(at, rows * row_bytes, &mut bytes)?;
             self.check_bools(field, *first, &bytes)?;
-            Ok(Packed::of_rows(bytes, row_bytes, rows))
+            Ok(PackedColumn::of_rows(bytes, row_bytes, rows))
         });
         columns.collect()
     }
@@ -154,7 +155,7 @@ impl Arrays {
             return Ok(());
         }
         bytes.iter().position(|&byte| byte > 1).map_or(Ok(()), |at| {
-            let (row, position) = (at / row_bytes(field), at % row_bytes(field));
+            let (row, position) = (at / field.row_bytes(), at % field.row_bytes());
             let name = &field.name;
             Err(Error::BadValue {
                 path: self.path.clone(),
@@ -186,7 +187,7 @@ impl Arrays {
 #[cfg(feature = "testing")]
 pub(crate) fn fuzzed(source: std::sync::Arc<dyn crate::source::Source>) -> bool {
     let read = || {
-        let arrays = Arrays::of(Bytes::of(source, None)?)?;
+        let arrays = Arrays::of(SizedSource::of(source, None)?)?;
         arrays.agrees_with(&arrays)?;
         let mut records = 0;
         for part in arrays.parts() {

@@ -7,20 +7,22 @@ use arrow_array::{Array, OffsetSizeTrait, RecordBatch};
 use arrow_buffer::NullBuffer;
 use arrow_schema::{DataType, Schema, SchemaRef};
 
-use super::convert::{convert, ConvertedRecords, Input, Part, Parts, RecordOptions};
+use super::convert::{
+    convert, ConvertedRecords, InputPart, InputParts, RecordInput, RecordOptions,
+};
 use super::field::Field;
-use super::packed::Packed;
+use super::packed::PackedColumn;
+use crate::batches::DType;
 use crate::cast::to_u64;
 use crate::convert::input::{self, InputFile};
 use crate::convert::Format;
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::table;
 
-/// Converts Parquet or Arrow files, or folders of them, to a folder of records at `output`; `format` says which if their names do
-/// not. Each row is a record and each of
-/// `columns` (names, or paths of them: `page.body`; all columns if empty) a field:
+/// Converts Parquet or Arrow files, or folders of them, to a folder of records at `output`;
+/// `format` says which if their names do not. Each row is a record and each of `columns` (names, or
+/// paths of them: `page.body`; all columns if empty) a field:
 ///
 /// | column | field |
 /// |---|---|
@@ -29,19 +31,22 @@ use crate::table;
 /// | lists | elements, any number |
 /// | strings, binary | U8, any number |
 ///
-/// All files must agree in the columns' types, and every row must have a value in each. Files follow each other by name.
+/// All files must agree in the columns' types, and every row must have a value in each. Files
+/// follow each other by name.
 ///
-/// The folder appears when it is complete; after a crash or an error the same call goes on behind the last finished shard, and
-/// the result has the bytes of a run without interruption. Threads share the row groups of Parquet files and the batches of
-/// Arrow files: up to 256 MiB of values for each thread are in memory, or a single larger group or batch; of Arrow files also the batch
+/// The folder appears when it is complete; after a crash or an error the same call goes on behind
+/// the last finished shard, and the result has the bytes of a run without interruption. Threads
+/// share the row groups of Parquet files and the batches of Arrow files: up to 256 MiB of values
+/// for each thread are in memory, or a single larger group or batch; of Arrow files also the batch
 /// that comes next.
 ///
 /// # Determinism
 /// The same input and options give the same bytes, whatever the number of threads.
 ///
 /// # Errors
-/// [`Error::NoInput`], [`Error::BadTable`], [`Error::BadRow`], [`Error::InvalidOption`], [`Error::TextChanged`],
-/// [`Error::OutputExists`], [`Error::OtherConversion`], [`Error::LockTimeout`], [`Error::CacheNotWritable`] and [`Error::Io`].
+/// [`Error::NoInput`], [`Error::BadTable`], [`Error::BadRow`], [`Error::InvalidOption`],
+/// [`Error::TextChanged`], [`Error::OutputExists`], [`Error::OtherConversion`],
+/// [`Error::LockTimeout`], [`Error::CacheNotWritable`] and [`Error::Io`].
 pub fn convert_columns(
     inputs: &[PathBuf],
     output: &Path,
@@ -78,8 +83,8 @@ struct Tables {
     fields: Vec<Field>,
 }
 
-impl Input for Tables {
-    type Content = table::Part;
+impl RecordInput for Tables {
+    type Content = table::TablePart;
 
     fn files(&self) -> &[InputFile] {
         &self.files
@@ -89,29 +94,28 @@ impl Input for Tables {
         &self.fields
     }
 
-    fn parts(&self, file: usize) -> Result<Parts<'_, table::Part>> {
+    fn parts(&self, file: usize) -> Result<InputParts<'_, table::TablePart>> {
         let parts = table::parts(&self.files[file].path, &self.schemas[file], &self.names)?;
-        let width =
-            |field: &Field| field.elements().unwrap_or(0).saturating_mul(field.dtype.bytes());
-        let row_bytes = self.fields.iter().map(width).fold(0, usize::saturating_add);
+        let row_bytes = self.fields.iter().map(Field::row_bytes).fold(0, usize::saturating_add);
         let mut first = 0_u64;
         Ok(Box::new(parts.map(move |part| {
             let content = part?;
-            let table::Part { rows, file_bytes, .. } = content;
-            // A dictionary says little of what it stands for.
+            let table::TablePart { rows, file_bytes, .. } = content;
+            // The size of a dictionary says little about that of the values it stands for.
             let memory_bytes = content.memory_bytes.max(rows.saturating_mul(to_u64(row_bytes)));
             let start = first;
             first = start.checked_add(rows).ok_or_else(|| Error::BadTable {
                 path: self.files[file].path.clone(),
                 reason: format!("its row groups claim {start} rows, and then {rows} more"),
             })?;
-            Ok(Part { first: start, rows, memory_bytes, file_bytes, content })
+            Ok(InputPart { first: start, rows, memory_bytes, file_bytes, content })
         })))
     }
 
-    fn read(&self, file: usize, part: &Part<table::Part>) -> Result<Vec<Packed>> {
+    fn read(&self, file: usize, part: &InputPart<table::TablePart>) -> Result<Vec<PackedColumn>> {
         let path = &*self.files[file].path;
-        let mut columns: Vec<Packed> = self.fields.iter().map(|_| Packed::new()).collect();
+        let mut columns: Vec<PackedColumn> =
+            self.fields.iter().map(|_| PackedColumn::new()).collect();
         let mut row = part.first;
         part.content.read((path, &self.schemas[file], &self.names), |batch| {
             push(batch, &self.fields, (path, row), &mut columns)?;
@@ -148,12 +152,7 @@ fn field(name: &str, kind: &DataType) -> Option<Field> {
         DataType::List(inner) | DataType::LargeList(inner) => {
             Some(Field::variable(name, scalar(inner.data_type())?))
         }
-        DataType::Utf8
-        | DataType::LargeUtf8
-        | DataType::Utf8View
-        | DataType::Binary
-        | DataType::LargeBinary
-        | DataType::BinaryView => Some(Field::variable(name, DType::U8)),
+        _ if table::is_bytes(kind) => Some(Field::variable(name, DType::U8)),
         DataType::Dictionary(_, values) => field(name, values),
         _ => {
             let (mut kind, mut shape) = (kind, Vec::new());
@@ -194,7 +193,7 @@ fn push(
     batch: &RecordBatch,
     fields: &[Field],
     (path, first): (&Path, u64),
-    columns: &mut [Packed],
+    columns: &mut [PackedColumn],
 ) -> Result<()> {
     for (Field { name, dtype, .. }, column) in fields.iter().zip(columns) {
         let bad = |row: usize, reason: &str| {
@@ -213,8 +212,9 @@ fn push(
             return Err(bad(row, "it is null"));
         }
         pack(&*array, *dtype, column).ok_or_else(|| {
-            let has_null =
-                |row: &usize| pack(&*array.slice(*row, 1), *dtype, &mut Packed::new()).is_none();
+            let has_null = |row: &usize| {
+                pack(&*array.slice(*row, 1), *dtype, &mut PackedColumn::new()).is_none()
+            };
             bad((0..array.len()).find(has_null).unwrap_or(0), "its list holds a null")
         })?;
     }
@@ -227,14 +227,14 @@ fn first_null(nulls: Option<&NullBuffer>) -> Option<usize> {
 }
 
 /// Appends a column's values. `None` if a list holds nulls.
-fn pack(array: &dyn Array, dtype: DType, column: &mut Packed) -> Option<()> {
+fn pack(array: &dyn Array, dtype: DType, column: &mut PackedColumn) -> Option<()> {
     match array.data_type() {
         DataType::List(_) => list::<i32>(array, dtype, column),
         DataType::LargeList(_) => list::<i64>(array, dtype, column),
-        _ => {
-            if let Some(rows) = rows(array) {
-                for row in rows {
-                    column.bytes_mut().extend_from_slice(row);
+        kind => {
+            if table::is_bytes(kind) {
+                for row in 0..array.len() {
+                    column.bytes_mut().extend_from_slice(table::bytes_at(array, row)?);
                     let end = column.bytes_mut().len();
                     column.end_row_at(end);
                 }
@@ -249,33 +249,11 @@ fn pack(array: &dyn Array, dtype: DType, column: &mut Packed) -> Option<()> {
     }
 }
 
-/// Strings and bytes.
-fn rows(array: &dyn Array) -> Option<Vec<&[u8]>> {
-    let all = 0..array.len();
-    Some(match array.data_type() {
-        DataType::Utf8 => {
-            let strings = array.as_string::<i32>();
-            all.map(|row| strings.value(row).as_bytes()).collect()
-        }
-        DataType::LargeUtf8 => {
-            let strings = array.as_string::<i64>();
-            all.map(|row| strings.value(row).as_bytes()).collect()
-        }
-        DataType::Utf8View => {
-            let strings = array.as_string_view();
-            all.map(|row| strings.value(row).as_bytes()).collect()
-        }
-        DataType::Binary => all.map(|row| array.as_binary::<i32>().value(row)).collect(),
-        DataType::LargeBinary => all.map(|row| array.as_binary::<i64>().value(row)).collect(),
-        DataType::BinaryView => all.map(|row| array.as_binary_view().value(row)).collect(),
-        DataType::FixedSizeBinary(_) => {
-            all.map(|row| array.as_fixed_size_binary().value(row)).collect()
-        }
-        _ => return None,
-    })
-}
-
-fn list<O: OffsetSizeTrait>(array: &dyn Array, dtype: DType, column: &mut Packed) -> Option<()> {
+fn list<O: OffsetSizeTrait>(
+    array: &dyn Array,
+    dtype: DType,
+    column: &mut PackedColumn,
+) -> Option<()> {
     let list = array.as_list::<O>();
     let offsets = list.value_offsets();
     let (first, last) = (offsets.first()?.as_usize(), offsets.last()?.as_usize());
@@ -332,7 +310,7 @@ pub(crate) fn fuzzed(path: &Path) -> bool {
         let mut rows = 0;
         for part in tables.parts(0)?.take(100) {
             let columns = tables.read(0, &part?)?;
-            rows += columns.first().map_or(0, Packed::rows);
+            rows += columns.first().map_or(0, PackedColumn::rows);
         }
         Ok::<bool, Error>(rows > 0)
     };

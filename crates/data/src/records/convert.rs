@@ -1,5 +1,5 @@
-//! Files to records: parts of files are read by all threads and appended in order; after each shard a journal says how far the
-//! input is done, so that the same call goes on there.
+//! Files to records: parts of files are read by all threads and appended in order; after each shard
+//! a journal says how far the input is done, so that the same call goes on there.
 
 use std::num::NonZeroUsize;
 use std::path::Path;
@@ -8,28 +8,30 @@ use rayon::prelude::*;
 
 use super::field::Field;
 use super::index::{RecordIndex, RecordShard};
-use super::packed::Packed;
+use super::packed::PackedColumn;
 use super::writer::RecordWriter;
 use crate::cast::{to_u64, to_usize};
+use crate::convert::block::InputPosition;
 use crate::convert::input::InputFile;
-use crate::convert::journal::{self, Counts, Entry, Journal};
-use crate::convert::{resume, Place};
+use crate::convert::journal::{self, ConversionJournal, ConvertCounts, JournalEntry};
+use crate::convert::resume;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Fingerprinter};
-use crate::lock::Lock;
-use crate::pool::in_pool;
+use crate::format::folder::OnDrop;
+use crate::format::lock::Lock;
 use crate::progress::{Event, Progress, Stage};
+use crate::threads::in_pool;
 
 /// Part of every key: raised when the same input and options give other files.
 const KEY_VERSION: &str = "records 1";
 
-/// Parts in flight for each thread, and their bytes, unless each thread has only one: enough that a slow one does not make the
-/// others wait.
+/// Parts in flight for each thread, and their bytes, unless each thread has only one: enough that a
+/// slow one does not make the others wait.
 const PARTS_PER_THREAD: usize = 4;
 const BYTES_PER_THREAD: u64 = 64 << 20;
 
-/// Bytes of parts in flight for each thread, whatever their number; a single larger one is let through. Row groups are written with
-/// some hundred MiB.
+/// Bytes of parts in flight for each thread, whatever their number; a single larger one is let
+/// through. Row groups are written with some hundred MiB.
 const BYTES_PER_THREAD_MAX: u64 = 256 << 20;
 
 /// How files are converted to records.
@@ -64,7 +66,7 @@ pub struct ConvertedRecords {
 }
 
 /// Files that become records.
-pub(super) trait Input: Sync {
+pub(super) trait RecordInput: Sync {
     /// What is to be read of a part.
     type Content: Send + Sync;
 
@@ -73,17 +75,17 @@ pub(super) trait Input: Sync {
     fn fields(&self) -> &[Field];
 
     /// Finds the parts of a file, in order, without reading more than that takes.
-    fn parts(&self, file: usize) -> Result<Parts<'_, Self::Content>>;
+    fn parts(&self, file: usize) -> Result<InputParts<'_, Self::Content>>;
 
     /// Reads a part: for each field as many rows as the part has.
-    fn read(&self, file: usize, part: &Part<Self::Content>) -> Result<Vec<Packed>>;
+    fn read(&self, file: usize, part: &InputPart<Self::Content>) -> Result<Vec<PackedColumn>>;
 }
 
 /// The parts of a file.
-pub(super) type Parts<'a, C> = Box<dyn Iterator<Item = Result<Part<C>>> + 'a>;
+pub(super) type InputParts<'a, C> = Box<dyn Iterator<Item = Result<InputPart<C>>> + 'a>;
 
 /// Rows of a file that are read at once.
-pub(super) struct Part<C> {
+pub(super) struct InputPart<C> {
     /// Rows of the file before it.
     pub(super) first: u64,
     pub(super) rows: u64,
@@ -95,7 +97,7 @@ pub(super) struct Part<C> {
 }
 
 /// Converts `input` to a folder at `output`. `kind` says how it is read.
-pub(super) fn convert<I: Input>(
+pub(super) fn convert<I: RecordInput>(
     input: &I,
     kind: &str,
     output: &Path,
@@ -114,7 +116,7 @@ pub(super) fn convert<I: Input>(
     }
     let done = resume::half_done(output, key, options.restart, |_| true, progress)?;
     let resumed_shards = journal::count(&done);
-    let work = Work { input, output, shard_bytes: options.shard_bytes, key, progress };
+    let work = RecordConversion { input, output, shard_bytes: options.shard_bytes, key, progress };
     let index = in_pool(options.threads, || work.run(&done, lock))?.inspect_err(|error| {
         resume::tell_what_stays::<RecordShard>(output, key, error, progress);
     })?;
@@ -122,7 +124,7 @@ pub(super) fn convert<I: Input>(
 }
 
 /// All that decides about the result.
-fn key(input: &impl Input, kind: &str, options: &RecordOptions) -> Fingerprint {
+fn key(input: &impl RecordInput, kind: &str, options: &RecordOptions) -> Fingerprint {
     let fields = format!("{:?}", input.fields());
     let sum = Fingerprinter::new(KEY_VERSION).bytes(kind.as_bytes()).bytes(fields.as_bytes());
     let sum = sum.number(options.shard_bytes);
@@ -130,7 +132,7 @@ fn key(input: &impl Input, kind: &str, options: &RecordOptions) -> Fingerprint {
 }
 
 /// A conversion under its lock.
-struct Work<'a, I> {
+struct RecordConversion<'a, I> {
     input: &'a I,
     output: &'a Path,
     shard_bytes: u64,
@@ -138,15 +140,21 @@ struct Work<'a, I> {
     progress: &'a dyn Progress,
 }
 
-impl<I: Input> Work<'_, I> {
+impl<I: RecordInput> RecordConversion<'_, I> {
     /// Must run in a rayon pool.
-    fn run(&self, done: &[Entry<RecordShard>], lock: Lock) -> Result<RecordIndex> {
+    fn run(&self, done: &[JournalEntry<RecordShard>], lock: Lock) -> Result<RecordIndex> {
         let shards = done.iter().map(|entry| entry.shard.clone()).collect();
         let fields = self.input.fields().to_vec();
-        let writer = RecordWriter::resume(self.output, fields, self.shard_bytes, shards, lock)?;
-        let journal = Journal::create(writer.folder(), self.key, done)?;
-        let mut sink = Sink { writer, journal };
-        let place = done.last().map_or_else(Place::default, |last| last.next);
+        let writer = RecordWriter::resume(
+            self.output,
+            fields,
+            self.shard_bytes,
+            shards,
+            (lock, OnDrop::Keep),
+        )?;
+        let journal = ConversionJournal::create(writer.folder(), self.key, done)?;
+        let mut sink = RecordSink { writer, journal };
+        let place = done.last().map_or_else(InputPosition::default, |last| last.next);
         let sizes: Vec<u64> = self.input.files().iter().map(|file| file.bytes).collect();
         // Places of records count rows: of the file in which they go on nothing is counted as done.
         let total_bytes = sizes.iter().skip(place.file).sum();
@@ -155,16 +163,17 @@ impl<I: Input> Work<'_, I> {
         self.progress.report(Event::End { stage: Stage::Records });
         self.input.files().iter().try_for_each(InputFile::check_unchanged)?;
         sink.writer.close()?;
-        sink.note(Place { file: sizes.len(), ..Place::default() })?;
+        sink.note(InputPosition { file: sizes.len(), ..InputPosition::default() })?;
         sink.writer.finish()
     }
 
-    fn read_all(&self, place: Place, sink: &mut Sink) -> Result<()> {
+    fn read_all(&self, place: InputPosition, sink: &mut RecordSink) -> Result<()> {
         let threads = rayon::current_num_threads();
         let bytes_max = to_u64(threads) * BYTES_PER_THREAD_MAX;
         let (mut waiting, mut waiting_bytes) = (Vec::new(), 0_u64);
         for file in place.file..self.input.files().len() {
-            // Parts say about how much of the file they stand for; all of them, and what lies between them, are all of it.
+            // Parts say about how much of the file they stand for; all of them, and what lies
+            // between them, are all of it.
             let mut rest_bytes = self.input.files()[file].bytes;
             for part in self.input.parts(file)? {
                 let mut part = part?;
@@ -194,12 +203,12 @@ impl<I: Input> Work<'_, I> {
     /// Reads parts, each of a file, and appends their rows, but for those before `place`.
     fn hand_on(
         &self,
-        parts: &mut Vec<(usize, Part<I::Content>)>,
-        place: Place,
-        sink: &mut Sink,
+        parts: &mut Vec<(usize, InputPart<I::Content>)>,
+        place: InputPosition,
+        sink: &mut RecordSink,
     ) -> Result<()> {
         // What a part holds is let go of when it was read.
-        let read = |(file, part): (usize, Part<I::Content>)| {
+        let read = |(file, part): (usize, InputPart<I::Content>)| {
             let columns = self.input.read(file, &part);
             self.advance(part.file_bytes);
             (file, part.first, part.rows, columns)
@@ -229,35 +238,41 @@ impl<I: Input> Work<'_, I> {
 }
 
 /// Shards, and the journal of them.
-struct Sink {
+struct RecordSink {
     writer: RecordWriter,
-    journal: Journal,
+    journal: ConversionJournal,
 }
 
-impl Sink {
+impl RecordSink {
     /// Appends rows of a file, the first of which is row `first`, from the one number `at` on.
-    fn append(&mut self, file: usize, first: u64, columns: &[Packed], at: usize) -> Result<()> {
-        let rows = columns.first().map_or(0, Packed::rows);
+    fn append(
+        &mut self,
+        file: usize,
+        first: u64,
+        columns: &[PackedColumn],
+        at: usize,
+    ) -> Result<()> {
+        let rows = columns.first().map_or(0, PackedColumn::rows);
         let mut at = at;
         while at < rows {
             let shards = self.writer.shards().len();
             at += self.writer.append(columns, at)?;
             if self.writer.shards().len() > shards {
                 let row = first + to_u64(at);
-                self.note(Place { file, offset: row, line: row })?;
+                self.note(InputPosition { file, offset: row, line: row })?;
             }
         }
         Ok(())
     }
 
     /// The last shard is whole if it is not noted yet, and holds the input up to `next`.
-    fn note(&mut self, next: Place) -> Result<()> {
+    fn note(&mut self, next: InputPosition) -> Result<()> {
         let shards = self.writer.shards();
         let Some(shard) = shards.last().filter(|_| self.journal.noted() < shards.len()) else {
             return Ok(());
         };
-        let counts = Counts::default();
-        self.journal.add(&Entry { shard: shard.clone(), next, counts })
+        let counts = ConvertCounts::default();
+        self.journal.add(&JournalEntry { shard: shard.clone(), next, counts })
     }
 }
 
@@ -267,8 +282,8 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::batches::DType;
     use crate::convert::input;
-    use crate::dtype::DType;
     use crate::progress::Silent;
 
     /// Parts that say how much memory they take, and take none.
@@ -289,7 +304,7 @@ mod tests {
         }
     }
 
-    impl Input for Sized {
+    impl RecordInput for Sized {
         type Content = Held;
 
         fn files(&self) -> &[InputFile] {
@@ -300,17 +315,17 @@ mod tests {
             &self.fields
         }
 
-        fn parts(&self, _file: usize) -> Result<Parts<'_, Held>> {
+        fn parts(&self, _file: usize) -> Result<InputParts<'_, Held>> {
             Ok(Box::new((0..).zip(&self.part_bytes).map(|(first, &memory_bytes)| {
                 let held = self.held.fetch_add(memory_bytes, Ordering::SeqCst) + memory_bytes;
                 self.held_max.fetch_max(held, Ordering::SeqCst);
                 let content = Held(Arc::clone(&self.held), memory_bytes);
-                Ok(Part { first, rows: 1, memory_bytes, file_bytes: 0, content })
+                Ok(InputPart { first, rows: 1, memory_bytes, file_bytes: 0, content })
             })))
         }
 
-        fn read(&self, _file: usize, part: &Part<Held>) -> Result<Vec<Packed>> {
-            Ok(vec![Packed::of_rows(part.first.to_le_bytes().to_vec(), 8, 1)])
+        fn read(&self, _file: usize, part: &InputPart<Held>) -> Result<Vec<PackedColumn>> {
+            Ok(vec![PackedColumn::of_rows(part.first.to_le_bytes().to_vec(), 8, 1)])
         }
     }
 

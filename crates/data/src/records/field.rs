@@ -2,9 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::dtype::{DType, Element};
+use crate::batches::{DType, Element};
 use crate::error::{Error, Result};
-use crate::format::checked::CHECKSUMS;
+use crate::format::layout::CHECKSUMS;
 
 #[cfg(not(target_endian = "little"))]
 compile_error!("records are written as they lie in memory, and files are little-endian");
@@ -49,6 +49,11 @@ impl Field {
             }
             FieldShape::Variable => None,
         }
+    }
+
+    /// Bytes of each record, if they all have as many; else 0.
+    pub(crate) fn row_bytes(&self) -> usize {
+        self.elements().unwrap_or(0).saturating_mul(self.dtype.bytes())
     }
 
     /// The tensor that holds where each record of a variable column ends.

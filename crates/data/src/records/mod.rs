@@ -9,13 +9,15 @@
 //! conversion.jsonl             what was converted, if it was
 //! ```
 //!
-//! A field of a fixed shape is the tensor `name` [records, shape…]; a variable one is `name` [elements of all records] with
-//! `name.offsets` U64 [records + 1]: record i is elements `offsets[i]..offsets[i + 1]`. Any program that reads safetensors reads a
-//! shard. Each 1 MiB block of a file has a checksum in the index, compared when it is first touched.
+//! A field of a fixed shape is the tensor `name` [records, shape…]; a variable one is `name`
+//! [elements of all records] with `name.offsets` U64 [records + 1]: record i is elements
+//! `offsets[i]..offsets[i + 1]`. Any program that reads safetensors reads a shard. Each 1 MiB block
+//! of a file has a checksum in the index, compared when it is first touched.
 //!
 //! ```
 //! use phalanx_data::records::{ColumnValue, Field, Records, RecordWriter};
-//! use phalanx_data::{Access, DType, Scratch};
+//! use phalanx_data::batches::Scratch;
+//! use phalanx_data::{Access, DType};
 //!
 //! # fn main() -> phalanx_data::Result<()> {
 //! # let folder = tempfile::tempdir().unwrap();
@@ -35,9 +37,9 @@
 //! # }
 //! ```
 
-mod arrays;
+pub(crate) mod arrays;
 #[cfg(feature = "parquet")]
-mod columns;
+pub(crate) mod columns;
 mod convert;
 mod field;
 mod index;
@@ -47,12 +49,8 @@ mod samples;
 mod writer;
 
 pub use arrays::convert_safetensors;
-#[cfg(feature = "testing")]
-pub(crate) use arrays::fuzzed as fuzzed_arrays;
 #[cfg(feature = "parquet")]
 pub use columns::convert_columns;
-#[cfg(all(feature = "parquet", feature = "testing"))]
-pub(crate) use columns::fuzzed as fuzzed_columns;
 pub use convert::{ConvertedRecords, RecordOptions};
 pub use field::{ColumnValue, Field, FieldShape};
 pub use index::{RecordIndex, RecordShard};

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 /// Values of any lengths.
 #[derive(Debug)]
-pub(super) struct Packed {
+pub(super) struct PackedColumn {
     bytes: Vec<u8>,
     rows: usize,
     /// Of each row, if all have the same.
@@ -13,15 +13,15 @@ pub(super) struct Packed {
     bounds: Vec<usize>,
 }
 
-impl Packed {
+impl PackedColumn {
     #[cfg(feature = "parquet")]
     pub(super) fn new() -> Self {
-        Packed { bytes: Vec::new(), rows: 0, row_bytes: 0, bounds: vec![0] }
+        PackedColumn { bytes: Vec::new(), rows: 0, row_bytes: 0, bounds: vec![0] }
     }
 
     /// Rows of `row_bytes` each.
     pub(super) fn of_rows(bytes: Vec<u8>, row_bytes: usize, rows: usize) -> Self {
-        Packed { bytes, rows, row_bytes, bounds: Vec::new() }
+        PackedColumn { bytes, rows, row_bytes, bounds: Vec::new() }
     }
 
     pub(super) fn rows(&self) -> usize {

@@ -2,54 +2,50 @@
 
 use std::fmt::Display;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::field::{Field, FieldShape};
 use super::index::{RecordIndex, RecordShard};
+use crate::batches::{DType, Scratch};
 use crate::cast::{to_u64, to_usize};
-use crate::damage::{self, ShardDamage};
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
-use crate::format::bytes::Bytes;
+use crate::format::bytes::SizedSource;
 use crate::format::checked::Checked;
-use crate::format::files::Listed;
-use crate::format::header::{Header, Span};
-use crate::format::offsets::{bytes_of, elements_in, Offsets};
-use crate::samples::Scratch;
+use crate::format::header::SafetensorsHeader;
+use crate::format::offsets::{bytes_of, elements_in, RowOffsets};
+use crate::format::open_shards::{running_sums, shard_of, OpenShards};
 use crate::source::{Access, Folder, LocalFolder};
 
 /// The records of a folder.
 #[derive(Debug)]
 pub struct Records {
     index: RecordIndex,
-    /// None: it is lost.
-    shards: Vec<Option<Shard>>,
+    shards: OpenShards<OpenRecordShard>,
     /// Where each shard starts, and where the last one ends.
     starts: Vec<u64>,
-    folder: PathBuf,
-    /// What is known of each shard.
-    known: Vec<ShardDamage>,
 }
 
 #[derive(Debug)]
-pub(crate) struct Shard {
+pub(crate) struct OpenRecordShard {
     checked: Checked,
-    columns: Vec<Place>,
+    columns: Vec<ColumnLayout>,
 }
 
 /// Where a column lies in a shard, in bytes from the file's beginning.
 #[derive(Debug)]
-enum Place {
+enum ColumnLayout {
     Fixed { start: u64, row_bytes: u64 },
-    Variable { start: u64, offsets: Offsets, total: u64, longest: Option<u64> },
+    Variable { start: u64, offsets: RowOffsets, total: u64, longest: Option<u64> },
 }
 
 impl Records {
-    /// Opens a folder: index, sizes and headers are checked; values are verified when they are first touched.
+    /// Opens a folder: index, sizes and headers are checked; values are verified when they are
+    /// first touched.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::BadIndex`], or what is wrong with a shard: its size, header, dtype or shape.
+    /// [`Error::Io`], [`Error::BadIndex`], or what is wrong with a shard: its size, header, dtype
+    /// or shape.
     pub fn open(folder: &Path, access: Access) -> Result<Self> {
         Self::open_from(&LocalFolder::new(folder, access))
     }
@@ -60,24 +56,10 @@ impl Records {
     /// As [`open`](Self::open), and what the folder says.
     pub fn open_from(folder: &dyn Folder) -> Result<Self> {
         let index = RecordIndex::read_from(folder)?;
-        let listed: Vec<Listed<'_>> = index.shards.iter().map(RecordShard::listed).collect();
-        let known = damage::read(folder, index.fingerprint, &listed)?;
-        let shards: Vec<Option<Shard>> = index
-            .shards
-            .iter()
-            .zip(&known)
-            .map(|(entry, known)| match known.is_lost {
-                true => Ok(None),
-                false => Shard::open(folder, entry, &index.fields).map(Some),
-            })
-            .collect::<Result<_>>()?;
-        let mut starts = vec![0];
-        let mut end = 0;
-        for shard in &index.shards {
-            end += shard.record_count;
-            starts.push(end);
-        }
-        Ok(Records { index, shards, starts, folder: folder.name().to_path_buf(), known })
+        let open = |entry: &_| OpenRecordShard::open(folder, entry, &index.fields);
+        let shards = OpenShards::open(folder, index.fingerprint, &index.shards, open)?;
+        let starts = running_sums(index.shards.iter().map(|shard| shard.record_count));
+        Ok(Records { index, shards, starts })
     }
 
     /// What the folder says it holds.
@@ -100,10 +82,12 @@ impl Records {
         self.index.fingerprint
     }
 
-    /// How many elements a record has in field number `field`. Costs nothing unless the field is variable.
+    /// How many elements a record has in field number `field`. Costs nothing unless the field is
+    /// variable.
     ///
     /// # Errors
-    /// [`Error::NoSuchSample`], [`Error::NoColumn`], and as [`read`](Self::read) for variable fields.
+    /// [`Error::NoSuchSample`], [`Error::NoColumn`], and as [`read`](Self::read) for variable
+    /// fields.
     pub fn elements(&self, record: u64, field: usize, scratch: &mut Scratch) -> Result<usize> {
         let about = self.field(field)?;
         let (shard, row) = self.find(record)?;
@@ -116,11 +100,13 @@ impl Records {
         }
     }
 
-    /// Reads field number `field` of a record into `out`: little-endian values, as many bytes as its elements have.
+    /// Reads field number `field` of a record into `out`: little-endian values, as many bytes as
+    /// its elements have.
     ///
     /// # Errors
-    /// [`Error::NoSuchSample`], [`Error::NoColumn`], [`Error::InvalidOption`] if `out` has another length, [`Error::Damaged`],
-    /// [`Error::WrongSize`], [`Error::Io`], and [`Error::BadValue`] for bounds or truth values that cannot be.
+    /// [`Error::NoSuchSample`], [`Error::NoColumn`], [`Error::InvalidOption`] if `out` has another
+    /// length, [`Error::Damaged`], [`Error::WrongSize`], [`Error::Io`], and [`Error::BadValue`] for
+    /// bounds or truth values that cannot be.
     pub fn read(
         &self,
         record: u64,
@@ -151,32 +137,25 @@ impl Records {
         Ok(())
     }
 
-    /// Records that lie in blocks that are known to be damaged (see [`record_damage`](crate::record_damage)), in any order. Reads the
-    /// bounds of variable fields in shards with such blocks.
+    /// Records that lie in blocks that are known to be damaged (see
+    /// [`record_damage`](crate::damage::record_damage)): ascending. Reads the bounds of variable
+    /// fields in shards with such blocks.
     ///
     /// # Errors
     /// As [`read`](Self::read).
     pub fn damaged(&self) -> Result<Vec<Range<u64>>> {
-        let mut ranges = Vec::new();
-        for (at, (shard, known)) in self.shards.iter().zip(&self.known).enumerate() {
-            let (start, count) = (self.starts[at], self.index.shards[at].record_count);
-            let within = match shard {
-                None => std::iter::once(0..count).collect(),
-                Some(_) if known.blocks.is_empty() => continue,
-                Some(shard) => shard.records_of(&known.blocks, (&self.index.fields, count))?,
-            };
-            ranges.extend(within.iter().map(|range| start + range.start..start + range.end));
-        }
-        Ok(ranges)
+        self.shards.damaged(&self.starts, |at, shard, blocks| {
+            shard.records_of(blocks, (&self.index.fields, self.index.shards[at].record_count))
+        })
     }
 
-    /// The most elements that a record has in variable field number `field`: as the index says. Where it does not, all bounds are read,
-    /// but those that are known to be damaged.
+    /// The most elements that a record has in variable field number `field`: as the index says.
+    /// Where it does not, all bounds are read, but those that are known to be damaged.
     pub(crate) fn longest(&self, field: usize) -> Result<usize> {
         let mut longest = 0;
-        for (at, (shard, known)) in self.shards.iter().zip(&self.known).enumerate() {
-            let Some(shard) = shard else { continue };
-            let Place::Variable { offsets, total, longest: listed, .. } = shard.columns[field]
+        for (at, shard, damaged) in self.shards.iter() {
+            let ColumnLayout::Variable { offsets, total, longest: listed, .. } =
+                shard.columns[field]
             else {
                 continue;
             };
@@ -184,7 +163,7 @@ impl Records {
                 longest = longest.max(to_usize(listed));
                 continue;
             }
-            let bad = bytes_of(&shard.checked, &known.blocks);
+            let bad = bytes_of(&shard.checked, damaged);
             let reading = format_args!("the bounds of `{}`", self.index.fields[field].name);
             offsets.scan(&shard.checked, &bad, &reading, |row, bounds| {
                 if let Some(bounds) = bounds {
@@ -197,16 +176,12 @@ impl Records {
         Ok(longest)
     }
 
-    /// Has these records fetched from the disk, where that can be asked for. Reads the bounds of the first and the last one in variable
-    /// fields, and waits for them.
+    /// Has these records fetched from the disk, where that can be asked for. Reads the bounds of
+    /// the first and the last one in variable fields, and waits for them.
     pub fn will_need(&self, records: Range<u64>, scratch: &mut Scratch) {
-        for (shard, bounds) in self.shards.iter().zip(self.starts.windows(2)) {
-            let (start, end) = (records.start.max(bounds[0]), records.end.min(bounds[1]));
-            if let Some(shard) = shard.as_ref().filter(|_| start < end) {
-                let rows = start - bounds[0]..end - bounds[0];
-                shard.will_need(rows, (&self.index.fields, bounds[0]), scratch);
-            }
-        }
+        self.shards.for_range(&self.starts, &records, |shard, rows, first| {
+            shard.will_need(rows, (&self.index.fields, first), scratch);
+        });
     }
 
     fn field(&self, field: usize) -> Result<&Field> {
@@ -218,28 +193,32 @@ impl Records {
     }
 
     /// The shard of a record, and its row there.
-    fn find(&self, record: u64) -> Result<(&Shard, u64)> {
-        let at = self.starts.partition_point(|&start| start <= record);
-        match (at.checked_sub(1), self.shards.get(at.wrapping_sub(1))) {
-            (Some(at), Some(Some(shard))) => Ok((shard, record - self.starts[at])),
-            (Some(at), Some(None)) => {
-                let path = self.folder.join(&self.index.shards[at].file);
-                Err(Error::Lost { path, reading: format!("record {record}") })
-            }
-            _ => Err(Error::NoSuchSample { sample: record, samples: self.record_count() }),
+    fn find(&self, record: u64) -> Result<(&OpenRecordShard, u64)> {
+        if record >= self.record_count() {
+            return Err(Error::NoSuchSample { sample: record, samples: self.record_count() });
         }
+        let at = shard_of(&self.starts, record);
+        let shard = self.shards.get(at, &format_args!("record {record}"))?;
+        Ok((shard, record - self.starts[at]))
     }
 }
 
-impl Shard {
+impl OpenRecordShard {
     pub(crate) fn open(folder: &dyn Folder, entry: &RecordShard, fields: &[Field]) -> Result<Self> {
-        let bytes = Bytes::of(folder.open(&entry.file)?, Some(entry.file_bytes))?;
-        let path = bytes.path().to_path_buf();
-        let header = Header::read(&bytes)?;
+        let bytes = SizedSource::of(folder.open(&entry.file)?, Some(entry.file_bytes))?;
+        let header = SafetensorsHeader::read(&bytes)?;
+        // `[rows, rest…]`; any number of rows where none is given.
         let tensor = |name: &str, dtype: &'static str, rest: &[usize], rows: Option<u64>| {
-            let span = header.tensor(name)?;
-            expect(&path, name, &span, dtype, (rows, rest))?;
-            Ok::<Span, Error>(span)
+            let fits = |shape: &[usize]| match shape.split_first() {
+                Some((&first, tail)) => {
+                    rows.is_none_or(|rows| to_u64(first) == rows) && tail == rest
+                }
+                None => false,
+            };
+            header.expect(name, dtype, fits, || {
+                let rows = rows.map_or_else(|| "any".to_owned(), |rows| rows.to_string());
+                format!("{rows} rows of {rest:?}")
+            })
         };
         let columns = fields
             .iter()
@@ -249,25 +228,28 @@ impl Shard {
                 match &field.shape {
                     FieldShape::Fixed(shape) => {
                         let span = tensor(name, dtype, shape, Some(entry.record_count))?;
-                        let row = field.elements().unwrap_or(0) * field.dtype.bytes();
-                        Ok(Place::Fixed { start: span.start, row_bytes: to_u64(row) })
+                        Ok(ColumnLayout::Fixed {
+                            start: span.start,
+                            row_bytes: to_u64(field.row_bytes()),
+                        })
                     }
                     FieldShape::Variable => {
                         let values = tensor(name, dtype, &[], None)?;
                         let rows = entry.record_count.saturating_add(1);
                         let offsets = tensor(&field.offsets_name(), "U64", &[], Some(rows))?;
                         let total = to_u64(values.shape[0]);
-                        let offsets = Offsets { start: offsets.start, rows: entry.record_count };
-                        // More than there is would be memory for nothing.
+                        let offsets = RowOffsets { start: offsets.start, rows: entry.record_count };
+                        // A record cannot be longer than all of them together: memory is reserved
+                        // by this.
                         let longest = entry.longest.get(number).map(|&longest| longest.min(total));
-                        Ok(Place::Variable { start: values.start, offsets, total, longest })
+                        Ok(ColumnLayout::Variable { start: values.start, offsets, total, longest })
                     }
                 }
             })
             .collect::<Result<_>>()?;
         let checked = Checked::new(bytes, &entry.crc32c);
         checked.check_header(&header)?;
-        Ok(Shard { checked, columns })
+        Ok(OpenRecordShard { checked, columns })
     }
 
     /// The elements of a record in a variable column, counted within the shard.
@@ -278,7 +260,7 @@ impl Shard {
         record: u64,
         scratch: &mut Scratch,
     ) -> Result<Range<u64>> {
-        let Place::Variable { offsets, total, longest, .. } = &self.columns[field] else {
+        let ColumnLayout::Variable { offsets, total, longest, .. } = &self.columns[field] else {
             return Ok(0..0);
         };
         let at = offsets.start + row * to_u64(size_of::<u64>());
@@ -318,7 +300,8 @@ impl Shard {
         })
     }
 
-    /// The records that have values or bounds in these blocks, counted within the shard, in any order.
+    /// The records that have values or bounds in these blocks, counted within the shard, in any
+    /// order.
     fn records_of(
         &self,
         blocks: &[u64],
@@ -328,10 +311,10 @@ impl Shard {
         let mut all = Vec::new();
         for (column, field) in self.columns.iter().zip(fields) {
             match *column {
-                Place::Fixed { start, row_bytes } => {
+                ColumnLayout::Fixed { start, row_bytes } => {
                     all.extend(elements_in(&bytes, (start, to_usize(row_bytes), count)));
                 }
-                Place::Variable { start, offsets, total, .. } => {
+                ColumnLayout::Variable { start, offsets, total, .. } => {
                     let elements = elements_in(&bytes, (start, field.dtype.bytes(), total));
                     let reading = format_args!("the bounds of `{}`", field.name);
                     all.extend(offsets.damaged_rows(&self.checked, &bytes, &elements, &reading)?);
@@ -345,7 +328,7 @@ impl Shard {
     fn will_need(&self, rows: Range<u64>, (fields, first): (&[Field], u64), scratch: &mut Scratch) {
         for (number, field) in fields.iter().enumerate() {
             let mut place = |row| self.bytes(number, row, first + row, field.dtype, scratch);
-            // Whoever reads them has the error.
+            // Errors are left to whoever reads the records.
             if let (Ok(start), Ok(end)) = (place(rows.start), place(rows.end - 1)) {
                 self.checked.bytes.will_need(start.start..end.end);
             }
@@ -362,11 +345,11 @@ impl Shard {
         scratch: &mut Scratch,
     ) -> Result<Range<u64>> {
         Ok(match &self.columns[field] {
-            Place::Fixed { start, row_bytes } => {
+            ColumnLayout::Fixed { start, row_bytes } => {
                 let at = start + row * row_bytes;
                 at..at + row_bytes
             }
-            Place::Variable { start, .. } => {
+            ColumnLayout::Variable { start, .. } => {
                 let range = self.elements(field, row, record, scratch)?;
                 let element = to_u64(dtype.bytes());
                 start + range.start * element..start + range.end * element
@@ -399,29 +382,4 @@ impl Shard {
         out.copy_from_slice(bytes);
         self.checked.bytes.check(range)
     }
-}
-
-/// A tensor must be `[rows, rest…]`; `rows` is free if not given.
-fn expect(
-    path: &Path,
-    name: &str,
-    span: &Span,
-    dtype: &'static str,
-    (rows, rest): (Option<u64>, &[usize]),
-) -> Result<()> {
-    let (path, name) = (path.to_path_buf(), name.to_owned());
-    let actual = format!("{:?}", span.dtype);
-    if actual != dtype {
-        return Err(Error::WrongDType { path, name, expected: dtype, actual });
-    }
-    let good = match span.shape.split_first() {
-        Some((&first, tail)) => rows.is_none_or(|rows| to_u64(first) == rows) && tail == rest,
-        None => false,
-    };
-    if !good {
-        let rows = rows.map_or_else(|| "any".to_owned(), |rows| rows.to_string());
-        let expected = format!("{rows} rows of {rest:?}");
-        return Err(Error::WrongShape { path, name, expected, actual: span.shape.clone() });
-    }
-    Ok(())
 }

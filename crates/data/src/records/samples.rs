@@ -1,18 +1,17 @@
 //! Records as samples of a loader: a column for each field.
 //!
-//! Variable fields become padded columns, filled up with zeros; the column `<name>_len` (I64) says how many elements count.
-//! The index says how long the longest record of each is, so that a batch's memory is bounded; of folders without that opening reads
-//! all bounds.
+//! Variable fields become padded columns, filled up with zeros; the column `<name>_len` (I64) says
+//! how many elements count. The index says how long the longest record of each is, so that a
+//! batch's memory is bounded; of folders without that opening reads all bounds.
 
 use std::ops::Range;
 
 use super::field::{Field, FieldShape};
 use super::reader::Records;
-use crate::batch::{Column, Rows};
-use crate::dtype::DType;
+use crate::batches::{Column, DType, Rows, Scratch};
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
-use crate::samples::{Samples, Scratch};
+use crate::samples::Samples;
 
 /// Records that a [`Loader`](crate::Loader) delivers.
 #[derive(Debug)]
@@ -22,10 +21,12 @@ pub struct RecordSamples {
 }
 
 impl RecordSamples {
-    /// A column for each field. Reads the bounds of variable fields once if the folder was written before its index held their longest.
+    /// A column for each field. Reads the bounds of variable fields once if the folder was written
+    /// before its index held their longest.
     ///
     /// # Errors
-    /// [`Error::InvalidOption`] for a field whose name another one's column of lengths has, and as [`Records::read`].
+    /// [`Error::InvalidOption`] for a field whose name another one's column of lengths has, and as
+    /// [`Records::read`].
     pub fn new(records: Records) -> Result<Self> {
         let mut columns = Vec::new();
         let has = |name: &str| records.fields().iter().any(|field| field.name == name);

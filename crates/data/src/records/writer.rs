@@ -1,54 +1,45 @@
 //! Writing records: columns gather in memory, and become a shard when there are enough of them.
 
-use std::fs::{self, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::field::{self, ColumnValue, Field, FieldShape};
 use super::index::{RecordIndex, RecordShard};
-use super::packed::Packed;
-use crate::cast::to_u64;
+use super::packed::PackedColumn;
+use crate::batches::DType;
+use crate::cast::{to_u64, to_usize};
 use crate::convert::resume;
-use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::format::files::{is_free, partial_path, publish, seal, write_synced};
+use crate::format::checked::seal;
+use crate::format::folder::{is_free, OnDrop, PartialFolder, SHARD_EXTENSION};
 use crate::format::header::{self, Tensor};
-use crate::format::INDEX_FILE;
-use crate::lock::Lock;
-
-const SHARD_EXTENSION: &str = "safetensors";
+use crate::format::index::CREATOR;
+use crate::format::lock::Lock;
 
 /// Records without a byte fill no shard: it is closed after so many.
 const SHARD_RECORDS_MAX: u64 = 1 << 24;
 
 /// Writes a folder of records.
 ///
-/// The folder appears under its name when [`finish`](Self::finish) succeeds, complete and synced to disk; until then, and if the
-/// writer is dropped, nothing is there but the hidden file of the lock that keeps other writers away. Memory: the bytes of one shard.
+/// The folder appears under its name when [`finish`](Self::finish) succeeds, complete and synced to
+/// disk; until then, and if the writer is dropped, nothing is there but the hidden file of the lock
+/// that keeps other writers away. Memory: the bytes of one shard.
 #[derive(Debug)]
 pub struct RecordWriter {
-    partial: PathBuf,
-    target: PathBuf,
+    partial: PartialFolder,
     shard_bytes: u64,
-    columns: Vec<Column>,
+    columns: Vec<ShardColumn>,
     records: u64,
     bytes: u64,
     done: Vec<RecordShard>,
-    on_drop: OnDrop,
     /// Held until the folder is in its place, or what was written is removed.
     _lock: Lock,
 }
 
-/// What becomes of the hidden folder when its writer is dropped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum OnDrop {
-    Remove,
-    Keep,
-}
-
 /// The records of the current shard.
 #[derive(Debug)]
-struct Column {
+struct ShardColumn {
     field: Field,
     values: Vec<u8>,
     /// Of a variable column: where each record ends, in elements, after a 0.
@@ -59,63 +50,46 @@ impl RecordWriter {
     /// A shard size that is read well and fits any memory.
     pub const SHARD_BYTES: u64 = 64 << 20;
 
-    /// Starts a folder that will be renamed to `folder`. A shard is closed after so many bytes of values and of their offsets,
-    /// or 2^24 records.
+    /// Starts a folder that will be renamed to `folder`. A shard is closed after so many bytes of
+    /// values and of their offsets, or 2^24 records.
     ///
     /// # Errors
-    /// [`Error::OutputExists`] if something is there but an empty folder, [`Error::LockTimeout`] if somebody else writes it,
-    /// [`Error::InvalidOption`] for fields that cannot be, and [`Error::CacheNotWritable`].
+    /// [`Error::OutputExists`] if something is there but an empty folder, [`Error::LockTimeout`] if
+    /// somebody else writes it, [`Error::InvalidOption`] for fields that cannot be, and
+    /// [`Error::CacheNotWritable`].
     pub fn create(folder: &Path, fields: Vec<Field>, shard_bytes: u64) -> Result<Self> {
         let lock = resume::lock(folder)?;
         if !is_free(folder)? {
             return Err(Error::OutputExists { path: folder.to_path_buf() });
         }
-        let mut writer = Self::resume(folder, fields, shard_bytes, Vec::new(), lock)?;
-        writer.on_drop = OnDrop::Remove;
-        Ok(writer)
+        Self::resume(folder, fields, shard_bytes, Vec::new(), (lock, OnDrop::Remove))
     }
 
-    /// Goes on with what an earlier writer of the same folder left half done: these shards are whole, any others are removed.
-    /// Dropped before it is finished, this writer leaves what is done to the next.
+    /// Goes on with what an earlier writer of the same folder left half done: these shards are
+    /// whole, any others are removed. Without any it begins anew.
     pub(crate) fn resume(
         folder: &Path,
         fields: Vec<Field>,
         shard_bytes: u64,
         done: Vec<RecordShard>,
-        lock: Lock,
+        (lock, on_drop): (Lock, OnDrop),
     ) -> Result<Self> {
         field::check(&fields).map_err(|reason| Error::option("fields", fields.len(), reason))?;
-        let partial = partial_path(folder);
-        let failed = |cause| Error::CacheNotWritable { path: partial.clone(), cause };
-        if done.is_empty() && partial.exists() {
-            fs::remove_dir_all(&partial).map_err(failed)?;
-        }
-        fs::create_dir_all(&partial).map_err(failed)?;
-        for entry in fs::read_dir(&partial).map_err(Error::io("list", &partial))? {
-            let entry = entry.map_err(Error::io("list", &partial))?;
-            let (path, name) = (entry.path(), entry.file_name());
-            let is_shard = path.extension().is_some_and(|end| end == SHARD_EXTENSION);
-            if is_shard && !done.iter().any(|shard| name == *shard.file) {
-                fs::remove_file(&path).map_err(Error::io("remove", &path))?;
-            }
-        }
-        let column = |field| Column { field, values: Vec::new(), ends: vec![0] };
+        let column = |field| ShardColumn { field, values: Vec::new(), ends: vec![0] };
         Ok(RecordWriter {
-            partial,
-            target: folder.to_path_buf(),
+            partial: PartialFolder::open(folder, &done, on_drop)?,
             shard_bytes,
             columns: fields.into_iter().map(column).collect(),
             records: 0,
             bytes: 0,
             done,
-            on_drop: OnDrop::Keep,
             _lock: lock,
         })
     }
 
     /// Where shards gather until the folder is complete.
     pub(crate) fn folder(&self) -> &Path {
-        &self.partial
+        self.partial.path()
     }
 
     /// The shards that are closed.
@@ -126,7 +100,8 @@ impl RecordWriter {
     /// Appends a record: a value for each field, in the order of the fields.
     ///
     /// # Errors
-    /// [`Error::InvalidOption`] if the values do not fit the fields (nothing was appended then), and [`Error::Io`].
+    /// [`Error::InvalidOption`] if the values do not fit the fields (nothing was appended then),
+    /// and [`Error::Io`].
     pub fn push(&mut self, values: &[ColumnValue<'_>]) -> Result<()> {
         if values.len() != self.columns.len() {
             let reason = format!("a record has {} fields", self.columns.len());
@@ -151,8 +126,8 @@ impl RecordWriter {
     }
 
     /// Appends rows from `at` on, up to the last or until the shard is closed. Gives how many.
-    pub(super) fn append(&mut self, columns: &[Packed], at: usize) -> Result<usize> {
-        let rows = columns.iter().map(Packed::rows).min().unwrap_or(0);
+    pub(super) fn append(&mut self, columns: &[PackedColumn], at: usize) -> Result<usize> {
+        let rows = columns.iter().map(PackedColumn::rows).min().unwrap_or(0);
         let offsets = self.columns.iter().filter(|column| column.is_variable()).count();
         let (mut end, mut bytes) = (at, self.bytes);
         while end < rows && !self.is_full(bytes, self.records + to_u64(end - at)) {
@@ -194,22 +169,19 @@ impl RecordWriter {
     /// Writes the index and moves the folder to its place.
     ///
     /// # Errors
-    /// [`Error::OutputExists`] if something came to lie there meanwhile: it stays, and the complete folder is beside it as
-    /// `.NAME.partial`. [`Error::Io`].
+    /// [`Error::OutputExists`] if something came to lie there meanwhile: it stays, and the complete
+    /// folder is beside it as `.NAME.partial`. [`Error::Io`].
     pub fn finish(mut self) -> Result<RecordIndex> {
         self.close()?;
         let fields = self.columns.iter().map(|column| column.field.clone()).collect();
-        let index = RecordIndex::new(fields, std::mem::take(&mut self.done));
-        write_synced(&self.partial.join(INDEX_FILE), &index.to_json())?;
-        // It is complete: if it cannot be moved, it is not thrown away.
-        self.on_drop = OnDrop::Keep;
-        publish(&self.partial, &self.target)?;
+        let index = RecordIndex::new(fields, self.done);
+        self.partial.finish(&index)?;
         Ok(index)
     }
 
     fn close_shard(&mut self) -> Result<()> {
         let file = format!("records-{:05}.{SHARD_EXTENSION}", self.done.len());
-        let path = self.partial.join(&file);
+        let path = self.partial.path().join(&file);
         let failed = |cause| Error::Io { action: "write", path: path.clone(), cause };
         let mut tensors = Vec::new();
         for column in &self.columns {
@@ -218,7 +190,7 @@ impl RecordWriter {
         // Larger elements first: each tensor then starts at a multiple of its element's size.
         tensors.sort_by_key(|(tensor, _)| std::cmp::Reverse(tensor.element_bytes));
         let mut heads: Vec<Tensor> = tensors.iter().map(|(tensor, _)| tensor.clone()).collect();
-        let creator = concat!("phalanx-data ", env!("CARGO_PKG_VERSION")).to_owned();
+        let creator = CREATOR.to_owned();
         let value_bytes: u64 = tensors.iter().map(|(_, bytes)| to_u64(bytes.len())).sum();
         let header = header::encode_sealed(&mut heads, &[("creator", creator)], value_bytes);
         let mut out = OpenOptions::new()
@@ -232,7 +204,7 @@ impl RecordWriter {
             out.write_all(bytes).map_err(failed)?;
         }
         let (file_bytes, crc32c) = seal(&mut out, &path)?;
-        let longest = self.columns.iter().map(Column::longest).collect();
+        let longest = self.columns.iter().map(ShardColumn::longest).collect();
         let record_count = self.records;
         self.done.push(RecordShard { file, file_bytes, record_count, crc32c, longest });
         for column in &mut self.columns {
@@ -244,7 +216,7 @@ impl RecordWriter {
     }
 }
 
-impl Column {
+impl ShardColumn {
     fn check(&self, value: &ColumnValue<'_>) -> Result<()> {
         let Field { name, dtype, .. } = &self.field;
         let count = value.bytes.len() / dtype.bytes();
@@ -279,7 +251,7 @@ impl Column {
     /// The tensors of a column and their bytes, where they lie.
     fn tensors<'a>(&'a self, records: u64, out: &mut Vec<(Tensor, &'a [u8])>) {
         let Field { name, dtype, shape } = &self.field;
-        let count = crate::cast::to_usize(records);
+        let count = to_usize(records);
         let rows = match shape {
             FieldShape::Fixed(row) => std::iter::once(count).chain(row.iter().copied()).collect(),
             FieldShape::Variable => {
@@ -303,19 +275,10 @@ impl Column {
     }
 }
 
-impl Drop for RecordWriter {
-    fn drop(&mut self) {
-        if self.on_drop == OnDrop::Remove {
-            // What cannot be removed is removed by the next writer, or reported by it.
-            drop(fs::remove_dir_all(&self.partial));
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dtype::DType;
+    use crate::batches::DType;
 
     #[test]
     fn a_shard_is_held_once_and_its_offsets_only_where_lengths_vary() {

@@ -16,7 +16,7 @@ pub(super) enum Refusal {
 
 /// What an answer to the request for `start..end` brings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Part {
+pub(super) struct ContentRange {
     /// Bytes that follow, from `start` on; at least one and at most as many as were asked for.
     pub(super) len: u64,
     /// Size of the whole file.
@@ -29,7 +29,7 @@ pub(super) fn part(
     content_range: Option<&str>,
     start: u64,
     end: u64,
-) -> Result<Part, Refusal> {
+) -> Result<ContentRange, Refusal> {
     match status {
         206 => {}
         200 => {
@@ -65,7 +65,7 @@ pub(super) fn part(
     if first != start || last < first || last >= end || last >= total {
         return Err(bad());
     }
-    Ok(Part { len: last - first + 1, total })
+    Ok(ContentRange { len: last - first + 1, total })
 }
 
 /// `bytes 0-99/1234`
@@ -89,8 +89,8 @@ mod tests {
 
     #[test]
     fn a_part_begins_where_it_was_asked_for_and_is_no_longer() {
-        assert_eq!(part(206, Some("bytes 5-9/20"), 5, 10), Ok(Part { len: 5, total: 20 }));
-        assert_eq!(part(206, Some("bytes 5-5/20"), 5, 10), Ok(Part { len: 1, total: 20 }));
+        assert_eq!(part(206, Some("bytes 5-9/20"), 5, 10), Ok(ContentRange { len: 5, total: 20 }));
+        assert_eq!(part(206, Some("bytes 5-5/20"), 5, 10), Ok(ContentRange { len: 1, total: 20 }));
         let bad = [
             "bytes 4-9/20",
             "bytes 5-10/20",

@@ -8,10 +8,11 @@
 //! blocks       each at its place; holes where none was fetched
 //! ```
 //!
-//! A block is written before its entry, and compared with it when a process first uses it: what a crash left unwritten is
-//! fetched again. Several processes share a folder: of those that need the same block at once, one fetches it and the others
-//! wait for it, for a while ([`super::only`]); who has waited long enough fetches it as well, and writes the same bytes. Files
-//! are removed whole, to make room, and not while a process has them open (`flock`).
+//! A block is written before its entry, and compared with it when a process first uses it: what a
+//! crash left unwritten is fetched again. Several processes share a folder: of those that need the
+//! same block at once, one fetches it and the others wait for it, for a while
+//! ([`crate::source::only`]); who has waited long enough fetches it as well, and writes the same
+//! bytes. Files are removed whole, to make room, and not while a process has them open (`flock`).
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
@@ -48,14 +49,17 @@ const LOCKS: usize = 16;
 /// Threads that fetch what will be needed: each waits for one answer.
 const FETCHING_THREADS: usize = 4;
 
-/// The size of the folder is counted again after so many bytes: other processes write to it as well.
+/// The size of the folder is counted again after so many bytes: other processes write to it as
+/// well.
 const COUNT_AGAIN: u64 = 64 * BLOCK_BYTES;
 
-/// A folder whose files are kept on this machine, block by block, as they are read: each block of 1 MiB is fetched once, also for
-/// later runs and other processes. Who needs a block that another process is fetching waits for it, for at most five seconds.
+/// A folder whose files are kept on this machine, block by block, as they are read: each block of 1
+/// MiB is fetched once, also for later runs and other processes. Who needs a block that another
+/// process is fetching waits for it, for at most five seconds.
 ///
-/// Files are known again by name, size and [`Source::version`]; those without a version are not kept. If the folder is full
-/// (see [`new`](Self::new)) or the disk is, what is not kept is read from afar.
+/// Files are known again by name, size and [`Source::version`]; those without a version are not
+/// kept. If the folder is full (see [`new`](Self::new)) or the disk is, what is not kept is read
+/// from afar.
 #[derive(Debug)]
 pub struct CachedFolder<F> {
     inner: F,
@@ -63,8 +67,9 @@ pub struct CachedFolder<F> {
 }
 
 impl<F: Folder> CachedFolder<F> {
-    /// Keeps what is read of `inner` in `folder`, about `max_bytes` of it: when that is full, files that no process has open
-    /// are removed, those first that were opened longest ago. What dead processes have left half made there is removed at once.
+    /// Keeps what is read of `inner` in `folder`, about `max_bytes` of it: when that is full, files
+    /// that no process has open are removed, those first that were opened longest ago. What dead
+    /// processes have left half made there is removed at once.
     ///
     /// # Errors
     /// [`Error::CacheNotWritable`].
@@ -147,12 +152,12 @@ struct Cache {
     is_full: AtomicBool,
     /// Files made, for their names.
     created: AtomicU64,
-    ahead: Mutex<Ahead>,
+    ahead: Mutex<FetchQueue>,
 }
 
 /// What is to be fetched before it is read.
 #[derive(Debug, Default)]
-struct Ahead {
+struct FetchQueue {
     blocks: VecDeque<(Weak<CachedFile>, Range<u64>)>,
     threads: usize,
 }
@@ -164,7 +169,8 @@ impl Cache {
         for entry in fs::read_dir(&self.folder)? {
             let path = entry?.path();
             if path.extension().is_some_and(|end| end == EXTENSION) {
-                // Another process may have removed it. What is no file is nobody's of ours, and to open it may take for ever.
+                // Another process may have removed it. Anything but a regular file is not ours, and
+                // to open it could block for ever.
                 if let Some(metadata) = fs::metadata(&path).ok().filter(fs::Metadata::is_file) {
                     files.push((metadata.modified()?, path, metadata.blocks() * 512));
                 }
@@ -188,9 +194,10 @@ impl Cache {
 
     fn fetch_all(&self) {
         while let Some((file, block)) = self.next_ahead() {
-            // Who reads a file that is gone has the error; nobody waits for a folder that was dropped.
+            // Whoever reads a file that is gone gets the error; nobody waits for a folder that was
+            // dropped.
             let Some(file) = file.upgrade() else { continue };
-            // A source of somebody else's may panic: whoever reads it has that, too.
+            // A source that a program implements may panic: whoever reads it meets that again.
             let fetched = catch_unwind(AssertUnwindSafe(|| file.ensure(block)));
             if !matches!(fetched, Ok(Ok(_))) {
                 self.ahead.lock().unwrap_or_else(PoisonError::into_inner).blocks.clear();
@@ -240,7 +247,7 @@ impl Cache {
         if let Some(file) = found(&path, &page, size)? {
             return Ok((path, file));
         }
-        // Of several that do not find it one makes it.
+        // Of several processes that do not find it one makes it.
         let _only = Only::take(&path.with_extension(only::name("file")));
         if let Some(file) = found(&path, &page, size)? {
             return Ok((path, file));
@@ -251,7 +258,8 @@ impl Cache {
             let written = file.write_all_at(&page, 0).and_then(|()| file.set_len(size));
             match written.and_then(|()| fs::rename(&new, &path)) {
                 Ok(()) => return Ok((path, file)),
-                // In the moment before it was locked it was taken for one that a dead process left, and removed.
+                // In the moment before it was locked it was taken for one that a dead process left,
+                // and removed.
                 Err(error) if error.kind() == io::ErrorKind::NotFound && self.folder.is_dir() => {}
                 Err(error) => {
                     // Nobody else has its name.
@@ -262,7 +270,8 @@ impl Cache {
         }
     }
 
-    /// Makes a file beside `path` that nobody else makes: not another thread, nor another folder in this process. It is in use.
+    /// Makes a file beside `path` that nobody else makes: not another thread, nor another folder in
+    /// this process. It is in use.
     fn create_beside(&self, path: &Path) -> io::Result<(PathBuf, File)> {
         loop {
             let number = self.created.fetch_add(1, Ordering::Relaxed);
@@ -279,7 +288,8 @@ impl Cache {
         }
     }
 
-    /// Removes files that nobody has open, those first that were opened longest ago, until so many bytes fit. `false`: they do not.
+    /// Removes files that nobody has open, those first that were opened longest ago, until so many
+    /// bytes fit. `false`: they do not.
     fn make_room(&self, bytes: u64) -> bool {
         if self.is_full.load(Ordering::Relaxed) || self.count().is_err() {
             return false;
@@ -302,9 +312,10 @@ impl Cache {
     }
 }
 
-/// Holds a file as long as it is open: nobody removes it meanwhile. File systems without locks do without.
+/// Holds a file as long as it is open: nobody removes it meanwhile. File systems without locks do
+/// without.
 fn use_it(file: &File) {
-    // Without it nothing else changes.
+    // Where the file system has no locks, only this protection is missing.
     let _is_held = flock(file, FlockOperation::NonBlockingLockShared);
 }
 
@@ -328,7 +339,7 @@ fn is_full(error: &io::Error) -> bool {
 
 #[derive(Debug)]
 struct CachedFile {
-    /// Itself, for who fetches blocks of it.
+    /// Itself, for the threads that fetch blocks of it.
     me: Weak<CachedFile>,
     inner: Arc<dyn Source>,
     size: u64,
@@ -452,7 +463,8 @@ impl Source for CachedFile {
         for block in range.start / BLOCK_BYTES..range.end.min(self.size).div_ceil(BLOCK_BYTES) {
             let (word, bit) = self.bit(block);
             word.fetch_and(!bit, Ordering::AcqRel);
-            // An entry that cannot be taken back is one whose checksum says that the block is good.
+            // Where the entry cannot be cleared, its checksum still says that the block is what was
+            // fetched.
             drop(self.file.write_all_at(&[0; 8], PAGE + block * ENTRY_BYTES));
         }
         self.inner.forget(range);

@@ -1,5 +1,5 @@
-//! Pure: which file systems lie behind a network. Pages of a map of such a file may be gone at any time, and waiting for one
-//! cannot be interrupted.
+//! Pure: which file systems lie behind a network. Pages of a map of such a file may be gone at any
+//! time, and waiting for one cannot be interrupted.
 //! Source: Linux, include/uapi/linux/magic.h and fs/; statfs(2); the headers of the others.
 
 /// By the number that `statfs` gives.

@@ -1,8 +1,8 @@
 //! Files of a web server, by range requests over connections that are kept.
 //!
-//! A file is pinned when it is opened: its size and, as far as the server tells, its `ETag` and time of change. An answer that
-//! differs is an error. What is cut off or refused for the moment is asked for again, from where it ended, after a growing pause,
-//! until the deadline.
+//! A file is pinned when it is opened: its size and, as far as the server tells, its `ETag` and
+//! time of change. An answer that differs is an error. What is cut off or refused for the moment is
+//! asked for again, from where it ended, after a growing pause, until the deadline.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use ureq::http::Response;
 use ureq::{Agent, Body};
 
-use super::answer::{part, size_of_unsatisfied, Part, Refusal};
+use super::answer::{part, size_of_unsatisfied, ContentRange, Refusal};
 use super::{tls, Folder, Source};
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
@@ -28,8 +28,9 @@ pub struct HttpOptions {
     pub timeout: Duration,
     /// For a connection to be made, for an answer to begin, and for each further piece of it.
     pub attempt_timeout: Duration,
-    /// Certificates of authorities of your own, as PEM files of one or more each: servers of `https://` whose certificates they have
-    /// signed are trusted, besides those that Mozilla's list of authorities vouches for.
+    /// Certificates of authorities of your own, as PEM files of one or more each: servers of
+    /// `https://` whose certificates they have signed are trusted, besides those that Mozilla's
+    /// list of authorities vouches for.
     pub root_certificates: Vec<PathBuf>,
 }
 
@@ -45,7 +46,8 @@ impl Default for HttpOptions {
 
 /// A folder on a web server that supports range requests. No proxy is used.
 ///
-/// Each read is one request. A [`CachedFolder`](crate::CachedFolder) around it fetches blocks of 1 MiB once and keeps them on this machine.
+/// Each read is one request. A [`CachedFolder`](crate::source::CachedFolder) around it fetches
+/// blocks of 1 MiB once and keeps them on this machine.
 #[derive(Debug)]
 pub struct HttpFolder {
     address: PathBuf,
@@ -57,8 +59,8 @@ impl HttpFolder {
     /// The folder at `address` (`http://…` or `https://…`). Nothing is asked yet.
     ///
     /// # Errors
-    /// [`Error::InvalidOption`] for another kind of address, and for a file of certificates that holds none. [`Error::Io`] for one
-    /// that cannot be read.
+    /// [`Error::InvalidOption`] for another kind of address, and for a file of certificates that
+    /// holds none. [`Error::Io`] for one that cannot be read.
     pub fn new(address: &str, options: HttpOptions) -> Result<Self> {
         let HttpOptions { timeout, attempt_timeout, root_certificates } = options;
         let is_web = ["http://", "https://"].iter().any(|scheme| address.starts_with(scheme));
@@ -106,7 +108,7 @@ impl Folder for HttpFolder {
             size: 0,
             version: Version::default(),
         };
-        (file.size, file.version) = file.again_and_again(HttpFile::look)?;
+        (file.size, file.version) = file.with_retries(HttpFile::look)?;
         Ok(Arc::new(file))
     }
 }
@@ -191,7 +193,11 @@ impl HttpFile {
         }
     }
 
-    fn compare(&self, answer: &Response<Body>, found: Part) -> std::result::Result<(), Refusal> {
+    fn compare(
+        &self,
+        answer: &Response<Body>,
+        found: ContentRange,
+    ) -> std::result::Result<(), Refusal> {
         if found.total != self.size {
             let (now, then) = (found.total, self.size);
             return Err(Refusal::Changed(format!("it has {now} bytes, it had {then}")));
@@ -207,8 +213,9 @@ impl HttpFile {
         Ok(())
     }
 
-    /// Tries until it works, cannot work, or the time is over. An attempt is given the time that is left.
-    fn again_and_again<T>(
+    /// Tries until it works, cannot work, or the time is over. An attempt is given the time that is
+    /// left.
+    fn with_retries<T>(
         &self,
         mut attempt: impl FnMut(&Self, Duration) -> std::result::Result<T, Refusal>,
     ) -> Result<T> {
@@ -265,7 +272,7 @@ impl Source for HttpFile {
             return Err(Error::WrongSize { path: self.name.clone(), expected, actual: self.size });
         }
         let mut done = 0;
-        self.again_and_again(|file, limit| {
+        self.with_retries(|file, limit| {
             let started = Instant::now();
             while done < out.len() {
                 let left = limit.saturating_sub(started.elapsed());
@@ -282,7 +289,8 @@ impl Source for HttpFile {
     }
 }
 
-/// Reads a body of exactly so many bytes: how many came, and why not all. At its end the connection is free again.
+/// Reads a body of exactly so many bytes: how many came, and why not all. At its end the connection
+/// is free again.
 fn take(answer: Response<Body>, out: &mut [u8]) -> (usize, std::result::Result<(), Refusal>) {
     let mut body = answer.into_body().into_reader();
     let mut done = 0;
@@ -303,7 +311,7 @@ fn take(answer: Response<Body>, out: &mut [u8]) -> (usize, std::result::Result<(
     }
 }
 
-/// Nothing ends a pause early: a reading thread has nobody to hear from.
+/// Waits for the whole pause: nothing wakes a reading thread earlier.
 fn wait(pause: Duration) {
     let until = Instant::now() + pause;
     while let Some(left) = until.checked_duration_since(Instant::now()).filter(|d| !d.is_zero()) {

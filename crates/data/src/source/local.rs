@@ -18,15 +18,17 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Access {
-    /// As the file system of each file asks for: [`Map`](Self::Map) on a disk of this machine, [`Read`](Self::Read) on a network's (NFS,
-    /// Lustre, GPFS, Ceph, CIFS, FUSE and others). Which it was is logged once, for each kind of file system of a network.
+    /// As the file system of each file asks for: [`Map`](Self::Map) on a disk of this machine,
+    /// [`Read`](Self::Read) on a network's (NFS, Lustre, GPFS, Ceph, CIFS, FUSE and others). Which
+    /// it was is logged once, for each kind of file system of a network.
     #[default]
     Auto,
     /// `pread` into memory of the reading thread. Right for network filesystems.
     Read,
-    /// A memory map: no copy. The first map installs a handler for `SIGBUS`: a file that somebody cuts off while it is mapped is
-    /// an error, not the end of the process. A handler that your program installs later must pass on to the one before it.
-    /// Bytes that somebody writes over after they were verified are not noticed.
+    /// A memory map: no copy. The first map installs a handler for `SIGBUS`: a file that somebody
+    /// cuts off while it is mapped is an error, not the end of the process. A handler that your
+    /// program installs later must pass on to the one before it. Bytes that somebody writes over
+    /// after they were verified are not noticed.
     Map,
 }
 
@@ -54,7 +56,8 @@ impl Folder for LocalFolder {
     }
 }
 
-/// Opens one file more. A large data set has more shards than a process may have open by default: the limit is raised when it is met.
+/// Opens one file more. A large data set has more shards than a process may have open by default:
+/// the limit is raised when it is met.
 pub(super) fn one_more<T>(open: impl Fn() -> std::io::Result<T>) -> std::io::Result<T> {
     let too_many = rustix::io::Errno::MFILE.raw_os_error();
     match open() {
@@ -96,7 +99,7 @@ fn magic(file: &File) -> Option<u32> {
     u32::try_from(about.f_type & 0xFFFF_FFFF).ok()
 }
 
-/// Whether a file lies on a disk of this machine. Of what cannot be asked that is not known, so it does not.
+/// Whether a file lies on a disk of this machine. Where the system does not say, the answer is no.
 fn is_local(magic: Option<u32>, path: &Path) -> bool {
     static SAID: Mutex<BTreeSet<&str>> = Mutex::new(BTreeSet::new());
     let Some(magic) = magic else { return false };

@@ -1,11 +1,12 @@
 //! A mapped file that may be cut off: the reader gets an error, the process lives.
 //!
-//! A page behind the end of a file that became shorter faults; the handler of `sigbus.rs` puts zeros there and marks the map. Who
-//! has read from the map asks afterwards whether what it saw was real:
+//! A page behind the end of a file that became shorter faults; the handler of `sigbus.rs` puts
+//! zeros there and marks the map. Who has read from the map asks afterwards whether what it saw was
+//! real:
 //!
-//! 1. It touches the last byte. If the file was cut anywhere before the last page, that page is gone, and the touch faults.
-//!    The kernel takes the pages away before it fills the rest of the new last page with zeros, so zeros that were
-//!    read are always noticed.
+//! 1. It touches the last byte. If the file was cut anywhere before the last page, that page is
+//!    gone, and the touch faults. The kernel takes the pages away before it fills the rest of the
+//!    new last page with zeros, so zeros that were read are always noticed.
 //! 2. It looks at the map's mark.
 //! 3. For bytes in the last page it asks the system for the file's size.
 //!
@@ -20,15 +21,16 @@ use std::sync::atomic::{compiler_fence, fence, Ordering};
 use memmap2::{Advice, Mmap};
 
 use super::file::ReadFile;
-use super::sigbus::{self, Guard};
+use super::sigbus::{self, MapGuard};
 use super::Source;
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 
 #[derive(Debug)]
 pub(super) struct MappedFile {
-    /// Dropped before the map: the handler must not touch memory that may be somebody else's by then.
-    guard: Guard,
+    /// Dropped before the map: the handler must not touch memory that may be somebody else's by
+    /// then.
+    guard: MapGuard,
     map: Mmap,
     file: ReadFile,
     last_page: u64,
@@ -38,8 +40,9 @@ impl MappedFile {
     pub(super) fn new(file: ReadFile) -> Result<Self> {
         let mut options = memmap2::MmapOptions::new();
         options.len(to_usize(file.size));
-        // SAFETY: the map is only read, as plain bytes. Prepared files are renamed into place and never written again. If
-        // somebody cuts one off, `sigbus` keeps the process alive and `check_mapped` says so.
+        // SAFETY: the map is only read, as plain bytes. Prepared files are renamed into place and
+        // never written again. If somebody cuts one off, `sigbus` keeps the process alive and
+        // `check_mapped` says so.
         let map = unsafe { options.map(&file.file) }.map_err(Error::io("map", &file.path))?;
         let guard = sigbus::guard(&map).map_err(Error::io("guard the map of", &file.path))?;
         let page = to_u64(sigbus::page_bytes());

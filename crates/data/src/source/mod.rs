@@ -1,4 +1,5 @@
-//! Where bytes come from: files that are read or mapped, files of a web server, and whatever else implements [`Source`].
+//! Where bytes come from: files that are read or mapped, files of a web server, and whatever else
+//! implements [`Source`].
 
 #[cfg(feature = "http")]
 mod answer;
@@ -27,7 +28,8 @@ pub use http::{HttpFolder, HttpOptions};
 pub(crate) use local::open_file;
 pub use local::{Access, LocalFolder};
 
-/// Reads an answer to a request for bytes 5 to 9: its status in two bytes, then what it says that it brings.
+/// Reads an answer to a request for bytes 5 to 9: its status in two bytes, then what it says that
+/// it brings.
 #[cfg(all(feature = "http", feature = "testing"))]
 pub(crate) fn fuzzed_answer(bytes: &[u8]) -> bool {
     let Some((status, field)) = bytes.split_first_chunk() else { return false };
@@ -44,7 +46,8 @@ pub(crate) fn fuzzed_answer(bytes: &[u8]) -> bool {
 
 /// One file: a fixed number of bytes that can be read in any order, from many threads at once.
 ///
-/// The size is that at opening. A source whose bytes change or go away must give an error, not other bytes.
+/// The size is that at opening. A source whose bytes change or go away must give an error, not
+/// other bytes.
 pub trait Source: Send + Sync + Debug {
     /// What errors call it: a path, an address.
     fn name(&self) -> &Path;
@@ -55,12 +58,12 @@ pub trait Source: Send + Sync + Debug {
     /// Fills `out` with the bytes from `offset` on.
     ///
     /// # Errors
-    /// [`Error::WrongSize`](crate::Error::WrongSize) if there are fewer, or what kept them from being read. A source of yours may
-    /// use [`Error::Io`](crate::Error::Io).
+    /// [`Error::WrongSize`] if there are fewer, or what kept them from
+    /// being read. A source of yours may use [`Error::Io`].
     fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()>;
 
-    /// All bytes, if they lie in memory. They are then used in place of [`read_at`](Self::read_at), and
-    /// [`check_mapped`](Self::check_mapped) is called after each use.
+    /// All bytes, if they lie in memory. They are then used in place of [`read_at`](Self::read_at),
+    /// and [`check_mapped`](Self::check_mapped) is called after each use.
     fn mapped(&self) -> Option<&[u8]> {
         None
     }
@@ -73,16 +76,18 @@ pub trait Source: Send + Sync + Debug {
         Ok(())
     }
 
-    /// Bytes that will be read soon, in some order: they can be fetched from the disk. Must return at once; says nothing of errors.
+    /// Bytes that will be read soon, in some order: they can be fetched from the disk. Must return
+    /// at once, and reports no error: whoever reads the bytes gets it.
     fn will_need(&self, _range: Range<u64>) {}
 
-    /// What tells this content from another of the same name and size: an `ETag`, a time of change. `None`: nothing is known;
-    /// such files are not kept by a [`CachedFolder`].
+    /// What tells this content from another of the same name and size: an `ETag`, a time of change.
+    /// `None`: nothing is known; such files are not kept by a [`CachedFolder`].
     fn version(&self) -> Option<String> {
         None
     }
 
-    /// Lets go of local copies of a range that turned out damaged. `true`: reading again may give other bytes.
+    /// Lets go of local copies of a range that turned out damaged. `true`: reading again may give
+    /// other bytes.
     fn forget(&self, _range: Range<u64>) -> bool {
         false
     }
@@ -92,7 +97,9 @@ pub trait Source: Send + Sync + Debug {
 ///
 /// ```
 /// use std::{path::Path, sync::Arc};
-/// use phalanx_data::{Error, Folder, Result, Source, TokenStream};
+/// use phalanx_data::format::{TokenStream, Tokens};
+/// use phalanx_data::source::{Folder, Source};
+/// use phalanx_data::{Error, Result};
 ///
 /// /// A folder in memory.
 /// #[derive(Debug)]
@@ -129,8 +136,8 @@ pub trait Source: Send + Sync + Debug {
 /// }
 ///
 /// # let folder = tempfile::tempdir().unwrap();
-/// # let (path, special) = (folder.path().join("t"), phalanx_data::SpecialTokens::bert(0, 1, 2, 3, 4));
-/// # let mut writer = phalanx_data::TokenWriter::create(&path, b"{}", 100, special, 1 << 20)?;
+/// # let (path, special) = (folder.path().join("t"), phalanx_data::format::SpecialTokens::bert(0, 1, 2, 3, 4));
+/// # let mut writer = phalanx_data::format::TokenWriter::create(&path, b"{}", 100, special, 1 << 20)?;
 /// # writer.tokens(&[7, 8, 3])?;
 /// # writer.end_document()?;
 /// # writer.finish(0)?;

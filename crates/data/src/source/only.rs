@@ -1,8 +1,9 @@
 //! One of several processes does something, and the others wait for it, for a while.
 //!
-//! A file that its maker holds with `flock` while it works, and removes when it is done; the system lets go of it when the maker
-//! dies. Who comes to hold a file that somebody else has removed meanwhile may not be the only one: then the work is done
-//! twice, which costs time and nothing else.
+//! A file that its maker holds with `flock` while it works, and removes when it is done; the system
+//! lets go of it when the maker dies. Who comes to hold a file that somebody else has removed
+//! meanwhile may not be the only one: then the work is done twice, which costs time and nothing
+//! else.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
@@ -11,7 +12,8 @@ use std::time::{Duration, Instant};
 /// Longer than a block takes from any server that is worth waiting for: 1 MiB at 2 Mbit/s.
 const WAIT: Duration = Duration::from_secs(5);
 
-/// `flock` cannot wait with a deadline; to ask so often costs nothing, and a block takes as long from the fastest server.
+/// `flock` cannot wait with a deadline; to ask so often costs nothing, and a block takes as long
+/// from the fastest server.
 const POLL: Duration = Duration::from_millis(5);
 
 const EXTENSION: &str = "new";
@@ -29,8 +31,8 @@ pub(super) struct Only {
 }
 
 impl Only {
-    /// Waits until nobody else has the file at `path`. `None`: that took too long, or there can be no such file; then everybody
-    /// does the work.
+    /// Waits until nobody else has the file at `path`. `None`: that took too long, or there can be
+    /// no such file; then everybody does the work.
     pub(super) fn take(path: &Path) -> Option<Self> {
         let mut options = OpenOptions::new();
         let file = options.create(true).truncate(false).read(true).write(true).open(path).ok()?;

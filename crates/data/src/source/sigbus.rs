@@ -1,10 +1,12 @@
 //! `SIGBUS` inside one of our maps: the missing page is replaced by zeros, and the map is marked.
 //!
-//! The handler looks the address up in a list of slots without a lock. Slots are never freed, only used again; a slot's
-//! sequence number is odd while it is being written. A slot that changes while the handler looks at it is not the one that
-//! it looks for: that one belongs to a map that a thread reads right now, so it is not being written.
+//! The handler looks the address up in a list of slots without a lock. Slots are never freed, only
+//! used again; a slot's sequence number is odd while it is being written. A slot that changes while
+//! the handler looks at it is not the one that it looks for: that one belongs to a map that a
+//! thread reads right now, so it is not being written.
 //!
-//! Anything else goes to the handler that was there before, or has the default effect, which ends the process.
+//! Anything else goes to the handler that was there before, or has the default effect, which ends
+//! the process.
 #![expect(unsafe_code, reason = "signal handlers, and pages that are mapped in them")]
 
 use std::io;
@@ -17,7 +19,7 @@ const SLOTS: usize = 64;
 
 /// A guarded range of addresses.
 #[derive(Debug)]
-struct Slot {
+struct GuardSlot {
     sequence: AtomicUsize,
     start: AtomicUsize,
     /// 0: not in use.
@@ -26,22 +28,22 @@ struct Slot {
 }
 
 /// Some slots; lists of them grow at the end.
-struct Slots {
-    slots: [Slot; SLOTS],
-    next: AtomicPtr<Slots>,
+struct GuardSlots {
+    slots: [GuardSlot; SLOTS],
+    next: AtomicPtr<GuardSlots>,
 }
 
-static FIRST: Slots = Slots::new();
-static FREE: Mutex<Vec<&'static Slot>> = Mutex::new(Vec::new());
+static FIRST: GuardSlots = GuardSlots::new();
+static FREE: Mutex<Vec<&'static GuardSlot>> = Mutex::new(Vec::new());
 static IS_FIRST_TAKEN: AtomicBool = AtomicBool::new(false);
 static HANDLER: OnceLock<Result<libc::sigaction, c_int>> = OnceLock::new();
 static PAGE_BYTES: AtomicUsize = AtomicUsize::new(4096);
 
 /// Keeps a range guarded until it is dropped.
 #[derive(Debug)]
-pub(super) struct Guard(&'static Slot);
+pub(super) struct MapGuard(&'static GuardSlot);
 
-impl Guard {
+impl MapGuard {
     /// Whether a page of the range was missing.
     #[inline]
     pub(super) fn is_cut_off(&self) -> bool {
@@ -49,7 +51,7 @@ impl Guard {
     }
 }
 
-impl Drop for Guard {
+impl Drop for MapGuard {
     fn drop(&mut self) {
         self.0.set(0, 0);
         FREE.lock().unwrap_or_else(PoisonError::into_inner).push(self.0);
@@ -57,7 +59,7 @@ impl Drop for Guard {
 }
 
 /// Guards the memory of a map. Must be dropped before it is unmapped.
-pub(super) fn guard(map: &[u8]) -> io::Result<Guard> {
+pub(super) fn guard(map: &[u8]) -> io::Result<MapGuard> {
     HANDLER.get_or_init(install).map_err(io::Error::from_raw_os_error)?;
     let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
     if free.is_empty() {
@@ -70,16 +72,16 @@ pub(super) fn guard(map: &[u8]) -> io::Result<Guard> {
     let slot = free.pop().ok_or_else(|| io::Error::other("no slot to guard a map with"))?;
     let start = map.as_ptr().addr();
     slot.set(start, start + map.len().next_multiple_of(page_bytes()));
-    Ok(Guard(slot))
+    Ok(MapGuard(slot))
 }
 
 pub(super) fn page_bytes() -> usize {
     PAGE_BYTES.load(Ordering::Relaxed)
 }
 
-impl Slot {
+impl GuardSlot {
     const fn new() -> Self {
-        Slot {
+        GuardSlot {
             sequence: AtomicUsize::new(0),
             start: AtomicUsize::new(0),
             end: AtomicUsize::new(0),
@@ -107,15 +109,19 @@ impl Slot {
     }
 }
 
-impl Slots {
+impl GuardSlots {
     const fn new() -> Self {
-        Slots { slots: [const { Slot::new() }; SLOTS], next: AtomicPtr::new(std::ptr::null_mut()) }
+        GuardSlots {
+            slots: [const { GuardSlot::new() }; SLOTS],
+            next: AtomicPtr::new(std::ptr::null_mut()),
+        }
     }
 }
 
-/// More slots at the end of the list, for ever: the handler may look at them at any time. Called under the lock of `FREE`.
-fn append() -> &'static Slots {
-    let more: &'static Slots = Box::leak(Box::new(Slots::new()));
+/// More slots at the end of the list, for ever: the handler may look at them at any time. Called
+/// under the lock of `FREE`.
+fn append() -> &'static GuardSlots {
+    let more: &'static GuardSlots = Box::leak(Box::new(GuardSlots::new()));
     let mut last = &FIRST;
     while let Some(next) = next(last) {
         last = next;
@@ -124,8 +130,9 @@ fn append() -> &'static Slots {
     more
 }
 
-fn next(slots: &Slots) -> Option<&'static Slots> {
-    // SAFETY: `next` is null or was made from a leaked reference, which nobody writes to but through atomics.
+fn next(slots: &GuardSlots) -> Option<&'static GuardSlots> {
+    // SAFETY: `next` is null or was made from a leaked reference, which nobody writes to but
+    // through atomics.
     unsafe { slots.next.load(Ordering::Acquire).as_ref() }
 }
 
@@ -141,7 +148,8 @@ fn install() -> Result<libc::sigaction, c_int> {
     ours.sa_sigaction = handler as usize;
     // The thread may be short of stack; the standard library gives its threads a second one.
     ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-    // SAFETY: both point to structures that live through the call; the handler has the signature that SA_SIGINFO asks for.
+    // SAFETY: both point to structures that live through the call; the handler has the signature
+    // that SA_SIGINFO asks for.
     let status = unsafe { libc::sigaction(libc::SIGBUS, &raw const ours, &raw mut previous) };
     if status != 0 {
         return Err(io::Error::last_os_error().raw_os_error().unwrap_or(0));
@@ -166,7 +174,7 @@ extern "C" fn on_bus_error(signal: c_int, info: *mut siginfo_t, context: *mut c_
     pass_on(signal, info, context, is_fault);
 }
 
-fn slot_of(address: usize) -> Option<&'static Slot> {
+fn slot_of(address: usize) -> Option<&'static GuardSlot> {
     let mut slots = Some(&FIRST);
     while let Some(some) = slots {
         if let Some(slot) = some.slots.iter().find(|slot| slot.holds(address)) {
@@ -182,8 +190,8 @@ fn put_zeros(address: usize) -> bool {
     let page = page_bytes();
     let start = std::ptr::without_provenance_mut(address / page * page);
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-    // SAFETY: the page lies in a map of ours that is being read, so it is not being unmapped; readers take it for plain bytes.
-    // `mmap` is a plain system call: it may be made in a handler.
+    // SAFETY: the page lies in a map of ours that is being read, so it is not being unmapped;
+    // readers take it for plain bytes. `mmap` is a plain system call: it may be made in a handler.
     let at = unsafe { libc::mmap(start, page, libc::PROT_READ, flags, -1, 0) };
     at != libc::MAP_FAILED
 }
@@ -199,9 +207,11 @@ fn pass_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void, is_fault: 
     match previous.sa_sigaction {
         libc::SIG_IGN if !is_fault => {}
         libc::SIG_DFL | libc::SIG_IGN => {
-            // SAFETY: a structure of numbers and an optional function: zeros are the default effect.
+            // SAFETY: a structure of numbers and an optional function: zeros are the default
+            // effect.
             let default: libc::sigaction = unsafe { std::mem::zeroed() };
-            // SAFETY: points to a structure that lives through the call; may be called in a handler.
+            // SAFETY: points to a structure that lives through the call; may be called in a
+            // handler.
             unsafe { libc::sigaction(signal, &raw const default, std::ptr::null_mut()) };
             if !is_fault {
                 // A fault comes again by itself when we return; what was sent must be sent again.

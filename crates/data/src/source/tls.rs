@@ -1,4 +1,4 @@
-//! Whom a client trusts that speaks TLS, and what a failed handshake means.
+//! Which certificates an `https://` client trusts, and what a failed handshake means.
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -48,7 +48,8 @@ impl Compact<'_> {
         u64::try_from(self.integer()?).ok()
     }
 
-    /// The type of the next field, whose number is told from the last one's. `Some(None)`: the structure ends.
+    /// The type of the next field, whose number is told from the last one's. `Some(None)`: the
+    /// structure ends.
     pub(super) fn field(&mut self, id: &mut i16) -> Option<Option<u8>> {
         let byte = self.byte()?;
         let (delta, kind) = (byte >> 4, byte & 0xF);

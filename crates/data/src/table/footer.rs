@@ -1,10 +1,12 @@
 //! The schema in a Parquet file's footer, looked at before the library takes it at its word.
 //!
-//! The library (60.1) reserves as many children as a group claims to have, up to 2^31 - 1, and goes into groups within groups without
-//! a limit: a file of some hundred bytes takes 16 GiB, one of a megabyte all of the stack, and either ends the process.
+//! The library (60.1) reserves as many children as a group claims to have, up to 2^31 - 1, and goes
+//! into groups within groups without a limit: a file of some hundred bytes takes 16 GiB, one of a
+//! megabyte all of the stack, and either ends the process.
 //!
-//! Of a field that it knows, the library passes over the type that stands there and reads the one that the format has. What is looked
-//! at here is only what it reads if these are the same; so a schema in which they are not is refused.
+//! Of a field that it knows, the library passes over the type that stands there and reads the one
+//! that the format has. What is looked at here is only what it reads if these are the same; so a
+//! schema in which they are not is refused.
 //! Source: <https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift>.
 
 use std::fs::File;
@@ -13,7 +15,7 @@ use std::os::unix::fs::FileExt;
 use super::compact::{Compact, BINARY, BOOLS, BYTE, INTEGERS, LIST, STRUCT};
 use crate::cast::to_usize;
 
-/// A list within a list takes two. Nobody's columns lie as deep.
+/// Structures within structures; a list takes two. No schema in use is as deep.
 const DEPTH_MAX: usize = 64;
 
 /// Structures within structures in a field that is not known.
@@ -42,7 +44,8 @@ pub(super) fn check(file: &File) -> Result<(), String> {
 fn check_schema(footer: &[u8]) -> Result<(), String> {
     let mut input = Compact { rest: footer };
     let count = input.schema().ok_or("its footer does not begin with a schema")?;
-    // Of each group around the next element how many children are still to come, and of all of them together.
+    // Of each group around the next element how many children are still to come, and of all of them
+    // together.
     let (mut groups, mut due): (Vec<u64>, u64) = (Vec::new(), 0);
     for number in 0..count {
         let element = input.element();
@@ -74,7 +77,8 @@ fn check_schema(footer: &[u8]) -> Result<(), String> {
 type Kinds = &'static [u8];
 
 impl Compact<'_> {
-    /// How many elements the schema has, which begins here: field 2 of the footer, behind the version.
+    /// How many elements the schema has, which begins here: field 2 of the footer, behind the
+    /// version.
     fn schema(&mut self) -> Option<u64> {
         let mut id = 0;
         self.known(&mut id, 1, &INTEGERS)?;
@@ -130,7 +134,8 @@ impl Compact<'_> {
         self.field(&mut id)?.is_none().then_some(())
     }
 
-    /// Passes over a structure whose first fields have these types; one that is a structure itself is a union of empty ones.
+    /// Passes over a structure whose first fields have these types; one that is a structure itself
+    /// is a union of empty ones.
     fn structure(&mut self, fields: &[Kinds]) -> Option<()> {
         let mut id = 0;
         while let Some(kind) = self.field(&mut id)? {
@@ -154,7 +159,8 @@ impl Compact<'_> {
         (self.byte()? == 0).then_some(())
     }
 
-    /// Passes over a field that is not known. Lists and maps, of which libraries pass over the elements in different ways, are none.
+    /// Passes over a field that is not known. Lists and maps, of which libraries pass over the
+    /// elements in different ways, are none.
     fn unknown(&mut self, kind: u8, depth: u32) -> Option<()> {
         if kind != STRUCT {
             return if matches!(kind, 9..=11) { None } else { self.skip(kind, 1) };
@@ -208,10 +214,12 @@ mod tests {
 
     #[test]
     fn a_type_that_the_format_does_not_have_is_refused() {
-        // The number of children as a truth value, which has no bytes: the library would read what follows.
+        // The number of children as a truth value, which has no bytes: the library would read what
+        // follows.
         for bad in [
             &[0x35, 2, 0x18, 1, b'g', 0x11, 0xFE, 0xFF, 0xFF, 0xFF, 0x0F, 0][..],
-            // A type as a truth value, a name as a number, negative children, a list in a field that is not known.
+            // A type as a truth value, a name as a number, negative children, a list in a field
+            // that is not known.
             &[0x11, 0],
             &[0x45, 2, 0],
             &[0x48, 1, b'g', 0x15, 1, 0],
@@ -219,8 +227,8 @@ mod tests {
         ] {
             assert!(told(&[bad, COLUMN]).is_err(), "{bad:?}");
         }
-        // Logical types: a decimal, a time, an integer, a string; then a decimal with a truth value, a unit and a string with a
-        // field.
+        // Logical types: a decimal, a time, an integer, a string; then a decimal with a truth
+        // value, a unit and a string with a field.
         let element = |logical: &[u8]| [&[0x48, 1, b'g', 0x6C][..], logical, &[0]].concat();
         for (logical, is_good) in [
             (&[0x5C, 0x15, 4, 0x15, 8, 0, 0][..], true),

@@ -1,8 +1,10 @@
-//! What an Arrow file or stream says of its sizes, compared with the file before the library takes it at its word.
+//! What an Arrow file or stream says of its sizes, compared with the file before the library takes
+//! it at its word.
 //!
-//! The library reserves what a block, a message or a compressed buffer claims to hold. A claim that no memory satisfies would end
-//! the process, and that is not a panic which could be caught.
-//! Source: <https://arrow.apache.org/docs/format/Columnar.html#serialization-and-interprocess-communication-ipc>.
+//! The library reserves what a block, a message or a compressed buffer claims to hold. A claim that
+//! no memory satisfies would end the process, and that is not a panic which could be caught.
+//! Source:
+//! <https://arrow.apache.org/docs/format/Columnar.html#serialization-and-interprocess-communication-ipc>.
 
 use std::fs::File;
 use std::io;
@@ -12,13 +14,13 @@ use arrow_ipc::{root_as_footer, root_as_message, CompressionType, Message};
 
 use crate::cast::to_usize;
 
-/// Of a byte LZ4 makes so many at most: each byte of a match's length is 255 of them.
+/// Bytes that LZ4 makes of one, at most: a byte of a match's length stands for 255 of them.
 pub(super) const LZ4_RATIO: u64 = 255;
 
-/// Of a byte Zstandard makes so many at most: a block of 128 KiB that repeats a byte has four.
+/// Bytes that Zstandard makes of one, at most: a block of 128 KiB that repeats a byte takes four.
 pub(super) const ZSTD_RATIO: u64 = 1 << 15;
 
-/// What is held by a compressed buffer of hardly any bytes.
+/// What a compressed buffer may claim to hold, however small it is.
 const CLAIM_BYTES_MIN: u64 = 1 << 17;
 
 /// Before a message that is longer than its first four bytes say.
@@ -26,8 +28,8 @@ const CONTINUATION: [u8; 4] = [0xFF; 4];
 
 type Result<T> = std::result::Result<T, String>;
 
-/// Compares what a file says of its blocks, or a stream of its messages, with its size. A file that ends early, or whose parts are
-/// not of their kind, is left to the library.
+/// Compares what a file says of its blocks, or a stream of its messages, with its size. A file that
+/// ends early, or whose parts are not of their kind, is left to the library.
 pub(super) fn check(file: &File, is_stream: bool) -> Result<()> {
     let bytes = file.metadata().map_err(failed)?.len();
     if is_stream {

@@ -1,7 +1,7 @@
 //! Tables of Parquet and Arrow files: columns by name, in batches of rows.
 //!
-//! A panic of the libraries over a malformed file is an error here; that they are not asked for more memory than there is, see to
-//! [`ipc`], [`footer`] and [`pages`].
+//! A panic of the libraries over a malformed file becomes an error here. [`ipc`], [`footer`] and
+//! [`pages`] see to it that no file makes the libraries ask for more memory than there is.
 
 mod compact;
 mod footer;
@@ -40,17 +40,17 @@ const GROUP_BATCH_ROWS_MAX: u64 = 8192;
 type Batches = Box<dyn Iterator<Item = std::result::Result<RecordBatch, ArrowError>>>;
 
 /// The rows of one file.
-pub(crate) struct Table {
+pub(crate) struct TableScan {
     path: PathBuf,
     batches: Batches,
     bytes: u64,
-    progress: Done,
+    progress: ReadProgress,
     /// Rows that are passed over.
     skip: u64,
 }
 
 /// What tells how far a file is read.
-enum Done {
+enum ReadProgress {
     /// How many rows it says it has: Parquet.
     Rows(u64),
     /// The reader's own place, which it shares with this handle: Arrow.
@@ -58,13 +58,13 @@ enum Done {
 }
 
 /// How a file is laid out.
-enum Layout {
+enum TableReader {
     Parquet(ParquetRecordBatchReaderBuilder<Pages>),
     File(FileReader<BufReader<File>>),
     Stream(StreamReader<BufReader<File>>),
 }
 
-impl Layout {
+impl TableReader {
     fn open(path: &Path, columns: Option<Vec<usize>>) -> Result<Self> {
         let mut file = File::open(path).map_err(Error::io("open", path))?;
         let mut magic = Vec::new();
@@ -75,14 +75,14 @@ impl Layout {
                 [b'P', b'A', b'R', b'1', ..] => {
                     let about = about(&file)?;
                     let pages = Pages::of(file, about.metadata().row_groups())?;
-                    Layout::Parquet(ParquetRecordBatchReaderBuilder::new_with_metadata(
+                    TableReader::Parquet(ParquetRecordBatchReaderBuilder::new_with_metadata(
                         pages, about,
                     ))
                 }
                 b"ARROW1" => {
                     ipc::check(&file, false)?;
                     let opened = FileReader::try_new(BufReader::new(file), columns);
-                    Layout::File(opened.map_err(|error| error.to_string())?)
+                    TableReader::File(opened.map_err(|error| error.to_string())?)
                 }
                 [b'F', b'E', b'A', b'1', ..] => {
                     return Err("Feather of version 1 is not read: write version 2".to_owned());
@@ -93,7 +93,7 @@ impl Layout {
                     };
                     ipc::check(&file, true).map_err(unknown)?;
                     let opened = StreamReader::try_new(BufReader::new(file), columns);
-                    Layout::Stream(opened.map_err(|error| unknown(error.to_string()))?)
+                    TableReader::Stream(opened.map_err(|error| unknown(error.to_string()))?)
                 }
             })
         })
@@ -101,9 +101,9 @@ impl Layout {
 
     fn schema(&self) -> SchemaRef {
         match self {
-            Layout::Parquet(reader) => Arc::clone(reader.schema()),
-            Layout::File(reader) => reader.schema(),
-            Layout::Stream(reader) => reader.schema(),
+            TableReader::Parquet(reader) => Arc::clone(reader.schema()),
+            TableReader::File(reader) => reader.schema(),
+            TableReader::Stream(reader) => reader.schema(),
         }
     }
 }
@@ -117,7 +117,7 @@ fn about(file: &File) -> std::result::Result<ArrowReaderMetadata, String> {
 
 /// The columns of a file.
 pub(crate) fn schema(path: &Path) -> Result<SchemaRef> {
-    Ok(Layout::open(path, None)?.schema())
+    Ok(TableReader::open(path, None)?.schema())
 }
 
 /// The type of the column at a path of names (`page.body`), or the names that there are.
@@ -145,7 +145,7 @@ pub(crate) fn column_type(path: &Path, schema: &Schema, column: &str) -> Result<
     found.cloned().ok_or_else(missing)
 }
 
-impl Table {
+impl TableScan {
     /// Opens a file of that schema at some row, for some of its columns, which exist.
     pub(crate) fn open(
         path: &Path,
@@ -161,25 +161,27 @@ impl Table {
         let mut roots: Vec<usize> = columns.iter().filter_map(root).collect();
         roots.sort_unstable();
         roots.dedup();
-        let place = |reader: &BufReader<File>| Done::Place(reader.get_ref().try_clone().ok());
+        let place =
+            |reader: &BufReader<File>| ReadProgress::Place(reader.get_ref().try_clone().ok());
         let mut skip = first_row;
-        let (progress, batches): (Done, Batches) = match Layout::open(path, Some(roots))? {
-            Layout::File(reader) => (place(reader.get_ref()), Box::new(reader)),
-            Layout::Stream(reader) => (place(reader.get_ref()), Box::new(reader)),
-            Layout::Parquet(builder) => {
-                let rows = builder.metadata().file_metadata().num_rows();
-                let rows = Done::Rows(u64::try_from(rows).unwrap_or(0));
-                skip = 0;
-                let first = to_usize(first_row);
-                let reader = caught(path, || {
-                    let mask = projection(builder.parquet_schema(), schema, columns);
-                    let builder = builder.with_projection(mask).with_batch_size(BATCH_ROWS);
-                    builder.with_offset(first).build().map_err(|error| error.to_string())
-                })?;
-                (rows, Box::new(reader))
-            }
-        };
-        Ok(Table { path: path.to_path_buf(), batches, bytes, progress, skip })
+        let (progress, batches): (ReadProgress, Batches) =
+            match TableReader::open(path, Some(roots))? {
+                TableReader::File(reader) => (place(reader.get_ref()), Box::new(reader)),
+                TableReader::Stream(reader) => (place(reader.get_ref()), Box::new(reader)),
+                TableReader::Parquet(builder) => {
+                    let rows = builder.metadata().file_metadata().num_rows();
+                    let rows = ReadProgress::Rows(u64::try_from(rows).unwrap_or(0));
+                    skip = 0;
+                    let first = to_usize(first_row);
+                    let reader = caught(path, || {
+                        let mask = projection(builder.parquet_schema(), schema, columns);
+                        let builder = builder.with_projection(mask).with_batch_size(BATCH_ROWS);
+                        builder.with_offset(first).build().map_err(|error| error.to_string())
+                    })?;
+                    (rows, Box::new(reader))
+                }
+            };
+        Ok(TableScan { path: path.to_path_buf(), batches, bytes, progress, skip })
     }
 
     /// The next rows.
@@ -208,11 +210,11 @@ impl Table {
     /// Bytes of the file up to its row number `rows`, about.
     pub(crate) fn bytes_until(&self, rows: u64) -> u64 {
         let done = match &self.progress {
-            Done::Rows(count) => {
+            ReadProgress::Rows(count) => {
                 let share = u128::from(self.bytes) * u128::from(rows) / u128::from((*count).max(1));
                 u64::try_from(share).unwrap_or(self.bytes)
             }
-            Done::Place(reader) => {
+            ReadProgress::Place(reader) => {
                 reader.as_ref().and_then(|mut file| file.stream_position().ok()).unwrap_or(0)
             }
         };
@@ -221,17 +223,17 @@ impl Table {
 }
 
 /// A part of a file that can be read for itself.
-pub(crate) struct Part {
+pub(crate) struct TablePart {
     /// Rows in it.
     pub(crate) rows: u64,
     /// What they take in memory, about.
     pub(crate) memory_bytes: u64,
     /// Bytes of the file that they stand for, about.
     pub(crate) file_bytes: u64,
-    content: Content,
+    content: PartContent,
 }
 
-enum Content {
+enum PartContent {
     /// A row group of a Parquet file, of which nothing is read yet.
     Group(ArrowReaderMetadata, usize),
     /// Rows of an Arrow file.
@@ -243,17 +245,17 @@ pub(crate) fn parts(
     path: &Path,
     schema: &Schema,
     columns: &[String],
-) -> Result<Box<dyn Iterator<Item = Result<Part>>>> {
-    if !matches!(Layout::open(path, None)?, Layout::Parquet(_)) {
-        let mut table = Table::open(path, schema, columns, 0)?;
+) -> Result<Box<dyn Iterator<Item = Result<TablePart>>>> {
+    if !matches!(TableReader::open(path, None)?, TableReader::Parquet(_)) {
+        let mut table = TableScan::open(path, schema, columns, 0)?;
         let mut done = 0;
         return Ok(Box::new(std::iter::from_fn(move || {
             let batch = table.next().transpose()?;
             Some(batch.map(|batch| {
                 let (before, rows) = (done, to_u64(batch.num_rows()));
                 done = table.bytes_until(rows).max(before);
-                let (memory_bytes, content) = (value_bytes(&batch), Content::Rows(batch));
-                Part { rows, memory_bytes, file_bytes: done - before, content }
+                let (memory_bytes, content) = (value_bytes(&batch), PartContent::Rows(batch));
+                TablePart { rows, memory_bytes, file_bytes: done - before, content }
             }))
         })));
     }
@@ -266,25 +268,26 @@ pub(crate) fn parts(
         let unsigned = |count: i64| u64::try_from(count).unwrap_or(0);
         let read = group.columns().iter().enumerate().filter(|(at, _)| mask.leaf_included(*at));
         let sizes = read.map(|(_, column)| unsigned(column.uncompressed_size()));
-        Ok(Part {
+        Ok(TablePart {
             rows: unsigned(group.num_rows()),
             memory_bytes: sizes.fold(0, u64::saturating_add),
             file_bytes: unsigned(group.compressed_size()),
-            content: Content::Group(metadata.clone(), number),
+            content: PartContent::Group(metadata.clone(), number),
         })
     })))
 }
 
-impl Part {
-    /// Calls `each` for the rows, batch by batch. `path`, `schema` and `columns` are those of [`parts`].
+impl TablePart {
+    /// Calls `each` for the rows, batch by batch. `path`, `schema` and `columns` are those of
+    /// [`parts`].
     pub(crate) fn read(
         &self,
         (path, schema, columns): (&Path, &Schema, &[String]),
         mut each: impl FnMut(&RecordBatch) -> Result<()>,
     ) -> Result<()> {
         let (metadata, number) = match &self.content {
-            Content::Rows(batch) => return each(batch),
-            Content::Group(metadata, number) => (metadata.clone(), *number),
+            PartContent::Rows(batch) => return each(batch),
+            PartContent::Group(metadata, number) => (metadata.clone(), *number),
         };
         let file = File::open(path).map_err(Error::io("open", path))?;
         let row_bytes = self.memory_bytes / self.rows.max(1);
@@ -326,10 +329,15 @@ fn projection(about: &SchemaDescriptor, schema: &Schema, columns: &[String]) -> 
 }
 
 /// A column of some rows, and which of them have no value.
-type Values = (ArrayRef, Option<NullBuffer>);
+type NullableArray = (ArrayRef, Option<NullBuffer>);
 
-/// The column at a path of names, and which rows have no value: in it, or in what it lies in. `path` is the file's.
-pub(crate) fn column(path: &Path, batch: &RecordBatch, column: &str) -> Result<Option<Values>> {
+/// The column at a path of names, and which rows have no value: in it, or in what it lies in.
+/// `path` is the file's.
+pub(crate) fn column(
+    path: &Path,
+    batch: &RecordBatch,
+    column: &str,
+) -> Result<Option<NullableArray>> {
     caught(path, || {
         let Some((array, nulls)) = at_names(batch, column) else { return Ok(None) };
         let values = plain(&array).map_err(|error| {
@@ -342,7 +350,7 @@ pub(crate) fn column(path: &Path, batch: &RecordBatch, column: &str) -> Result<O
     })
 }
 
-fn at_names(batch: &RecordBatch, column: &str) -> Option<Values> {
+fn at_names(batch: &RecordBatch, column: &str) -> Option<NullableArray> {
     if let Some(array) = batch.column_by_name(column) {
         return Some((Arc::clone(array), array.logical_nulls()));
     }
@@ -371,6 +379,32 @@ fn caught<T>(path: &Path, call: impl FnOnce() -> std::result::Result<T, String>)
     let done = catch_unwind(AssertUnwindSafe(call));
     let done = done.unwrap_or_else(|_| Err("its content contradicts itself".to_owned()));
     done.map_err(|reason| Error::BadTable { path: path.to_path_buf(), reason })
+}
+
+/// Whether each row of a column is a string or some bytes, in whatever way they are kept.
+pub(crate) fn is_bytes(kind: &DataType) -> bool {
+    matches!(
+        kind,
+        DataType::Utf8
+            | DataType::LargeUtf8
+            | DataType::Utf8View
+            | DataType::Binary
+            | DataType::LargeBinary
+            | DataType::BinaryView
+    )
+}
+
+/// The bytes of a row of a column of strings or bytes. `None`: it is of another type.
+pub(crate) fn bytes_at(array: &dyn Array, row: usize) -> Option<&[u8]> {
+    Some(match array.data_type() {
+        DataType::Utf8 => array.as_string::<i32>().value(row).as_bytes(),
+        DataType::LargeUtf8 => array.as_string::<i64>().value(row).as_bytes(),
+        DataType::Utf8View => array.as_string_view().value(row).as_bytes(),
+        DataType::Binary => array.as_binary::<i32>().value(row),
+        DataType::LargeBinary => array.as_binary::<i64>().value(row),
+        DataType::BinaryView => array.as_binary_view().value(row),
+        _ => return None,
+    })
 }
 
 #[cfg(test)]

@@ -1,9 +1,10 @@
 //! The pages of a Parquet file, each looked at before the library takes its header at its word.
 //!
-//! The library reserves what a page claims to unpack to, and as many entries as its dictionary claims to have: of a file of some
-//! kilobytes up to 16 GiB, which ends the process where there is less. What a codec can make of the page's bytes is known. What is
-//! within them is not looked at: pages of `DELTA_BYTE_ARRAY` and `DELTA_LENGTH_BYTE_ARRAY` say there how many strings they hold, and the
-//! library (60.1) reserves as much.
+//! The library reserves what a page claims to unpack to, and as many entries as its dictionary
+//! claims to have: of a file of some kilobytes up to 16 GiB, which ends the process where there is
+//! less. What a codec can make of the page's bytes is known. What is within them is not looked at:
+//! pages of `DELTA_BYTE_ARRAY` and `DELTA_LENGTH_BYTE_ARRAY` say there how many strings they hold,
+//! and the library (60.1) reserves as much.
 //! Source: <https://parquet.apache.org/docs/file-format/>.
 
 use std::fs::File;
@@ -22,10 +23,10 @@ use crate::cast::{to_u64, to_usize};
 /// What is read at first of a header; one with statistics of long strings has more.
 const HEADER_BYTES: u64 = 512;
 
-/// More is none.
+/// A longer header is not one.
 const HEADER_BYTES_MAX: u64 = 16 << 20;
 
-/// What a page of hardly any bytes may unpack to.
+/// What a page may claim to unpack to, however small it is.
 const CLAIM_BYTES_MIN: u64 = 1 << 17;
 
 /// Structures within structures: statistics within a header of a page of data.
@@ -36,11 +37,11 @@ pub(super) struct Pages {
     file: File,
     bytes: u64,
     /// In the order of their places.
-    columns: Vec<Column>,
+    columns: Vec<ColumnChunk>,
 }
 
 /// A column of a row group.
-struct Column {
+struct ColumnChunk {
     start: u64,
     end: u64,
     /// What its codec can make of a byte.
@@ -60,9 +61,9 @@ impl Pages {
             let (start, bytes) = (unsigned(start), unsigned(about.compressed_size()));
             let (ratio, entry_bytes) = (ratio(about.compression()), width(about.column_type()));
             let body = AtomicU64::new(0);
-            Column { start, end: start.saturating_add(bytes), ratio, entry_bytes, body }
+            ColumnChunk { start, end: start.saturating_add(bytes), ratio, entry_bytes, body }
         };
-        let mut columns: Vec<Column> =
+        let mut columns: Vec<ColumnChunk> =
             groups.iter().flat_map(RowGroupMetaData::columns).map(of).collect();
         columns.sort_unstable_by_key(|column| (column.start, column.end));
         if columns.windows(2).any(|pair| pair[0].end > pair[1].start) {
@@ -77,7 +78,8 @@ impl Pages {
         let Some(column) = self.columns[..before].last() else {
             return Err(bad(format!("no column has a page at {start}")));
         };
-        // The library asks again behind a header that it has read already, and at the end, and reads nothing there.
+        // The library asks again behind a header that it has read already, and at the end, and
+        // reads nothing there.
         if start >= column.end || column.body.load(Ordering::Relaxed) == start {
             return Ok(());
         }
@@ -144,7 +146,8 @@ fn bad(reason: String) -> ParquetError {
     ParquetError::General(reason)
 }
 
-/// What a codec makes of a byte at most. Of Brotli's nothing is known but that a page has less than 2 GiB.
+/// What a codec makes of a byte at most. Of Brotli's nothing is known but that a page has less than
+/// 2 GiB.
 fn ratio(codec: Compression) -> u64 {
     match codec {
         Compression::UNCOMPRESSED => 1,
@@ -212,7 +215,8 @@ mod tests {
 
     #[test]
     fn sizes_are_found_among_other_fields() {
-        // Type 2 (dictionary), 1000 and 100 bytes, a checksum, then the dictionary: 7 entries, an encoding, sorted.
+        // Type 2 (dictionary), 1000 and 100 bytes, a checksum, then the dictionary: 7 entries, an
+        // encoding, sorted.
         let header = [
             0x15, 4, 0x15, 0xD0, 0x0F, 0x15, 0xC8, 1, 0x15, 2, 0x3C, 0x15, 14, 0x15, 0, 0x11, 0, 0,
         ];
@@ -221,7 +225,8 @@ mod tests {
         for len in 0..header.len() {
             assert_eq!(page(&header[..len]), None, "{len} bytes");
         }
-        // A string, a list of numbers and a structure before them, and a number of a field that is written out.
+        // A string, a list of numbers and a structure before them, and a number of a field that is
+        // written out.
         let others = [0x18, 2, 9, 9, 0x09, 18, 0x25, 2, 4, 0x0C, 20, 0x15, 2, 0, 0x05, 6, 8, 0];
         assert_eq!(page(&others), Some(Page { compressed: 4, ..Page::default() }));
     }

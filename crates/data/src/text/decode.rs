@@ -4,10 +4,10 @@ use std::path::Path;
 
 use tokenizers::Tokenizer;
 
+use super::encoder;
 use super::split::{about, caught, tokenizer_error};
-use crate::convert::encoder;
 use crate::error::{Error, Result};
-use crate::format::TOKENIZER_FILE;
+use crate::format::continuations::TOKENIZER_FILE;
 
 /// A tokenizer is some megabytes; more is not one.
 const TOKENIZER_BYTES_MAX: u64 = 256 << 20;

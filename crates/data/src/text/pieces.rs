@@ -1,10 +1,12 @@
-//! Text to the pieces that byte-level encoders take for words: the patterns of GPT-2, Llama 3 and Qwen.
+//! Text to the pieces that byte-level encoders take for words: the patterns of GPT-2, Llama 3 and
+//! Qwen.
 //!
-//! The `tokenizers` crate splits with regular expressions whose look-ahead makes them slow. Each of these patterns takes some
-//! piece at every place, so the pieces cover the text, and where each ends can be told from the classes of the characters that
-//! come next. Any other pattern is matched as it is. Tests compare all of them with the crate.
-//! Source: `tokenizers` 0.22, `pre_tokenizers/byte_level.rs` and `pre_tokenizers/split.rs`; classes: those of `regex-syntax`,
-//! which the crate's expressions use.
+//! The `tokenizers` crate splits with regular expressions whose look-ahead makes them slow. Each of
+//! these patterns takes some piece at every place, so the pieces cover the text, and where each
+//! ends can be told from the classes of the characters that come next. Any other pattern is matched
+//! as it is. Tests compare all of them with the crate.
+//! Source: `tokenizers` 0.22, `pre_tokenizers/byte_level.rs` and `pre_tokenizers/split.rs`;
+//! classes: those of `regex-syntax`, which the crate's expressions use.
 
 use regex_syntax::hir::{Class as HirClass, HirKind};
 use tokenizers::pre_tokenizers::split::Split;
@@ -47,7 +49,7 @@ impl Pattern {
 /// What the patterns tell apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-enum Class {
+enum CharClass {
     /// `[^\s\p{L}\p{N}]`
     Other,
     /// `\p{L}`
@@ -64,15 +66,19 @@ enum Class {
 #[derive(Debug)]
 pub(crate) struct Splitter {
     /// Of each code point.
-    classes: Vec<Class>,
+    classes: Vec<CharClass>,
     patterns: Vec<Pattern>,
 }
 
 impl Splitter {
     /// Splits by the first pattern, each piece by the next, and so on.
     pub(crate) fn new(patterns: Vec<Pattern>) -> Result<Self> {
-        let mut classes = vec![Class::Other; 0x11_0000];
-        let known = [(r"\p{L}", Class::Letter), (r"\p{N}", Class::Number), (r"\s", Class::Space)];
+        let mut classes = vec![CharClass::Other; 0x11_0000];
+        let known = [
+            (r"\p{L}", CharClass::Letter),
+            (r"\p{N}", CharClass::Number),
+            (r"\s", CharClass::Space),
+        ];
         for (expression, class) in known {
             let failed = |message| Error::Tokenizer { action: "tell letters apart", message };
             let parsed = regex_syntax::parse(expression);
@@ -85,7 +91,7 @@ impl Splitter {
             }
         }
         for newline in ['\r', '\n'] {
-            classes[newline as usize] = Class::Newline;
+            classes[newline as usize] = CharClass::Newline;
         }
         Ok(Splitter { classes, patterns })
     }
@@ -136,7 +142,7 @@ impl Splitter {
 
     /// The class of the character at `at`, and where it ends. `None` at the end.
     #[inline]
-    fn at(&self, text: &str, at: usize) -> Option<(Class, usize)> {
+    fn at(&self, text: &str, at: usize) -> Option<(CharClass, usize)> {
         let byte = *text.as_bytes().get(at)?;
         if byte.is_ascii() {
             return Some((self.classes[usize::from(byte)], at + 1));
@@ -146,13 +152,13 @@ impl Splitter {
     }
 
     #[inline]
-    fn is(&self, class: Class, text: &str, at: usize) -> bool {
+    fn is(&self, class: CharClass, text: &str, at: usize) -> bool {
         self.at(text, at).is_some_and(|(found, _)| found == class)
     }
 
     /// Where the run of `class` that goes on at `at` ends.
     #[inline]
-    fn run(&self, class: Class, text: &str, mut at: usize) -> usize {
+    fn run(&self, class: CharClass, text: &str, mut at: usize) -> usize {
         while let Some((_, next)) = self.at(text, at).filter(|(found, _)| *found == class) {
             at = next;
         }
@@ -166,7 +172,7 @@ impl Splitter {
         }
         let start = at + usize::from(text.as_bytes()[at] == b' ');
         match self.at(text, start) {
-            Some((class @ (Class::Letter | Class::Number | Class::Other), next)) => {
+            Some((class @ (CharClass::Letter | CharClass::Number | CharClass::Other), next)) => {
                 self.run(class, text, next)
             }
             _ => self.white_space(text, at).end,
@@ -180,25 +186,25 @@ impl Splitter {
         }
         let Some((class, next)) = self.at(text, at) else { return text.len() };
         match class {
-            Class::Letter => return self.run(Class::Letter, text, next),
-            Class::Number => {
+            CharClass::Letter => return self.run(CharClass::Letter, text, next),
+            CharClass::Number => {
                 let mut end = next;
                 for _ in 1..digits_max {
                     match self.at(text, end) {
-                        Some((Class::Number, after)) => end = after,
+                        Some((CharClass::Number, after)) => end = after,
                         _ => break,
                     }
                 }
                 return end;
             }
-            Class::Space | Class::Other if self.is(Class::Letter, text, next) => {
-                return self.run(Class::Letter, text, next);
+            CharClass::Space | CharClass::Other if self.is(CharClass::Letter, text, next) => {
+                return self.run(CharClass::Letter, text, next);
             }
             _ => {}
         }
         let start = at + usize::from(text.as_bytes()[at] == b' ');
-        if self.is(Class::Other, text, start) {
-            return self.run(Class::Newline, text, self.run(Class::Other, text, start));
+        if self.is(CharClass::Other, text, start) {
+            return self.run(CharClass::Newline, text, self.run(CharClass::Other, text, start));
         }
         let spaces = self.white_space(text, at);
         spaces.newline_end.unwrap_or(spaces.end)
@@ -207,13 +213,15 @@ impl Splitter {
     /// The white space at `at`.
     fn white_space(&self, text: &str, at: usize) -> WhiteSpace {
         let (mut end, mut last, mut newline_end) = (at, at, None);
-        while let Some((class @ (Class::Space | Class::Newline), next)) = self.at(text, end) {
+        while let Some((class @ (CharClass::Space | CharClass::Newline), next)) = self.at(text, end)
+        {
             (last, end) = (end, next);
-            if class == Class::Newline {
+            if class == CharClass::Newline {
                 newline_end = Some(end);
             }
         }
-        // `\s+(?!\S)`: without its last character if something follows, unless that is all there is.
+        // `\s+(?!\S)`: without its last character if something follows, unless that is all there
+        // is.
         let whole = end == text.len() || last == at;
         WhiteSpace { end: if whole { end } else { last }, newline_end }
     }

@@ -1,8 +1,9 @@
-//! Text to words as BERT does it: clean, lower case, accents off, split at white space and punctuation.
+//! Text to words as BERT does it: clean, lower case, accents off, split at white space and
+//! punctuation.
 //!
-//! The words are those of `BertNormalizer` and `BertPreTokenizer` of the `tokenizers` crate. Pieces of ASCII, nearly all of an
-//! English text, are split here, some twenty times faster because no offsets are kept; all others go through the crate.
-//! A test compares the two.
+//! The words are those of `BertNormalizer` and `BertPreTokenizer` of the `tokenizers` crate. Pieces
+//! of ASCII, nearly all of an English text, are split here, some twenty times faster because no
+//! offsets are kept; all others go through the crate. A test compares the two.
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::Path;
@@ -21,23 +22,24 @@ pub(crate) fn normalizer(lowercase: bool) -> BertNormalizer {
 }
 
 /// What takes the words of a text.
-pub(crate) trait Words {
+pub(crate) trait WordVisitor {
     fn word(&mut self, word: &str) -> Result<()>;
 
-    /// A piece without white space that is not ASCII: to split it costs a hundred times as much as to look it up.
+    /// A piece without white space that is not ASCII: to split it costs a hundred times as much as
+    /// to look it up.
     fn piece(&mut self, piece: &str, lowercase: bool) -> Result<()> {
         of_piece(piece, lowercase, |word| self.word(word))
     }
 }
 
-impl<F: FnMut(&str) -> Result<()>> Words for F {
+impl<F: FnMut(&str) -> Result<()>> WordVisitor for F {
     fn word(&mut self, word: &str) -> Result<()> {
         self(word)
     }
 }
 
 /// Hands each word of `text` to `words`.
-pub(crate) fn for_each(text: &str, lowercase: bool, mut words: impl Words) -> Result<()> {
+pub(crate) fn for_each(text: &str, lowercase: bool, mut words: impl WordVisitor) -> Result<()> {
     let mut buffer = String::new();
     for piece in text.split([' ', '\n', '\t', '\r']) {
         if piece.is_ascii() {
@@ -49,7 +51,12 @@ pub(crate) fn for_each(text: &str, lowercase: bool, mut words: impl Words) -> Re
     Ok(())
 }
 
-fn ascii(piece: &str, lowercase: bool, buffer: &mut String, words: &mut impl Words) -> Result<()> {
+fn ascii(
+    piece: &str,
+    lowercase: bool,
+    buffer: &mut String,
+    words: &mut impl WordVisitor,
+) -> Result<()> {
     let stays = |byte: u8| byte.is_ascii_graphic() && !(lowercase && byte.is_ascii_uppercase());
     let mut rest = piece;
     while !rest.is_empty() {
@@ -96,9 +103,11 @@ pub(crate) fn tokenizer_error(
     move |error| Error::Tokenizer { action, message: error.to_string() }
 }
 
-/// What the tokenizers crate gives; a panic of it, over a file that is cut off or contradicts itself, is an error.
+/// What the tokenizers crate gives; a panic of it, over a file that is cut off or contradicts
+/// itself, is an error.
 pub(crate) fn caught<T>(action: &'static str, call: impl FnOnce() -> Result<T>) -> Result<T> {
-    // What a panic leaves half done is the crate's own and is dropped, or a memory of whole words.
+    // What a panic leaves half done belongs to the tokenizers crate and is dropped; caches hold
+    // whole words alone.
     catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().copied();
         let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));

@@ -1,8 +1,9 @@
 //! Training a `WordPiece` vocabulary, so that the same text gives the same vocabulary everywhere.
 //!
-//! The `tokenizers` crate trains `WordPiece` with its byte-pair trainer. That numbers continuation pieces (`##e`) in the order of a
-//! hash map, which differs from run to run, and breaks ties by number. Here all single characters are therefore given to it
-//! in order, as fixed entries; what is left for it to do are the merges, which it ranks by count and number.
+//! The `tokenizers` crate trains `WordPiece` with its byte-pair trainer. That numbers continuation
+//! pieces (`##e`) in the order of a hash map, which differs from run to run, and breaks ties by
+//! number. Here all single characters are therefore given to it in order, as fixed entries; what is
+//! left for it to do are the merges, which it ranks by count and number.
 //! Source: `tokenizers` 0.22, `models/bpe/trainer.rs` and `models/wordpiece/trainer.rs`.
 
 use std::cmp::Reverse;
@@ -20,8 +21,8 @@ use super::split::{normalizer, tokenizer_error};
 use crate::cast::{to_u64, to_usize};
 use crate::error::{Error, Result};
 use crate::format::SpecialTokens;
-use crate::pool::in_pool;
 use crate::progress::{Event, Progress, Stage};
+use crate::threads::in_pool;
 
 /// The special tokens; their place is their id.
 const SPECIAL: [&str; 5] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];
@@ -43,22 +44,33 @@ const WORD_CHARS_MAX: usize = 100;
 /// Characters beyond the most frequent ones become `[UNK]`; BERT's own limit.
 const ALPHABET_MAX: usize = 1000;
 
-/// Words that a vocabulary is trained on, at most, or four for each of its entries: the most frequent ones. The trainer's time grows with
-/// them, and a word that is rarer than so many others decides about no piece.
+/// Words that a vocabulary is trained on, at most, or four for each of its entries: the most
+/// frequent ones. The trainer's time grows with them, and a word that is rarer than so many others
+/// decides about no piece.
 const WORDS_MAX: usize = 1 << 16;
 
 /// The trainer counts pairs in `i32`; counts are scaled down to stay below.
 const COUNT_SUM_MAX: u64 = 1 << 31;
 
-/// A word holds the same pair at most so often in text that is language; longer runs are rare enough not to matter.
+/// A word holds the same pair at most so often in text that is language; longer runs are rare
+/// enough not to matter.
 const LETTER_PAIRS: u64 = 4;
+
+/// Whether a vocabulary can have so few entries.
+pub(crate) fn check_size(vocab_size: u32) -> Result<()> {
+    if vocab_size < VOCAB_SIZE_MIN {
+        let reason = format!("at least {VOCAB_SIZE_MIN} entries are needed for the letters");
+        return Err(Error::option("vocab_size", vocab_size, reason));
+    }
+    Ok(())
+}
 
 /// How often each word occurs.
 pub(crate) type WordCounts = BTreeMap<String, u64>;
 
 /// A trained tokenizer.
 #[derive(Clone, Debug)]
-pub(crate) struct Vocabulary {
+pub(crate) struct TrainedVocabulary {
     pub(crate) model: WordPiece,
     pub(crate) size: u32,
     /// `tokenizer.json`
@@ -71,7 +83,7 @@ pub(crate) fn train(
     vocab_size: u32,
     min_frequency: u64,
     lowercase: bool,
-) -> Result<Vocabulary> {
+) -> Result<TrainedVocabulary> {
     let alphabet = alphabet(counts, vocab_size);
     let usable = |word: &str| {
         word.chars().count() <= WORD_CHARS_MAX
@@ -118,7 +130,7 @@ pub(crate) fn train(
 
 /// What a vocabulary is to be like.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Wanted {
+pub(crate) struct WantedVocabulary {
     pub(crate) vocab_size: u32,
     pub(crate) min_frequency: u64,
     pub(crate) lowercase: bool,
@@ -126,14 +138,14 @@ pub(crate) struct Wanted {
 
 /// Trains a vocabulary on one thread and tells how it goes.
 ///
-/// The trainer splits each of its thousands of merges over the pool: on a busy machine it waits for a thread each time. Alone
-/// it needs less processor time in all.
+/// The trainer splits each of its thousands of merges over the pool: on a busy machine it waits for
+/// a thread each time. Alone it needs less processor time in all.
 pub(crate) fn train_alone(
     counts: &WordCounts,
-    wanted: Wanted,
+    wanted: WantedVocabulary,
     progress: &dyn Progress,
-) -> Result<Vocabulary> {
-    let Wanted { vocab_size, min_frequency, lowercase } = wanted;
+) -> Result<TrainedVocabulary> {
+    let WantedVocabulary { vocab_size, min_frequency, lowercase } = wanted;
     progress.report(Event::Begin { stage: Stage::Training, total_bytes: 0 });
     let work = || train(counts, vocab_size, min_frequency, lowercase);
     let vocabulary = in_pool(Some(NonZeroUsize::MIN), work)??;
@@ -165,7 +177,7 @@ fn alphabet(counts: &WordCounts, vocab_size: u32) -> Vec<char> {
 }
 
 /// Wraps the model in a tokenizer that other programs can use.
-fn finish(model: WordPiece, lowercase: bool) -> Result<Vocabulary> {
+fn finish(model: WordPiece, lowercase: bool) -> Result<TrainedVocabulary> {
     let mut tokenizer = Tokenizer::new(model.clone());
     let [cls, sep] = [("[CLS]", CLS), ("[SEP]", SEP)];
     tokenizer
@@ -187,7 +199,7 @@ fn finish(model: WordPiece, lowercase: bool) -> Result<Vocabulary> {
     }
     let json = tokenizer.to_string(true).map_err(tokenizer_error("write the tokenizer"))?;
     let size = u32::try_from(to_u64(size)).unwrap_or(u32::MAX);
-    Ok(Vocabulary { model, size, json })
+    Ok(TrainedVocabulary { model, size, json })
 }
 
 #[cfg(test)]

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use phalanx_data::{
-    from_fn, map, Agreement, Column, DType, Error, Loader, LoaderOptions, Order, Samples, Tail,
-};
+use phalanx_data::loader::Agreement;
+use phalanx_data::samples::map;
+use phalanx_data::{from_fn, Column, DType, Error, Loader, LoaderOptions, Order, Samples, Tail};
 
 fn numbers(count: u64, version: &str) -> Arc<dyn Samples> {
     let columns = vec![Column::new("id", DType::I64, [])];

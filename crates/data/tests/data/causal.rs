@@ -2,9 +2,12 @@
 
 use std::sync::Arc;
 
+use phalanx_data::batches::Scratch;
+use phalanx_data::format::{Continuations, SpecialTokens, TokenStream, Tokens};
+use phalanx_data::order::Sample;
+use phalanx_data::samples::{Documents, Masker};
 use phalanx_data::{
-    Access, CausalText, Continuations, Documents, Loader, LoaderOptions, Masker, Masking, Order,
-    Sample, Samples, Scratch, SpecialTokens, Tail, TokenStream, IGNORED,
+    Access, CausalText, Loader, LoaderOptions, Masking, Order, Samples, Tail, IGNORED,
 };
 
 use crate::support::{special_id, write_tokens, SPECIAL};

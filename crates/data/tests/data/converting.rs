@@ -3,12 +3,13 @@
 use std::fs;
 use std::path::Path;
 
+use phalanx_data::batches::Scratch;
 use phalanx_data::convert::{convert, BadLines, ConvertOptions, Document, Vocabulary};
+use phalanx_data::format::{TokenStream, Tokens};
 use phalanx_data::progress::Silent;
+use phalanx_data::samples::Documents;
 use phalanx_data::text::Detokenizer;
-use phalanx_data::{
-    Access, CausalText, Documents, Error, MaskedText, Masking, Scratch, TokenStream,
-};
+use phalanx_data::{Access, CausalText, Error, MaskedText, Masking};
 use tokenizers::decoders::byte_level::ByteLevel as ByteLevelDecoder;
 use tokenizers::models::bpe::{BpeTrainer, BPE};
 use tokenizers::models::wordpiece::{WordPiece, WordPieceTrainer};

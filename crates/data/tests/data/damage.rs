@@ -4,11 +4,11 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use phalanx_data::batches::Scratch;
+use phalanx_data::damage::{record_damage, verify};
+use phalanx_data::format::{TokenIndex, TokenStream, TokenWriter, Tokens};
 use phalanx_data::progress::Silent;
-use phalanx_data::{
-    record_damage, verify, Access, Error, Index, LoaderOptions, MaskedText, Masking, Samples,
-    Scratch, TokenStream, TokenWriter,
-};
+use phalanx_data::{Access, Error, LoaderOptions, MaskedText, Masking, Samples};
 use proptest::prelude::*;
 
 use crate::support::{open, write_tokens, SPECIAL};
@@ -85,7 +85,8 @@ fn damaged_checksums_are_told_apart_from_damaged_tokens() {
             }
             other => panic!("{other:?}"),
         }
-        let found = phalanx_data::verify(&target, None, &phalanx_data::progress::Silent).unwrap();
+        let found =
+            phalanx_data::damage::verify(&target, None, &phalanx_data::progress::Silent).unwrap();
         assert_eq!(found.damage.len(), 1, "{:?}", found.damage);
     }
 }
@@ -185,7 +186,7 @@ fn an_index_that_contradicts_itself_is_refused_with_a_reason() {
     for (from, to, reason) in cases {
         assert!(good.contains(from), "{from}");
         fs::write(&path, good.replace(from, to)).unwrap();
-        let error = Index::read(&target).unwrap_err().to_string();
+        let error = TokenIndex::read(&target).unwrap_err().to_string();
         assert!(error.contains(reason) && error.contains("prepare the data again"), "{error}");
     }
 }
@@ -196,7 +197,7 @@ fn tokens_outside_the_vocabulary_are_refused_when_written() {
     let target = folder.path().join("tokens");
     let special = crate::support::SPECIAL;
     let mut writer =
-        phalanx_data::TokenWriter::create(&target, b"{}", 100, special, 1 << 20).unwrap();
+        phalanx_data::format::TokenWriter::create(&target, b"{}", 100, special, 1 << 20).unwrap();
     let error = writer.tokens(&[7, 100, 8]).unwrap_err();
     assert!(matches!(error, Error::BadValue { position: 1, value: 100, .. }), "{error}");
     drop(writer);
@@ -208,7 +209,7 @@ fn large_vocabularies_are_kept_in_32_bits() {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("tokens");
     write_tokens(&target, 30, 100_000, 4000);
-    assert_eq!(Index::read(&target).unwrap().dtype, phalanx_data::TokenDType::U32);
+    assert_eq!(TokenIndex::read(&target).unwrap().dtype, phalanx_data::DType::U32);
     let stream = TokenStream::open(&target, Access::Read).unwrap();
     let mut tokens = vec![0; 200];
     stream.read(0, &mut tokens, &mut Scratch::default(), &"the beginning").unwrap();

@@ -1,6 +1,8 @@
 //! The documents of a prepared folder.
 
-use phalanx_data::{Access, Error, Scratch, TokenDType, TokenStream, TokenWriter};
+use phalanx_data::batches::Scratch;
+use phalanx_data::format::{TokenStream, TokenWriter, Tokens};
+use phalanx_data::{Access, DType, Error};
 
 use crate::support::{write_tokens, SPECIAL};
 
@@ -42,7 +44,7 @@ fn the_place_of_a_document_counts_eight_bytes_of_its_shard() {
         writer.end_document().unwrap();
     }
     let index = writer.finish(0).unwrap();
-    assert_eq!(index.dtype, TokenDType::U16);
+    assert_eq!(index.dtype, DType::U16);
     let documents: Vec<u64> = index.shards.iter().map(|shard| shard.document_count).collect();
     assert_eq!(documents, [100, 100, 50], "12 bytes each");
 }

@@ -2,22 +2,23 @@
 
 use std::sync::Arc;
 
+use phalanx_data::batches::Scratch;
+use phalanx_data::format::{TokenIndex, TokenStream, Tokens};
 use phalanx_data::{
-    progress, text, Access, Index, Loader, LoaderOptions, MaskedText, Masking, Samples, Scratch,
-    TokenStream, IGNORED,
+    convert, progress, Access, Loader, LoaderOptions, MaskedText, Masking, Samples, IGNORED,
 };
 
 use crate::support::write_text;
 
-fn options() -> text::PrepareOptions {
-    text::PrepareOptions { vocab_size: 512, shard_bytes: 4096, ..Default::default() }
+fn options() -> convert::PrepareOptions {
+    convert::PrepareOptions { vocab_size: 512, shard_bytes: 4096, ..Default::default() }
 }
 
 #[test]
 fn text_becomes_batches_that_decode_to_the_text() {
     let folder = tempfile::tempdir().unwrap();
     write_text(folder.path(), 5, 300);
-    let prepared = text::prepare(folder.path(), &options(), &progress::Silent).unwrap();
+    let prepared = convert::prepare(folder.path(), &options(), &progress::Silent).unwrap();
     assert!(!prepared.reused);
     assert_eq!(prepared.document_count, 5);
 
@@ -75,25 +76,25 @@ fn text_becomes_batches_that_decode_to_the_text() {
 fn prepared_data_is_found_again_and_changed_text_is_prepared_anew() {
     let folder = tempfile::tempdir().unwrap();
     write_text(folder.path(), 2, 100);
-    let first = text::prepare(folder.path(), &options(), &progress::Silent).unwrap();
-    let again = text::prepare(folder.path(), &options(), &progress::Silent).unwrap();
+    let first = convert::prepare(folder.path(), &options(), &progress::Silent).unwrap();
+    let again = convert::prepare(folder.path(), &options(), &progress::Silent).unwrap();
     assert!(again.reused);
     assert_eq!(again.folder, first.folder);
     assert_eq!(again.fingerprint, first.fingerprint);
 
-    let itself = text::prepare(&first.folder, &options(), &progress::Silent).unwrap();
+    let itself = convert::prepare(&first.folder, &options(), &progress::Silent).unwrap();
     assert_eq!(itself.folder, first.folder);
 
     let mut content = std::fs::read_to_string(folder.path().join("play-0.txt")).unwrap();
     content.push_str("And then another line.\n");
     std::fs::write(folder.path().join("play-0.txt"), content).unwrap();
-    let changed = text::prepare(folder.path(), &options(), &progress::Silent).unwrap();
+    let changed = convert::prepare(folder.path(), &options(), &progress::Silent).unwrap();
     assert!(!changed.reused);
     assert_ne!(changed.folder, first.folder);
     assert_ne!(changed.fingerprint, first.fingerprint);
 
-    let smaller = text::PrepareOptions { vocab_size: 128, ..options() };
-    let smaller = text::prepare(folder.path(), &smaller, &progress::Silent).unwrap();
+    let smaller = convert::PrepareOptions { vocab_size: 128, ..options() };
+    let smaller = convert::prepare(folder.path(), &smaller, &progress::Silent).unwrap();
     assert_ne!(smaller.folder, changed.folder);
     assert!(smaller.vocab_size <= 128);
 }
@@ -105,9 +106,9 @@ fn other_folders_and_thread_counts_give_the_same_content() {
         let folder = tempfile::tempdir().unwrap();
         write_text(folder.path(), 3, 2000);
         let threads = std::num::NonZeroUsize::new(threads);
-        let options = text::PrepareOptions { threads, ..options() };
-        let prepared = text::prepare(folder.path(), &options, &progress::Silent).unwrap();
-        Index::read(&prepared.folder).unwrap();
+        let options = convert::PrepareOptions { threads, ..options() };
+        let prepared = convert::prepare(folder.path(), &options, &progress::Silent).unwrap();
+        TokenIndex::read(&prepared.folder).unwrap();
         fingerprints.push(prepared.fingerprint);
     }
     assert_eq!(fingerprints[0], fingerprints[1]);

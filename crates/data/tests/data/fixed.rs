@@ -4,7 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use phalanx_data::{Error, FixedBatches, Loader, LoaderOptions, Order, Samples, IGNORED};
+use phalanx_data::samples::FixedBatches;
+use phalanx_data::{Error, Loader, LoaderOptions, Order, Samples, IGNORED};
 use proptest::prelude::*;
 use safetensors::tensor::{Dtype, TensorView};
 

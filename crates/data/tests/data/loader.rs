@@ -5,10 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use phalanx_data::{
-    from_fn, Block, Column, DType, Error, HostMemory, Loader, LoaderOptions, Memory, MicroBatch,
-    Order,
-};
+use phalanx_data::batches::{Allocator, ColumnBuffer, HostAllocator};
+use phalanx_data::{from_fn, Column, DType, Error, Loader, LoaderOptions, MicroBatch, Order};
 
 use crate::support::{broken, open, write_tokens, Scripted};
 
@@ -28,7 +26,7 @@ fn options(threads: usize) -> LoaderOptions {
 #[test]
 fn batches_come_in_order_when_threads_finish_in_another() {
     // Even batches take longer than odd ones.
-    let script = |sample: phalanx_data::Sample| {
+    let script = |sample: phalanx_data::order::Sample| {
         if sample.id % 8 < 4 {
             std::thread::park_timeout(Duration::from_micros(200 * (sample.id % 3)));
         }
@@ -45,7 +43,7 @@ fn batches_come_in_order_when_threads_finish_in_another() {
 #[test]
 fn an_error_arrives_in_its_place_and_stops_the_loader() {
     for threads in [0, 1, 3] {
-        let script = |sample: phalanx_data::Sample| match sample.id {
+        let script = |sample: phalanx_data::order::Sample| match sample.id {
             21 => Err(broken()),
             _ => Ok(()),
         };
@@ -66,7 +64,7 @@ fn an_error_arrives_in_its_place_and_stops_the_loader() {
 
 #[test]
 fn a_panic_in_a_thread_is_an_error_with_its_place_and_message() {
-    let script = |sample: phalanx_data::Sample| {
+    let script = |sample: phalanx_data::order::Sample| {
         assert!(sample.id != 13, "thirteen brings no luck");
         Ok(())
     };
@@ -141,17 +139,17 @@ fn the_queue_is_bounded_in_batches_and_in_bytes() {
 struct Counting(Arc<AtomicU64>);
 
 #[derive(Debug)]
-struct Counted(Box<dyn Block>, Arc<AtomicU64>);
+struct Counted(Box<dyn ColumnBuffer>, Arc<AtomicU64>);
 
-impl Memory for Counting {
-    fn allocate(&self, bytes: usize) -> phalanx_data::Result<Box<dyn Block>> {
-        let block = HostMemory.allocate(bytes)?;
+impl Allocator for Counting {
+    fn allocate(&self, bytes: usize) -> phalanx_data::Result<Box<dyn ColumnBuffer>> {
+        let block = HostAllocator.allocate(bytes)?;
         self.0.fetch_add(block.bytes().len() as u64, Ordering::SeqCst);
         Ok(Box::new(Counted(block, Arc::clone(&self.0))))
     }
 }
 
-impl Block for Counted {
+impl ColumnBuffer for Counted {
     fn bytes(&self) -> &[u8] {
         self.0.bytes()
     }
@@ -177,7 +175,7 @@ fn a_step_is_ready_when_it_would_not_be_waited_for() {
     for (queue_batches, threads) in [(8, 1), (8, 2), (1, 1), (1, 2)] {
         open(0);
         let waits = Arc::clone(&gate);
-        let samples = Arc::new(Scripted::new(12, 1, move |sample: phalanx_data::Sample| {
+        let samples = Arc::new(Scripted::new(12, 1, move |sample: phalanx_data::order::Sample| {
             let up_to = waits.0.lock().unwrap();
             drop(waits.1.wait_timeout_while(up_to, LONG, |up_to| *up_to <= sample.id).unwrap());
             Ok(())
@@ -371,7 +369,7 @@ impl Drop for Bomb {
 
 #[test]
 fn a_thread_that_dies_between_two_batches_is_an_error_and_no_time_out() {
-    let script = |sample: phalanx_data::Sample| match sample.id {
+    let script = |sample: phalanx_data::order::Sample| match sample.id {
         21 => std::panic::panic_any(Bomb),
         _ => Ok(()),
     };

@@ -6,11 +6,15 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use phalanx_data::batches::Scratch;
+use phalanx_data::damage::{record_damage, verify, Verified};
+use phalanx_data::format::{TokenStream, Tokens};
 use phalanx_data::progress::Silent;
 use phalanx_data::records::{ColumnValue, Field, RecordSamples, RecordWriter, Records};
+use phalanx_data::samples::{Objective, PaddedText};
 use phalanx_data::{
-    record_damage, verify, Access, Batch, DType, Error, Loader, LoaderOptions, MaskedText, Masking,
-    Objective, OnDamage, PaddedText, Samples, Scratch, Tail, TokenStream, Verified,
+    Access, Batch, DType, Error, Loader, LoaderOptions, MaskedText, Masking, OnDamage, Samples,
+    Tail,
 };
 
 use crate::support::write_tokens;

@@ -27,4 +27,3 @@ mod records;
 mod skipping;
 mod staying;
 mod support;
-mod tidy;

@@ -2,9 +2,13 @@
 
 use std::sync::Arc;
 
+use phalanx_data::batches::{Rows, Scratch};
+use phalanx_data::fingerprint::Fingerprint;
+use phalanx_data::format::SpecialTokens;
+use phalanx_data::order::Sample;
+use phalanx_data::samples::Masker;
 use phalanx_data::{
-    Access, Column, Fingerprint, Loader, LoaderOptions, MaskedText, Masker, Masking, Result, Rows,
-    Sample, Samples, Scratch, SpecialTokens, IGNORED,
+    Access, Column, Loader, LoaderOptions, MaskedText, Masking, Result, Samples, IGNORED,
 };
 
 use crate::support::{special_id, write_tokens, SPECIAL};

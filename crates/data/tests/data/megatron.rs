@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use std::sync::Arc;
 
-use phalanx_data::{
-    Access, CausalText, Documents, Error, Loader, LoaderOptions, MegatronTokens, Objective, Order,
-    PaddedText, Scratch, SpecialTokens, Tail, IGNORED,
-};
+use phalanx_data::batches::Scratch;
+use phalanx_data::format::{MegatronTokens, SpecialTokens, Tokens};
+use phalanx_data::samples::{Documents, Objective, PaddedText};
+use phalanx_data::{Access, CausalText, Error, Loader, LoaderOptions, Order, Tail, IGNORED};
 use proptest::prelude::*;
 
 /// A pair of files, byte by byte as the format is published.

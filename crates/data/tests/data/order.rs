@@ -3,7 +3,8 @@
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use phalanx_data::{Loader, LoaderOptions, LoaderState, MicroBatch, Order, Sample, Samples, Tail};
+use phalanx_data::order::Sample;
+use phalanx_data::{Loader, LoaderOptions, LoaderState, MicroBatch, Order, Samples, Tail};
 
 use crate::support::{content, open, write_tokens, Scripted};
 
@@ -123,7 +124,7 @@ fn a_rank_computes_its_contiguous_slice_of_the_order() {
         })
     };
     assert_eq!(slices(Order::Sequential), [vec![8, 9, 10], vec![11, 12, 13], vec![14, 15]]);
-    let permutation = phalanx_data::permutation::Permutation::new(50, 0, 0);
+    let permutation = phalanx_data::order::permutation::Permutation::new(50, 0, 0);
     let expected: Vec<i64> = (8..16).map(|i| permutation.at(i).cast_signed()).collect();
     assert_eq!(slices(Order::Shuffled).concat(), expected);
 }

@@ -3,9 +3,13 @@
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
+use phalanx_data::batches::{Rows, Scratch};
+use phalanx_data::loader::Buckets;
+use phalanx_data::order::Sample;
+use phalanx_data::samples::{FromFn, Mixture};
 use phalanx_data::{
-    from_fn, Batch, Buckets, Column, DType, Error, FromFn, Loader, LoaderOptions, LoaderState,
-    MicroBatch, Mixture, Order, Rows, Sample, Samples, Scratch, Tail,
+    from_fn, Batch, Column, DType, Error, Loader, LoaderOptions, LoaderState, MicroBatch, Order,
+    Samples, Tail,
 };
 use proptest::prelude::*;
 
@@ -48,8 +52,8 @@ impl Samples for Ragged {
         &self.columns
     }
 
-    fn fingerprint(&self) -> phalanx_data::Fingerprint {
-        phalanx_data::Fingerprint(self.count)
+    fn fingerprint(&self) -> phalanx_data::fingerprint::Fingerprint {
+        phalanx_data::fingerprint::Fingerprint(self.count)
     }
 
     fn sample_len(&self, id: u64, _: &mut Scratch) -> phalanx_data::Result<usize> {
@@ -356,7 +360,7 @@ fn orders_are_written_and_read_and_checked() {
         order: Order::Blocks { block: 65_536, window: 16 },
         buckets: None,
         version: 1,
-        fingerprint: phalanx_data::Fingerprint(u64::MAX),
+        fingerprint: phalanx_data::fingerprint::Fingerprint(u64::MAX),
     };
     let sorted = LoaderState {
         order: Order::Shuffled,

@@ -3,11 +3,11 @@
 use std::fs;
 use std::sync::Mutex;
 
-use phalanx_data::convert::{convert, ConvertOptions};
+use phalanx_data::convert::{convert, prepare, ConvertOptions, PrepareOptions};
+use phalanx_data::format::TokenWriter;
 use phalanx_data::progress::{Event, Silent, Stage};
 use phalanx_data::records::{Field, RecordWriter};
-use phalanx_data::text::{prepare, PrepareOptions};
-use phalanx_data::{DType, Error, TokenWriter};
+use phalanx_data::{DType, Error};
 
 use crate::support::{write_text, SPECIAL};
 

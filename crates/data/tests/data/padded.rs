@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
+use phalanx_data::batches::Scratch;
+use phalanx_data::format::{TokenStream, Tokens};
 use phalanx_data::records::{ColumnValue, Field, RecordSamples, RecordWriter, Records};
-use phalanx_data::{
-    from_fn, Access, Column, DType, Loader, LoaderOptions, Masking, Objective, PaddedText, Scratch,
-    Tail, TokenStream, Tokens, IGNORED,
-};
+use phalanx_data::samples::{Objective, PaddedText};
+use phalanx_data::{from_fn, Access, Column, DType, Loader, LoaderOptions, Masking, Tail, IGNORED};
 
 use crate::support::write_tokens;
 

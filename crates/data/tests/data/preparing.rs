@@ -7,9 +7,10 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use phalanx_data::convert::{prepare, PrepareOptions};
+use phalanx_data::format::TokenStream;
 use phalanx_data::progress::{Event, Silent, Stage};
-use phalanx_data::text::{prepare, PrepareOptions};
-use phalanx_data::{Access, Error, TokenStream};
+use phalanx_data::{Access, Error};
 
 use crate::support::write_text;
 

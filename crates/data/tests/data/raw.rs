@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use phalanx_data::{
-    Access, Error, Loader, LoaderOptions, Order, RawText, Samples, Scratch, Tail, TokenStream,
-};
+use phalanx_data::batches::Scratch;
+use phalanx_data::format::{TokenStream, Tokens};
+use phalanx_data::samples::RawText;
+use phalanx_data::{Access, Error, Loader, LoaderOptions, Order, Samples, Tail};
 
 use crate::support::write_tokens;
 

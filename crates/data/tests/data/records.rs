@@ -13,12 +13,14 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use phalanx_data::batches::Scratch;
+use phalanx_data::damage::verify;
 use phalanx_data::progress::Silent;
 use phalanx_data::records::{
     convert_safetensors, ColumnValue, Field, RecordIndex, RecordOptions, RecordSamples,
     RecordWriter, Records,
 };
-use phalanx_data::{verify, Access, DType, Error, Loader, LoaderOptions, Scratch};
+use phalanx_data::{Access, DType, Error, Loader, LoaderOptions};
 use proptest::prelude::*;
 
 const COUNT: u64 = 1000;

@@ -8,12 +8,16 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread::ThreadId;
 
+use phalanx_data::batches::{Rows, Scratch};
+use phalanx_data::damage::{record_damage, verify};
+use phalanx_data::fingerprint::Fingerprint;
+use phalanx_data::format::TokenStream;
 use phalanx_data::progress::Silent;
 use phalanx_data::records::{ColumnValue, Field, RecordSamples, RecordWriter, Records};
+use phalanx_data::samples::{Documents, Mixture};
 use phalanx_data::{
-    record_damage, verify, Access, CausalText, Column, DType, Documents, Error, Fingerprint,
-    Loader, LoaderOptions, MaskedText, Masking, MicroBatch, Mixture, OnDamage, Order, Result, Rows,
-    Samples, Scratch, Tail, TokenStream, IGNORED,
+    Access, CausalText, Column, DType, Error, Loader, LoaderOptions, MaskedText, Masking,
+    MicroBatch, OnDamage, Order, Result, Samples, Tail, IGNORED,
 };
 
 use crate::support::write_tokens;
@@ -232,7 +236,8 @@ fn what_cannot_be_left_out_is_refused_with_a_reason() {
     assert!(error("{").contains("not a list of damage"));
     assert!(error(&good.replace("phalanx-damage", "other")).contains("format other"));
     assert!(error(&good.replace("tokens-00000", "tokens-00009")).contains("there is no block"));
-    let fingerprint = phalanx_data::Index::read(&target).unwrap().fingerprint.to_string();
+    let fingerprint =
+        phalanx_data::format::TokenIndex::read(&target).unwrap().fingerprint.to_string();
     let other = good.replace(&fingerprint, "0123456789abcdef");
     assert!(error(&other).contains("it is of the data"));
 

@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use phalanx_data::{
-    Access, Batch, Column, DType, Error, Fingerprint, MaskedText, Masking, Result, Rows, Sample,
-    Samples, Scratch, SpecialTokens, TokenStream, TokenWriter,
-};
+use phalanx_data::batches::{Rows, Scratch};
+use phalanx_data::fingerprint::Fingerprint;
+use phalanx_data::format::{SpecialTokens, TokenStream, TokenWriter};
+use phalanx_data::order::Sample;
+use phalanx_data::{Access, Batch, Column, DType, Error, MaskedText, Masking, Result, Samples};
 
 pub(crate) const SPECIAL: SpecialTokens = SpecialTokens::bert(0, 1, 2, 3, 4);
 pub(crate) const SEP: u32 = 3;

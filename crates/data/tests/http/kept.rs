@@ -4,7 +4,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use phalanx_data::{Access, CachedFolder, Error, Folder, Scratch, TokenStream};
+use phalanx_data::batches::Scratch;
+use phalanx_data::format::{TokenStream, Tokens};
+use phalanx_data::source::{CachedFolder, Folder};
+use phalanx_data::{Access, Error};
 
 use crate::server::{Answer, Server};
 use crate::{prepared, LONG};

@@ -14,10 +14,10 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use phalanx_data::{
-    Access, Error, Folder, HttpFolder, HttpOptions, Scratch, SpecialTokens, TokenStream,
-    TokenWriter,
-};
+use phalanx_data::batches::Scratch;
+use phalanx_data::format::{SpecialTokens, TokenStream, TokenWriter, Tokens};
+use phalanx_data::source::{Folder, HttpFolder, HttpOptions};
+use phalanx_data::{Access, Error};
 use server::{Answer, Server};
 
 fn prepared() -> (tempfile::TempDir, PathBuf) {
@@ -164,7 +164,7 @@ fn a_list_of_damage_is_found_on_a_server_and_its_absence_told_from_other_answers
     let server = Server::start(target.clone(), |_, _| Answer::Good);
     assert!(server.folder(LONG).find("damage.json").unwrap().is_none());
     assert!(TokenStream::open_from(&server.folder(LONG)).unwrap().damaged().is_empty());
-    let fingerprint = phalanx_data::Index::read(&target).unwrap().fingerprint;
+    let fingerprint = phalanx_data::format::TokenIndex::read(&target).unwrap().fingerprint;
     let list = format!(
         r#"{{"format": "phalanx-damage", "version": 1, "fingerprint": "{fingerprint}",
             "blocks": [{{"file": "tokens-00000.safetensors", "block": 0}}]}}"#

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use phalanx_data::{HttpFolder, HttpOptions};
+use phalanx_data::source::{HttpFolder, HttpOptions};
 
 /// What a server does with a request.
 #[derive(Clone, Copy, Debug, PartialEq)]

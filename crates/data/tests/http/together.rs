@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use phalanx_data::{Access, CachedFolder, Folder, HttpFolder, HttpOptions, TokenStream};
+use phalanx_data::format::TokenStream;
+use phalanx_data::source::{CachedFolder, Folder, HttpFolder, HttpOptions};
+use phalanx_data::Access;
 
 use crate::kept::read_everything;
 use crate::server::{Answer, Server};

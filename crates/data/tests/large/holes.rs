@@ -4,7 +4,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use phalanx_data::{Access, SpecialTokens, TokenStream, TokenWriter};
+use phalanx_data::format::{SpecialTokens, TokenStream, TokenWriter};
+use phalanx_data::Access;
 
 const SPECIAL: SpecialTokens = SpecialTokens::bert(0, 1, 2, 3, 4);
 /// Tokens of a sample.

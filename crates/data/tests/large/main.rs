@@ -6,7 +6,8 @@ mod holes;
 
 use std::sync::Arc;
 
-use phalanx_data::{Access, Loader, LoaderOptions, MaskedText, Masking, Samples, TokenStream};
+use phalanx_data::format::TokenStream;
+use phalanx_data::{Access, Loader, LoaderOptions, MaskedText, Masking, Samples};
 
 /// One test: what others allocate would be counted as well.
 #[test]

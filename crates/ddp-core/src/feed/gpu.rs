@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use phalanx_comm::{PinnedMemory, Upload, Uploader};
-use phalanx_data::{Block, Memory, MicroBatches, Step};
+use phalanx_data::batches::{Allocator, ColumnBuffer, MicroBatches};
+use phalanx_data::Step;
 use tch::{Device, Tensor};
 
 use super::{tensors, TensorBatch, TensorStep};
@@ -23,7 +24,7 @@ struct Pinned(Arc<Uploader>);
 #[derive(Debug)]
 struct PinnedBlock(PinnedMemory);
 
-impl Block for PinnedBlock {
+impl ColumnBuffer for PinnedBlock {
     fn bytes(&self) -> &[u8] {
         self.0.bytes()
     }
@@ -33,8 +34,8 @@ impl Block for PinnedBlock {
     }
 }
 
-impl Memory for Pinned {
-    fn allocate(&self, bytes: usize) -> phalanx_data::Result<Box<dyn Block>> {
+impl Allocator for Pinned {
+    fn allocate(&self, bytes: usize) -> phalanx_data::Result<Box<dyn ColumnBuffer>> {
         let memory = self.0.pinned(bytes).map_err(|error| phalanx_data::Error::InvalidOption {
             option: "queue_bytes",
             value: format!("{bytes} bytes of page-locked memory"),
@@ -68,7 +69,7 @@ impl Copies {
         Ok(Copies { uploader, kept: Mutex::default() })
     }
 
-    pub(super) fn memory(&self) -> Arc<dyn Memory> {
+    pub(super) fn memory(&self) -> Arc<dyn Allocator> {
         Arc::new(Pinned(Arc::clone(&self.uploader)))
     }
 
@@ -133,7 +134,7 @@ fn leave(source: MicroBatches, targets: Vec<Tensor>) {
     Box::leak(Box::new((source, targets)));
 }
 
-fn is_pinned(block: &dyn Block) -> bool {
+fn is_pinned(block: &dyn ColumnBuffer) -> bool {
     (block as &dyn Any).is::<PinnedBlock>()
 }
 

@@ -13,9 +13,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use phalanx_comm::Group;
-use phalanx_data::{
-    Agreement, Batch, Column, Loader, LoaderOptions, LoaderState, Position, Sample, Samples,
-};
+use phalanx_data::loader::Agreement;
+use phalanx_data::order::{Position, Sample};
+use phalanx_data::{Batch, Column, Loader, LoaderOptions, LoaderState, Samples};
 use tch::{Device, Tensor};
 
 use crate::error::Result;
