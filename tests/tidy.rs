@@ -69,6 +69,8 @@ const PURE: &[&str] = &[
     "crates/launch/src/membership",
     "crates/launch/src/plan.rs",
     "crates/launch/src/restart.rs",
+    "crates/model-parallel/src/mesh",
+    "crates/model-parallel/src/pipeline/schedule",
 ];
 
 /// What a pure file must not name. `std::time::Duration` is a value and may be used.

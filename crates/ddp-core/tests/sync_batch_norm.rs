@@ -282,6 +282,8 @@ fn trained(group: &mut Group, checkpointing: bool, zero: Zero) -> Vec<u64> {
         }
     }
     let ddp = Ddp::new(&vs, group, options).unwrap();
+    let rule = Sgd { lr: 0.25, ..Sgd::default() };
+    let mut optimizer = Optimizer::new(&ddp, rule, ParameterGroups::default()).unwrap();
     for step in 0..2 {
         let rows = 2 + group.rank() as i64;
         let x = pattern(&[rows, 6], step * 10 + group.rank() as i64).to_kind(Kind::Double);
@@ -292,8 +294,6 @@ fn trained(group: &mut Group, checkpointing: bool, zero: Zero) -> Vec<u64> {
         let sync = if step == 0 { Sync::Accumulate } else { Sync::Reduce };
         ddp.backward(&y.square().sum(Kind::Double), rows as f64, sync).unwrap();
     }
-    let rule = Sgd { lr: 0.25, ..Sgd::default() };
-    let mut optimizer = Optimizer::new(&ddp, rule, ParameterGroups::default()).unwrap();
     let _step = optimizer.step(None).unwrap();
     let bits = |tensor: &Tensor| doubles(tensor).into_iter().map(f64::to_bits).collect::<Vec<_>>();
     variables.iter().flat_map(|(_, tensor)| bits(tensor)).collect()

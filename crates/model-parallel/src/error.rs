@@ -1,0 +1,136 @@
+//! Everything that can be wrong with a mesh or a schedule.
+//!
+//! All variants but [`Error::Comm`] are found before anything is sent: the groups are as good as before.
+
+use crate::mesh::{Axes, Axis, Shape};
+use crate::pipeline::schedule::{Flaw, ScheduleKind};
+
+/// `Result` of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What went wrong.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An axis, or the world, of no ranks.
+    #[error("{axis} 0: an axis that is not used has 1 rank")]
+    EmptyAxis {
+        /// The axis, or `world`.
+        axis: &'static str,
+    },
+    /// The axes do not multiply to the number of ranks.
+    #[error("a mesh of {shape} does not fill a world of {world_size}; {}", listed(possible))]
+    WorldMismatch {
+        /// What was asked for.
+        shape: Shape,
+        /// How many ranks there are.
+        world_size: usize,
+        /// Shapes that fit this world, those that change least first.
+        possible: Vec<Shape>,
+    },
+    /// Experts are spread over ranks that compute different tokens of one stage: `dp_shard` × `cp` of them.
+    #[error(
+        "ep {ep} does not divide dp_shard × cp = {dp_shard_cp}; possible: ep {}",
+        numbers(possible)
+    )]
+    ExpertMismatch {
+        /// What was asked for.
+        ep: usize,
+        /// How many ranks there are to spread experts over.
+        dp_shard_cp: usize,
+        /// What divides it.
+        possible: Vec<usize>,
+    },
+    /// `ep` and `expert_shard` cut the same ranks as `dp_shard` and `cp` in another way.
+    #[error("{axes} is no group: ep and expert_shard together are dp_shard × cp, so name the ones or the others")]
+    MixedAxes {
+        /// What was asked for.
+        axes: Axes,
+    },
+    /// The axis does not get its size from the others.
+    #[error("{axis} cannot take what is left: choose pp, dp_replicate, dp_shard, cp or tp")]
+    NotAFactor {
+        /// The axis.
+        axis: Axis,
+    },
+    /// No such rank.
+    #[error("rank {rank} is not in a mesh of {world_size} ranks")]
+    NoSuchRank {
+        /// What was asked for.
+        rank: usize,
+        /// Ranks of the mesh.
+        world_size: usize,
+    },
+    /// Coordinates outside of the mesh.
+    #[error("{axis} {index} is not in a mesh with {axis} of {size}")]
+    NoSuchCoordinate {
+        /// The axis.
+        axis: Axis,
+        /// What was asked for.
+        index: usize,
+        /// Ranks of the axis.
+        size: usize,
+    },
+    /// The nodes have not as many ranks as the mesh.
+    #[error("the nodes have {placed} ranks together and the mesh has {world_size}")]
+    NodesMismatch {
+        /// Ranks of the nodes.
+        placed: usize,
+        /// Ranks of the mesh.
+        world_size: usize,
+    },
+    /// Ranks have other ideas of the mesh.
+    #[error(
+        "rank {rank} has a mesh of {theirs} and rank 0 one of {first}: give all ranks the same"
+    )]
+    MeshesDiffer {
+        /// The first rank that differs.
+        rank: usize,
+        /// Its mesh, and the groups it wants.
+        theirs: String,
+        /// Rank 0's.
+        first: String,
+    },
+    /// The group was not split.
+    #[error("there is no group of {axes}: it was not among those that were asked for, or it has been taken")]
+    NoSuchGroup {
+        /// What was asked for.
+        axes: Axes,
+    },
+    /// The schedule cannot have this shape.
+    #[error(
+        "no {kind} schedule of {rank_count} ranks and {micro_batch_count} micro-batches: {reason}"
+    )]
+    NoSuchSchedule {
+        /// The schedule.
+        kind: ScheduleKind,
+        /// Ranks of the pipeline.
+        rank_count: usize,
+        /// Micro-batches of a step.
+        micro_batch_count: usize,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// The name of no schedule.
+    #[error("no schedule is called {name:?}; there are gpipe, 1f1b, interleaved:N (N chunks a rank, 2 or more) and zb-h1")]
+    UnknownSchedule {
+        /// What was asked for.
+        name: String,
+    },
+    /// A schedule that would compute something wrong, or nothing.
+    #[error(transparent)]
+    Flaw(#[from] Flaw),
+    /// The process group failed.
+    #[error(transparent)]
+    Comm(#[from] phalanx_comm::Error),
+}
+
+fn listed(shapes: &[Shape]) -> String {
+    let shapes: Vec<String> = shapes.iter().map(ToString::to_string).collect();
+    format!("possible: {}", shapes.join("; "))
+}
+
+fn numbers(values: &[usize]) -> String {
+    let values: Vec<String> = values.iter().map(ToString::to_string).collect();
+    values.join(", ")
+}

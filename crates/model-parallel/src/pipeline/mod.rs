@@ -1,0 +1,3 @@
+//! Pipeline parallelism: ranks that have different layers, and pass micro-batches on.
+
+pub mod schedule;
