@@ -8,7 +8,7 @@
 //!
 //! # Source
 //!
-//! Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 2.1, figure 2 and table 2.
+//! Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 2.1 on handcrafted schedules, and its table of their bubbles and memory.
 
 use super::{Order, Part, Pass};
 
