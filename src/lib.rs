@@ -1,7 +1,7 @@
 //! Data-parallel training for Rust on libtorch: ranks that march in step.
 //!
 //! This package is the front: [`comm`] has the process groups and collectives, [`data`] the loaders,
-//! [`launch`] starts ranks, and with the feature `torch` (on by default) [`ddp`] trains tch models.
+//! [`launch`] starts ranks, [`model_parallel`] has meshes and pipeline schedules, and with the feature `torch` (on by default) [`ddp`] trains tch models.
 //!
 //! A program trains data-parallel when it joins its group and wraps its model:
 //!
@@ -22,6 +22,7 @@
 pub use phalanx_comm as comm;
 pub use phalanx_data as data;
 pub use phalanx_launch as launch;
+pub use phalanx_model_parallel as model_parallel;
 
 pub use phalanx_comm::{Group, GroupOptions};
 
