@@ -11,7 +11,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use super::config::{Config, GradientKind, Model, Precision, Rule};
+use super::config::{Config, FloatKind, Model, Precision, Rule};
 
 /// Too little memory: the need, what is free, and what would fit.
 #[derive(Debug, thiserror::Error)]
@@ -21,11 +21,11 @@ pub(crate) struct TooLittleMemory(String);
 /// What one rank needs, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Estimate {
-    /// Weights in fp32.
+    /// Weights.
     pub(crate) parameters: u64,
     /// Gradients, in the type in which they travel.
     pub(crate) gradients: u64,
-    /// What the rule keeps: both moments of Adam, for one; the rank's part of it when sharded.
+    /// What the rule keeps: both moments of Adam, for one; masters; the rank's part of it when sharded.
     pub(crate) optimizer: u64,
     /// What backward needs from forward, the bf16 weights of autocast included.
     pub(crate) activations: u64,
@@ -42,26 +42,26 @@ const TOGETHER_BYTES: u64 = 96 << 20;
 impl Estimate {
     /// For one rank of `world_size`.
     pub(crate) fn new(config: &Config, world_size: usize, micro_batch: usize) -> Estimate {
-        let parameters = config.model.parameter_count() * 4;
-        let gradient_bytes = match config.ddp.gradient_kind {
-            None | Some(GradientKind::Fp32) => 4,
-            Some(GradientKind::Bf16 | GradientKind::Fp16) => 2,
-        };
         let (of_all, of_embeddings) =
             (config.model.parameter_count(), config.model.embedding_count());
-        let states = 4 * config.optimizer.state_count(of_all, of_embeddings);
+        let parameter_bytes = config.ddp.parameter_kind.map_or(4, FloatKind::bytes);
+        let parameters = of_all * parameter_bytes;
+        let gradient_bytes = config.ddp.gradient_kind.map_or(4, FloatKind::bytes);
+        let has_masters = parameter_bytes < 4 || config.ddp.offload_optimizer;
+        let masters = if has_masters { 4 * of_all } else { 0 };
+        let states = 4 * config.optimizer.state_count(of_all, of_embeddings) + masters;
         let together = match config.optimizer.rule {
-            Rule::Muon | Rule::Adafactor => parameters.min(TOGETHER_BYTES),
+            Rule::Muon | Rule::Adafactor => (4 * of_all).min(TOGETHER_BYTES),
             _ => 0,
         };
-        let ranks = world_size as u64;
+        let ranks = config.ddp.shard_ranks.unwrap_or(world_size).max(1) as u64;
         let shards = |from_stage: u8| if config.ddp.zero < from_stage { 1 } else { ranks };
-        let gradients = parameters / 4 * gradient_bytes;
+        let gradients = of_all * gradient_bytes;
         Estimate {
             parameters: parameters.div_ceil(shards(3)),
             gradients: gradients.div_ceil(shards(2))
                 + exchange(config, gradient_bytes)
-                + parameters / 4 * config.ddp.hook.kept_bytes(),
+                + of_all * config.ddp.hook.kept_bytes(),
             optimizer: states.div_ceil(shards(1)) + together,
             activations: activations(config, micro_batch as u64),
             runtime: RUNTIME_BYTES,

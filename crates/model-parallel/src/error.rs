@@ -1,6 +1,6 @@
 //! Everything that can be wrong with a mesh or a schedule.
 //!
-//! All variants but [`Error::Comm`] are found before anything is sent: the groups are as good as before.
+//! With all variants but [`Error::Comm`] and [`Error::PeerFailed`] groups are as good as before.
 
 use crate::mesh::{Axes, Axis, Shape};
 use crate::pipeline::schedule::{Flaw, ScheduleKind};
@@ -90,6 +90,12 @@ pub enum Error {
         theirs: String,
         /// Rank 0's.
         first: String,
+    },
+    /// Another rank could not make one of its groups.
+    #[error("rank {rank} could not make all of its groups: its own error says why")]
+    PeerFailed {
+        /// The first of them.
+        rank: usize,
     },
     /// The group was not split.
     #[error("there is no group of {axes}: it was not among those that were asked for, or it has been taken")]

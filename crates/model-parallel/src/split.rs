@@ -38,7 +38,8 @@ impl MeshGroups {
 impl Mesh {
     /// Makes all groups of [`Axes::PLAN`]. Collective: all ranks call it, with the same mesh.
     ///
-    /// Costs two small all-gathers a group, and the connections of its ranks. Groups of one rank cost none.
+    /// Costs a few small all-gathers for each group, and the connections of its ranks: over NCCL take those that are needed alone
+    /// ([`Mesh::split_into`]).
     ///
     /// # Errors
     ///
@@ -52,23 +53,34 @@ impl Mesh {
     ///
     /// # Errors
     ///
-    /// [`Error::WorldMismatch`]: the group is not the mesh's world. [`Error::MeshesDiffer`], on every rank: the group is still good. [`Error::Comm`]: the group is dead, or
-    /// the ranks of a new one could not connect.
+    /// On every rank, and the group is still good: [`Error::MeshesDiffer`]; [`Error::WorldMismatch`] where the group is not the mesh's world. [`Error::Comm`] where
+    /// the group is dead, or this rank could not connect to those of a new one, and [`Error::PeerFailed`] where another could not.
     #[track_caller]
     pub fn split_into(&self, world: &mut Group, wanted: &[Axes]) -> Result<MeshGroups> {
-        Mesh::new(self.shape(), world.world_size())?;
         self.agree(world, wanted)?;
-        let mut groups = BTreeMap::new();
+        Mesh::new(self.shape(), world.world_size())?;
+        let (mut groups, mut failure) = (BTreeMap::new(), None);
         for &axes in wanted {
+            if groups.contains_key(&axes) {
+                continue; // named twice, on every rank
+            }
             let place = self.place(world.rank(), axes)?;
             // Ranks of a world fit into an i32, as MPI has it.
-            let color = u32::try_from(place.color).ok();
+            let color = u32::try_from(place.color).unwrap_or(u32::MAX);
             let key = i32::try_from(place.key).unwrap_or(i32::MAX);
-            if let Some(group) = world.split(color, key)? {
-                groups.insert(axes, group);
+            match world.split(Some(color), key) {
+                Ok(group) => groups.extend(group.map(|group| (axes, group))),
+                Err(error) => failure = failure.or(Some(error)),
             }
         }
-        Ok(MeshGroups { groups })
+        let told = world.all_gather_bytes(&[u8::from(failure.is_some())]);
+        if let Some(error) = failure {
+            return Err(error.into());
+        }
+        match told?.iter().position(|failed| *failed != [0]) {
+            Some(rank) => Err(Error::PeerFailed { rank }),
+            None => Ok(MeshGroups { groups }),
+        }
     }
 
     fn agree(&self, world: &mut Group, wanted: &[Axes]) -> Result<()> {

@@ -64,6 +64,10 @@ fn groups_can_be_taken() {
         second.wait().expect("it ends");
         assert_eq!(left, [[1], [5]][world.rank() / 2]);
         assert_eq!(right, [[2], [4]][world.rank() % 2]);
+        let tp_peer = mesh.member(world.rank(), Axes::TP, 1).expect("a member");
+        assert_eq!(tp_peer, world.rank() / 2 * 2 + 1);
+        assert_eq!(mesh.member(world.rank(), Axes::PP, 0).expect("a member"), world.rank() % 2);
+        assert!(mesh.member(world.rank(), Axes::PP, 2).is_err());
         assert!(matches!(groups.get(Axes::TP), Err(Error::NoSuchGroup { .. })));
         assert!(matches!(groups.take(Axes::DP), Err(Error::NoSuchGroup { .. })));
     });
@@ -85,8 +89,12 @@ fn ranks_that_differ_are_named_and_their_group_lives() {
             "rank 2 has a mesh of pp 4 and rank 0 one of tp 4: give all ranks the same"
         );
         world.barrier().expect("the group lives").wait().expect("the group lives");
-        let other = Mesh::new(Shape::default(), 1).expect("one rank").split(&mut world);
+        let small = || Mesh::new(Shape::default(), 1).expect("one rank");
+        let other = small().split(&mut world);
         assert!(matches!(other, Err(Error::WorldMismatch { world_size: 4, .. })));
+        // One rank alone has a mesh of another size: all hear of it.
+        let mixed = if odd { small() } else { mesh }.split(&mut world);
+        assert!(matches!(mixed, Err(Error::MeshesDiffer { rank: 2, .. })));
     });
 }
 

@@ -47,16 +47,35 @@ pub(crate) enum NonFinite {
     Ignore,
 }
 
-/// A type of gradients.
+/// A type of gradients, or of parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(crate) enum GradientKind {
+pub(crate) enum FloatKind {
     /// 32-bit floats.
     Fp32,
     /// bfloat16: half the bytes.
     Bf16,
     /// 16-bit floats: half the bytes; small gradients vanish, for losses are not scaled here.
     Fp16,
+}
+
+impl FloatKind {
+    fn kind(self) -> Kind {
+        match self {
+            FloatKind::Fp32 => Kind::Float,
+            FloatKind::Bf16 => Kind::BFloat16,
+            FloatKind::Fp16 => Kind::Half,
+        }
+    }
+
+    /// Bytes of a number.
+    pub(crate) fn bytes(self) -> u64 {
+        if self == FloatKind::Fp32 {
+            4
+        } else {
+            2
+        }
+    }
 }
 
 /// How the ranks work together.
@@ -71,6 +90,14 @@ pub(crate) struct Ddp {
     pub(crate) zero: u8,
     /// Layers that are exchanged, and with stage 3 gathered, as a whole: `"bert.encoder.layer.*"`.
     pub(crate) units: Vec<String>,
+    /// Of those, the ones that stay from their first use to the end of the step once they are gathered.
+    pub(crate) stay_gathered: Vec<String>,
+    /// Among how many ranks what is sharded is cut: a divisor of their number; null is all.
+    pub(crate) shard_ranks: Option<usize>,
+    /// In which type parameters are kept, gathered and computed with: `bf16` or `fp16`, with fp32 masters; null is fp32.
+    pub(crate) parameter_kind: Option<FloatKind>,
+    /// Whether the optimizer's state, and a copy of what it updates, is in the host's memory.
+    pub(crate) offload_optimizer: bool,
     /// Gradients reduced together, in MiB.
     pub(crate) bucket_mib: f64,
     /// The bucket that backward fills first, in MiB.
@@ -86,7 +113,7 @@ pub(crate) struct Ddp {
     /// `error`, `skip_step`, `warn` or `ignore`.
     pub(crate) non_finite: NonFinite,
     /// In which type gradients add up and travel: `fp32`, `bf16`, `fp16`; null is the parameters' own, fp32.
-    pub(crate) gradient_kind: Option<GradientKind>,
+    pub(crate) gradient_kind: Option<FloatKind>,
     /// How gradients travel: `none`, `noop`, `bf16`, `fp16`, `int8`, `topk:SHARE` or `powersgd:RANK[:PLAIN_STEPS]`.
     pub(crate) hook: Hook,
     /// After how many exchanges ranks compare their parameters; 0 is never.
@@ -101,6 +128,10 @@ impl Default for Ddp {
         Ddp {
             zero: 0,
             units: Vec::new(),
+            stay_gathered: Vec::new(),
+            shard_ranks: None,
+            parameter_kind: None,
+            offload_optimizer: false,
             bucket_mib: 25.0,
             first_bucket_mib: 1.0,
             backend: Backend::Auto,
@@ -128,6 +159,10 @@ impl Ddp {
                 _ => Zero::Three,
             },
             units: self.units.clone(),
+            stay_gathered: self.stay_gathered.clone(),
+            shard_ranks: self.shard_ranks,
+            parameter_kind: self.parameter_kind.filter(|&kind| kind != FloatKind::Fp32).map(FloatKind::kind),
+            offload_optimizer: self.offload_optimizer,
             buffers: match self.buffers {
                 Buffers::RankZero => core::Buffers::RankZero,
                 Buffers::Mean => core::Buffers::Mean,
@@ -135,11 +170,7 @@ impl Ddp {
             },
             find_unused_parameters: self.find_unused_parameters,
             static_graph: self.static_graph,
-            gradient_kind: self.gradient_kind.map(|kind| match kind {
-                GradientKind::Fp32 => Kind::Float,
-                GradientKind::Bf16 => Kind::BFloat16,
-                GradientKind::Fp16 => Kind::Half,
-            }),
+            gradient_kind: self.gradient_kind.map(FloatKind::kind),
             non_finite: match self.non_finite {
                 NonFinite::Error => core::NonFinite::Error,
                 NonFinite::SkipStep => core::NonFinite::SkipStep,

@@ -18,7 +18,7 @@ use phalanx_data::OnDamage;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use checkpoint::{Checkpoint, Resume};
-pub(crate) use ddp::{Backend, Ddp, GradientKind, NonFinite};
+pub(crate) use ddp::{Backend, Ddp, FloatKind, NonFinite};
 pub(crate) use hook::Hook;
 pub(crate) use optimizer::{AdjustLr, Optimizer, Rule, Schedule};
 

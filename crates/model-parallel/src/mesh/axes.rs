@@ -83,9 +83,10 @@ impl Axes {
     /// Ranks that read different samples: the loader's rank and world size are the place in it.
     pub const DP: Self = Self::set(&[Axis::DpReplicate, Axis::DpShard]);
     /// Over whom parameters, gradients and the optimizer's state are cut: `cp` ranks have the same parameters and gradients of
-    /// different tokens, so they are shards too.
+    /// different tokens, so they are shards too. (`Ddp` cuts them by itself: it takes [`DP_CP`](Self::DP_CP).)
     pub const DP_SHARD_CP: Self = Self::set(&[Axis::DpShard, Axis::Cp]);
-    /// Over whom gradients are averaged, and losses where one rank of each `tp` and `pp` has one.
+    /// Over whom gradients are averaged, and losses where one rank of each `tp` and `pp` has one. It is the group for `Ddp`, with `shard_ranks` = `dp_shard` × `cp`
+    /// for hybrid sharding: those are neighbours in it.
     pub const DP_CP: Self = Self::set(&[Axis::DpReplicate, Axis::DpShard, Axis::Cp]);
     /// One stage: all but `pp`. The last one's has all losses.
     pub const STAGE: Self = Self::set(&[Axis::DpReplicate, Axis::DpShard, Axis::Cp, Axis::Tp]);
@@ -93,7 +94,8 @@ impl Axes {
     pub const MODEL: Self = Self::set(&[Axis::Pp, Axis::Tp]);
     /// Over whom an expert's parameters and optimizer's state are cut.
     pub const EXPERT_SHARD: Self = Self::set(&[Axis::ExpertShard]);
-    /// Over whom an expert's gradients are averaged.
+    /// Over whom an expert's gradients are added up. Their divisor is the size of [`DP_CP`](Self::DP_CP), not of this group: an expert has seen the tokens of
+    /// all `ep` ranks already.
     pub const EXPERT_DP: Self = Self::set(&[Axis::DpReplicate, Axis::ExpertShard]);
     /// One copy of all experts: norms of their gradients.
     pub const EXPERT_MODEL: Self = Self::set(&[Axis::Pp, Axis::Ep, Axis::Tp]);

@@ -1,7 +1,7 @@
 //! The groups of a set of axes, in an order that all ranks agree on.
 
 use super::{Axes, Mesh};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A rank's place among the groups of a set of axes: what `Group::split` takes, and what it leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +23,19 @@ impl Mesh {
     pub fn place(&self, rank: usize, axes: Axes) -> Result<Place> {
         self.check_rank(rank)?;
         Ok(self.place_of(rank, axes))
+    }
+
+    /// The world's rank of the member `key` of the group over these axes that `rank` is in: errors of a group count its own ranks.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSuchRank`](crate::Error::NoSuchRank) for a rank outside of the mesh, or a key outside of the group.
+    pub fn member(&self, rank: usize, axes: Axes, key: usize) -> Result<usize> {
+        let color = self.place(rank, axes)?.color;
+        let mut groups = self.groups(axes);
+        let group = groups.swap_remove(color);
+        let missing = Error::NoSuchRank { rank: key, world_size: group.len() };
+        group.get(key).copied().ok_or(missing)
     }
 
     /// All groups over these axes: ordered by their smallest rank, and ranks in each in ascending order, so that the index

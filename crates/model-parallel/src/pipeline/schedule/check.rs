@@ -14,6 +14,9 @@ impl Schedule {
     ///
     /// The first flaw.
     pub fn verify(&self) -> Result<(), Flaw> {
+        if [self.rank_count(), self.micro_batch_count, self.chunk_count].contains(&0) {
+            return Err(Flaw::Empty);
+        }
         for rank in 0..self.rank_count() {
             RankCheck::new(self, rank).all()?;
         }

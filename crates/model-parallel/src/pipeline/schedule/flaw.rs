@@ -6,6 +6,9 @@ use super::{Action, Payload, Sending};
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Flaw {
+    /// There are no ranks, no micro-batches or no chunks.
+    #[error("a step has at least one rank, one micro-batch and one chunk a rank")]
+    Empty,
     /// A micro-batch, a chunk or a peer that does not exist, or a message that nobody needs.
     #[error("rank {rank}, action {index}: {action} is not part of a step of this shape")]
     Stray {

@@ -5,6 +5,9 @@ use std::str::FromStr;
 
 use crate::error::{Error, Result};
 
+/// More micro-batches in chunks than any step has, and few enough for a list of them.
+const PASSES_MAX: usize = 1 << 24;
+
 /// Which schedule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -25,7 +28,7 @@ pub enum ScheduleKind {
 /// What sends must do for a schedule to end. Each allows more programs than the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Sending {
-    /// A send takes a copy and does not wait: `Group::send`.
+    /// A send takes a copy and does not wait: `Group::send` of host memory, and over MPI. Over NCCL a send of a GPU's memory waits on the GPU.
     Buffered,
     /// Sends wait until they are received, but those that follow each other, and receives among them, are under way together: MPI's
     /// `Sendrecv`, NCCL's group calls, Megatron-LM's `send_forward_recv_backward`.
@@ -66,6 +69,10 @@ impl ScheduleKind {
     fn trouble(self, p: usize, m: usize) -> Option<String> {
         if p == 0 || m == 0 {
             return Some("both are at least 1".to_owned());
+        }
+        let passes = p.checked_mul(m).and_then(|passes| passes.checked_mul(self.chunk_count()));
+        if passes.is_none_or(|passes| passes > PASSES_MAX) {
+            return Some(format!("ranks × micro-batches × chunks are at most {PASSES_MAX}"));
         }
         match self {
             Self::Interleaved { chunks } if chunks < 2 => {

@@ -1,11 +1,11 @@
 //! Schedules as data: what each rank of a pipeline does, in order. Pure.
 //!
 //! A model is cut into *stages*. Each of `p` ranks has `v` *chunks*: rank `r` has stages `r`, `r + p`, … `r + (v − 1) p`. A step passes `m` micro-batches forward
-//! through all stages and backward again. A schedule is a list of [`Action`]s for each rank: what to compute, and what to send to and receive from whom. Who
-//! runs it needs to know nothing else.
+//! through all stages and backward again. A schedule is a list of [`Action`]s for each rank: what to compute, and what to send to and receive from whom.
+//! [`stage`](Schedule::stage) says which part of the model a chunk is; between two chunks of one rank (with one rank) nothing is sent.
 //!
 //! Every schedule here computes weight gradients of a chunk in the order of the micro-batches, so that their sum has the bits of one process that
-//! accumulates; [`verify`](Schedule::verify) holds those of others to it.
+//! accumulates, for weights that one stage has alone (of those that two stages share each adds up its own first); [`verify`](Schedule::verify) holds those of others to it.
 //!
 //! One file a generator: `gpipe.rs`, `one_f_one_b.rs`, `interleaved.rs`, `zb_h1.rs`; they say in which order a rank computes, and `messages.rs` adds
 //! what is sent and received. `check.rs`, `channels.rs` and `rendezvous.rs` look whether a schedule is right, `simulate.rs` how long it takes, `formula.rs` says how long it should.
@@ -178,6 +178,19 @@ impl Schedule {
     #[must_use]
     pub fn actions(&self, rank: usize) -> &[Action] {
         &self.ranks[rank]
+    }
+
+    /// The stage that is this chunk of this rank.
+    #[must_use]
+    pub fn stage(&self, rank: usize, chunk: usize) -> usize {
+        self.layout().stage(rank, chunk)
+    }
+
+    /// The rank and its chunk that are this stage, if there are so many.
+    #[must_use]
+    pub fn place(&self, stage: usize) -> Option<(usize, usize)> {
+        let ranks = self.rank_count();
+        (stage < self.stage_count()).then(|| (stage % ranks, stage / ranks))
     }
 
     /// The stages of the model: ranks times chunks.
