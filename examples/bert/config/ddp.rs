@@ -161,7 +161,10 @@ impl Ddp {
             units: self.units.clone(),
             stay_gathered: self.stay_gathered.clone(),
             shard_ranks: self.shard_ranks,
-            parameter_kind: self.parameter_kind.filter(|&kind| kind != FloatKind::Fp32).map(FloatKind::kind),
+            parameter_kind: self
+                .parameter_kind
+                .filter(|&kind| kind != FloatKind::Fp32)
+                .map(FloatKind::kind),
             offload_optimizer: self.offload_optimizer,
             buffers: match self.buffers {
                 Buffers::RankZero => core::Buffers::RankZero,

@@ -1,6 +1,7 @@
 //! Node 0's part: a thread that hears the statuses of all nodes, and gives the orders that follow.
 
 use std::net::SocketAddr;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -64,8 +65,15 @@ impl Host {
         };
         desk.publish()?;
         let serve = move || {
-            if let Err(error) = desk.serve() {
-                tracing::error!(%error, "node 0 gives no more orders");
+            match panic::catch_unwind(AssertUnwindSafe(|| desk.serve())) {
+                Ok(Ok(())) => return,
+                Ok(Err(error)) => tracing::error!(%error, "node 0 gives no more orders"),
+                Err(_) => tracing::error!("node 0 gives no more orders: its thread panicked"),
+            }
+            // Nobody would ever hear what to do.
+            desk.coordinator.resign();
+            if let Err(error) = desk.publish() {
+                tracing::error!(%error, "the other nodes are not told");
             }
         };
         let thread = thread::Builder::new().name("coordinator of nodes".to_owned());

@@ -237,6 +237,10 @@ impl Elastic<'_> {
                 );
                 Some(Failure::Node { node: 0, report, code: 69 })
             }
+            Verdict::NoOrders => {
+                let report = "error[PHX0707]: node 0's launcher can give no more orders; its own output says why".to_owned();
+                Some(Failure::Node { node: 0, report, code: 71 })
+            }
             Verdict::Failed { node, why } => {
                 gave_up = Some(why);
                 if why != GiveUp::NotWanted {

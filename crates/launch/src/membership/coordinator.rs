@@ -270,6 +270,13 @@ impl Coordinator {
         self.gather(now, now);
     }
 
+    /// Who asks this one has no way to go on.
+    pub(crate) fn resign(&mut self) {
+        if self.phase != Phase::Finished {
+            self.finish(Verdict::NoOrders);
+        }
+    }
+
     fn finish(&mut self, verdict: Verdict) {
         self.phase = Phase::Finished;
         self.give(Command::Finish(verdict));
@@ -436,6 +443,8 @@ mod tests {
         alone.say(0, None, 0);
         alone.coordinator.note_gone(1, seconds(1));
         assert_eq!(alone.wanted().1, Command::Finish(Verdict::TooFew { nodes: 1 }));
+        nodes.coordinator.resign();
+        assert_eq!(nodes.wanted().1, Command::Finish(Verdict::NoOrders));
     }
 
     #[test]

@@ -164,4 +164,6 @@ pub(crate) enum Verdict {
     TooFew {
         nodes: usize,
     },
+    /// Node 0 can give no more orders.
+    NoOrders,
 }

@@ -121,6 +121,7 @@ pub(crate) fn encode_order(order: &Order) -> String {
 fn encode_verdict(verdict: Verdict) -> String {
     match verdict {
         Verdict::Well => "well".to_owned(),
+        Verdict::NoOrders => "no-orders".to_owned(),
         Verdict::Ended { node, signal } => format!("ended {node} {signal}"),
         Verdict::TooFew { nodes } => format!("too-few {nodes}"),
         Verdict::Failed { node, why } => format!("failed {node} {}", encode_why(why)),
@@ -162,6 +163,7 @@ pub(crate) fn decode_order(bytes: &[u8]) -> Option<Order> {
 fn decode_verdict(words: &mut Words<'_>) -> Option<Verdict> {
     Some(match words.word()? {
         "well" => Verdict::Well,
+        "no-orders" => Verdict::NoOrders,
         "ended" => Verdict::Ended { node: words.number()?, signal: words.number()? },
         "too-few" => Verdict::TooFew { nodes: words.number()? },
         "failed" => Verdict::Failed { node: words.number()?, why: decode_why(words)? },
@@ -229,6 +231,7 @@ mod tests {
             Command::StopSoon,
             Command::StopNow,
             Command::Finish(Verdict::Well),
+            Command::Finish(Verdict::NoOrders),
             Command::Finish(Verdict::Ended { node: 0, signal: 2 }),
             Command::Finish(Verdict::TooFew { nodes: 1 }),
         ];
