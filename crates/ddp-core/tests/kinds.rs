@@ -11,6 +11,7 @@ mod support;
 
 use phalanx_comm::testing::run_ranks;
 use phalanx_ddp_core::amp::LossScaler;
+use phalanx_ddp_core::checkpoint::{save_safetensors, LoadOptions};
 use phalanx_ddp_core::{
     AdamW, Ddp, DdpOptions, NonFinite, Optimizer, ParameterGroups, Sgd, Sync, Zero,
 };
@@ -117,6 +118,50 @@ fn masters_of_parameters_that_become_halves_begin_from_what_they_were() {
                 assert_eq!(weights[..], right, "{zero:?} on {world_size} ranks");
                 assert_eq!(*frozen, values(&rounded(begin(9))));
             }
+        }
+    }
+}
+
+/// Weights in f32 that are loaded into a model in half precision, between two steps: masters are what the file has.
+#[test]
+fn masters_are_what_a_file_has_and_not_what_it_is_rounded_to() {
+    const SIZES: [i64; 3] = [3000, 70, 5000];
+    let begin =
+        |len| (Tensor::arange(len, (Kind::Float, Device::Cpu)) * 7).remainder(8) / 1024.0 + 1.0;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    let saved: Vec<_> = (0..3).map(|at| (format!("w{at}"), begin(SIZES[at]))).collect();
+    save_safetensors(&path, &saved).unwrap();
+    for world_size in [1, 2, 3] {
+        for zero in STAGES {
+            let path = path.clone();
+            let all = run_ranks(world_size, move |mut group| {
+                let weights = SIZES.map(|len| {
+                    Tensor::ones([len], (Kind::Float, Device::Cpu)).set_requires_grad(true)
+                });
+                let named = weights.iter().enumerate();
+                let named = named.map(|(at, w)| (format!("w{at}"), w.shallow_clone())).collect();
+                let parameter_kind = Some(Kind::BFloat16);
+                let options = DdpOptions { parameter_kind, ..options(zero) };
+                let ddp = Ddp::from_tensors(named, vec![], &mut group, options).unwrap();
+                let rule = Sgd { lr: 1.0 / 512.0, ..Sgd::default() };
+                let mut optimizer = Optimizer::new(&ddp, rule, ParameterGroups::default()).unwrap();
+                for step in 0..4 {
+                    if step == 1 {
+                        assert!(ddp
+                            .load_weights(&path, &LoadOptions::default())
+                            .unwrap()
+                            .is_empty());
+                    }
+                    let sum: Tensor = weights.iter().map(|w| w.sum(Kind::Float)).sum();
+                    ddp.backward(&-sum, 1.0, Sync::Reduce).unwrap();
+                    let _step = optimizer.step(None).unwrap();
+                }
+                weights.map(|w| values(&w.to_kind(Kind::Float)))
+            });
+            let rounded = |len| (begin(len) + 3.0 / 512.0).to_kind(Kind::BFloat16);
+            let right = SIZES.map(|len| values(&rounded(len).to_kind(Kind::Float)));
+            assert!(all.iter().all(|weights| *weights == right), "{zero:?} on {world_size} ranks");
         }
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use phalanx_checkpoint::{Dtype, Tensors};
 use tch::{Kind, Tensor};
 
-use crate::store::flat::dense_strides;
+use crate::store::flat::{dense_strides, Flat};
 use crate::store::model::Named;
 use crate::store::Store;
 use crate::{Buffers, Error, Result};
@@ -67,7 +67,8 @@ pub(crate) fn of_model(store: &Store, (buffers, count): (Buffers, bool)) -> Resu
     let own = |named: &Named| Held::whole(own_buffer(rank, &named.name), &named.tensor);
     let of_variable = |(variable, named): (usize, &Named)| match store.model.slot(variable) {
         Some(slot) if store.is_cut(variable) => {
-            of_segment(store, slot, format!("model/{}", named.name))
+            let held = of_segment(store, slot, None)?;
+            Ok(Held { name: format!("model/{}", held.name), ..held })
         }
         _ => of_all(named),
     };
@@ -84,25 +85,42 @@ pub(crate) fn of_model(store: &Store, (buffers, count): (Buffers, bool)) -> Resu
 pub(super) fn to_fill(store: &Store) -> Result<Vec<Held>> {
     let whole = |named: &Named| Held::whole(named.name.clone(), &named.tensor);
     let of_variable = |(variable, named): (usize, &Named)| match store.model.slot(variable) {
-        Some(slot) => of_segment(store, slot, named.name.clone()),
+        Some(slot) => of_segment(store, slot, None),
         None => whole(named),
     };
     let variables = store.model.variables.iter().enumerate().map(of_variable);
     variables.chain(store.model.buffers.iter().map(whole)).collect()
 }
 
-/// The part of a parameter that is in this rank's segment.
-fn of_segment(store: &Store, slot: usize, name: String) -> Result<Held> {
+/// By variable: parameters that are filled beside that as they are before they are rounded, in memory as long as the rank's segment of
+/// their storage, where there is such.
+pub(super) fn to_fill_unrounded(
+    store: &Store,
+    flats: &[Option<Flat>],
+) -> Result<Vec<(usize, Held)>> {
+    let memory_of = |slot: usize| flats[store.plan.places[slot].storage].as_ref();
+    let slots = 0..store.plan.places.len();
+    let kept = slots.filter_map(|slot| memory_of(slot).map(|flat| (slot, flat)));
+    let of =
+        |(slot, flat)| Ok((store.model.variable_of(slot), of_segment(store, slot, Some(flat))?));
+    kept.map(of).collect()
+}
+
+/// The part of a parameter that is in this rank's segment: where it is kept, or `elsewhere` in memory as long as the segment.
+fn of_segment(store: &Store, slot: usize, elsewhere: Option<&Flat>) -> Result<Held> {
     let named = store.model.parameter(slot);
     let place = &store.plan.places[slot];
     let segment = store.sharding.segment(&store.plan.buckets[place.bucket]);
     let (shape, strides) = (named.tensor.size(), named.tensor.stride());
-    let kind = named.tensor.kind();
-    let mut held = Held::like(name, kind, (&shape, &strides))?;
+    let kind = elsewhere.map_or(named.tensor.kind(), Flat::kind);
+    let mut held = Held::like(named.name.clone(), kind, (&shape, &strides))?;
     let (start, end) = (place.range.start.max(segment.start), place.range.end.min(segment.end));
     if start < end {
         let own = start - segment.start..end - segment.start;
-        let (memory, own) = store.storages[place.storage].parameters.at(&(start..end), &own);
+        let (memory, own) = match elsewhere {
+            Some(flat) => (flat, own),
+            None => store.storages[place.storage].parameters.at(&(start..end), &own),
+        };
         let range = (start - place.range.start) as u64..(end - place.range.start) as u64;
         held.parts.push(Part { range, memory: memory.range(&own)? });
     }

@@ -13,9 +13,10 @@ use phalanx_comm::Group;
 use serde::{Deserialize, Serialize};
 
 use super::content;
-use super::held::{to_fill, Held};
+use super::held::{to_fill, to_fill_unrounded, Held};
 use super::weights::{misfit, of_file};
 use crate::reduce::{self, Reducer};
+use crate::store::flat::Flat;
 use crate::store::{agree, Store};
 use crate::{Ddp, Error, Result};
 
@@ -95,14 +96,17 @@ impl Ddp {
 
 /// Fills all variables and buffers; gives the names of the tensors that were not needed. Collective.
 fn load(reducer: &mut Reducer, path: &Path, options: &LoadOptions) -> Result<Vec<String>> {
-    let prepared = Prepared::new(&mut reducer.store, path, options);
+    let keeps_unrounded = reducer.options.parameter_kind.is_some();
+    let prepared = Prepared::new(&mut reducer.store, (path, options), keeps_unrounded);
     // When this returns every rank has come here: nobody reads parameters any more that ranks share.
     let prepared = agreed(&mut reducer.store.group, (path, prepared), Prepared::described)?;
     let filled = agreed(&mut reducer.store.group, (path, prepared.fill()), |()| String::new());
     // Also after an error: what was read is where parameters are kept, and must not be another on another rank.
+    let left = prepared.left();
+    reducer.store.keep_unrounded(prepared.unrounded);
     filled.and(reducer.store.renew())?;
     reducer.start_anew()?;
-    Ok(prepared.left())
+    Ok(left)
 }
 
 /// Files that fit, and what is filled from them.
@@ -110,11 +114,17 @@ struct Prepared {
     weights: Weights,
     /// With the name in the files.
     tensors: Vec<(Held, String)>,
+    /// By storage: this rank's segment of parameters in half precision, as the files have them, for an optimizer's masters.
+    unrounded: Vec<Option<Flat>>,
 }
 
 impl Prepared {
     /// Changes nothing.
-    fn new(store: &mut Store, path: &Path, options: &LoadOptions) -> Result<Self> {
+    fn new(
+        store: &mut Store,
+        (path, options): (&Path, &LoadOptions),
+        keeps_unrounded: bool,
+    ) -> Result<Self> {
         let weights = Weights::open(path).map_err(|error| of_file("reading", error))?;
         let (mut names, mut misfits) = (Vec::new(), Vec::new());
         for named in store.model.variables.iter().chain(&store.model.buffers) {
@@ -138,8 +148,15 @@ impl Prepared {
         }
         // Else what the program wrote to parameters that are gathered would go home after they were loaded, over them.
         store.heed_written()?;
-        let tensors = to_fill(store)?.into_iter().zip(names).collect();
-        Ok(Self { weights, tensors })
+        let unrounded = if keeps_unrounded { store.new_unrounded()? } else { Vec::new() };
+        let beside = match unrounded.is_empty() {
+            true => Vec::new(),
+            false => to_fill_unrounded(store, &unrounded)?,
+        };
+        let beside = beside.into_iter().map(|(variable, held)| (held, names[variable].clone()));
+        let beside: Vec<_> = beside.collect();
+        let tensors = to_fill(store)?.into_iter().zip(names).chain(beside).collect();
+        Ok(Self { weights, tensors, unrounded })
     }
 
     /// The tensors of the files, in few words: what ranks compare.
@@ -273,7 +290,8 @@ mod tests {
             let ddp = Ddp::new(&vs, &mut group, sharded).unwrap();
             ddp.save_weights(&path, &WeightsOptions::default()).unwrap();
             let mut reducer = reduce::lock(ddp.shared()).unwrap();
-            let prepared = Prepared::new(&mut reducer.store, &path, &LoadOptions::default());
+            let load = LoadOptions::default();
+            let prepared = Prepared::new(&mut reducer.store, (&path, &load), false);
             let mut tensors = prepared.unwrap().tensors.into_iter();
             let (long, _) = tensors.find(|(held, _)| held.name == "long").unwrap();
             long.parts.into_iter().map(|part| part.range).collect::<Vec<_>>()

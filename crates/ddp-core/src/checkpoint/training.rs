@@ -105,6 +105,7 @@ pub(super) fn load(
         held::name_new_ranks(&mut tensors, checkpoint);
     }
     content::fill(&mut tensors, checkpoint)?;
+    reducer.store.forget_unrounded();
     reducer.store.forget_gathered()?;
     random::restore(&reducer.store, checkpoint)?;
     kept::load(checkpoint, reducer, &values.kept)?;

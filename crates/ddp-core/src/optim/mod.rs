@@ -240,6 +240,7 @@ impl Optimizer {
         stepped.lr = self.lr;
         stepped.settings = crc32c::crc32c_append(stepped.settings, &made_with);
         self.step_count += 1;
+        reducer.store.forget_unrounded();
         reducer.release_gradients()?;
         Ok(Step { gradient_norm: norm, skipped: false })
     }

@@ -76,17 +76,13 @@ impl State {
         let has_ratio = rule.has_trust_ratio();
         let of_whole = rule.whole().map_or(&[][..], Whole::states);
         let lens = piece::state_lens(everything, store.storages.len());
-        let known = self.parts.len();
-        for (storage, len) in store.storages.iter().zip(lens).skip(known) {
+        for (storage, len) in store.storages.iter().zip(lens).skip(self.parts.len()) {
             let kind = work_kind(storage.parameters.kind());
             let home = Home { kind, device: store.device(), is_offloaded: self.is_offloaded };
             let by_element = Part::new(home, storage, (rule.states(), has_ratio), len[0])?;
             let is_turned = has_ratio || rule.whole().is_some();
             let whole = Part::new(home, storage, (of_whole, is_turned), len[1])?;
             self.parts.push([by_element, whole]);
-        }
-        for owned in everything.iter().filter(|owned| owned.storage >= known) {
-            self.begin_masters(store, owned)?;
         }
         self.seen.0.clear();
         self.heed_masters(store, everything)
@@ -131,6 +127,7 @@ impl State {
             return Ok(());
         }
         for owned in everything {
+            self.begin_masters(store, owned)?;
             for run in &owned.runs {
                 let Some(masters) = &self.part(owned.storage, run).masters else { continue };
                 let mut target = masters.range(&run.state)?;

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use phalanx_comm::{Group, Work};
+use tch::Kind;
 
 use super::flat::Flat;
 use super::plan::Plan;
@@ -108,6 +109,31 @@ impl Store {
         if let Some(gatherer) = &mut self.gatherer {
             gatherer.bring(sharing(&mut self.within, &mut self.group), buckets);
         }
+    }
+
+    /// Zeroed memory for this rank's segments of parameters in half precision as they are before they are rounded, by storage.
+    pub(crate) fn new_unrounded(&self) -> Result<Vec<Option<Flat>>> {
+        let mut flats: Vec<Option<Flat>> = self.storages.iter().map(|_| None).collect();
+        for bucket in &self.plan.buckets {
+            let kind = self.storages[bucket.storage].parameters.kind();
+            if matches!(kind, Kind::Half | Kind::BFloat16) {
+                let len = self.sharding.segment(bucket).len();
+                flats[bucket.storage] = Some(Flat::private(Kind::Float, self.device, len)?);
+            }
+        }
+        Ok(flats)
+    }
+
+    /// What parameters are before they are rounded, by storage, where it is known.
+    pub(crate) fn keep_unrounded(&mut self, flats: Vec<Option<Flat>>) {
+        for (storage, flat) in self.storages.iter_mut().zip(flats) {
+            storage.unrounded = flat;
+        }
+    }
+
+    /// An optimizer has stepped: what parameters were before is of no account any more.
+    pub(crate) fn forget_unrounded(&mut self) {
+        self.storages.iter_mut().for_each(|storage| storage.unrounded = None);
     }
 
     /// Brings what parameters were before they were rounded from an earlier plan to the present one. Collective.
