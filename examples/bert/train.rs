@@ -15,7 +15,7 @@ use phalanx_ddp_core::{amp, Ddp, DdpOptions, Error, Statistics, Sync};
 use tch::{nn, Device, Kind};
 
 use super::batching::Batching;
-use super::config::{self, Config, NonFinite, Precision, Rule};
+use super::config::{self, Config, FloatKind, NonFinite, Precision, Rule};
 use super::data::Tensors;
 use super::metrics::{milliseconds, StepRecord};
 use super::model::{groups, BertForMaskedLm, Inputs, LossSum, Pass};
@@ -36,7 +36,9 @@ pub(crate) struct Trainer {
 #[derive(Debug, Clone, Copy)]
 struct Plan {
     seed: u64,
+    /// In which layers compute: that of parameters in half precision, or of autocast.
     kind: Kind,
+    autocasts: bool,
     device: Device,
     /// Infinite where gradients are not clipped: their norm is wanted all the same.
     max_grad_norm: f64,
@@ -80,7 +82,11 @@ impl Trainer {
             schedule: schedule(&config.optimizer, config.train.steps)?,
             plan: Plan {
                 seed: config.train.seed,
-                kind: kind(config.train.precision),
+                kind: config
+                    .ddp
+                    .parameter_kind
+                    .map_or(kind(config.train.precision), FloatKind::kind),
+                autocasts: config.train.precision == Precision::Bf16,
                 device: vs.device(),
                 max_grad_norm: if norm > 0.0 { norm } else { f64::INFINITY },
                 non_finite: config.ddp.non_finite,
@@ -178,9 +184,9 @@ impl Trainer {
         let pass = Pass { train: true, kind: self.plan.kind };
         let start = Instant::now();
         let forward = || self.network.loss(&inputs, pass);
-        let LossSum { loss, masked_count } = match pass.kind {
-            Kind::Float => forward(),
-            kind => amp::autocast(self.plan.device, kind, forward)?,
+        let LossSum { loss, masked_count } = match self.plan.autocasts {
+            false => forward(),
+            true => amp::autocast(self.plan.device, Kind::BFloat16, forward)?,
         }
         .context("forward")?;
         self.finish_device();

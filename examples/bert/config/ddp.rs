@@ -60,7 +60,7 @@ pub(crate) enum FloatKind {
 }
 
 impl FloatKind {
-    fn kind(self) -> Kind {
+    pub(crate) fn kind(self) -> Kind {
         match self {
             FloatKind::Fp32 => Kind::Float,
             FloatKind::Bf16 => Kind::BFloat16,
