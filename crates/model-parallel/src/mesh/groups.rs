@@ -19,7 +19,7 @@ impl Mesh {
     ///
     /// # Errors
     ///
-    /// [`Error::NoSuchRank`](crate::Error::NoSuchRank).
+    /// [`Error::NoSuchRank`].
     pub fn place(&self, rank: usize, axes: Axes) -> Result<Place> {
         self.check_rank(rank)?;
         Ok(self.place_of(rank, axes))
@@ -29,7 +29,7 @@ impl Mesh {
     ///
     /// # Errors
     ///
-    /// [`Error::NoSuchRank`](crate::Error::NoSuchRank) for a rank outside of the mesh, or a key outside of the group.
+    /// [`Error::NoSuchRank`] for a rank outside of the mesh, or a key outside of the group.
     pub fn member(&self, rank: usize, axes: Axes, key: usize) -> Result<usize> {
         let color = self.place(rank, axes)?.color;
         let mut groups = self.groups(axes);
