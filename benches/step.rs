@@ -65,9 +65,9 @@ struct Flags {
     /// How gradients travel, as in a configuration.
     #[arg(long, default_value = "none")]
     hook: config::Hook,
-    /// In which kind gradients add up and travel, `fp32` or `bf16`.
-    #[arg(long, default_value = "fp32")]
-    gradients: String,
+    /// In which kind gradients add up and travel, `fp32` or `bf16`; else what the configuration has.
+    #[arg(long)]
+    gradients: Option<String>,
     /// Layers are computed again in backward.
     #[arg(long)]
     recompute: bool,
@@ -128,7 +128,9 @@ impl Stepper {
         let network = model::build(&vs, &config.model, 1, group.rank())?;
         let network = network.recomputing(flags.recompute);
         let mut options = config.ddp.options();
-        options.gradient_kind = Some(kind_of("--gradients", &flags.gradients)?);
+        if let Some(gradients) = &flags.gradients {
+            options.gradient_kind = Some(kind_of("--gradients", gradients)?);
+        }
         if checks != Checks::All {
             options.fingerprint_interval = 0;
         }

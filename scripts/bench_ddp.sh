@@ -27,8 +27,7 @@ program() {
     sed -n 's/.*"kind":\["bench"\].*"name":"'"$2"'".*"executable":"\([^"]*\)".*/\1/p'
 }
 ours=$(program phalanx step)
-collectives=$(program phalanx-comm collectives)
-
-peer=benches/peers/ddp_step.py
-[[ " $* " == *" --sides "* ]] && peer=benches/peers/sides_step.py
-exec "$python" -W ignore "$peer" --ours "$ours" --collectives "$collectives" "$@"
+if [[ " $* " == *" --sides "* ]]; then
+  exec "$python" -W ignore benches/peers/sides_step.py --ours "$ours" "$@"
+fi
+exec "$python" -W ignore benches/peers/ddp_step.py --ours "$ours" --collectives "$(program phalanx-comm collectives)" "$@"

@@ -33,7 +33,6 @@ def parsed():
     parser.add_argument("--without", action="store_true", help="of the first side also steps without exchange")
     parser.add_argument("--json", help="write everything to this file")
     parser.add_argument("--ours", help="the program of benches/step.rs")
-    parser.add_argument("--collectives", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -87,7 +86,7 @@ def main():
         )
     if arguments.json:
         document = {
-            **{key: value for key, value in vars(arguments).items() if key not in ("ours", "collectives", "json")},
+            **{key: value for key, value in vars(arguments).items() if key not in ("ours", "json")},
             "times_ms": {each.name: each.times for each in sides},
             "processor_ms": {each.name: each.busy for each in sides},
         }

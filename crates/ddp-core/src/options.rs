@@ -107,7 +107,7 @@ pub struct DdpOptions {
     /// parameter's own.
     pub gradient_kind: Option<Kind>,
     /// In which kind f32 parameters are kept, computed with and gathered, f16 or bf16: they become it when they are wrapped, frozen ones too, and
-    /// the [`Optimizer`](crate::Optimizer)'s f32 masters begin from what they were. `None`: each in its own.
+    /// the [`Optimizer`](crate::Optimizer)'s f32 masters begin from what they were: kept until its first step, four bytes an element that the rank updates. `None`: each in its own.
     pub parameter_kind: Option<Kind>,
     /// Whether an [`Optimizer`](crate::Optimizer) keeps its state in the host's memory, with an f32 copy of what it updates, and
     /// makes its steps there (ZeRO-Offload): for models on a GPU that does not hold them otherwise. The same bits on the CPU.

@@ -15,7 +15,7 @@ use phalanx_comm::testing::run_ranks;
 use phalanx_comm::Group;
 use phalanx_ddp_core::checkpoint::{Checkpointer, CheckpointerOptions};
 use phalanx_ddp_core::diloco::{DiLoCo, DiLoCoOptions, OuterSgd};
-use phalanx_ddp_core::hooks::{Cast, ErrorFeedback, Int8Blocks};
+use phalanx_ddp_core::hooks::{Cast, ErrorFeedback, Int8Blocks, Noop};
 use phalanx_ddp_core::{
     AdamW, Buffers, Ddp, DdpOptions, NonFinite, Optimizer, ParameterGroups, Sgd, Sync, Zero,
 };
@@ -250,6 +250,44 @@ fn settings_that_differ_or_cannot_be_are_refused() {
     for (error, part) in errors[0].iter().zip(parts) {
         assert!(error.contains(part), "{error}");
     }
+}
+
+/// A checkpoint between the inner step and that of the outer one would have one rank's model: all hear of it.
+#[test]
+fn a_checkpoint_between_both_steps_is_refused_on_every_rank() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_owned();
+    let errors = run_ranks(2, move |mut group| {
+        let rank = group.rank();
+        let (model, ddp) = wrapped(&mut group, options(Zero::Off));
+        let mut inner = sgd(&ddp, 0.05);
+        let _outer = DiLoCo::new(&ddp, every(100, PLAIN_MEAN)).unwrap();
+        let quiet = CheckpointerOptions { heed_signals: false, ..Default::default() };
+        let mut checkpointer = Checkpointer::new(&path, &ddp, quiet).unwrap();
+        model.loss_sum(samples(rank, 0)).backward();
+        let _step = inner.step(None).unwrap();
+        checkpointer.save(1, Some(&mut inner), || ()).unwrap_err().to_string()
+    });
+    assert!(errors[0].contains("is not the same on every rank"), "{errors:?}");
+    assert_eq!(errors[0], errors[1]);
+}
+
+/// What never travels leaves ranks apart, which nobody takes for a mistake.
+#[test]
+fn changes_that_do_not_travel_leave_ranks_apart() {
+    let all = run_ranks(2, |mut group| {
+        let rank = group.rank();
+        let (model, ddp) = wrapped(&mut group, options(Zero::Off));
+        let mut inner = sgd(&ddp, 0.05);
+        let mut outer = DiLoCo::with_hook(&ddp, every(1, PLAIN_MEAN), Noop).unwrap();
+        for step in 0..2 {
+            model.loss_sum(samples(rank, step)).backward();
+            let _step = inner.step(None).unwrap();
+            assert!(outer.step().unwrap());
+        }
+        model.bits()
+    });
+    assert_ne!(all[0], all[1]);
 }
 
 /// Rank 1's third step has gradients that are not finite.

@@ -16,13 +16,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use phalanx_comm::environment::HostLink;
-use phalanx_comm::testing::{run_ranks, run_ranks_with};
-use phalanx_comm::{Group, GroupOptions};
+use phalanx_comm::testing::run_ranks;
+use phalanx_comm::Group;
 use phalanx_ddp_core::recompute::{self, checkpointed, checkpointed_one, Checkpoint, Checkpointed};
 use phalanx_ddp_core::{
     amp, autograd, Adam, Ddp, Error, Optimizer, ParameterGroups, Result, Sync, Zero,
 };
-use support::{options, pattern, values};
+use support::{options, pattern, run_over, values};
 use tch::nn::{Module as _, ModuleT};
 use tch::{nn, Device, Kind, Tensor};
 
@@ -356,12 +356,8 @@ fn ddp_sees_a_backward_like_any_other() {
         for case in cases.into_iter().zip([false, true, true, false]) {
             // A recomputation gathers parameters inside of the backward where they are sharded.
             let link = if case.0 == Zero::Three { HostLink::Tcp } else { HostLink::Auto };
-            let of = |how| {
-                let options = GroupOptions::default();
-                run_ranks_with(world_size, link, options, move |mut group| {
-                    trained(&mut group, how, case)
-                })
-            };
+            let of =
+                |how| run_over(world_size, link, move |mut group| trained(&mut group, how, case));
             let plain = of(How::Plain);
             assert!(plain.iter().all(|rank| *rank == plain[0]), "ranks differ");
             assert!(plain == of(How::Each), "{world_size} ranks, {case:?}");

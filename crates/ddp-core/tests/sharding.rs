@@ -5,29 +5,14 @@
 
 mod support;
 
-use std::time::Duration;
-
 use phalanx_comm::environment::HostLink;
-use phalanx_comm::testing::run_ranks_with;
-use phalanx_comm::{Group, GroupOptions};
+use phalanx_comm::Group;
 use phalanx_ddp_core::checkpoint::{load_safetensors, save_safetensors, WeightsOptions};
 use phalanx_ddp_core::{
     AdamW, Ddp, DdpOptions, Optimizer, ParameterGroup, ParameterGroups, Sync, Zero,
 };
-use support::{options, wrapped, Model, STAGES};
+use support::{options, run_over as run, wrapped, Model, LINKS, STAGES};
 use tch::{nn, Device, Kind};
-
-/// Ranks that share memory, and ranks that do not.
-const LINKS: [HostLink; 2] = [HostLink::Auto, HostLink::Tcp];
-
-fn run<T: Send + 'static>(
-    world_size: usize,
-    link: HostLink,
-    rank: impl Fn(Group) -> T + Send + std::marker::Sync + 'static,
-) -> Vec<T> {
-    let options = GroupOptions::default().with_timeout(Duration::from_secs(30));
-    run_ranks_with(world_size, link, options, rank)
-}
 
 /// Ways to cut the model.
 fn cuts(zero: Zero) -> [DdpOptions; 3] {

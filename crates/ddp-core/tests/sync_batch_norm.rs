@@ -11,14 +11,14 @@
 mod support;
 
 use phalanx_comm::environment::HostLink;
-use phalanx_comm::testing::{run_ranks, run_ranks_with};
-use phalanx_comm::{Group, GroupOptions};
+use phalanx_comm::testing::run_ranks;
+use phalanx_comm::Group;
 use phalanx_ddp_core::recompute::Checkpointed;
 use phalanx_ddp_core::{
     Buffers, Ddp, DdpOptions, Error, Optimizer, ParameterGroups, Sgd, Sync, SyncBatchNorm,
     SyncBatchNormConfig, SyncGroup, Zero,
 };
-use support::{options, pattern};
+use support::{options, pattern, run_over};
 use tch::nn::ModuleT as _;
 use tch::{nn, Device, Kind, Tensor};
 
@@ -305,10 +305,7 @@ fn it_trains_in_ddp_also_checkpointed() {
         let of = |checkpointing, zero| {
             // Gathered over TCP where parameters are sharded.
             let link = if zero == Zero::Three { HostLink::Tcp } else { HostLink::Auto };
-            let options = GroupOptions::default();
-            run_ranks_with(world_size, link, options, move |mut group| {
-                trained(&mut group, checkpointing, zero)
-            })
+            run_over(world_size, link, move |mut group| trained(&mut group, checkpointing, zero))
         };
         let plain = of(false, Zero::Off);
         assert!(plain.iter().all(|rank| *rank == plain[0]), "{world_size} ranks differ");

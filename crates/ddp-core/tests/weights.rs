@@ -10,11 +10,9 @@
 mod support;
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use phalanx_comm::environment::HostLink;
-use phalanx_comm::testing::run_ranks_with;
-use phalanx_comm::{Group, GroupOptions};
+use phalanx_comm::Group;
 use phalanx_ddp_core::checkpoint::{
     load_safetensors, save_safetensors, LoadOptions, WeightsOptions,
 };
@@ -22,22 +20,10 @@ use phalanx_ddp_core::diloco::{DiLoCo, DiLoCoOptions, OuterSgd};
 use phalanx_ddp_core::{
     AdamW, Ddp, DdpOptions, Error, Optimizer, ParameterGroups, Sgd, Sync, Zero,
 };
-use support::{options, pattern, wrapped, Model, STAGES};
+use support::{options, pattern, run_over as run, wrapped, Model, LINKS, STAGES};
 use tch::{nn, Device, Kind, Tensor};
 
-/// Ranks that share memory, and ranks that do not.
-const LINKS: [HostLink; 2] = [HostLink::Auto, HostLink::Tcp];
-
 const KINDS: [Kind; 4] = [Kind::Float, Kind::Half, Kind::BFloat16, Kind::Double];
-
-fn run<T: Send + 'static>(
-    world_size: usize,
-    link: HostLink,
-    rank: impl Fn(Group) -> T + Send + std::marker::Sync + 'static,
-) -> Vec<T> {
-    let options = GroupOptions::default().with_timeout(Duration::from_secs(30));
-    run_ranks_with(world_size, link, options, rank)
-}
 
 /// A folder, and a file of weights in it.
 fn file_in(folder: &tempfile::TempDir) -> PathBuf {

@@ -40,3 +40,19 @@ pub(crate) fn forget() {
 pub fn should_stop() -> bool {
     ASKED.get().is_some_and(|asked| asked.load(Ordering::Relaxed)) || recorder::should_stop()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signal_of_one_generation_does_not_end_the_next() {
+        heed_signals().expect("handlers");
+        signal_hook::low_level::raise(SIGUSR1).expect("raised");
+        assert!(should_stop());
+        forget();
+        assert!(!should_stop());
+        signal_hook::low_level::raise(SIGUSR1).expect("raised");
+        assert!(should_stop(), "the handlers are still there");
+    }
+}

@@ -63,7 +63,8 @@ impl Ddp {
     /// Collective; every rank must see the files.
     ///
     /// A rank reads the ranges that it holds under ZeRO (its segments of the parameters, which stages 1 and 2 then gather), and all of what
-    /// every rank has by itself. Numbers are converted to the variables' kinds as libtorch's `copy_` does. Memory is 8 MiB.
+    /// every rank has by itself. Numbers are converted to the variables' kinds as libtorch's `copy_` does. It takes 8 MiB, and with
+    /// [`parameter_kind`](crate::DdpOptions::parameter_kind) until the next step four bytes for each element that the rank reads: what masters are to be.
     ///
     /// # Errors
     /// The same on every rank: [`Error::WeightsMismatch`] with every tensor that is missing or has another shape, [`Error::Io`] and

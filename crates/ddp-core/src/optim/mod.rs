@@ -225,7 +225,6 @@ impl Optimizer {
         if norm.is_some_and(|norm| !norm.is_finite())
             && is_skipped(clip, is_scaled, &mut reducer, norm)?
         {
-            reducer.hooked.iter_mut().for_each(Hooked::reset);
             reducer.release_gradients()?;
             return Ok(Step { gradient_norm: norm, skipped: true });
         }
@@ -452,7 +451,11 @@ fn is_skipped(
 ) -> Result<bool> {
     let norm = norm.unwrap_or(f64::NAN);
     let policy = reducer.options.non_finite;
-    if clip.is_strict || (policy == NonFinite::Error && !is_scaled) {
+    let is_error = clip.is_strict || (policy == NonFinite::Error && !is_scaled);
+    if is_error || is_scaled || policy == NonFinite::SkipStep {
+        reducer.hooked.iter_mut().for_each(Hooked::reset);
+    }
+    if is_error {
         reducer.release_gradients()?;
         let error = Error::NonFiniteNorm { norm };
         if !reducer.is_parted() {

@@ -59,4 +59,11 @@ mod tests {
         trace.turn();
         assert_eq!(trace.needed(1), Some(3), "a turn without a step changes nothing");
     }
+
+    #[test]
+    fn what_no_step_ends_is_remembered_up_to_a_limit() {
+        let mut trace = Trace::default();
+        (0..MOST + 9).for_each(|at| assert_eq!(trace.needed(at % 7), None));
+        assert_eq!(trace.now.len(), MOST);
+    }
 }

@@ -205,6 +205,32 @@ fn a_step_that_is_skipped_leaves_nothing_behind() {
     }
 }
 
+/// Gradients that are finite on each rank, and too large for what they travel in: the norm is not finite, and nothing of that is kept.
+#[test]
+fn a_norm_that_is_not_finite_leaves_nothing_behind() {
+    use phalanx_ddp_core::{DdpOptions, NonFinite, Optimizer, ParameterGroups, Sgd};
+    for non_finite in [NonFinite::SkipStep, NonFinite::Error] {
+        let all = run_ranks(2, move |mut group| {
+            let (rank, model) = (group.rank(), Model::new());
+            let ddp = model.wrap(&mut group, DdpOptions { non_finite, ..options(Zero::Off) });
+            Fed(&Fp16).set(&ddp).unwrap();
+            let mut optimizer =
+                Optimizer::new(&ddp, Sgd::default(), ParameterGroups::default()).unwrap();
+            let large = |g: Tensor| g.zeros_like() + 1e5;
+            model.loss(&gradients(rank, 0).into_iter().map(large).collect::<Vec<_>>()).backward();
+            match optimizer.step(Some(1.0)) {
+                Ok(step) => assert!(step.skipped && non_finite == NonFinite::SkipStep),
+                Err(error) => assert!(non_finite == NonFinite::Error, "{error}"),
+            }
+            assert!(ddp.hook_state().unwrap().tensors.is_empty(), "{non_finite:?}: forgotten");
+            model.loss(&gradients(rank, 1)).backward();
+            model.gradients()
+        });
+        assert!(all[0].iter().flatten().all(|value| value.is_finite()), "{non_finite:?}");
+        assert!(all[0] == all[1], "{non_finite:?}");
+    }
+}
+
 /// In bf16 buckets what the kind itself loses is kept as well.
 #[test]
 fn gradients_in_half_precision_are_fed_back_too() {

@@ -279,8 +279,7 @@ impl Mistake {
             Self::ExchangedTwice => &["a gradient that was exchanged already is there"],
             Self::ShardedWithTch => &["phalanx's Optimizer"],
             Self::NotFinite => &["are not finite"],
-            // Where the ranks have one copy, one that accumulates meanwhile sees it change.
-            Self::Poked => &["is not the same on every rank", "was changed between accumulating"],
+            Self::Poked => &["is not the same on every rank"],
             Self::WrongStepNumber => &["step 9"],
             Self::StepWithoutGradients => &["no backward has exchanged gradients"],
             Self::ModelsDiffer => &["the ranks hold different models"],

@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use phalanx_comm::testing::run_ranks_with;
 use phalanx_comm::GroupOptions;
+use phalanx_ddp_core::Zero;
 
 use crate::oracle;
-use crate::program::Program;
+use crate::program::{Mistake, Program};
 use crate::run::{self, Ended, Values};
 
 /// No error may need it, so that it can be long enough for a busy machine.
@@ -54,7 +55,8 @@ fn judge(program: &Program, ended: &[Ended]) -> Result<String, String> {
             Err(format!("{mistake:?} passes in silence on some ranks"))
         }
         (Some(mistake), _) => {
-            let is_said = texts.iter().any(|text| mistake.words().iter().any(|w| text.contains(w)));
+            let is_said = texts.iter().any(|text| mistake.words().iter().any(|w| text.contains(w)))
+                || is_seen_by_another(program, &texts);
             let waited = texts.iter().all(|text| text.contains(" passed on rank "));
             match (waited, is_said) {
                 (true, _) => Err(format!("{mistake:?} needs a timeout")),
@@ -63,6 +65,13 @@ fn judge(program: &Program, ended: &[Ended]) -> Result<String, String> {
             }
         }
     }
+}
+
+/// Where the ranks have one copy of the parameters, one that accumulates sees what another changes, if it is quick enough.
+fn is_seen_by_another(program: &Program, texts: &[&str]) -> bool {
+    let has_one_copy = program.settings.zero == Zero::Three;
+    let is_told = texts.iter().any(|text| text.contains("was changed between accumulating"));
+    program.mistake == Some(Mistake::Poked) && has_one_copy && is_told
 }
 
 /// Whether all ranks have the same weights.

@@ -4,10 +4,26 @@
 #![allow(clippy::cast_possible_wrap, clippy::cast_precision_loss, reason = "small numbers")]
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::time::Duration;
 
-use phalanx_comm::Group;
+use phalanx_comm::environment::HostLink;
+use phalanx_comm::testing::run_ranks_with;
+use phalanx_comm::{Group, GroupOptions};
 use phalanx_ddp_core::{Ddp, DdpOptions, Zero};
 use tch::{nn, nn::Module, Device, Kind, Tensor};
+
+/// Ranks that share memory, and ranks that do not.
+pub(crate) const LINKS: [HostLink; 2] = [HostLink::Auto, HostLink::Tcp];
+
+/// Ranks as threads, joined by `link`.
+pub(crate) fn run_over<T: Send + 'static>(
+    world_size: usize,
+    link: HostLink,
+    rank: impl Fn(Group) -> T + Send + Sync + 'static,
+) -> Vec<T> {
+    let options = GroupOptions::default().with_timeout(Duration::from_secs(30));
+    run_ranks_with(world_size, link, options, rank)
+}
 
 /// Every stage of ZeRO.
 pub(crate) const STAGES: [Zero; 4] = [Zero::Off, Zero::One, Zero::Two, Zero::Three];
