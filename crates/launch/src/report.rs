@@ -137,7 +137,7 @@ impl RankFailure {
             Exit::Code(101) => "it panicked: its last lines say where; RUST_BACKTRACE=1 shows the way there",
             Exit::Code(0) => "every rank must run the same number of collectives before it ends",
             Exit::Not if self.process.is_none() => "its node's launcher has not said how it ended: look at the output there",
-            Exit::Not if self.is_shared() => "the error says what to do; all ranks began again from their checkpoint, and had it again",
+            Exit::Not if self.is_shared() => "the error says what to do; no rank was lost",
             Exit::Not => "what the others say of it names its state; a stopped process goes on with SIGCONT",
             Exit::Code(_) | Exit::Signal(_) => "its last lines say why",
         }

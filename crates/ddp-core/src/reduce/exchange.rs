@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use phalanx_comm::{Max, Work};
+use phalanx_comm::{recorder, Max, Work};
 use tch::Kind;
 
 use super::backward::{Run, Started};
@@ -309,6 +309,8 @@ impl Reducer {
         }
         self.hand_out(&has_gradient, run.is_shadow)?;
         self.outcome = Outcome::Reduced(has_gradient);
+        // Training goes on: what it has met before is no reason for its end any more.
+        drop(recorder::take_shared_error());
         self.accumulated.views = self.store.gradient_versions()?;
         self.clock.ended = Instant::now();
         Ok(())
