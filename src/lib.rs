@@ -1,7 +1,8 @@
 //! Data-parallel training for Rust on libtorch: ranks that march in step.
 //!
 //! This package is the front: [`comm`] has the process groups and collectives, [`data`] the loaders,
-//! [`launch`] starts ranks, [`model_parallel`] has meshes and pipeline schedules, and with the feature `torch` (on by default) [`ddp`] trains tch models.
+//! [`launch`] starts ranks, and with the feature `torch` (on by default) [`ddp`] trains tch models and [`model_parallel`] those that are
+//! larger than a device.
 //!
 //! A program trains data-parallel when it joins its group and wraps its model:
 //!
@@ -22,7 +23,6 @@
 pub use phalanx_comm as comm;
 pub use phalanx_data as data;
 pub use phalanx_launch as launch;
-pub use phalanx_model_parallel as model_parallel;
 
 pub use phalanx_comm::{Group, GroupOptions};
 
@@ -34,6 +34,8 @@ pub use phalanx_ddp_core::{checkpoint, optim};
 pub use phalanx_ddp_core::{
     Ddp, DdpOptions, Optimizer, ParameterGroup, ParameterGroups, Sync, Zero,
 };
+#[cfg(feature = "torch")]
+pub use phalanx_model_parallel as model_parallel;
 #[cfg(feature = "torch")]
 pub use tch;
 

@@ -49,7 +49,7 @@ pub use mark::Mark;
 pub use reduce_op::{Avg, Max, Min, Product, ReduceOp, ScaledSum, Sum};
 pub use region::{Buffer, DeviceSlice, Region, RegionRange, Stream};
 pub use upload::{PinnedMemory, Upload, Uploader};
-pub use work::Work;
+pub use work::{Arriving, Work};
 
 /// The guide's examples, compiled with those of this documentation.
 #[cfg(doctest)]

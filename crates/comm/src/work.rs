@@ -43,6 +43,36 @@ pub(crate) struct Output<'b> {
     pub(crate) skip: usize,
 }
 
+/// A message on its way into memory of its own.
+#[derive(Debug)]
+#[must_use = "a message that is not waited for is lost"]
+pub struct Arriving {
+    pub(crate) work: Work<'static>,
+}
+
+impl Arriving {
+    /// Waits until it is here.
+    ///
+    /// # Errors
+    ///
+    /// As [`Work::wait`].
+    pub fn wait(self) -> Result<Vec<u8>> {
+        let call = Arc::clone(&self.work.call);
+        self.work.wait()?;
+        let mut state = call.lock();
+        Ok(match &mut state.memory {
+            Memory::Private(bytes) => std::mem::take(bytes),
+            _ => Vec::new(),
+        })
+    }
+
+    /// Whether [`wait`](Self::wait) would return at once.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.work.is_done()
+    }
+}
+
 impl<'b> Work<'b> {
     pub(crate) fn new(core: Arc<Core>, call: Arc<Call>, output: Option<Output<'b>>) -> Self {
         Self { core, call, output, peer: None, lane: None, borrow: PhantomData }

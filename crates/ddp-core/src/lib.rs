@@ -11,6 +11,8 @@
 pub mod amp;
 pub mod autograd;
 pub mod checkpoint;
+pub mod collective;
+mod cut;
 mod ddp;
 mod device;
 pub mod diloco;
@@ -30,6 +32,7 @@ mod store;
 mod sync_batch_norm;
 mod threads;
 
+pub use cut::Cut;
 pub use ddp::{Building, Ddp};
 pub use device::{load_cuda, Cuda};
 pub use error::{Error, Result};

@@ -18,6 +18,48 @@ pub enum Error {
         /// The axis, or `world`.
         axis: &'static str,
     },
+    /// A collective of tensors, a backward, or libtorch failed.
+    #[error(transparent)]
+    Ddp(#[from] phalanx_ddp_core::Error),
+    /// libtorch refused an operation.
+    #[error(transparent)]
+    Libtorch(#[from] tch::TchError),
+    /// A layer cannot be cut over so many ranks.
+    #[error("{layer}: {what} {len} cannot be divided by {axis} {ranks}; {}", choose(possible))]
+    Indivisible {
+        /// Where it is in the model.
+        layer: String,
+        /// What would be cut: heads, columns, the vocabulary.
+        what: &'static str,
+        /// How many there are.
+        len: i64,
+        /// The axis of the mesh.
+        axis: Axis,
+        /// Its size.
+        ranks: usize,
+        /// Sizes of the axis that divide it.
+        possible: Vec<usize>,
+    },
+    /// An input that the layer cannot take.
+    #[error("{layer}: {actual}; expected {expected}")]
+    BadInput {
+        /// Where it is in the model.
+        layer: String,
+        /// What was given.
+        actual: String,
+        /// What it takes.
+        expected: String,
+    },
+    /// A setting that makes no sense.
+    #[error("{setting} {value}: expected {expected}")]
+    BadSetting {
+        /// Its name.
+        setting: &'static str,
+        /// What was given.
+        value: String,
+        /// What it takes.
+        expected: &'static str,
+    },
     /// The axes do not multiply to the number of ranks.
     #[error("a mesh of {shape} does not fill a world of {world_size}; {}", listed(possible))]
     WorldMismatch {
@@ -139,4 +181,9 @@ fn listed(shapes: &[Shape]) -> String {
 fn numbers(values: &[usize]) -> String {
     let values: Vec<String> = values.iter().map(ToString::to_string).collect();
     values.join(", ")
+}
+
+/// Sizes to choose from.
+fn choose(possible: &[usize]) -> String {
+    format!("possible: {}", numbers(possible))
 }

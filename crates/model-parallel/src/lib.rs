@@ -44,6 +44,7 @@
 //! When not to use this crate: a model that fits into each device trains data-parallel, with `Ddp` alone.
 
 mod error;
+pub mod layer;
 pub mod mesh;
 pub mod pipeline;
 mod split;

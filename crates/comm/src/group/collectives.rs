@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::fingerprint::{CallRecord, Op};
 use crate::reduce_op::{ReduceOp, Reduction};
 use crate::region::{Buffer, Bytes};
-use crate::work::{Output, Work};
+use crate::work::{Arriving, Output, Work};
 
 impl Group {
     /// Replaces every rank's buffer by the reduction of all.
@@ -265,19 +265,35 @@ impl Group {
         if bytes.is_on_device() {
             return self.device_message::<T>(Op::Receive, bytes, peer);
         }
-        let call = self.message::<T>(
-            Op::Receive,
-            peer,
-            bytes.len(),
-            Memory::Private(vec![0; bytes.len()]),
-        )?;
+        self.receive_into::<T>(bytes.len(), Some(Output { bytes, skip: 0 }), peer)
+    }
+
+    /// Receives a message of exactly so many bytes from `peer` into memory of its own, which nothing needs to be kept borrowed for:
+    /// the counterpart of a [`send`](Group::send) of bytes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Group::send`].
+    #[track_caller]
+    pub fn receive_bytes(&mut self, len: usize, peer: usize) -> Result<Arriving> {
+        Ok(Arriving { work: self.receive_into::<u8>(len, None, peer)? })
+    }
+
+    #[track_caller]
+    fn receive_into<'b, T: Element>(
+        &mut self,
+        byte_len: usize,
+        output: Option<Output<'b>>,
+        peer: usize,
+    ) -> Result<Work<'b>> {
+        let memory = Memory::Private(vec![0; byte_len]);
+        let call = self.message::<T>(Op::Receive, peer, byte_len, memory)?;
         if let Some(lane) = self.lane.as_ref().filter(|_| !self.has_nccl()) {
             lane.submit(Arc::clone(&call), Check::None);
-            let output = Some(Output { bytes, skip: 0 });
             return Ok(Work::new(self.core(), call, output).on(Some(lane)));
         }
         point::start_receive(&self.core.peers, peer, Arc::clone(&call))?;
-        Ok(Work::message(self.core(), call, Some(Output { bytes, skip: 0 }), peer))
+        Ok(Work::message(self.core(), call, output, peer))
     }
 
     /// Every rank's bytes, by rank; their lengths may differ. Waits.

@@ -262,18 +262,29 @@ impl Flat {
         group: &mut Group,
         into: Option<&Self>,
     ) -> Result<Work<'static>> {
+        self.all_to_all_of(group, into, self.len())
+    }
+
+    /// As [`all_to_all`](Self::all_to_all), of the first `len` elements.
+    pub(crate) fn all_to_all_of(
+        &self,
+        group: &mut Group,
+        into: Option<&Self>,
+        len: usize,
+    ) -> Result<Work<'static>> {
         let Some(into) = into else {
-            return Ok(
-                with_region!(&self.memory, region => group.all_to_all_in_place(region.full())?),
-            );
+            return Ok(with_region!(
+                &self.memory,
+                region => group.all_to_all_in_place(region.range(0..len))?
+            ));
         };
         match (&self.memory, &into.memory) {
-            (Memory::F32(from), Memory::F32(to)) => across(group, from, to),
-            (Memory::F64(from), Memory::F64(to)) => across(group, from, to),
-            (Memory::F16(from), Memory::F16(to)) => across(group, from, to),
-            (Memory::BF16(from), Memory::BF16(to)) => across(group, from, to),
-            (Memory::U8(from), Memory::U8(to)) => across(group, from, to),
-            (Memory::I32(from), Memory::I32(to)) => across(group, from, to),
+            (Memory::F32(from), Memory::F32(to)) => across(group, from, to, len),
+            (Memory::F64(from), Memory::F64(to)) => across(group, from, to, len),
+            (Memory::F16(from), Memory::F16(to)) => across(group, from, to, len),
+            (Memory::BF16(from), Memory::BF16(to)) => across(group, from, to, len),
+            (Memory::U8(from), Memory::U8(to)) => across(group, from, to, len),
+            (Memory::I32(from), Memory::I32(to)) => across(group, from, to, len),
             _ => Err(Error::UnsupportedKind { name: "all_to_all".to_owned(), kind: self.kind() }),
         }
     }
@@ -283,8 +294,9 @@ fn across<T: Element>(
     group: &mut Group,
     from: &Region<T>,
     to: &Region<T>,
+    len: usize,
 ) -> Result<Work<'static>> {
-    Ok(group.all_to_all_on_device(from.full(), to.full())?)
+    Ok(group.all_to_all_on_device(from.range(0..len), to.range(0..len))?)
 }
 
 /// Memory where the model's gradients are.

@@ -1,0 +1,121 @@
+//! Tensors from one rank to another.
+#![expect(unsafe_code, reason = "gate: gives a tensor's GPU memory to a message")]
+
+use phalanx_comm::{Arriving, DeviceSlice, Work};
+use tch::{Device, Kind, Tensor};
+
+use super::TensorGroup;
+use crate::store::flat::{dense_bytes, dense_bytes_mut};
+use crate::{shim, Result};
+
+/// A message on its way to another rank.
+#[derive(Debug)]
+#[must_use = "a message that is not waited for has no end, and its error is lost"]
+pub struct Sending {
+    work: Work<'static>,
+    /// GPU memory that is read until then.
+    _held: Option<Tensor>,
+}
+
+impl Sending {
+    /// Waits until the memory is read, and on the host until the other rank has the message.
+    ///
+    /// # Errors
+    /// Those of the group.
+    pub fn wait(self) -> Result<()> {
+        Ok(self.work.wait()?)
+    }
+
+    /// Whether [`wait`](Self::wait) would return at once.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.work.is_done()
+    }
+}
+
+/// A message on its way from another rank.
+#[derive(Debug)]
+#[must_use = "a message that is not waited for is lost"]
+pub struct Receiving {
+    tensor: Tensor,
+    message: Message,
+}
+
+#[derive(Debug)]
+enum Message {
+    OnHost(Arriving),
+    OnDevice(Work<'static>),
+}
+
+impl Receiving {
+    /// Waits for the tensor. On a GPU it orders the caller's stream after it and returns at once.
+    ///
+    /// # Errors
+    /// Those of the group; libtorch's own.
+    pub fn wait(self) -> Result<Tensor> {
+        let Self { mut tensor, message } = self;
+        match message {
+            Message::OnHost(arriving) => {
+                let bytes = arriving.wait()?;
+                dense_bytes_mut("a message", &mut tensor)?.copy_from_slice(&bytes);
+            }
+            Message::OnDevice(work) => work.wait()?,
+        }
+        Ok(tensor)
+    }
+}
+
+impl TensorGroup {
+    /// Sends a copy of `tensor` to `peer`, a rank of the group, which [receives](Self::start_receive) it. Messages of a pair are matched in the order of
+    /// the calls. Returns at once; over NCCL messages are in one order with collectives.
+    ///
+    /// # Errors
+    /// Those of the group; libtorch's own.
+    pub fn start_send(&self, tensor: &Tensor, peer: usize, tag: &str) -> Result<Sending> {
+        let tensor = tensor.f_detach()?.f_contiguous()?;
+        let stream = shim::current_stream(tensor.device())?;
+        let group = &mut self.lock().group;
+        group.set_stream(stream);
+        group.tagged(tag);
+        if tensor.device() == Device::Cpu {
+            let work = group.send(dense_bytes("a message", &tensor)?, peer)?;
+            return Ok(Sending { work, _held: None });
+        }
+        let work = group.send_from_device(memory_of(&tensor), peer)?;
+        Ok(Sending { work, _held: Some(tensor) })
+    }
+
+    /// Receives a tensor of this shape and kind from `peer`, while the caller computes.
+    ///
+    /// # Errors
+    /// Those of the group; libtorch's own.
+    pub fn start_receive(
+        &self,
+        shape: &[i64],
+        (kind, device): (Kind, Device),
+        peer: usize,
+        tag: &str,
+    ) -> Result<Receiving> {
+        let tensor = Tensor::f_empty(shape, (kind, device))?;
+        let stream = shim::current_stream(device)?;
+        let group = &mut self.lock().group;
+        group.set_stream(stream);
+        group.tagged(tag);
+        let message = match device {
+            Device::Cpu => {
+                let bytes = tensor.numel() * kind.elt_size_in_bytes();
+                Message::OnHost(group.receive_bytes(bytes, peer)?)
+            }
+            _ => Message::OnDevice(group.receive(memory_of(&tensor), peer)?),
+        };
+        Ok(Receiving { tensor, message })
+    }
+}
+
+/// A dense tensor's memory on a GPU.
+fn memory_of(tensor: &Tensor) -> DeviceSlice<'static, u8> {
+    let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    // SAFETY: dense memory of the tensor, which its message keeps until it was waited for; libtorch reuses what is freed after
+    // that in the order of the stream, which waits for the message.
+    unsafe { DeviceSlice::from_raw(tensor.data_ptr() as usize as u64, bytes) }
+}
