@@ -226,7 +226,7 @@ impl Head {
         let mut found = Found {
             loss: Tensor::f_zeros([], (wide(weight.kind()), hidden.device()))?,
             of_hidden: self.wants.0.then(|| hidden.f_empty_like()).transpose()?,
-            of_weight: self.wants.1.then(|| weight.f_zeros_like()).transpose()?,
+            of_weight: None,
         };
         let mut start = 0;
         while start < tokens {
@@ -238,8 +238,12 @@ impl Head {
                 let mut rows = of_hidden.f_narrow(0, start, len)?;
                 rows.f_copy_(&of_chunk.1.f_matmul(weight)?)?;
             }
-            if let Some(of_weight) = &mut found.of_weight {
-                drop(of_weight.f_addmm_(&of_chunk.1.f_tr()?, &chunk)?);
+            if self.wants.1 {
+                let rows = of_chunk.1.f_tr()?;
+                found.of_weight = Some(match found.of_weight.take() {
+                    None => rows.f_matmul(&chunk)?,
+                    Some(mut sum) => sum.f_addmm_(&rows, &chunk)?,
+                });
             }
             start += len;
         }
