@@ -79,7 +79,9 @@ pub fn cross_entropy(
                 true => Some(scaled(&backward.saved[1])?),
                 false => None,
             };
-            if let (Some(deferred), Some(gradient)) = (&deferred, of_weight.take_if(|_| deferred.is_some())) {
+            if let (Some(deferred), Some(gradient)) =
+                (&deferred, of_weight.take_if(|_| deferred.is_some()))
+            {
                 let leaf = leaf.shallow_clone();
                 deferred.leave(move || Ok(vec![(leaf, gradient)]));
             }
@@ -139,9 +141,7 @@ fn words(weight: &Tensor, tp: &TensorParallel) -> Result<Words> {
                 group.tagged("cross-entropy: words");
                 group.all_gather_bytes(&mine.to_le_bytes())
             })?;
-            let count = |bytes: &Vec<u8>| {
-                bytes.as_slice().try_into().map_or(0, i64::from_le_bytes)
-            };
+            let count = |bytes: &Vec<u8>| bytes.as_slice().try_into().map_or(0, i64::from_le_bytes);
             told.iter().map(count).collect()
         }
     };
