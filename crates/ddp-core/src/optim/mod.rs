@@ -33,7 +33,7 @@ mod whole;
 
 use std::time::{Duration, Instant};
 
-use phalanx_comm::{recorder, Work};
+use phalanx_comm::Work;
 use tch::Tensor;
 
 pub use adafactor::Adafactor;
@@ -50,13 +50,12 @@ pub use rule::{Norms, Now, Rule, Runs, Whole};
 pub use sgd::Sgd;
 
 use crate::amp::LossScaler;
-use crate::hooks::Hooked;
 use crate::reduce::{self, Outcome, Reducer, Shared};
 use crate::store::model::Named;
 use crate::store::norm::{self, Power};
 use crate::store::plan::Bucket;
 use crate::store::{agree, Store};
-use crate::{Ddp, Error, NonFinite, Result};
+use crate::{Ddp, Error, Result};
 use groups::GroupSettings;
 use numbers::{Changes, Numbers};
 use piece::{Owned, Piece, Treatment};
@@ -177,8 +176,8 @@ impl Optimizer {
 
     /// Clips the gradients, if that is wanted, updates the parameters, makes the gradients undefined, and returns
     /// their norm before clipping. `clip` is a [`Clip`] or the largest 2-norm: `Some(1.0)`, `None`; with
-    /// `Some(f64::INFINITY)` the norm is told and nothing clipped. Collective under ZeRO, and for rules that take
-    /// parameters whole.
+    /// `Some(f64::INFINITY)` the norm is told and nothing clipped. Collective under ZeRO, for rules that take
+    /// parameters whole, and for [a part](Ddp::set_part) of a model, of which all ranks make the step or none.
     ///
     /// A norm that is not finite is treated as the `Ddp` treats gradients that are not finite: an error on every
     /// rank, a step that is left out, or a warning.
@@ -226,7 +225,7 @@ impl Optimizer {
             None => None,
         };
         if norm.is_some_and(|norm| !norm.is_finite())
-            && is_skipped(clip, is_scaled, &mut reducer, norm)?
+            && clip.skips(&mut reducer, (is_scaled, norm))?
         {
             reducer.release_gradients()?;
             return Ok(Step { gradient_norm: norm, skipped: true });
@@ -442,33 +441,6 @@ impl Drop for Optimizer {
             reducer.store.optimizer.count -= 1;
         }
     }
-}
-
-/// Whether a step whose norm is not finite is left out; an error if it is to be one. The same on every rank.
-fn is_skipped(
-    clip: Clip,
-    is_scaled: bool,
-    reducer: &mut Reducer,
-    norm: Option<f64>,
-) -> Result<bool> {
-    let norm = norm.unwrap_or(f64::NAN);
-    let policy = reducer.options.non_finite;
-    let is_error = clip.is_strict || (policy == NonFinite::Error && !is_scaled);
-    if is_error || is_scaled || policy == NonFinite::SkipStep {
-        reducer.hooked.iter_mut().for_each(Hooked::reset);
-    }
-    if is_error {
-        reducer.release_gradients()?;
-        let error = Error::NonFiniteNorm { norm };
-        if !reducer.is_parted() {
-            recorder::tell_shared_error(&error.to_string());
-        }
-        return Err(error);
-    }
-    if !is_scaled && policy != NonFinite::Ignore && reducer.store.group.rank() == 0 {
-        tracing::warn!(norm, "the norm of all gradients is not finite");
-    }
-    Ok(is_scaled || policy == NonFinite::SkipStep)
 }
 
 /// The gradients of this rank's pieces, all for one sum.
