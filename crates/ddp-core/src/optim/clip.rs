@@ -2,9 +2,13 @@
 //!
 //! Norms are summed cell by cell ([`store::norm`](crate::store::norm)), so that they do not depend on the sharding.
 
+use phalanx_comm::recorder;
+
 use super::rule::check_setting;
+use crate::hooks::Hooked;
+use crate::reduce::Reducer;
 use crate::store::norm::Power;
-use crate::Result;
+use crate::{Error, NonFinite, Result};
 
 /// What an [`Optimizer`](super::Optimizer) does to gradients before a step.
 ///
@@ -104,6 +108,32 @@ impl Clip {
             (Limit::Norm { max, .. }, Some(norm)) => ((norm + 1e-6) / max).max(1.0),
             _ => 1.0,
         }
+    }
+
+    /// Whether a step whose norm is not finite is left out; an error if it is to be one. The same on every rank.
+    pub(super) fn skips(
+        self,
+        reducer: &mut Reducer,
+        (is_scaled, norm): (bool, Option<f64>),
+    ) -> Result<bool> {
+        let norm = norm.unwrap_or(f64::NAN);
+        let policy = reducer.options.non_finite;
+        let is_error = self.is_strict || (policy == NonFinite::Error && !is_scaled);
+        if is_error || is_scaled || policy == NonFinite::SkipStep {
+            reducer.hooked.iter_mut().for_each(Hooked::reset);
+        }
+        if is_error {
+            reducer.release_gradients()?;
+            let error = Error::NonFiniteNorm { norm };
+            if !reducer.is_parted() {
+                recorder::tell_shared_error(&error.to_string());
+            }
+            return Err(error);
+        }
+        if !is_scaled && policy != NonFinite::Ignore && reducer.store.rank_of_all() == 0 {
+            tracing::warn!(norm, "the norm of all gradients is not finite");
+        }
+        Ok(is_scaled || policy == NonFinite::SkipStep)
     }
 
     /// What each element is clamped to.

@@ -33,7 +33,7 @@ mod whole;
 
 use std::time::{Duration, Instant};
 
-use phalanx_comm::{recorder, Work};
+use phalanx_comm::Work;
 use tch::Tensor;
 
 pub use adafactor::Adafactor;
@@ -50,13 +50,12 @@ pub use rule::{Norms, Now, Rule, Runs, Whole};
 pub use sgd::Sgd;
 
 use crate::amp::LossScaler;
-use crate::hooks::Hooked;
 use crate::reduce::{self, Outcome, Reducer, Shared};
 use crate::store::model::Named;
 use crate::store::norm::{self, Power};
 use crate::store::plan::Bucket;
 use crate::store::{agree, Store};
-use crate::{Ddp, Error, NonFinite, Result};
+use crate::{Ddp, Error, Result};
 use groups::GroupSettings;
 use numbers::{Changes, Numbers};
 use piece::{Owned, Piece, Treatment};
@@ -131,6 +130,7 @@ impl Optimizer {
         let of = |named: &Named| format!("{}: group {}", named.name, groups.index_of(&named.name));
         signature.extend(store.model.variables.iter().map(of));
         agree::alike(&mut store.group, "optimizer", "their optimizers", &signature)?;
+        whole::check_parts(store, &rule, &signature[..1])?;
         rule.check()?;
         let settings = groups.settings(&rule)?;
         store.optimizer.count += 1;
@@ -176,8 +176,8 @@ impl Optimizer {
 
     /// Clips the gradients, if that is wanted, updates the parameters, makes the gradients undefined, and returns
     /// their norm before clipping. `clip` is a [`Clip`] or the largest 2-norm: `Some(1.0)`, `None`; with
-    /// `Some(f64::INFINITY)` the norm is told and nothing clipped. Collective under ZeRO, and for rules that take
-    /// parameters whole.
+    /// `Some(f64::INFINITY)` the norm is told and nothing clipped. Collective under ZeRO, for rules that take
+    /// parameters whole, and for [a part](Ddp::set_part) of a model, of which all ranks make the step or none.
     ///
     /// A norm that is not finite is treated as the `Ddp` treats gradients that are not finite: an error on every
     /// rank, a step that is left out, or a warning.
@@ -207,8 +207,10 @@ impl Optimizer {
         clip.check()?;
         let shared = Shared::clone(&self.shared);
         let mut reducer = reduce::lock(&shared)?;
-        let has_gradient = match std::mem::take(&mut reducer.outcome) {
+        let made_with = [clip.bytes(), loss_scale.to_le_bytes().to_vec()].concat();
+        let has_gradient = match reducer.take_outcome(self.lr, &made_with)? {
             Outcome::Nothing => return Err(Error::NoGradients),
+            Outcome::Refused(refusal) => return Err(refusal.into()),
             Outcome::Skipped => return Ok(Step { gradient_norm: Some(f64::NAN), skipped: true }),
             Outcome::Reduced(has_gradient) => has_gradient,
         };
@@ -223,7 +225,7 @@ impl Optimizer {
             None => None,
         };
         if norm.is_some_and(|norm| !norm.is_finite())
-            && is_skipped(clip, is_scaled, &mut reducer, norm)?
+            && clip.skips(&mut reducer, (is_scaled, norm))?
         {
             reducer.release_gradients()?;
             return Ok(Step { gradient_norm: norm, skipped: true });
@@ -233,7 +235,6 @@ impl Optimizer {
             value_max: clip.value_max().map(|max| max * loss_scale),
         };
         self.update(&mut reducer, &has_gradient, changes)?;
-        let made_with = [clip.bytes(), loss_scale.to_le_bytes().to_vec()].concat();
         let stepped = &mut reducer.store.optimizer;
         stepped.steps += 1;
         stepped.lr = self.lr;
@@ -300,10 +301,10 @@ impl Optimizer {
     ) -> Result<f64> {
         let start = Instant::now();
         let store = &mut reducer.store;
-        let parts = gradient_parts(store, &self.owned(store, has_gradient));
-        let own = norm::of(&parts, 1, power)?;
+        let counted = self.owned(store, &store.counted(has_gradient));
+        let own = norm::of(&gradient_parts(store, &counted), 1, power)?;
         let computed = start.elapsed();
-        let sum = store.over_ranks(own)?[0];
+        let sum = store.over_model(own)?[0];
         reducer.waited(start.elapsed().saturating_sub(computed));
         Ok(power.norm(sum))
     }
@@ -404,7 +405,7 @@ impl Optimizer {
         let of_directions = self.state.direction_parts(store, owned).into_iter();
         parts.extend(of_directions.map(|part| norm::Part { sum: part.sum + count, ..part }));
         let own = norm::of(&parts, 2 * count, Power::Two)?;
-        let sums = store.over_ranks(own)?;
+        let sums = store.over_parameters(own, 2)?;
         let (parameters, directions) = sums.split_at(count);
         let both = parameters
             .iter()
@@ -412,7 +413,7 @@ impl Optimizer {
             .map(|(&parameter, &direction)| (parameter, direction));
         let ratio = |(index, (parameter, direction)): (usize, (f64, f64))| {
             let now = numbers.now(self.parameters[index])?;
-            let len = store.plan.places[index].range.len();
+            let len = store.whole_len(index);
             let norms = Norms { parameter: parameter.sqrt(), direction: direction.sqrt(), len };
             Ok(self.rule.trust_ratio(&now, norms))
         };
@@ -440,33 +441,6 @@ impl Drop for Optimizer {
             reducer.store.optimizer.count -= 1;
         }
     }
-}
-
-/// Whether a step whose norm is not finite is left out; an error if it is to be one. The same on every rank.
-fn is_skipped(
-    clip: Clip,
-    is_scaled: bool,
-    reducer: &mut Reducer,
-    norm: Option<f64>,
-) -> Result<bool> {
-    let norm = norm.unwrap_or(f64::NAN);
-    let policy = reducer.options.non_finite;
-    let is_error = clip.is_strict || (policy == NonFinite::Error && !is_scaled);
-    if is_error || is_scaled || policy == NonFinite::SkipStep {
-        reducer.hooked.iter_mut().for_each(Hooked::reset);
-    }
-    if is_error {
-        reducer.release_gradients()?;
-        let error = Error::NonFiniteNorm { norm };
-        if !reducer.is_parted() {
-            recorder::tell_shared_error(&error.to_string());
-        }
-        return Err(error);
-    }
-    if !is_scaled && policy != NonFinite::Ignore && reducer.store.group.rank() == 0 {
-        tracing::warn!(norm, "the norm of all gradients is not finite");
-    }
-    Ok(is_scaled || policy == NonFinite::SkipStep)
 }
 
 /// The gradients of this rank's pieces, all for one sum.
