@@ -5,6 +5,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::names::plain;
 use super::stage::{Shaped, Stage};
 use super::Pipeline;
 use crate::error::{Error, Result};
@@ -47,7 +48,8 @@ impl Pipeline {
     ) -> Result<Shaped, String> {
         let output = match stage.output(chunk) {
             Some(output) => output,
-            None => traced(stage, chunk, given, self.device).map_err(|error| error.to_string())?,
+            None => traced(stage, chunk, given, self.device)
+                .map_err(|error| plain(&error.to_string()).to_owned())?,
         };
         if !KINDS.contains(&output.kind) {
             return Err(format!("it gives {output}, which has no gradient"));

@@ -28,13 +28,13 @@ use phalanx_ddp_core::collective::TensorGroup;
 use phalanx_ddp_core::Ddp;
 use tch::Device;
 
-pub use stage::{Shaped, Stage, StepOutput};
+pub use stage::{Computing, Shaped, Stage, StepOutput};
 
 use super::schedule::{Schedule, Sending};
 use crate::error::{Error, Result};
 use crate::layer::random::Key;
 use crate::mesh::Mesh;
-use names::Names;
+use names::{plain, Names};
 use step::{Failed, Step};
 use tied::Tied;
 
@@ -186,9 +186,9 @@ impl Pipeline {
         self.settle(stage)?;
         let mut step = Step::new(self, stage, Some((ddp, weights)));
         let outcome = step.run().and_then(|()| step.told());
-        let idle = step.idle();
+        let (idle, computing) = (step.idle(), step.computing);
         match outcome {
-            Ok(losses) => Ok(StepOutput { losses, idle, elapsed: start.elapsed() }),
+            Ok(losses) => Ok(StepOutput { losses, idle, elapsed: start.elapsed(), computing }),
             Err(failed) => Err(self.failed(Some(ddp), failed)),
         }
     }
@@ -227,8 +227,9 @@ impl Pipeline {
         };
         let error = Error::Pipeline { at, whom, source: Box::new(error) };
         let text = error.to_string();
-        self.group.abort(&text);
-        if let Some(Err(error)) = ddp.map(|ddp| ddp.abort(&text)) {
+        let text = plain(&text);
+        self.group.abort(text);
+        if let Some(Err(error)) = ddp.map(|ddp| ddp.abort(text)) {
             return error.into();
         }
         error
