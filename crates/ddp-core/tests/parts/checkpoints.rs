@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use phalanx_checkpoint::{diff, Folder};
 use phalanx_comm::slots::{memory, Slots};
-use phalanx_ddp_core::checkpoint::{Checkpointer, CheckpointerOptions, OnError, Origin};
+use phalanx_ddp_core::checkpoint::{Checkpointer, CheckpointerOptions, Next, OnError, Origin};
 use phalanx_ddp_core::optim::Rule;
 use phalanx_ddp_core::{AdamW, Ema, Lars, Optimizer, ParameterGroups, Sgd, Zero};
 use tch::Kind;
@@ -163,7 +163,8 @@ fn snapshots_in_memory_are_of_all_parts() {
                 for step in origin.map_or(0, |(_, step)| step) + 1..=to {
                     part.backward(&rank, &ddp, step as i64);
                     optimizer.step(Some(0.5)).unwrap();
-                    drop(checkpointer.step(step, Some(&mut optimizer), || ()).unwrap());
+                    let next = checkpointer.step(step, Some(&mut optimizer), || ()).unwrap();
+                    assert_eq!(next, Next::Continue);
                 }
                 checkpointer.finish().unwrap();
                 (origin, part.backward(&rank, &ddp, 100))

@@ -150,7 +150,7 @@ impl Part {
         Self { vs, cuts, embedding, blocks }
     }
 
-    fn sorted(&self) -> Vec<(String, Tensor)> {
+    pub(crate) fn sorted(&self) -> Vec<(String, Tensor)> {
         let mut all: Vec<_> = self.vs.variables().into_iter().collect();
         all.sort_by(|a, b| a.0.cmp(&b.0));
         all
