@@ -74,7 +74,7 @@ fn where_they_are_an_error_the_step_tells_it_on_all_ranks() {
         // Of the world: the last stage's last part, of the first samples.
         let culprit = (pp - 1) * dp * tp + tp - 1;
         assert!(errors[0].contains(&format!("rank {culprit}:")), "{}", errors[0]);
-        assert!(errors[0].contains(&format!("layer1-up")), "{}", errors[0]);
+        assert!(errors[0].contains("layer1-up"), "{}", errors[0]);
         assert!(errors.iter().all(|error| *error == errors[0]), "{errors:?}");
     }
 }
