@@ -10,7 +10,9 @@ use tch::Tensor;
 use super::ring::{check, plain};
 use super::Sequence;
 use crate::error::{Error, Result};
+use crate::layer::Pass;
 use crate::mesh::Axis;
+use crate::tensor::Attend;
 
 /// Attention over sequences that are cut over ranks, each of which computes some heads.
 ///
@@ -87,9 +89,8 @@ impl HeadsAttention {
     }
 
     fn check_heads(&self, heads: i64, kv_heads: i64) -> Result<()> {
-        let divides = |heads: i64, ranks: usize| {
-            i64::try_from(ranks).is_ok_and(|ranks| heads % ranks == 0)
-        };
+        let divides =
+            |heads: i64, ranks: usize| i64::try_from(ranks).is_ok_and(|ranks| heads % ranks == 0);
         let ranks = self.sequence.group().world_size();
         let (what, len) = match (divides(heads, ranks), divides(kv_heads, ranks)) {
             (true, true) => return Ok(()),
@@ -119,6 +120,12 @@ impl HeadsAttention {
         };
         let group = self.sequence.group().clone();
         Ok(Turn { name: self.name.clone(), group, ranks, places, positions })
+    }
+}
+
+impl Attend for HeadsAttention {
+    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, _pass: &Pass) -> Result<Tensor> {
+        Self::attend(self, q, k, v)
     }
 }
 
@@ -173,8 +180,7 @@ impl Turn {
         };
         let pending: Vec<Pending> = tensors.iter().map(start).collect::<DdpResult<_>>()?;
         // [n, batch, heads / n, tokens / n, d], by whose heads they were.
-        let finish =
-            |pending: Pending| Ok(pending.wait()?.f_movedim_int(0, 1)?.f_flatten(1, 2)?);
+        let finish = |pending: Pending| Ok(pending.wait()?.f_movedim_int(0, 1)?.f_flatten(1, 2)?);
         pending.into_iter().map(finish).collect()
     }
 
