@@ -19,6 +19,7 @@ use rotary::Rotary;
 
 /// The products that make queries, keys and values.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "one for each attention")]
 pub enum Projections {
     /// One matrix with the three side by side ([`LinearOptions::parts`](super::LinearOptions::parts)): GPT-2's.
     Fused(ColumnLinear),
