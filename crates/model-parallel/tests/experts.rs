@@ -206,7 +206,9 @@ fn losses_and_gradients_are_those_of_one_process() {
                 for capacity_factor in [None, Some(1.0), Some(0.3)] {
                     let case = Case::of(experts, top_k, capacity_factor);
                     check(case, shape, world_size);
-                    check(Case { kind: Kind::Float, ..case }, shape, world_size);
+                    if capacity_factor.is_none() {
+                        check(Case { kind: Kind::Float, ..case }, shape, world_size);
+                    }
                 }
             }
         }
