@@ -54,52 +54,20 @@ impl HeadsAttention {
         }
         self.check_heads(q.size()[1], k.size()[1])?;
         let turn = self.turn(q.size()[2])?;
-        let back = turn.clone();
-        let mut inside = Function::new("heads of all tokens").apply(
-            &[q, k, v],
-            move |_, inputs| {
-                let outputs = turn.tokens_together(inputs, "queries, keys and values")?;
-                let like = outputs.iter().map(|o| (o.size(), (o.kind(), o.device()))).collect();
-                Ok((outputs, like))
-            },
-            move |backward, gradients| {
-                let gradients = defined(gradients, backward.state)?;
-                let gradients: Vec<&Tensor> = gradients.iter().collect();
-                let all = back.heads_together(&gradients, "gradients of q, k and v")?;
-                Ok(all.into_iter().map(Some).collect())
-            },
-        )?;
-        let values = inside.pop();
-        let (Some(v), Some(k), Some(q)) = (values, inside.pop(), inside.pop()) else {
-            return Err(phalanx_ddp_core::Error::BackwardAbandoned.into());
-        };
-        let output = plain(&q, &k, &v, self.is_causal)?;
-        let turn = self.turn(q.size()[2] / self.sequence.ranks())?;
-        let back = turn.clone();
-        let mut outside = Function::new("tokens of all heads").apply(
-            &[&output],
-            move |_, inputs| Ok((turn.heads_together(inputs, "outputs")?, ())),
-            move |_, gradients| {
-                let Some(gradient) = &gradients[0] else { return Ok(vec![None]) };
-                let all = back.tokens_together(&[gradient], "gradients of outputs")?;
-                Ok(all.into_iter().map(Some).collect())
-            },
-        )?;
-        outside.pop().ok_or_else(|| phalanx_ddp_core::Error::BackwardAbandoned.into())
+        let [all_q, all_k, all_v] = turn.to_heads([q, k, v])?;
+        Ok(turn.to_tokens(&plain(&all_q, &all_k, &all_v, self.is_causal)?)?)
     }
 
     fn check_heads(&self, heads: i64, kv_heads: i64) -> Result<()> {
-        let divides =
-            |heads: i64, ranks: usize| i64::try_from(ranks).is_ok_and(|ranks| heads % ranks == 0);
+        let divides = |ranks: usize, len: i64| i64::try_from(ranks).is_ok_and(|n| len % n == 0);
         let ranks = self.sequence.group().world_size();
-        let (what, len) = match (divides(heads, ranks), divides(kv_heads, ranks)) {
+        let (what, len) = match (divides(ranks, heads), divides(ranks, kv_heads)) {
             (true, true) => return Ok(()),
             (false, _) => ("heads", heads),
             (true, false) => ("heads of keys and values", kv_heads),
         };
         let most = usize::try_from(kv_heads).unwrap_or(1);
-        let possible =
-            (1..=most).filter(|&ranks| divides(heads, ranks) && divides(kv_heads, ranks)).collect();
+        let possible = (1..=most).filter(|&n| divides(n, heads) && divides(n, kv_heads)).collect();
         Err(Error::Indivisible {
             layer: self.name.clone(),
             what,
@@ -154,6 +122,42 @@ impl Clone for Turn {
 }
 
 impl Turn {
+    /// Queries, keys and values of own tokens → of own heads.
+    fn to_heads(&self, own: [&Tensor; 3]) -> DdpResult<[Tensor; 3]> {
+        let (there, back) = (self.clone(), self.clone());
+        let outputs = Function::new("heads of all tokens").apply(
+            &own,
+            move |_, inputs| {
+                let outputs = there.tokens_together(inputs, "queries, keys and values")?;
+                let like = outputs.iter().map(|o| (o.size(), (o.kind(), o.device()))).collect();
+                Ok((outputs, like))
+            },
+            move |backward, gradients| {
+                let whole = defined(gradients, backward.state)?;
+                let whole: Vec<&Tensor> = whole.iter().collect();
+                let all = back.heads_together(&whole, "gradients of q, k and v")?;
+                Ok(all.into_iter().map(Some).collect())
+            },
+        )?;
+        <[Tensor; 3]>::try_from(outputs)
+            .map_err(|_three| phalanx_ddp_core::Error::BackwardAbandoned)
+    }
+
+    /// Outputs of own heads → of own tokens.
+    fn to_tokens(&self, output: &Tensor) -> DdpResult<Tensor> {
+        let (there, back) = (self.clone(), self.clone());
+        let mut outputs = Function::new("tokens of all heads").apply(
+            &[output],
+            move |_, inputs| Ok((there.heads_together(inputs, "outputs")?, ())),
+            move |_, gradients| {
+                let Some(gradient) = &gradients[0] else { return Ok(vec![None]) };
+                let all = back.tokens_together(&[gradient], "gradients of outputs")?;
+                Ok(all.into_iter().map(Some).collect())
+            },
+        )?;
+        outputs.pop().ok_or(phalanx_ddp_core::Error::BackwardAbandoned)
+    }
+
     /// `[batch, heads, tokens / n, d]` → `[batch, heads / n, tokens, d]`.
     fn tokens_together(&self, tensors: &[&Tensor], what: &str) -> DdpResult<Vec<Tensor>> {
         let start = |tensor: &&Tensor| {
@@ -161,13 +165,13 @@ impl Turn {
             let split = [shape[0], self.ranks, shape[1] / self.ranks, shape[2], shape[3]];
             self.start(&tensor.f_detach()?.f_reshape(split)?.f_movedim_int(1, 0)?, what)
         };
-        let pending: Vec<Pending> = tensors.iter().map(start).collect::<DdpResult<_>>()?;
+        let started: Vec<Pending> = tensors.iter().map(start).collect::<DdpResult<_>>()?;
         let finish = |pending: Pending| {
             // [n, batch, heads / n, tokens / n, d], by whose tokens they are.
             let tokens = pending.wait()?.f_movedim_int(0, 2)?.f_flatten(2, 3)?;
             reordered(&tokens, self.places.as_ref())
         };
-        pending.into_iter().map(finish).collect()
+        started.into_iter().map(finish).collect()
     }
 
     /// `[batch, heads / n, tokens, d]` → `[batch, heads, tokens / n, d]`.
@@ -178,10 +182,10 @@ impl Turn {
             let split = [shape[0], shape[1], self.ranks, shape[2] / self.ranks, shape[3]];
             self.start(&tokens.f_reshape(split)?.f_movedim_int(2, 0)?, what)
         };
-        let pending: Vec<Pending> = tensors.iter().map(start).collect::<DdpResult<_>>()?;
+        let started: Vec<Pending> = tensors.iter().map(start).collect::<DdpResult<_>>()?;
         // [n, batch, heads / n, tokens / n, d], by whose heads they were.
         let finish = |pending: Pending| Ok(pending.wait()?.f_movedim_int(0, 1)?.f_flatten(1, 2)?);
-        pending.into_iter().map(finish).collect()
+        started.into_iter().map(finish).collect()
     }
 
     fn start(&self, parts: &Tensor, what: &str) -> DdpResult<Pending> {

@@ -8,7 +8,7 @@
 //! its tokens, for [`Ddp`](phalanx_ddp_core::Ddp) over `Axes::DP_CP`, and its weight their number.
 //!
 //! # Source
-//! Liu et al. 2023, "Ring Attention with Blockwise Transformers"; Brandon et al. 2023, "Striped Attention", and Llama 3's report (2024, section 3.3.2) for the balance; Jacobs et al. 2023, "DeepSpeed Ulysses";
+//! Liu et al. 2023, "Ring Attention with Blockwise Transformers"; Brandon et al. 2023, "Striped Attention", and Llama 3's report (2024, section 3.3.2) for the balance; Jacobs et al. 2023, "`DeepSpeed` Ulysses";
 //! Dao 2023, "FlashAttention-2" (online softmax, backward from the log-sum-exp).
 
 mod block;

@@ -77,24 +77,24 @@ impl RingAttention {
         let mut outputs = Function::new("ring attention").apply(
             &[q, k, v],
             |saving, inputs| {
-                let [q, k, v] = [inputs[0], inputs[1], inputs[2]];
-                let Attended { output, lse } = turn.forward(q, k, v)?;
-                let output = output.f_view(q.size().as_slice())?.f_to_kind(q.kind())?;
-                for tensor in [q, k, v, &output, &lse] {
+                let queries = inputs[0];
+                let Attended { output, lse } = turn.forward(queries, inputs[1], inputs[2])?;
+                let output = output.f_view(queries.size().as_slice())?.f_to_kind(queries.kind())?;
+                for tensor in inputs.iter().copied().chain([&output, &lse]) {
                     saving.save(tensor);
                 }
                 Ok((vec![output], turn))
             },
             |backward, gradients| {
-                let [q, k, v, output, lse] = &backward.saved[..] else {
-                    return Ok(vec![None, None, None]);
+                let [own @ .., output, lse] = &backward.saved[..] else {
+                    return Err(phalanx_ddp_core::Error::BackwardAbandoned);
                 };
                 // Other ranks wait for this one, whether its outputs were used or not.
                 let gradient = match &gradients[0] {
                     Some(gradient) => gradient.shallow_clone(),
                     None => output.f_zeros_like()?,
                 };
-                let all = backward.state.backward([q, k, v], [output, lse, &gradient])?;
+                let all = backward.state.backward(own, [output, lse, &gradient])?;
                 Ok(all.into_iter().map(Some).collect())
             },
         )?;
@@ -172,13 +172,13 @@ impl Turn {
         let mut sum: Option<Attended> = None;
         for step in 0..self.ranks() {
             let next = self.pass_on(&held, step, "keys and values")?;
-            let [k, v] = halves(&held.f_to_kind(kind)?)?;
+            let both = held.f_to_kind(kind)?;
             for piece in self.pieces(step) {
                 let [queries, keys] = self.tokens(&piece);
-                let part = |all: &Tensor| all.f_narrow(2, keys.0, keys.1);
+                let [some_k, some_v] = halves(&both.f_narrow(3, keys.0, keys.1)?)?;
                 let scores = Scores { is_causal: piece.is_causal, ..self.scores };
-                let some = q.f_narrow(3, queries.0, queries.1)?;
-                let attended = block::forward(&some, &part(&k)?, &part(&v)?, scores)?;
+                let some_q = q.f_narrow(3, queries.0, queries.1)?;
+                let attended = block::forward(&some_q, &some_k, &some_v, scores)?;
                 match &mut sum {
                     Some(sum) => sum.add(queries.0, &attended)?,
                     // The first are the rank's own keys, which all of its queries meet.
@@ -195,13 +195,14 @@ impl Turn {
     /// The gradients of q, k and v.
     fn backward(
         &self,
-        [q, k, v]: [&Tensor; 3],
+        own: &[Tensor],
         [output, lse, gradient]: [&Tensor; 3],
     ) -> DdpResult<Vec<Tensor>> {
+        let [q, k, v] = own else { return Err(phalanx_ddp_core::Error::BackwardAbandoned) };
         let (kind, heads) = (block::computed_in(q.kind()), k.size()[1]);
-        let computed = |tensor: &Tensor| grouped(&tensor.f_to_kind(kind)?, heads);
-        let (grouped_q, gradient) = (computed(q)?, computed(gradient)?);
-        let delta = computed(output)?.f_mul(&gradient)?.f_sum_dim_intlist(
+        let by_heads = |tensor: &Tensor| grouped(&tensor.f_to_kind(kind)?, heads);
+        let (grouped_q, gradient) = (by_heads(q)?, by_heads(gradient)?);
+        let delta = by_heads(output)?.f_mul(&gradient)?.f_sum_dim_intlist(
             [-1_i64].as_slice(),
             true,
             None,
@@ -212,15 +213,15 @@ impl Turn {
         let mut coming: Option<Passing> = None;
         for step in 0..self.ranks() {
             let next = self.pass_on(&held, step, "keys and values, backward")?;
-            let computed = held.f_to_kind(kind)?;
-            let own = computed.f_zeros_like()?;
+            let both = held.f_to_kind(kind)?;
+            let added = both.f_zeros_like()?;
             for piece in self.pieces(step) {
-                self.add_piece(&piece, &all, &computed, (&of_q, &own))?;
+                self.add_piece(&piece, &all, &both, (&of_q, &added))?;
             }
             // What those before have added came meanwhile.
             let sum = match coming {
-                Some(coming) => coming.wait()?.f_add(&own)?,
-                None => own,
+                Some(coming) => coming.wait()?.f_add(&added)?,
+                None => added,
             };
             coming = Some(self.exchange(&sum, "their gradients")?);
             if let Some(next) = next {
@@ -241,19 +242,20 @@ impl Turn {
         held: &Tensor,
         (of_q, of_held): (&Tensor, &Tensor),
     ) -> DdpResult<()> {
-        let [(query, queries), (key, keys)] = self.tokens(piece);
-        let some = |tensor: &Tensor| tensor.f_narrow(3, query, queries);
-        let queries = Queries {
-            q: some(&all.q)?,
-            lse: some(&all.lse)?,
-            gradient: some(&all.gradient)?,
-            delta: some(&all.delta)?,
+        let [queries, keys] = self.tokens(piece);
+        let of_queries = |tensor: &Tensor| tensor.f_narrow(3, queries.0, queries.1);
+        let of_keys = |tensor: &Tensor| tensor.f_narrow(3, keys.0, keys.1);
+        let some = Queries {
+            q: of_queries(&all.q)?,
+            lse: of_queries(&all.lse)?,
+            gradient: of_queries(&all.gradient)?,
+            delta: of_queries(&all.delta)?,
         };
-        let [k, v] = halves(&held.f_narrow(3, key, keys)?)?;
+        let [k, v] = halves(&of_keys(held)?)?;
         let scores = Scores { is_causal: piece.is_causal, ..self.scores };
-        let (q, k, v) = block::backward(&queries, &k, &v, scores)?;
-        block::add(some(of_q)?, &q)?;
-        block::add(of_held.f_narrow(3, key, keys)?, &Tensor::f_stack(&[k, v], 0)?)
+        let (added_q, added_k, added_v) = block::backward(&some, &k, &v, scores)?;
+        block::add(of_queries(of_q)?, &added_q)?;
+        block::add(of_keys(of_held)?, &Tensor::f_stack(&[added_k, added_v], 0)?)
     }
 
     fn ranks(&self) -> i64 {

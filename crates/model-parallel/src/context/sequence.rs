@@ -132,7 +132,7 @@ impl Sequence {
 fn length(tensor: &Tensor, dim: i64) -> Result<i64> {
     let shape = tensor.size();
     let counted = if dim < 0 { dim + i64::try_from(shape.len()).unwrap_or(0) } else { dim };
-    let len = usize::try_from(counted).ok().and_then(|dim| shape.get(dim).copied());
+    let len = usize::try_from(counted).ok().and_then(|at| shape.get(at).copied());
     len.ok_or_else(|| Error::BadInput {
         layer: "context parallelism".to_owned(),
         actual: format!("a tensor of shape {shape:?}"),

@@ -112,7 +112,7 @@ impl MixtureOfExperts {
         let count = shape[..shape.len() - 1].iter().product::<i64>();
         let tokens = x.f_reshape([count, self.width])?;
         let routing = self.router.route(&tokens)?;
-        let plan = Plan::new(&routing.choices, routing.load.len(), self.options.capacity(count));
+        let plan = Plan::new(routing.choices(), routing.load().len(), self.options.capacity(count));
         let orders = Orders {
             choice_of_row: Tensor::f_from_slice(&plan.choice_of_row)?.f_to_device(x.device())?,
             row_of_choice: Tensor::f_from_slice(&plan.row_of_choice)?.f_to_device(x.device())?,
@@ -120,7 +120,7 @@ impl MixtureOfExperts {
         };
         let rows = self.computed(&rows::spread(&tokens, &orders)?, &plan.counts)?;
         let by_choice = rows::collect(&rows, &orders)?;
-        let weights = routing.weights.f_to_kind(by_choice.kind())?.f_unsqueeze(-1)?;
+        let weights = routing.weights().f_to_kind(by_choice.kind())?.f_unsqueeze(-1)?;
         let sum = by_choice.f_mul(&weights)?.f_sum_dim_intlist([1_i64].as_slice(), false, None)?;
         Ok(Mixture { output: sum.f_reshape(&shape)?, routing, dropped: plan.dropped })
     }
@@ -133,13 +133,14 @@ impl MixtureOfExperts {
         let own = self.parallel.group.rank() * each;
         // By rank and by expert of this one.
         let came: Vec<i64> =
-            all.iter().flat_map(|counts| counts[own..own + each].iter().copied()).collect();
+            all.iter().flat_map(|of_rank| of_rank[own..own + each].iter().copied()).collect();
         let traffic = Traffic {
             sent: counts.chunks_exact(each).map(|of_rank| of_rank.iter().sum()).collect(),
             received: came.chunks_exact(each).map(|of_rank| of_rank.iter().sum()).collect(),
         };
-        let rows = rows::exchange(rows, &traffic, &self.parallel.group, &tag("tokens to experts"))?;
-        let pieces = rows.f_split_with_sizes(came.as_slice(), 0)?;
+        let came_here =
+            rows::exchange(rows, &traffic, &self.parallel.group, &tag("tokens to experts"))?;
+        let pieces = came_here.f_split_with_sizes(came.as_slice(), 0)?;
         let mut made: Vec<Vec<Tensor>> = Vec::with_capacity(each);
         for (local, expert) in self.experts.iter().enumerate() {
             let of_ranks: Vec<&Tensor> =
@@ -150,15 +151,14 @@ impl MixtureOfExperts {
         }
         let by_rank: Vec<&Tensor> =
             (0..ranks).flat_map(|rank| made.iter().map(move |of_ranks| &of_ranks[rank])).collect();
-        let rows = Tensor::f_cat(&by_rank, 0)?;
-        let back = traffic.reversed();
-        Ok(rows::exchange(&rows, &back, &self.parallel.group, &tag("tokens from experts"))?)
+        let (outputs, back) = (Tensor::f_cat(&by_rank, 0)?, traffic.reversed());
+        Ok(rows::exchange(&outputs, &back, &self.parallel.group, &tag("tokens from experts"))?)
     }
 }
 
 /// How many of the experts each rank has.
 fn share(layer: &str, experts: i64, ranks: usize) -> Result<i64> {
-    let divides = |ranks: usize| experts % i64::try_from(ranks).unwrap_or(i64::MAX) == 0;
+    let divides = |count: usize| experts % i64::try_from(count).unwrap_or(i64::MAX) == 0;
     if divides(ranks) {
         return Ok(experts / i64::try_from(ranks).unwrap_or(1));
     }
@@ -169,7 +169,7 @@ fn share(layer: &str, experts: i64, ranks: usize) -> Result<i64> {
         len: experts,
         axis: Axis::Ep,
         ranks,
-        possible: (1..=most).filter(|&ranks| divides(ranks)).collect(),
+        possible: (1..=most).filter(|&count| divides(count)).collect(),
     })
 }
 

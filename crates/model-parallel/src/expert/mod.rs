@@ -8,7 +8,7 @@
 //! Experts' variables are on one `ep` rank each and have the gradients of all its ranks' tokens: see [`Parameters`] for their `Ddp`.
 //!
 //! # Source
-//! Shazeer et al. 2017 (top-k gating); Lepikhin et al. 2020 (GShard: capacity, all-to-all); Jiang et al. 2024 (Mixtral: names, normalised weights).
+//! Shazeer et al. 2017 (top-k gating); Lepikhin et al. 2020 (`GShard`: capacity, all-to-all); Jiang et al. 2024 (Mixtral: names, normalised weights).
 
 mod layer;
 mod parallel;

@@ -48,6 +48,10 @@ fn length<T>(list: &[T]) -> i64 {
 mod tests {
     use super::*;
 
+    fn index(number: i64) -> usize {
+        usize::try_from(number).expect("not negative")
+    }
+
     /// All assignments of so many choices to so many experts.
     fn assignments(choices: usize, experts: i64) -> Vec<Vec<i64>> {
         (0..choices).fold(vec![Vec::new()], |all, _| {
@@ -67,23 +71,23 @@ mod tests {
                     let plan = Plan::new(&chosen, 3, capacity);
                     let rows = plan.choice_of_row.len();
                     assert_eq!(plan.counts.iter().sum::<i64>(), length(&plan.choice_of_row));
-                    let expert = |row: usize| chosen[plan.choice_of_row[row] as usize];
+                    let expert = |row: usize| chosen[index(plan.choice_of_row[row])];
                     // By expert and then by position.
                     let order = |row: usize| (expert(row), plan.choice_of_row[row]);
                     assert!((1..rows).all(|row| order(row - 1) < order(row)));
                     for (choice, &row) in plan.row_of_choice.iter().enumerate() {
                         let of_expert = |e: &&i64| **e == chosen[choice];
-                        let before = chosen[..choice].iter().filter(of_expert).count() as i64;
-                        let stays = capacity.is_none_or(|capacity| before < capacity);
-                        assert_eq!((row as usize) < rows, stays);
+                        let before: Vec<_> = chosen[..choice].iter().filter(of_expert).collect();
+                        let stays = capacity.is_none_or(|capacity| length(&before) < capacity);
+                        assert_eq!(index(row) < rows, stays);
                         if stays {
-                            assert_eq!(plan.choice_of_row[row as usize], choice as i64);
+                            assert_eq!(index(plan.choice_of_row[index(row)]), choice);
                         }
                     }
-                    for expert in 0..3 {
-                        let all = chosen.iter().filter(|e| **e == expert).count() as i64;
-                        let at = expert as usize;
-                        assert_eq!(plan.counts[at] + plan.dropped[at], all);
+                    for number in 0..3 {
+                        let all: Vec<_> = chosen.iter().filter(|e| **e == number).collect();
+                        let at = index(number);
+                        assert_eq!(plan.counts[at] + plan.dropped[at], length(&all));
                     }
                 }
             }

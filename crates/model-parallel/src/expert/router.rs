@@ -18,20 +18,15 @@ pub struct Router {
 
 /// What a router says of tokens.
 #[derive(Debug)]
-#[non_exhaustive]
 pub struct Routing {
-    /// `[tokens, experts]`: how probable each expert is.
-    pub probabilities: Tensor,
-    /// `[tokens, k]`, i64: the chosen, the most probable first.
-    pub experts: Tensor,
-    /// `[tokens, k]`: what each of their outputs is multiplied by.
-    pub weights: Tensor,
-    /// `[experts]`, on the host: how many tokens chose each.
-    pub load: Vec<i64>,
+    probabilities: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    load: Vec<i64>,
     /// Σ (log Σ exp logits)² over tokens.
     z_sum: Tensor,
     /// The choices, on the host.
-    pub(super) choices: Vec<i64>,
+    choices: Vec<i64>,
 }
 
 impl Router {
@@ -61,12 +56,37 @@ impl Router {
         let choices = rows::numbers(&experts)?;
         let z = logits.f_logsumexp([-1_i64].as_slice(), false)?.f_square()?;
         let z_sum = z.f_sum(kind)?;
-        let load = load(&choices, self.weight.size()[0]);
+        let load = counted(&choices, self.weight.size()[0]);
         Ok(Routing { probabilities, experts, weights, load, z_sum, choices })
     }
 }
 
 impl Routing {
+    /// `[tokens, experts]`: how probable each expert is.
+    pub fn probabilities(&self) -> &Tensor {
+        &self.probabilities
+    }
+
+    /// `[tokens, k]`, i64: the chosen, the most probable first.
+    pub fn experts(&self) -> &Tensor {
+        &self.experts
+    }
+
+    /// `[tokens, k]`: what each of their outputs is multiplied by.
+    pub fn weights(&self) -> &Tensor {
+        &self.weights
+    }
+
+    /// `[experts]`, on the host: how many tokens chose each.
+    #[must_use]
+    pub fn load(&self) -> &[i64] {
+        &self.load
+    }
+
+    pub(super) fn choices(&self) -> &[i64] {
+        &self.choices
+    }
+
     /// E · Σₑ fₑ Pₑ over the tokens of this call, which are this rank's alone: fₑ the share of tokens that chose expert e, Pₑ the mean of its probabilities.
     ///
     /// It is k where experts are equally busy, and more where they are not; 0 for no tokens. The gradient flows through P. As it is a mean over tokens, and a loss
@@ -106,7 +126,7 @@ impl Routing {
     }
 }
 
-fn load(choices: &[i64], expert_count: i64) -> Vec<i64> {
+fn counted(choices: &[i64], expert_count: i64) -> Vec<i64> {
     let mut load = vec![0; usize::try_from(expert_count).unwrap_or(0)];
     for &expert in choices {
         load[usize::try_from(expert).unwrap_or(0)] += 1;
