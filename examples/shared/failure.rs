@@ -6,7 +6,7 @@ use std::error::Error;
 use std::io;
 
 use super::config::ConfigError;
-use super::memory::TooLittleMemory;
+use super::machine::TooLittleMemory;
 use super::weights::WeightsError;
 
 /// The command line contradicts itself or asks for what does not exist.

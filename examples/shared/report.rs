@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use phalanx_data::loader::SlowLoader;
 
 use super::config::Hook;
-use super::memory::gib;
+use super::machine::gib;
 use super::metrics::{StepRecord, Summary};
 
 /// Picks one of the times of a step.

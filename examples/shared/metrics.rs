@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
-use super::memory::Usage;
+use super::machine::Usage;
 
 /// One optimizer step, as rank 0 saw it. Times are of rank 0, counts and loss of all ranks.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
