@@ -48,6 +48,7 @@ pub mod layer;
 pub mod mesh;
 pub mod pipeline;
 mod split;
+pub mod tensor;
 
 pub use error::{Error, Result};
 pub use mesh::{Axes, Axis, AxisPlacement, Coordinates, Mesh, Nodes, Place, Placement, Shape};
