@@ -131,6 +131,7 @@ impl Optimizer {
         let of = |named: &Named| format!("{}: group {}", named.name, groups.index_of(&named.name));
         signature.extend(store.model.variables.iter().map(of));
         agree::alike(&mut store.group, "optimizer", "their optimizers", &signature)?;
+        whole::check_parts(store, &rule, &signature[..1])?;
         rule.check()?;
         let settings = groups.settings(&rule)?;
         store.optimizer.count += 1;
@@ -207,8 +208,10 @@ impl Optimizer {
         clip.check()?;
         let shared = Shared::clone(&self.shared);
         let mut reducer = reduce::lock(&shared)?;
-        let has_gradient = match std::mem::take(&mut reducer.outcome) {
+        let made_with = [clip.bytes(), loss_scale.to_le_bytes().to_vec()].concat();
+        let has_gradient = match reducer.take_outcome(self.lr, &made_with)? {
             Outcome::Nothing => return Err(Error::NoGradients),
+            Outcome::Refused(refusal) => return Err(refusal.into()),
             Outcome::Skipped => return Ok(Step { gradient_norm: Some(f64::NAN), skipped: true }),
             Outcome::Reduced(has_gradient) => has_gradient,
         };
@@ -233,7 +236,6 @@ impl Optimizer {
             value_max: clip.value_max().map(|max| max * loss_scale),
         };
         self.update(&mut reducer, &has_gradient, changes)?;
-        let made_with = [clip.bytes(), loss_scale.to_le_bytes().to_vec()].concat();
         let stepped = &mut reducer.store.optimizer;
         stepped.steps += 1;
         stepped.lr = self.lr;
@@ -300,10 +302,10 @@ impl Optimizer {
     ) -> Result<f64> {
         let start = Instant::now();
         let store = &mut reducer.store;
-        let parts = gradient_parts(store, &self.owned(store, has_gradient));
-        let own = norm::of(&parts, 1, power)?;
+        let counted = self.owned(store, &store.counted(has_gradient));
+        let own = norm::of(&gradient_parts(store, &counted), 1, power)?;
         let computed = start.elapsed();
-        let sum = store.over_ranks(own)?[0];
+        let sum = store.over_model(own)?[0];
         reducer.waited(start.elapsed().saturating_sub(computed));
         Ok(power.norm(sum))
     }
@@ -404,7 +406,7 @@ impl Optimizer {
         let of_directions = self.state.direction_parts(store, owned).into_iter();
         parts.extend(of_directions.map(|part| norm::Part { sum: part.sum + count, ..part }));
         let own = norm::of(&parts, 2 * count, Power::Two)?;
-        let sums = store.over_ranks(own)?;
+        let sums = store.over_parameters(own, 2)?;
         let (parameters, directions) = sums.split_at(count);
         let both = parameters
             .iter()
@@ -412,7 +414,7 @@ impl Optimizer {
             .map(|(&parameter, &direction)| (parameter, direction));
         let ratio = |(index, (parameter, direction)): (usize, (f64, f64))| {
             let now = numbers.now(self.parameters[index])?;
-            let len = store.plan.places[index].range.len();
+            let len = store.whole_len(index);
             let norms = Norms { parameter: parameter.sqrt(), direction: direction.sqrt(), len };
             Ok(self.rule.trust_ratio(&now, norms))
         };

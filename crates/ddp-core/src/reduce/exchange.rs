@@ -295,16 +295,16 @@ impl Reducer {
         self.accumulated.is_weighted = false;
         self.clock.waited = Duration::ZERO;
         self.clock.ended = Instant::now();
-        let is_usable = self.judge(&run, &tails)?;
+        let unusable = self.judge(&run, &tails)?;
         self.compare_fingerprints(&tails)?;
         if self.options.exchange {
             self.exchange_buffers(run.leader)?;
             self.settle_order(&run)?;
         }
         self.step = None;
-        if !is_usable {
+        if let Some(outcome) = unusable {
             self.store.clear_gradients()?;
-            self.outcome = Outcome::Skipped;
+            self.outcome = outcome;
             return Ok(());
         }
         self.hand_out(&has_gradient, run.is_shadow)?;

@@ -18,7 +18,7 @@ mod backward;
 mod delivery;
 mod exchange;
 mod findings;
-mod fingerprint;
+pub(crate) mod fingerprint;
 mod finite;
 pub(crate) mod inside;
 mod landing;
@@ -35,11 +35,13 @@ use phalanx_comm::{recorder, Mark, Region};
 
 use crate::diloco::Local;
 use crate::hooks::Hooked;
+use crate::part::Refusal;
 use crate::shard::access;
 use crate::shim::{self, Variable};
 use crate::store::Store;
 use crate::{DdpOptions, Error, Result};
 use backward::Run;
+pub(crate) use findings::is_due;
 use notes::{Head, Notes, Tail};
 use statistics::{Statistics, Window};
 
@@ -103,6 +105,8 @@ pub(crate) enum Outcome {
     Reduced(Vec<bool>),
     /// They were not finite and are gone.
     Skipped,
+    /// As that, and the step is to be an error, on all ranks of the model that this one has a part of.
+    Refused(Refusal),
 }
 
 /// What has accumulated since the last exchange.
@@ -304,6 +308,10 @@ impl Reducer {
             );
         if !is_everywhere {
             self.store.group.abort(&error.to_string());
+        }
+        if let Some(part) = &mut self.store.part {
+            // The ranks of other parts have not met it.
+            part.abort(&error.to_string());
         }
         if let Some(run) = &mut self.run {
             run.is_over = true;

@@ -165,12 +165,17 @@ fn sum_of_squares<T: Copy>(values: &[T], to_f64: &impl Fn(T) -> f64) -> f64 {
 
 /// The values of what has parts on the ranks of `group`. Collective.
 pub(crate) fn over_ranks(group: &mut Group, own: Own) -> Result<Vec<f64>> {
+    Ok(summed(group, own)?.values())
+}
+
+/// What parts on the ranks of `group` have come to together, exact still. Collective.
+pub(crate) fn summed(group: &mut Group, own: Own) -> Result<Own> {
     match own {
         Own::Sums(sums) => {
             let mut words: Vec<i64> = sums.into_iter().flat_map(ExactSum::into_words).collect();
             group.tagged("norms").all_reduce(&mut words[..], Sum)?.wait()?;
             let of_all = words.chunks_exact(WORDS).filter_map(ExactSum::of_words);
-            Ok(of_all.map(|sum| sum.value()).collect())
+            Ok(Own::Sums(of_all.collect()))
         }
         Own::Largest(mut all) => {
             let mine: Vec<u8> = all.iter().flat_map(|value| value.to_le_bytes()).collect();
@@ -180,7 +185,7 @@ pub(crate) fn over_ranks(group: &mut Group, own: Own) -> Result<Vec<f64>> {
                     *largest = larger(*largest, f64::from_le_bytes(bytes));
                 }
             }
-            Ok(all)
+            Ok(Own::Largest(all))
         }
     }
 }
