@@ -62,7 +62,7 @@ impl Output {
 
 /// `config.json` as transformers wants it beside the weights.
 fn hugging_face(model: &Model) -> Result<String> {
-    let mut value = serde_json::to_value(model)?;
+    let mut value = model.for_hugging_face()?;
     if let Some(object) = value.as_object_mut() {
         object.insert("architectures".into(), serde_json::json!([model.architecture()]));
     }

@@ -42,7 +42,7 @@ pub(crate) struct TrainFlags {
     #[arg(long, value_name = "N")]
     pub(crate) micro_batch: Option<usize>,
     /// Micro-batches a step on each rank.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", alias = "micro-batches")]
     pub(crate) accumulate: Option<usize>,
     /// Peak learning rate.
     #[arg(long)]
@@ -62,7 +62,7 @@ pub(crate) struct TrainFlags {
     /// What to do with gradients that are not finite.
     #[arg(long, value_name = "POLICY")]
     pub(crate) non_finite: Option<NonFinite>,
-    /// Both dropout probabilities.
+    /// All dropout probabilities.
     #[arg(long, value_name = "P")]
     pub(crate) dropout: Option<f64>,
     /// Of weights, order, masks and dropout.

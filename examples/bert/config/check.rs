@@ -4,7 +4,15 @@
 
 use phalanx_data::format::TokenIndex;
 
-use super::{Data, Model};
+use super::{Config, Data, Model};
+
+impl Config {
+    /// Of sections that other trainers do not have: there are none.
+    #[expect(clippy::unused_self, reason = "a trainer with such sections looks at them")]
+    pub(super) fn own_problem(&self) -> Option<String> {
+        None
+    }
+}
 
 impl Model {
     pub(super) fn problem(&self) -> Option<String> {

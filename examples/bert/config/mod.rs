@@ -212,6 +212,11 @@ impl Model {
         "BertForMaskedLM"
     }
 
+    /// As transformers calls the fields.
+    pub(crate) fn for_hugging_face(&self) -> serde_json::Result<serde_json::Value> {
+        serde_json::to_value(self)
+    }
+
     /// Number of trained values: the decoder is tied and counts once.
     pub(crate) fn parameter_count(&self) -> u64 {
         let (h, i) = (self.hidden_size, self.intermediate_size);

@@ -14,6 +14,7 @@ impl Config {
             .or_else(|| self.data.problem(&self.model))
             .or_else(|| self.optimizer.problem(self.train.steps))
             .or_else(|| self.problem())
+            .or_else(|| self.own_problem())
             .or_else(|| self.nccl.check_values().err().map(|error| error.to_string()));
         match problem {
             Some(message) => Err(ConfigError::Invalid { origin: origin.into(), message }),
