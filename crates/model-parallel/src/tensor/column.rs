@@ -213,7 +213,8 @@ impl Products {
         };
         let of_variables = match deferred {
             None => {
-                let whole = gather.map_or_else(|| x.f_detach().map_err(Into::into), |g| g.wait())?;
+                let whole =
+                    gather.map_or_else(|| x.f_detach().map_err(Into::into), |g| g.wait())?;
                 self.of_variables(&whole, gradients, &wants)?
             }
             Some(deferred) => {

@@ -15,7 +15,7 @@ use tch::{Kind, Tensor};
 
 use super::embedding::local;
 use super::parallel::TensorParallel;
-use super::product::flat;
+use super::product::{flat, wide};
 use crate::error::{Error, Result};
 use crate::layer::none;
 use crate::layer::Deferred;
@@ -27,7 +27,7 @@ pub const IGNORED: i64 = -100;
 /// more often than it takes to compute.
 const LOGITS_MAX: i64 = 1 << 25;
 
-/// The sum of the tokens' losses: a scalar in f32, the same on all ranks of the group.
+/// The sum of the tokens' losses: a scalar in f32 (f64 of f64), the same on all ranks of the group.
 ///
 /// It computes the gradients as well where they are recorded, and keeps them for the backward: as much memory as hidden states and weight.
 ///
@@ -79,7 +79,9 @@ pub fn cross_entropy(
                 true => Some(scaled(&backward.saved[1])?),
                 false => None,
             };
-            if let (Some(deferred), Some(gradient)) = (&deferred, of_weight.take_if(|_| deferred.is_some())) {
+            if let (Some(deferred), Some(gradient)) =
+                (&deferred, of_weight.take_if(|_| deferred.is_some()))
+            {
                 let leaf = leaf.shallow_clone();
                 deferred.leave(move || Ok(vec![(leaf, gradient)]));
             }
@@ -139,9 +141,7 @@ fn words(weight: &Tensor, tp: &TensorParallel) -> Result<Words> {
                 group.tagged("cross-entropy: words");
                 group.all_gather_bytes(&mine.to_le_bytes())
             })?;
-            let count = |bytes: &Vec<u8>| {
-                bytes.as_slice().try_into().map_or(0, i64::from_le_bytes)
-            };
+            let count = |bytes: &Vec<u8>| bytes.as_slice().try_into().map_or(0, i64::from_le_bytes);
             told.iter().map(count).collect()
         }
     };
@@ -224,7 +224,7 @@ impl Head {
     ) -> phalanx_ddp_core::Result<Found> {
         let tokens = hidden.size()[0];
         let mut found = Found {
-            loss: Tensor::f_zeros([], (Kind::Float, hidden.device()))?,
+            loss: Tensor::f_zeros([], (wide(weight.kind()), hidden.device()))?,
             of_hidden: self.wants.0.then(|| hidden.f_empty_like()).transpose()?,
             of_weight: self.wants.1.then(|| weight.f_zeros_like()).transpose()?,
         };
@@ -254,16 +254,16 @@ impl Head {
         targets: &Tensor,
     ) -> phalanx_ddp_core::Result<(Tensor, Tensor)> {
         let kind = weight.kind();
-        let mut logits = hidden.f_linear::<&Tensor>(weight, None)?.f_to_kind(Kind::Float)?;
+        let mut logits = hidden.f_linear::<&Tensor>(weight, None)?.f_to_kind(wide(kind))?;
         let (index, is_mine) = local(targets, self.first, weight.size()[0])?;
-        let (index, is_mine) = (index.f_unsqueeze(1)?, is_mine.f_to_kind(Kind::Float)?);
+        let (index, is_mine) = (index.f_unsqueeze(1)?, is_mine.f_to_kind(wide(kind))?);
         let target = logits.f_gather(1, &index, false)?.f_squeeze_dim(1)?.f_mul(&is_mine)?;
         let most = logits.f_amax([1_i64].as_slice(), true)?;
         drop(logits.f_sub_(&most)?.f_exp_()?);
         let sum = logits.f_sum_dim_intlist([1_i64].as_slice(), false, None)?;
         let most = most.f_squeeze_dim(1)?;
         let (log_sum, target) = self.whole(&most, &sum, &target)?;
-        let counts = targets.f_ne(IGNORED)?.f_to_kind(Kind::Float)?;
+        let counts = targets.f_ne(IGNORED)?.f_to_kind(wide(kind))?;
         let loss = log_sum.f_sub(&target)?.f_mul(&counts)?.f_sum(None::<Kind>)?;
         if self.wants == (false, false) {
             return Ok((loss, logits));

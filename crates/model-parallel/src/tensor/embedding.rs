@@ -108,11 +108,7 @@ impl VocabEmbedding {
 }
 
 /// Rows that are another rank's are zero here.
-fn masked(
-    tp: &TensorParallel,
-    rows: Tensor,
-    is_mine: &Tensor,
-) -> phalanx_ddp_core::Result<Tensor> {
+fn masked(tp: &TensorParallel, rows: Tensor, is_mine: &Tensor) -> phalanx_ddp_core::Result<Tensor> {
     if tp.ranks() == 1 {
         return Ok(rows);
     }

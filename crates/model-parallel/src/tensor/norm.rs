@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use super::parallel::TensorParallel;
-use super::product::{check_width, layer_name};
+use super::product::{check_width, layer_name, wide};
 use super::shared::shared_all;
 use crate::error::Result;
 use crate::layer::{Builder, Init};
@@ -45,7 +45,7 @@ impl LayerNorm {
     }
 }
 
-/// Normalization by the root of the mean square over the last dimension (Zhang and Sennrich 2019), computed in f32 as Llama does.
+/// Normalization by the root of the mean square over the last dimension (Zhang and Sennrich 2019), computed in f32 at least, as Llama does.
 #[derive(Debug)]
 pub struct RmsNorm {
     weight: Tensor,
@@ -72,7 +72,7 @@ impl RmsNorm {
         let width = self.weight.size();
         check_width(&self.name, x, width[0])?;
         let kind = x.kind();
-        let whole = x.f_to_kind(tch::Kind::Float)?;
+        let whole = x.f_to_kind(wide(kind))?;
         let normal = whole.f_rms_norm::<&Tensor>(width.as_slice(), None, self.eps)?;
         let normal = normal.f_to_kind(kind)?;
         if !self.tp.cuts_tokens() {

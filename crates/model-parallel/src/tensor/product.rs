@@ -1,7 +1,7 @@
 //! A weight as products take it, and how a layer's variables are made.
 
 use phalanx_ddp_core::Result;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::cut::Piece;
 use crate::layer::weight_gradients;
@@ -125,6 +125,14 @@ impl Weight {
 /// Where a layer is in the model.
 pub(super) fn layer_name(builder: &Builder<'_>) -> String {
     builder.path().components().collect::<Vec<_>>().join(".")
+}
+
+/// The kind that sums over a row are computed in: at least single precision.
+pub(super) fn wide(kind: Kind) -> Kind {
+    match kind {
+        Kind::Double => Kind::Double,
+        _ => Kind::Float,
+    }
 }
 
 /// `[rows, columns]`.

@@ -153,9 +153,7 @@ impl Product {
         let needs_bias = needs.get(2).copied().unwrap_or(false);
         let gather = self.tp.start_gather(gradient, &self.tag("gradient of the output"))?;
         let of_bias = match needs_bias {
-            true => {
-                Some(flat(gradient)?.f_sum_dim_intlist([0_i64].as_slice(), false, None)?)
-            }
+            true => Some(flat(gradient)?.f_sum_dim_intlist([0_i64].as_slice(), false, None)?),
             false => None,
         };
         let whole = gather.wait()?;

@@ -186,7 +186,8 @@ impl Projections {
         Err(Error::BadSetting {
             setting: "projections",
             value: format!("{widths:?} columns a rank of queries, keys and values"),
-            expected: "heads × head_dim of each: set `parts` of a fused one, and `unit` to head_dim",
+            expected:
+                "heads × head_dim of each: set `parts` of a fused one, and `unit` to head_dim",
         })
     }
 }

@@ -31,7 +31,14 @@ impl Attend for Plain {
                 self.one_by_one(queries, &keys, &values, (dropout, pass))
             }
             _ => Ok(Tensor::f_scaled_dot_product_attention::<&Tensor>(
-                queries, &keys, &values, None, 0.0, self.causal, None, false,
+                queries,
+                &keys,
+                &values,
+                None,
+                0.0,
+                self.causal,
+                None,
+                false,
             )?),
         }
     }
