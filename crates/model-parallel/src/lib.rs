@@ -43,7 +43,9 @@
 //!
 //! When not to use this crate: a model that fits into each device trains data-parallel, with `Ddp` alone.
 
+pub mod context;
 mod error;
+pub mod expert;
 pub mod layer;
 pub mod mesh;
 pub mod pipeline;

@@ -1,12 +1,12 @@
 //! Tensors from one rank to another.
 #![expect(unsafe_code, reason = "gate: gives a tensor's GPU memory to a message")]
 
-use phalanx_comm::{Arriving, DeviceSlice, Work};
+use phalanx_comm::{Arriving, DeviceSlice, Group, Work};
 use tch::{Device, Kind, Tensor};
 
 use super::TensorGroup;
 use crate::store::flat::{dense_bytes, dense_bytes_mut};
-use crate::{shim, Result};
+use crate::{shim, Error, Result};
 
 /// A message on its way to another rank.
 #[derive(Debug)]
@@ -76,13 +76,7 @@ impl TensorGroup {
         let stream = shim::current_stream(tensor.device())?;
         let group = &mut self.lock().group;
         group.set_stream(stream);
-        group.tagged(tag);
-        if tensor.device() == Device::Cpu {
-            let work = group.send(dense_bytes("a message", &tensor)?, peer)?;
-            return Ok(Sending { work, _held: None });
-        }
-        let work = group.send_from_device(memory_of(&tensor), peer)?;
-        Ok(Sending { work, _held: Some(tensor) })
+        send(group, &tensor, peer, tag)
     }
 
     /// Receives a tensor of this shape and kind from `peer`, while the caller computes.
@@ -100,16 +94,72 @@ impl TensorGroup {
         let stream = shim::current_stream(device)?;
         let group = &mut self.lock().group;
         group.set_stream(stream);
-        group.tagged(tag);
-        let message = match device {
-            Device::Cpu => {
-                let bytes = tensor.numel() * kind.elt_size_in_bytes();
-                Message::OnHost(group.receive_bytes(bytes, peer)?)
-            }
-            _ => Message::OnDevice(group.receive(memory_of(&tensor), peer)?),
-        };
-        Ok(Receiving { tensor, message })
+        receive(group, tensor, peer, tag)
     }
+
+    /// Starts sends and receives that belong together: ranks that exchange messages need no order among them, over NCCL either.
+    ///
+    /// `sends` are tensors with the ranks that [receive](Self::start_receive) them, `receives` shapes with the ranks that send them, all of one kind on one device.
+    /// No rank may be this one. Results are in these orders.
+    ///
+    /// # Errors
+    /// Those of the group; libtorch's own.
+    pub fn start_messages(
+        &self,
+        sends: &[(&Tensor, usize)],
+        receives: &[(&[i64], usize)],
+        (kind, device): (Kind, Device),
+        tag: &str,
+    ) -> Result<(Vec<Sending>, Vec<Receiving>)> {
+        let dense = |(tensor, peer): &(&Tensor, usize)| {
+            Ok::<_, Error>((tensor.f_detach()?.f_contiguous()?, *peer))
+        };
+        let empty = |(shape, peer): &(&[i64], usize)| {
+            Ok::<_, Error>((Tensor::f_empty(*shape, (kind, device))?, *peer))
+        };
+        let sends: Vec<_> = sends.iter().map(dense).collect::<Result<_>>()?;
+        let receives: Vec<_> = receives.iter().map(empty).collect::<Result<_>>()?;
+        let stream = shim::current_stream(device)?;
+        let group = &mut self.lock().group;
+        group.set_stream(stream);
+        let start = |group: &mut Group| {
+            let receives = receives.into_iter().map(|(into, peer)| receive(group, into, peer, tag));
+            let receives: Vec<Receiving> = receives.collect::<Result<_>>()?;
+            let sends = sends.iter().map(|(tensor, peer)| send(group, tensor, *peer, tag));
+            Ok((sends.collect::<Result<_>>()?, receives))
+        };
+        // The closure's errors are the group's own.
+        let mut outcome = None;
+        group.coalesced(|group| {
+            outcome = Some(start(group));
+            Ok(())
+        })?;
+        outcome.unwrap_or(Err(Error::BackwardAbandoned))
+    }
+}
+
+/// Sends a dense tensor.
+fn send(group: &mut Group, tensor: &Tensor, peer: usize, tag: &str) -> Result<Sending> {
+    group.tagged(tag);
+    if tensor.device() == Device::Cpu {
+        let work = group.send(dense_bytes("a message", tensor)?, peer)?;
+        return Ok(Sending { work, _held: None });
+    }
+    let work = group.send_from_device(memory_of(tensor), peer)?;
+    Ok(Sending { work, _held: Some(tensor.shallow_clone()) })
+}
+
+/// Receives into a dense tensor.
+fn receive(group: &mut Group, tensor: Tensor, peer: usize, tag: &str) -> Result<Receiving> {
+    group.tagged(tag);
+    let message = match tensor.device() {
+        Device::Cpu => {
+            let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
+            Message::OnHost(group.receive_bytes(bytes, peer)?)
+        }
+        _ => Message::OnDevice(group.receive(memory_of(&tensor), peer)?),
+    };
+    Ok(Receiving { tensor, message })
 }
 
 /// A dense tensor's memory on a GPU.
