@@ -6,7 +6,6 @@ use anyhow::Result;
 use clap::Parser;
 use phalanx_launch::LaunchArgs;
 
-use super::batching::Wanted;
 use super::config::{Config, SHIPPED};
 use super::disturbed::Disturbance;
 use super::failure;
@@ -40,15 +39,7 @@ impl Flags {
     /// Reads the command line. What is wrong with it, or the help, is printed; the error is the
     /// exit code.
     pub(crate) fn parse_or_explain() -> Result<Flags, u8> {
-        Flags::try_parse().map_err(|error| {
-            // A closed terminal is no reason for another error.
-            drop(error.print());
-            if error.use_stderr() {
-                failure::USAGE
-            } else {
-                0
-            }
-        })
+        Flags::try_parse().map_err(|error| failure::explained(&error))
     }
 
     /// How ranks are started; the configuration may know how many threads they have.
@@ -58,28 +49,9 @@ impl Flags {
 
     /// Reads the configuration, lays the flags over it, checks both.
     pub(crate) fn settings(&self) -> Result<Settings> {
-        let (default_path, text) = SHIPPED[SHIPPED.len() - 1];
-        let default_path = PathBuf::from(default_path);
-        let path = self.config.as_ref().unwrap_or(&default_path);
-        // Outside the source tree the default is the one that was built in.
-        let config = if self.config.is_none() && !path.exists() {
-            Config::parse(text, path)?
-        } else {
-            Config::read(path)?
-        };
-        // A file is checked for what this run uses of it.
-        let config = self.train.source_laid_over(config);
-        config.validate(&path.display().to_string())?;
-        let file_batches = Wanted::from(&config.train);
-        let config = self.laid_over(config);
-        config.validate("command line")?;
-        let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
-        Ok(Settings {
-            name: stem.unwrap_or_else(|| "bert".into()),
-            config,
-            file_batches,
-            flag_batches: self.train.batches_wanted(),
-        })
+        let (default, text) = SHIPPED[SHIPPED.len() - 1];
+        let default = (PathBuf::from(default), text);
+        self.train.settings(self.config.as_ref(), default, |config| self.laid_over(config))
     }
 
     fn laid_over(&self, config: Config) -> Config {

@@ -23,7 +23,7 @@ use tch::Tensor;
 
 use super::block::Block;
 use super::config::{Family, Model as Config, Rule};
-use super::context::Context;
+use super::context::{nothing, Context};
 
 /// Which layers of the model a chunk has.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -179,7 +179,7 @@ impl Gpt {
         let mut x = match (&chunk.embedding, input) {
             (Some(embedding), _) => embedding.forward(&chunk.context.cut(ids)?, pass)?,
             (None, Some(input)) => input,
-            (None, None) => chunk.context.nothing()?,
+            (None, None) => return Err(nothing()),
         };
         for block in &chunk.blocks {
             x = match self.recompute && pass.train {
@@ -201,14 +201,14 @@ impl Gpt {
     /// The sum of the losses of this rank's tokens, of the last chunk's hidden states and the whole sequences' `labels`.
     pub(crate) fn loss(&self, chunk: usize, hidden: &Tensor, labels: &Tensor) -> Result<Tensor> {
         let chunk = &self.chunks[chunk];
-        let Some(head) = &chunk.head else { return chunk.context.nothing() };
+        let Some(head) = &chunk.head else { return Err(nothing()) };
         cross_entropy(hidden, head.table.weight(), &chunk.context.cut(labels)?, &head.tp)
     }
 
     /// Logits of all words, at all tokens of the whole sequences.
     pub(crate) fn logits(&self, chunk: usize, hidden: &Tensor) -> Result<Tensor> {
         let chunk = &self.chunks[chunk];
-        let Some(head) = &chunk.head else { return chunk.context.nothing() };
+        let Some(head) = &chunk.head else { return Err(nothing()) };
         chunk.context.join(&logits(hidden, head.table.weight(), &head.tp)?)
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use anyhow::Result;
 use clap::Args;
 
 use super::batching::{Batching, Wanted};
@@ -112,6 +113,35 @@ impl Settings {
 }
 
 impl TrainFlags {
+    /// Reads the configuration (`default`: its path and text, where none is given), lays the flags over it, checks both.
+    pub(crate) fn settings(
+        &self,
+        given: Option<&PathBuf>,
+        (default_path, text): (PathBuf, &str),
+        laid_over: impl FnOnce(Config) -> Config,
+    ) -> Result<Settings> {
+        let path = given.unwrap_or(&default_path);
+        // Outside the source tree the default is the one that was built in.
+        let config = if given.is_none() && !path.exists() {
+            Config::parse(text, path)?
+        } else {
+            Config::read(path)?
+        };
+        // A file is checked for what this run uses of it.
+        let config = self.source_laid_over(config);
+        config.validate(&path.display().to_string())?;
+        let file_batches = Wanted::from(&config.train);
+        let config = laid_over(config);
+        config.validate("command line")?;
+        let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+        Ok(Settings {
+            name: stem.unwrap_or_else(|| "run".into()),
+            config,
+            file_batches,
+            flag_batches: self.batches_wanted(),
+        })
+    }
+
     /// What the flags say about batches.
     pub(crate) fn batches_wanted(&self) -> Wanted {
         Wanted {
@@ -122,7 +152,7 @@ impl TrainFlags {
     }
 
     /// The configuration with the data that the flags name.
-    pub(crate) fn source_laid_over(&self, mut config: Config) -> Config {
+    fn source_laid_over(&self, mut config: Config) -> Config {
         let data = &mut config.data;
         put(&mut data.path, self.data.as_ref());
         if self.data.is_some() {
