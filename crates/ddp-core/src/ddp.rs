@@ -347,6 +347,16 @@ impl Ddp {
         Ok(reduce::lock(&self.shared)?.store.memory())
     }
 
+    /// Ends this model's group: every rank that is in an exchange, or comes to one, gets an error with this reason. For a
+    /// rank that fails between exchanges while others go on.
+    ///
+    /// # Errors
+    /// [`Error::Poisoned`].
+    pub fn abort(&self, reason: &str) -> Result<()> {
+        reduce::lock(&self.shared)?.store.abort(reason);
+        Ok(())
+    }
+
     /// How many variables have hooks.
     #[must_use]
     pub fn variable_count(&self) -> usize {

@@ -6,7 +6,7 @@ use crate::mesh::{Axes, Axis, Shape};
 use crate::pipeline::schedule::{Flaw, ScheduleKind};
 
 /// `Result` of this crate.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What went wrong.
 #[derive(Debug, thiserror::Error)]
@@ -164,6 +164,40 @@ pub enum Error {
     UnknownSchedule {
         /// What was asked for.
         name: String,
+    },
+    /// Every stage of a pipeline has a layer at least.
+    #[error("{layers} layers are too few for {stages} stages, of which each has one at least: take fewer ranks of pp, or fewer chunks a rank")]
+    StageWithoutLayers {
+        /// Ranks times chunks.
+        stages: usize,
+        /// Layers of the model.
+        layers: usize,
+    },
+    /// The ranks of a pipeline do not fit together. Found before training or at the end of a step, the same on every rank.
+    #[error("{who}: {what}; expected {expected}")]
+    PipelineMismatch {
+        /// The rank that does not fit, and its stage.
+        who: String,
+        /// What it has.
+        what: String,
+        /// What the others need.
+        expected: String,
+    },
+    /// A step of a pipeline failed. The groups are dead: all ranks hear of it.
+    #[error("{at}: {source}{whom}")]
+    Pipeline {
+        /// This rank, and what it was doing.
+        at: String,
+        /// The rank that the error is about, by its place in the mesh.
+        whom: String,
+        /// What went wrong.
+        source: Box<Error>,
+    },
+    /// A schedule of your own takes something before it is there.
+    #[error("the schedule takes {what} that is not there: Schedule::verify says more")]
+    NotThere {
+        /// What.
+        what: String,
     },
     /// A schedule that would compute something wrong, or nothing.
     #[error(transparent)]

@@ -65,6 +65,43 @@ impl Receiving {
     }
 }
 
+/// A message to be started.
+#[derive(Debug)]
+pub enum Letter<'t> {
+    /// As [`TensorGroup::start_send`].
+    Send {
+        /// What is sent.
+        tensor: &'t Tensor,
+        /// To whom.
+        peer: usize,
+        /// What it is.
+        tag: &'t str,
+    },
+    /// As [`TensorGroup::start_receive`].
+    Receive {
+        /// Of the tensor.
+        shape: &'t [i64],
+        /// Of the tensor.
+        kind: Kind,
+        /// Where it is to be.
+        device: Device,
+        /// From whom.
+        peer: usize,
+        /// What it is.
+        tag: &'t str,
+    },
+}
+
+/// A message that was started.
+#[derive(Debug)]
+#[must_use = "a message that is not waited for is lost"]
+pub enum Started {
+    /// To another rank.
+    Sending(Sending),
+    /// From another rank.
+    Receiving(Receiving),
+}
+
 impl TensorGroup {
     /// Sends a copy of `tensor` to `peer`, a rank of the group, which [receives](Self::start_receive) it. Messages of a pair are matched in the order of
     /// the calls. Returns at once; over NCCL messages are in one order with collectives.
@@ -72,11 +109,7 @@ impl TensorGroup {
     /// # Errors
     /// Those of the group; libtorch's own.
     pub fn start_send(&self, tensor: &Tensor, peer: usize, tag: &str) -> Result<Sending> {
-        let tensor = tensor.f_detach()?.f_contiguous()?;
-        let stream = shim::current_stream(tensor.device())?;
-        let group = &mut self.lock().group;
-        group.set_stream(stream);
-        send(group, &tensor, peer, tag)
+        send(&mut self.lock().group, tensor, peer, tag)
     }
 
     /// Receives a tensor of this shape and kind from `peer`, while the caller computes.
@@ -86,20 +119,36 @@ impl TensorGroup {
     pub fn start_receive(
         &self,
         shape: &[i64],
-        (kind, device): (Kind, Device),
+        of: (Kind, Device),
         peer: usize,
         tag: &str,
     ) -> Result<Receiving> {
-        let tensor = Tensor::f_empty(shape, (kind, device))?;
-        let stream = shim::current_stream(device)?;
-        let group = &mut self.lock().group;
-        group.set_stream(stream);
-        receive(group, tensor, peer, tag)
+        receive(&mut self.lock().group, shape, of, peer, tag)
     }
 
-    /// Starts sends and receives that belong together: ranks that exchange messages need no order among them, over NCCL either.
+    /// Starts messages that are under way together: over NCCL, where a message waits for those before it, none of these waits for another one.
+    /// On the host and over MPI it is as if each was started by itself.
     ///
-    /// `sends` are tensors with the ranks that [receive](Self::start_receive) them, `receives` shapes with the ranks that send them, all of one kind on one device.
+    /// # Errors
+    /// Those of the group; libtorch's own.
+    pub fn start_together(&self, letters: &[Letter<'_>]) -> Result<Vec<Started>> {
+        let group = &mut self.lock().group;
+        group.coalesced(|group| {
+            let started = letters.iter().map(|letter| match *letter {
+                Letter::Send { tensor, peer, tag } => {
+                    send(group, tensor, peer, tag).map(Started::Sending)
+                }
+                Letter::Receive { shape, kind, device, peer, tag } => {
+                    receive(group, shape, (kind, device), peer, tag).map(Started::Receiving)
+                }
+            });
+            Ok(started.collect::<Result<Vec<_>>>())
+        })?
+    }
+
+    /// As [`start_together`](Self::start_together), of tensors of one kind on one device: ranks that exchange messages need no order among them, over NCCL either.
+    ///
+    /// `sends` are tensors with the ranks that [receive](Self::start_receive) them, `receives` shapes with the ranks that send them.
     /// No rank may be this one. Results are in these orders.
     ///
     /// # Errors
@@ -111,50 +160,47 @@ impl TensorGroup {
         (kind, device): (Kind, Device),
         tag: &str,
     ) -> Result<(Vec<Sending>, Vec<Receiving>)> {
-        let dense = |(tensor, peer): &(&Tensor, usize)| {
-            Ok::<_, Error>((tensor.f_detach()?.f_contiguous()?, *peer))
-        };
-        let empty = |(shape, peer): &(&[i64], usize)| {
-            Ok::<_, Error>((Tensor::f_empty(*shape, (kind, device))?, *peer))
-        };
-        let sends: Vec<_> = sends.iter().map(dense).collect::<Result<_>>()?;
-        let receives: Vec<_> = receives.iter().map(empty).collect::<Result<_>>()?;
-        let stream = shim::current_stream(device)?;
-        let group = &mut self.lock().group;
-        group.set_stream(stream);
-        let start = |group: &mut Group| {
-            let receives = receives.into_iter().map(|(into, peer)| receive(group, into, peer, tag));
-            let receives: Vec<Receiving> = receives.collect::<Result<_>>()?;
-            let sends = sends.iter().map(|(tensor, peer)| send(group, tensor, *peer, tag));
-            Ok((sends.collect::<Result<_>>()?, receives))
-        };
-        // The closure's errors are the group's own.
-        let mut outcome = None;
-        group.coalesced(|group| {
-            outcome = Some(start(group));
-            Ok(())
-        })?;
-        outcome.unwrap_or(Err(Error::BackwardAbandoned))
+        let letters: Vec<Letter<'_>> = receives
+            .iter()
+            .map(|&(shape, peer)| Letter::Receive { shape, kind, device, peer, tag })
+            .chain(sends.iter().map(|&(tensor, peer)| Letter::Send { tensor, peer, tag }))
+            .collect();
+        let (mut sending, mut receiving) = (Vec::new(), Vec::new());
+        for started in self.start_together(&letters)? {
+            match started {
+                Started::Sending(one) => sending.push(one),
+                Started::Receiving(one) => receiving.push(one),
+            }
+        }
+        Ok((sending, receiving))
     }
 }
 
-/// Sends a dense tensor.
 fn send(group: &mut Group, tensor: &Tensor, peer: usize, tag: &str) -> Result<Sending> {
+    let tensor = tensor.f_detach()?.f_contiguous()?;
+    group.set_stream(shim::current_stream(tensor.device())?);
     group.tagged(tag);
     if tensor.device() == Device::Cpu {
-        let work = group.send(dense_bytes("a message", tensor)?, peer)?;
+        let work = group.send(dense_bytes("a message", &tensor)?, peer)?;
         return Ok(Sending { work, _held: None });
     }
-    let work = group.send_from_device(memory_of(tensor), peer)?;
-    Ok(Sending { work, _held: Some(tensor.shallow_clone()) })
+    let work = group.send_from_device(memory_of(&tensor), peer)?;
+    Ok(Sending { work, _held: Some(tensor) })
 }
 
-/// Receives into a dense tensor.
-fn receive(group: &mut Group, tensor: Tensor, peer: usize, tag: &str) -> Result<Receiving> {
+fn receive(
+    group: &mut Group,
+    shape: &[i64],
+    (kind, device): (Kind, Device),
+    peer: usize,
+    tag: &str,
+) -> Result<Receiving> {
+    let tensor = Tensor::f_empty(shape, (kind, device))?;
+    group.set_stream(shim::current_stream(device)?);
     group.tagged(tag);
-    let message = match tensor.device() {
+    let message = match device {
         Device::Cpu => {
-            let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
+            let bytes = tensor.numel() * kind.elt_size_in_bytes();
             Message::OnHost(group.receive_bytes(bytes, peer)?)
         }
         _ => Message::OnDevice(group.receive(memory_of(&tensor), peer)?),

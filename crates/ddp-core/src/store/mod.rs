@@ -393,6 +393,14 @@ impl Store {
         Ok(memory.view(place, &named.tensor.size(), &strides)?.f_detach()?)
     }
 
+    /// Ends the groups, with this reason.
+    pub(crate) fn abort(&mut self, reason: &str) {
+        self.group.abort(reason);
+        if let Some(within) = &mut self.within {
+            within.abort(reason);
+        }
+    }
+
     /// Where parameters and gradients are.
     pub(crate) fn device(&self) -> Device {
         self.device

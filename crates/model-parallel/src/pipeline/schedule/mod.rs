@@ -199,6 +199,16 @@ impl Schedule {
         self.layout().stage_count()
     }
 
+    /// The rank and the part where it takes what `rank` has computed of `part`; `None` at the ends of the model.
+    pub(crate) fn target(
+        &self,
+        rank: usize,
+        payload: Payload,
+        part: Part,
+    ) -> Option<(usize, Part)> {
+        self.layout().target(rank, payload, part)
+    }
+
     fn layout(&self) -> Layout {
         Layout { rank_count: self.rank_count(), chunk_count: self.chunk_count }
     }
@@ -240,7 +250,7 @@ impl Layout {
 
 impl Pass {
     /// What the pass takes from the stage on one side and makes for the one on the other.
-    const fn hands_on(self) -> Option<Payload> {
+    pub(crate) const fn hands_on(self) -> Option<Payload> {
         match self {
             Self::Forward => Some(Payload::Activation),
             Self::Backward | Self::BackwardInput => Some(Payload::Gradient),
@@ -249,7 +259,7 @@ impl Pass {
     }
 
     /// Whether the chunk's activations are needed no more, and its weight gradients have grown.
-    const fn ends(self) -> bool {
+    pub(crate) const fn ends(self) -> bool {
         matches!(self, Self::Backward | Self::BackwardWeight)
     }
 
