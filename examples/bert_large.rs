@@ -143,7 +143,7 @@ fn rank(flags: &Flags, settings: &Settings, world: &World, nccl: Option<Nccl>) -
     if let Some(path) = flags.train.init_weights.as_ref().filter(|_| root) {
         weights::check(path, &config.model)?;
     }
-    let exchange = !flags.no_exchange;
+    let exchange = !flags.train.no_exchange;
     let mut trainer = Trainer::new(network, &vs, &mut group, (config, batching, exchange))?;
     if let Some(path) = &flags.train.init_weights {
         let left = trainer.load_weights(path)?;
@@ -226,6 +226,7 @@ fn summary(
         steps: config.train.steps,
         parameters: config.model.parameter_count(),
         world_size: group.world_size(),
+        mesh: None,
         node_count: group.node_count(),
         backend: group.backend().name().to_owned(),
         threads,

@@ -22,10 +22,6 @@ pub(crate) struct Flags {
     /// What trainers have in common.
     #[command(flatten)]
     pub(crate) train: TrainFlags,
-    /// Do not exchange gradients, to measure what the exchange costs; the ranks' models drift
-    /// apart.
-    #[arg(long, hide = true)]
-    pub(crate) no_exchange: bool,
     /// Disturbs one rank's loader, to try what becomes of the others: `slow:RANK` (500 ms a batch) or
     /// `panic:RANK`.
     #[arg(long, hide = true, value_name = "TROUBLE:RANK")]

@@ -162,6 +162,7 @@ impl Trainer {
             forward_ms: milliseconds(sums.forward),
             backward_ms: milliseconds(sums.backward.saturating_sub(exposed)),
             exposed_comm_ms: milliseconds(exposed),
+            pipeline_idle_ms: None,
             bytes_sent,
             optimizer_ms: milliseconds(optimizer_time),
             tokens_per_s: token_count / step_time.as_secs_f64(),

@@ -10,7 +10,6 @@ use tch::{nn, Device};
 use super::config::Model;
 use super::model::{BertForMaskedLm, Start};
 use super::weights_file;
-pub(crate) use super::weights_file::WeightsError;
 
 /// Layer norms as the first BERT called them; files that were converted from TensorFlow still do.
 const OLD_NAMES: [(&str, &str); 2] =

@@ -54,7 +54,8 @@ impl Make<'_> {
 
     /// A product into the residual stream. GPT-2's begin smaller, the more of them add up.
     fn row(&self, at: &Builder<'_>, inputs: i64) -> Result<RowLinear> {
-        let Config { initializer_range: std, num_hidden_layers: layers, hidden_size, .. } = *self.config;
+        let Config { initializer_range: std, num_hidden_layers: layers, hidden_size, .. } =
+            *self.config;
         let mut options = self.options();
         if self.config.model_type == Family::Gpt2 {
             let layers = u32::try_from(layers).unwrap_or(u32::MAX);

@@ -70,6 +70,7 @@ pub(crate) fn nothing() -> Error {
     Error::BadInput {
         layer: "chunk of the model".to_owned(),
         actual: "no input".to_owned(),
-        expected: "hidden states of the chunk before, and a head where a loss is asked for".to_owned(),
+        expected: "hidden states of the chunk before, and a head where a loss is asked for"
+            .to_owned(),
     }
 }

@@ -33,9 +33,9 @@ pub(crate) mod resume;
 pub(crate) mod sample;
 #[path = "../shared/source.rs"]
 pub(crate) mod source;
+pub(crate) mod train;
 #[path = "../shared/train_flags.rs"]
 pub(crate) mod train_flags;
-pub(crate) mod train;
 #[path = "../shared/updates.rs"]
 pub(crate) mod updates;
 pub(crate) mod weights;

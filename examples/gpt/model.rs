@@ -115,9 +115,7 @@ struct Names {
 impl Names {
     const fn of(family: Family) -> Self {
         match family {
-            Family::Gpt2 => {
-                Names { model: "transformer", words: "wte", blocks: "h", norm: "ln_f" }
-            }
+            Family::Gpt2 => Names { model: "transformer", words: "wte", blocks: "h", norm: "ln_f" },
             Family::Llama => {
                 Names { model: "model", words: "embed_tokens", blocks: "layers", norm: "norm" }
             }
@@ -216,9 +214,8 @@ impl Gpt {
 /// A block of which only the input is kept for backward.
 fn recomputed(block: &Arc<Mutex<Block>>, x: &Tensor, pass: Pass) -> Result<Tensor> {
     let block = Arc::clone(block);
-    let again = move |x: &Tensor| {
-        lock(&block).forward(x, &pass).map_err(phalanx_ddp_core::Error::closure)
-    };
+    let again =
+        move |x: &Tensor| lock(&block).forward(x, &pass).map_err(phalanx_ddp_core::Error::closure);
     Ok(checkpointed_one(x, again)?)
 }
 

@@ -15,7 +15,7 @@ use super::context::Context;
 use super::model::{Layers, Together};
 
 /// The groups of the mesh that a trainer needs.
-const GROUPS: [Axes; 5] = [Axes::TP, Axes::PP, Axes::CP, Axes::DP_CP, Axes::MODEL];
+const GROUPS: [Axes; 6] = [Axes::TP, Axes::PP, Axes::CP, Axes::DP, Axes::DP_CP, Axes::MODEL];
 
 /// A rank among the others.
 #[derive(Debug)]
@@ -31,8 +31,8 @@ pub(crate) struct Place {
     pub(crate) data: Group,
     /// Those with which it has one copy of the model.
     pub(crate) model: Group,
-    /// Its place among those that read different samples, and how many there are.
-    pub(crate) reader: (usize, usize),
+    /// Those that read different samples.
+    pub(crate) readers: Group,
 }
 
 impl Place {
@@ -45,8 +45,13 @@ impl Place {
         let context = Context::new(tensors(Axes::CP)?);
         let tp = TensorParallel { group: tp, sequence: config.mesh.sequence_parallel };
         let (data, model) = (groups.take(Axes::DP_CP)?, groups.take(Axes::MODEL)?);
-        let reader = (mesh.coordinate(rank, Axis::DpShard)?, readers(&mesh));
-        Ok(Place { mesh, rank, together: Together { tp, context }, stages, data, model, reader })
+        let readers = groups.take(Axes::DP)?;
+        Ok(Place { mesh, rank, together: Together { tp, context }, stages, data, model, readers })
+    }
+
+    /// Its number among those that read different samples, and how many there are.
+    pub(crate) fn reader(&self) -> (usize, usize) {
+        (self.readers.rank(), self.readers.world_size())
     }
 
     /// Which layers this rank has: of each of its chunks, from the one nearest to the input on.
@@ -98,10 +103,18 @@ pub(crate) fn check(config: &Config, mesh: &Mesh, batching: Batching) -> Result<
     }
     divisible("intermediate_size", model.inner(), tp)?;
     if model.vocab_size < tp {
-        return Err(invalid(format!("model.vocab_size ({}) is less than tp {tp}", model.vocab_size)).into());
+        return Err(invalid(format!(
+            "model.vocab_size ({}) is less than tp {tp}",
+            model.vocab_size
+        ))
+        .into());
     }
     if shape.ep > 1 {
-        return Err(invalid(format!("ep {} needs a model of experts, and this one has none; leave out --ep", shape.ep)).into());
+        return Err(invalid(format!(
+            "ep {} needs a model of experts, and this one has none; leave out --ep",
+            shape.ep
+        ))
+        .into());
     }
     if shape.cp > 1 && model.attn_pdrop > 0.0 {
         return Err(invalid(format!(

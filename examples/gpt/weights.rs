@@ -80,9 +80,8 @@ fn tensors(model: &Model) -> Vec<(String, Vec<i64>)> {
         all.push(("lm_head.weight".into(), vec![words, width]));
     }
     for number in 0..model.num_hidden_layers {
-        let named = |(name, shape): &(&str, Vec<i64>)| {
-            (format!("{blocks}.{number}.{name}"), shape.clone())
-        };
+        let named =
+            |(name, shape): &(&str, Vec<i64>)| (format!("{blocks}.{number}.{name}"), shape.clone());
         all.extend(of_block.iter().map(named));
     }
     all

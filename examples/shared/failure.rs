@@ -7,7 +7,7 @@ use std::io;
 
 use super::config::ConfigError;
 use super::machine::TooLittleMemory;
-use super::weights::WeightsError;
+use super::weights_file::WeightsError;
 
 /// The command line contradicts itself or asks for what does not exist.
 pub(crate) const USAGE: u8 = 64;

@@ -39,6 +39,9 @@ pub(crate) struct StepRecord {
     pub(crate) backward_ms: f64,
     /// Waiting for gradients after the last of our own was ready.
     pub(crate) exposed_comm_ms: f64,
+    /// Waiting for other stages of a pipeline.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) pipeline_idle_ms: Option<f64>,
     /// Bytes that a rank has to send for the gradients at least; what sharded weights take to be gathered is not in it.
     #[serde(default)]
     pub(crate) bytes_sent: u64,
@@ -54,6 +57,9 @@ pub(crate) struct Summary {
     pub(crate) steps: u64,
     pub(crate) parameters: u64,
     pub(crate) world_size: usize,
+    /// The axes over which the model is cut, where it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) mesh: Option<String>,
     pub(crate) node_count: usize,
     pub(crate) backend: String,
     pub(crate) threads: usize,

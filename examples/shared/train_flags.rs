@@ -90,6 +90,10 @@ pub(crate) struct TrainFlags {
     /// Start although the estimate says that memory will not do.
     #[arg(long)]
     pub(crate) ignore_memory: bool,
+    /// Do not exchange gradients, to measure what the exchange costs; the ranks' models drift
+    /// apart.
+    #[arg(long, hide = true)]
+    pub(crate) no_exchange: bool,
 }
 
 /// A configuration with the flags in it.

@@ -23,14 +23,14 @@ fn gradients_of_some_ranks_are_divided_by_the_weights_of_all() {
         let (own, of_all) = (parameter(5), parameter(3));
         let named = |tensor: &Tensor| vec![("p".to_owned(), tensor.shallow_clone())];
         let options = DdpOptions::default;
-        let some =
-            Ddp::from_tensors(named(&own), Vec::new(), &mut alike, options()).unwrap();
+        let some = Ddp::from_tensors(named(&own), Vec::new(), &mut alike, options()).unwrap();
         let all = Ddp::from_tensors(named(&of_all), Vec::new(), &mut world, options()).unwrap();
         some.weigh_over(&mut world).unwrap();
         let weight = (2 * rank + 1) as f64;
         for _ in 0..3 {
             // Two micro-batches, of which the first has a third of the weight; rank r's gradient is 16 (r + 1).
-            let loss = || (&own * 8.0 * (rank + 1) as f64).sum(Kind::Float) + of_all.sum(Kind::Float);
+            let loss =
+                || (&own * 8.0 * (rank + 1) as f64).sum(Kind::Float) + of_all.sum(Kind::Float);
             all.backward(&loss(), weight / 4.0, Sync::Accumulate).unwrap();
             all.backward(&loss(), weight * 3.0 / 4.0, Sync::Reduce).unwrap();
             // 16 (1 + 3) or 16 (2 + 4), over 1 + 3 + 5 + 7.

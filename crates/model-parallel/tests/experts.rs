@@ -95,7 +95,8 @@ impl Model {
 
 fn values(rank: usize, count: i64, kind: Kind) -> Tensor {
     let key = Key::of_seed(rank as u64).named("x");
-    let all: Vec<f64> = (0..(count * WIDTH).unsigned_abs()).map(|place| key.normal(place)).collect();
+    let all: Vec<f64> =
+        (0..(count * WIDTH).unsigned_abs()).map(|place| key.normal(place)).collect();
     Tensor::from_slice(&all).view([1, count, WIDTH]).to_kind(kind)
 }
 
@@ -210,7 +211,8 @@ fn all_tokens_to_one_expert_and_ranks_without_tokens_are_computed_as_well() {
         for (shape, experts) in meshes(world_size) {
             for favourite in [0, experts - 1] {
                 for top_k in [1, 2] {
-                    let case = Case { favourite: Some(favourite), ..Case::of(experts, top_k, None) };
+                    let case =
+                        Case { favourite: Some(favourite), ..Case::of(experts, top_k, None) };
                     check(case, shape, world_size);
                     let case = Case { tokens: [3, 0, 9, 0], ..case };
                     check(case, shape, world_size);
@@ -227,7 +229,11 @@ fn all_tokens_to_one_expert_and_ranks_without_tokens_are_computed_as_well() {
 fn a_capacity_drops_tokens_and_dropless_none() {
     let dropped = |capacity_factor| -> f64 {
         let case = Case { favourite: Some(1), ..Case::of(4, 1, capacity_factor) };
-        alone(&case, 3).iter().filter(|(name, _)| name.starts_with("dropped")).map(|(_, n)| n[0]).sum()
+        alone(&case, 3)
+            .iter()
+            .filter(|(name, _)| name.starts_with("dropped"))
+            .map(|(_, n)| n[0])
+            .sum()
     };
     assert_eq!(dropped(None).to_bits(), 0.0_f64.to_bits());
     // Of 7, 4 and 10 tokens one expert takes ⌈7/4⌉, ⌈4/4⌉ and ⌈10/4⌉.
@@ -253,7 +259,8 @@ fn variables_have_the_names_of_mixtral_and_the_global_number_of_their_expert() {
         names.sort();
         names
     });
-    let expert = |number: i64| ["w1", "w2", "w3"].map(|w| format!("{MOE}.experts.{number}.{w}.weight"));
+    let expert =
+        |number: i64| ["w1", "w2", "w3"].map(|w| format!("{MOE}.experts.{number}.{w}.weight"));
     let shared = [format!("{MOE}.gate.weight"), "projection".to_owned()];
     assert_eq!(names[0], [expert(0).as_slice(), &expert(1), &shared].concat());
     assert_eq!(names[1], [expert(2).as_slice(), &expert(3), &shared].concat());

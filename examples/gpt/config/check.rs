@@ -27,7 +27,8 @@ impl Model {
                 return Some(format!("model.{name} is {value}; it must be from 1 to {SIZE_MAX}"));
             }
         }
-        let (width, heads, kv_heads) = (self.hidden_size, self.num_attention_heads, self.kv_heads());
+        let (width, heads, kv_heads) =
+            (self.hidden_size, self.num_attention_heads, self.kv_heads());
         if self.head_dim.is_none() && width % heads != 0 {
             return Some(format!(
                 "model.hidden_size ({width}) is not a multiple of model.num_attention_heads ({heads}); change one of them"

@@ -34,7 +34,8 @@ impl Default for Mesh {
 impl Mesh {
     /// The mesh of a world of so many ranks, or what is wrong with it and what would fit.
     pub(crate) fn of_world(&self, world_size: usize) -> Result<Made> {
-        let shape = Shape { pp: self.pp, cp: self.cp, tp: self.tp, ep: self.ep, ..Shape::default() };
+        let shape =
+            Shape { pp: self.pp, cp: self.cp, tp: self.tp, ep: self.ep, ..Shape::default() };
         let shape = match self.dp {
             Some(dp) => Shape { dp_shard: dp, ..shape },
             None => shape.filling(Axis::DpShard, world_size)?,
@@ -48,7 +49,8 @@ impl Mesh {
     }
 
     pub(super) fn problem(&self) -> Option<String> {
-        let axes = [("dp", self.dp.unwrap_or(1)), ("tp", self.tp), ("pp", self.pp), ("cp", self.cp)];
+        let axes =
+            [("dp", self.dp.unwrap_or(1)), ("tp", self.tp), ("pp", self.pp), ("cp", self.cp)];
         let axes = axes.into_iter().chain([("ep", self.ep)]);
         if let Some((name, _)) = axes.into_iter().find(|(_, ranks)| *ranks == 0) {
             return Some(format!("mesh.{name} is 0; an axis that is not used has 1 rank"));

@@ -248,7 +248,9 @@ impl Model {
         }
         let scaled = self.rope_parameters.as_ref().and_then(|rope| rope.rope_type.as_ref());
         if self.rope_scaling.is_some() || scaled.is_some_and(|kind| kind != "default") {
-            return Some("model.rope_scaling is set; only plain rotary positions are supported".into());
+            return Some(
+                "model.rope_scaling is set; only plain rotary positions are supported".into(),
+            );
         }
         if self.model_type == Family::Gpt2 && !self.is_tied() {
             return Some("model.tie_word_embeddings is false; gpt2 has a tied head".into());

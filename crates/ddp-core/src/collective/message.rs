@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::TensorGroup;
 use crate::store::flat::{dense_bytes, dense_bytes_mut};
-use crate::{shim, Error, Result};
+use crate::{shim, Result};
 
 /// A message on its way to another rank.
 #[derive(Debug)]

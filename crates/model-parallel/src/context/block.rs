@@ -97,9 +97,9 @@ pub(super) fn backward(
         of_q.push(rows.unfolded(&of_scores.f_matmul(&k)?)?);
         let transposed = of_scores.f_transpose(-2, -1)?;
         let mut sum = rows.keys_of(&of_k)?;
-        sum.f_add_(&transposed.f_matmul(&rows.q)?)?;
+        drop(sum.f_add_(&transposed.f_matmul(&rows.q)?)?);
         let mut sum = rows.keys_of(&of_v)?;
-        sum.f_add_(&weights.f_transpose(-2, -1)?.f_matmul(&gradient)?)?;
+        drop(sum.f_add_(&weights.f_transpose(-2, -1)?.f_matmul(&gradient)?)?);
     }
     Ok((Tensor::f_cat(&of_q, 3)?, of_k, of_v))
 }

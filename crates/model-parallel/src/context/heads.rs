@@ -87,9 +87,8 @@ impl HeadsAttention {
     }
 
     fn check_heads(&self, heads: i64, kv_heads: i64) -> Result<()> {
-        let divides = |heads: i64, ranks: usize| {
-            i64::try_from(ranks).is_ok_and(|ranks| heads % ranks == 0)
-        };
+        let divides =
+            |heads: i64, ranks: usize| i64::try_from(ranks).is_ok_and(|ranks| heads % ranks == 0);
         let ranks = self.sequence.group().world_size();
         let (what, len) = match (divides(heads, ranks), divides(kv_heads, ranks)) {
             (true, true) => return Ok(()),
@@ -173,8 +172,7 @@ impl Turn {
         };
         let pending: Vec<Pending> = tensors.iter().map(start).collect::<DdpResult<_>>()?;
         // [n, batch, heads / n, tokens / n, d], by whose heads they were.
-        let finish =
-            |pending: Pending| Ok(pending.wait()?.f_movedim_int(0, 1)?.f_flatten(1, 2)?);
+        let finish = |pending: Pending| Ok(pending.wait()?.f_movedim_int(0, 1)?.f_flatten(1, 2)?);
         pending.into_iter().map(finish).collect()
     }
 

@@ -193,9 +193,11 @@ impl Turn {
         let (kind, heads) = (block::computed_in(q.kind()), k.size()[1]);
         let computed = |tensor: &Tensor| grouped(&tensor.f_to_kind(kind)?, heads);
         let (grouped_q, gradient) = (computed(q)?, computed(gradient)?);
-        let delta = computed(output)?
-            .f_mul(&gradient)?
-            .f_sum_dim_intlist([-1_i64].as_slice(), true, None)?;
+        let delta = computed(output)?.f_mul(&gradient)?.f_sum_dim_intlist(
+            [-1_i64].as_slice(),
+            true,
+            None,
+        )?;
         let of_q = grouped_q.f_zeros_like()?;
         let all = Queries { q: grouped_q, lse: lse.shallow_clone(), gradient, delta };
         let mut held = Tensor::f_stack(&[k, v], 0)?;
@@ -243,9 +245,9 @@ impl Turn {
         let scores = Scores { is_causal: piece.is_causal, ..self.scores };
         let (q, k, v) = block::backward(&queries, &k, &v, scores)?;
         let mut sum = some(of_q)?;
-        sum.f_add_(&q)?;
+        drop(sum.f_add_(&q)?);
         let mut sum = of_held.f_narrow(3, key, keys)?;
-        sum.f_add_(&Tensor::f_stack(&[k, v], 0)?)?;
+        drop(sum.f_add_(&Tensor::f_stack(&[k, v], 0)?)?);
         Ok(())
     }
 

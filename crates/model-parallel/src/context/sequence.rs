@@ -91,7 +91,9 @@ impl Sequence {
         let gathered = self.group.all_gather(tensor, dim, "tokens of a sequence")?;
         match self.places(len)? {
             None => Ok(gathered),
-            Some(places) => Ok(gathered.f_index_select(dim, &places.f_to_device(tensor.device())?)?),
+            Some(places) => {
+                Ok(gathered.f_index_select(dim, &places.f_to_device(tensor.device())?)?)
+            }
         }
     }
 
@@ -107,8 +109,7 @@ impl Sequence {
     pub(super) fn gathered_positions(&self, len: i64) -> Result<Tensor> {
         let chunk = self.chunk(len)?;
         let chunks = (0..self.ranks()).flat_map(|rank| self.order.chunks(rank, self.ranks()));
-        let positions: Vec<i64> =
-            chunks.flat_map(|at| at * chunk..(at + 1) * chunk).collect();
+        let positions: Vec<i64> = chunks.flat_map(|at| at * chunk..(at + 1) * chunk).collect();
         Ok(Tensor::f_from_slice(&positions)?)
     }
 

@@ -102,8 +102,7 @@ impl MixtureOfExperts {
         let count = shape[..shape.len() - 1].iter().product::<i64>();
         let tokens = x.f_reshape([count, self.width])?;
         let routing = self.router.route(&tokens)?;
-        let plan =
-            Plan::new(&routing.choices, routing.load.len(), self.options.capacity(count));
+        let plan = Plan::new(&routing.choices, routing.load.len(), self.options.capacity(count));
         let orders = Orders {
             choice_of_row: Tensor::f_from_slice(&plan.choice_of_row)?.f_to_device(x.device())?,
             row_of_choice: Tensor::f_from_slice(&plan.row_of_choice)?.f_to_device(x.device())?,
@@ -112,8 +111,7 @@ impl MixtureOfExperts {
         let rows = self.computed(&rows::spread(&tokens, &orders)?, &plan.counts)?;
         let by_choice = rows::collect(&rows, &orders)?;
         let weights = routing.weights.f_to_kind(by_choice.kind())?.f_unsqueeze(-1)?;
-        let sum =
-            by_choice.f_mul(&weights)?.f_sum_dim_intlist([1_i64].as_slice(), false, None)?;
+        let sum = by_choice.f_mul(&weights)?.f_sum_dim_intlist([1_i64].as_slice(), false, None)?;
         Ok(Mixture { output: sum.f_reshape(&shape)?, routing, dropped: plan.dropped })
     }
 
