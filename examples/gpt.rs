@@ -295,6 +295,7 @@ fn summary(
         parameters: config.model.parameter_count(),
         world_size: group.world_size(),
         mesh: Some(mesh.shape().to_string()),
+        readers: place::readers(mesh),
         node_count: group.node_count(),
         backend: group.backend().name().to_owned(),
         threads,

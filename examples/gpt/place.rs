@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use phalanx_comm::Group;
 use phalanx_ddp_core::collective::TensorGroup;
 use phalanx_model_parallel::pipeline::schedule::Schedule;
@@ -153,8 +153,8 @@ pub(crate) fn check_length(config: &Config, mesh: &Mesh, tokens: usize) -> Resul
          data.sequence_length",
         shape.cp * sequence,
         shape.cp
-    )))
-    .context("mesh")
+    ))
+    .into())
 }
 
 fn divisible(what: &'static str, len: i64, tp: i64) -> Result<(), Error> {

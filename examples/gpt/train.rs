@@ -200,7 +200,8 @@ impl Trainer {
             forward_ms: milliseconds(forward),
             backward_ms: milliseconds(backward),
             exposed_comm_ms: milliseconds(exposed),
-            pipeline_idle_ms: Some(milliseconds(output.idle)),
+            pipeline_idle_ms: (self.place.stages.world_size() > 1)
+                .then(|| milliseconds(output.idle)),
             bytes_sent,
             optimizer_ms: milliseconds(optimizer_time),
             tokens_per_s: token_count / step_time.as_secs_f64(),

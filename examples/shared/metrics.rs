@@ -60,6 +60,9 @@ pub(crate) struct Summary {
     /// The axes over which the model is cut, where it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) mesh: Option<String>,
+    /// Ranks that read different samples.
+    #[serde(default)]
+    pub(crate) readers: usize,
     pub(crate) node_count: usize,
     pub(crate) backend: String,
     pub(crate) threads: usize,

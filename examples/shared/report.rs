@@ -27,10 +27,11 @@ pub(crate) fn screen(
         let _infallible = writeln!(text, "{line}");
     };
     let plural = |count: usize| if count == 1 { "" } else { "s" };
-    let Summary { world_size, node_count, global_batch, micro_batch, accumulate, .. } = summary;
+    let Summary { world_size, readers, node_count, global_batch, .. } = summary;
+    let Summary { micro_batch, accumulate, .. } = summary;
     add(format!(
         "\n{} M parameters, {world_size} rank{} on {node_count} node{}, {global_batch} samples a step \
-         ({world_size} × {micro_batch} × {accumulate})",
+         ({readers} × {micro_batch} × {accumulate})",
         millions(summary.parameters),
         plural(*world_size),
         plural(*node_count),
