@@ -166,8 +166,9 @@ def main():
             files[first] = load_file(FOLDER / f"{first}.safetensors")
         elif first not in files:
             files[first] = weights(network, torch.float16)
-        network.load_state_dict(files[first], strict=False)
-        network.tie_weights()
+        # Its head is the embedding, and not what the file has beside that.
+        tied = network.config.tie_word_embeddings
+        network.load_state_dict({n: v for n, v in files[first].items() if not (tied and n == "lm_head.weight")}, strict=False)
         result = train(network, data)
         if case != "llama_tied":
             files[f"gpt_{case}_last"] = weights(network, torch.float32)
