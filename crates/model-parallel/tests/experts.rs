@@ -10,13 +10,15 @@
 use std::collections::BTreeMap;
 
 use phalanx_comm::testing::run_ranks;
-use phalanx_comm::{Group, GroupOptions};
 use phalanx_ddp_core::collective::TensorGroup;
 use phalanx_ddp_core::{DdpOptions, Sync, Zero};
-use phalanx_model_parallel::expert::{mixtral_expert, ExpertOptions, MixtureOfExperts, Parameters};
+use phalanx_model_parallel::expert::{
+    mixtral_expert, ExpertOptions, ExpertParallel, MixtureOfExperts, Parameters,
+};
 use phalanx_model_parallel::layer::random::Key;
 use phalanx_model_parallel::layer::{linear, Builder, Init};
-use phalanx_model_parallel::{Axes, Error, Mesh, Shape};
+use phalanx_model_parallel::tensor::TensorParallel;
+use phalanx_model_parallel::{Axes, Error, Mesh, MeshGroups, Shape};
 use tch::{nn, Device, Kind, Tensor};
 
 const WIDTH: i64 = 8;
@@ -53,12 +55,13 @@ struct Model {
 type Numbers = BTreeMap<String, Vec<f64>>;
 
 impl Model {
-    fn new(case: &Case, ep: &TensorGroup) -> Self {
+    fn new(case: &Case, ep: &ExpertParallel) -> Self {
         let mut vs = nn::VarStore::new(Device::Cpu);
         let builder = Builder::new(vs.root(), 5);
         let projection = builder.whole("projection", &[WIDTH, WIDTH], INIT).unwrap();
         let inner = &(&(&builder / "layers") / 0) / "block_sparse_moe";
-        let make = |builder: &Builder<'_>, _: i64| mixtral_expert(builder, (WIDTH, HIDDEN), INIT);
+        let tp = ep.of_experts();
+        let make = |b: &Builder<'_>, _: i64| mixtral_expert(b, (WIDTH, HIDDEN), INIT, &tp);
         let layer = MixtureOfExperts::new(&inner, WIDTH, case.options, ep, make).unwrap();
         if case.kind == Kind::Double {
             vs.double();
@@ -93,6 +96,13 @@ impl Model {
     }
 }
 
+/// A rank's groups for experts.
+fn parallel(groups: &mut MeshGroups, sequence: bool) -> ExpertParallel {
+    let mut taken = |axes| TensorGroup::new(groups.get(axes).unwrap().duplicate().unwrap());
+    let group = taken(Axes::EP);
+    ExpertParallel { group, tp: TensorParallel { group: taken(Axes::TP), sequence } }
+}
+
 fn values(rank: usize, count: i64, kind: Kind) -> Tensor {
     let key = Key::of_seed(rank as u64).named("x");
     let all: Vec<f64> =
@@ -106,8 +116,7 @@ fn numbers(tensor: &Tensor) -> Vec<f64> {
 
 /// All experts in one process, which takes the ranks' tokens one rank after the other.
 fn alone(case: &Case, world_size: usize) -> Numbers {
-    let group = TensorGroup::new(Group::single(GroupOptions::default()).unwrap());
-    let model = Model::new(case, &group);
+    let model = Model::new(case, &ExpertParallel::alone().unwrap());
     let mut all = Numbers::new();
     for rank in 0..world_size {
         let (loss, dropped) = model.loss(case, rank);
@@ -127,7 +136,7 @@ fn together(case: Case, shape: Shape, world_size: usize) -> Vec<Numbers> {
     run_ranks(world_size, move |mut world| {
         let rank = world.rank();
         let mut groups = Mesh::new(shape, world_size).unwrap().split(&mut world).unwrap();
-        let ep = TensorGroup::new(groups.get(Axes::EP).unwrap().duplicate().unwrap());
+        let ep = parallel(&mut groups, false);
         let model = Model::new(&case, &ep);
         let options = DdpOptions { bucket_bytes: vec![300, 900], ..DdpOptions::default() };
         let wrapped = Parameters::of(&model.vs).wrap(&mut groups, &options).unwrap();
@@ -254,7 +263,9 @@ fn two_runs_have_the_same_bits() {
 #[test]
 fn variables_have_the_names_of_mixtral_and_the_global_number_of_their_expert() {
     let names = run_ranks(2, |world| {
-        let model = Model::new(&Case::of(4, 2, None), &TensorGroup::new(world));
+        let ep =
+            ExpertParallel { group: TensorGroup::new(world), ..ExpertParallel::alone().unwrap() };
+        let model = Model::new(&Case::of(4, 2, None), &ep);
         let mut names: Vec<String> = model.vs.variables().into_keys().collect();
         names.sort();
         names
@@ -270,8 +281,7 @@ fn variables_have_the_names_of_mixtral_and_the_global_number_of_their_expert() {
 #[test]
 fn the_balance_loss_is_that_of_mixtral() {
     let case = Case::of(4, 2, None);
-    let group = TensorGroup::new(Group::single(GroupOptions::default()).unwrap());
-    let model = Model::new(&case, &group);
+    let model = Model::new(&case, &ExpertParallel::alone().unwrap());
     let routing = model.layer.forward(&values(0, 9, Kind::Double)).unwrap().routing;
     let shares = routing.experts.one_hot(4).to_kind(Kind::Double).mean_dim(0, false, None::<Kind>);
     let means = routing.probabilities.mean_dim(0, false, None::<Kind>);
@@ -287,12 +297,14 @@ fn the_balance_loss_is_that_of_mixtral() {
 fn settings_that_cannot_be_are_errors_that_say_what_can() {
     let case = Case::of(4, 2, None);
     run_ranks(3, move |world| {
-        let group = TensorGroup::new(world);
+        let ep =
+            ExpertParallel { group: TensorGroup::new(world), ..ExpertParallel::alone().unwrap() };
+        let tp = ep.of_experts();
         let vs = nn::VarStore::new(Device::Cpu);
         let builder = &Builder::new(vs.root(), 5) / "moe";
         let made = |options: ExpertOptions| {
-            let make = |b: &Builder<'_>, _: i64| mixtral_expert(b, (WIDTH, HIDDEN), INIT);
-            MixtureOfExperts::new(&builder, WIDTH, options, &group, make)
+            let make = |b: &Builder<'_>, _: i64| mixtral_expert(b, (WIDTH, HIDDEN), INIT, &tp);
+            MixtureOfExperts::new(&builder, WIDTH, options, &ep, make)
         };
         let message = made(case.options).unwrap_err().to_string();
         assert_eq!(message, "moe: experts 4 cannot be divided by ep 3; possible: 1, 2, 4");
@@ -317,7 +329,7 @@ fn sharded_experts_train_as_whole_ones() {
             let rank = world.rank();
             let shape = Shape { dp_shard: 4, ep: 2, ..Shape::default() };
             let mut groups = Mesh::new(shape, 4).unwrap().split(&mut world).unwrap();
-            let ep = TensorGroup::new(groups.get(Axes::EP).unwrap().duplicate().unwrap());
+            let ep = parallel(&mut groups, false);
             let model = Model::new(&case, &ep);
             let options = DdpOptions { zero, ..DdpOptions::default() };
             let wrapped = Parameters::of(&model.vs).wrap(&mut groups, &options).unwrap();
@@ -342,5 +354,73 @@ fn sharded_experts_train_as_whole_ones() {
     let whole = trained(Zero::Off);
     for zero in [Zero::One, Zero::Two, Zero::Three] {
         assert_eq!(trained(zero), whole, "{zero:?}");
+    }
+}
+
+/// Experts whose matrices are cut over two ranks, and tokens too: outputs, and gradients of inputs, of the router and of the parts of experts.
+#[test]
+fn experts_that_are_cut_compute_as_whole_ones() {
+    let input = || values(0, 6, Kind::Double).set_requires_grad(true);
+    let outer = values(1, 6, Kind::Double);
+    for favourite in [None, Some(2)] {
+        let case = Case { favourite, ..Case::of(4, 2, None) };
+        let whole = Model::new(&case, &ExpertParallel::alone().unwrap());
+        let x = input();
+        let output = whole.layer.forward(&x).unwrap().output;
+        (&output * &outer).sum(Kind::Double).backward();
+        let mut expected = Numbers::new();
+        expected.insert("output".to_owned(), numbers(&output));
+        expected.insert("x".to_owned(), numbers(&x.grad()));
+        for (name, variable) in whole.vs.variables() {
+            let grad = if variable.grad().defined() { variable.grad() } else { continue };
+            // Both ranks have 6 of the 12 columns.
+            let half = |rank: i64| match (name.contains("w2"), name.contains("experts")) {
+                (_, false) => grad.shallow_clone(),
+                (true, true) => grad.narrow(1, 6 * rank, 6),
+                (false, true) => grad.narrow(0, 6 * rank, 6),
+            };
+            for rank in 0..2 {
+                expected.insert(format!("{name} {rank}"), numbers(&half(rank)));
+            }
+        }
+        for sequence in [false, true] {
+            let ranks = run_ranks(4, move |mut world| {
+                let shape = Shape { dp_shard: 2, ep: 2, tp: 2, ..Shape::default() };
+                let mut groups = Mesh::new(shape, 4).unwrap().split(&mut world).unwrap();
+                let parallel = parallel(&mut groups, sequence);
+                let model = Model::new(&case, &parallel);
+                let at = world.rank() as i64 % 2;
+                // Both ranks of `ep` compute the same tokens: an expert's gradients are twice those of one.
+                let (x, outer) = (input(), values(1, 6, Kind::Double));
+                let cut = |tensor: &Tensor| match sequence {
+                    true => tensor.narrow(1, 3 * at, 3),
+                    false => tensor.shallow_clone(),
+                };
+                let output = model.layer.forward(&cut(&x)).unwrap().output;
+                (&output * cut(&outer)).sum(Kind::Double).backward();
+                let mut all = Numbers::new();
+                all.insert("output".to_owned(), numbers(&output));
+                all.insert("x".to_owned(), numbers(&cut(&x.grad())));
+                for (name, variable) in model.vs.variables() {
+                    if variable.grad().defined() {
+                        let factor = if name.contains("experts") { 0.5 } else { 1.0 };
+                        all.insert(format!("{name} {at}"), numbers(&(variable.grad() * factor)));
+                    }
+                }
+                all
+            });
+            for (rank, all) in ranks.iter().enumerate() {
+                for (name, values) in all {
+                    let whole = &expected[name];
+                    let bound = bound(&case, whole);
+                    // With tokens cut a rank has the first half of them, or the second.
+                    let start =
+                        if values.len() < whole.len() { rank % 2 * values.len() } else { 0 };
+                    for (value, expected) in values.iter().zip(&whole[start..]) {
+                        assert!((value - expected).abs() <= bound, "{name}: {value}, {expected}");
+                    }
+                }
+            }
+        }
     }
 }

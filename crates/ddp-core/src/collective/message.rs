@@ -146,10 +146,8 @@ impl TensorGroup {
         })?
     }
 
-    /// As [`start_together`](Self::start_together), of tensors of one kind on one device: ranks that exchange messages need no order among them, over NCCL either.
-    ///
-    /// `sends` are tensors with the ranks that [receive](Self::start_receive) them, `receives` shapes with the ranks that send them.
-    /// No rank may be this one. Results are in these orders.
+    /// [`start_together`](Self::start_together) of tensors with the ranks that receive them, and of shapes, all of one kind on one device, with the ranks that
+    /// send them. Results are in these orders.
     ///
     /// # Errors
     /// Those of the group; libtorch's own.
@@ -160,11 +158,11 @@ impl TensorGroup {
         (kind, device): (Kind, Device),
         tag: &str,
     ) -> Result<(Vec<Sending>, Vec<Receiving>)> {
-        let letters: Vec<Letter<'_>> = receives
-            .iter()
-            .map(|&(shape, peer)| Letter::Receive { shape, kind, device, peer, tag })
-            .chain(sends.iter().map(|&(tensor, peer)| Letter::Send { tensor, peer, tag }))
-            .collect();
+        let received = receives.iter();
+        let received =
+            received.map(|&(shape, peer)| Letter::Receive { shape, kind, device, peer, tag });
+        let sent = sends.iter().map(|&(tensor, peer)| Letter::Send { tensor, peer, tag });
+        let letters: Vec<Letter<'_>> = received.chain(sent).collect();
         let (mut sending, mut receiving) = (Vec::new(), Vec::new());
         for started in self.start_together(&letters)? {
             match started {

@@ -130,7 +130,7 @@ impl Part {
     fn new(reducer: &mut Reducer, given: ModelPart<'_>) -> Result<Self> {
         let ModelPart { model, world, cuts } = given;
         let (mut model, mut world) = (model.duplicate()?, world.duplicate()?);
-        let mine = serde_json::to_vec(&tell(reducer, &cuts)).unwrap_or_default();
+        let parts = serde_json::to_vec(&tell(reducer, &cuts)).unwrap_or_default();
         let options = &reducer.options;
         let settings = format!(
             "non_finite {:?}, fingerprint_interval {}, buffers {:?}",
@@ -139,18 +139,18 @@ impl Part {
         let store = &mut reducer.store;
         let model_ranks = ranks_of(&mut model, world.rank())?;
         let data_ranks = ranks_of(&mut store.group, world.rank())?;
-        let told = model.tagged("parts of the model").all_gather_bytes(&mine)?;
+        let told = model.tagged("parts of the model").all_gather_bytes(&parts)?;
         let table = read(&told, &model_ranks).and_then(|all| Table::new(&all, &model_ranks));
-        let hash = |table: &Table| crc32c::crc32c(table.lines().as_bytes());
-        let place = serde_json::to_vec(&Place {
+        let hash = |all: &Table| crc32c::crc32c(all.lines().as_bytes());
+        let mine = serde_json::to_vec(&Place {
             data: (store.group.rank(), store.group.world_size()),
             model: (model.rank(), model.world_size()),
             settings,
             parts: table.as_ref().map(hash).map_err(Clone::clone),
         });
         let places =
-            world.tagged("places in the mesh").all_gather_bytes(&place.unwrap_or_default())?;
-        let places = places.iter().map(|told| serde_json::from_slice(told));
+            world.tagged("places in the mesh").all_gather_bytes(&mine.unwrap_or_default())?;
+        let places = places.iter().map(|place| serde_json::from_slice(place));
         let places: Vec<Place> = places.collect::<Result<_, _>>().map_err(Error::closure)?;
         check(&places)?;
         let cuts = cuts.into_iter().filter(|(_, cut)| Slice::of(cut).is_some()).collect();

@@ -71,8 +71,7 @@ impl Attended {
         let own = output.f_mul(&lse.f_sub(&sum)?.f_exp()?)?;
         let added = other.output.f_mul(&other.lse.f_sub(&sum)?.f_exp()?)?;
         output.f_copy_(&own.f_add(&added)?)?;
-        lse.f_copy_(&sum)?;
-        Ok(())
+        Ok(lse.f_copy_(&sum)?)
     }
 }
 
@@ -96,12 +95,15 @@ pub(super) fn backward(
         let of_scores = of_scores.f_mul_scalar(scores.scale)?;
         of_q.push(rows.unfolded(&of_scores.f_matmul(&k)?)?);
         let transposed = of_scores.f_transpose(-2, -1)?;
-        let mut sum = rows.keys_of(&of_k)?;
-        drop(sum.f_add_(&transposed.f_matmul(&rows.q)?)?);
-        let mut sum = rows.keys_of(&of_v)?;
-        drop(sum.f_add_(&weights.f_transpose(-2, -1)?.f_matmul(&gradient)?)?);
+        add(rows.keys_of(&of_k)?, &transposed.f_matmul(&rows.q)?)?;
+        add(rows.keys_of(&of_v)?, &weights.f_transpose(-2, -1)?.f_matmul(&gradient)?)?;
     }
     Ok((Tensor::f_cat(&of_q, 3)?, of_k, of_v))
+}
+
+/// Adds to a view.
+pub(super) fn add(mut view: Tensor, term: &Tensor) -> Result<()> {
+    Ok(view.f_add_(term).map(drop)?)
 }
 
 /// Some queries at a time: where they start, and how many. Shapes alone decide.
@@ -165,4 +167,47 @@ impl Rows {
 /// `[batch, kv heads, group, queries, n]` → `[batch, kv heads, group · queries, n]`.
 fn folded(queries: &Tensor) -> Result<Tensor> {
     Ok(queries.f_flatten(2, 3)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    /// More scores than are in memory at once; in f64, of tokens whose scores are at most 1.
+    #[test]
+    fn queries_that_are_taken_in_runs_attend_alike() {
+        let (tokens, dim) = (2100_i64, 4_i64);
+        let values = |seed: i64| {
+            let at = Tensor::arange(tokens * dim, (Kind::Double, Device::Cpu)) + seed * 1000;
+            (at * 12.9898).sin().view([1, 1, tokens, dim]) * 0.5
+        };
+        let (q, k, v, gradient) = (values(1), values(2), values(3), values(4));
+        let grouped = |tensor: &Tensor| tensor.unsqueeze(2);
+        assert!(runs(&grouped(&q), &k).len() > 1);
+        let leaves = [&q, &k, &v].map(|tensor| tensor.copy().set_requires_grad(true));
+        let [lq, lk, lv] = &leaves;
+        let none = None::<&Tensor>;
+        let plain = Tensor::scaled_dot_product_attention(lq, lk, lv, none, 0.0, true, 0.5, false);
+        (&plain * &gradient).sum(Kind::Double).backward();
+        let scores = Scores { scale: 0.5, is_causal: true };
+        let attended = forward(&grouped(&q), &k, &v, scores).expect("libtorch");
+        let delta = (&plain.detach() * &gradient).sum_dim_intlist(-1, true, Kind::Double);
+        let (lse, delta) = (attended.lse, grouped(&delta));
+        let queries = Queries { q: grouped(&q), lse, gradient: grouped(&gradient), delta };
+        let (of_q, of_k, of_v) = backward(&queries, &k, &v, scores).expect("libtorch");
+        // Sums over all tokens, of terms below 1.
+        let bound = f64::EPSILON * (tokens * tokens) as f64;
+        let pairs = [
+            (attended.output, plain.detach()),
+            (of_q, lq.grad()),
+            (of_k, lk.grad()),
+            (of_v, lv.grad()),
+        ];
+        for (actual, expected) in pairs {
+            let off = (actual.view_as(&expected) - expected).abs().max().double_value(&[]);
+            assert!(off <= bound, "{off:.1e} off");
+        }
+    }
 }

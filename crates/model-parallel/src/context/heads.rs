@@ -10,7 +10,9 @@ use tch::Tensor;
 use super::ring::{check, plain};
 use super::Sequence;
 use crate::error::{Error, Result};
+use crate::layer::Pass;
 use crate::mesh::Axis;
+use crate::tensor::Attend;
 
 /// Attention over sequences that are cut over ranks, each of which computes some heads.
 ///
@@ -118,6 +120,12 @@ impl HeadsAttention {
         };
         let group = self.sequence.group().clone();
         Ok(Turn { name: self.name.clone(), group, ranks, places, positions })
+    }
+}
+
+impl Attend for HeadsAttention {
+    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, _pass: &Pass) -> Result<Tensor> {
+        Self::attend(self, q, k, v)
     }
 }
 

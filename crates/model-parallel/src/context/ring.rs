@@ -13,6 +13,8 @@ use super::block::{self, Attended, Queries, Scores};
 use super::pieces::Piece;
 use super::{Order, Sequence};
 use crate::error::{Error, Result};
+use crate::layer::Pass;
+use crate::tensor::Attend;
 
 /// Attention over sequences that are cut over ranks, by a ring.
 ///
@@ -97,6 +99,12 @@ impl RingAttention {
             },
         )?;
         outputs.pop().ok_or_else(|| phalanx_ddp_core::Error::BackwardAbandoned.into())
+    }
+}
+
+impl Attend for RingAttention {
+    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, _pass: &Pass) -> Result<Tensor> {
+        Self::attend(self, q, k, v)
     }
 }
 
@@ -244,11 +252,8 @@ impl Turn {
         let [k, v] = halves(&held.f_narrow(3, key, keys)?)?;
         let scores = Scores { is_causal: piece.is_causal, ..self.scores };
         let (q, k, v) = block::backward(&queries, &k, &v, scores)?;
-        let mut sum = some(of_q)?;
-        drop(sum.f_add_(&q)?);
-        let mut sum = of_held.f_narrow(3, key, keys)?;
-        drop(sum.f_add_(&Tensor::f_stack(&[k, v], 0)?)?);
-        Ok(())
+        block::add(some(of_q)?, &q)?;
+        block::add(of_held.f_narrow(3, key, keys)?, &Tensor::f_stack(&[k, v], 0)?)
     }
 
     fn ranks(&self) -> i64 {

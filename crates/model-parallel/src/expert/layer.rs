@@ -1,11 +1,10 @@
 //! The layer: router, exchange, this rank's experts, and the way back.
 
-use phalanx_ddp_core::collective::TensorGroup;
 use tch::Tensor;
 
 use super::plan::Plan;
 use super::rows::{self, Orders, Traffic};
-use super::{ExpertOptions, Router, Routing};
+use super::{tokens, ExpertOptions, ExpertParallel, Router, Routing};
 use crate::error::{Error, Result};
 use crate::layer::Builder;
 use crate::mesh::Axis;
@@ -18,18 +17,17 @@ pub type Expert = Box<dyn Fn(&Tensor) -> Result<Tensor> + Send>;
 /// # Example
 /// ```
 /// use phalanx_comm::{Group, GroupOptions};
-/// use phalanx_ddp_core::collective::TensorGroup;
-/// use phalanx_model_parallel::expert::{mixtral_expert, ExpertOptions, MixtureOfExperts};
+/// /// use phalanx_model_parallel::expert::{mixtral_expert, ExpertOptions, MixtureOfExperts};
 /// use phalanx_model_parallel::layer::{Builder, Init};
 /// use tch::{nn, Device, Kind, Tensor};
 ///
-/// let ep = TensorGroup::new(Group::single(GroupOptions::default())?); // or the mesh's group of Axes::EP
+/// let ep = ExpertParallel::alone()?; // or with the mesh's groups of Axes::EP and Axes::TP
 /// let vs = nn::VarStore::new(Device::Cpu);
 /// let builder = &Builder::new(vs.root(), 1) / "block_sparse_moe";
 /// let init = Init::Normal { std: 0.02 };
 /// let options = ExpertOptions::mixtral(8);
 /// let layer = MixtureOfExperts::new(&builder, 16, options, &ep, |builder, _number| {
-///     mixtral_expert(builder, (16, 40), init)
+///     mixtral_expert(builder, (16, 40), init, &ep.of_experts())
 /// })?;
 /// let x = Tensor::ones([2, 5, 16], (Kind::Float, Device::Cpu));
 /// let mixture = layer.forward(&x)?;
@@ -45,7 +43,7 @@ pub struct MixtureOfExperts {
     width: i64,
     /// This rank's.
     experts: Vec<Expert>,
-    group: TensorGroup,
+    parallel: ExpertParallel,
 }
 
 /// What came of a forward.
@@ -70,27 +68,28 @@ impl MixtureOfExperts {
         builder: &Builder<'_>,
         width: i64,
         options: ExpertOptions,
-        group: &TensorGroup,
+        parallel: &ExpertParallel,
         mut make: impl FnMut(&Builder<'_>, i64) -> Result<Expert>,
     ) -> Result<Self> {
         options.check()?;
         let name = builder.path().components().collect::<Vec<_>>().join(".");
-        let each = share(&name, options.experts, group.world_size())?;
+        let each = share(&name, options.experts, parallel.group.world_size())?;
         let router = Router::new(builder, width, &options)?;
-        let first = i64::try_from(group.rank()).unwrap_or(0) * each;
+        let first = i64::try_from(parallel.group.rank()).unwrap_or(0) * each;
         let of_all = builder / "experts";
         let experts = (first..first + each)
             .map(|number| make(&(&of_all / number), number))
             .collect::<Result<_>>()?;
-        Ok(Self { name, router, options, width, experts, group: group.clone() })
+        Ok(Self { name, router, options, width, experts, parallel: parallel.clone() })
     }
 
-    /// `[…, width]` → the same. Collective over `ep`, and so is the backward: every rank calls both, also one without tokens, and its loss
+    /// `[…, width]` → the same; where `tp` cuts tokens, `[batch, tokens / n, width]`. Collective over `ep`, and so is the backward: every rank calls both, also one without tokens, and its loss
     /// must depend on the output.
     ///
     /// # Errors
     /// [`Error::BadInput`] before anything is sent; those of experts and of the group; libtorch's own.
     pub fn forward(&self, x: &Tensor) -> Result<Mixture> {
+        let tp = &self.parallel.tp;
         let shape = x.size();
         if shape.len() < 2 || shape.last() != Some(&self.width) {
             return Err(Error::BadInput {
@@ -99,6 +98,17 @@ impl MixtureOfExperts {
                 expected: format!("one of shape [.., {}]", self.width),
             });
         }
+        if tp.cuts_tokens() {
+            let x = tokens::gathered(x, tp, &self.name)?;
+            let whole = self.mixed(&x)?;
+            return Ok(Mixture { output: tokens::own(&whole.output, tp, &self.name)?, ..whole });
+        }
+        self.mixed(x)
+    }
+
+    /// Of all tokens of the rank.
+    fn mixed(&self, x: &Tensor) -> Result<Mixture> {
+        let shape = x.size();
         let count = shape[..shape.len() - 1].iter().product::<i64>();
         let tokens = x.f_reshape([count, self.width])?;
         let routing = self.router.route(&tokens)?;
@@ -117,10 +127,10 @@ impl MixtureOfExperts {
 
     /// What experts make of rows, which are ordered by expert.
     fn computed(&self, rows: &Tensor, counts: &[i64]) -> Result<Tensor> {
-        let (ranks, each) = (self.group.world_size(), self.experts.len());
+        let (ranks, each) = (self.parallel.group.world_size(), self.experts.len());
         let tag = |what: &str| format!("{}: {what}", self.name);
-        let all = rows::counts_of_all(counts, &self.group, &tag("counts of tokens"))?;
-        let own = self.group.rank() * each;
+        let all = rows::counts_of_all(counts, &self.parallel.group, &tag("counts of tokens"))?;
+        let own = self.parallel.group.rank() * each;
         // By rank and by expert of this one.
         let came: Vec<i64> =
             all.iter().flat_map(|counts| counts[own..own + each].iter().copied()).collect();
@@ -128,7 +138,7 @@ impl MixtureOfExperts {
             sent: counts.chunks_exact(each).map(|of_rank| of_rank.iter().sum()).collect(),
             received: came.chunks_exact(each).map(|of_rank| of_rank.iter().sum()).collect(),
         };
-        let rows = rows::exchange(rows, &traffic, &self.group, &tag("tokens to experts"))?;
+        let rows = rows::exchange(rows, &traffic, &self.parallel.group, &tag("tokens to experts"))?;
         let pieces = rows.f_split_with_sizes(came.as_slice(), 0)?;
         let mut made: Vec<Vec<Tensor>> = Vec::with_capacity(each);
         for (local, expert) in self.experts.iter().enumerate() {
@@ -142,7 +152,7 @@ impl MixtureOfExperts {
             (0..ranks).flat_map(|rank| made.iter().map(move |of_ranks| &of_ranks[rank])).collect();
         let rows = Tensor::f_cat(&by_rank, 0)?;
         let back = traffic.reversed();
-        Ok(rows::exchange(&rows, &back, &self.group, &tag("tokens from experts"))?)
+        Ok(rows::exchange(&rows, &back, &self.parallel.group, &tag("tokens from experts"))?)
     }
 }
 

@@ -11,13 +11,16 @@
 //! Shazeer et al. 2017 (top-k gating); Lepikhin et al. 2020 (GShard: capacity, all-to-all); Jiang et al. 2024 (Mixtral: names, normalised weights).
 
 mod layer;
+mod parallel;
 mod parameters;
 mod plan;
 mod router;
 mod rows;
 mod swiglu;
+mod tokens;
 
 pub use layer::{Expert, Mixture, MixtureOfExperts};
+pub use parallel::ExpertParallel;
 pub use parameters::{is_of_expert, Parameters, Wrapped};
 pub use router::{Router, Routing};
 pub use swiglu::mixtral_expert;

@@ -2,23 +2,24 @@
 
 use super::Expert;
 use crate::error::Result;
-use crate::layer::{linear, Builder, Init};
+use crate::layer::{Builder, Init};
+use crate::tensor::{ColumnLinear, LinearOptions, RowLinear, SwiGlu, TensorParallel};
 
-/// `w2 (silu(w1 x) ⊙ w3 x)`: variables `w1.weight` and `w3.weight`, `[hidden, width]`, and `w2.weight`, `[width, hidden]`, named as in transformers' files.
+/// `w2 (silu(w1 x) ⊙ w3 x)`: variables `w1.weight` and `w3.weight`, `[hidden, width]`, and `w2.weight`, `[width, hidden]`, named as in transformers' files. Each rank of `tp` has 1/n
+/// of `hidden`.
 ///
 /// # Errors
-/// libtorch's own.
+/// [`Error::Indivisible`](crate::Error::Indivisible) where `hidden` cannot be cut so; libtorch's own.
 pub fn mixtral_expert(
     builder: &Builder<'_>,
     (width, hidden): (i64, i64),
     init: Init,
+    tp: &TensorParallel,
 ) -> Result<Expert> {
-    let weight = |name: &str, shape: &[i64]| (builder / name).whole("weight", shape, init);
-    let w1 = weight("w1", &[hidden, width])?;
-    let w2 = weight("w2", &[width, hidden])?;
-    let w3 = weight("w3", &[hidden, width])?;
-    Ok(Box::new(move |rows| {
-        let gate = linear(rows, &w1, None)?.f_silu()?;
-        Ok(linear(&gate.f_mul(&linear(rows, &w3, None)?)?, &w2, None)?)
-    }))
+    let options = || LinearOptions { bias: false, init, ..LinearOptions::default() };
+    let gate = ColumnLinear::new(&(builder / "w1"), width, hidden, options(), tp)?;
+    let down = RowLinear::new(&(builder / "w2"), hidden, width, options(), tp)?;
+    let up = ColumnLinear::new(&(builder / "w3"), width, hidden, options(), tp)?;
+    let expert = SwiGlu::new(gate, up, down)?;
+    Ok(Box::new(move |rows| expert.forward(rows)))
 }
