@@ -119,9 +119,11 @@ has_libclang() {
 
 # The features of the workspace that can be built and tested here.
 print_test_features() {
+  local features=phalanx/http,phalanx-cli/parquet
   if mpicc -show >/dev/null 2>&1 && has_libclang; then
-    printf 'phalanx/mpi\n'
+    printf '%s\n' "$features,phalanx/mpi"
   else
+    printf '%s\n' "$features"
     printf 'SKIPPED: nothing is tested over MPI: no mpicc or no libclang (scripts/setup.sh --test-extras)\n' >&2
   fi
 }

@@ -6,6 +6,8 @@
 
 #[path = "layers.rs"]
 mod layers;
+#[path = "parts.rs"]
+mod parts;
 
 use anyhow::{bail, ensure, Context as _, Result};
 use phalanx::checkpoint::{Checkpointer, CheckpointerOptions};
@@ -18,7 +20,7 @@ use phalanx::{Ddp, DdpOptions, Group, Optimizer, ParameterGroups, Sync, Zero};
 /// What a rank checks; says what it saw.
 pub(crate) type TrainingCheck = fn(&mut Group, Device) -> Result<String>;
 
-pub(crate) const CHECKS: [(&str, TrainingCheck); 18] = [
+pub(crate) const CHECKS: [(&str, TrainingCheck); 20] = [
     ("training, zero 0", |group, device| training(group, device, Zero::Off)),
     ("training, zero 1", |group, device| training(group, device, Zero::One)),
     ("training, zero 2", |group, device| training(group, device, Zero::Two)),
@@ -37,6 +39,8 @@ pub(crate) const CHECKS: [(&str, TrainingCheck); 18] = [
     ("layers computed again", layers::recompute),
     ("SyncBatchNorm", layers::batch_norm),
     ("weights in files, zero 3", layers::weights_in_files),
+    ("collectives of tensors", parts::tensors),
+    ("tensor parallelism", parts::cut_block),
 ];
 
 /// Rows of a rank's batch, and their width.

@@ -101,6 +101,34 @@ pub enum Error {
         /// What each rank has.
         report: String,
     },
+    /// The parts of a model on its ranks do not make one model. Every rank gets this same text.
+    #[error("the ranks' parts do not make one model:\n{report}give each rank its part of the same model, and `cuts` for the tensors that are cut")]
+    PartsMismatch {
+        /// What is wrong.
+        report: String,
+    },
+    /// What several ranks of a model have is not the same on them. Every rank gets this same text.
+    #[error(
+        "{name} is not the same on ranks {} and {} of one model; give it in `cuts` if they have parts of it, begin with the same values, and add up \
+         what each of them computes of its gradient", ranks.0, ranks.1
+    )]
+    PartsDiffer {
+        /// The first tensor that differs.
+        name: String,
+        /// The first rank of the world that has it, and the first with other values.
+        ranks: (usize, usize),
+    },
+    /// An optimizer needs a parameter whole that is cut over the ranks of a model. Every rank gets this same text.
+    #[error(
+        "{rule} needs {name} whole, and it is cut over the ranks of its model; name it among those that the rule takes by the element, or take \
+         a rule that does so with all (AdamW, say)"
+    )]
+    CutParameter {
+        /// The parameter.
+        name: String,
+        /// The rule.
+        rule: &'static str,
+    },
     /// Variables were added to the `VarStore` after it was wrapped.
     #[error(
         "{names} came into the VarStore after it was wrapped, so nobody exchanges their gradients; \

@@ -1,7 +1,7 @@
 //! [`Join`]: ranks that run out of batches at different times.
 
 use crate::reduce::{self, Shared};
-use crate::Result;
+use crate::{Error, Result};
 
 /// While it lives, every exchange says which ranks take part, and means are over those: over their number after
 /// plain backwards, over their weights after [`Ddp::backward`](crate::Ddp::backward). A rank that has no
@@ -43,7 +43,15 @@ pub struct Join<'a> {
 
 impl<'a> Join<'a> {
     pub(crate) fn begin(shared: &'a Shared) -> Result<Self> {
-        reduce::lock(shared)?.joining = true;
+        let mut reducer = reduce::lock(shared)?;
+        if reducer.weighing.is_some() {
+            return Err(Error::BadSetting {
+                setting: "join",
+                value: "of a Ddp with weigh_over".to_owned(),
+                expected: "as many batches on every rank",
+            });
+        }
+        reducer.joining = true;
         Ok(Self { shared })
     }
 

@@ -23,6 +23,7 @@ pub mod hooks;
 mod join;
 pub mod optim;
 mod options;
+mod part;
 pub mod recompute;
 mod reduce;
 pub mod schedule;
@@ -31,6 +32,7 @@ mod shim;
 mod store;
 mod sync_batch_norm;
 mod threads;
+mod weigh;
 
 pub use cut::Cut;
 pub use ddp::{Building, Ddp};
@@ -42,6 +44,7 @@ pub use optim::{
     ParameterGroups, Sgd, Step,
 };
 pub use options::{Buffers, DdpOptions, NonFinite, SparseGradients, Sync, Zero};
+pub use part::ModelPart;
 pub use reduce::ready;
 pub use reduce::statistics::{Phase, RankTimes, Statistics, Straggler};
 pub use store::plan;

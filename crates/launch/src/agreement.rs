@@ -40,11 +40,9 @@ impl LaunchArgs {
         if let Some(restarts) = self.max_restarts.filter(|restarts| *restarts > 0) {
             return differs("--max-restarts", restarts.to_string(), nothing());
         }
-        match (&self.log_dir, self.torch_store) {
-            (Some(folder), _) => differs("--log-dir", folder.display().to_string(), nothing()),
-            (None, Some(address)) => differs("--torch-store", address.to_string(), nothing()),
-            (None, None) => Ok(()),
-        }
+        self.log_dir
+            .as_ref()
+            .map_or(Ok(()), |folder| differs("--log-dir", folder.display().to_string(), nothing()))
     }
 }
 
@@ -84,7 +82,6 @@ fn master(world: &World, place: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::net::SocketAddr;
 
     use clap::Parser as _;
 
@@ -137,7 +134,7 @@ mod tests {
             (UNEVEN, "--nnodes 2 --nproc-per-node 2 --node-rank 1 --master-addr n0"),
             (SRUN, "--nnodes 4 --nproc-per-node 1 --node-rank 1 --master-addr n1"),
             // Handed on by our launcher, which may have had other flags on other nodes.
-            (OURS, "--nnodes 3 --nproc-per-node 1 --log-dir logs --torch-store 127.0.0.1:4000"),
+            (OURS, "--nnodes 3 --nproc-per-node 1 --log-dir logs"),
             ("", "--nnodes 3"),
         ] {
             assert_eq!(check(environment, flags), Ok(()), "{environment}: {flags}");
@@ -158,7 +155,6 @@ mod tests {
             (TORCHRUN, "--max-restarts 3", ["--max-restarts 3", "torchrun", "nothing of it"]),
             (TORCHRUN, "--log-dir logs", ["--log-dir logs", "torchrun", "nothing of it"]),
             (MPIRUN, "--nnodes 4", ["--nnodes 4", "mpirun (Open MPI)", "nodes: 1"]),
-            (MPIRUN, "--torch-store 127.0.0.1:4000", ["--torch-store", "mpirun", "nothing of it"]),
             (UNEVEN, "--nproc-per-node 5", ["--nproc-per-node 5", "mpirun", "this node: 2"]),
             (SRUN, "--nnodes 2", ["--nnodes 2", "srun", "nodes: 4"]),
             (SRUN, "--nproc-per-node 2", ["--nproc-per-node 2", "srun", "this node: 1"]),
@@ -184,7 +180,6 @@ mod tests {
         let message = check("--nnodes 2 --nproc-per-node 4").expect_err("8 are not 4");
         assert!(message.contains("--nnodes times --nproc-per-node 8"), "{message}");
         assert!(check("--master-addr n0").expect_err("no choice").contains("over MPI"));
-        let store: SocketAddr = ([127, 0, 0, 1], 9).into();
-        assert!(check(&format!("--torch-store {store}")).is_err());
+        assert!(check("--log-dir logs").is_err());
     }
 }

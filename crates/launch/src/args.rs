@@ -1,7 +1,6 @@
 //! The launcher's options on a program's own command line, and a `main` that is launcher and rank in one.
 
 use std::ffi::OsString;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -60,9 +59,6 @@ pub struct LaunchArgs {
     /// The command that starts something on a host of --hostfile
     #[arg(long, value_name = "COMMAND", default_value = "ssh -o BatchMode=yes")]
     pub ssh: String,
-    /// Serve a PyTorch `TCPStore` on this address of node 0, for Python programs beside the job; it has no authentication
-    #[arg(long, value_name = "IP:PORT")]
-    pub torch_store: Option<SocketAddr>,
 }
 
 /// How many nodes: `4`, or `2:4` for at least two and at most four.
@@ -150,7 +146,6 @@ impl LaunchArgs {
             prefix: if self.no_prefix { Prefix::Off } else { Prefix::Auto },
             grace: Duration::from_secs_f64(self.grace),
             log_dir: self.log_dir.clone(),
-            torch_store: self.torch_store,
             max_restarts: self.max_restarts.unwrap_or(0),
             restart_window: self.restart_window.map(Duration::from_secs_f64),
             crash_loop: self.crash_loop,

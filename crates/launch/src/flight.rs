@@ -101,6 +101,7 @@ pub(crate) fn investigate(
     if let Some(at) = at {
         evidence.log.clone_from(&ranks[at].log_path);
         let record = records[at].as_ref();
+        evidence.role = record.and_then(|record| record.role.clone());
         evidence.operation = record.and_then(FlightRecord::last_collective).map(operation);
     }
     // An error of its own that blames nobody, and it lives: all ranks have it.

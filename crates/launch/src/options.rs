@@ -1,6 +1,5 @@
 //! What can be asked of the launcher.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -36,9 +35,6 @@ pub struct LaunchOptions {
     pub connect_timeout: Duration,
     /// Keep each rank's output and a record of errors (`errors.jsonl`) in a new folder of the run's name (`name-2` and so on where there is one) in here.
     pub log_dir: Option<PathBuf>,
-    /// Serve PyTorch's `TCPStore` protocol here on node 0, for Python programs beside the job. That protocol has **no
-    /// authentication**: see [`TcpStoreServer`](phalanx_comm::rendezvous::TcpStoreServer). `None`: do not.
-    pub torch_store: Option<SocketAddr>,
 }
 
 /// Whether lines are prefixed by their rank.
@@ -71,7 +67,6 @@ impl Default for LaunchOptions {
             // Nodes of a cluster boot, mount and pull images at different speeds.
             connect_timeout: Duration::from_secs(300),
             log_dir: None,
-            torch_store: None,
         }
     }
 }

@@ -63,6 +63,8 @@ pub struct RankFailure {
 /// What is known of a failure beside its process.
 #[derive(Clone, Debug, Default)]
 pub struct Evidence {
+    /// What the rank is in its job, if it has told.
+    pub role: Option<String>,
     /// The collective that the rank was in, or had finished last: `op=all_reduce seq=412 …`.
     pub operation: Option<String>,
     /// The rank that noticed first, and how long after the end of this one.
@@ -162,7 +164,9 @@ impl RankFailure {
         let seconds = self.after.as_secs_f64();
         let said = self.evidence.testimony.as_ref().filter(|_| self.is_shared());
         let said = said.map_or_else(String::new, |text| format!(": {}", text.replace('\n', " ⏎ ")));
-        format!("rank {rank} on {place} {cause} after {seconds:.1} s{said}")
+        let role = self.evidence.role.as_ref();
+        let role = role.map_or_else(String::new, |role| format!(" ({})", role.replace('\n', " ")));
+        format!("rank {rank}{role} on {place} {cause} after {seconds:.1} s{said}")
     }
 
     /// The record for `errors.jsonl`: one JSON object.
@@ -177,10 +181,12 @@ impl RankFailure {
             Exit::Signal(signal) => (None, Some(signal)),
             Exit::Not => (None, None),
         };
-        let Evidence { operation, witness, testimony, lineup, lineup_path, log } = &*self.evidence;
+        let Evidence { role, operation, witness, testimony, lineup, lineup_path, log } =
+            &*self.evidence;
         serde_json::json!({
             "code": self.number(),
             "rank": self.rank,
+            "role": role,
             "host": self.process.as_ref().map(|(host, _)| host),
             "pid": self.process.as_ref().map(|(_, pid)| pid),
             "exit_code": exit_code,
@@ -292,6 +298,9 @@ mod tests {
             line_of_known.contains("(pid 811) failed the others and has not ended after 3.2 s | op=all_reduce seq=412 | first seen by rank 1 after 0.02 s: rank 2 not responding | log: run/rank2.log | last lines: "),
             "{line_of_known}"
         );
+        known.evidence.role = Some("pp 1, tp 0".to_owned());
+        assert!(known.brief().starts_with("rank 2 (pp 1, tp 0) on host a (pid 811)"), "{known}");
+        known.evidence.role = None;
         let remote = RankFailure::elsewhere(5, known.after, known.evidence);
         let line_of_remote = remote.to_string();
         assert!(

@@ -7,9 +7,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use phalanx_comm::environment::{JobToken, LauncherEnvironment, World};
-use phalanx_comm::rendezvous::{
-    listen_address, Credentials, Store as _, StoreClient, StoreServer, TcpStoreServer,
-};
+use phalanx_comm::rendezvous::{listen_address, Credentials, Store as _, StoreClient, StoreServer};
 use phalanx_comm::slots;
 use sha2::{Digest as _, Sha256};
 
@@ -64,7 +62,6 @@ pub(crate) fn run_as(
     let mut screen = Screen::new();
     announce(&mut screen, &plan);
     let server = host_store(&plan, &credentials, deadline)?;
-    let torch_store = serve_torch(&mut screen, &plan, options)?;
     let mut job = job(&plan, options, &ours, &credentials);
     // It outlives the ranks of every attempt, and goes when this process does.
     let snapshots = memory_for_snapshots();
@@ -112,7 +109,7 @@ pub(crate) fn run_as(
         attempts.run(&mut supervisor)?
     };
     // They live until the last rank has ended.
-    drop((torch_store, snapshots));
+    drop(snapshots);
     Ok(report)
 }
 
@@ -233,22 +230,6 @@ pub(crate) fn host_store(
         Nodes::Real { .. } => return Ok(None),
     };
     Ok(Some(StoreServer::start(address, credentials.clone())?))
-}
-
-/// A store for Python programs, where one was asked for.
-fn serve_torch(
-    screen: &mut Screen,
-    plan: &Plan,
-    options: &LaunchOptions,
-) -> Result<Option<TcpStoreServer>, LaunchError> {
-    let is_first = !matches!(plan.nodes, Nodes::Real { mine: 1.., .. });
-    let Some(address) = options.torch_store.filter(|_| is_first) else { return Ok(None) };
-    let server = TcpStoreServer::start(address)?;
-    screen.notice(&format!(
-        "a TCPStore for PyTorch is at {}: whoever reaches it can read and change it",
-        server.address()
-    ));
-    Ok(Some(server))
 }
 
 /// The folder for logs, of the same name on all nodes: it may be the same folder.

@@ -369,22 +369,3 @@ fn a_panic_is_left_where_torchrun_looks_for_it() {
     let finished = Job::of(unnamed).finish();
     assert!(!finished.errors.iter().any(|line| line.contains("torchrun")), "{:?}", finished.errors);
 }
-
-#[test]
-fn a_store_for_python_programs_is_served_where_it_is_asked_for() {
-    use phalanx_comm::rendezvous::TcpStoreClient;
-    let job = Job::start("--nnodes 2 --torch-store 127.0.0.1:0 --act wait");
-    let address = loop {
-        let line = job.errors.recv_timeout(LIMIT).expect("the launcher says so");
-        if let Some((_, rest)) = line.split_once("a TCPStore for PyTorch is at 127.0.0.1:") {
-            break rest.split_once(':').map(|(port, _)| port.to_owned()).expect("a port");
-        }
-    };
-    let deadline = Instant::now() + LIMIT;
-    let port = address.parse().expect("a port");
-    let mut store = TcpStoreClient::connect("127.0.0.1", port, deadline).expect("a store");
-    assert_eq!(store.add("n", 2, deadline).expect("add"), 2);
-    job.signal(Signal::INT);
-    drop(job.finish());
-    assert!(store.add("n", 2, deadline).is_err(), "it ends with the launcher");
-}

@@ -207,6 +207,18 @@ pub enum Error {
     Comm(#[from] phalanx_comm::Error),
 }
 
+impl From<Error> for phalanx_ddp_core::Error {
+    /// For forwards inside of closures of ddp-core: checkpointed parts, custom functions.
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Ddp(error) => error,
+            Error::Libtorch(error) => error.into(),
+            Error::Comm(error) => error.into(),
+            other => Self::Function { function: "a layer".to_owned(), reason: other.to_string() },
+        }
+    }
+}
+
 fn listed(shapes: &[Shape]) -> String {
     let shapes: Vec<String> = shapes.iter().map(ToString::to_string).collect();
     format!("possible: {}", shapes.join("; "))

@@ -43,11 +43,14 @@
 //!
 //! When not to use this crate: a model that fits into each device trains data-parallel, with `Ddp` alone.
 
+pub mod context;
 mod error;
+pub mod expert;
 pub mod layer;
 pub mod mesh;
 pub mod pipeline;
 mod split;
+pub mod tensor;
 
 pub use error::{Error, Result};
 pub use mesh::{Axes, Axis, AxisPlacement, Coordinates, Mesh, Nodes, Place, Placement, Shape};

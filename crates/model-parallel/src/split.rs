@@ -59,6 +59,8 @@ impl Mesh {
     pub fn split_into(&self, world: &mut Group, wanted: &[Axes]) -> Result<MeshGroups> {
         self.agree(world, wanted)?;
         Mesh::new(self.shape(), world.world_size())?;
+        // Reports of a failure name the rank with it.
+        phalanx_comm::recorder::role(&self.role(world.rank())?);
         let (mut groups, mut failure) = (BTreeMap::new(), None);
         for &axes in wanted {
             if groups.contains_key(&axes) {

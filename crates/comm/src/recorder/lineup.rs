@@ -199,7 +199,16 @@ mod tests {
     fn record(rank: usize, operations: Vec<Operation>) -> FlightRecord {
         let started = operations.len() as u64;
         let progress = None;
-        FlightRecord { rank, world_size: 4, pid: 100, started, progress, failure: None, operations }
+        FlightRecord {
+            rank,
+            world_size: 4,
+            pid: 100,
+            role: None,
+            started,
+            progress,
+            failure: None,
+            operations,
+        }
     }
 
     fn ranks() -> Vec<FlightRecord> {

@@ -33,7 +33,7 @@ pub use record::{FlightRecord, Operation, OperationState, RecordedFailure};
 pub use together::{fail_together, take_shared_error, tell_shared_error};
 pub use vitals::{
     ask_to_stop, call_back, committing, has_lost_another, is_called_back, is_committing, progress,
-    renew, should_stop, Committing, Vitals,
+    renew, role, should_stop, Committing, Vitals,
 };
 
 use rustix::fs::{Mode, OFlags};

@@ -37,6 +37,11 @@ pub(super) const HEEDS_AT: usize = FAILED_GROUP_AT + 4;
 /// What [`Vitals`](super::Vitals) are read from.
 pub(super) const VITALS_BYTES: usize = (HEEDS_AT + 1) * 8;
 
+/// What the rank is in its job: a length, and the text.
+pub(super) const ROLE_LEN_AT: usize = HEEDS_AT + 1;
+pub(super) const ROLE_AT: usize = ROLE_LEN_AT + 1;
+pub(super) const ROLE_BYTES_MAX: usize = 128;
+
 pub(super) const SITES_AT: usize = 512;
 pub(super) const SITES: usize = 256;
 pub(super) const SITE_WORDS: usize = 16;
@@ -56,7 +61,7 @@ pub(super) const CALL: usize = 5;
 pub(super) const ENDED_WELL: u64 = 1;
 pub(super) const ENDED_BADLY: u64 = 2;
 const _: () = assert!(CALL + RECORD_BYTES / 8 <= ENTRY_WORDS && RECORD_BYTES.is_multiple_of(8));
-const _: () = assert!(HEEDS_AT < SITES_AT);
+const _: () = assert!(ROLE_AT + ROLE_BYTES_MAX / 8 <= SITES_AT);
 
 pub(super) const WORDS: usize = ENTRIES_AT + ENTRIES * ENTRY_WORDS;
 pub(super) const BYTES: usize = WORDS * 8;
@@ -71,6 +76,8 @@ pub struct FlightRecord {
     pub world_size: usize,
     /// Its process.
     pub pid: u32,
+    /// What it is in its job, if it has told ([`role`](super::role)).
+    pub role: Option<String>,
     /// How many operations it has started; the record holds the last 2 048.
     pub started: u64,
     /// The last step that it has told ([`progress`](super::progress)).
@@ -150,6 +157,8 @@ impl FlightRecord {
             rank: usize::try_from(words[RANK_AT]).ok()?,
             world_size: usize::try_from(words[WORLD_SIZE_AT]).ok()?,
             pid: u32::try_from(words[PID_AT]).ok()?,
+            role: (words[ROLE_LEN_AT] != 0)
+                .then(|| text(&words, ROLE_AT, words[ROLE_LEN_AT], ROLE_BYTES_MAX)),
             started: words[NEXT_AT],
             progress: words[PROGRESS_AT].checked_sub(1),
             failure,

@@ -11,8 +11,9 @@ use rustix::time::{clock_gettime, ClockId};
 use super::record::{
     BLAMED_AT, BYTES, CALL, COMMITTING_AT, ENDED, ENDED_BADLY, ENDED_WELL, ENTRIES, ENTRIES_AT,
     ENTRY_WORDS, FAILED_AT, FAILED_GROUP_AT, GROUP, HEEDS_AT, MAGIC, MAGIC_AT, NEXT_AT, PID_AT,
-    PLACE, PROGRESS_AT, RANK_AT, SITES, SITES_AT, SITE_BYTES_MAX, SITE_WORDS, STAMP, STARTED,
-    STOP_AT, TEXT_AT, TEXT_BYTES_MAX, TEXT_LEN_AT, WORDS, WORLD_SIZE_AT,
+    PLACE, PROGRESS_AT, RANK_AT, ROLE_AT, ROLE_BYTES_MAX, ROLE_LEN_AT, SITES, SITES_AT,
+    SITE_BYTES_MAX, SITE_WORDS, STAMP, STARTED, STOP_AT, TEXT_AT, TEXT_BYTES_MAX, TEXT_LEN_AT,
+    WORDS, WORLD_SIZE_AT,
 };
 use crate::backend::host::mapping::{self, Mapping};
 use crate::fingerprint::RECORD_BYTES;
@@ -120,6 +121,14 @@ impl Ring {
 
     pub(super) fn progress(&self, step: u64) {
         self.words()[PROGRESS_AT].store(step.saturating_add(1), Ordering::Relaxed);
+    }
+
+    pub(super) fn role(&self, text: &str) {
+        let words = self.words();
+        let length = text.floor_char_boundary(ROLE_BYTES_MAX);
+        words[ROLE_LEN_AT].store(0, Ordering::Relaxed);
+        store_bytes(&words[ROLE_AT..], &text.as_bytes()[..length]);
+        words[ROLE_LEN_AT].store(length as u64, Ordering::Release);
     }
 
     /// One thread more (or, if it `ends`, less) that should not be cut off.

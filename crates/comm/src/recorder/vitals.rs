@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt as _;
 
 use super::record::{
     BYTES, COMMITTING_AT, ENTRIES_AT, FAILED_AT, HEEDS_AT, MAGIC_AT, NEXT_AT, PID_AT, PROGRESS_AT,
-    STOP_AT, VITALS_BYTES,
+    ROLE_AT, ROLE_LEN_AT, STOP_AT, VITALS_BYTES,
 };
 
 /// What the word at `STOP_AT` asks for: the end.
@@ -32,6 +32,19 @@ pub(super) const COME_BACK: u64 = 2;
 pub fn progress(step: u64) {
     if let Some(ring) = super::ring() {
         ring.progress(step);
+    }
+}
+
+/// Says what this rank is in its job, its place on a mesh say: reports of a failure have it behind the rank's number. Up to 128 bytes.
+///
+/// # Example
+///
+/// ```
+/// phalanx_comm::recorder::role("pp 1, tp 0"); // a report: rank 2 (pp 1, tp 0) on host … died
+/// ```
+pub fn role(text: &str) {
+    if let Some(ring) = super::ring() {
+        ring.role(text);
     }
 }
 
@@ -149,7 +162,9 @@ pub fn call_back(memory: &File) -> std::io::Result<()> {
 ///
 /// The memory cannot be written.
 pub fn renew(memory: &File) -> std::io::Result<()> {
-    for words in [MAGIC_AT..PID_AT, FAILED_AT..COMMITTING_AT, STOP_AT..HEEDS_AT] {
+    for words in
+        [MAGIC_AT..PID_AT, FAILED_AT..COMMITTING_AT, STOP_AT..HEEDS_AT, ROLE_LEN_AT..ROLE_AT]
+    {
         write(memory, words.start, &vec![0; words.len() * 8])?;
     }
     write(memory, ENTRIES_AT, &vec![0; BYTES - ENTRIES_AT * 8])
@@ -193,6 +208,9 @@ mod tests {
         let file = memory().expect("memory");
         let ring = Ring::open(&file, true).expect("mapped");
         ring.identify(2, 4);
+        ring.role("pp 1, tp 0");
+        let told = super::super::FlightRecord::read(&file).expect("read").expect("a record").role;
+        assert_eq!(told.as_deref(), Some("pp 1, tp 0"));
         assert!(!ring.has_lost_another());
         ring.fail("rank 1 died", 0, Some(1));
         assert!(ring.has_lost_another());
@@ -210,6 +228,7 @@ mod tests {
         assert!(!ring.has_lost_another(), "that is itself");
         let record = super::super::FlightRecord::read(&file).expect("read").expect("a record");
         assert_eq!((record.rank, record.started, record.pid), (1, 0, std::process::id()));
+        assert_eq!(record.role, None);
     }
 
     #[test]

@@ -41,7 +41,7 @@ pub use join::{connect, join, listen_address};
 pub use memory::MemoryStore;
 pub use server::StoreServer;
 pub use table::{KEY_BYTES_MAX, STORE_BYTES_MAX, VALUE_BYTES_MAX};
-pub use tcp_store::{TcpStoreClient, TcpStoreServer};
+pub use tcp_store::TcpStoreClient;
 
 /// A key-value store that all ranks of a job share.
 ///

@@ -15,11 +15,11 @@ use signal_hook::consts::SIGTERM;
 
 use super::content;
 use super::keeper::{first_said, Keeper, NotKept};
-use super::kept;
 use super::options::{CheckpointerOptions, Next, Origin, Resumed};
 use super::ranks::OverGroup;
 use super::signals::Signals;
 use super::training::{gather, load, Beside, Share, Values};
+use super::{kept, parts};
 use crate::optim::ema::{self, Averages, Ema};
 use crate::reduce::{self, Shared};
 use crate::{Ddp, Error, Optimizer, Result};
@@ -139,7 +139,13 @@ impl Checkpointer {
         } = options;
         let saving = SaverOptions { keep, on_error, on_busy, finish_timeout };
         let shared = Shared::clone(ddp.shared());
-        let mut group = reduce::lock(&shared)?.store.group.duplicate()?;
+        let mut group = {
+            let mut reducer = reduce::lock(&shared)?;
+            if reducer.store.part.is_some() {
+                kept::warn_of_left_out(&reducer);
+            }
+            reducer.store.everyone().duplicate()?
+        };
         let uses_memory = memory_every_steps > 0 || folder.is_none();
         Ok(Self {
             keeper: uses_memory.then(|| Keeper::new(&mut group, slots)).transpose()?,
@@ -327,8 +333,9 @@ impl Checkpointer {
         tensors.extend(held);
         let ready_order = reducer.settled_order();
         let (of_optimizer, of_averages) = beside.numbers(&reducer);
-        let saved =
+        let mut saved =
             Values { ready_order, optimizer: of_optimizer, averages: of_averages, kept, program };
+        parts::merge(&mut reducer.store, &mut saved)?;
         drop((reducer, averages));
         let rooms = content::rooms(&tensors);
         let mut snapshot = Snapshot::new();

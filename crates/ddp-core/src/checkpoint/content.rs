@@ -10,8 +10,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::held::{kind_of, Held, Part};
 use super::weights::of_file;
+use crate::part::{boxes, Both};
 use crate::store::flat::{dense_bytes, dense_bytes_mut};
-use crate::{Error, Result};
+use crate::{Cut, Error, Result};
 
 type Cause = Box<dyn std::error::Error + Send + std::marker::Sync>;
 
@@ -19,6 +20,8 @@ type Cause = Box<dyn std::error::Error + Send + std::marker::Sync>;
 struct Memory<'a> {
     held: &'a Held,
     part: &'a Part,
+    /// The box of it that this is.
+    both: Both,
     on_host: &'a OnceCell<Tensor>,
 }
 
@@ -37,7 +40,7 @@ impl Content for Memory<'_> {
         let bytes = dense_bytes(&self.held.name, tensor)?;
         let element_bytes = self.held.dtype.bytes();
         Strided::new(bytes, &self.held.strides, self.part.range.start, element_bytes)
-            .copy(extent, out)
+            .copy(&self.both.in_part(extent), out)
     }
 }
 
@@ -54,9 +57,13 @@ pub(super) fn offer<'a>(
 ) -> Result<()> {
     let parts = held.iter().flat_map(|of| of.parts.iter().map(move |part| (of, part)));
     for ((of, part), on_host) in parts.zip(rooms) {
+        let shape = of.saved_shape();
         for extent in flat_range(&of.shape, &of.strides, part.range.clone())? {
-            let content = Memory { held: of, part, on_host };
-            snapshot.part(&of.name, of.dtype, &of.shape, extent, content);
+            for both in boxes(of.cut.as_ref(), &extent) {
+                let whole = both.whole.clone();
+                let content = Memory { held: of, part, both, on_host };
+                snapshot.part(&of.name, of.dtype, &shape, whole, content);
+            }
         }
     }
     Ok(())
@@ -65,7 +72,7 @@ pub(super) fn offer<'a>(
 /// Fills what is held from `source`.
 pub(super) fn fill(held: &mut [Held], source: &dyn Tensors) -> Result<()> {
     for of in held {
-        let Held { name, dtype, shape, strides, parts } = of;
+        let Held { name, dtype, shape, strides, parts, cut } = of;
         for part in parts {
             let element_bytes = dtype.bytes();
             let mut host = match part.memory.device() {
@@ -79,7 +86,7 @@ pub(super) fn fill(held: &mut [Held], source: &dyn Tensors) -> Result<()> {
                 let len = usize::try_from(extent.elements()).unwrap_or(0) * element_bytes;
                 let (run, behind) = rest.split_at_mut(len);
                 rest = behind;
-                read_run(source, name, &extent, (run, strides), element_bytes)?;
+                read_run(source, name, (&extent, cut.as_ref()), (run, strides), element_bytes)?;
             }
             if part.memory.device() != Device::Cpu {
                 tch::no_grad(|| part.memory.f_copy_(&host).map(drop))?;
@@ -93,17 +100,26 @@ pub(super) fn fill(held: &mut [Held], source: &dyn Tensors) -> Result<()> {
 fn read_run(
     source: &dyn Tensors,
     name: &str,
-    extent: &Extent,
+    (extent, cut): (&Extent, Option<&Cut>),
     (run, strides): (&mut [u8], &[u64]),
     element_bytes: usize,
 ) -> Result<()> {
-    if is_last_fastest(strides) {
-        return Ok(source.read(name, extent, run)?);
+    let first = offset(extent, strides);
+    for Both { part, whole } in boxes(cut, extent) {
+        if part == *extent && is_last_fastest(strides) {
+            source.read(name, &whole, run)?;
+            continue;
+        }
+        let mut values = vec![0; usize::try_from(part.elements()).unwrap_or(0) * element_bytes];
+        source.read(name, &whole, &mut values)?;
+        scatter(&part, &values, run, (strides, first), element_bytes)?;
     }
-    let mut values = vec![0; run.len()];
-    source.read(name, extent, &mut values)?;
-    let first = extent.start().iter().zip(strides).map(|(start, stride)| start * stride).sum();
-    Ok(scatter(extent, &values, run, (strides, first), element_bytes)?)
+    Ok(())
+}
+
+/// Where a box begins in memory with these strides.
+fn offset(extent: &Extent, strides: &[u64]) -> u64 {
+    extent.start().iter().zip(strides).map(|(start, stride)| start * stride).sum()
 }
 
 /// Bytes of a tensor that are read at once.
@@ -124,7 +140,13 @@ pub(super) fn fill_converted(of: &Held, weights: &Weights, name: &str) -> Result
             for extent in flat_range(&of.shape, &of.strides, start..end)? {
                 let len = extent.elements();
                 let run = part.memory.f_narrow(0, signed(at), signed(len))?;
-                fill_run(of, run, &extent, (weights, name, kind))?;
+                let first = offset(&extent, &of.strides);
+                for both in boxes(of.cut.as_ref(), &extent) {
+                    let from = signed(offset(&both.part, &of.strides) - first);
+                    let place = run.f_narrow(0, from, signed(len) - from)?;
+                    let is_all = both.part == extent;
+                    fill_run((of, is_all), place, &both.whole, (weights, name, kind))?;
+                }
                 at += len;
             }
         }
@@ -132,9 +154,9 @@ pub(super) fn fill_converted(of: &Held, weights: &Weights, name: &str) -> Result
     Ok(())
 }
 
-/// Fills memory that is one run of a tensor from a box of weights.
+/// Fills memory from a box of weights: with the strides of the tensor that is held, and as one run of it where it `is_all` of one.
 fn fill_run(
-    of: &Held,
+    (of, is_all): (&Held, bool),
     mut run: Tensor,
     extent: &Extent,
     (weights, name, kind): (&Weights, &str, Kind),
@@ -143,7 +165,7 @@ fn fill_run(
         let bytes = dense_bytes_mut(&of.name, memory)?;
         weights.read(name, extent, bytes).map_err(|error| of_file("reading", error))
     };
-    if run.device() == Device::Cpu && run.kind() == kind && is_last_fastest(&of.strides) {
+    if is_all && run.device() == Device::Cpu && run.kind() == kind && is_last_fastest(&of.strides) {
         return read(&mut run);
     }
     let numbers = |list: &[u64]| list.iter().map(|&number| signed(number)).collect::<Vec<_>>();
@@ -165,13 +187,16 @@ fn signed(len: u64) -> i64 {
 
 /// One line for each tensor that `source` has not as it is held here.
 pub(super) fn misfits(held: &[Held], source: &dyn Tensors) -> Vec<String> {
-    let misfit = |of: &Held| match source.spec(&of.name) {
-        None => Some(format!("  {}: missing, here it is {} {:?}\n", of.name, of.dtype, of.shape)),
-        Some(spec) if (spec.dtype, spec.shape) == (of.dtype, &of.shape) => None,
-        Some(spec) => Some(format!(
-            "  {}: {} {:?}, here it is {} {:?}\n",
-            of.name, spec.dtype, spec.shape, of.dtype, of.shape
-        )),
+    let misfit = |of: &Held| {
+        let (name, dtype, shape) = (&of.name, of.dtype, of.saved_shape());
+        match source.spec(name) {
+            None => Some(format!("  {name}: missing, here it is {dtype} {shape:?}\n")),
+            Some(spec) if (spec.dtype, spec.shape) == (dtype, &shape) => None,
+            Some(spec) => Some(format!(
+                "  {name}: {} {:?}, here it is {dtype} {shape:?}\n",
+                spec.dtype, spec.shape
+            )),
+        }
     };
     held.iter().filter_map(misfit).collect()
 }

@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 use crate::store::flat::{dense_strides, Flat};
 use crate::store::model::Named;
 use crate::store::Store;
-use crate::{Buffers, Error, Result};
+use crate::{part, Buffers, Cut, Error, Result};
 
 /// A tensor of the training.
 #[derive(Debug)]
@@ -16,9 +16,11 @@ pub(crate) struct Held {
     pub(crate) name: String,
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<u64>,
-    /// Of the whole tensor, in elements.
+    /// Of all of it, in elements.
     pub(crate) strides: Vec<u64>,
     pub(crate) parts: Vec<Part>,
+    /// How it lies in its whole, where it is a part of a larger tensor: that is what files have.
+    pub(crate) cut: Option<Cut>,
 }
 
 /// Elements of a tensor in the order of its memory.
@@ -55,8 +57,42 @@ impl Held {
             shape: numbers(shape),
             strides: numbers(strides),
             parts: Vec::new(),
+            cut: None,
         })
     }
+
+    /// The shape that it has in files: the whole's.
+    pub(crate) fn saved_shape(&self) -> Vec<u64> {
+        self.cut.as_ref().map_or_else(|| self.shape.clone(), part::shape)
+    }
+}
+
+/// Of what this rank holds of the training, where parts lie in their wholes; and what other ranks of the model have as well
+/// and save goes, unless all `are_wanted`.
+pub(crate) fn place(held: &mut Vec<Held>, store: &Store, are_wanted: bool) {
+    let Some(part) = &store.part else { return };
+    held.retain_mut(|of| {
+        let Some(name) = tensor_of(&of.name) else { return true };
+        let cut = part.cut(name).filter(|cut| is_shape(&cut.part_shape(), &of.shape));
+        let is_saved = are_wanted || part.counts(name);
+        of.cut = cut.cloned();
+        is_saved
+    });
+}
+
+/// The variable or buffer that something is of, by the names that `checkpoint` has.
+fn tensor_of(name: &str) -> Option<&str> {
+    let (kind, rest) = name.split_once('/')?;
+    match kind {
+        "model" | "ema" => Some(rest),
+        "optimizer" => rest.split_once('/').map(|(_, of)| of),
+        _ if kind.starts_with("rank-") => Some(rest),
+        _ => None,
+    }
+}
+
+fn is_shape(left: &[i64], right: &[u64]) -> bool {
+    left.len() == right.len() && left.iter().zip(right).all(|(&l, &r)| u64::try_from(l) == Ok(r))
 }
 
 /// The model's tensors: variables, and buffers as the policy has them; those that are everybody's only where
@@ -89,7 +125,9 @@ pub(super) fn to_fill(store: &Store) -> Result<Vec<Held>> {
         None => whole(named),
     };
     let variables = store.model.variables.iter().enumerate().map(of_variable);
-    variables.chain(store.model.buffers.iter().map(whole)).collect()
+    let of =
+        |held: Result<Held>| held.map(|held| Held { cut: store.cut(&held.name).cloned(), ..held });
+    variables.chain(store.model.buffers.iter().map(whole)).map(of).collect()
 }
 
 /// By variable: parameters that are filled beside that as they are before they are rounded, in memory as long as the rank's segment of
@@ -101,8 +139,11 @@ pub(super) fn to_fill_unrounded(
     let memory_of = |slot: usize| flats[store.plan.places[slot].storage].as_ref();
     let slots = 0..store.plan.places.len();
     let kept = slots.filter_map(|slot| memory_of(slot).map(|flat| (slot, flat)));
-    let of =
-        |(slot, flat)| Ok((store.model.variable_of(slot), of_segment(store, slot, Some(flat))?));
+    let of = |(slot, flat)| {
+        let held = of_segment(store, slot, Some(flat))?;
+        let cut = store.cut(&held.name).cloned();
+        Ok((store.model.variable_of(slot), Held { cut, ..held }))
+    };
     kept.map(of).collect()
 }
 
@@ -127,9 +168,13 @@ fn of_segment(store: &Store, slot: usize, elsewhere: Option<&Flat>) -> Result<He
     Ok(held)
 }
 
-/// A line for each tensor of a saved model that this one has not.
-pub(crate) fn lacking(held: &[Held], source: &dyn Tensors) -> Vec<String> {
-    let is_held = |name: &str| held.iter().any(|of| of.name == name);
+/// A line for each tensor of a saved model that this one has not, on any of its ranks.
+pub(crate) fn lacking(held: &[Held], store: &Store, source: &dyn Tensors) -> Vec<String> {
+    let is_elsewhere = |name: &str| {
+        let name = name.strip_prefix("model/").unwrap_or(name);
+        store.part.as_ref().is_some_and(|part| part.table.tensors.contains_key(name))
+    };
+    let is_held = |name: &str| held.iter().any(|of| of.name == name) || is_elsewhere(name);
     let names = source.names();
     let lost = names.iter().filter(|name| name.starts_with("model/") && !is_held(name));
     lost.map(|name| format!("  {name}: only in the checkpoint\n")).collect()

@@ -27,10 +27,13 @@ pub(super) struct Numbers {
 /// By who keeps it.
 pub(super) type AllNumbers = BTreeMap<String, Numbers>;
 
-/// All that this rank has, with its numbers.
+/// All that this rank has, with its numbers. Of a part of a model nothing: it is of this mesh alone.
 pub(super) fn gather(reducer: &Reducer) -> Result<(Vec<Held>, AllNumbers)> {
     let group = &reducer.store.group;
     let (mut held, mut numbers) = (Vec::new(), AllNumbers::new());
+    if reducer.store.part.is_some() {
+        return Ok((held, numbers));
+    }
     for (who, name, state) in states(reducer)? {
         for (of, kept) in &state.tensors {
             held.push(match kept {
@@ -84,6 +87,10 @@ fn row(name: String, tensor: &Tensor, (rank, ranks): (usize, usize)) -> Result<H
 
 /// Goes on from what a checkpoint has; what it has not begins anew.
 pub(super) fn load(checkpoint: &Checkpoint, reducer: &mut Reducer, all: &AllNumbers) -> Result<()> {
+    if reducer.store.part.is_some() {
+        warn_of_left_out(reducer);
+        return Ok(());
+    }
     let place = (reducer.store.group.rank(), reducer.store.group.world_size());
     let device = reducer.store.device();
     let names: Vec<(&'static str, String)> =
@@ -133,6 +140,16 @@ pub(super) fn load(checkpoint: &Checkpoint, reducer: &mut Reducer, all: &AllNumb
         }
     }
     Ok(())
+}
+
+/// Says that a hook begins anew when a training on a mesh goes on.
+pub(super) fn warn_of_left_out(reducer: &Reducer) {
+    if let (Some(hooked), 0) = (&reducer.hooked, reducer.store.rank_of_all()) {
+        let name = hooked.name();
+        tracing::warn!(
+            "checkpoints of a model in parts do not have what {name} keeps: it begins anew when a training goes on"
+        );
+    }
 }
 
 fn whole(checkpoint: &Checkpoint, name: &str) -> Result<Tensor> {

@@ -100,10 +100,10 @@ fn load(reducer: &mut Reducer, path: &Path, options: &LoadOptions) -> Result<Vec
     let keeps_unrounded = reducer.options.parameter_kind.is_some();
     let prepared = Prepared::new(&mut reducer.store, (path, options), keeps_unrounded);
     // When this returns every rank has come here: nobody reads parameters any more that ranks share.
-    let prepared = agreed(&mut reducer.store.group, (path, prepared), Prepared::described)?;
-    let filled = agreed(&mut reducer.store.group, (path, prepared.fill()), |()| String::new());
+    let prepared = agreed(reducer.store.everyone(), (path, prepared), Prepared::described)?;
+    let filled = agreed(reducer.store.everyone(), (path, prepared.fill()), |()| String::new());
     // Also after an error: what was read is where parameters are kept, and must not be another on another rank.
-    let left = prepared.left();
+    let left = prepared.left(&mut reducer.store)?;
     reducer.store.keep_unrounded(prepared.unrounded);
     filled.and(reducer.store.renew())?;
     reducer.start_anew()?;
@@ -137,7 +137,8 @@ impl Prepared {
                 format!("{} (in the file {})", named.name, candidates.join(" or "))
             };
             let found = found.map(|at| candidates.swap_remove(at));
-            let shape = named.tensor.size();
+            let cut = store.cut(&named.name);
+            let shape = cut.map_or_else(|| named.tensor.size(), |cut| cut.shape().to_vec());
             let line = misfit(&weights, (&said, &shape), found.as_deref());
             misfits.extend(line.map(|line| (named.name.as_str(), line)));
             names.push(found.unwrap_or_default());
@@ -176,11 +177,18 @@ impl Prepared {
         tensors.try_for_each(|(held, name)| content::fill_converted(held, &self.weights, name))
     }
 
-    /// The tensors of the files that were not needed.
-    fn left(&self) -> Vec<String> {
+    /// The tensors of the files that were not needed, on any rank of the model. Collective where it is in parts.
+    fn left(&self, store: &mut Store) -> Result<Vec<String>> {
         let taken: BTreeSet<&str> = self.tensors.iter().map(|(_, name)| name.as_str()).collect();
+        let mut taken: BTreeSet<String> = taken.into_iter().map(ToOwned::to_owned).collect();
+        if let Some(part) = &mut store.part {
+            let mine = serde_json::to_vec(&taken).unwrap_or_default();
+            for of_rank in part.model.tagged("weights that were taken").all_gather_bytes(&mine)? {
+                taken.extend(serde_json::from_slice::<Vec<String>>(&of_rank).unwrap_or_default());
+            }
+        }
         let names = self.weights.names().into_iter();
-        names.filter(|name| !taken.contains(name)).map(ToOwned::to_owned).collect()
+        Ok(names.filter(|name| !taken.contains(*name)).map(ToOwned::to_owned).collect())
     }
 }
 

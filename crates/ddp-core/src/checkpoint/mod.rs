@@ -16,6 +16,7 @@
 //! | `rank-R/NAME` | a buffer that each rank has for itself ([`Buffers::Own`](crate::Buffers::Own)) |
 //! | `kept/alike/…`, `kept/by-rank/…` | what [hooks](crate::hooks) and [local training](crate::diloco) keep; by rank with an axis of ranks in front |
 
+mod assembled;
 mod checkpointer;
 mod content;
 mod finder;
@@ -26,6 +27,7 @@ mod kept;
 mod loading;
 mod neighbours;
 mod options;
+mod parts;
 mod random;
 mod ranks;
 pub(crate) mod sharded;

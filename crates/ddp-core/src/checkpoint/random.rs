@@ -10,14 +10,14 @@ use crate::{shim, Error, Result};
 /// The states of this rank's generators.
 pub(super) fn held(store: &Store) -> Result<Vec<Held>> {
     let state =
-        |device| Held::whole(name(device, store.group.rank()), &shim::random_state(device)?);
+        |device| Held::whole(name(device, store.rank_of_all()), &shim::random_state(device)?);
     devices(store).into_iter().map(state).collect()
 }
 
 /// Puts this rank's generators into the states that they had, where the checkpoint has such a rank.
 pub(super) fn restore(store: &Store, checkpoint: &Checkpoint) -> Result<()> {
     for device in devices(store) {
-        let name = name(device, store.group.rank());
+        let name = name(device, store.rank_of_all());
         if checkpoint.spec(&name).is_none() {
             tracing::info!("{name} is not in the checkpoint: this rank was not there, and goes on with the random state that it has");
             continue;

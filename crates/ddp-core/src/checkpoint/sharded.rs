@@ -10,6 +10,7 @@ use phalanx_checkpoint::{
 };
 use tch::{Device, Tensor};
 
+use super::assembled;
 use super::held::dtype_of;
 use crate::reduce::Reducer;
 use crate::shard::access;
@@ -25,6 +26,9 @@ const FAILED: i64 = -2;
 pub(crate) fn save(reducer: &mut Reducer, path: &Path, options: &WeightsOptions) -> Result<()> {
     let store = &mut reducer.store;
     store.heed_written()?;
+    if store.part.is_some() {
+        return assembled::save(store, path, options);
+    }
     if store.group.rank() != 0 {
         return follow(store, path);
     }

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::held::{self, Held};
 use super::kept::{self, AllNumbers};
-use super::{content, random};
+use super::{content, parts, random};
 use crate::optim::ema::{Averages, AveragesNumbers};
 use crate::optim::saved::Numbers;
 use crate::reduce::Reducer;
@@ -59,6 +59,7 @@ pub(super) fn gather(
     if let Some(averages) = &mut beside.averages {
         tensors.extend(averages.held(&reducer.store)?);
     }
+    held::place(&mut tensors, &reducer.store, share == Share::Filled);
     if share == Share::Saved {
         tensors.extend(random::held(&reducer.store)?);
     }
@@ -87,7 +88,7 @@ pub(super) fn load(
     let unknown = beside.averages.take_if(|_| values.averages.is_none());
     let mut tensors = gather(reducer, &mut beside, Share::Filled)?;
     held::name_new_ranks(&mut tensors, checkpoint);
-    let mut report = held::lacking(&tensors, checkpoint);
+    let mut report = held::lacking(&tensors, &reducer.store, checkpoint);
     report.extend(content::misfits(&tensors, checkpoint));
     if let (Some(optimizer), Some(numbers)) = (&beside.optimizer, &values.optimizer) {
         report.extend(optimizer.misfit(numbers));
@@ -96,6 +97,7 @@ pub(super) fn load(
         return Err(misfit(report.concat()));
     }
     if let Some(order) = &values.ready_order {
+        let order = &parts::own_order(&reducer.store, order);
         // Everything may lie elsewhere then.
         drop(tensors);
         reducer.lay_in_order(order)?;

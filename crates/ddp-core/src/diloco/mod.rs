@@ -109,6 +109,10 @@ impl DiLoCo {
             let (setting, value) = ("zero", format!("{:?}", reducer.options.zero));
             return Err(Error::BadSetting { setting, value, expected: "Zero::Off with DiLoCo" });
         }
+        if reducer.store.part.is_some() {
+            let (setting, value) = ("DiLoCo", "for a part of a model".to_owned());
+            return Err(Error::BadSetting { setting, value, expected: "a Ddp of a whole model" });
+        }
         if reducer.local.is_some() {
             let (setting, value) = ("DiLoCo", "there already".to_owned());
             return Err(Error::BadSetting { setting, value, expected: "one for a Ddp" });

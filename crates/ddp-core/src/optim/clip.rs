@@ -2,9 +2,13 @@
 //!
 //! Norms are summed cell by cell ([`store::norm`](crate::store::norm)), so that they do not depend on the sharding.
 
+use phalanx_comm::recorder;
+
 use super::rule::check_setting;
+use super::together::Locked;
+use crate::hooks::Hooked;
 use crate::store::norm::Power;
-use crate::Result;
+use crate::{Error, NonFinite, Result};
 
 /// What an [`Optimizer`](super::Optimizer) does to gradients before a step.
 ///
@@ -104,6 +108,38 @@ impl Clip {
             (Limit::Norm { max, .. }, Some(norm)) => ((norm + 1e-6) / max).max(1.0),
             _ => 1.0,
         }
+    }
+
+    /// Whether a step whose norm is not finite is left out; an error if it is to be one. The same on every rank.
+    pub(super) fn skips(
+        self,
+        reducers: &mut Locked<'_>,
+        (is_scaled, norm): (bool, Option<f64>),
+    ) -> Result<bool> {
+        let norm = norm.unwrap_or(f64::NAN);
+        let Some((policy, rank, is_parted)) = reducers
+            .first()
+            .map(|first| (first.options.non_finite, first.store.rank_of_all(), first.is_parted()))
+        else {
+            return Ok(false);
+        };
+        let is_error = self.is_strict || (policy == NonFinite::Error && !is_scaled);
+        if is_error || is_scaled || policy == NonFinite::SkipStep {
+            let hooked = reducers.iter_mut().filter_map(|reducer| reducer.hooked.as_mut());
+            hooked.for_each(Hooked::reset);
+        }
+        if is_error {
+            reducers.iter_mut().try_for_each(|reducer| reducer.release_gradients())?;
+            let error = Error::NonFiniteNorm { norm };
+            if !is_parted {
+                recorder::tell_shared_error(&error.to_string());
+            }
+            return Err(error);
+        }
+        if !is_scaled && policy != NonFinite::Ignore && rank == 0 {
+            tracing::warn!(norm, "the norm of all gradients is not finite");
+        }
+        Ok(is_scaled || policy == NonFinite::SkipStep)
     }
 
     /// What each element is clamped to.

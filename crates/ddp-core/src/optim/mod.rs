@@ -28,12 +28,13 @@ mod rule;
 pub(crate) mod saved;
 mod sgd;
 mod state;
+mod together;
 mod waves;
 mod whole;
 
 use std::time::{Duration, Instant};
 
-use phalanx_comm::{recorder, Work};
+use phalanx_comm::Work;
 use tch::Tensor;
 
 pub use adafactor::Adafactor;
@@ -50,13 +51,14 @@ pub use rule::{Norms, Now, Rule, Runs, Whole};
 pub use sgd::Sgd;
 
 use crate::amp::LossScaler;
-use crate::hooks::Hooked;
-use crate::reduce::{self, Outcome, Reducer, Shared};
+use crate::reduce::{self, Reducer, Shared};
 use crate::store::model::Named;
 use crate::store::norm::{self, Power};
 use crate::store::plan::Bucket;
 use crate::store::{agree, Store};
-use crate::{Ddp, Error, NonFinite, Result};
+use crate::{Ddp, Result};
+#[cfg(doc)]
+use crate::{Error, NonFinite};
 use groups::GroupSettings;
 use numbers::{Changes, Numbers};
 use piece::{Owned, Piece, Treatment};
@@ -131,6 +133,7 @@ impl Optimizer {
         let of = |named: &Named| format!("{}: group {}", named.name, groups.index_of(&named.name));
         signature.extend(store.model.variables.iter().map(of));
         agree::alike(&mut store.group, "optimizer", "their optimizers", &signature)?;
+        whole::check_parts(store, &rule, &signature[..1])?;
         rule.check()?;
         let settings = groups.settings(&rule)?;
         store.optimizer.count += 1;
@@ -176,8 +179,8 @@ impl Optimizer {
 
     /// Clips the gradients, if that is wanted, updates the parameters, makes the gradients undefined, and returns
     /// their norm before clipping. `clip` is a [`Clip`] or the largest 2-norm: `Some(1.0)`, `None`; with
-    /// `Some(f64::INFINITY)` the norm is told and nothing clipped. Collective under ZeRO, and for rules that take
-    /// parameters whole.
+    /// `Some(f64::INFINITY)` the norm is told and nothing clipped. Collective under ZeRO, for rules that take
+    /// parameters whole, and for [a part](Ddp::set_part) of a model, of which all ranks make the step or none.
     ///
     /// A norm that is not finite is treated as the `Ddp` treats gradients that are not finite: an error on every
     /// rank, a step that is left out, or a warning.
@@ -186,7 +189,7 @@ impl Optimizer {
     /// [`Error::NoGradients`] when no backward exchanged gradients since the last step; [`Error::BadSetting`]
     /// for a limit that is not above zero; [`Error::NonFiniteNorm`]; errors of the group.
     pub fn step(&mut self, clip: impl Into<Clip>) -> Result<Step> {
-        self.step_divided(clip.into(), 1.0)
+        together::step(&mut [self], clip.into(), 1.0)
     }
 
     /// As [`step`](Self::step) for a loss that was [scaled](LossScaler::scale): divides the gradients by the scale
@@ -198,50 +201,29 @@ impl Optimizer {
     /// # Errors
     /// As [`step`](Self::step).
     pub fn step_scaled(&mut self, clip: impl Into<Clip>, scaler: &mut LossScaler) -> Result<Step> {
-        let step = self.step_divided(clip.into(), scaler.value())?;
+        let step = together::step(&mut [self], clip.into(), scaler.value())?;
         scaler.update(step.skipped);
         Ok(step)
     }
 
-    fn step_divided(&mut self, clip: Clip, loss_scale: f64) -> Result<Step> {
-        clip.check()?;
-        let shared = Shared::clone(&self.shared);
-        let mut reducer = reduce::lock(&shared)?;
-        let has_gradient = match std::mem::take(&mut reducer.outcome) {
-            Outcome::Nothing => return Err(Error::NoGradients),
-            Outcome::Skipped => return Ok(Step { gradient_norm: Some(f64::NAN), skipped: true }),
-            Outcome::Reduced(has_gradient) => has_gradient,
-        };
-        let has_gradient = reducer.steppable(has_gradient)?;
-        reducer.store.heed_written()?;
-        self.fit(&mut reducer.store)?;
-        let is_scaled = (loss_scale - 1.0).abs() > 0.0;
-        let norm = match clip.power().or(is_scaled.then_some(Power::Two)) {
-            Some(power) => {
-                Some(self.gradient_norm(&mut reducer, &has_gradient, power)? / loss_scale)
-            }
-            None => None,
-        };
-        if norm.is_some_and(|norm| !norm.is_finite())
-            && is_skipped(clip, is_scaled, &mut reducer, norm)?
-        {
-            reducer.release_gradients()?;
-            return Ok(Step { gradient_norm: norm, skipped: true });
+    /// As [`step`](Self::step) for several models that one loss trains, each with a [`Ddp`] and an optimizer of its own (experts beside the layers that
+    /// all ranks have, say): clips to the norm of all of them together, and makes the steps of all or of none. In the same order on all
+    /// ranks; what is done about a norm that is not finite says the first one's `Ddp`. With a `scaler` as
+    /// [`step_scaled`](Self::step_scaled).
+    ///
+    /// # Errors
+    /// As [`step`](Self::step); [`Error::BadSetting`] for none, or two of one `Ddp`.
+    pub fn step_all(
+        all: &mut [&mut Self],
+        clip: impl Into<Clip>,
+        scaler: Option<&mut LossScaler>,
+    ) -> Result<Step> {
+        let scale = scaler.as_ref().map_or(1.0, |scaler| scaler.value());
+        let step = together::step(all, clip.into(), scale)?;
+        if let Some(scaler) = scaler {
+            scaler.update(step.skipped);
         }
-        let changes = Changes {
-            divisor: clip.divisor(norm) * loss_scale,
-            value_max: clip.value_max().map(|max| max * loss_scale),
-        };
-        self.update(&mut reducer, &has_gradient, changes)?;
-        let made_with = [clip.bytes(), loss_scale.to_le_bytes().to_vec()].concat();
-        let stepped = &mut reducer.store.optimizer;
-        stepped.steps += 1;
-        stepped.lr = self.lr;
-        stepped.settings = crc32c::crc32c_append(stepped.settings, &made_with);
-        self.step_count += 1;
-        reducer.store.forget_unrounded();
-        reducer.release_gradients()?;
-        Ok(Step { gradient_norm: norm, skipped: false })
+        Ok(step)
     }
 
     /// Gives parameters that are new their group.
@@ -290,22 +272,6 @@ impl Optimizer {
             self.state.heed_masters(store, &self.everything(store))?;
         }
         Ok(())
-    }
-
-    fn gradient_norm(
-        &self,
-        reducer: &mut Reducer,
-        has_gradient: &[bool],
-        power: Power,
-    ) -> Result<f64> {
-        let start = Instant::now();
-        let store = &mut reducer.store;
-        let parts = gradient_parts(store, &self.owned(store, has_gradient));
-        let own = norm::of(&parts, 1, power)?;
-        let computed = start.elapsed();
-        let sum = store.over_ranks(own)?[0];
-        reducer.waited(start.elapsed().saturating_sub(computed));
-        Ok(power.norm(sum))
     }
 
     fn update(
@@ -404,7 +370,7 @@ impl Optimizer {
         let of_directions = self.state.direction_parts(store, owned).into_iter();
         parts.extend(of_directions.map(|part| norm::Part { sum: part.sum + count, ..part }));
         let own = norm::of(&parts, 2 * count, Power::Two)?;
-        let sums = store.over_ranks(own)?;
+        let sums = store.over_parameters(own, 2)?;
         let (parameters, directions) = sums.split_at(count);
         let both = parameters
             .iter()
@@ -412,7 +378,7 @@ impl Optimizer {
             .map(|(&parameter, &direction)| (parameter, direction));
         let ratio = |(index, (parameter, direction)): (usize, (f64, f64))| {
             let now = numbers.now(self.parameters[index])?;
-            let len = store.plan.places[index].range.len();
+            let len = store.whole_len(index);
             let norms = Norms { parameter: parameter.sqrt(), direction: direction.sqrt(), len };
             Ok(self.rule.trust_ratio(&now, norms))
         };
@@ -440,43 +406,6 @@ impl Drop for Optimizer {
             reducer.store.optimizer.count -= 1;
         }
     }
-}
-
-/// Whether a step whose norm is not finite is left out; an error if it is to be one. The same on every rank.
-fn is_skipped(
-    clip: Clip,
-    is_scaled: bool,
-    reducer: &mut Reducer,
-    norm: Option<f64>,
-) -> Result<bool> {
-    let norm = norm.unwrap_or(f64::NAN);
-    let policy = reducer.options.non_finite;
-    let is_error = clip.is_strict || (policy == NonFinite::Error && !is_scaled);
-    if is_error || is_scaled || policy == NonFinite::SkipStep {
-        reducer.hooked.iter_mut().for_each(Hooked::reset);
-    }
-    if is_error {
-        reducer.release_gradients()?;
-        let error = Error::NonFiniteNorm { norm };
-        if !reducer.is_parted() {
-            recorder::tell_shared_error(&error.to_string());
-        }
-        return Err(error);
-    }
-    if !is_scaled && policy != NonFinite::Ignore && reducer.store.group.rank() == 0 {
-        tracing::warn!(norm, "the norm of all gradients is not finite");
-    }
-    Ok(is_scaled || policy == NonFinite::SkipStep)
-}
-
-/// The gradients of this rank's pieces, all for one sum.
-fn gradient_parts<'a>(store: &'a Store, owned: &[Owned]) -> Vec<norm::Part<'a>> {
-    let of = |(storage, piece): (usize, &Piece)| {
-        let (memory, range) =
-            store.storages[storage].gradients.at(&piece.run.range, &piece.run.segment);
-        norm::Part { memory, range, sum: 0 }
-    };
-    pieces(owned).map(of).collect()
 }
 
 /// The parameters of this rank's pieces, by parameter.

@@ -86,6 +86,11 @@ impl Optimizer {
 }
 
 impl Numbers {
+    /// Takes in how often parameters of another part of the model were updated.
+    pub(crate) fn take_in(&mut self, other: &Self) {
+        self.steps.extend(other.steps.iter().map(|(name, step)| (name.clone(), *step)));
+    }
+
     fn step_of(&self, parameter: &str) -> u64 {
         self.steps.get(parameter).copied().unwrap_or(self.step_count)
     }

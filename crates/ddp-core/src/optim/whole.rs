@@ -25,14 +25,33 @@ use phalanx_comm::Work;
 use tch::{Kind, Tensor};
 
 use super::piece::{Owned, Treatment};
-use super::rule::Whole;
+use super::rule::{Rule, Whole};
 use super::state::{work_kind, State};
 use super::waves::{self, Wave, WAVE_LENS};
 use crate::shim;
 use crate::store::broadcast;
 use crate::store::flat::{Flat, Scale};
+use crate::store::model::Named;
 use crate::store::Store;
-use crate::Result;
+use crate::{Error, Result};
+
+/// An error on all ranks of a model where a rule needs a parameter whole that is cut over them, or where it is not the same one. Collective
+/// where there is a part.
+pub(super) fn check_parts(store: &mut Store, rule: &dyn Rule, signature: &[String]) -> Result<()> {
+    let takes = |named: &&Named| {
+        let of_rule = rule.whole();
+        of_rule.is_some_and(|whole| whole.takes(&named.name, &named.tensor.size()))
+    };
+    let mut variables =
+        store.model.variables.iter().filter(|named| store.cut(&named.name).is_some());
+    let name = variables.find(takes).map_or_else(String::new, |named| named.name.clone());
+    let Some(part) = &mut store.part else { return Ok(()) };
+    part.alike("the optimizers of their parts", signature)?;
+    match part.objected("parameters that are cut", &name)? {
+        Some(name) => Err(Error::CutParameter { name, rule: rule.name() }),
+        None => Ok(()),
+    }
+}
 
 /// What owners keep: by parameter, names and tensors.
 pub(super) type Kept = BTreeMap<usize, Vec<(&'static str, Tensor)>>;

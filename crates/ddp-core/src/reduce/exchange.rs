@@ -35,7 +35,8 @@ impl Reducer {
             takes_part: open.is_backward || self.accumulated.pending.contains(&true),
         };
         let tag = self.tag(if self.joining { "who takes part" } else { "weight" });
-        let work = self.head.start(&mut self.store.group, &tag, head.encode())?;
+        let group = self.weighing.as_mut().unwrap_or(&mut self.store.group);
+        let work = self.head.start(group, &tag, head.encode())?;
         if let Some(run) = &mut self.run {
             run.head = Some(work);
         }
@@ -49,7 +50,10 @@ impl Reducer {
         }
         let head = self.run.as_mut().and_then(|run| run.head.take());
         let scale = match head {
-            None => Scale(one_over(count(self.store.group.world_size()))),
+            None => {
+                let group = self.weighing.as_ref().unwrap_or(&self.store.group);
+                Scale(one_over(count(group.world_size())))
+            }
             Some(work) => {
                 let start = Instant::now();
                 work.wait()?;
@@ -295,16 +299,16 @@ impl Reducer {
         self.accumulated.is_weighted = false;
         self.clock.waited = Duration::ZERO;
         self.clock.ended = Instant::now();
-        let is_usable = self.judge(&run, &tails)?;
+        let unusable = self.judge(&run, &tails)?;
         self.compare_fingerprints(&tails)?;
         if self.options.exchange {
             self.exchange_buffers(run.leader)?;
             self.settle_order(&run)?;
         }
         self.step = None;
-        if !is_usable {
+        if let Some(outcome) = unusable {
             self.store.clear_gradients()?;
-            self.outcome = Outcome::Skipped;
+            self.outcome = outcome;
             return Ok(());
         }
         self.hand_out(&has_gradient, run.is_shadow)?;

@@ -12,6 +12,7 @@ use super::notes::Tail;
 use super::statistics::{RankTimes, Straggler};
 use super::{Outcome, Reducer};
 use crate::hooks::Hooked;
+use crate::part::Refusal;
 use crate::{Error, NonFinite, Result};
 
 impl Reducer {
@@ -23,12 +24,9 @@ impl Reducer {
         self.read_flags()?;
         let interval = self.options.fingerprint_interval;
         let number = self.clock.statistics.exchange_count + 1;
-        // Soon at first, where most mistakes show, then now and then.
-        let is_due = number.is_multiple_of(interval.max(1))
-            || (number < interval && number.is_power_of_two());
         let is_suspect = std::mem::take(&mut self.is_suspect);
         let drifts = self.hooked.as_ref().is_some_and(Hooked::drifts);
-        let fingerprint = match !drifts && (is_suspect || (interval > 0 && is_due)) {
+        let fingerprint = match !drifts && (is_suspect || is_due(number, interval)) {
             true => Some(fingerprint::combined(&fingerprint::of_parameters(&self.store)?)),
             false => None,
         };
@@ -96,25 +94,29 @@ impl Reducer {
         statistics.stragglers = slow;
     }
 
-    /// What becomes of gradients that are not finite: whether they may be used.
-    pub(super) fn judge(&mut self, run: &Run, tails: &[Tail]) -> Result<bool> {
+    /// What becomes of gradients that are not finite: whether they may be used. Else what is told to the optimizer.
+    pub(super) fn judge(&mut self, run: &Run, tails: &[Tail]) -> Result<Option<Outcome>> {
         let found = tails.iter().enumerate().find_map(|(rank, tail)| {
             tail.non_finite.map(|(slot, elements)| (rank, slot, elements))
         });
         // A rank that trains by itself has only its own.
         let own = run.non_finite.filter(|_| self.is_parted());
         let found = found.or(own.map(|(slot, count)| (self.store.group.rank(), slot, count)));
-        let Some((rank, slot, elements)) = found else { return Ok(true) };
+        let Some((rank, slot, elements)) = found else { return Ok(None) };
         self.hooked.iter_mut().for_each(Hooked::reset);
         let named = self.store.model.parameter(slot);
-        let error = Error::NonFinite {
-            rank,
+        let refusal = Refusal {
+            rank: self.store.part.as_ref().map_or(rank, |part| part.data_ranks[rank]),
             name: named.name.clone(),
             count: elements,
             total: named.tensor.numel(),
             exchange: self.clock.statistics.exchange_count,
         };
+        let error = Error::from(refusal.clone());
+        // Ranks with other parts hear of it in the step: they may still wait for what this one sends after its backward.
+        let is_told_later = self.store.part.is_some() && self.store.optimizer.count > 0;
         match self.options.non_finite {
+            NonFinite::Error if is_told_later => Ok(Some(Outcome::Refused(refusal))),
             NonFinite::Error => {
                 if !self.is_parted() {
                     recorder::tell_shared_error(&error.to_string());
@@ -125,11 +127,11 @@ impl Reducer {
             }
             NonFinite::SkipStep => {
                 tracing::warn!("{error}: the step is skipped on every rank");
-                Ok(false)
+                Ok(Some(Outcome::Skipped))
             }
             NonFinite::Warn | NonFinite::Ignore => {
                 tracing::warn!("{error}");
-                Ok(true)
+                Ok(None)
             }
         }
     }
@@ -145,6 +147,12 @@ impl Reducer {
             false => self.compare_parameters(),
         }
     }
+}
+
+/// Whether parameters are compared this time: soon at first, where most mistakes show, then now and then. Pure.
+pub(crate) fn is_due(number: u64, interval: u64) -> bool {
+    let is_time = number.is_multiple_of(interval.max(1));
+    interval > 0 && (is_time || (number < interval && number.is_power_of_two()))
 }
 
 /// One line for each rank, if optimizers were stepped differently. Pure.

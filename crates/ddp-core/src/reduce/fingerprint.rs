@@ -3,8 +3,10 @@
 //! CRC-32C on the CPU, at the speed of memory; on a GPU the sum of the bits of all elements, which needs one
 //! number a parameter from there.
 
+use std::collections::BTreeMap;
+
 use phalanx_comm::Group;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::store::flat;
 use crate::store::model::Named;
@@ -14,7 +16,9 @@ use crate::{Error, Result};
 /// One number for each variable, frozen or not.
 pub(crate) fn of_parameters(store: &Store) -> Result<Vec<u32>> {
     if store.device().is_cuda() {
-        return on_device(store);
+        let whole = |(variable, named)| whole_here(store, variable, named);
+        let tensors: Vec<_> = store.model.variables.iter().enumerate().map(whole).collect();
+        return sums_of_bits(&tensors, store.device());
     }
     let hash = |(variable, named): (usize, &Named)| {
         if store.is_cut(variable) {
@@ -25,19 +29,24 @@ pub(crate) fn of_parameters(store: &Store) -> Result<Vec<u32>> {
     store.model.variables.iter().enumerate().map(hash).collect()
 }
 
+/// A variable, if this rank has more of it than its segments.
+fn whole_here<'a>(store: &Store, variable: usize, named: &'a Named) -> Option<&'a Tensor> {
+    (!store.is_cut(variable)).then_some(&named.tensor)
+}
+
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
     reason = "the lower half of a sum of bits"
 )]
-fn on_device(store: &Store) -> Result<Vec<u32>> {
-    let mut sums = Vec::with_capacity(store.model.variables.len());
-    for (variable, named) in store.model.variables.iter().enumerate() {
-        if store.is_cut(variable) {
-            sums.push(Tensor::f_zeros([] as [i64; 0], (Kind::Int64, store.device()))?);
+fn sums_of_bits(tensors: &[Option<&Tensor>], device: Device) -> Result<Vec<u32>> {
+    let mut sums = Vec::with_capacity(tensors.len());
+    for tensor in tensors {
+        let Some(tensor) = tensor else {
+            sums.push(Tensor::f_zeros([] as [i64; 0], (Kind::Int64, device))?);
             continue;
-        }
-        let values = named.tensor.f_detach()?.f_contiguous()?;
+        };
+        let values = tensor.f_detach()?.f_contiguous()?;
         let bits = match values.kind() {
             Kind::Double => values.f_view_dtype(Kind::Int64)?,
             Kind::Half | Kind::BFloat16 => values.f_view_dtype(Kind::Int16)?,
@@ -48,8 +57,41 @@ fn on_device(store: &Store) -> Result<Vec<u32>> {
     if sums.is_empty() {
         return Ok(Vec::new());
     }
-    let sums: Vec<i64> = Vec::try_from(&Tensor::f_stack(&sums, 0)?.f_to_device(tch::Device::Cpu)?)?;
+    let sums: Vec<i64> = Vec::try_from(&Tensor::f_stack(&sums, 0)?.f_to_device(Device::Cpu)?)?;
     Ok(sums.into_iter().map(|sum| (sum ^ (sum >> 32)) as u32).collect())
+}
+
+/// A number for each variable that other ranks of the model have as well, whole on this rank.
+pub(crate) fn of_shared(store: &Store) -> Result<BTreeMap<String, u32>> {
+    let Some(part) = &store.part else { return Ok(BTreeMap::new()) };
+    let rank = part.model.rank();
+    let is_shared = |(variable, named): &(usize, &Named)| {
+        let entry = part.table.tensors.get(&named.name);
+        let pieces = entry.map_or(&[][..], |entry| &entry.pieces);
+        let shared =
+            pieces.iter().any(|piece| piece.ranks.len() > 1 && piece.ranks.contains(&rank));
+        shared && !store.is_cut(*variable)
+    };
+    let shared: Vec<&Named> = store
+        .model
+        .variables
+        .iter()
+        .enumerate()
+        .filter(is_shared)
+        .map(|(_, named)| named)
+        .collect();
+    let hashes = match store.device().is_cuda() {
+        true => sums_of_bits(
+            &shared.iter().map(|named| Some(&named.tensor)).collect::<Vec<_>>(),
+            store.device(),
+        )?,
+        false => {
+            let hash =
+                |named: &&Named| Ok(crc32c::crc32c(flat::dense_bytes(&named.name, &named.tensor)?));
+            shared.iter().map(hash).collect::<Result<Vec<_>>>()?
+        }
+    };
+    Ok(shared.into_iter().map(|named| named.name.clone()).zip(hashes).collect())
 }
 
 /// One number for all.

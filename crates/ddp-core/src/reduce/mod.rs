@@ -18,11 +18,11 @@ mod backward;
 mod delivery;
 mod exchange;
 mod findings;
-mod fingerprint;
+pub(crate) mod fingerprint;
 mod finite;
 pub(crate) mod inside;
 mod landing;
-mod notes;
+pub(crate) mod notes;
 pub mod ready;
 pub(crate) mod statistics;
 mod watch;
@@ -31,15 +31,17 @@ mod witness;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
-use phalanx_comm::{recorder, Mark, Region};
+use phalanx_comm::{recorder, Group, Mark, Region};
 
 use crate::diloco::Local;
 use crate::hooks::Hooked;
+use crate::part::Refusal;
 use crate::shard::access;
 use crate::shim::{self, Variable};
 use crate::store::Store;
 use crate::{DdpOptions, Error, Result};
 use backward::Run;
+pub(crate) use findings::is_due;
 use notes::{Head, Notes, Tail};
 use statistics::{Statistics, Window};
 
@@ -79,7 +81,9 @@ pub(crate) struct Reducer {
     is_suspect: bool,
     /// Whether the order in which gradients become ready is settled.
     is_order_settled: bool,
-    head: Notes<{ Head::LEN }>,
+    pub(crate) head: Notes<{ Head::LEN }>,
+    /// Over whose ranks heads are told, if not over those of the store's group.
+    pub(crate) weighing: Option<Group>,
     tail: Notes<{ Tail::LEN }>,
     /// By parameter, with `find_unused_parameters` or `static_graph`: whether any rank has a gradient for it.
     used: Option<Region<i32>>,
@@ -103,6 +107,8 @@ pub(crate) enum Outcome {
     Reduced(Vec<bool>),
     /// They were not finite and are gone.
     Skipped,
+    /// As that, and the step is to be an error, on all ranks of the model that this one has a part of.
+    Refused(Refusal),
 }
 
 /// What has accumulated since the last exchange.
@@ -252,6 +258,7 @@ impl Reducer {
             is_suspect: false,
             is_order_settled,
             head,
+            weighing: None,
             tail,
             used: None,
             clock: Clock {
@@ -305,6 +312,10 @@ impl Reducer {
         if !is_everywhere {
             self.store.group.abort(&error.to_string());
         }
+        if let Some(part) = &mut self.store.part {
+            // The ranks of other parts have not met it.
+            part.abort(&error.to_string());
+        }
         if let Some(run) = &mut self.run {
             run.is_over = true;
         }
@@ -320,6 +331,11 @@ impl Reducer {
         self.store.clear_gradients()?;
         self.forget();
         Ok(())
+    }
+
+    /// Whether gradients have come that were not exchanged.
+    pub(crate) fn has_pending(&self) -> bool {
+        self.accumulated.pending.contains(&true)
     }
 
     /// Forgets what has accumulated, and what was exchanged.

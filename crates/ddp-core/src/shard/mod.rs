@@ -201,9 +201,14 @@ impl Sharding {
 
     /// The values of sums of which this rank has what its segments give. Collective under ZeRO.
     pub(crate) fn over_ranks(self, group: &mut Group, own: norm::Own) -> Result<Vec<f64>> {
+        Ok(self.summed(group, own)?.values())
+    }
+
+    /// As [`over_ranks`](Self::over_ranks), exact still. Collective under ZeRO.
+    pub(crate) fn summed(self, group: &mut Group, own: norm::Own) -> Result<norm::Own> {
         if self.parts() == 1 {
-            return Ok(own.values());
+            return Ok(own);
         }
-        norm::over_ranks(group, own)
+        norm::summed(group, own)
     }
 }

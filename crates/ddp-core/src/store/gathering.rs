@@ -34,6 +34,11 @@ impl Store {
         self.sharding.over_ranks(sharing(&mut self.within, &mut self.group), own)
     }
 
+    /// As [`over_ranks`](Self::over_ranks), exact still. Collective.
+    pub(crate) fn summed(&mut self, own: norm::Own) -> Result<norm::Own> {
+        self.sharding.summed(sharing(&mut self.within, &mut self.group), own)
+    }
+
     /// Starts to gather a bucket's updated parameters, where they are not everywhere. Collective.
     pub(crate) fn gather(&mut self, bucket: usize) -> Result<Option<Work<'static>>> {
         let planned = &self.plan.buckets[bucket];

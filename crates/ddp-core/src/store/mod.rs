@@ -9,7 +9,7 @@
 pub(crate) mod agree;
 pub(crate) mod broadcast;
 mod device_norm;
-mod exact;
+pub(crate) mod exact;
 pub(crate) mod flat;
 mod gathering;
 mod held;
@@ -21,6 +21,7 @@ pub(crate) mod pool;
 use phalanx_comm::Group;
 use tch::{Device, Kind, Tensor};
 
+use crate::part::Part;
 use crate::shard::gather::Gatherer;
 use crate::shard::Sharding;
 use crate::shim::{self, Variable};
@@ -62,6 +63,8 @@ pub(crate) struct Store {
     device: Device,
     /// Whether ranks train by themselves, so that a step sends nothing.
     pub(crate) is_parted: bool,
+    /// Where the model is a part of a larger one.
+    pub(crate) part: Option<Part>,
 }
 
 /// Bytes of a rank's flat memory, without what its optimizer keeps. What ranks share counts on each of them.
@@ -114,6 +117,7 @@ impl Store {
             optimizer: Attached::default(),
             device,
             is_parted: false,
+            part: None,
         };
         let order = store.initial_order(options)?;
         store.lay(&order, options)?;

@@ -124,6 +124,21 @@ impl Own {
         }
     }
 
+    /// Both together.
+    pub(crate) fn with(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Sums(mut sums), Self::Sums(others)) => {
+                sums.iter_mut().zip(&others).for_each(|(sum, more)| sum.take_in(more));
+                Self::Sums(sums)
+            }
+            (Self::Largest(mut all), Self::Largest(others)) => {
+                all.iter_mut().zip(&others).for_each(|(one, more)| *one = larger(*one, *more));
+                Self::Largest(all)
+            }
+            (own, _) => own,
+        }
+    }
+
     /// The values, where this rank has all.
     pub(crate) fn values(&self) -> Vec<f64> {
         match self {
@@ -163,14 +178,14 @@ fn sum_of_squares<T: Copy>(values: &[T], to_f64: &impl Fn(T) -> f64) -> f64 {
     ((a + e) + (c + g)) + ((b + f) + (d + h))
 }
 
-/// The values of what has parts on the ranks of `group`. Collective.
-pub(crate) fn over_ranks(group: &mut Group, own: Own) -> Result<Vec<f64>> {
+/// What parts on the ranks of `group` have come to together, exact still. Collective.
+pub(crate) fn summed(group: &mut Group, own: Own) -> Result<Own> {
     match own {
         Own::Sums(sums) => {
             let mut words: Vec<i64> = sums.into_iter().flat_map(ExactSum::into_words).collect();
             group.tagged("norms").all_reduce(&mut words[..], Sum)?.wait()?;
             let of_all = words.chunks_exact(WORDS).filter_map(ExactSum::of_words);
-            Ok(of_all.map(|sum| sum.value()).collect())
+            Ok(Own::Sums(of_all.collect()))
         }
         Own::Largest(mut all) => {
             let mine: Vec<u8> = all.iter().flat_map(|value| value.to_le_bytes()).collect();
@@ -180,7 +195,7 @@ pub(crate) fn over_ranks(group: &mut Group, own: Own) -> Result<Vec<f64>> {
                     *largest = larger(*largest, f64::from_le_bytes(bytes));
                 }
             }
-            Ok(all)
+            Ok(Own::Largest(all))
         }
     }
 }

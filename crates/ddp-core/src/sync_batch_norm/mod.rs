@@ -7,18 +7,16 @@
 //! Source: Ioffe and Szegedy 2015, "Batch Normalization"; what is synchronised when is as in PyTorch's `SyncBatchNorm`
 //! (`torch/nn/modules/_functions.py`); `moments.rs` has the source of the arithmetic.
 
-mod exchange;
 mod moments;
 
 use std::borrow::Borrow;
-use std::sync::{Arc, Mutex, PoisonError};
 
 use phalanx_comm::Group;
 use tch::nn::{Init, ModuleT, Path};
 use tch::{nn, Kind, Tensor};
 
+use crate::collective::TensorGroup;
 use crate::{autograd, recompute, shim, Error, Result};
-use exchange::Exchange;
 use moments::Moments;
 
 /// Settings of a [`SyncBatchNorm`]; the defaults are those of `tch::nn::BatchNormConfig`.
@@ -58,7 +56,7 @@ impl From<nn::BatchNormConfig> for SyncBatchNormConfig {
 /// share their order.
 #[derive(Clone, Debug)]
 pub struct SyncGroup {
-    exchange: Arc<Mutex<Exchange>>,
+    ranks: TensorGroup,
 }
 
 impl SyncGroup {
@@ -67,7 +65,12 @@ impl SyncGroup {
     /// # Errors
     /// Those of the group.
     pub fn new(group: &mut Group) -> Result<Self> {
-        Ok(Self { exchange: Arc::new(Mutex::new(Exchange::new(group.duplicate()?))) })
+        Ok(Self { ranks: TensorGroup::new(group.duplicate()?) })
+    }
+
+    /// Every rank's `mine`, a vector, as the rows of a matrix in rank order. Collective.
+    fn rows(&self, mine: &Tensor, tag: &str) -> Result<Tensor> {
+        self.ranks.all_gather(&mine.f_unsqueeze(0)?, 0, tag)
     }
 }
 
@@ -179,7 +182,7 @@ impl SyncBatchNorm {
         let mut inputs = vec![xs];
         inputs.extend(self.weight.as_ref());
         inputs.extend(self.bias.as_ref());
-        let (exchange, tag) = (Arc::clone(&self.group.exchange), format!("{} backward", self.name));
+        let (group, tag) = (self.group.clone(), format!("{} backward", self.name));
         let mut outputs = autograd::function(
             "SyncBatchNorm",
             &inputs,
@@ -190,8 +193,7 @@ impl SyncBatchNorm {
                 Ok((vec![output], self.config.affine))
             },
             move |backward, gradients| {
-                let mut exchange = exchange.lock().unwrap_or_else(PoisonError::into_inner);
-                moments::backward(backward, gradients[0].as_ref(), |sums| exchange.all(sums, &tag))
+                moments::backward(backward, gradients[0].as_ref(), |sums| group.rows(sums, &tag))
             },
         )?;
         outputs.pop().ok_or(Error::BackwardAbandoned)
@@ -224,10 +226,7 @@ impl SyncBatchNorm {
     /// The output for the batches of all ranks, and their moments. Collective.
     fn normalise(&self, xs: &Tensor) -> Result<(Tensor, Moments)> {
         let own = moments::of_batch(xs)?;
-        let all = {
-            let mut exchange = self.group.exchange.lock().unwrap_or_else(PoisonError::into_inner);
-            exchange.all(&own, &format!("{} forward", self.name))?
-        };
+        let all = self.group.rows(&own, &format!("{} forward", self.name))?;
         let moments = Moments::of_ranks(&all, self.config.eps)?;
         if let Some([mean, variance]) =
             self.running.as_ref().filter(|_| !recompute::is_recomputing())

@@ -5,9 +5,12 @@ mod builder;
 mod deferred;
 mod init;
 mod linear;
+mod pass;
 pub mod random;
 
 pub use builder::{Builder, Cuts};
 pub use deferred::{Deferred, WeightGradients};
 pub use init::Init;
 pub use linear::linear;
+pub(crate) use linear::{none, weight_gradients};
+pub use pass::Pass;

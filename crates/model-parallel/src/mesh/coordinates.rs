@@ -76,6 +76,16 @@ impl Mesh {
     ///
     /// [`Error::NoSuchRank`].
     pub fn named(&self, rank: usize) -> Result<String> {
+        let role = self.role(rank)?;
+        Ok(if role.is_empty() { format!("rank {rank}") } else { format!("rank {rank} ({role})") })
+    }
+
+    /// Where the rank is on the axes that have more than one rank: `pp 1, dp_shard 0, tp 1`; nothing on a mesh of one rank.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSuchRank`].
+    pub fn role(&self, rank: usize) -> Result<String> {
         self.check_rank(rank)?;
         let used = Axis::DENSE.iter().filter(|axis| self.shape().size(**axis) > 1);
         let mut parts: Vec<String> =
@@ -83,10 +93,7 @@ impl Mesh {
         if self.shape().ep > 1 {
             parts.push(format!("ep {}", self.digit(rank, Axis::Ep, Axis::EXPERT)));
         }
-        if parts.is_empty() {
-            return Ok(format!("rank {rank}"));
-        }
-        Ok(format!("rank {rank} ({})", parts.join(", ")))
+        Ok(parts.join(", "))
     }
 
     /// The digit of a rank on one axis of five that multiply to the world.

@@ -7,9 +7,7 @@ use std::time::{Duration, Instant};
 use super::super::dial::{read_until, would_block, Dial, Greeting};
 use super::super::table::{check_entry, check_key, VALUE_BYTES_MAX};
 use super::super::{RendezvousError, StoreError};
-use super::message::{
-    encode, wire_key, Request, CANCELLED, KEYS_MAX, NOT_READY, READY, WORKERS_KEY,
-};
+use super::message::{encode, wire_key, Request, CANCELLED, NOT_READY, READY};
 
 /// After its deadline a wait is called off; the server gets this long to say that it heard.
 const CANCEL_MAX: Duration = Duration::from_secs(5);
@@ -60,16 +58,6 @@ impl TcpStoreClient {
         self.send(&Request::Set { key: wire(key)?, value: value.to_vec() }, deadline)
     }
 
-    /// Adds `value` to the end of what `key` holds. There is no reply.
-    ///
-    /// # Errors
-    ///
-    /// As [`TcpStoreClient::set`].
-    pub fn append(&mut self, key: &str, value: &[u8], deadline: Instant) -> Result<(), StoreError> {
-        check_entry(key, value)?;
-        self.send(&Request::Append { key: wire(key)?, value: value.to_vec() }, deadline)
-    }
-
     /// Returns the value of `key`; waits until somebody sets it.
     ///
     /// # Errors
@@ -81,39 +69,6 @@ impl TcpStoreClient {
         self.read_value(deadline)
     }
 
-    /// As [`TcpStoreClient::get`] for several keys, in their order.
-    ///
-    /// # Errors
-    ///
-    /// As [`TcpStoreClient::get`].
-    pub fn multi_get(
-        &mut self,
-        keys: &[&str],
-        deadline: Instant,
-    ) -> Result<Vec<Vec<u8>>, StoreError> {
-        self.wait(keys, deadline)?;
-        self.send(&Request::MultiGet { keys: wire_all(keys)? }, deadline)?;
-        keys.iter().map(|_| self.read_value(deadline)).collect()
-    }
-
-    /// Writes several values. There is no reply.
-    ///
-    /// # Errors
-    ///
-    /// As [`TcpStoreClient::set`].
-    pub fn multi_set(
-        &mut self,
-        entries: &[(&str, &[u8])],
-        deadline: Instant,
-    ) -> Result<(), StoreError> {
-        let entry = |(key, value): &(&str, &[u8])| {
-            check_entry(key, value)?;
-            Ok((wire(key)?, value.to_vec()))
-        };
-        let entries = entries.iter().map(entry).collect::<Result<Vec<_>, StoreError>>()?;
-        self.send(&Request::MultiSet { entries }, deadline)
-    }
-
     /// Adds `delta` to the counter `key` (0 when absent) and returns its new value.
     ///
     /// # Errors
@@ -122,26 +77,6 @@ impl TcpStoreClient {
     pub fn add(&mut self, key: &str, delta: i64, deadline: Instant) -> Result<i64, StoreError> {
         self.send(&Request::Add { key: wire(key)?, delta }, deadline)?;
         self.read_number(deadline)
-    }
-
-    /// Writes `desired` if the key holds `expected`, where an absent key counts as empty, and returns what it holds
-    /// afterwards; for an absent key and another expectation it returns `expected`.
-    ///
-    /// # Errors
-    ///
-    /// As [`TcpStoreClient::set`].
-    pub fn compare_set(
-        &mut self,
-        key: &str,
-        expected: &[u8],
-        desired: &[u8],
-        deadline: Instant,
-    ) -> Result<Vec<u8>, StoreError> {
-        check_entry(key, expected)?;
-        check_entry(key, desired)?;
-        let (expected, desired) = (expected.to_vec(), desired.to_vec());
-        self.send(&Request::CompareSet { key: wire(key)?, expected, desired }, deadline)?;
-        self.read_value(deadline)
     }
 
     /// Whether all of `keys` are there now.
@@ -158,7 +93,7 @@ impl TcpStoreClient {
         }
     }
 
-    /// Waits until all of `keys` are there, where a queue that holds something counts as well. The connection stays good after a timeout.
+    /// Waits until all of `keys` are there. The connection stays good after a timeout.
     ///
     /// # Errors
     ///
@@ -186,78 +121,6 @@ impl TcpStoreClient {
         Ok(())
     }
 
-    /// Adds `value` to the end of the queue `key`. There is no reply. Queues and values of the same name are apart.
-    ///
-    /// # Errors
-    ///
-    /// As [`TcpStoreClient::set`]; servers without libuv end the connection at the next call, here and in all calls on queues.
-    pub fn queue_push(
-        &mut self,
-        key: &str,
-        value: &[u8],
-        deadline: Instant,
-    ) -> Result<(), StoreError> {
-        check_entry(key, value)?;
-        self.send(&Request::QueuePush { key: wire(key)?, value: value.to_vec() }, deadline)
-    }
-
-    /// Takes the first value out of the queue `key`; waits until there is one.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError::Timeout`] at `deadline`, or the connection was lost.
-    pub fn queue_pop(&mut self, key: &str, deadline: Instant) -> Result<Vec<u8>, StoreError> {
-        loop {
-            if let Some(value) = self.queue_try_pop(key, deadline)? {
-                return Ok(value);
-            }
-            self.wait(&[key], deadline)?;
-            // PyTorch's server keeps a client that a queue has woken on its list, and would end this client's next
-            // wait, for whatever key, with the queue's next push.
-            self.cancel_wait()?;
-        }
-    }
-
-    /// Takes the first value out of the queue `key`, if there is one now.
-    ///
-    /// # Errors
-    ///
-    /// As [`TcpStoreClient::set`].
-    pub fn queue_try_pop(
-        &mut self,
-        key: &str,
-        deadline: Instant,
-    ) -> Result<Option<Vec<u8>>, StoreError> {
-        self.send(&Request::QueuePop { key: wire(key)? }, deadline)?;
-        match self.read_number(deadline)? {
-            0 => Ok(None),
-            1.. => self.read_value(deadline).map(Some),
-            other => Err(self.garbled(format!("a queue of {other} values"))),
-        }
-    }
-
-    /// How many values the queue `key` holds.
-    ///
-    /// # Errors
-    ///
-    /// As [`TcpStoreClient::set`].
-    pub fn queue_len(&mut self, key: &str, deadline: Instant) -> Result<i64, StoreError> {
-        self.send(&Request::QueueLen { key: wire(key)? }, deadline)?;
-        self.read_number(deadline)
-    }
-
-    /// Counts this process among those that use the store, and returns how many there are so far. A Python process that
-    /// hosts a store with `wait_for_workers=True` waits until as many have counted themselves as its `world_size`
-    /// says, itself among them; call it once in a process.
-    ///
-    /// # Errors
-    ///
-    /// As [`TcpStoreClient::set`].
-    pub fn count_as_worker(&mut self, deadline: Instant) -> Result<i64, StoreError> {
-        self.send(&Request::Add { key: WORKERS_KEY.to_owned(), delta: 1 }, deadline)?;
-        self.read_number(deadline)
-    }
-
     /// Removes `key`; says whether it was there.
     ///
     /// # Errors
@@ -276,22 +139,6 @@ impl TcpStoreClient {
     pub fn count_keys(&mut self, deadline: Instant) -> Result<i64, StoreError> {
         self.send(&Request::CountKeys, deadline)?;
         self.read_number(deadline)
-    }
-
-    /// All keys as the server names them, with the slash that torch puts before each.
-    ///
-    /// # Errors
-    ///
-    /// As [`TcpStoreClient::set`]; servers without libuv end the connection.
-    pub fn list_keys(&mut self, deadline: Instant) -> Result<Vec<String>, StoreError> {
-        self.send(&Request::ListKeys, deadline)?;
-        let count = self.read_number(deadline)?;
-        let count = usize::try_from(count)
-            .ok()
-            .filter(|count| *count <= KEYS_MAX)
-            .ok_or_else(|| self.garbled(format!("a list of {count} keys")))?;
-        let key = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-        (0..count).map(|_| self.read_value(deadline).map(key)).collect()
     }
 
     fn send(&mut self, request: &Request, deadline: Instant) -> Result<(), StoreError> {

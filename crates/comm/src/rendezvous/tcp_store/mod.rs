@@ -1,7 +1,7 @@
-//! PyTorch's `TCPStore`: its protocol, a client of it, and a server for Python's clients.
+//! PyTorch's `TCPStore`: a client of it, and as much of its protocol as that needs.
 //!
 //! torchrun's agent serves one to its workers. We use it for one thing only: to learn where rank 0 hosts *our* store
-//! (`advertise.rs`). The server runs where somebody asks for it, and for no purpose of ours.
+//! (`advertise.rs`).
 //!
 //! # Security
 //!
@@ -14,8 +14,5 @@
 
 mod client;
 pub(super) mod message;
-mod queues;
-mod server;
 
 pub use client::TcpStoreClient;
-pub use server::TcpStoreServer;

@@ -1,0 +1,213 @@
+//! Attention whose heads are cut over the ranks.
+
+mod options;
+mod plain;
+mod rotary;
+
+use tch::Tensor;
+
+use super::column::ColumnLinear;
+use super::cut;
+use super::dropout::Dropout;
+use super::parallel::TensorParallel;
+use super::row::RowLinear;
+use crate::error::{Error, Result};
+use crate::layer::Pass;
+pub use options::AttentionOptions;
+use plain::Plain;
+use rotary::Rotary;
+
+/// The products that make queries, keys and values.
+#[derive(Debug)]
+pub enum Projections {
+    /// One matrix with the three side by side ([`LinearOptions::parts`](super::LinearOptions::parts)): GPT-2's.
+    Fused(ColumnLinear),
+    /// One each: Llama's.
+    Separate {
+        /// Of the queries.
+        queries: ColumnLinear,
+        /// Of the keys.
+        keys: ColumnLinear,
+        /// Of the values.
+        values: ColumnLinear,
+    },
+}
+
+/// How queries meet keys and values: what context parallelism puts in the place of the attention of one rank's tokens.
+pub trait Attend: std::fmt::Debug + Send {
+    /// The output `[batch, heads, tokens, head_dim]` of queries of that shape, and keys and values `[batch, kv_heads, tokens, head_dim]`: each of them is of `heads / kv_heads` consecutive queries'
+    /// heads. Positions are already in them. The heads are this rank's of tensor parallelism, beginning with `first_head`.
+    ///
+    /// # Errors
+    /// Its own.
+    fn attend(
+        &self,
+        queries: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        pass: &Pass,
+    ) -> Result<Tensor>;
+}
+
+/// Attention of several heads (Vaswani et al. 2017), with fewer heads of keys and values if wanted (Ainslie et al. 2023), causal or not, with rotary positions or
+/// none.
+///
+/// # Example
+/// ```
+/// use phalanx_model_parallel::layer::{Builder, Pass};
+/// use phalanx_model_parallel::tensor::{
+///     Attention, AttentionOptions, ColumnLinear, LinearOptions, Projections, RowLinear, TensorParallel,
+/// };
+/// use tch::{nn, Device, Kind, Tensor};
+///
+/// let vs = nn::VarStore::new(Device::Cpu);
+/// let attn = Builder::new(vs.root(), 1) / "attn";
+/// let tp = TensorParallel::alone()?;
+/// let options = AttentionOptions::new(64, 4);
+/// let qkv = LinearOptions { parts: options.parts(), unit: options.head_dim, ..Default::default() };
+/// let qkv = ColumnLinear::new(&(&attn / "c_attn"), 64, 192, qkv, &tp)?;
+/// let out = RowLinear::new(&(&attn / "c_proj"), 64, 64, LinearOptions::default(), &tp)?;
+/// let attention = Attention::new(Projections::Fused(qkv), out, options)?;
+/// let x = Tensor::ones([2, 8, 64], (Kind::Float, Device::Cpu));
+/// assert_eq!(attention.forward(&x, &Pass::evaluation())?.size(), [2, 8, 64]);
+/// # Ok::<(), phalanx_model_parallel::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Attention {
+    projections: Projections,
+    out: RowLinear,
+    options: AttentionOptions,
+    rotary: Option<Rotary>,
+    attend: Box<dyn Attend>,
+    /// Heads of queries, and of keys and values, on this rank.
+    heads: (i64, i64),
+}
+
+impl Attention {
+    /// Of products that the caller has made, under the names that its files have.
+    ///
+    /// # Errors
+    /// [`Error::Indivisible`] where heads cannot be cut over the ranks; [`Error::BadSetting`] where the products do not have the heads' columns, each of them whole.
+    pub fn new(
+        projections: Projections,
+        out: RowLinear,
+        options: AttentionOptions,
+    ) -> Result<Self> {
+        options.check()?;
+        let first = projections.first();
+        let tp = first.tp().clone();
+        let heads = heads(first.name(), &options, &tp)?;
+        projections.check(&options, heads)?;
+        if out.inputs() != heads.0 * options.head_dim {
+            return Err(mismatch(out.inputs(), "heads × head_dim / n inputs of the last product"));
+        }
+        let dropout = match options.dropout > 0.0 {
+            true => Some(Dropout::new(options.dropout, options.key)?),
+            false => None,
+        };
+        let first_head = tp.rank() * heads.0;
+        let plain = Plain { causal: options.causal, dropout, first_head };
+        let rotary = options.rotary.map(|theta| Rotary { theta, head_dim: options.head_dim });
+        Ok(Self { projections, out, options, rotary, attend: Box::new(plain), heads })
+    }
+
+    /// The same with another way of attending. It has what it needs of [`AttentionOptions`]; dropout in it is its own.
+    #[must_use]
+    pub fn with_attend(self, attend: Box<dyn Attend>) -> Self {
+        Self { attend, ..self }
+    }
+
+    /// `[batch, tokens(/n), width]`, both ways.
+    ///
+    /// # Errors
+    /// Those of the layers; libtorch's own.
+    pub fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let (heads, kv_heads) = self.heads;
+        let [queries, keys, values] = self.projections.forward(x)?;
+        let queries = self.by_heads(&queries, heads)?;
+        let keys = self.by_heads(&keys, kv_heads)?;
+        let values = self.by_heads(&values, kv_heads)?;
+        let (queries, keys) = match &self.rotary {
+            None => (queries, keys),
+            Some(rotary) => rotary.both(&queries, &keys, pass)?,
+        };
+        let output = self.attend.attend(&queries, &keys, &values, pass)?;
+        // [batch, heads, tokens, head_dim] → [batch, tokens, columns]
+        let output = output.f_transpose(1, 2)?.f_flatten(2, 3)?;
+        self.out.forward(&output)
+    }
+
+    /// `[batch, tokens, columns] → [batch, heads, tokens, head_dim]`.
+    fn by_heads(&self, x: &Tensor, heads: i64) -> Result<Tensor> {
+        let shape = x.size();
+        let view = [shape[0], shape[1], heads, self.options.head_dim];
+        Ok(x.f_reshape(view)?.f_transpose(1, 2)?)
+    }
+}
+
+impl Projections {
+    fn first(&self) -> &ColumnLinear {
+        match self {
+            Self::Fused(all) => all,
+            Self::Separate { queries, .. } => queries,
+        }
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<[Tensor; 3]> {
+        match self {
+            Self::Fused(all) => {
+                let whole = all.forward(x)?;
+                let (mut start, mut parts) = (0, [(); 3].map(|()| Tensor::new()));
+                for (part, width) in parts.iter_mut().zip(all.widths()) {
+                    *part = whole.f_narrow(-1, start, width)?;
+                    start += width;
+                }
+                Ok(parts)
+            }
+            Self::Separate { queries, keys, values } => {
+                let all = ColumnLinear::forward_all(&[queries, keys, values], x)?;
+                let mut all = all.into_iter();
+                Ok([(); 3].map(|()| all.next().unwrap_or_else(Tensor::new)))
+            }
+        }
+    }
+
+    fn check(&self, options: &AttentionOptions, (heads, kv_heads): (i64, i64)) -> Result<()> {
+        let widths = match self {
+            Self::Fused(all) => all.widths(),
+            Self::Separate { queries, keys, values } => {
+                [queries, keys, values].iter().map(|layer| layer.outputs()).collect()
+            }
+        };
+        let expected = [heads, kv_heads, kv_heads].map(|heads| heads * options.head_dim);
+        if widths == expected {
+            return Ok(());
+        }
+        Err(Error::BadSetting {
+            setting: "projections",
+            value: format!("{widths:?} columns a rank of queries, keys and values"),
+            expected:
+                "heads × head_dim of each: set `parts` of a fused one, and `unit` to head_dim",
+        })
+    }
+}
+
+/// Heads of queries, and of keys and values, on each rank.
+fn heads(layer: &str, options: &AttentionOptions, tp: &TensorParallel) -> Result<(i64, i64)> {
+    let ranks = tp.size();
+    if options.heads % ranks != 0 {
+        return Err(cut::indivisible(layer, "heads", options.heads, ranks));
+    }
+    let kv_heads = options.kv_heads;
+    if kv_heads % ranks == 0 {
+        return Ok((options.heads / ranks, kv_heads / ranks));
+    }
+    if ranks % kv_heads == 0 {
+        return Ok((options.heads / ranks, 1)); // on several ranks each
+    }
+    Err(cut::indivisible(layer, "heads of keys and values", kv_heads, ranks))
+}
+
+fn mismatch(actual: i64, expected: &'static str) -> Error {
+    Error::BadSetting { setting: "inputs", value: actual.to_string(), expected }
+}

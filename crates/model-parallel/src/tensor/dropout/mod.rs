@@ -1,0 +1,93 @@
+//! Dropout by position: what is dropped depends on step, sequence, token and column in the whole model, not on who computes it.
+
+mod mask;
+
+use phalanx_ddp_core::autograd::Function;
+use tch::Tensor;
+
+use crate::error::{Error, Result};
+use crate::layer::random::Key;
+use crate::layer::Pass;
+pub(super) use mask::Mask;
+
+/// Where a tensor is in the whole activation of which it is a part.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// Index of its first token among those of this rank's batch ([`Pass::first_token`] is added to it).
+    pub first_token: i64,
+    /// Index of its first column.
+    pub first_column: i64,
+}
+
+/// Sets elements to zero with probability p and divides the others by 1 − p (Srivastava et al. 2014).
+///
+/// The mask is computed again in the backward: nothing is kept.
+///
+/// # Example
+/// ```
+/// use phalanx_model_parallel::layer::{random::Key, Pass};
+/// use phalanx_model_parallel::tensor::{Dropout, Place};
+/// use tch::{Device, Kind, Tensor};
+///
+/// let dropout = Dropout::new(0.5, Key::of_seed(1))?;
+/// let x = Tensor::ones([2, 4, 8], (Kind::Float, Device::Cpu));
+/// let pass = Pass::training(0, 0);
+/// let whole = dropout.forward(&x, &pass, Place::default())?;
+/// let second = Pass { first_sample: 1, ..pass }; // the second sequence alone
+/// assert_eq!(dropout.forward(&x.narrow(0, 1, 1), &second, Place::default())?, whole.narrow(0, 1, 1));
+/// # Ok::<(), phalanx_model_parallel::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct Dropout {
+    p: f64,
+    key: Key,
+}
+
+impl Dropout {
+    /// Drops with probability `p`; `key` is the layer's ([`Builder::key`](crate::layer::Builder::key)).
+    ///
+    /// # Errors
+    /// [`Error::BadSetting`] unless 0 ≤ p < 1.
+    pub fn new(p: f64, key: Key) -> Result<Self> {
+        if (0.0..1.0).contains(&p) {
+            return Ok(Self { p, key });
+        }
+        let expected = "at least 0 and less than 1";
+        Err(Error::BadSetting { setting: "dropout", value: p.to_string(), expected })
+    }
+
+    /// Shape as `x`'s: `[batch, tokens, columns]`. Outside of training, `x` itself.
+    ///
+    /// # Errors
+    /// [`Error::BadInput`] of another number of dimensions; libtorch's own.
+    pub fn forward(&self, x: &Tensor, pass: &Pass, place: Place) -> Result<Tensor> {
+        if x.dim() != 3 {
+            return Err(Error::BadInput {
+                layer: "dropout".to_owned(),
+                actual: format!("an input of shape {:?}", x.size()),
+                expected: "[batch, tokens, columns]".to_owned(),
+            });
+        }
+        let first_token = pass.first_token + place.first_token;
+        self.at(x, pass, &[first_token.unsigned_abs(), place.first_column.unsigned_abs()])
+    }
+
+    /// `x` is `[batch, …]`, and `firsts` the places of its first element in the other dimensions.
+    pub(super) fn at(&self, x: &Tensor, pass: &Pass, firsts: &[u64]) -> Result<Tensor> {
+        if !pass.train || self.p <= 0.0 {
+            return Ok(x.shallow_clone());
+        }
+        let firsts = [&[pass.first_sample], firsts].concat();
+        let mask = Mask { key: self.key.numbered(pass.step), firsts, p: self.p };
+        let again = mask.clone();
+        let mut outputs = Function::new("dropout").apply(
+            &[x],
+            |_, inputs| Ok((vec![inputs[0].f_mul(&mask.like(inputs[0])?)?], ())),
+            move |_, gradients| {
+                let Some(gradient) = &gradients[0] else { return Ok(vec![None]) };
+                Ok(vec![Some(gradient.f_mul(&again.like(gradient)?)?)])
+            },
+        )?;
+        Ok(outputs.swap_remove(0))
+    }
+}

@@ -1,0 +1,13 @@
+//! Layers of tensor and sequence parallelism against plain tch on one rank.
+//!
+//! Everything is in f64, so that the order of sums can be told from a mistake: see [`support::close`].
+
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod dropout;
+mod layers;
+mod model;
+mod parity;
+mod plain;
+mod recomputed;
+mod support;
