@@ -144,8 +144,8 @@ fn worker(rounds: usize, width: i64, is_paced: bool) -> Result<()> {
                         false => Ok(x),
                     };
                 }
-                for weight in &layers[chunk * of_chunk..(chunk + 1) * of_chunk] {
-                    x = x.f_add(&linear(&x, weight, None)?.f_tanh()?)?;
+                for matrix in &layers[chunk * of_chunk..(chunk + 1) * of_chunk] {
+                    x = x.f_add(&linear(&x, matrix, None)?.f_tanh()?)?;
                 }
                 match (rank + 1, chunk + 1) == (RANKS, chunks) {
                     true => Ok(x.f_square()?.f_mean(Kind::Float)?),
@@ -179,10 +179,10 @@ fn paced(x: &Tensor, weight: &Tensor, pace: Duration) -> phalanx_model_parallel:
         },
         move |backward, gradients| {
             pause(pace);
-            let weight = backward.state.shallow_clone();
+            let trained = backward.state.shallow_clone();
             let of_weight = move || {
                 pause(pace);
-                Ok(vec![(weight.shallow_clone(), weight.f_zeros_like()?)])
+                Ok(vec![(trained.shallow_clone(), trained.f_zeros_like()?)])
             };
             let gradient = gradients[0].as_ref().map(Tensor::shallow_clone);
             match &deferred {
