@@ -33,7 +33,14 @@ fn base(model: &str) -> Config {
 /// Micro-batches a step over all ranks are twelve, of one sample: as many as any of these meshes can share.
 fn job(config: Config, dp: usize) -> Job {
     let micro_batches = SAMPLES / dp;
-    Job { config, global_batch: SAMPLES, micro_batches, new_tokens: 4, prompts: vec![vec![7, 60]], ..Job::default() }
+    Job {
+        config,
+        global_batch: SAMPLES,
+        micro_batches,
+        new_tokens: 4,
+        prompts: vec![vec![7, 60]],
+        ..Job::default()
+    }
 }
 
 fn alone(model: &str, attention_dropout: f64) -> Trained {
@@ -99,7 +106,10 @@ fn meshes_of_up_to_four_ranks_train_gpt2_as_one_process_does() {
 #[test]
 fn meshes_of_four_ranks_train_llama_as_one_process_does_in_every_stage_of_zero() {
     let one = alone(LLAMA, 0.0);
-    for (number, sizes) in [[2, 2, 1, 1], [1, 2, 2, 1], [2, 1, 2, 1], [2, 1, 1, 2], [1, 1, 2, 2]].into_iter().enumerate() {
+    for (number, sizes) in [[2, 2, 1, 1], [1, 2, 2, 1], [2, 1, 2, 1], [2, 1, 1, 2], [1, 1, 2, 2]]
+        .into_iter()
+        .enumerate()
+    {
         for zero in [0, 1, 3] {
             let changed = |config: &mut Config| {
                 config.mesh.sequence_parallel = number % 2 == 0;
