@@ -117,11 +117,11 @@ fn check(
     }
     if let Some(free) = machine::free(Path::new("/")).filter(|_| !flags.train.ignore_memory) {
         let shipped = gpt::config::file::shipped()?;
-        let fits = |config: &Config| place::check(config, &mesh, batching).is_ok();
+        let fits = |other: &Config| place::check(other, &mesh, batching).is_ok();
         let smaller: Vec<_> = shipped
             .iter()
-            .filter(|(_, config)| fits(config))
-            .map(|(name, config)| (*name, Estimate::new(config, &mesh, batching)))
+            .filter(|(_, other)| fits(other))
+            .map(|(name, other)| (*name, Estimate::new(other, &mesh, batching)))
             .collect();
         machine::check(Estimate::new(config, &mesh, batching), local_ranks, &free, &smaller)?;
     }
@@ -185,8 +185,8 @@ fn rank(flags: &Flags, settings: &Settings, world: &World, nccl: Option<Nccl>) -
     // `--threads 1` under torchrun looks to Ddp like torchrun's own default.
     use_threads(threads);
     let (mut checkpoints, start) = Checkpoints::open(config, &mut trainer)?;
-    let place = (device, start.data.as_ref());
-    let mut feed = source::feed(&text.source, config, batching, reader, place)?;
+    let from = (device, start.data.as_ref());
+    let mut feed = source::feed(&text.source, config, batching, reader, from)?;
     feed.agree(trainer.readers())?;
     if let Some(journal) = &mut journal {
         journal.go_on(start.step)?;
@@ -208,7 +208,7 @@ fn rank(flags: &Flags, settings: &Settings, world: &World, nccl: Option<Nccl>) -
     if let Some(journal) = journal {
         let summary = summary(config, (&group, &mesh), batching, (threads, peak_memory), &trainer)?;
         print!("{}", journal.close(config, &summary)?);
-        sampled.iter().for_each(|text| println!("\n{text}"));
+        sampled.iter().for_each(|line| println!("\n{line}"));
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,6 +1,7 @@
 //! The GPT example on every mesh: losses and weights are those of one process.
 
 #![expect(clippy::print_stdout, reason = "how close the numbers are is worth seeing")]
+#![expect(clippy::float_cmp, reason = "the same bits")]
 
 #[path = "../examples/gpt/mod.rs"]
 #[expect(dead_code, reason = "the tests use a part of the example")]
@@ -79,6 +80,11 @@ fn check(model: &str, sizes: Sizes, zero: u8, changed: impl Fn(&mut Config), one
     for (ours, theirs) in trained.losses.iter().zip(&one.losses) {
         let error = (ours - theirs).abs() / theirs;
         assert!(error < 1e-5, "{what}: losses {:?} and {:?}", trained.losses, one.losses);
+    }
+    // Of the whole model, on every mesh; the parts' squares are summed apart.
+    for (ours, theirs) in trained.norms.iter().zip(&one.norms) {
+        let error = (ours - theirs).abs() / theirs;
+        assert!(error < 1e-4, "{what}: norms {:?} and {:?}", trained.norms, one.norms);
     }
     let (worst, at) = apart(&trained.weights, &one.weights);
     println!("{what}: weights within {worst:.1e} ({at})");

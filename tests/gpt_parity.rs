@@ -1,6 +1,7 @@
 //! The networks of the GPT example against transformers' numbers (`scripts/gpt_fixtures.py`).
 
 #![expect(clippy::print_stdout, reason = "how close the numbers are is worth seeing")]
+#![expect(clippy::float_cmp, reason = "the same bits")]
 
 #[path = "../examples/gpt/mod.rs"]
 #[expect(dead_code, reason = "the tests use a part of the example")]

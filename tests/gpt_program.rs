@@ -72,7 +72,7 @@ fn a_checkpoint_of_one_mesh_is_gone_on_with_on_another() {
     let read = |run: &Run| {
         let path = run.folder.path().join("out/model.safetensors");
         let mut all = Tensor::read_safetensors(path).expect("weights");
-        all.sort_by(|one, other| one.0.cmp(&other.0));
+        all.sort_by(|a, b| a.0.cmp(&b.0));
         all
     };
     for ((name, ours), (of, theirs)) in read(&second).iter().zip(&read(&one)) {

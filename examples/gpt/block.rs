@@ -88,13 +88,13 @@ impl Block {
     pub(super) fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         let place = self.tp.between_blocks(x);
         let y = self.attention.forward(&self.before_attention.forward(x)?, pass)?;
-        let x = x.f_add(&self.dropout[0].forward(&y, pass, place)?)?;
-        let y = self.before_inner.forward(&x)?;
-        let y = match &self.inner {
-            Inner::Mlp(inner) => inner.forward(&y)?,
-            Inner::SwiGlu(inner) => inner.forward(&y)?,
+        let x = &x.f_add(&self.dropout[0].forward(&y, pass, place)?)?;
+        let z = self.before_inner.forward(x)?;
+        let z = match &self.inner {
+            Inner::Mlp(inner) => inner.forward(&z)?,
+            Inner::SwiGlu(inner) => inner.forward(&z)?,
         };
-        Ok(x.f_add(&self.dropout[1].forward(&y, pass, place)?)?)
+        Ok(x.f_add(&self.dropout[1].forward(&z, pass, place)?)?)
     }
 }
 

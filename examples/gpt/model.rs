@@ -5,10 +5,11 @@
 //! `model.safetensors` loads here and ours loads there; they are registered in the order of the forward pass, so that backward fills the last
 //! bucket first.
 //!
-//! Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019); Touvron et al., "LLaMA" (2023);
+//! Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019); Touvron et al., "`LLaMA`" (2023);
 //! `transformers/models/{gpt2,llama}/modeling_*.py`.
 
 use std::ops::Range;
+use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use phalanx_ddp_core::optim::{ParameterGroup, ParameterGroups};
@@ -27,6 +28,7 @@ use super::context::{nothing, Context};
 
 /// Which layers of the model a chunk has.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "one of the first chunk, one of the last")]
 pub(crate) struct Layers {
     /// Numbers of blocks.
     pub(crate) blocks: Range<usize>,
@@ -66,7 +68,7 @@ struct Chunk {
 /// Words, positions and their dropout.
 #[derive(Debug)]
 struct Embedding {
-    words: Arc<VocabEmbedding>,
+    words: Rc<VocabEmbedding>,
     positions: Option<PositionEmbedding>,
     dropout: Dropout,
     tp: TensorParallel,
@@ -76,7 +78,7 @@ struct Embedding {
 #[derive(Debug)]
 struct Head {
     norm: Norm,
-    table: Arc<VocabEmbedding>,
+    table: Rc<VocabEmbedding>,
     tp: TensorParallel,
 }
 
@@ -214,8 +216,9 @@ impl Gpt {
 /// A block of which only the input is kept for backward.
 fn recomputed(block: &Arc<Mutex<Block>>, x: &Tensor, pass: Pass) -> Result<Tensor> {
     let block = Arc::clone(block);
-    let again =
-        move |x: &Tensor| lock(&block).forward(x, &pass).map_err(phalanx_ddp_core::Error::closure);
+    let again = move |input: &Tensor| {
+        lock(&block).forward(input, &pass).map_err(phalanx_ddp_core::Error::closure)
+    };
     Ok(checkpointed_one(x, again)?)
 }
 
@@ -228,15 +231,15 @@ fn words(
     model: &Builder<'_>,
     config: &Config,
     tp: &TensorParallel,
-    table: &mut Option<Arc<VocabEmbedding>>,
-) -> Result<Arc<VocabEmbedding>> {
+    table: &mut Option<Rc<VocabEmbedding>>,
+) -> Result<Rc<VocabEmbedding>> {
     if let Some(table) = table {
-        return Ok(Arc::clone(table));
+        return Ok(Rc::clone(table));
     }
     let init = Init::Normal { std: config.initializer_range };
     let path = model / Names::of(config.model_type).words;
     let made = VocabEmbedding::new(&path, config.vocab_size, config.hidden_size, init, tp)?;
-    Ok(Arc::clone(table.insert(Arc::new(made))))
+    Ok(Rc::clone(table.insert(Rc::new(made))))
 }
 
 impl Embedding {
@@ -244,7 +247,7 @@ impl Embedding {
         model: &Builder<'_>,
         config: &Config,
         tp: &TensorParallel,
-        table: &mut Option<Arc<VocabEmbedding>>,
+        table: &mut Option<Rc<VocabEmbedding>>,
     ) -> Result<Self> {
         let words = words(model, config, tp, table)?;
         let init = Init::Normal { std: config.initializer_range };
@@ -273,7 +276,7 @@ impl Head {
         (root, model): (&Builder<'_>, &Builder<'_>),
         config: &Config,
         tp: &TensorParallel,
-        table: &mut Option<Arc<VocabEmbedding>>,
+        table: &mut Option<Rc<VocabEmbedding>>,
     ) -> Result<Self> {
         let norm = Norm::new(&(model / Names::of(config.model_type).norm), config, tp)?;
         let table = match config.is_tied() {
@@ -281,7 +284,7 @@ impl Head {
             false => {
                 let init = Init::Normal { std: config.initializer_range };
                 let (rows, width) = (config.vocab_size, config.hidden_size);
-                Arc::new(VocabEmbedding::new(&(root / "lm_head"), rows, width, init, tp)?)
+                Rc::new(VocabEmbedding::new(&(root / "lm_head"), rows, width, init, tp)?)
             }
         };
         Ok(Head { norm, table, tp: tp.clone() })

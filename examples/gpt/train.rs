@@ -55,13 +55,15 @@ pub(super) struct Plan {
     pub(super) token_parts: i64,
 }
 
+/// A micro-batch, and the number of its first sample in the global batch.
+type Numbered = (Tensors, u64);
+
 /// The micro-batches of a step, as the stages see them.
 struct Batches<'t> {
     network: &'t Gpt,
     place: &'t Place,
     plan: Plan,
-    /// Each with the number of its first sample.
-    tensors: &'t [(Tensors, u64)],
+    tensors: &'t [Numbered],
     step: u64,
     forward: Duration,
 }
@@ -209,7 +211,7 @@ impl Trainer {
     }
 
     /// The tensors of the step, each with the number of its first sample, and how many tokens of each this rank's part of the sequences predicts.
-    fn micro_batches(&self, batches: &TensorStep) -> Result<(Vec<(Tensors, u64)>, Vec<f64>)> {
+    fn micro_batches(&self, batches: &TensorStep) -> Result<(Vec<Numbered>, Vec<f64>)> {
         let (mut all, mut weights) = (Vec::new(), Vec::new());
         let mut first_sample = self.plan.first_sample;
         for batch in &batches.micro_batches {

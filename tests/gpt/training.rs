@@ -115,5 +115,5 @@ pub(crate) fn apart(one: &Tensors, other: &Tensors) -> (f64, String) {
         (one - other).abs().max().double_value(&[])
     };
     let all = one.keys().map(|name| (difference(name), name.clone()));
-    all.fold((0.0, String::new()), |most, one| if one.0 > most.0 { one } else { most })
+    all.fold((0.0, String::new()), |most, next| if next.0 > most.0 { next } else { most })
 }

@@ -11,7 +11,7 @@ use super::Ignored;
 pub(crate) enum Family {
     /// Learned positions, layer norms, biases, GELU, a tied head.
     Gpt2,
-    /// Rotary positions, RMS norms, no biases, SwiGLU, grouped queries.
+    /// Rotary positions, RMS norms, no biases, `SwiGLU`, grouped queries.
     Llama,
 }
 
