@@ -128,7 +128,6 @@ const RANK: &str = "PHALANX_TEST_PIPELINE_RANK";
 
 #[test]
 #[ignore = "a rank of the test below, which starts it"]
-#[expect(clippy::print_stdout, reason = "ranks report on their output")]
 fn rank_that_may_be_killed() {
     if std::env::var_os(RANK).is_none() {
         return;
