@@ -32,7 +32,7 @@ const fn constant(power: usize) -> i64 {
     let (mut value, mut step) = (1_u32, 0);
     while step < power {
         let carry = value >> 31;
-        value = value << 1 ^ carry * POLYNOMIAL;
+        value = (value << 1) ^ (carry * POLYNOMIAL);
         step += 1;
     }
     (value.reverse_bits() as i64) << 1
