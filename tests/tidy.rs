@@ -30,6 +30,7 @@ const PURE: &[&str] = &[
     "crates/checkpoint/src/shard.rs",
     "crates/comm/src/algorithm",
     "crates/comm/src/backend/host/resume.rs",
+    "crates/comm/src/checksum",
     "crates/comm/src/fingerprint.rs",
     "crates/comm/src/kernel",
     "crates/comm/src/recorder/lineup.rs",

@@ -18,14 +18,14 @@ pub(crate) fn tensors(group: &mut Group, device: Device) -> Result<String> {
     let group = TensorGroup::new(group.duplicate()?);
     let n = i64::try_from(world_size)?;
     // Whole numbers, whose sums are exact in every kind.
-    let brought = |rank: usize, kind: Kind| -> Result<Tensor> {
+    let brought = |of: usize, kind: Kind| -> Result<Tensor> {
         let values = Tensor::arange(n * 6, (Kind::Int64, Device::Cpu)).remainder(7);
-        let values = values + i64::try_from(rank)?;
+        let values = values + i64::try_from(of)?;
         Ok(values.view([2 * n, 3]).to_kind(kind))
     };
     for kind in [Kind::Float, Kind::BFloat16, Kind::Half, Kind::Double] {
         let all: Vec<Tensor> =
-            (0..world_size).map(|rank| brought(rank, kind)).collect::<Result<_>>()?;
+            (0..world_size).map(|of| brought(of, kind)).collect::<Result<_>>()?;
         let mine = all[rank].to_device(device);
         let sum: Tensor = all.iter().skip(1).fold(all[0].copy(), |sum, one| sum + one);
         let part = |whole: &Tensor| whole.chunk(n, 0).swap_remove(rank);

@@ -53,8 +53,8 @@ fn shards(folder: &Path) -> Vec<(OsString, Vec<u8>)> {
 fn a_full_disk_costs_the_checkpoint_that_does_not_fit_and_nothing_else() {
     let whole = tempfile::tempdir().expect("a temporary folder");
     let disk = whole.path().join("disk");
-    let output = save(whole.path(), &disk, true, "2", &["sh", "-c", "exec \"$@\""]);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let unbroken = save(whole.path(), &disk, true, "2", &["sh", "-c", "exec \"$@\""]);
+    assert!(unbroken.status.success(), "{}", String::from_utf8_lossy(&unbroken.stderr));
     let expected = shards(&disk.join("step-00000002"));
     assert_eq!(expected.len(), 2, "a shard of each rank");
     for (must_succeed, code) in [(true, 74), (false, 0)] {

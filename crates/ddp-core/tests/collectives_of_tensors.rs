@@ -37,7 +37,7 @@ fn sums_are_of_all_ranks_whole_and_in_parts() {
     for link in LINKS {
         for world_size in 1..=4 {
             run_over(world_size, link, move |group| {
-                let (rank, group) = (group.rank() as i64, TensorGroup::new(group));
+                let group = TensorGroup::new(group);
                 for kind in REDUCED {
                     let all = brought_by_all(world_size, kind);
                     let sum: Tensor = all.iter().skip(1).fold(all[0].copy(), |sum, one| sum + one);
@@ -46,7 +46,7 @@ fn sums_are_of_all_ranks_whole_and_in_parts() {
                     for dim in [0, 1, -2] {
                         let part = group.reduce_scatter(mine, dim, "part").unwrap();
                         let parts = sum.chunk(world_size as i64, dim);
-                        same("reduce_scatter", &part, &parts[rank as usize]);
+                        same("reduce_scatter", &part, &parts[group.rank()]);
                     }
                 }
             });
@@ -67,10 +67,10 @@ fn parts_come_together_and_go_to_others() {
                         let together = group.all_gather(mine, dim, "all").unwrap();
                         same("all_gather", &together, &Tensor::cat(&all, dim));
                         // Not one behind the other in memory.
-                        let turned = mine.transpose(0, 2);
-                        let together = group.all_gather(&turned, dim, "turned").unwrap();
+                        let mine_turned = mine.transpose(0, 2);
+                        let gathered = group.all_gather(&mine_turned, dim, "turned").unwrap();
                         let turned: Vec<_> = all.iter().map(|one| one.transpose(0, 2)).collect();
-                        same("all_gather", &together, &Tensor::cat(&turned, dim));
+                        same("all_gather", &gathered, &Tensor::cat(&turned, dim));
                     }
                     let came = group.all_to_all(mine, "across").unwrap();
                     let chunk =
@@ -150,7 +150,7 @@ fn shapes_that_cannot_be_cut_and_calls_that_differ_are_errors() {
             .contains("dimension 2"));
         assert!(matches!(group.all_to_all(&odd, "layer 3").unwrap_err(), Error::BadInput { .. }));
         let tag = if group.rank() == 0 { "layer 1" } else { "layer 2" };
-        let error = group.all_reduce(&odd, tag).unwrap_err().to_string();
-        assert!(error.contains("layer 1") && error.contains("layer 2"), "{error}");
+        let said = group.all_reduce(&odd, tag).unwrap_err().to_string();
+        assert!(said.contains("layer 1") && said.contains("layer 2"), "{said}");
     });
 }

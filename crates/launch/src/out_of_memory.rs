@@ -57,14 +57,14 @@ impl MemoryWatch {
 
     /// What is known of a rank that SIGKILL has ended, and that had so much in memory.
     pub(crate) fn verdict(&self, resident_bytes: Option<u64>) -> Option<OutOfMemory> {
-        let now = victims(&self.root);
+        let after = victims(&self.root);
         let has_risen =
-            |before: Option<u64>, now: Option<u64>| before.zip(now).is_some_and(|(b, n)| n > b);
-        if has_risen(self.before.of_group, now.of_group) {
+            |from: Option<u64>, to: Option<u64>| from.zip(to).is_some_and(|(f, t)| t > f);
+        if has_risen(self.before.of_group, after.of_group) {
             let limit_bytes = limit(&self.root);
             return Some(OutOfMemory { limit_bytes, resident_bytes, is_of_group: true });
         }
-        has_risen(self.before.of_machine, now.of_machine).then_some(OutOfMemory {
+        has_risen(self.before.of_machine, after.of_machine).then_some(OutOfMemory {
             limit_bytes: None,
             resident_bytes,
             is_of_group: false,

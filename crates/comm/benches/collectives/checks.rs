@@ -33,7 +33,7 @@ pub(super) fn worker(sizes: &[usize]) -> Result<()> {
     let unchecked =
         World { data_checks: false, restart_count: world.restart_count + 1, ..world.clone() };
     let mut groups = [
-        Group::new(world, store.clone(), options.clone())?,
+        Group::new(world, std::sync::Arc::clone(&store), options.clone())?,
         Group::new(unchecked, store, options)?,
     ];
     for bytes in sizes {

@@ -45,7 +45,7 @@ mod tests {
     }
 
     fn bytes(len: usize) -> Vec<u8> {
-        let value = |at: u32| (at.wrapping_mul(2_654_435_761) >> 13) as u8;
+        let value = |at: u32| at.wrapping_mul(2_654_435_761).to_le_bytes()[2];
         (0..u32::try_from(len).unwrap()).map(value).collect()
     }
 

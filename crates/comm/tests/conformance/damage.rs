@@ -273,7 +273,8 @@ fn messages(group: &mut Group, len: usize, step: i64) -> Result<bool, Error> {
 /// Runs a call until it fails, with the shot loaded after the second time; what each rank has said at last.
 fn errors(ranks: usize, aim: Aim, len: usize, call: Call) -> Vec<Error> {
     let shot = Arc::new(Shot { aim, left: AtomicI64::new(UNLOADED) });
-    let store: Arc<dyn Store> = Arc::new(Detour { store: MemoryStore::new(), shot: shot.clone() });
+    let store: Arc<dyn Store> =
+        Arc::new(Detour { store: MemoryStore::new(), shot: Arc::clone(&shot) });
     let quiet = Arc::new(Barrier::new(ranks));
     let (sender, receiver) = mpsc::channel();
     for rank in 0..ranks {

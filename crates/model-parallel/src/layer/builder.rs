@@ -48,7 +48,7 @@ impl<'a> Builder<'a> {
 
     /// The same under a path inside of this one.
     #[must_use]
-    pub fn sub(&self, name: impl ToString) -> Self {
+    pub fn sub(&self, name: &impl ToString) -> Self {
         let path = &self.path / name.to_string();
         Self { path, key: self.key, cuts: Arc::clone(&self.cuts) }
     }
@@ -76,7 +76,7 @@ impl<'a> Builder<'a> {
     /// # Errors
     /// libtorch's own.
     pub fn whole(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
-        let all = Cut::new(shape, 0, vec![0..shape[0]]);
+        let all = Cut::new(shape, 0, std::iter::once(0..shape[0]).collect());
         self.made(name, init, &all)
     }
 
@@ -117,7 +117,7 @@ impl<'a, N: ToString> std::ops::Div<N> for &Builder<'a> {
     type Output = Builder<'a>;
 
     fn div(self, name: N) -> Builder<'a> {
-        self.sub(name)
+        self.sub(&name)
     }
 }
 
@@ -125,6 +125,6 @@ impl<'a, N: ToString> std::ops::Div<N> for Builder<'a> {
     type Output = Builder<'a>;
 
     fn div(self, name: N) -> Builder<'a> {
-        self.sub(name)
+        self.sub(&name)
     }
 }

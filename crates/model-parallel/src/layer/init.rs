@@ -68,14 +68,18 @@ mod tests {
     fn a_part_has_the_elements_of_the_whole() {
         let key = Key::of_seed(3);
         let init = Init::Normal { std: 0.5 };
-        let whole = |shape: &[i64]| Cut::new(shape, 0, vec![0..shape[0]]);
+        let whole = |shape: &[i64]| Cut::new(shape, 0, std::iter::once(0..shape[0]).collect());
         let all = init.part(key, &whole(&[4, 6, 5])).expect("no large tensor");
-        let rows = init.part(key, &Cut::new(&[4, 6, 5], 0, vec![1..3])).expect("no large tensor");
+        let rows = init
+            .part(key, &Cut::new(&[4, 6, 5], 0, std::iter::once(1..3).collect()))
+            .expect("no large tensor");
         assert_eq!(rows, all.narrow(0, 1, 2));
         let pieces =
             init.part(key, &Cut::new(&[4, 6, 5], 1, vec![4..6, 0..1])).expect("no large tensor");
         assert_eq!(pieces, Tensor::cat(&[all.narrow(1, 4, 2), all.narrow(1, 0, 1)], 1));
-        let last = init.part(key, &Cut::new(&[4, 6, 5], 2, vec![2..5])).expect("no large tensor");
+        let last = init
+            .part(key, &Cut::new(&[4, 6, 5], 2, std::iter::once(2..5).collect()))
+            .expect("no large tensor");
         assert_eq!(last, all.narrow(2, 2, 3));
     }
 }

@@ -24,33 +24,32 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
             saving.save(inputs[1]);
             let output = inputs[0].f_linear(inputs[1], inputs.get(2).copied())?;
             // Of a type that can be sent: the weight itself, for its gradient later.
-            let weights =
-                (inputs[1].shallow_clone(), inputs.get(2).map(|bias| bias.shallow_clone()));
+            let weights = (inputs[1].shallow_clone(), inputs.get(2).map(|one| one.shallow_clone()));
             Ok((vec![output], weights))
         },
         move |backward, gradients| {
             let needs = &backward.needs_input_grad;
             let Some(gradient) = &gradients[0] else { return Ok(none(needs.len())) };
-            let (x, weight) = (&backward.saved[0], &backward.saved[1]);
+            let (input, saved) = (&backward.saved[0], &backward.saved[1]);
             let of_x = match needs[0] {
-                true => Some(gradient.f_matmul(weight)?),
+                true => Some(gradient.f_matmul(saved)?),
                 false => None,
             };
             let wants = (needs[1], needs.get(2).copied().unwrap_or(false));
             let Some(deferred) = &deferred else {
-                let (of_weight, of_bias) = weight_gradients(x, gradient, wants)?;
+                let (of_weight, of_bias) = weight_gradients(input, gradient, wants)?;
                 let mut all = vec![of_x, of_weight];
                 all.extend((needs.len() > 2).then_some(of_bias));
                 return Ok(all);
             };
-            let (weight, bias) = backward.state;
-            let (weight, bias) = (weight.shallow_clone(), bias.as_ref().map(Tensor::shallow_clone));
-            let (x, gradient) = (x.shallow_clone(), gradient.shallow_clone());
+            let (kept, kept_bias) = backward.state;
+            let (kept, kept_bias) =
+                (kept.shallow_clone(), kept_bias.as_ref().map(Tensor::shallow_clone));
+            let (input, outer) = (input.shallow_clone(), gradient.shallow_clone());
             deferred.leave(move || {
-                let (of_weight, of_bias) = weight_gradients(&x, &gradient, wants)?;
-                let weight = of_weight.map(|gradient| (weight, gradient));
-                let bias = bias.and_then(|bias| of_bias.map(|gradient| (bias, gradient)));
-                Ok(weight.into_iter().chain(bias).collect())
+                let (of_weight, of_bias) = weight_gradients(&input, &outer, wants)?;
+                let pair = of_weight.map(|of| (kept, of));
+                Ok(pair.into_iter().chain(kept_bias.zip(of_bias)).collect())
             });
             let mut all = none(needs.len());
             all[0] = of_x;

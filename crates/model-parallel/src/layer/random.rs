@@ -1,14 +1,14 @@
 //! Random numbers by position: what an element gets depends on a key and on its place in the whole tensor, never on who computes it.
 //!
 //! So a weight that is cut begins as it would on one rank, and dropout drops the same elements on every mesh. The numbers are those of
-//! SplitMix64 (Steele et al. 2014), whose output function is applied to key + (place + 1) · γ. Pure.
+//! `SplitMix64` (Steele et al. 2014), whose output function is applied to key + (place + 1) · γ. Pure.
 
 use std::f64::consts::TAU;
 
-/// SplitMix64's increment: the golden ratio in 64 bits.
+/// `SplitMix64`'s increment: the golden ratio in 64 bits.
 const GAMMA: u64 = 0x9E37_79B9_7F4A_7C15;
 
-/// SplitMix64's output function: a bijection that mixes all bits.
+/// `SplitMix64`'s output function: a bijection that mixes all bits.
 #[must_use]
 #[inline]
 pub const fn mix(state: u64) -> u64 {

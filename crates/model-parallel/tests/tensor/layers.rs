@@ -239,9 +239,9 @@ fn a_batch_without_targets_has_no_loss_and_no_gradients() {
         let none = Tensor::full([1, 4], -100, (Kind::Int64, Device::Cpu));
         let loss = cross_entropy(&hidden, &weight, &none, &tp).unwrap();
         loss.backward();
-        assert_eq!(loss.double_value(&[]), 0.0);
+        assert!(loss.double_value(&[]) == 0.0);
         for gradient in [hidden.grad(), weight.grad()] {
-            assert_eq!(gradient.abs().max().double_value(&[]), 0.0);
+            assert!(gradient.abs().max().double_value(&[]) == 0.0);
         }
     });
 }
