@@ -60,6 +60,8 @@ const PURE: &[&str] = &[
     "crates/ddp-core/src/optim/groups.rs",
     "crates/ddp-core/src/optim/piece.rs",
     "crates/ddp-core/src/optim/waves.rs",
+    "crates/ddp-core/src/part/boxes.rs",
+    "crates/ddp-core/src/part/table.rs",
     "crates/ddp-core/src/reduce/ready.rs",
     "crates/ddp-core/src/reduce/statistics.rs",
     "crates/ddp-core/src/schedule.rs",

@@ -122,8 +122,8 @@ impl Optimizer {
     /// Allocates the state. Collective.
     ///
     /// # Errors
-    /// [`Error::RanksDiffer`] where another rank has another rule, other settings or groups;
-    /// [`Error::BadSetting`]; errors of the group and of libtorch.
+    /// [`Error::RanksDiffer`] where another rank has another rule, other settings or groups; [`Error::CutParameter`] for a rule that
+    /// needs a parameter whole of which [this rank has a part](Ddp::set_part); [`Error::BadSetting`]; errors of the group and of libtorch.
     pub fn new(ddp: &Ddp, rule: impl Rule + 'static, groups: ParameterGroups) -> Result<Self> {
         let shared = Shared::clone(ddp.shared());
         let mut reducer = reduce::lock(&shared)?;

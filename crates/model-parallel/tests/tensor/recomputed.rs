@@ -10,7 +10,8 @@ use crate::model::{Kind, Model};
 use crate::parity::{ids, targets};
 use crate::support::{change, compute_once, gradients, parallel, same, Named};
 
-fn trained(kind: Kind, tp: &TensorParallel, puts_off: bool, again: bool) -> (Tensor, Named) {
+/// Loss and gradients; weights' gradients come later if it `puts_off`, and blocks are checkpointed if computed `again`.
+fn trained(kind: Kind, tp: &TensorParallel, (puts_off, again): (bool, bool)) -> (Tensor, Named) {
     let mut vs = nn::VarStore::new(Device::Cpu);
     let root = Builder::new(vs.root(), 1);
     let mut model = Model::new(&root, kind, 0.1, tp).unwrap();
@@ -48,9 +49,9 @@ fn checkpointed_blocks_have_the_same_bits_on_any_number_of_ranks_now_and_later()
         for (ranks, sequence) in [(1, false), (2, false), (2, true), (3, true)] {
             run_ranks(ranks, move |group| {
                 let tp = parallel(group, sequence);
-                let (loss, kept) = trained(kind, &tp, false, false);
+                let (loss, kept) = trained(kind, &tp, (false, false));
                 for puts_off in [false, true] {
-                    let (again, of_again) = trained(kind, &tp, puts_off, true);
+                    let (again, of_again) = trained(kind, &tp, (puts_off, true));
                     same("loss", &again, &loss);
                     for (name, gradient) in &kept {
                         let what = format!("{name}, {ranks} ranks, later: {puts_off}");
