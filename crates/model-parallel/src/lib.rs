@@ -2,6 +2,7 @@
 //!
 //! A [`Mesh`] gives every rank a place on the axes `pp`, `dp_replicate`, `dp_shard`, `cp`, `tp` and `ep`, and says which groups follow from it. A
 //! [`Schedule`](pipeline::schedule::Schedule) says what each rank of a pipeline computes, sends and receives, in order. Both are plain values: made, checked and printed without a peer, a device or a clock.
+//! A [`Pipeline`](pipeline::Pipeline) runs a schedule.
 //!
 //! ```
 //! use phalanx_comm::{Group, GroupOptions};

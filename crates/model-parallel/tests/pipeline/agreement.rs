@@ -75,7 +75,7 @@ struct Described(Shaped);
 
 impl Stage for Described {
     fn forward(&mut self, _: usize, _: usize, _: Option<Tensor>) -> Result<Tensor> {
-        panic!("it is described, and needs not run");
+        Err(Error::NotThere { what: "a stage that is to run".to_owned() })
     }
 
     fn output(&self, _: usize) -> Option<Shaped> {
@@ -110,8 +110,8 @@ fn schedules_that_do_not_fit_the_group_or_nccl_are_refused() {
         let schedule = Schedule::new(ONE_F_ONE_B, 3, 4).unwrap();
         let error = Pipeline::new(group.clone(), schedule, Device::Cpu).unwrap_err();
         let kind = ScheduleKind::Interleaved { chunks: 2 };
-        let schedule = Schedule::new(kind, 2, 4).unwrap();
-        let made = Pipeline::new(group, schedule, Device::Cpu).unwrap();
+        let interleaved = Schedule::new(kind, 2, 4).unwrap();
+        let made = Pipeline::new(group, interleaved, Device::Cpu).unwrap();
         (error.to_string(), made.together().unwrap_err().to_string())
     });
     for (ranks, sends) in errors {

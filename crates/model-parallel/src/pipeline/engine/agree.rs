@@ -101,8 +101,8 @@ fn encode(outcome: Result<Shaped, String>) -> Vec<u8> {
 }
 
 fn decode(told: &[u8]) -> Result<Shaped, String> {
-    let (number, rest) = told.split_first().unwrap_or((&u8::MAX, &[]));
-    match KINDS.get(usize::from(*number)) {
+    let (kind, rest) = told.split_first().unwrap_or((&u8::MAX, &[]));
+    match KINDS.get(usize::from(*kind)) {
         Some(kind) => {
             let numbers = rest.chunks_exact(8);
             let number =

@@ -214,8 +214,8 @@ impl Pipeline {
     /// An error of this rank, of which all others hear.
     fn failed(&self, ddp: Option<&Ddp>, failed: Failed) -> Error {
         let Failed { at, error } = failed;
-        if matches!(error, Error::PipelineMismatch { .. }) {
-            return error; // all ranks have it
+        if matches!(*error, Error::PipelineMismatch { .. }) {
+            return *error; // all ranks have it
         }
         let whom = self.names.whom(self.group.failure().as_ref());
         let at = match at {
@@ -225,14 +225,13 @@ impl Pipeline {
             }
             None => format!("{}, end of the step", self.names.of(self.group.rank())),
         };
-        let error = Error::Pipeline { at, whom, source: Box::new(error) };
-        let text = error.to_string();
-        let text = plain(&text);
-        self.group.abort(text);
-        if let Some(Err(error)) = ddp.map(|ddp| ddp.abort(text)) {
-            return error.into();
+        let told = Error::Pipeline { at, whom, source: error };
+        let text = told.to_string();
+        self.group.abort(plain(&text));
+        match ddp.map(|ddp| ddp.abort(plain(&text))) {
+            Some(Err(poisoned)) => poisoned.into(),
+            _ => told,
         }
-        error
     }
 
     /// An error, on every rank, where another one has another schedule.

@@ -17,16 +17,16 @@ use crate::pipeline::schedule::{Action, Part, Pass, Payload};
 /// What a rank was doing when it failed, unless the schedule was at its end.
 pub(super) struct Failed {
     pub(super) at: Option<Action>,
-    pub(super) error: Error,
+    pub(super) error: Box<Error>,
 }
 
 impl Failed {
     fn at(action: Action) -> impl Fn(Error) -> Self {
-        move |error| Self { at: Some(action), error }
+        move |error| Self { at: Some(action), error: Box::new(error) }
     }
 
     fn at_end(error: Error) -> Self {
-        Self { at: None, error }
+        Self { at: None, error: Box::new(error) }
     }
 }
 
