@@ -310,8 +310,8 @@ impl Model {
         let prompt = Tensor::arange(TOKENS, (Kind::Int64, Device::Cpu)).lt(5);
         let targets = sequence.cut(&targets.masked_fill(&prompt, IGNORED), 1).unwrap();
         let positions = sequence.positions(TOKENS).unwrap();
-        let mut x = Tensor::embedding(&variables["words"], &ids, -1, false, false);
-        x += variables["positions"].index_select(0, &positions);
+        let words = Tensor::embedding(&variables["words"], &ids, -1, false, false);
+        let x = words + variables["positions"].index_select(0, &positions);
         let by_heads =
             |part: &Tensor| part.view_([part.size()[0], -1, 4, WIDTH / 4]).transpose(1, 2);
         let [q, k, v] =
@@ -320,7 +320,7 @@ impl Model {
                 .map(|part| by_heads(&part));
         let attended = attention.attend(&q, &k, &v, &Pass::evaluation()).unwrap();
         let attended = attended.transpose(1, 2).flatten(2, 3);
-        x += linear(&attended, &variables["out"], None).unwrap();
+        let x = x + linear(&attended, &variables["out"], None).unwrap();
         let logits = linear(&x, &variables["words"], None).unwrap();
         let weight = None::<Tensor>;
         let loss = logits.view([-1, VOCABULARY]).cross_entropy_loss(

@@ -16,8 +16,9 @@ pub type Expert = Box<dyn Fn(&Tensor) -> Result<Tensor> + Send>;
 ///
 /// # Example
 /// ```
-/// use phalanx_comm::{Group, GroupOptions};
-/// /// use phalanx_model_parallel::expert::{mixtral_expert, ExpertOptions, MixtureOfExperts};
+/// use phalanx_model_parallel::expert::{
+///     mixtral_expert, ExpertOptions, ExpertParallel, MixtureOfExperts,
+/// };
 /// use phalanx_model_parallel::layer::{Builder, Init};
 /// use tch::{nn, Device, Kind, Tensor};
 ///
