@@ -1,7 +1,7 @@
 //! [`Join`]: ranks that run out of batches at different times.
 
 use crate::reduce::{self, Shared};
-use crate::Result;
+use crate::{Error, Result};
 
 /// While it lives, every exchange says which ranks take part, and means are over those: over their number after
 /// plain backwards, over their weights after [`Ddp::backward`](crate::Ddp::backward). A rank that has no
@@ -43,7 +43,14 @@ pub struct Join<'a> {
 
 impl<'a> Join<'a> {
     pub(crate) fn begin(shared: &'a Shared) -> Result<Self> {
-        reduce::lock(shared)?.joining = true;
+        let mut reducer = reduce::lock(shared)?;
+        if reducer.options.shard_accumulation {
+            let (setting, value) = ("shard_accumulation", "true".to_owned());
+            let expected = "false beside Ddp::join: all ranks exchange each micro-batch";
+            return Err(Error::BadSetting { setting, value, expected });
+        }
+        reducer.joining = true;
+        reducer.heed_differences();
         Ok(Self { shared })
     }
 
@@ -66,6 +73,7 @@ impl Drop for Join<'_> {
     fn drop(&mut self) {
         if let Ok(mut reducer) = self.shared.lock() {
             reducer.joining = false;
+            reducer.heed_differences();
         }
     }
 }

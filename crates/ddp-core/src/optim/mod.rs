@@ -215,6 +215,7 @@ impl Optimizer {
             Outcome::Reduced(has_gradient) => has_gradient,
         };
         let has_gradient = reducer.steppable(has_gradient)?;
+        reducer.store.meet()?;
         reducer.store.heed_written()?;
         self.fit(&mut reducer.store)?;
         let is_scaled = (loss_scale - 1.0).abs() > 0.0;
