@@ -97,7 +97,8 @@ pub struct DdpOptions {
     pub buffers: Buffers,
     /// Whether a backward may leave parameters without a gradient. The graph is walked when a backward
     /// begins, and ranks tell each other what they used: a parameter that no rank used keeps its gradient
-    /// untouched. Off, such a backward is an error that names the parameters.
+    /// untouched. Off, such a backward is an error that names the parameters. Under [`Zero::Three`] ranks may then run different operations,
+    /// and meet before each bucket and step to gather what any of them needs.
     pub find_unused_parameters: bool,
     /// The model uses the same parameters equally often in every exchanged backward. The first one, which
     /// sends nothing before its end, counts; later ones wait for as many gradients of each parameter.

@@ -143,8 +143,8 @@ pub(super) fn to_fill_unrounded(
         let variable = store.model.variable_of(slot);
         let home = store.home(variable)?;
         let held = of_segment(store.model.parameter(slot), &home, Some(flat));
-        let cut = |held: Held| Held { cut: store.cut(&held.name).cloned(), ..held };
-        Some(held.map(|held| (variable, cut(held))))
+        let placed = |of: Held| Held { cut: store.cut(&of.name).cloned(), ..of };
+        Some(held.map(|of| (variable, placed(of))))
     };
     kept.filter_map(of).collect()
 }

@@ -149,9 +149,9 @@ impl Reducer {
         let accumulates = !is_last && self.shards_accumulation();
         let sync = is_last || accumulates;
         let walks = self.options.find_unused_parameters && sync && from_root;
-        let run = Run::new(Arc::clone(&token), sync, asked, Vec::new());
+        let begun = Run::new(Arc::clone(&token), sync, asked, Vec::new());
         let scale = accumulates.then_some(Scale(1.0));
-        self.run = Some(Run { accumulates, scale, ..run });
+        self.run = Some(Run { accumulates, scale, ..begun });
         let weak = Weak::clone(weak);
         shim::end_of_backward(Box::new(move || {
             let _held_by_libtorch = &token;

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 
-use crate::reduce::Reducer;
+use crate::reduce::{Reducer, Shared};
 use crate::shim::Accesses;
 use crate::Result;
 
@@ -78,7 +78,7 @@ fn bring(tokens: &[u64]) {
         }
     }
     // A model has a gatherer of parameters and one of what does not train: an operation on both needs them at once.
-    let mut by_owner: Vec<(Arc<Mutex<Reducer>>, Vec<(u64, Vec<usize>)>)> = Vec::new();
+    let mut by_owner: Vec<(Shared, Vec<(u64, Vec<usize>)>)> = Vec::new();
     for (id, buckets) in wanted {
         let found = owners().get(&id).and_then(Weak::upgrade);
         let Some(owner) = found else { continue };

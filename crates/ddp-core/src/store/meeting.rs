@@ -73,8 +73,8 @@ impl Store {
         let group = sharing(&mut self.within, &mut self.group);
         let mut counts = vec![0_i64; group.world_size()];
         let count = [i64::try_from(mine.len()).unwrap_or(i64::MAX)];
-        let tag = "how many buckets of parameters a rank needs";
-        group.tagged(tag).all_gather(&count, &mut counts[..])?.wait()?;
+        group.tagged("how many buckets of parameters a rank needs");
+        group.all_gather(&count, &mut counts[..])?.wait()?;
         let most = counts.iter().copied().max().and_then(|most| usize::try_from(most).ok());
         let most = most.unwrap_or(0);
         if most == 0 {
@@ -83,8 +83,8 @@ impl Store {
         let mut padded = mine.to_vec();
         padded.resize(most, -1);
         let mut all = vec![-1_i64; most * counts.len()];
-        let tag = "buckets of parameters that a rank needs";
-        group.tagged(tag).all_gather(&padded, &mut all[..])?.wait()?;
+        group.tagged("buckets of parameters that a rank needs");
+        group.all_gather(&padded, &mut all[..])?.wait()?;
         let mut needed = Vec::new();
         for number in all.into_iter().filter(|&number| number >= 0) {
             if !needed.contains(&number) {

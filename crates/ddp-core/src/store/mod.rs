@@ -43,6 +43,10 @@ const WORTHWHILE: f64 = 0.02;
 
 /// A model and its flat memory.
 #[derive(Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "two facts that have nothing to do with each other"
+)]
 pub(crate) struct Store {
     pub(crate) group: Group,
     /// The ranks that have everything once together, if they are not all.
