@@ -14,27 +14,26 @@ mod bert;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use phalanx::comm::environment::{LaunchDefaults, Launcher, NcclSettingError, NcclSettings, World};
+use phalanx::comm::environment::{LaunchDefaults, Launcher, NcclSettings, World};
 use phalanx::data::progress::{Progress, Silent, Terminal};
 use phalanx::ddp::{self, Cuda};
-use phalanx::tch::{self, nn, Device};
-use phalanx::{comm, launch, Group, GroupOptions};
+use phalanx::tch::{nn, Device};
+use phalanx::{launch, Group};
 
 use bert::batching::Batching;
 use bert::config::{Backend, Config, Hook, Precision};
 use bert::flags::{Flags, Settings};
+use bert::job::{
+    apply_nccl, gather_usage, join, set_threads, stopped, use_threads, Nccl, NCCL_SETTINGS,
+};
 use bert::journal::Journal;
-use bert::memory::{self, Estimate, Usage};
+use bert::machine::{self, Estimate, Usage};
 use bert::metrics::{Summary, Versions};
 use bert::resume::Checkpoints;
 use bert::train::Trainer;
-use bert::{data, failure, model, report, weights};
-
-/// Before an error of them.
-const NCCL_SETTINGS: &str = "the configuration's NCCL settings";
+use bert::{data, failure, model, report, source, weights};
 
 fn main() -> ExitCode {
     let flags = match Flags::parse_or_explain() {
@@ -42,7 +41,7 @@ fn main() -> ExitCode {
         Err(code) => return ExitCode::from(code),
     };
     launch::record_panics();
-    bert::log_to_stderr();
+    bert::job::log_to_stderr();
     run(&flags).unwrap_or_else(|error| {
         let message = failure::message(&error);
         launch::record_failure(&message);
@@ -68,7 +67,7 @@ fn run(flags: &Flags) -> Result<ExitCode> {
     if world_size > 0 {
         check(flags, &settings, world_size, local_ranks)?; // of none, the launcher complains
     }
-    if let Some(path) = &flags.init_weights {
+    if let Some(path) = &flags.train.init_weights {
         weights::check(path, &settings.config.model)?;
     }
     if world_size == 1 && options.max_restarts == 0 && launch.hostfile.is_none() {
@@ -94,21 +93,12 @@ fn check(flags: &Flags, settings: &Settings, world: usize, local_ranks: usize) -
         settings.config.nccl.check().context(NCCL_SETTINGS)?;
     }
     let estimate = |config: &Config| Estimate::new(config, world, batching.micro_batch);
-    if let Some(free) = memory::free(Path::new("/")).filter(|_| !flags.ignore_memory) {
-        let shipped = bert::config::shipped()?;
+    if let Some(free) = machine::free(Path::new("/")).filter(|_| !flags.train.ignore_memory) {
+        let shipped = bert::config::file::shipped()?;
         let smaller: Vec<_> = shipped.iter().map(|(name, c)| (*name, estimate(c))).collect();
-        memory::check(estimate(&settings.config), local_ranks, &free, &smaller)?;
+        machine::check(estimate(&settings.config), local_ranks, &free, &smaller)?;
     }
     Ok(batching)
-}
-
-/// What NCCL will see.
-type Nccl = Result<Vec<(&'static str, String, bool)>, NcclSettingError>;
-
-/// Where NCCL may be used. Once, while this process has one thread.
-fn apply_nccl(config: &Config) -> Option<Nccl> {
-    let may_use_nccl = matches!(config.ddp.backend, Backend::Auto | Backend::Nccl);
-    may_use_nccl.then(|| config.nccl.apply())
 }
 
 /// The life of one rank, in one generation of the job.
@@ -138,7 +128,9 @@ fn rank(flags: &Flags, settings: &Settings, world: &World, nccl: Option<Nccl>) -
     }
     // Before the others are met: a place that cannot be written is then this rank's trouble alone.
     let mut journal = root
-        .then(|| Journal::open(config, &settings.name, flags.metrics.as_deref(), world.world_size))
+        .then(|| {
+            Journal::open(config, &settings.name, flags.train.metrics.as_deref(), world.world_size)
+        })
         .transpose()?;
     let mut group = join(config, cuda, root)?;
     let threads = set_threads(config, &group);
@@ -148,12 +140,12 @@ fn rank(flags: &Flags, settings: &Settings, world: &World, nccl: Option<Nccl>) -
     let device = group.device().map_or(Device::Cpu, Device::Cuda);
     let vs = nn::VarStore::new(device);
     let network = model::build(&vs, &config.model, config.train.seed, world.rank)?;
-    if let Some(path) = flags.init_weights.as_ref().filter(|_| root) {
+    if let Some(path) = flags.train.init_weights.as_ref().filter(|_| root) {
         weights::check(path, &config.model)?;
     }
-    let exchange = !flags.no_exchange;
+    let exchange = !flags.train.no_exchange;
     let mut trainer = Trainer::new(network, &vs, &mut group, (config, batching, exchange))?;
-    if let Some(path) = &flags.init_weights {
+    if let Some(path) = &flags.train.init_weights {
         let left = trainer.load_weights(path)?;
         if let Some(name) = left.first().filter(|_| root) {
             println!("note   {} tensors of {} are not used: {name} …", left.len(), path.display());
@@ -163,7 +155,7 @@ fn rank(flags: &Flags, settings: &Settings, world: &World, nccl: Option<Nccl>) -
     use_threads(threads);
     let (mut checkpoints, start) = Checkpoints::open(config, &mut trainer)?;
     let place = (device, start.data.as_ref());
-    let mut feed = data::feed(&source, config, batching, (world.rank, world.world_size), place)?;
+    let mut feed = source::feed(&source, config, batching, (world.rank, world.world_size), place)?;
     feed.agree(&mut group)?;
     if let Some(journal) = &mut journal {
         journal.go_on(start.step)?;
@@ -186,78 +178,6 @@ fn rank(flags: &Flags, settings: &Settings, world: &World, nccl: Option<Nccl>) -
         print!("{}", journal.close(config, &summary)?);
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// A signal has ended the run, whose step is saved: Slurm's says that time is up, and the job is to start again. Rank 0 has
-/// the `config` to say where.
-fn stopped(step: u64, signal: i32, config: Option<&Config>) -> ExitCode {
-    if let Some(config) = config {
-        let place = match config.checkpoint.folder {
-            Some(_) => "",
-            None => " in the launcher's memory",
-        };
-        println!("stopped by signal {signal}; step {step} is saved{place}");
-    }
-    ExitCode::from(failure::stopped_by(signal))
-}
-
-/// As many threads as the configuration says, else this rank's share of the cores.
-fn set_threads(config: &Config, group: &Group) -> usize {
-    // Our launcher has worked the share out; a lone process takes what libtorch takes. Other
-    // launchers do not know that ranks compute with threads: torchrun sets 1.
-    let share = match group.launcher() {
-        Launcher::Phalanx | Launcher::Single => {
-            usize::try_from(tch::get_num_threads()).unwrap_or(1)
-        }
-        _ => group.core_share(),
-    };
-    let threads = config.train.threads.unwrap_or(share).max(1);
-    use_threads(threads);
-    threads
-}
-
-fn use_threads(threads: usize) {
-    tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
-}
-
-fn join(config: &Config, cuda: &Cuda, root: bool) -> Result<Group> {
-    let timeout = Duration::from_secs(config.ddp.timeout_s);
-    let options = GroupOptions::default().with_timeout(timeout);
-    let options = match config.ddp.backend {
-        Backend::Host => options,
-        Backend::Nccl => options.with_backend(comm::Backend::Nccl),
-        // On a GPU where there is one that libtorch can use.
-        Backend::Mpi if matches!(cuda, Cuda::Available { device_count: 1.. }) => {
-            options.with_backend(comm::Backend::Mpi).with_gpu_memory()
-        }
-        Backend::Mpi => options.with_backend(comm::Backend::Mpi),
-        Backend::Auto => options.with_backend(comm::Backend::Auto),
-    };
-    // libtorch's half of CUDA: without it the group must not choose the GPU.
-    let trouble = match cuda {
-        Cuda::Available { device_count: 1.. } | Cuda::NoDriver => None,
-        Cuda::Available { .. } => {
-            Some("libtorch sees no GPU: look at nvidia-smi and CUDA_VISIBLE_DEVICES".to_owned())
-        }
-        Cuda::NoLibtorchCuda { message } => Some(format!(
-            "libtorch's CUDA support cannot be loaded ({message}): run scripts/setup.sh --cuda, or put \
-             the torch/lib folder of the full wheel on LD_LIBRARY_PATH"
-        )),
-    };
-    let options = match (config.ddp.backend, &trouble) {
-        // All ranks hear it.
-        (Backend::Auto | Backend::Nccl, Some(trouble)) => options.with_gpu_trouble(trouble),
-        _ => options,
-    };
-    let group = Group::from_environment(options)?;
-    if let (Backend::Mpi, true) = (config.ddp.backend, root) {
-        match (group.device(), trouble) {
-            (Some(_), _) => println!("device GPU: its memory travels over MPI"),
-            (None, Some(trouble)) => println!("device CPU: {trouble}"),
-            (None, None) => println!("device CPU: no NVIDIA driver is installed here"),
-        }
-    }
-    Ok(group)
 }
 
 fn announce(settings: &Settings, group: &Group, batching: Batching, threads: usize, data: &str) {
@@ -290,16 +210,9 @@ fn announce(settings: &Settings, group: &Group, batching: Batching, threads: usi
         train.steps, optimizer.rule, optimizer.lr
     );
     let on_cpu = group.device().is_none();
-    if on_cpu && train.precision == Precision::Bf16 && !bert::memory::has_bf16_products() {
+    if on_cpu && train.precision == Precision::Bf16 && !machine::has_bf16_products() {
         println!("note   this processor has no bf16 products: fp32 will be faster here");
     }
-}
-
-/// What every rank took. Collective.
-fn gather_usage(group: &mut Group) -> Result<Vec<Usage>> {
-    let mine = serde_json::to_vec(&Usage::of_this_process())?;
-    let all = group.all_gather_bytes(&mine)?;
-    all.iter().map(|bytes| Ok(serde_json::from_slice(bytes)?)).collect()
 }
 
 fn summary(
@@ -313,6 +226,8 @@ fn summary(
         steps: config.train.steps,
         parameters: config.model.parameter_count(),
         world_size: group.world_size(),
+        mesh: None,
+        readers: group.world_size(),
         node_count: group.node_count(),
         backend: group.backend().name().to_owned(),
         threads,

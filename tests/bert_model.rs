@@ -14,7 +14,7 @@ use bert::config::{Config, Model, Precision, Schedule};
 use bert::metrics::StepRecord;
 use bert::model::{build, BertForMaskedLm, Inputs, LossSum, Pass};
 use bert::train::Trainer;
-use bert::{data, failure, output, weights};
+use bert::{data, failure, output, source, weights};
 use phalanx_comm::{Group, GroupOptions};
 use phalanx_data::progress::Silent;
 use phalanx_ddp_core::{checkpoint, Ddp, DdpOptions};
@@ -71,9 +71,9 @@ impl Fixture {
         let (vs, network) = self.network();
         let mut group = Group::single(GroupOptions::default()).expect("a group");
         let batching = Batching { global_batch: 8, micro_batch: 4, accumulate: 2, cut: Cut::Parts };
-        let source = data::open(&config, &Silent).expect("the batches");
+        let samples = data::open(&config, &Silent).expect("the batches");
         let place = (tch::Device::Cpu, None);
-        let mut feed = data::feed(&source, &config, batching, (0, 1), place).expect("a feed");
+        let mut feed = source::feed(&samples, &config, batching, (0, 1), place).expect("a feed");
         let settings = (&config, batching, true);
         let mut trainer = Trainer::new(network, &vs, &mut group, settings).expect("a trainer");
         (1..=10).map(|step| trainer.step(step, &mut feed, &mut group).expect("a step")).collect()

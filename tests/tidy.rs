@@ -60,6 +60,8 @@ const PURE: &[&str] = &[
     "crates/ddp-core/src/optim/groups.rs",
     "crates/ddp-core/src/optim/piece.rs",
     "crates/ddp-core/src/optim/waves.rs",
+    "crates/ddp-core/src/part/boxes.rs",
+    "crates/ddp-core/src/part/table.rs",
     "crates/ddp-core/src/reduce/ready.rs",
     "crates/ddp-core/src/reduce/statistics.rs",
     "crates/ddp-core/src/schedule.rs",
@@ -74,6 +76,8 @@ const PURE: &[&str] = &[
     "crates/launch/src/restart.rs",
     "crates/model-parallel/src/mesh",
     "crates/model-parallel/src/pipeline/schedule",
+    "crates/model-parallel/src/context/pieces.rs",
+    "crates/model-parallel/src/expert/plan.rs",
 ];
 
 /// What a pure file must not name. `std::time::Duration` is a value and may be used.

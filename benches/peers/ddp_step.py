@@ -206,7 +206,7 @@ def available_bytes():
 
 
 def parameter_count(config):
-    """As examples/bert/config counts them."""
+    """As examples/bert/config/mod.rs counts them."""
     model = json.loads(pathlib.Path(config).read_text())["model"]
     width, inner = model["hidden_size"], model["intermediate_size"]
     tables = model["vocab_size"] + model.get("max_position_embeddings", 512) + 2

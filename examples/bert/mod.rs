@@ -1,25 +1,40 @@
-//! The parts of the BERT trainer, each of which can be read alone.
+//! The parts of the BERT trainer, each of which can be read alone. Those of `shared/` other trainers have as well.
 
+#[path = "../shared/batching.rs"]
 pub(crate) mod batching;
 pub(crate) mod config;
 pub(crate) mod data;
 pub(crate) mod disturbed;
+#[path = "../shared/failure.rs"]
 pub(crate) mod failure;
 pub(crate) mod flags;
+#[path = "../shared/job.rs"]
+pub(crate) mod job;
+#[path = "../shared/journal.rs"]
 pub(crate) mod journal;
+#[path = "../shared/machine.rs"]
+pub(crate) mod machine;
 pub(crate) mod memory;
+#[path = "../shared/metrics.rs"]
 pub(crate) mod metrics;
 pub(crate) mod model;
+#[path = "../shared/output.rs"]
 pub(crate) mod output;
+#[path = "../shared/plot.rs"]
 pub(crate) mod plot;
+#[path = "../shared/progress.rs"]
 pub(crate) mod progress;
+#[path = "../shared/report.rs"]
 pub(crate) mod report;
+#[path = "../shared/resume.rs"]
 pub(crate) mod resume;
+#[path = "../shared/source.rs"]
+pub(crate) mod source;
 pub(crate) mod train;
+#[path = "../shared/train_flags.rs"]
+pub(crate) mod train_flags;
+#[path = "../shared/updates.rs"]
+pub(crate) mod updates;
 pub(crate) mod weights;
-
-/// Shows what the libraries have to say (who is waited for, strangers at the port, lost connections).
-pub(crate) fn log_to_stderr() {
-    let log = tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false);
-    log.with_max_level(tracing::Level::INFO).compact().init();
-}
+#[path = "../shared/weights_file.rs"]
+pub(crate) mod weights_file;

@@ -7,18 +7,18 @@ use anyhow::{ensure, Context as _, Result};
 use phalanx_comm::{Group, Sum};
 use phalanx_ddp_core::checkpoint::WeightsOptions;
 use phalanx_ddp_core::feed::Feed;
-use phalanx_ddp_core::optim::{
-    self, Adafactor, Adam, AdamW, AdjustLr, Lamb, Lars, Lion, Muon, Optimizer, Sgd, Step,
-};
-use phalanx_ddp_core::schedule::{Schedule, Shape};
-use phalanx_ddp_core::{amp, Ddp, DdpOptions, Error, Statistics, Sync};
+use phalanx_ddp_core::optim::{Optimizer, Step};
+use phalanx_ddp_core::schedule::Schedule;
+use phalanx_ddp_core::{amp, Ddp, DdpOptions, Statistics, Sync};
 use tch::{nn, Device, Kind};
 
 use super::batching::Batching;
-use super::config::{self, Config, FloatKind, NonFinite, Precision, Rule};
+use super::config::{Config, FloatKind, NonFinite, Precision};
 use super::data::Tensors;
 use super::metrics::{milliseconds, StepRecord};
 use super::model::{groups, BertForMaskedLm, Inputs, LossSum, Pass};
+pub(crate) use super::updates::schedule;
+use super::updates::{advised, count, rule, tokens};
 use super::weights;
 
 /// A rank's model and optimizer.
@@ -162,6 +162,7 @@ impl Trainer {
             forward_ms: milliseconds(sums.forward),
             backward_ms: milliseconds(sums.backward.saturating_sub(exposed)),
             exposed_comm_ms: milliseconds(exposed),
+            pipeline_idle_ms: None,
             bytes_sent,
             optimizer_ms: milliseconds(optimizer_time),
             tokens_per_s: token_count / step_time.as_secs_f64(),
@@ -244,61 +245,6 @@ impl Trainer {
     }
 }
 
-/// What to do about gradients that are not finite, in the words of this program.
-fn advised(error: Error, step: u64) -> anyhow::Error {
-    let is_non_finite = matches!(error, Error::NonFinite { .. });
-    let error = anyhow::Error::from(error);
-    match is_non_finite {
-        true => error.context(format!(
-            "step {step}: gradients are not finite; lower --lr, raise --warmup-steps, or take --non-finite skip_step"
-        )),
-        false => error,
-    }
-}
-
-fn rule(optimizer: &config::Optimizer) -> Box<dyn optim::Rule> {
-    let config::Optimizer { rule, lr, beta1, beta2, eps, weight_decay, .. } = *optimizer;
-    let config::Optimizer { trust_coefficient, .. } = *optimizer;
-    let (momentum, nesterov) = (optimizer.momentum(), optimizer.nesterov());
-    match rule {
-        Rule::Adamw => Box::new(AdamW { lr, beta1, beta2, eps, weight_decay }),
-        Rule::Adam => Box::new(Adam { lr, beta1, beta2, eps, weight_decay }),
-        Rule::Sgd => Box::new(Sgd { lr, momentum, dampening: 0.0, nesterov, weight_decay }),
-        Rule::Lamb => Box::new(Lamb { lr, beta1, beta2, eps, weight_decay }),
-        Rule::Lars => {
-            let own = Lars { lr, momentum, nesterov, trust_coefficient, ..Lars::default() };
-            Box::new(Lars { weight_decay, ..own })
-        }
-        Rule::Lion => Box::new(Lion { lr, beta1, beta2, weight_decay }),
-        Rule::Muon => {
-            let of_others = optimizer.adamw_lr.unwrap_or(lr);
-            let adamw = AdamW { lr: of_others, beta1, beta2, eps, weight_decay };
-            let adjust_lr = match optimizer.adjust_lr {
-                config::AdjustLr::Original => AdjustLr::Original,
-                config::AdjustLr::MatchRmsAdamw => AdjustLr::MatchRmsAdamW,
-            };
-            let own = Muon { lr, weight_decay, momentum, nesterov, ..Muon::default() };
-            Box::new(Muon { adjust_lr, adamw, ..own })
-        }
-        Rule::Adafactor => Box::new(Adafactor { lr, weight_decay, ..Adafactor::default() }),
-    }
-}
-
-/// The learning rate of every step.
-pub(crate) fn schedule(optimizer: &config::Optimizer, steps: u64) -> Result<Schedule> {
-    let config::Optimizer { lr, warmup_steps, min_lr, power, decay_steps, .. } = *optimizer;
-    let (shape, floor) = match optimizer.schedule {
-        config::Schedule::Constant => (Shape::Constant, 0.0),
-        config::Schedule::Linear => (Shape::Linear, min_lr),
-        config::Schedule::Cosine => (Shape::Cosine, min_lr),
-        config::Schedule::Polynomial => (Shape::Polynomial { power }, min_lr),
-        config::Schedule::WarmupStableDecay => (Shape::WarmupStableDecay { decay_steps }, min_lr),
-    };
-    // A run that is shorter than its warm-up ends in it.
-    let bare = Schedule::new(shape, lr, steps.max(warmup_steps))?;
-    Ok(bare.with_warmup(warmup_steps)?.with_floor(floor)?)
-}
-
 pub(crate) fn kind(precision: Precision) -> Kind {
     match precision {
         Precision::Fp32 => Kind::Float,
@@ -319,18 +265,4 @@ fn dropout_seed(seed: u64, step: u64, number: usize) -> i64 {
     const STRIDE: u64 = 0x9e37_79b9_7f4a_7c15;
     let of_step = mix(seed.wrapping_add(step.wrapping_mul(STRIDE)));
     mix(of_step.wrapping_add((number as u64).wrapping_mul(STRIDE))).cast_signed()
-}
-
-/// Counts of tokens stay far below 2^53.
-fn count(value: impl TryInto<u32>) -> f64 {
-    value.try_into().map_or(f64::NAN, f64::from)
-}
-
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "a sum of counts: whole, not negative, far below 2^53"
-)]
-fn tokens(sum: f64) -> u64 {
-    sum as u64
 }

@@ -12,7 +12,7 @@ use std::path::Path;
 use bert::batching::{Batching, Wanted};
 use bert::config::{Config, NonFinite, Precision, Resume, Rule, SHIPPED};
 use bert::flags::Flags;
-use bert::memory::{self, Estimate, Free};
+use bert::machine::{self, Estimate, Free};
 use bert::{data, failure, plot};
 use clap::Parser as _;
 use phalanx_comm::environment::{NcclDebug, NcclGdrLevel, NcclP2pLevel, NcclSettings};
@@ -169,16 +169,16 @@ fn too_little_memory_names_the_need_what_is_free_and_what_would_fit() {
     let smaller =
         ["configs/bert_base.json", "configs/bert_small.json"].map(|n| (n, estimate(n, 4)));
     let enough = Free { bytes: 4 * large.total(), control_group: None };
-    memory::check(large, 4, &enough, &smaller).unwrap();
+    machine::check(large, 4, &enough, &smaller).unwrap();
     let free = Free { bytes: 4 << 30, control_group: None };
-    let message = memory::check(large, 4, &free, &smaller).unwrap_err().to_string();
+    let message = machine::check(large, 4, &free, &smaller).unwrap_err().to_string();
     for part in ["too little memory: 4 ranks", "this machine has 4.00 GiB free", "bert_small.json"]
     {
         assert!(message.contains(part), "{message}");
     }
     assert!(message.contains("does not fit either") && message.contains(", fits)"), "{message}");
     let free = Free { bytes: 1 << 30, control_group: Some("/sys/fs/cgroup/job".into()) };
-    let message = memory::check(large, 4, &free, &smaller).unwrap_err().to_string();
+    let message = machine::check(large, 4, &free, &smaller).unwrap_err().to_string();
     assert!(message.contains("the control group /sys/fs/cgroup/job leaves 1.00 GiB"), "{message}");
 }
 
@@ -207,7 +207,7 @@ const MEMINFO: (&str, &str) =
 #[test]
 fn free_memory_is_the_least_of_machine_and_control_groups() {
     let root = system(&[MEMINFO, ("proc/self/cgroup", "0::/a/b\n")]);
-    let free = memory::free(root.path()).unwrap();
+    let free = machine::free(root.path()).unwrap();
     assert_eq!(free, Free { bytes: 800 * 1024, control_group: None });
 
     // Version 2: the outer group has the tighter limit; its cached files count as free.
@@ -220,7 +220,7 @@ fn free_memory_is_the_least_of_machine_and_control_groups() {
         ("sys/fs/cgroup/a/memory.current", "60000\n"),
         ("sys/fs/cgroup/a/memory.stat", "anon 1\ninactive_file 10000\n"),
     ]);
-    let free = memory::free(root.path()).unwrap();
+    let free = machine::free(root.path()).unwrap();
     assert_eq!(free.bytes, 50_000);
     assert!(free.control_group.unwrap().ends_with("sys/fs/cgroup/a"));
 
@@ -232,7 +232,7 @@ fn free_memory_is_the_least_of_machine_and_control_groups() {
         ("sys/fs/cgroup/memory/memory.usage_in_bytes", "50000\n"),
         ("sys/fs/cgroup/memory/memory.stat", "total_inactive_file 20000\n"),
     ]);
-    assert_eq!(memory::free(root.path()).unwrap().bytes, 60_000);
+    assert_eq!(machine::free(root.path()).unwrap().bytes, 60_000);
 }
 
 fn flags(args: &[&str]) -> Result<Flags, clap::Error> {

@@ -4,7 +4,7 @@ use phalanx_ddp_core::{Buffers, DdpOptions, Zero};
 use tch::Kind;
 
 use super::bert::config::{Config, Hook};
-use super::bert::memory::Estimate;
+use super::bert::machine::Estimate;
 use super::bert::train;
 use super::{check, parse};
 

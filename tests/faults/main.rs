@@ -7,6 +7,7 @@
 mod support;
 
 mod elastic;
+mod full;
 mod kills;
 mod machine;
 mod memory;

@@ -1,4 +1,4 @@
-//! Runs the `bert_large` example as a user would, under a deadline, and reads what it wrote.
+//! Runs the examples `bert_large` and `gpt` as a user would, under a deadline, and reads what it wrote.
 #![allow(dead_code, reason = "each test file uses its part")]
 
 use std::ffi::OsStr;
@@ -124,11 +124,16 @@ impl Run {
     }
 }
 
-/// The example with `args`, its metrics and output in a temporary folder; it must succeed.
+/// `bert_large` with `args`, as [`run_of`].
 pub(crate) fn bert<S: AsRef<OsStr>>(args: &[S]) -> Run {
+    run_of("bert_large", args)
+}
+
+/// The example with `args`, its metrics and output in a temporary folder; it must succeed.
+pub(crate) fn run_of<S: AsRef<OsStr>>(program: &str, args: &[S]) -> Run {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let metrics = folder.path().join("metrics.jsonl");
-    let mut command = Command::new(example("bert_large"));
+    let mut command = Command::new(example(program));
     command.current_dir(env!("CARGO_MANIFEST_DIR")).args(args);
     command.arg("--metrics").arg(&metrics).arg("--output").arg(folder.path().join("out"));
     command.stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -5,6 +5,7 @@
 //! cargo bench -p phalanx-comm --bench collectives -- [--ranks 2,4] [--sizes 1K,1M,64M]
 //!     [--rounds 3] [--link auto|tcp] [--backend host|mpi] [--no-mpi] [--json FILE]
 //! ```
+//! `--checks` measures what checksums cost over TCP (`checks.rs`).
 //! `--backend mpi` (`--features mpi`) measures that, under `mpirun`, and how much of a collective is hidden.
 //!
 //! Each round runs ours, `OpenMPI`'s (compiled here from `mpi_all_reduce.c`, when `mpicc` is there) and the
@@ -24,10 +25,13 @@
     reason = "a table of measurements; sums of small integers are exact"
 )]
 
+#[path = "collectives/checks.rs"]
+mod checks;
 #[path = "collectives/overlap.rs"]
 mod overlap;
+#[path = "collectives/table.rs"]
+mod table;
 
-use std::fmt::Write as _;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -54,20 +58,28 @@ struct Arguments {
     mpi: bool,
     json: Option<String>,
     worker: bool,
+    checks: bool,
 }
 
 fn main() -> Result<()> {
     let arguments = arguments()?;
+    if arguments.worker && arguments.checks {
+        return checks::worker(&arguments.sizes);
+    }
     if arguments.worker {
         return worker(&arguments);
+    }
+    if arguments.checks {
+        arguments.ranks.iter().try_for_each(|ranks| checks::measure(&arguments, *ranks))?;
+        return Ok(());
     }
     let mpi = if arguments.mpi { compile_mpi()? } else { None };
     let mut json = String::new();
     for ranks in &arguments.ranks {
         let rows = measure(&arguments, *ranks, mpi.as_deref())?;
-        print_table(*ranks, &arguments, &rows);
+        table::print_table(*ranks, &arguments, &rows);
         for row in &rows {
-            write_json(&mut json, *ranks, row)?;
+            table::write_json(&mut json, *ranks, row)?;
         }
     }
     if let Some(path) = &arguments.json {
@@ -95,6 +107,7 @@ fn arguments() -> Result<Arguments> {
         mpi: true,
         json: None,
         worker: false,
+        checks: false,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -108,6 +121,7 @@ fn arguments() -> Result<Arguments> {
             "--json" => arguments.json = Some(value()?),
             "--no-mpi" => arguments.mpi = false,
             "--worker" => arguments.worker = true,
+            "--checks" => arguments.checks = true,
             "--bench" => {}
             other => bail!("unknown argument {other}"),
         }
@@ -185,12 +199,19 @@ fn run_ours(arguments: &Arguments, ranks: usize) -> Result<Vec<(f64, usize)>> {
         text.lines().filter(|line| line.starts_with('#')).for_each(|line| println!("{line}"));
         return parse_lines(&text, arguments.sizes.len());
     }
+    parse_lines(&output_of_ranks(arguments, ranks, &["--worker"])?, arguments.sizes.len())
+}
+
+/// Starts this program once for each rank, over our own backend; what rank 0 prints.
+fn output_of_ranks(arguments: &Arguments, ranks: usize, flags: &[&str]) -> Result<String> {
+    let program = std::env::current_exe()?;
+    let sizes: Vec<String> = arguments.sizes.iter().map(ToString::to_string).collect();
     let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
     let token = format!("{:064x}", u128::from(std::process::id()));
     let mut children = Vec::new();
     for rank in 0..ranks {
         let mut command = Command::new(&program);
-        command.args(["--worker", "--sizes", &sizes.join(",")]);
+        command.args(flags).args(["--sizes", &sizes.join(",")]);
         command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
         command.env("WORLD_SIZE", ranks.to_string()).env("LOCAL_WORLD_SIZE", ranks.to_string());
         command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
@@ -204,7 +225,7 @@ fn run_ours(arguments: &Arguments, ranks: usize) -> Result<Vec<(f64, usize)>> {
         ensure!(output.status.success(), "a rank failed: {}", output.status);
         text.push_str(&String::from_utf8_lossy(&output.stdout));
     }
-    parse_lines(&text, arguments.sizes.len())
+    Ok(text)
 }
 
 fn run_mpi(arguments: &Arguments, ranks: usize, program: &str) -> Result<Vec<(f64, usize)>> {
@@ -439,58 +460,4 @@ fn plain_kernel(buffers: &[SharedBuffer], from: usize, to: usize) {
             unsafe { *buffer.0.add(at) = sum };
         }
     }
-}
-
-fn print_table(ranks: usize, arguments: &Arguments, rows: &[Row]) {
-    println!(
-        "# {ranks} ranks, all_reduce in place on registered memory, {} backend, link {}",
-        arguments.backend, arguments.link
-    );
-    println!(
-        "# {:>11} {:>11} {:>6} {:>6} {:>11} {:>8} {:>8} {:>7} | {:>11} {:>8} | {:>11} {:>8}",
-        "size",
-        "count",
-        "type",
-        "redop",
-        "time",
-        "algbw",
-        "busbw",
-        "#wrong",
-        "MPI time",
-        "vs MPI",
-        "limit time",
-        "of limit"
-    );
-    println!(
-        "# {:>11} {:>11} {:>6} {:>6} {:>11} {:>8} {:>8}",
-        "(B)", "(elements)", "", "", "(us)", "(GB/s)", "(GB/s)"
-    );
-    for row in rows {
-        let bandwidth = row.bytes as f64 / row.ours / 1e3;
-        let bus = bandwidth * 2.0 * (ranks - 1) as f64 / ranks as f64;
-        println!(
-            "  {:>11} {:>11} {:>6} {:>6} {:>11.2} {:>8.2} {:>8.2} {:>7} | {:>11.2} {:>7.2}x | {:>11.2} {:>7.0}%",
-            row.bytes,
-            row.bytes / 4,
-            "f32",
-            "sum",
-            row.ours,
-            bandwidth,
-            bus,
-            row.wrong,
-            row.mpi,
-            row.mpi / row.ours,
-            row.limit,
-            row.limit / row.ours * 100.0
-        );
-    }
-}
-
-fn write_json(json: &mut String, ranks: usize, row: &Row) -> Result<()> {
-    let Row { bytes, ours, mpi, limit, wrong } = row;
-    writeln!(
-        json,
-        "  {{\"ranks\": {ranks}, \"bytes\": {bytes}, \"us\": {ours:.3}, \"mpi_us\": {mpi:.3}, \"limit_us\": {limit:.3}, \"wrong\": {wrong}}},"
-    )?;
-    Ok(())
 }

@@ -210,6 +210,27 @@ pub enum Error {
         /// What the system said.
         source: Arc<std::io::Error>,
     },
+    /// Group: what a rank received from another machine is not what was sent. No rank has gone on with it, but a buffer of
+    /// the failed call may hold it.
+    #[error("data from rank {peer} (host {host}, pid {pid}) to rank {rank} (host {receiver}) was damaged on its way in {during}: its checksum is {actual:08x}, expected {expected:08x}; the network between the two machines, or the memory of one of them, changes data: start again from the last checkpoint, and if it happens to the same machine again take that out and test it (ECC errors: dmesg; network card: ethtool -S)")]
+    DataDamaged {
+        /// The sender.
+        peer: usize,
+        /// Its machine.
+        host: String,
+        /// Its process there.
+        pid: u32,
+        /// The receiver, who found it.
+        rank: usize,
+        /// The receiver's machine.
+        receiver: String,
+        /// What the receiver was in.
+        during: String,
+        /// The checksum that came with the data.
+        expected: u32,
+        /// That of the data that came.
+        actual: u32,
+    },
     /// Group: not all ranks came in time.
     #[error("{call}: {timeout:?} passed on rank {rank}, waiting for {}: raise the timeout if they were only slow", list(absent))]
     Timeout {
@@ -335,6 +356,7 @@ impl Error {
                 | Self::NotResponding { .. }
                 | Self::PeerLeft { .. }
                 | Self::ConnectionLost { .. }
+                | Self::DataDamaged { .. }
                 | Self::Timeout { .. }
                 | Self::Stalled { .. }
                 | Self::Backend { .. }

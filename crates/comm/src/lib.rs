@@ -22,6 +22,7 @@
 
 mod algorithm;
 mod backend;
+mod checksum;
 mod dtype;
 pub mod environment;
 mod error;

@@ -132,7 +132,8 @@ impl Ddp {
     }
 
     /// Writes the weights as others exchange them: to a path that ends in `.safetensors` as one file, to any other as a folder
-    /// with one or several and their index. Under ZeRO-3 no rank has more than a few buckets of them at once. Collective.
+    /// with one or several and their index. Under ZeRO-3 no rank has more than a few buckets of them at once. Of [a part](Ddp::set_part) it is the
+    /// whole model, of which rank 0 of the world has one whole tensor at a time. Collective, over the world then.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] or [`Error::Io`] where rank 0, which writes, cannot; errors of the group.

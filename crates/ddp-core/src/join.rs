@@ -49,6 +49,13 @@ impl<'a> Join<'a> {
             let expected = "false beside Ddp::join: all ranks exchange each micro-batch";
             return Err(Error::BadSetting { setting, value, expected });
         }
+        if reducer.weighing.is_some() {
+            return Err(Error::BadSetting {
+                setting: "join",
+                value: "of a Ddp with weigh_over".to_owned(),
+                expected: "as many batches on every rank",
+            });
+        }
         reducer.joining = true;
         reducer.heed_differences();
         Ok(Self { shared })

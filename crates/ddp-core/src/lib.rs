@@ -32,6 +32,7 @@ mod shim;
 mod store;
 mod sync_batch_norm;
 mod threads;
+mod weigh;
 
 pub use cut::Cut;
 pub use ddp::{Building, Ddp};

@@ -50,6 +50,18 @@ pub enum LaunchError {
         /// What the system said.
         source: io::Error,
     },
+    /// The limit of processes is too low for the ranks.
+    #[error("the control group {group} allows {limit} processes and threads and has {current}: {ranks} ranks need at least {ranks} more, and one for each of their threads; raise its pids.max (docker: --pids-limit; systemd: TasksMax; Kubernetes: podPidsLimit)")]
+    TooFewProcesses {
+        /// Its folder.
+        group: String,
+        /// How many it allows.
+        limit: u64,
+        /// How many it has.
+        current: u64,
+        /// How many ranks are to be started.
+        ranks: usize,
+    },
     /// The folder for logs cannot be written.
     #[error("cannot write {path}: {source}; choose another --log-dir")]
     Log {
@@ -163,7 +175,7 @@ impl LaunchError {
             | Self::Rendezvous(_)
             | Self::Store(_) => 69,
             Self::Log { .. } | Self::Hostfile { .. } => 74,
-            Self::System { .. } => 71,
+            Self::System { .. } | Self::TooFewProcesses { .. } => 71,
         }
     }
 }

@@ -47,6 +47,7 @@ mod agreement;
 #[cfg(feature = "clap")]
 mod args;
 mod attempts;
+mod control_group;
 mod elastic;
 mod error;
 mod error_file;
@@ -62,6 +63,7 @@ mod membership;
 mod messenger;
 mod nodes;
 mod options;
+mod out_of_memory;
 mod plan;
 mod process;
 mod rank;
@@ -85,6 +87,7 @@ pub use gpus::gpu_count;
 #[cfg(any(test, feature = "testing"))]
 pub use membership::simulation;
 pub use options::{LaunchOptions, Prefix};
+pub use out_of_memory::OutOfMemory;
 pub use phalanx_comm::recorder::{committing, progress, Committing};
 pub use process::Exit;
 pub use report::{Evidence, Failure, RankFailure, Report};

@@ -43,6 +43,8 @@ pub(crate) struct Rank {
     /// How it hears of the next generation, where the launcher keeps ranks.
     pub(crate) channel: Option<Channel>,
     pub(crate) staying: Staying,
+    /// What it had in memory when it was looked at last.
+    pub(crate) resident_bytes: Option<u64>,
 }
 
 /// Whether a rank stays for the next generation.

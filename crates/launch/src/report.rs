@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use crate::out_of_memory::OutOfMemory;
 use crate::process::Exit;
 use crate::restart::GiveUp;
 use crate::signals;
@@ -77,6 +78,8 @@ pub struct Evidence {
     pub lineup_path: Option<PathBuf>,
     /// The file with the rank's output.
     pub log: Option<PathBuf>,
+    /// That it was killed for lack of memory, where the system tells.
+    pub out_of_memory: Option<OutOfMemory>,
 }
 
 impl Report {
@@ -133,6 +136,7 @@ impl RankFailure {
 
     fn help(&self) -> &'static str {
         match self.exit {
+            Exit::Signal(9) if self.evidence.out_of_memory.is_some() => "a smaller micro-batch, recomputation, sharding (ZeRO) or fewer loader buffers need less memory; or raise the limit",
             Exit::Signal(9) => "killed from outside: look for the out-of-memory killer (dmesg, cgroup memory.events) or who sent it",
             Exit::Signal(11 | 7) => "a memory fault in native code: a core dump or a debugger on this rank shows where",
             Exit::Signal(6) => "it aborted: its last lines say why",
@@ -166,7 +170,9 @@ impl RankFailure {
         let said = said.map_or_else(String::new, |text| format!(": {}", text.replace('\n', " ⏎ ")));
         let role = self.evidence.role.as_ref();
         let role = role.map_or_else(String::new, |role| format!(" ({})", role.replace('\n', " ")));
-        format!("rank {rank}{role} on {place} {cause} after {seconds:.1} s{said}")
+        let killed = self.evidence.out_of_memory.as_ref();
+        let killed = killed.map_or_else(String::new, |memory| format!(": {memory}"));
+        format!("rank {rank}{role} on {place} {cause} after {seconds:.1} s{said}{killed}")
     }
 
     /// The record for `errors.jsonl`: one JSON object.
@@ -181,8 +187,16 @@ impl RankFailure {
             Exit::Signal(signal) => (None, Some(signal)),
             Exit::Not => (None, None),
         };
-        let Evidence { role, operation, witness, testimony, lineup, lineup_path, log } =
-            &*self.evidence;
+        let Evidence {
+            role,
+            operation,
+            witness,
+            testimony,
+            lineup,
+            lineup_path,
+            log,
+            out_of_memory,
+        } = &*self.evidence;
         serde_json::json!({
             "code": self.number(),
             "rank": self.rank,
@@ -200,6 +214,11 @@ impl RankFailure {
             "lineup": lineup,
             "lineup_path": lineup_path,
             "log": log,
+            "out_of_memory": out_of_memory.as_ref().map(|memory| serde_json::json!({
+                "limit_bytes": memory.limit_bytes,
+                "resident_bytes": memory.resident_bytes,
+                "of_control_group": memory.is_of_group,
+            })),
             "message": self.to_string(),
         })
     }
@@ -322,6 +341,19 @@ mod tests {
         assert_eq!(record["signal"], 11);
         assert_eq!(record["exit_code"], serde_json::Value::Null);
         assert_eq!(record["last_lines"][3], "four \"quoted\"");
+        assert_eq!(record["out_of_memory"], serde_json::Value::Null);
+        let mut killed = failure(Exit::Signal(9));
+        let memory =
+            OutOfMemory { limit_bytes: Some(64 << 20), resident_bytes: None, is_of_group: true };
+        killed.evidence.out_of_memory = Some(memory);
+        let record_of_killed: serde_json::Value = serde_json::from_str(&killed.to_json()).unwrap();
+        assert_eq!(record_of_killed["out_of_memory"]["limit_bytes"], 64 << 20);
+        let line = killed.to_string();
+        assert!(line.contains("(SIGKILL) after 3.2 s: out of memory: its control"), "{line}");
+        assert!(
+            line.contains("the limit is 64.0 MiB | ") && line.contains("micro-batch"),
+            "{line}"
+        );
     }
 
     #[test]

@@ -8,6 +8,7 @@ use phalanx_comm::environment::StayOffer;
 use phalanx_comm::recorder;
 use rustix::process::Signal;
 
+use crate::control_group::{most_crowded, Crowd};
 use crate::error::{system, LaunchError};
 use crate::flight;
 use crate::lines::{Lines, Style, Tail};
@@ -38,6 +39,7 @@ impl Starter<'_> {
         places: &[Place],
         supervisor: &mut Supervisor,
     ) -> Result<(), LaunchError> {
+        room_for(places.len() - supervisor.kept_count().min(places.len()))?;
         // New ones take the longest: they come first.
         let (kept, new): (Vec<_>, Vec<_>) = places
             .iter()
@@ -86,6 +88,7 @@ impl Starter<'_> {
             number_here: place.number_here,
             channel,
             staying: Staying::No,
+            resident_bytes: None,
         })
     }
 
@@ -126,6 +129,16 @@ impl Starter<'_> {
         let width = (world_size - 1).to_string().len();
         Some(format!("[rank {:>width$}] ", place.rank))
     }
+}
+
+/// Before the first rank is started: a job that has begun in part is harder to understand.
+fn room_for(ranks: usize) -> Result<(), LaunchError> {
+    let Some(Crowd { group, limit, current }) = most_crowded(Path::new("/")) else { return Ok(()) };
+    if limit.saturating_sub(current) >= ranks as u64 {
+        return Ok(());
+    }
+    let group = group.display().to_string();
+    Err(LaunchError::TooFewProcesses { group, limit, current, ranks })
 }
 
 /// How long a rank that stays may wait for its next generation: as long as nodes may wait for each other, and for the slowest of

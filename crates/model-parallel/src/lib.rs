@@ -2,6 +2,7 @@
 //!
 //! A [`Mesh`] gives every rank a place on the axes `pp`, `dp_replicate`, `dp_shard`, `cp`, `tp` and `ep`, and says which groups follow from it. A
 //! [`Schedule`](pipeline::schedule::Schedule) says what each rank of a pipeline computes, sends and receives, in order. Both are plain values: made, checked and printed without a peer, a device or a clock.
+//! A [`Pipeline`](pipeline::Pipeline) runs a schedule.
 //!
 //! ```
 //! use phalanx_comm::{Group, GroupOptions};
@@ -43,7 +44,9 @@
 //!
 //! When not to use this crate: a model that fits into each device trains data-parallel, with `Ddp` alone.
 
+pub mod context;
 mod error;
+pub mod expert;
 pub mod layer;
 pub mod mesh;
 pub mod pipeline;

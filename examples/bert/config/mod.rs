@@ -6,12 +6,22 @@
 //! line and column.
 
 mod check;
+#[path = "../../shared/config/checkpoint.rs"]
 mod checkpoint;
+#[path = "../../shared/config/ddp.rs"]
 mod ddp;
+#[path = "../../shared/config/file.rs"]
+pub(crate) mod file;
+#[path = "../../shared/config/hook.rs"]
 mod hook;
+#[path = "../../shared/config/optimizer.rs"]
 mod optimizer;
+#[path = "../../shared/config/sections.rs"]
+mod sections;
+#[path = "../../shared/config/train.rs"]
+mod train;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use phalanx_comm::environment::NcclSettings;
 use phalanx_data::OnDamage;
@@ -19,8 +29,15 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use checkpoint::{Checkpoint, Resume};
 pub(crate) use ddp::{Backend, Ddp, FloatKind, NonFinite};
+pub(crate) use file::ConfigError;
 pub(crate) use hook::Hook;
 pub(crate) use optimizer::{AdjustLr, Optimizer, Rule, Schedule};
+pub(crate) use train::{Precision, Train};
+
+use file::Ignored;
+
+/// What the loss is of, for the plot.
+pub(crate) const LOSS: &str = "masked-LM loss";
 
 /// The configurations in the source tree, smallest first, as `--config` takes them, and their text.
 pub(crate) const SHIPPED: [(&str, &str); 4] = [
@@ -29,45 +46,6 @@ pub(crate) const SHIPPED: [(&str, &str); 4] = [
     ("configs/bert_base.json", include_str!("../../../configs/bert_base.json")),
     ("configs/bert_large.json", include_str!("../../../configs/bert_large.json")),
 ];
-
-/// [`SHIPPED`], read.
-pub(crate) fn shipped() -> Result<Vec<(&'static str, Config)>, ConfigError> {
-    SHIPPED.iter().map(|(name, text)| Ok((*name, Config::parse(text, Path::new(name))?))).collect()
-}
-
-/// A file that cannot be used, in one message.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ConfigError {
-    /// Not there, or not readable.
-    #[error(
-        "cannot read the configuration {path}: {reason}; those that come with phalanx are {}",
-        SHIPPED.map(|(name, _)| name).join(", ")
-    )]
-    Unreadable {
-        /// What was to be read.
-        path: PathBuf,
-        /// What the system said.
-        reason: std::io::Error,
-    },
-    /// Not JSON, or a field of an unknown name or another type.
-    #[error("{path}: {field}{reason}")]
-    IllFormed {
-        /// The file.
-        path: PathBuf,
-        /// The path of the field and a colon, or nothing where the file is not JSON at all.
-        field: String,
-        /// What serde said, with line and column.
-        reason: serde_json::Error,
-    },
-    /// Fields that cannot stand together, or values out of range.
-    #[error("{origin}: {message}")]
-    Invalid {
-        /// The file, or the flags.
-        origin: String,
-        /// The field, what is wrong with it and what to do.
-        message: String,
-    },
-}
 
 /// The whole file.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -150,16 +128,6 @@ pub(crate) struct Model {
     add_cross_attention: Ignored,
 }
 
-/// A value of any type that is read over.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-struct Ignored;
-
-impl<'de> Deserialize<'de> for Ignored {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        serde::de::IgnoredAny::deserialize(deserializer).map(|_| Ignored)
-    }
-}
-
 /// What the ranks read.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -184,41 +152,6 @@ pub(crate) struct Data {
     pub(crate) timeout_s: u64,
     /// `fail`, or `skip`: samples in blocks that `phalanx data verify --record` has listed are left out.
     pub(crate) on_damage: OnDamage,
-}
-
-/// The type that matrix products run in; weights and optimizer state are fp32 always, gradients unless
-/// `ddp.gradient_kind` says otherwise.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Precision {
-    /// 32-bit floats.
-    Fp32,
-    /// bfloat16 under autocast.
-    Bf16,
-}
-
-/// How long and in which portions.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub(crate) struct Train {
-    /// Optimizer steps.
-    pub(crate) steps: u64,
-    /// Samples a step over all ranks.
-    pub(crate) global_batch: Option<usize>,
-    /// Samples that one rank computes at once.
-    pub(crate) micro_batch: Option<usize>,
-    /// Micro-batches a step on each rank.
-    pub(crate) accumulate: Option<usize>,
-    /// `fp32` or `bf16`.
-    pub(crate) precision: Precision,
-    /// Keep one input a layer for backward and compute the layer again there: less memory for a second forward, same bits.
-    pub(crate) recompute: bool,
-    /// Of weights, order, masks and dropout.
-    pub(crate) seed: u64,
-    /// Threads a rank computes with; by default cores ÷ ranks of this machine.
-    pub(crate) threads: Option<usize>,
-    /// Where weights, plot and metrics go.
-    pub(crate) output: Option<PathBuf>,
 }
 
 impl Default for Model {
@@ -272,49 +205,18 @@ impl Default for Data {
     }
 }
 
-impl Default for Train {
-    fn default() -> Self {
-        Train {
-            steps: 100,
-            global_batch: None,
-            micro_batch: None,
-            accumulate: None,
-            precision: Precision::Fp32,
-            recompute: false,
-            seed: 42,
-            threads: None,
-            output: None,
-        }
-    }
-}
-
-impl Config {
-    /// Reads and checks a file.
-    pub(crate) fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|reason| ConfigError::Unreadable { path: path.into(), reason })?;
-        Self::parse(&text, path)
-    }
-
-    pub(crate) fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        let mut json = serde_json::Deserializer::from_str(text);
-        let ill_formed =
-            |field: String, reason| ConfigError::IllFormed { path: path.into(), field, reason };
-        let config: Config = serde_path_to_error::deserialize(&mut json).map_err(|error| {
-            let field = error.path().to_string();
-            let syntax = matches!(
-                error.inner().classify(),
-                serde_json::error::Category::Syntax | serde_json::error::Category::Eof
-            );
-            let field = if syntax || field == "." { String::new() } else { format!("{field}: ") };
-            ill_formed(field, error.into_inner())
-        })?;
-        json.end().map_err(|reason| ill_formed(String::new(), reason))?;
-        Ok(config)
-    }
-}
-
 impl Model {
+    /// The network's name in transformers.
+    #[expect(clippy::unused_self, reason = "a trainer of several networks looks at it")]
+    pub(crate) fn architecture(&self) -> &'static str {
+        "BertForMaskedLM"
+    }
+
+    /// As transformers calls the fields.
+    pub(crate) fn for_hugging_face(&self) -> serde_json::Result<serde_json::Value> {
+        serde_json::to_value(self)
+    }
+
     /// Number of trained values: the decoder is tied and counts once.
     pub(crate) fn parameter_count(&self) -> u64 {
         let (h, i) = (self.hidden_size, self.intermediate_size);

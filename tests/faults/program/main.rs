@@ -26,7 +26,7 @@ use bert::flags::{Flags, Settings};
 use bert::journal::Journal;
 use bert::resume::Checkpoints;
 use bert::train::Trainer;
-use bert::{data, failure, model};
+use bert::{data, failure, model, source};
 
 /// More than a test needs to break something.
 const HOLD_MAX: Duration = Duration::from_secs(240);
@@ -44,7 +44,7 @@ struct Lab {
 }
 
 fn main() -> ExitCode {
-    bert::log_to_stderr();
+    bert::job::log_to_stderr();
     run(&Lab::parse()).unwrap_or_else(|error| {
         eprintln!("error: {}", failure::message(&error));
         ExitCode::from(failure::exit_code(&error))
@@ -70,7 +70,7 @@ fn rank(lab: &Lab, settings: &Settings) -> Result<ExitCode> {
     let (config, world) = (&settings.config, World::from_env()?);
     let batching = settings.batching(world.world_size)?;
     let source = data::open(config, &Silent)?;
-    let metrics = lab.flags.metrics.as_deref();
+    let metrics = lab.flags.train.metrics.as_deref();
     let mut journal = (world.rank == 0)
         .then(|| Journal::open(config, &settings.name, metrics, world.world_size))
         .transpose()?;
@@ -84,7 +84,7 @@ fn rank(lab: &Lab, settings: &Settings) -> Result<ExitCode> {
     let mut trainer = Trainer::new(network, &vs, &mut group, (config, batching, true))?;
     let (mut checkpoints, start) = Checkpoints::open(config, &mut trainer)?;
     let place = (Device::Cpu, start.data.as_ref());
-    let mut feed = data::feed(&source, config, batching, (world.rank, world.world_size), place)?;
+    let mut feed = source::feed(&source, config, batching, (world.rank, world.world_size), place)?;
     feed.agree(&mut group)?;
     if let Some(journal) = &mut journal {
         journal.go_on(start.step)?;
@@ -100,7 +100,7 @@ fn rank(lab: &Lab, settings: &Settings) -> Result<ExitCode> {
         }
         disturb(&lab.lab, step, world.rank, &vs)?;
     }
-    if let (0, Some(folder)) = (world.rank, &lab.flags.output) {
+    if let (0, Some(folder)) = (world.rank, &lab.flags.train.output) {
         let mut weights: Vec<_> = vs.variables().into_iter().collect();
         weights.sort_by(|one, other| one.0.cmp(&other.0));
         checkpoint::save_safetensors(&folder.join("model.safetensors"), &weights)?;

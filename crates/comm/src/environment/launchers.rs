@@ -51,6 +51,7 @@ pub(super) fn world(variables: &Variables<'_>) -> Result<World> {
     }
     let mut world = World::single();
     world.host_link = variables.host_link()?;
+    world.data_checks = variables.data_checks()?;
     Ok(world)
 }
 
@@ -133,6 +134,7 @@ pub(super) fn finish(variables: &Variables<'_>, place: &Place, meeting: Meeting)
         store_host,
         launcher: meeting.launcher,
         host_link: variables.host_link()?,
+        data_checks: variables.data_checks()?,
     })
 }
 

@@ -39,7 +39,8 @@ use sha2::{Digest, Sha256};
 pub use job_token::JobToken;
 #[cfg(feature = "mpi")]
 pub(crate) use mpi_library::{
-    host_link, is_started_by_mpi, launched, master_addr, mpi_cuda_aware, mpi_threads, store_port,
+    data_checks, host_link, is_started_by_mpi, launched, master_addr, mpi_cuda_aware, mpi_threads,
+    store_port,
 };
 #[cfg(test)]
 pub(crate) use nccl::is_required;
@@ -154,6 +155,9 @@ pub struct World {
     pub launcher: Launcher,
     /// How ranks of one machine talk.
     pub host_link: HostLink,
+    /// Whether what collectives send to other machines over TCP has checksums (`PHALANX_DATA_CHECKS`). A group goes without
+    /// them where none of its ranks wants them.
+    pub data_checks: bool,
 }
 
 /// The environment does not say who we are, or contradicts itself.
@@ -262,6 +266,7 @@ impl World {
             store_host: if rank == 0 { StoreHost::ThisRank } else { StoreHost::Elsewhere },
             launcher: Launcher::Single,
             host_link: HostLink::Auto,
+            data_checks: true,
         }
     }
 

@@ -30,6 +30,11 @@ pub(crate) fn host_link() -> Result<HostLink, EnvironmentError> {
     Variables::new(&process_variable).host_link()
 }
 
+/// `PHALANX_DATA_CHECKS`.
+pub(crate) fn data_checks() -> Result<bool, EnvironmentError> {
+    Variables::new(&process_variable).data_checks()
+}
+
 /// `PHALANX_MPI_CUDA_AWARE`: whether the MPI library takes addresses of a GPU, whatever it says itself.
 pub(crate) fn mpi_cuda_aware() -> Result<Option<bool>, EnvironmentError> {
     const VARIABLE: &str = "PHALANX_MPI_CUDA_AWARE";

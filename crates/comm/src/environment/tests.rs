@@ -406,6 +406,7 @@ fn every_wrong_value_is_named_with_what_was_expected() {
         (SLURM, ("SLURM_STEP_NODELIST", "n[3-"), "a node list"),
         (SLURM, ("SLURM_LOCALID", "1"), "below tasks of this node=1"),
         (&[], ("PHALANX_HOST_LINK", "x"), "auto, shm or tcp"),
+        (OWN, ("PHALANX_DATA_CHECKS", "1"), "on or off"),
     ];
     for (base, change, expected) in cases {
         let text = message(&with(base, &[*change]));
@@ -436,6 +437,16 @@ fn the_link_between_ranks_of_a_machine_can_be_chosen() {
     {
         assert_eq!(parse(&with(OWN, &[("PHALANX_HOST_LINK", value)])).unwrap().host_link, link);
         assert_eq!(parse(&[("PHALANX_HOST_LINK", value)]).unwrap().host_link, link);
+    }
+}
+
+#[test]
+fn checks_of_data_can_be_turned_off() {
+    for (value, checks) in [("", true), ("on", true), ("off", false)] {
+        for base in [OWN, &[]] {
+            let given = with(base, &[("PHALANX_DATA_CHECKS", value)]);
+            assert_eq!(parse(&given).unwrap().data_checks, checks, "{value}");
+        }
     }
 }
 

@@ -105,6 +105,15 @@ impl<'l> Variables<'l> {
         }
     }
 
+    pub(super) fn data_checks(&self) -> Result<bool> {
+        const VARIABLE: &str = "PHALANX_DATA_CHECKS";
+        match self.text(VARIABLE).as_deref() {
+            None | Some("on") => Ok(true),
+            Some("off") => Ok(false),
+            Some(other) => Err(invalid(VARIABLE, other.to_owned(), "on or off")),
+        }
+    }
+
     pub(super) fn restart_count(&self) -> Result<u32> {
         Ok(self.parsed("PHALANX_RESTART_COUNT", "a whole number, 0 or more")?.unwrap_or(0))
     }

@@ -14,6 +14,7 @@
     reason = "tests: exact values, small numbers, and a failure is a panic"
 )]
 
+mod damage;
 mod device;
 mod faults;
 mod gpu_faults;

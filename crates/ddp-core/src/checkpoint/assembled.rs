@@ -24,39 +24,13 @@ const FAILED: i64 = -2;
 
 /// Writes all tensors of the whole model. Collective over the world.
 pub(super) fn save(store: &mut Store, path: &Path, options: &WeightsOptions) -> Result<()> {
-    let is_writer = store.rank_of_all() == 0;
-    let done = if is_writer { write(store, path, options) } else { follow(store, path) };
-    if let (Err(error), Some(part)) = (&done, &mut store.part) {
-        if !matches!(error, Error::Io { .. } | Error::Checkpoint(_) | Error::Comm(_)) {
-            // The others have not heard of it.
-            part.abort(&error.to_string());
-        }
+    if store.rank_of_all() == 0 {
+        return write(store, path, options);
     }
-    done
-}
-
-fn write(store: &mut Store, path: &Path, options: &WeightsOptions) -> Result<()> {
-    let written = {
-        let source = Assembled::new(store);
-        let written = write_weights(&Real, path, &source, options).map(drop);
-        // What kept a tensor from coming is the error, not that it did not come.
-        source.trouble.take().map_or(written.map_err(Error::from), Err)
-    };
-    match &written {
-        // The group has ended, or is about to: nobody hears a word any more.
-        Err(Error::Comm(_)) => {}
-        Ok(()) => tell(store, DONE)?,
-        Err(_) => tell(store, FAILED)?,
-    }
-    written
-}
-
-/// Gives what the writer asks for.
-fn follow(store: &mut Store, path: &Path) -> Result<()> {
     loop {
         let word = hear(store, 0)?;
         match usize::try_from(word) {
-            Ok(number) => give(store, number)?,
+            Ok(number) => give(store, number).map_err(|error| ended(store, error))?,
             Err(_) if word == DONE => return Ok(()),
             Err(_) => {
                 let source = std::io::Error::other("rank 0 could not, and says why");
@@ -64,6 +38,26 @@ fn follow(store: &mut Store, path: &Path) -> Result<()> {
             }
         }
     }
+}
+
+fn write(store: &mut Store, path: &Path, options: &WeightsOptions) -> Result<()> {
+    let source = Assembled::new(store);
+    let written = write_weights(&Real, path, &source, options).map(drop);
+    // What kept a tensor from coming is the error, not that it did not come.
+    let trouble = source.trouble.into_inner();
+    if let Some(error) = trouble {
+        return Err(ended(store, error));
+    }
+    tell(store, if written.is_ok() { DONE } else { FAILED })?;
+    Ok(written?)
+}
+
+/// An error in the middle of a tensor: others wait for its bytes, or for them to be taken, and hear of it.
+fn ended(store: &mut Store, error: Error) -> Error {
+    if let (Some(part), false) = (&mut store.part, matches!(error, Error::Comm(_))) {
+        part.abort(&error.to_string());
+    }
+    error
 }
 
 fn tell(store: &mut Store, word: i64) -> Result<()> {

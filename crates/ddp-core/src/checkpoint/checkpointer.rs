@@ -21,10 +21,11 @@ use super::signals::Signals;
 use super::training::{gather, load, Beside, Share, Values};
 use super::{kept, parts};
 use crate::optim::ema::{self, Averages, Ema};
-use crate::reduce::{self, Shared};
+use crate::reduce::{self, Reducer, Shared};
 use crate::{Ddp, Error, Optimizer, Result};
 
-/// Makes a training resumable. One on each rank; all its calls are collective.
+/// Makes a training resumable. One on each rank; all its calls are collective: over the `Ddp`'s group, or over the world where it has
+/// [a part](Ddp::set_part) of a model, whose checkpoints every mesh reads.
 ///
 /// Checkpoints are complete or absent: see the README of `phalanx-checkpoint`. A step that saves copies this rank's share to memory and
 /// goes on; a thread writes it.
@@ -223,6 +224,7 @@ impl Checkpointer {
     ) -> Result<Result<Resumed>> {
         let shared = Shared::clone(&self.shared);
         let mut reducer = reduce::lock(&shared)?;
+        self.check_part(&mut reducer)?;
         let averages = self.averages.clone();
         let mut averages = averages.as_deref().map(ema::lock).transpose()?;
         let beside = Beside { optimizer, averages: averages.as_deref_mut() };
@@ -320,6 +322,7 @@ impl Checkpointer {
         let program = program_values(values())?;
         let shared = Shared::clone(&self.shared);
         let mut reducer = reduce::lock(&shared)?;
+        self.check_part(&mut reducer)?;
         if let Some(name) = reducer.pending() {
             return Err(Error::MidStep { name: name.to_owned() });
         }
@@ -348,6 +351,15 @@ impl Checkpointer {
             self.keep(step, &snapshot)?;
         }
         Ok(())
+    }
+
+    /// An error where the model has become a part of a larger one since.
+    fn check_part(&self, reducer: &mut Reducer) -> Result<()> {
+        if self.group.world_size() == reducer.store.everyone().world_size() {
+            return Ok(());
+        }
+        let (setting, value) = ("Checkpointer", "made before Ddp::set_part".to_owned());
+        Err(Error::BadSetting { setting, value, expected: "one that is made after it" })
     }
 
     fn write(&mut self, step: u64, snapshot: &Snapshot<'_>) -> Result<()> {

@@ -60,7 +60,7 @@ impl Ddp {
     /// Fills variables and buffers from weights as others exchange them: a safetensors file, the index of several, or a folder with either.
     /// The counterpart of [`save_weights`](Ddp::save_weights), in every stage and however the model was built, before an
     /// [`Optimizer`](crate::Optimizer) is there or between two steps: its masters follow, and ranks that train by themselves start from there. Averages of weights stay. Gives the names in the files that nothing was taken from.
-    /// Collective; every rank must see the files.
+    /// Collective; every rank must see the files. Of [a part](Ddp::set_part) the files have the whole model, and it is collective over the world.
     ///
     /// A rank reads the ranges that it holds under ZeRO (its segments of the parameters, which stages 1 and 2 then gather), and all of what
     /// every rank has by itself. Numbers are converted to the variables' kinds as libtorch's `copy_` does. It takes 8 MiB, and with

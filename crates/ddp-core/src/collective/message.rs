@@ -145,6 +145,33 @@ impl TensorGroup {
             Ok(started.collect::<Result<Vec<_>>>())
         })?
     }
+
+    /// [`start_together`](Self::start_together) of tensors with the ranks that receive them, and of shapes, all of one kind on one device, with the ranks that
+    /// send them. Results are in these orders.
+    ///
+    /// # Errors
+    /// Those of the group; libtorch's own.
+    pub fn start_messages(
+        &self,
+        sends: &[(&Tensor, usize)],
+        receives: &[(&[i64], usize)],
+        (kind, device): (Kind, Device),
+        tag: &str,
+    ) -> Result<(Vec<Sending>, Vec<Receiving>)> {
+        let received = receives.iter();
+        let received =
+            received.map(|&(shape, peer)| Letter::Receive { shape, kind, device, peer, tag });
+        let sent = sends.iter().map(|&(tensor, peer)| Letter::Send { tensor, peer, tag });
+        let letters: Vec<Letter<'_>> = received.chain(sent).collect();
+        let (mut sending, mut receiving) = (Vec::new(), Vec::new());
+        for started in self.start_together(&letters)? {
+            match started {
+                Started::Sending(one) => sending.push(one),
+                Started::Receiving(one) => receiving.push(one),
+            }
+        }
+        Ok((sending, receiving))
+    }
 }
 
 fn send(group: &mut Group, tensor: &Tensor, peer: usize, tag: &str) -> Result<Sending> {

@@ -206,7 +206,7 @@ impl TensorGroup {
             self.call(&flat, tag, |flat, group| flat.all_to_all_of(group, second.as_ref(), total))?;
         let flats = std::iter::once(flat).chain(second).collect();
         let take =
-            move |flat: &Flat| back.undo(&flat.range(&(0..total))?.f_view(shape.as_slice())?);
+            move |done: &Flat| back.undo(&done.range(&(0..total))?.f_view(shape.as_slice())?);
         Ok(Pending::started(work, flats, self.clone(), Box::new(take)))
     }
 

@@ -5,8 +5,8 @@
 use phalanx_comm::recorder;
 
 use super::rule::check_setting;
+use super::together::Locked;
 use crate::hooks::Hooked;
-use crate::reduce::Reducer;
 use crate::store::norm::Power;
 use crate::{Error, NonFinite, Result};
 
@@ -113,24 +113,30 @@ impl Clip {
     /// Whether a step whose norm is not finite is left out; an error if it is to be one. The same on every rank.
     pub(super) fn skips(
         self,
-        reducer: &mut Reducer,
+        reducers: &mut Locked<'_>,
         (is_scaled, norm): (bool, Option<f64>),
     ) -> Result<bool> {
         let norm = norm.unwrap_or(f64::NAN);
-        let policy = reducer.options.non_finite;
+        let Some((policy, rank, is_parted)) = reducers
+            .first()
+            .map(|first| (first.options.non_finite, first.store.rank_of_all(), first.is_parted()))
+        else {
+            return Ok(false);
+        };
         let is_error = self.is_strict || (policy == NonFinite::Error && !is_scaled);
         if is_error || is_scaled || policy == NonFinite::SkipStep {
-            reducer.hooked.iter_mut().for_each(Hooked::reset);
+            let hooked = reducers.iter_mut().filter_map(|reducer| reducer.hooked.as_mut());
+            hooked.for_each(Hooked::reset);
         }
         if is_error {
-            reducer.release_gradients()?;
+            reducers.iter_mut().try_for_each(|reducer| reducer.release_gradients())?;
             let error = Error::NonFiniteNorm { norm };
-            if !reducer.is_parted() {
+            if !is_parted {
                 recorder::tell_shared_error(&error.to_string());
             }
             return Err(error);
         }
-        if !is_scaled && policy != NonFinite::Ignore && reducer.store.rank_of_all() == 0 {
+        if !is_scaled && policy != NonFinite::Ignore && rank == 0 {
             tracing::warn!(norm, "the norm of all gradients is not finite");
         }
         Ok(is_scaled || policy == NonFinite::SkipStep)

@@ -28,6 +28,7 @@ mod rule;
 pub(crate) mod saved;
 mod sgd;
 mod state;
+mod together;
 mod waves;
 mod whole;
 
@@ -50,12 +51,14 @@ pub use rule::{Norms, Now, Rule, Runs, Whole};
 pub use sgd::Sgd;
 
 use crate::amp::LossScaler;
-use crate::reduce::{self, Outcome, Reducer, Shared};
+use crate::reduce::{self, Reducer, Shared};
 use crate::store::model::Named;
 use crate::store::norm::{self, Power};
 use crate::store::plan::Bucket;
 use crate::store::{agree, Store};
-use crate::{Ddp, Error, Result};
+use crate::{Ddp, Result};
+#[cfg(doc)]
+use crate::{Error, NonFinite};
 use groups::GroupSettings;
 use numbers::{Changes, Numbers};
 use piece::{Owned, Piece, Treatment};
@@ -119,8 +122,8 @@ impl Optimizer {
     /// Allocates the state. Collective.
     ///
     /// # Errors
-    /// [`Error::RanksDiffer`] where another rank has another rule, other settings or groups;
-    /// [`Error::BadSetting`]; errors of the group and of libtorch.
+    /// [`Error::RanksDiffer`] where another rank has another rule, other settings or groups; [`Error::CutParameter`] for a rule that
+    /// needs a parameter whole of which [this rank has a part](Ddp::set_part); [`Error::BadSetting`]; errors of the group and of libtorch.
     pub fn new(ddp: &Ddp, rule: impl Rule + 'static, groups: ParameterGroups) -> Result<Self> {
         let shared = Shared::clone(ddp.shared());
         let mut reducer = reduce::lock(&shared)?;
@@ -186,7 +189,7 @@ impl Optimizer {
     /// [`Error::NoGradients`] when no backward exchanged gradients since the last step; [`Error::BadSetting`]
     /// for a limit that is not above zero; [`Error::NonFiniteNorm`]; errors of the group.
     pub fn step(&mut self, clip: impl Into<Clip>) -> Result<Step> {
-        self.step_divided(clip.into(), 1.0)
+        together::step(&mut [self], clip.into(), 1.0)
     }
 
     /// As [`step`](Self::step) for a loss that was [scaled](LossScaler::scale): divides the gradients by the scale
@@ -198,52 +201,29 @@ impl Optimizer {
     /// # Errors
     /// As [`step`](Self::step).
     pub fn step_scaled(&mut self, clip: impl Into<Clip>, scaler: &mut LossScaler) -> Result<Step> {
-        let step = self.step_divided(clip.into(), scaler.value())?;
+        let step = together::step(&mut [self], clip.into(), scaler.value())?;
         scaler.update(step.skipped);
         Ok(step)
     }
 
-    fn step_divided(&mut self, clip: Clip, loss_scale: f64) -> Result<Step> {
-        clip.check()?;
-        let shared = Shared::clone(&self.shared);
-        let mut reducer = reduce::lock(&shared)?;
-        let made_with = [clip.bytes(), loss_scale.to_le_bytes().to_vec()].concat();
-        let has_gradient = match reducer.take_outcome(self.lr, &made_with)? {
-            Outcome::Nothing => return Err(Error::NoGradients),
-            Outcome::Refused(refusal) => return Err(refusal.into()),
-            Outcome::Skipped => return Ok(Step { gradient_norm: Some(f64::NAN), skipped: true }),
-            Outcome::Reduced(has_gradient) => has_gradient,
-        };
-        let has_gradient = reducer.steppable(has_gradient)?;
-        reducer.store.meet()?;
-        reducer.store.heed_written()?;
-        self.fit(&mut reducer.store)?;
-        let is_scaled = (loss_scale - 1.0).abs() > 0.0;
-        let norm = match clip.power().or(is_scaled.then_some(Power::Two)) {
-            Some(power) => {
-                Some(self.gradient_norm(&mut reducer, &has_gradient, power)? / loss_scale)
-            }
-            None => None,
-        };
-        if norm.is_some_and(|norm| !norm.is_finite())
-            && clip.skips(&mut reducer, (is_scaled, norm))?
-        {
-            reducer.release_gradients()?;
-            return Ok(Step { gradient_norm: norm, skipped: true });
+    /// As [`step`](Self::step) for several models that one loss trains, each with a [`Ddp`] and an optimizer of its own (experts beside the layers that
+    /// all ranks have, say): clips to the norm of all of them together, and makes the steps of all or of none. In the same order on all
+    /// ranks; what is done about a norm that is not finite says the first one's `Ddp`. With a `scaler` as
+    /// [`step_scaled`](Self::step_scaled).
+    ///
+    /// # Errors
+    /// As [`step`](Self::step); [`Error::BadSetting`] for none, or two of one `Ddp`.
+    pub fn step_all(
+        all: &mut [&mut Self],
+        clip: impl Into<Clip>,
+        scaler: Option<&mut LossScaler>,
+    ) -> Result<Step> {
+        let scale = scaler.as_ref().map_or(1.0, |scaler| scaler.value());
+        let step = together::step(all, clip.into(), scale)?;
+        if let Some(scaler) = scaler {
+            scaler.update(step.skipped);
         }
-        let changes = Changes {
-            divisor: clip.divisor(norm) * loss_scale,
-            value_max: clip.value_max().map(|max| max * loss_scale),
-        };
-        self.update(&mut reducer, &has_gradient, changes)?;
-        let stepped = &mut reducer.store.optimizer;
-        stepped.steps += 1;
-        stepped.lr = self.lr;
-        stepped.settings = crc32c::crc32c_append(stepped.settings, &made_with);
-        self.step_count += 1;
-        reducer.store.forget_unrounded();
-        reducer.release_gradients()?;
-        Ok(Step { gradient_norm: norm, skipped: false })
+        Ok(step)
     }
 
     /// Gives parameters that are new their group.
@@ -292,22 +272,6 @@ impl Optimizer {
             self.state.heed_masters(store, &self.everything(store))?;
         }
         Ok(())
-    }
-
-    fn gradient_norm(
-        &self,
-        reducer: &mut Reducer,
-        has_gradient: &[bool],
-        power: Power,
-    ) -> Result<f64> {
-        let start = Instant::now();
-        let store = &mut reducer.store;
-        let counted = self.owned(store, &store.counted(has_gradient));
-        let own = norm::of(&gradient_parts(store, &counted), 1, power)?;
-        let computed = start.elapsed();
-        let sum = store.over_model(own)?[0];
-        reducer.waited(start.elapsed().saturating_sub(computed));
-        Ok(power.norm(sum))
     }
 
     fn update(
@@ -442,16 +406,6 @@ impl Drop for Optimizer {
             reducer.store.optimizer.count -= 1;
         }
     }
-}
-
-/// The gradients of this rank's pieces, all for one sum.
-fn gradient_parts<'a>(store: &'a Store, owned: &[Owned]) -> Vec<norm::Part<'a>> {
-    let of = |(storage, piece): (usize, &Piece)| {
-        let (memory, range) =
-            store.storages[storage].gradients.at(&piece.run.range, &piece.run.segment);
-        norm::Part { memory, range, sum: 0 }
-    };
-    pieces(owned).map(of).collect()
 }
 
 /// The parameters of this rank's pieces, by parameter.

@@ -9,15 +9,12 @@ use crate::store::Store;
 use crate::Result;
 
 impl Store {
-    /// The values of what the whole model has, of what counts on this rank. Collective.
-    pub(crate) fn over_model(&mut self, own: Own) -> Result<Vec<f64>> {
-        if self.part.is_none() {
-            return self.over_ranks(own);
-        }
+    /// What the whole model has, of what counts on this rank; exact still. Collective.
+    pub(crate) fn summed_over_model(&mut self, own: Own) -> Result<Own> {
         let of_part = self.summed(own)?;
         match &mut self.part {
-            Some(part) => norm::over_ranks(&mut part.model, of_part),
-            None => Ok(of_part.values()),
+            Some(part) => norm::summed(&mut part.model, of_part),
+            None => Ok(of_part),
         }
     }
 

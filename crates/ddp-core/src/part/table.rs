@@ -184,6 +184,7 @@ impl Entry {
 }
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "cuts of one range")]
 mod tests {
     use super::*;
 

@@ -36,7 +36,8 @@ impl Reducer {
             takes_part: open.is_backward || self.accumulated.pending.contains(&true),
         };
         let tag = self.tag(if self.joining { "who takes part" } else { "weight" });
-        let work = self.head.start(&mut self.store.group, &tag, head.encode())?;
+        let group = self.weighing.as_mut().unwrap_or(&mut self.store.group);
+        let work = self.head.start(group, &tag, head.encode())?;
         if let Some(run) = &mut self.run {
             run.head = Some(work);
         }
@@ -50,7 +51,10 @@ impl Reducer {
         }
         let head = self.run.as_mut().and_then(|run| run.head.take());
         let scale = match head {
-            None => Scale(one_over(count(self.store.group.world_size()))),
+            None => {
+                let group = self.weighing.as_ref().unwrap_or(&self.store.group);
+                Scale(one_over(count(group.world_size())))
+            }
             Some(work) => {
                 let start = Instant::now();
                 work.wait()?;

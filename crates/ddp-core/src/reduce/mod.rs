@@ -22,7 +22,7 @@ pub(crate) mod fingerprint;
 mod finite;
 pub(crate) mod inside;
 mod landing;
-mod notes;
+pub(crate) mod notes;
 pub mod ready;
 pub(crate) mod statistics;
 mod watch;
@@ -31,7 +31,7 @@ mod witness;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
-use phalanx_comm::{recorder, Mark, Region};
+use phalanx_comm::{recorder, Group, Mark, Region};
 
 use crate::diloco::Local;
 use crate::hooks::Hooked;
@@ -81,7 +81,9 @@ pub(crate) struct Reducer {
     is_suspect: bool,
     /// Whether the order in which gradients become ready is settled.
     is_order_settled: bool,
-    head: Notes<{ Head::LEN }>,
+    pub(crate) head: Notes<{ Head::LEN }>,
+    /// Over whose ranks heads are told, if not over those of the store's group.
+    pub(crate) weighing: Option<Group>,
     tail: Notes<{ Tail::LEN }>,
     /// By parameter, with `find_unused_parameters` or `static_graph`: whether any rank has a gradient for it.
     used: Option<Region<i32>>,
@@ -270,6 +272,7 @@ impl Reducer {
             is_suspect: false,
             is_order_settled,
             head,
+            weighing: None,
             tail,
             used: None,
             clock: Clock {
@@ -349,6 +352,11 @@ impl Reducer {
         self.store.clear_gradients()?;
         self.forget();
         Ok(())
+    }
+
+    /// Whether gradients have come that were not exchanged.
+    pub(crate) fn has_pending(&self) -> bool {
+        self.accumulated.pending.contains(&true)
     }
 
     /// Forgets what has accumulated, and what was exchanged.

@@ -77,6 +77,15 @@ impl ExactSum {
         self.additions = 0;
     }
 
+    /// Adds another sum.
+    pub(crate) fn take_in(&mut self, other: &Self) {
+        self.carry();
+        let mut other = other.clone();
+        other.carry();
+        self.words.iter_mut().zip(other.words).for_each(|(word, more)| *word += more);
+        self.carry();
+    }
+
     /// The words of the accumulator: those of several may be added, 2^30 of them.
     pub(crate) fn into_words(mut self) -> [i64; WORDS] {
         self.carry();
@@ -167,6 +176,10 @@ mod tests {
             }
             let together = ExactSum::of_words(&words).unwrap();
             assert_eq!(together.value().to_bits(), forward.value().to_bits());
+            let mut added = ExactSum::default();
+            let of_parts = values.chunks(parts).map(|part| sum(part.iter().copied()));
+            of_parts.for_each(|part| added.take_in(&part));
+            assert_eq!(added, together);
         }
         assert_eq!(ExactSum::of_words(&[1, 2]), None);
     }

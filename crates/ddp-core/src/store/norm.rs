@@ -124,6 +124,21 @@ impl Own {
         }
     }
 
+    /// Both together.
+    pub(crate) fn with(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Sums(mut sums), Self::Sums(others)) => {
+                sums.iter_mut().zip(&others).for_each(|(sum, more)| sum.take_in(more));
+                Self::Sums(sums)
+            }
+            (Self::Largest(mut all), Self::Largest(others)) => {
+                all.iter_mut().zip(&others).for_each(|(one, more)| *one = larger(*one, *more));
+                Self::Largest(all)
+            }
+            (own, _) => own,
+        }
+    }
+
     /// The values, where this rank has all.
     pub(crate) fn values(&self) -> Vec<f64> {
         match self {
@@ -161,11 +176,6 @@ fn sum_of_squares<T: Copy>(values: &[T], to_f64: &impl Fn(T) -> f64) -> f64 {
     }
     let [a, b, c, d, e, f, g, h] = lanes;
     ((a + e) + (c + g)) + ((b + f) + (d + h))
-}
-
-/// The values of what has parts on the ranks of `group`. Collective.
-pub(crate) fn over_ranks(group: &mut Group, own: Own) -> Result<Vec<f64>> {
-    Ok(summed(group, own)?.values())
 }
 
 /// What parts on the ranks of `group` have come to together, exact still. Collective.

@@ -5,7 +5,8 @@
 #![allow(
     clippy::unwrap_used,
     clippy::shadow_unrelated,
-    reason = "a failed unwrap is a failed test"
+    clippy::single_range_in_vec_init,
+    reason = "a failed unwrap is a failed test; cuts have ranges"
 )]
 
 mod checkpoints;

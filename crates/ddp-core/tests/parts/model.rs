@@ -114,7 +114,7 @@ struct Block {
 
 impl Part {
     pub(crate) fn new(rank: &Rank, kind: Kind) -> Self {
-        let vs = nn::VarStore::new(Device::Cpu);
+        let mut vs = nn::VarStore::new(Device::Cpu);
         let mut cuts = BTreeMap::new();
         let mut make = |name: String, shape: &[i64], cut: Option<(usize, Vec<Range<i64>>)>| {
             let mut all = values(&name, shape);
@@ -126,7 +126,7 @@ impl Part {
                 all = Tensor::cat(&parts, dim as i64);
                 cuts.insert(name.clone(), Cut::new(shape, dim, ranges));
             }
-            vs.root().var_copy(&name, &all.to_kind(kind))
+            vs.root().var_copy(&name, &all)
         };
         let embedding = make("embedding".to_owned(), &[WORDS, WIDTH], None);
         let own = rank.share(INNER);
@@ -146,10 +146,11 @@ impl Part {
             }
         };
         let blocks = layers.map(block).collect();
+        vs.set_kind(kind);
         Self { vs, cuts, embedding, blocks }
     }
 
-    fn sorted(&self) -> Vec<(String, Tensor)> {
+    pub(crate) fn sorted(&self) -> Vec<(String, Tensor)> {
         let mut all: Vec<_> = self.vs.variables().into_iter().collect();
         all.sort_by(|a, b| a.0.cmp(&b.0));
         all

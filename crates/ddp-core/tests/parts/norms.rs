@@ -1,10 +1,10 @@
 //! Norms, clipping and trust ratios are those of the whole model.
 
 use phalanx_ddp_core::optim::Rule;
-use phalanx_ddp_core::{Clip, Lars, Optimizer, ParameterGroups, Sgd, Zero};
+use phalanx_ddp_core::{Clip, Ddp, Lars, ModelPart, Optimizer, ParameterGroups, Sgd, Zero};
 use tch::Kind;
 
-use crate::model::{bound, mesh, on_mesh, options, wrapped, Mesh, ALONE};
+use crate::model::{bound, mesh, on_mesh, options, wrapped, Mesh, Part, ALONE};
 
 /// The norm, or the sum of losses, of each step; a rank's own.
 type Trace = Vec<(f64, f64)>;
@@ -83,6 +83,50 @@ fn every_kind_of_clipping_is_of_the_whole_model() {
     let norm = |p| Clip::p_norm(0.2, p);
     for clip in [norm(1.0), norm(3.0), norm(f64::INFINITY), Clip::value(0.01), Clip::none()] {
         check(&meshes, sgd, clip);
+    }
+}
+
+/// Three steps with one `Ddp` of all variables, or with two of them that are stepped together: norms and parameters, as bits.
+fn divided(zero: Zero, is_divided: bool) -> Vec<(Vec<u64>, Vec<u64>)> {
+    on_mesh(mesh(1, 2, 2), zero, move |mut rank| {
+        let part = Part::new(&rank, Kind::Double);
+        let is_inner = |name: &str| name.contains("up") || name.contains("down");
+        let mut ddps = Vec::new();
+        for inner in [false, true] {
+            let own = |name: &str| !is_divided || is_inner(name) == inner;
+            if !is_divided && inner {
+                continue;
+            }
+            let variables = part.sorted().into_iter().filter(|(name, _)| own(name)).collect();
+            let options = options(zero);
+            let ddp = Ddp::from_tensors(variables, Vec::new(), &mut rank.data, options).unwrap();
+            let cuts = part.cuts.clone().into_iter().filter(|(name, _)| own(name)).collect();
+            let given = ModelPart { model: &mut rank.model, world: &mut rank.world, cuts };
+            ddp.set_part(given).unwrap();
+            ddps.push(ddp);
+        }
+        let new = |ddp| Optimizer::new(ddp, sgd(), ParameterGroups::default()).unwrap();
+        let mut optimizers: Vec<Optimizer> = ddps.iter().map(new).collect();
+        let mut norms = Vec::new();
+        for step in 0..3 {
+            part.backward(&rank, &ddps[0], step);
+            let mut all: Vec<&mut Optimizer> = optimizers.iter_mut().collect();
+            let done = Optimizer::step_all(&mut all, Some(0.3), None).unwrap();
+            norms.push(done.gradient_norm.unwrap().to_bits());
+        }
+        let mut bits = Vec::new();
+        for (_, variable) in part.sorted() {
+            let values = Vec::<f64>::try_from(variable.detach().reshape([-1])).unwrap();
+            bits.extend(values.into_iter().map(f64::to_bits));
+        }
+        (norms, bits)
+    })
+}
+
+#[test]
+fn models_that_are_stepped_together_are_clipped_to_one_norm() {
+    for zero in [Zero::Off, Zero::Two] {
+        assert_eq!(divided(zero, true), divided(zero, false), "{zero:?}");
     }
 }
 

@@ -1,7 +1,7 @@
 //! A step is made on all ranks of a model, or on none.
 
 use phalanx_ddp_core::amp::LossScaler;
-use phalanx_ddp_core::{Error, NonFinite, Optimizer, ParameterGroups, Sgd, Zero};
+use phalanx_ddp_core::{Error, NonFinite, Optimizer, ParameterGroups, Sgd, Sync, Zero};
 use tch::{Kind, Tensor};
 
 use crate::model::{mesh, on_mesh, options, wrapped, Mesh, Part, Rank};
@@ -74,7 +74,7 @@ fn where_they_are_an_error_the_step_tells_it_on_all_ranks() {
         // Of the world: the last stage's last part, of the first samples.
         let culprit = (pp - 1) * dp * tp + tp - 1;
         assert!(errors[0].contains(&format!("rank {culprit}:")), "{}", errors[0]);
-        assert!(errors[0].contains(&format!("layer1-up")), "{}", errors[0]);
+        assert!(errors[0].contains("layer1-up"), "{}", errors[0]);
         assert!(errors.iter().all(|error| *error == errors[0]), "{errors:?}");
     }
 }
@@ -98,6 +98,22 @@ fn a_norm_that_is_not_finite_is_so_on_all_ranks() {
         optimizer.step(Some(1.0)).unwrap()
     });
     assert!(all.iter().all(|step| step.skipped && step.gradient_norm == Some(f64::INFINITY)));
+}
+
+#[test]
+fn a_stage_whose_backward_fails_ends_the_step_of_the_others() {
+    let errors = on_mesh(mesh(2, 1, 1), Zero::Off, |mut rank| {
+        let (part, ddp) = wrapped(&mut rank, options(Zero::Off), Kind::Double);
+        let mut optimizer =
+            Optimizer::new(&ddp, Sgd::default(), ParameterGroups::default()).unwrap();
+        let used =
+            part.sorted().into_iter().filter(|(name, _)| !rank.is_last() || name == "embedding");
+        let loss = used.map(|(_, variable)| variable.sum(None::<Kind>)).sum::<Tensor>();
+        let done = ddp.backward(&loss, 1.0, Sync::Reduce).and_then(|()| optimizer.step(None));
+        done.unwrap_err().to_string()
+    });
+    let reason = "backward ended without a gradient";
+    assert!(errors.iter().all(|error| error.contains(reason)), "{errors:?}");
 }
 
 #[test]

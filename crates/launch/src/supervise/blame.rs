@@ -76,7 +76,7 @@ impl Supervisor {
 
     fn failure_of(&mut self, suspect: usize) -> RankFailure {
         let finding = flight::investigate(&self.ranks, suspect, self.world_size, &self.lineup_path);
-        let evidence = Box::new(finding.evidence);
+        let mut evidence = Box::new(finding.evidence);
         let (started, now) = (self.started, Instant::now());
         let after = |ended: Option<Ended>| ended.map_or(now, |end| end.at).duration_since(started);
         match finding.culprit {
@@ -85,10 +85,14 @@ impl Supervisor {
             }
             Culprit::Here(at) => {
                 let rank = &mut self.ranks[at];
+                let exit = rank.ended.map_or(Exit::Not, |end| end.exit);
+                if exit == Exit::Signal(Signal::KILL.as_raw()) {
+                    evidence.out_of_memory = self.memory.verdict(rank.resident_bytes);
+                }
                 RankFailure {
                     rank: rank.number,
                     process: Some((self.host.clone(), rank.process.id())),
-                    exit: rank.ended.map_or(Exit::Not, |end| end.exit),
+                    exit,
                     after: after(rank.ended),
                     last_lines: rank.tail.lines(),
                     evidence,

@@ -30,6 +30,7 @@ use crate::elastic::Link;
 use crate::error::{system, LaunchError};
 use crate::guard::Guard;
 use crate::nodes::Nodes;
+use crate::out_of_memory::{self, MemoryWatch};
 use crate::process;
 use crate::rank::{Rank, Staying};
 use crate::report::Failure;
@@ -46,6 +47,8 @@ pub(crate) const KILL_MAX: Duration = Duration::from_secs(5);
 const RESTART_GRACE: Duration = Duration::from_millis(100);
 /// How often ranks are looked at whose memory alone says what they are at.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
+/// How often ranks are asked what they have in memory.
+const MEMORY_LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How often a node of an elastic job looks whether it is cut off.
 const LINK_LOOK_EVERY: Duration = Duration::from_millis(500);
 
@@ -97,6 +100,9 @@ pub(crate) struct Supervisor {
     pub(crate) begun: Instant,
     /// When this attempt began.
     started: Instant,
+    memory: MemoryWatch,
+    /// When the ranks are asked next what they have in memory.
+    memory_look_at: Instant,
     state: State,
 }
 
@@ -156,6 +162,8 @@ impl Supervisor {
             world_size: 0,
             begun: now,
             started: now,
+            memory: MemoryWatch::new(),
+            memory_look_at: now,
             state: State::new(),
         }
     }
@@ -166,6 +174,8 @@ impl Supervisor {
         self.guard.forget();
         self.state = State::new();
         self.started = Instant::now();
+        self.memory.begin();
+        self.memory_look_at = self.started;
         self.world_size = world_size;
         self.lineup_path = lineup_path;
     }
@@ -189,6 +199,7 @@ impl Supervisor {
                 self.read(at);
             }
             self.hear_ranks(now);
+            self.look_at_memory(now);
             self.collect(now)?;
             self.hear_news(now);
             self.hear_orders(now);
@@ -202,6 +213,23 @@ impl Supervisor {
         }
         self.line_up_nodes();
         Ok(self.state.end.clone())
+    }
+
+    /// So that the report of one that is killed for lack of memory can say how much it had.
+    fn look_at_memory(&mut self, now: Instant) {
+        if now < self.memory_look_at {
+            return;
+        }
+        self.memory_look_at = now + MEMORY_LOOK_EVERY;
+        for rank in self.ranks.iter_mut().filter(|rank| rank.ended.is_none()) {
+            let resident = out_of_memory::resident_bytes(rank.process.id());
+            rank.resident_bytes = resident.or(rank.resident_bytes);
+        }
+    }
+
+    /// How many ranks the last generation has left, that wait for a place.
+    pub(crate) fn kept_count(&self) -> usize {
+        self.kept.len()
     }
 
     /// Between two generations of an elastic job: waits for an order, a signal, or a little while.
@@ -310,7 +338,8 @@ impl Supervisor {
             }
         });
         let look = self.link.as_ref().map(|_| Instant::now() + LINK_LOOK_EVERY);
-        drains.chain(stage).chain(decision).chain(look).min()
+        let memory = self.ranks.iter().any(|rank| !rank.is_done()).then_some(self.memory_look_at);
+        drains.chain(stage).chain(decision).chain(look).chain(memory).min()
     }
 
     fn handle_signal(&mut self, signal: Signal, meaning: Meaning, count: usize, now: Instant) {

@@ -75,6 +75,8 @@ enum Act {
     /// Every rank waits and ignores requests to end.
     Stubborn,
     Kill,
+    /// The chosen rank takes memory until something ends it.
+    Eat,
     Panic,
     Exit,
     /// The chosen rank dies, and the others notice and end with "a peer is gone".
@@ -176,6 +178,7 @@ fn work(args: &Args) -> ExitCode {
             eprintln!("about to die");
             kill_process(getpid(), Signal::KILL).expect("own process");
         }
+        Act::Eat if is_chosen => eat(),
         Act::Panic if is_chosen => panic!("rank {} is out of paper", world.rank),
         Act::Exit if is_chosen => {
             eprintln!("cannot go on\nbecause of this");
@@ -186,7 +189,7 @@ fn work(args: &Args) -> ExitCode {
         Act::Train | Act::Commit => return train::train(args, &world),
         Act::Stay => return train::stay(args),
         Act::Endless => return train::endless(&world),
-        Act::Kill | Act::Panic | Act::Exit => wait(),
+        Act::Kill | Act::Eat | Act::Panic | Act::Exit => wait(),
     }
     ExitCode::SUCCESS
 }
@@ -194,6 +197,16 @@ fn work(args: &Args) -> ExitCode {
 fn wait() {
     println!("pid {}", std::process::id());
     pause(LONG);
+}
+
+/// More than the test allows; not so much that a machine without such limits minds.
+fn eat() {
+    let mut eaten = Vec::new();
+    for megabyte in 0..1024_u32 {
+        // Not zeros, which would take nothing.
+        eaten.push(vec![(megabyte % 255 + 1) as u8; 1 << 20]);
+    }
+    println!("ate {} MiB", std::hint::black_box(&eaten).len());
 }
 
 fn ignore(signal: i32) {

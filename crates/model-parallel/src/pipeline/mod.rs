@@ -7,4 +7,4 @@ mod engine;
 pub mod partition;
 pub mod schedule;
 
-pub use engine::{Pipeline, Shaped, Stage, StepOutput};
+pub use engine::{Computing, Pipeline, Shaped, Stage, StepOutput};

@@ -5,6 +5,7 @@
 //! computes the input's gradient.
 
 use phalanx_ddp_core::autograd::Function;
+use phalanx_ddp_core::collective::Pending;
 use phalanx_ddp_core::Result;
 use tch::Tensor;
 
@@ -104,7 +105,6 @@ impl ColumnLinear {
     }
 
     /// This rank's part of the weight.
-    #[must_use]
     pub fn weight(&self) -> &Tensor {
         &self.part.weight.tensor
     }
@@ -205,16 +205,15 @@ impl Products {
             true => Some(self.tp.start_gather(x, &tag)?),
             false => None,
         };
-        let summing = match (needs[0], self.of_input(&saved[1..], gradients)?) {
-            (true, Some(of_x)) => {
-                Some(self.tp.start_sum(&of_x, &self.tag("gradient of the input"))?)
-            }
-            _ => None,
-        };
+        let of_x = if needs[0] { self.of_input(&saved[1..], gradients)? } else { None };
+        let of_input = self.tag("gradient of the input");
+        let summing = of_x.map(|of_x| self.tp.start_sum(&of_x, &of_input)).transpose()?;
         let of_variables = match deferred {
             None => {
-                let whole =
-                    gather.map_or_else(|| x.f_detach().map_err(Into::into), |g| g.wait())?;
+                let whole = match gather {
+                    Some(gather) => gather.wait()?,
+                    None => x.f_detach()?,
+                };
                 self.of_variables(&whole, gradients, &wants)?
             }
             Some(deferred) => {
@@ -222,7 +221,7 @@ impl Products {
                 self.parts.iter().map(|_| (None, None)).collect()
             }
         };
-        let mut all = vec![summing.map(|sum| sum.wait()).transpose()?];
+        let mut all = vec![summing.map(Pending::wait).transpose()?];
         for (part, (of_weight, of_bias)) in self.parts.iter().zip(of_variables) {
             all.push(of_weight);
             all.extend(part.bias.is_some().then_some(of_bias));
@@ -251,12 +250,12 @@ impl Products {
         wants: &Wants,
     ) -> Result<OfVariables> {
         let (mut all, mut views) = (Vec::new(), Vec::new());
-        for ((part, gradient), wants) in self.parts.iter().zip(gradients).zip(wants) {
+        for ((part, gradient), own) in self.parts.iter().zip(gradients).zip(wants) {
             let Some(gradient) = gradient else {
                 all.push((None, None));
                 continue;
             };
-            let (weight, bias) = part.weight.gradients(x, gradient, *wants)?;
+            let (weight, bias) = part.weight.gradients(x, gradient, *own)?;
             if let Some(weight) = &weight {
                 views.extend(repeated::views(weight, part.weight.outputs(), &part.pieces)?);
             }

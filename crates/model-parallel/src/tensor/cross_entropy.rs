@@ -11,6 +11,7 @@
 use std::ops::Range;
 
 use phalanx_ddp_core::autograd::Function;
+use phalanx_ddp_core::collective::Pending;
 use tch::{Kind, Tensor};
 
 use super::embedding::local;
@@ -65,13 +66,13 @@ pub fn cross_entropy(
             Ok((vec![found.loss], (head, leaf)))
         },
         move |backward, gradients| {
-            let (needs, (head, leaf)) = (&backward.needs_input_grad, backward.state);
+            let (needs, (rank, variable)) = (&backward.needs_input_grad, backward.state);
             let Some(scale) = &gradients[0] else { return Ok(none(needs.len())) };
             let scaled = |saved: &Tensor| saved.f_mul(&scale.f_to_kind(saved.kind())?);
             let of_hidden = match needs[0] {
                 true => {
                     let scaled = scaled(&backward.saved[0])?;
-                    Some(head.tp.start_sum(&scaled, "cross-entropy: gradient of hidden states")?)
+                    Some(rank.tp.start_sum(&scaled, "cross-entropy: gradient of hidden states")?)
                 }
                 false => None,
             };
@@ -82,10 +83,10 @@ pub fn cross_entropy(
             if let (Some(deferred), Some(gradient)) =
                 (&deferred, of_weight.take_if(|_| deferred.is_some()))
             {
-                let leaf = leaf.shallow_clone();
-                deferred.leave(move || Ok(vec![(leaf, gradient)]));
+                let variable = variable.shallow_clone();
+                deferred.leave(move || Ok(vec![(variable, gradient)]));
             }
-            Ok(vec![of_hidden.map(|sum| sum.wait()).transpose()?, of_weight])
+            Ok(vec![of_hidden.map(Pending::wait).transpose()?, of_weight])
         },
     )?;
     Ok(outputs.swap_remove(0))
@@ -226,7 +227,7 @@ impl Head {
         let mut found = Found {
             loss: Tensor::f_zeros([], (wide(weight.kind()), hidden.device()))?,
             of_hidden: self.wants.0.then(|| hidden.f_empty_like()).transpose()?,
-            of_weight: self.wants.1.then(|| weight.f_zeros_like()).transpose()?,
+            of_weight: None,
         };
         let mut start = 0;
         while start < tokens {
@@ -238,8 +239,12 @@ impl Head {
                 let mut rows = of_hidden.f_narrow(0, start, len)?;
                 rows.f_copy_(&of_chunk.1.f_matmul(weight)?)?;
             }
-            if let Some(of_weight) = &mut found.of_weight {
-                drop(of_weight.f_addmm_(&of_chunk.1.f_tr()?, &chunk)?);
+            if self.wants.1 {
+                let rows = of_chunk.1.f_tr()?;
+                found.of_weight = Some(match found.of_weight.take() {
+                    None => rows.f_matmul(&chunk)?,
+                    Some(mut sum) => sum.f_addmm_(&rows, &chunk)?,
+                });
             }
             start += len;
         }
@@ -286,11 +291,11 @@ impl Head {
         }
         let mine = Tensor::f_stack(&[most, sum, target], 0)?.f_unsqueeze(0)?;
         let all = self.tp.group.all_gather(&mine, 0, "cross-entropy: sums")?;
-        let (most, sum, target) = (all.f_select(1, 0)?, all.f_select(1, 1)?, all.f_select(1, 2)?);
-        let over_all = most.f_amax([0_i64].as_slice(), false)?;
-        let scaled = most.f_sub(&over_all)?.f_exp()?.f_mul(&sum)?;
+        let of_ranks = |row: i64| all.f_select(1, row);
+        let over_all = of_ranks(0)?.f_amax([0_i64].as_slice(), false)?;
+        let scaled = of_ranks(0)?.f_sub(&over_all)?.f_exp()?.f_mul(&of_ranks(1)?)?;
         let log_sum = scaled.f_sum_dim_intlist([0_i64].as_slice(), false, None)?.f_log()?;
-        let target = target.f_sum_dim_intlist([0_i64].as_slice(), false, None)?;
-        Ok((log_sum.f_add(&over_all)?, target))
+        let of_target = of_ranks(2)?.f_sum_dim_intlist([0_i64].as_slice(), false, None)?;
+        Ok((log_sum.f_add(&over_all)?, of_target))
     }
 }

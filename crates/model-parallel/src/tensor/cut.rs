@@ -68,14 +68,14 @@ pub(super) fn uneven(len: i64, (rank, ranks): (i64, i64)) -> Range<i64> {
 
 /// The error that says which sizes would do.
 pub(super) fn indivisible(layer: &str, what: &'static str, len: i64, ranks: i64) -> Error {
-    let possible = (1..=len.min(LISTED_MAX)).filter(|ranks| len % ranks == 0);
+    let possible = (1..=len.min(LISTED_MAX)).filter(|count| len % count == 0);
     Error::Indivisible {
         layer: layer.to_owned(),
         what,
         len,
         axis: Axis::Tp,
         ranks: usize::try_from(ranks).unwrap_or(0),
-        possible: possible.filter_map(|ranks| usize::try_from(ranks).ok()).collect(),
+        possible: possible.filter_map(|count| usize::try_from(count).ok()).collect(),
     }
 }
 

@@ -74,7 +74,7 @@ impl VocabEmbedding {
         let (local, is_mine) = local(ids, self.first, rows)?;
         let shape = [&ids.size()[..], &[width]].concat();
         let (tp, tag) = (self.tp.clone(), self.name.clone());
-        let backward_state = (local.shallow_clone(), is_mine.shallow_clone());
+        let kept = (local.shallow_clone(), is_mine.shallow_clone());
         let mut outputs = Function::new("vocab_embedding").apply(
             &[&self.weight],
             |_, inputs| {
@@ -82,17 +82,17 @@ impl VocabEmbedding {
                 let words = words.f_view(shape.as_slice())?;
                 let mine = masked(&tp, words, &is_mine)?;
                 let sum = self.tp.start_sum(&mine, &format!("{tag}: words"))?.wait()?;
-                Ok((vec![sum], backward_state))
+                Ok((vec![sum], kept))
             },
             {
                 let (tp, tag) = (tp.clone(), format!("{tag}: gradients of words"));
                 move |backward, gradients| {
                     let Some(gradient) = &gradients[0] else { return Ok(vec![None]) };
-                    let (local, is_mine) = backward.state;
+                    let (indices, mask) = backward.state;
                     let whole = tp.start_gather(gradient, &tag)?.wait()?;
-                    let mine = masked(&tp, whole, is_mine)?.f_contiguous()?;
+                    let mine = masked(&tp, whole, mask)?.f_contiguous()?;
                     let of_rows =
-                        Tensor::f_embedding_dense_backward(&mine, local, rows, -1, false)?;
+                        Tensor::f_embedding_dense_backward(&mine, indices, rows, -1, false)?;
                     Ok(vec![Some(of_rows)])
                 }
             },
@@ -101,7 +101,6 @@ impl VocabEmbedding {
     }
 
     /// This rank's rows of the table.
-    #[must_use]
     pub fn weight(&self) -> &Tensor {
         &self.weight
     }
@@ -192,7 +191,6 @@ impl PositionEmbedding {
     }
 
     /// The table.
-    #[must_use]
     pub fn weight(&self) -> &Tensor {
         &self.weight
     }

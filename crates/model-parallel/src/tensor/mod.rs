@@ -17,6 +17,11 @@
 //! Sums over ranks are in rank order, so all ranks of the group get the same bits, and gradients of variables that all have whole are equal on all of them, provided that
 //! they compute alike: on one kind of device, with as many threads each.
 //!
+//! # Gradients later, forwards again
+//! Products and the head leave gradients of weights to a [`Deferred`](crate::layer::Deferred) that is active in their forward. What these need of other ranks is sent when they are computed, so
+//! the ranks of a group compute them at the same place in their order of calls. Blocks may be checkpointed (`phalanx_ddp_core::recompute`): their collectives run again in the backward, on all
+//! ranks alike, and gradients go to the `Deferred` of the first forward.
+//!
 //! # Source
 //! Shoeybi et al. 2019, "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism"; Korthikanti et al. 2022, "Reducing Activation
 //! Recomputation in Large Transformer Models" (sequence parallelism).

@@ -18,6 +18,7 @@ use crate::layer::{Builder, Init};
 /// # let _ = qkv;
 /// ```
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "two that have nothing to do with each other")]
 pub struct LinearOptions {
     /// Whether there is a bias, which begins as 0.
     pub bias: bool,

@@ -74,7 +74,6 @@ impl RowLinear {
     }
 
     /// This rank's part of the weight.
-    #[must_use]
     pub fn weight(&self) -> &Tensor {
         &self.product.weight.tensor
     }
@@ -177,7 +176,7 @@ impl Product {
                 None
             }
         };
-        let of_bias = of_bias.map(|pending| pending.wait()).transpose()?;
+        let of_bias = of_bias.map(Later::wait).transpose()?;
         let mut all = vec![of_x, of_weight];
         all.extend((needs.len() > 2).then_some(of_bias));
         Ok(all)
@@ -188,7 +187,7 @@ impl Product {
         let (weight, x) = (self.weight.again(), x.shallow_clone());
         deferred.leave(move || {
             let (of_weight, _) = weight.gradients(&x, &gradient, (wants, false))?;
-            Ok(of_weight.map(|gradient| (weight.tensor, gradient)).into_iter().collect())
+            Ok(of_weight.map(|of_weight| (weight.tensor, of_weight)).into_iter().collect())
         });
     }
 

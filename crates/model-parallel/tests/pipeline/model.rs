@@ -57,9 +57,9 @@ pub(crate) fn values(what: &str, numbers: &[usize], shape: &[i64]) -> Tensor {
     let key = numbers
         .iter()
         .fold(Key::of_seed(3).named(what), |key, number| key.numbered(*number as u64));
-    let count = shape.iter().product::<i64>() as u64;
-    let values: Vec<f32> = (0..count).map(|place| 2.0 * key.uniform(place) as f32 - 1.0).collect();
-    Tensor::from_slice(&values).view(shape)
+    let count = shape.iter().product::<i64>().unsigned_abs();
+    let values: Vec<f64> = (0..count).map(|place| 2.0 * key.uniform(place) - 1.0).collect();
+    Tensor::from_slice(&values).to_kind(Kind::Float).view(shape)
 }
 
 /// One layer: x + tanh(norm(x) · weightᵀ + bias).

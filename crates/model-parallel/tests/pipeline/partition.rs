@@ -19,7 +19,7 @@ fn all(from: usize, end: usize, stages: usize) -> Vec<Vec<Range<usize>>> {
     let mut cuts = Vec::new();
     for first in from + 1..=end + 1 - stages {
         for rest in all(first, end, stages - 1) {
-            cuts.push([vec![from..first], rest].concat());
+            cuts.push(std::iter::once(from..first).chain(rest).collect());
         }
     }
     cuts
@@ -37,7 +37,7 @@ fn the_longest_stage_is_as_short_as_in_any_cut() {
                 let cut = partition(&times, stages).unwrap();
                 let best = all(0, layers, stages)
                     .iter()
-                    .map(|cut| longest(&times, cut))
+                    .map(|other| longest(&times, other))
                     .fold(f64::INFINITY, f64::min);
                 assert_eq!(longest(&times, &cut).to_bits(), best.to_bits(), "{times:?} {cut:?}");
                 assert_eq!(cut.len(), stages);

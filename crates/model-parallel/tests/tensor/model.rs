@@ -150,7 +150,7 @@ impl Model {
     pub(crate) fn embedded(&self, ids: &Tensor, pass: &Pass) -> Result<Tensor> {
         let mut x = self.words.forward(ids)?;
         if let Some(positions) = &self.positions {
-            x = x + positions.forward(ids.size()[1], pass)?;
+            x += positions.forward(ids.size()[1], pass)?;
         }
         self.dropout.forward(&x, pass, self.tp.between_blocks(&x))
     }

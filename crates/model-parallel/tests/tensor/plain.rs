@@ -9,7 +9,7 @@ use crate::support::Named;
 pub(crate) fn logits(of: &Named, kind: model::Kind, ids: &Tensor) -> Tensor {
     let mut x = Tensor::embedding(&of["wte.weight"], ids, -1, false, false);
     if kind == model::Kind::Gpt {
-        x = x + of["wpe.weight"].narrow(0, 0, TOKENS);
+        x += of["wpe.weight"].narrow(0, 0, TOKENS);
     }
     for at in 0..2 {
         x = block(of, kind, &format!("h.{at}"), &x);

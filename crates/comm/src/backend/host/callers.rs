@@ -154,6 +154,7 @@ mod tests {
     use std::io::Write;
     use std::thread;
 
+    use super::super::card::Card;
     use super::super::mesh;
     use super::*;
     use crate::environment::{HostLink, World};
@@ -164,7 +165,7 @@ mod tests {
         let deadline = Instant::now() + Duration::from_secs(20);
         let listen = |_| mesh::listen(&World::single(), HostLink::Tcp, deadline).unwrap();
         let listening: Vec<mesh::Listening> = (0..2).map(listen).collect();
-        let cards: Vec<mesh::Card> = listening.iter().map(|one| one.card.clone()).collect();
+        let cards: Vec<Card> = listening.iter().map(|one| one.card.clone()).collect();
         let at = cards[0].address;
         let idle: Vec<TcpStream> = (0..40).map(|_| TcpStream::connect(at).unwrap()).collect();
         let mut slow = TcpStream::connect(at).unwrap();

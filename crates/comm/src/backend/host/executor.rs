@@ -90,12 +90,14 @@ impl Executor {
         let remote: SmallVec<[usize; 8]> = (0..world_size).filter(is_remote).collect();
         if !remote.is_empty() {
             let mut frame = encode(&mine, call);
+            self.links.seal(&mut frame, 0);
             let bytes = usize::try_from(mine.payload_bytes).unwrap_or(0);
             let at = frame.len();
             frame.resize(at + bytes, 0);
             inline::copy(board.payload(call.seq()), frame[at..].as_mut_ptr(), bytes);
+            self.links.seal(&mut frame, at);
             for peer in &remote {
-                self.links.post(*peer, &frame)?;
+                self.links.post_sealed(*peer, &frame, &[])?;
             }
         }
         core.meet_locals(call, Some(wait.deadline))?;

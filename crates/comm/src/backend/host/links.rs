@@ -2,9 +2,12 @@
 //!
 //! What the kernel does not take at once is kept and written while something is received, so two
 //! ranks that send to each other never wait for each other. The algorithms bound how much that is.
+//!
+//! What is posted at a time is followed by its checksum (`PHALANX_DATA_CHECKS`), computed while the data is in the cache for the
+//! system call; the receiver compares before anybody uses it.
 
 use std::collections::VecDeque;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -15,6 +18,7 @@ use rustix::net::sockopt;
 
 use super::call::Call;
 use super::peers::{Peers, VERDICT_MAX};
+use crate::checksum::{self, CHECKSUM_BYTES};
 use crate::error::{Error, Result};
 
 /// The kernel gives a connection up this long after the heartbeats should have: their error says more.
@@ -28,12 +32,30 @@ struct Link {
     written: usize,
 }
 
+/// Data with its trailer is a multiple of this: a cache line. Kernels copy what is aligned to it up to a tenth faster.
+const LINE_BYTES: usize = 64;
+const TRAILER_BYTES_MAX: usize = LINE_BYTES + CHECKSUM_BYTES - 1;
+
+/// How long the trailer of so many bytes is.
+const fn trailer_bytes(bytes: usize) -> usize {
+    (bytes + CHECKSUM_BYTES).next_multiple_of(LINE_BYTES) - bytes
+}
+
+/// The checksum, and zeros.
+fn trailer(checksum: u32) -> [u8; TRAILER_BYTES_MAX] {
+    let mut trailer = [0; TRAILER_BYTES_MAX];
+    trailer[..CHECKSUM_BYTES].copy_from_slice(&checksum.to_le_bytes());
+    trailer
+}
+
 /// This rank's data sockets, by peer.
 #[derive(Debug)]
 pub(crate) struct Links {
     peers: Arc<Peers>,
     links: Vec<Option<Link>>,
     pending: usize,
+    /// Checksums follow the data.
+    checked: bool,
 }
 
 /// For whom a wait is, and until when.
@@ -60,7 +82,11 @@ pub(crate) fn watch_connection(fd: impl AsFd, dead_after: Duration) -> std::io::
 }
 
 impl Links {
-    pub(crate) fn new(peers: Arc<Peers>, streams: Vec<Option<TcpStream>>) -> std::io::Result<Self> {
+    pub(crate) fn new(
+        peers: Arc<Peers>,
+        streams: Vec<Option<TcpStream>>,
+        checked: bool,
+    ) -> std::io::Result<Self> {
         let mut links = Vec::new();
         for stream in streams {
             links.push(match stream {
@@ -73,7 +99,7 @@ impl Links {
                 }
             });
         }
-        Ok(Self { peers, links, pending: 0 })
+        Ok(Self { peers, links, pending: 0, checked })
     }
 
     fn link(&mut self, peer: usize) -> Result<&mut Link> {
@@ -108,13 +134,35 @@ impl Links {
         }
     }
 
-    /// Sends without waiting: what does not fit into the socket is kept.
+    /// Sends without waiting, for one [`Links::receive`] of as many bytes: what does not fit into the socket is kept.
     pub(crate) fn post(&mut self, peer: usize, bytes: &[u8]) -> Result<()> {
+        if bytes.is_empty() || !self.checked {
+            return self.post_sealed(peer, bytes, &[]);
+        }
+        let trailer = trailer(checksum::of(bytes));
+        self.post_sealed(peer, bytes, &trailer[..trailer_bytes(bytes.len())])
+    }
+
+    /// Ends with its checksum what begins at `from` in a frame for [`Links::post_sealed`].
+    pub(crate) fn seal(&self, frame: &mut Vec<u8>, from: usize) {
+        if self.checked && from < frame.len() {
+            let trailer = trailer(checksum::of(&frame[from..]));
+            frame.extend_from_slice(&trailer[..trailer_bytes(frame.len() - from)]);
+        }
+    }
+
+    /// As [`Links::post`], of what has its checksums.
+    pub(crate) fn post_sealed(&mut self, peer: usize, bytes: &[u8], more: &[u8]) -> Result<()> {
         let link = self.link(peer)?;
+        let whole = bytes.len() + more.len();
+        let left = |sent: usize| {
+            (&bytes[sent.min(bytes.len())..], &more[sent.saturating_sub(bytes.len())..])
+        };
         let mut sent = 0;
         if link.outgoing.is_empty() {
-            while sent < bytes.len() {
-                match link.stream.write(&bytes[sent..]) {
+            while sent < whole {
+                let (first, second) = left(sent);
+                match link.stream.write_vectored(&[IoSlice::new(first), IoSlice::new(second)]) {
                     Ok(count) => sent += count,
                     Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -122,25 +170,42 @@ impl Links {
                 }
             }
         }
-        if sent < bytes.len() {
-            self.link(peer)?.outgoing.push_back(bytes[sent..].to_vec());
+        if sent < whole {
+            let (first, second) = left(sent);
+            self.link(peer)?.outgoing.push_back([first, second].concat());
             self.pending += 1;
         }
         Ok(())
     }
 
     /// Receives exactly `into`, sending meanwhile what was kept.
+    ///
+    /// # Errors
+    ///
+    /// Also [`Error::DataDamaged`]: `into` then has what has come.
     pub(crate) fn receive(&mut self, peer: usize, into: &mut [u8], wait: Wait<'_>) -> Result<()> {
-        let (mut filled, mut waited) = (0, false);
-        while filled < into.len() {
-            let link = self.link(peer)?;
-            match link.stream.read(&mut into[filled..]) {
+        if into.is_empty() {
+            return Ok(());
+        }
+        let (bytes, mut checksum) = (into.len(), [0; TRAILER_BYTES_MAX]);
+        let trailer = if self.checked { trailer_bytes(bytes) } else { 0 };
+        let (mut filled, mut waited, mut computed) = (0, false, 0);
+        while filled < bytes + trailer {
+            let (data, sum) = (filled.min(bytes), filled.saturating_sub(bytes));
+            let mut buffers =
+                [IoSliceMut::new(&mut into[data..]), IoSliceMut::new(&mut checksum[sum..trailer])];
+            match self.link(peer)?.stream.read_vectored(&mut buffers) {
                 Ok(0) => {
                     let closed =
                         std::io::Error::new(ErrorKind::UnexpectedEof, "closed by the peer");
                     return Err(self.broken(peer, "receive", closed));
                 }
-                Ok(count) => filled += count,
+                Ok(count) => {
+                    filled += count;
+                    if self.checked {
+                        computed = checksum::append(computed, &into[data..filled.min(bytes)]);
+                    }
+                }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     self.peers.await_data(Some(peer));
@@ -152,6 +217,11 @@ impl Links {
         }
         if waited {
             self.peers.await_data(None);
+        }
+        let expected = u32::from_le_bytes([checksum[0], checksum[1], checksum[2], checksum[3]]);
+        if self.checked && computed != expected {
+            let during = wait.call.record.to_string();
+            return Err(self.peers.damaged(peer, during, expected, computed));
         }
         Ok(())
     }

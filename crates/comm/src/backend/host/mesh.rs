@@ -18,81 +18,13 @@ use std::time::{Duration, Instant};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 
 use super::callers::{Callers, Line, HELLO_BYTES};
+use super::card::{Card, APART, SECRET_BYTES};
 use super::mapping;
 use crate::environment::{HostLink, World};
 use crate::error::{Error, Result};
 use crate::rendezvous::dial;
 
-const MAGIC: [u8; 8] = *b"phalanx\x02";
-const SECRET_BYTES: usize = 32;
-/// Before the machine of a rank that shares no memory.
-const APART: &str = "!";
-
-/// Who and where a rank is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Card {
-    pub(crate) host: String,
-    pub(crate) pid: u32,
-    /// Equal for ranks that can share memory; begins with [`APART`] when this rank must not.
-    pub(crate) machine: String,
-    pub(crate) unix_name: Vec<u8>,
-    pub(crate) address: SocketAddr,
-    pub(crate) secret: [u8; SECRET_BYTES],
-}
-
-impl Card {
-    /// Lengths and texts; the reverse of [`Card::decode`].
-    pub(crate) fn encode(&self) -> Vec<u8> {
-        let address = self.address.to_string();
-        let pid = self.pid.to_string();
-        let fields: [&[u8]; 6] = [
-            self.host.as_bytes(),
-            pid.as_bytes(),
-            self.machine.as_bytes(),
-            &self.unix_name,
-            address.as_bytes(),
-            &self.secret,
-        ];
-        let mut bytes = Vec::new();
-        for field in fields {
-            let length = u16::try_from(field.len()).unwrap_or(u16::MAX);
-            bytes.extend_from_slice(&length.to_le_bytes());
-            bytes.extend_from_slice(field);
-        }
-        bytes
-    }
-
-    pub(crate) fn decode(mut bytes: &[u8]) -> Option<Self> {
-        let mut field = || {
-            let (length, fields) = bytes.split_at_checked(2)?;
-            let length = usize::from(u16::from_le_bytes([length[0], length[1]]));
-            let (field, rest) = fields.split_at_checked(length)?;
-            bytes = rest;
-            Some(field)
-        };
-        let text = |raw: &[u8]| std::str::from_utf8(raw).ok().map(str::to_owned);
-        Some(Self {
-            host: text(field()?)?,
-            pid: text(field()?)?.parse().ok()?,
-            machine: text(field()?)?,
-            unix_name: field()?.to_vec(),
-            address: text(field()?)?.parse().ok()?,
-            secret: field()?.try_into().ok()?,
-        })
-    }
-
-    /// The machine, or what looks like one: a system and its network.
-    pub(crate) fn node(&self) -> (&str, &str, &str) {
-        let mut words = self.machine.trim_start_matches(APART).splitn(3, ' ');
-        (&self.host, words.next().unwrap_or_default(), words.next().unwrap_or_default())
-    }
-
-    /// Whether the two can share memory.
-    pub(crate) fn shares_memory_with(&self, other: &Self) -> bool {
-        !self.machine.starts_with(APART) && self.machine == other.machine
-    }
-}
-
+const MAGIC: [u8; 8] = *b"phalanx\x03";
 /// What connects this rank with one other.
 #[derive(Debug)]
 pub(crate) struct PeerSockets {
@@ -149,7 +81,8 @@ pub(crate) fn listen(world: &World, link: HostLink, deadline: Instant) -> Result
         (HostLink::Auto, Ok(known)) if !can_share() => APART.to_owned() + &known,
         (_, known) => known.map_err(system("read what this machine is (/proc)"))?,
     };
-    let card = Card { host, pid: std::process::id(), machine, unix_name, address, secret };
+    let (pid, checks) = (std::process::id(), world.data_checks);
+    let card = Card { host, pid, machine, unix_name, address, secret, checks };
     Ok(Listening { unix, tcp, card })
 }
 
@@ -465,26 +398,4 @@ fn read_until(
 fn equal(left: &[u8], right: &[u8]) -> bool {
     left.len() == right.len()
         && left.iter().zip(right).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_card_survives_the_store_and_cut_ones_are_refused() {
-        let card = Card {
-            host: "a".into(),
-            pid: 17,
-            machine: "m".into(),
-            unix_name: b"n".to_vec(),
-            address: "10.0.0.1:4000".parse().unwrap(),
-            secret: [7; SECRET_BYTES],
-        };
-        let bytes = card.encode();
-        assert_eq!(Card::decode(&bytes), Some(card));
-        for cut in 0..bytes.len() {
-            assert_eq!(Card::decode(&bytes[..cut]), None);
-        }
-    }
 }

@@ -2,7 +2,7 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `mesh` | connects the ranks, once |
+//! | `mesh`, `card` | connects the ranks, once |
 //! | `control`, `wire`, `monitor`, `peers`, `liveness` | who lives; failures; memfds on their way |
 //! | `absent` | who is waited for |
 //! | `reconnect`, `resume` | control connections that come back |
@@ -18,6 +18,7 @@ mod absent;
 pub(crate) mod board;
 pub(crate) mod call;
 mod callers;
+pub(crate) mod card;
 pub(crate) mod control;
 pub(crate) mod core;
 pub(crate) mod executor;

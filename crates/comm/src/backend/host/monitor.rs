@@ -15,7 +15,7 @@ use super::links;
 use super::liveness::{stat_fields, Silences};
 use super::peers::{Identity, Peers};
 use super::reconnect::{redial, Door, Returned};
-use super::wire::{Frame, FRAME_HEAD_BYTES};
+use super::wire::{Damaged, Frame, Head, FRAME_HEAD_BYTES};
 use crate::error::Error;
 
 const READ_BYTES: usize = 1 << 16;
@@ -215,11 +215,8 @@ fn take_in(peers: &Arc<Peers>, peer: usize, incoming: &mut Incoming, scratch: &m
             Ok(Received::Bytes(bytes, descriptors)) => {
                 incoming.bytes.extend_from_slice(&scratch[..bytes]);
                 incoming.descriptors.extend(descriptors);
-                if !take_frames(peers, peer, incoming) {
-                    let what = "it sent bytes that are no message of this version of phalanx";
-                    let source = std::io::Error::new(std::io::ErrorKind::InvalidData, what);
-                    let error = peers.connection_lost(peer, "recvmsg", source);
-                    drop(peers.fail(error));
+                if let Err(unreadable) = take_frames(peers, peer, incoming) {
+                    drop(peers.fail(unreadable.error(peers, peer)));
                     incoming.ended = true;
                     return;
                 }
@@ -234,20 +231,47 @@ fn take_in(peers: &Arc<Peers>, peer: usize, incoming: &mut Incoming, scratch: &m
     }
 }
 
-/// Handles the whole frames; false when they make no sense.
-fn take_frames(peers: &Peers, peer: usize, incoming: &mut Incoming) -> bool {
+/// Why what has come cannot be taken in.
+enum Unreadable {
+    /// It is not what was sent.
+    Damaged(Damaged),
+    /// It is, and makes no sense.
+    Malformed,
+}
+
+impl Unreadable {
+    fn error(self, peers: &Peers, peer: usize) -> Error {
+        match self {
+            Self::Damaged(Damaged { expected, actual }) => {
+                let during =
+                    format!("a message or a word of its; this rank was in {}", peers.during());
+                peers.damaged(peer, during, expected, actual)
+            }
+            Self::Malformed => {
+                let what = "it sent bytes that are no message of this version of phalanx";
+                let source = std::io::Error::new(ErrorKind::InvalidData, what);
+                peers.connection_lost(peer, "recvmsg", source)
+            }
+        }
+    }
+}
+
+/// Handles the whole frames.
+fn take_frames(peers: &Peers, peer: usize, incoming: &mut Incoming) -> Result<(), Unreadable> {
     let mut at = 0;
-    while let Some(head) = incoming.bytes.get(at..at + FRAME_HEAD_BYTES) {
-        let kind = head[0];
-        let Ok(head) = head.try_into() else { return false };
-        let Ok(body_bytes) = Frame::body_bytes(head) else { return false };
+    while let Some(head) = incoming.bytes.get(at..).and_then(<[u8]>::first_chunk) {
+        let head = Head::decode(*head).map_err(Unreadable::Damaged)?;
+        if head.is_too_long() {
+            return Err(Unreadable::Malformed);
+        }
         let start = at + FRAME_HEAD_BYTES;
-        let Some(body) = incoming.bytes.get(start..start + body_bytes) else { break };
-        let Ok(frame) = Frame::decode(kind, body) else { return false };
-        at = start + body_bytes;
+        let Some(body) = incoming.bytes.get(start..start + head.body_bytes) else { break };
+        head.check(body).map_err(Unreadable::Damaged)?;
+        let frame = Frame::decode(head.kind, body).or(Err(Unreadable::Malformed))?;
+        at = start + head.body_bytes;
         if frame.is_counted() {
             incoming.taken_in += 1;
-            incoming.unacknowledged += FRAME_HEAD_BYTES + body_bytes;
+            incoming.unacknowledged += FRAME_HEAD_BYTES + head.body_bytes;
         }
         match frame {
             Frame::Heartbeat { taken_in, last } => {
@@ -267,7 +291,7 @@ fn take_frames(peers: &Peers, peer: usize, incoming: &mut Incoming) -> bool {
             }
             Frame::Region { id, bytes } => match incoming.descriptors.pop_front() {
                 Some(fd) => peers.deliver(peer, id, bytes, fd),
-                None => return false,
+                None => return Err(Unreadable::Malformed),
             },
             Frame::Ready { index, record } => peers.points.ready(peer, index, record),
             Frame::Announced { index, record } => {
@@ -275,13 +299,13 @@ fn take_frames(peers: &Peers, peer: usize, incoming: &mut Incoming) -> bool {
             }
             Frame::Message { index, bytes } => {
                 if !peers.points.arrived(peer, index, &bytes) {
-                    return false;
+                    return Err(Unreadable::Malformed);
                 }
             }
         }
     }
     incoming.bytes.drain(..at);
-    true
+    Ok(())
 }
 
 fn failed_elsewhere(peers: &Peers, peer: usize, error: Error) {

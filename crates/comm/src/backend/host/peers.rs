@@ -264,6 +264,13 @@ impl Peers {
         Error::ConnectionLost { peer, host, pid, call, source: Arc::new(source) }
     }
 
+    /// The error for data of `peer` that is not what it has sent.
+    pub(crate) fn damaged(&self, peer: usize, during: String, expected: u32, actual: u32) -> Error {
+        let Identity { host, pid, .. } = self.identities[peer].clone();
+        let receiver = self.identities[self.rank].host.clone();
+        Error::DataDamaged { peer, host, pid, rank: self.rank, receiver, during, expected, actual }
+    }
+
     /// The error for a peer that has been silent for too long.
     pub(crate) fn not_responding(&self, peer: usize, silent: Duration) -> Error {
         let Identity { host, pid, local } = self.identities[peer].clone();

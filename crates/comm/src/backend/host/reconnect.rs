@@ -243,8 +243,8 @@ fn attempt(
 
 #[cfg(test)]
 mod tests {
+    use super::super::card::Card;
     use super::super::liveness::Liveness;
-    use super::super::mesh::Card;
     use super::super::peers::{Identity, Sockets};
     use super::*;
     use crate::environment::{JobToken, World};
@@ -257,6 +257,7 @@ mod tests {
             unix_name: Vec::new(),
             address: ([127, 0, 0, 1], 4000).into(),
             secret: [secret; 32],
+            checks: true,
         };
         let job_token = JobToken::derive(&[token]);
         let world = World { run_id: "run".into(), job_token, ..World::threads(0, 2) };

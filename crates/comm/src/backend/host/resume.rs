@@ -15,7 +15,7 @@ use hmac::{Hmac, Mac};
 use sha2::Sha256;
 use subtle::ConstantTimeEq;
 
-use super::mesh::Card;
+use super::card::Card;
 use crate::environment::World;
 
 pub(crate) const GREETING_BYTES: usize = 36;
@@ -168,6 +168,7 @@ mod tests {
             unix_name: Vec::new(),
             address: "10.0.0.1:4000".parse().unwrap(),
             secret: [secret; 32],
+            checks: true,
         }
     }
 

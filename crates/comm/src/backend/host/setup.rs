@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::board::Board;
+use super::card::Card;
 use super::control::Control;
 use super::core::Core;
 use super::executor::Executor;
@@ -15,7 +16,7 @@ use super::exit;
 use super::links::{self, Links};
 use super::liveness::Liveness;
 use super::mapping::{self, Mapping};
-use super::mesh::{self, Card};
+use super::mesh;
 use super::monitor;
 use super::peers::{Identity, Peers, Sockets};
 use super::reconnect::{Door, Way};
@@ -110,7 +111,10 @@ pub(crate) fn connect(
     let peers = Arc::new(Peers::new(rank, identities, sockets, liveness, part)?);
     monitor::spawn(Arc::clone(&peers), door).map_err(system("start a thread"))?;
     let boards = share_boards(&peers, &topology, deadline)?;
-    let links = Links::new(Arc::clone(&peers), streams).map_err(system("set up data sockets"))?;
+    // Both ends of every socket must know: one rank that wants them is enough.
+    let checked = cards.iter().any(|card| card.checks);
+    let links =
+        Links::new(Arc::clone(&peers), streams, checked).map_err(system("set up data sockets"))?;
     let core = Arc::new(Core::new(peers, topology, boards, Executor::new(links)));
     exit::look_after(&core);
     Ok(core)
@@ -137,7 +141,7 @@ fn alone(liveness: Liveness, part: Part) -> Result<Arc<Core>> {
     let sockets = Sockets { controls: vec![None], data: vec![None], ways: vec![None] };
     let peers = Arc::new(Peers::new(0, vec![identity], sockets, liveness, part)?);
     let board = Board::private().map_err(|error| Error::system(0, "mmap", error))?;
-    let links = Links::new(Arc::clone(&peers), vec![None])
+    let links = Links::new(Arc::clone(&peers), vec![None], false)
         .map_err(|error| Error::system(0, "set up data sockets", error))?;
     let topology = Topology::new(vec![0]);
     Ok(Arc::new(Core::new(peers, topology, vec![Some(Arc::new(board))], Executor::new(links))))

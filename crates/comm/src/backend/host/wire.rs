@@ -1,16 +1,18 @@
 //! What travels on the control sockets: small frames, decoded with bounds. Pure.
 //!
-//! A frame is `kind: u8, 0, 0, 0, length: u32` and then `length` bytes, all little-endian. Nothing is
-//! deserialised generically and no length is believed before it is compared with a limit.
+//! A frame is `kind: u8, check of kind and length: 24 bits, length: u32, checksum of the body: u32` and then a body of `length` bytes,
+//! all little-endian; checks are CRC-32C. Nothing is deserialised generically and no length is believed before it is compared
+//! with its check and a limit.
 
 use std::time::Duration;
 
+use crate::checksum;
 use crate::error::{Absent, Error, LastCall};
 use crate::fingerprint::{CallRecord, RECORD_BYTES};
 
 /// No frame is longer: what `point.rs` sends at a time, and some.
 pub(crate) const FRAME_BYTES_MAX: usize = (1 << 18) + 256;
-pub(crate) const FRAME_HEAD_BYTES: usize = 8;
+pub(crate) const FRAME_HEAD_BYTES: usize = 12;
 const TEXT_BYTES_MAX: usize = 4096;
 
 /// A frame.
@@ -36,6 +38,53 @@ pub(crate) enum Frame {
 /// Bytes that are no frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Malformed;
+
+/// Bytes that are not those of a frame that was sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Damaged {
+    pub(crate) expected: u32,
+    pub(crate) actual: u32,
+}
+
+/// What the head of a frame says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Head {
+    pub(crate) kind: u8,
+    pub(crate) body_bytes: usize,
+    checksum: u32,
+}
+
+impl Head {
+    pub(crate) fn decode(head: [u8; FRAME_HEAD_BYTES]) -> Result<Self, Damaged> {
+        let word =
+            |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+        let (expected, actual) = (word(0) >> 8, head_check(head[0], word(4)));
+        if expected != actual {
+            return Err(Damaged { expected, actual });
+        }
+        Ok(Self { kind: head[0], body_bytes: word(4) as usize, checksum: word(8) })
+    }
+
+    /// Whether no frame of ours is so long.
+    pub(crate) const fn is_too_long(&self) -> bool {
+        self.body_bytes > FRAME_BYTES_MAX
+    }
+
+    /// Whether this is the body that was sent.
+    pub(crate) fn check(&self, body: &[u8]) -> Result<(), Damaged> {
+        let (expected, actual) = (self.checksum, checksum::of(body));
+        if expected == actual {
+            Ok(())
+        } else {
+            Err(Damaged { expected, actual })
+        }
+    }
+}
+
+/// 24 bits that kind and length determine.
+fn head_check(kind: u8, length: u32) -> u32 {
+    checksum::append(checksum::of(&[kind]), &length.to_le_bytes()) >> 8
+}
 
 #[derive(Default)]
 struct Writer(Vec<u8>);
@@ -93,7 +142,7 @@ impl<'a> Reader<'a> {
     fn size(&mut self) -> Result<usize, Malformed> {
         usize::try_from(self.u64()?).or(Err(Malformed))
     }
-    fn pid(&mut self) -> Result<u32, Malformed> {
+    fn u32(&mut self) -> Result<u32, Malformed> {
         u32::try_from(self.u64()?).or(Err(Malformed))
     }
     fn text(&mut self) -> Result<String, Malformed> {
@@ -153,9 +202,12 @@ impl Frame {
                 7
             }
         };
-        let mut frame = vec![kind, 0, 0, 0];
         let length = u32::try_from(body.0.len()).unwrap_or(u32::MAX);
-        frame.extend_from_slice(&length.to_le_bytes());
+        let mut frame = Vec::with_capacity(FRAME_HEAD_BYTES + body.0.len());
+        for word in [head_check(kind, length) << 8 | u32::from(kind), length, checksum::of(&body.0)]
+        {
+            frame.extend_from_slice(&word.to_le_bytes());
+        }
         frame.append(&mut body.0);
         frame
     }
@@ -163,15 +215,6 @@ impl Frame {
     /// Whether it is sent again when the connection is lost before it has come.
     pub(crate) const fn is_counted(&self) -> bool {
         !matches!(self, Self::Heartbeat { .. })
-    }
-
-    /// The length of the body that follows this head.
-    pub(crate) fn body_bytes(head: [u8; FRAME_HEAD_BYTES]) -> Result<usize, Malformed> {
-        let length = u32::from_le_bytes([head[4], head[5], head[6], head[7]]) as usize;
-        if head[1..4] != [0; 3] || length > FRAME_BYTES_MAX {
-            return Err(Malformed);
-        }
-        Ok(length)
     }
 
     pub(crate) fn decode(kind: u8, body: &[u8]) -> Result<Self, Malformed> {
@@ -233,6 +276,10 @@ fn encode_error(body: &mut Writer, error: &Error) {
             body.u8(7).size(*peer).text(host).u64((*pid).into()).u64(nanos);
             body.text(state).text(during);
         }
+        Error::DataDamaged { peer, host, pid, rank, receiver, during, expected, actual } => {
+            body.u8(8).size(*peer).text(host).u64((*pid).into()).size(*rank).text(receiver);
+            body.text(during).u64((*expected).into()).u64((*actual).into());
+        }
         other => {
             body.u8(6).u64(u64::MAX).text(&other.to_string());
         }
@@ -251,14 +298,14 @@ fn decode_error(body: &mut Reader<'_>) -> Result<Error, Malformed> {
         2 => Error::PeerGone {
             peer: body.size()?,
             host: body.text()?,
-            pid: body.pid()?,
+            pid: body.u32()?,
             cause: Some(body.text()?).filter(|cause| !cause.is_empty()),
             during: body.text()?,
         },
         3 => Error::PeerLeft {
             peer: body.size()?,
             host: body.text()?,
-            pid: body.pid()?,
+            pid: body.u32()?,
             completed: body.u64()?,
             panicking: body.u8()? != 0,
             rank: body.size()?,
@@ -270,7 +317,7 @@ fn decode_error(body: &mut Reader<'_>) -> Result<Error, Malformed> {
             let count = body.size()?;
             let mut absent = Vec::new();
             for _ in 0..count {
-                let (who, host, pid) = (body.size()?, body.text()?, body.pid()?);
+                let (who, host, pid) = (body.size()?, body.text()?, body.u32()?);
                 let last = match body.u8()? {
                     0 => LastCall::Nothing,
                     1 => LastCall::Call(body.record()?),
@@ -285,10 +332,20 @@ fn decode_error(body: &mut Reader<'_>) -> Result<Error, Malformed> {
         7 => Error::NotResponding {
             peer: body.size()?,
             host: body.text()?,
-            pid: body.pid()?,
+            pid: body.u32()?,
             silent: Duration::from_nanos(body.u64()?),
             state: body.text()?,
             during: body.text()?,
+        },
+        8 => Error::DataDamaged {
+            peer: body.size()?,
+            host: body.text()?,
+            pid: body.u32()?,
+            rank: body.size()?,
+            receiver: body.text()?,
+            during: body.text()?,
+            expected: body.u32()?,
+            actual: body.u32()?,
         },
         _ => return Err(Malformed),
     })
@@ -348,6 +405,16 @@ mod tests {
                 state: "process state T (stopped)".into(),
                 during: "z".into(),
             },
+            Error::DataDamaged {
+                peer: 2,
+                host: "a".into(),
+                pid: 3,
+                rank: 1,
+                receiver: "b".into(),
+                during: "z".into(),
+                expected: 0xffff_ffff,
+                actual: 7,
+            },
         ]
     }
 
@@ -356,7 +423,9 @@ mod tests {
         for error in errors() {
             let bytes = Frame::Failed(error.clone()).encode();
             let (head, body) = bytes.split_at(FRAME_HEAD_BYTES);
-            assert_eq!(Frame::body_bytes(head.try_into().unwrap()), Ok(body.len()));
+            let head = Head::decode(head.try_into().unwrap()).unwrap();
+            assert_eq!((head.kind, head.body_bytes), (2, body.len()));
+            assert_eq!(head.check(body), Ok(()));
             let Ok(Frame::Failed(back)) = Frame::decode(bytes[0], body) else {
                 panic!("not decoded: {error}")
             };
@@ -380,6 +449,36 @@ mod tests {
                 }
             }
         }
-        assert_eq!(Frame::body_bytes([1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]), Err(Malformed));
+    }
+
+    #[test]
+    fn every_flipped_bit_of_a_frame_is_found() {
+        let message = Frame::Message { index: 3, bytes: vec![0x5a; 3000] };
+        let mut frames = vec![message.encode(), Frame::Failed(errors().remove(0)).encode()];
+        frames.push(Frame::Heartbeat { taken_in: 7, last: Some(*record(8)) }.encode());
+        let is_whole = |bytes: &[u8]| {
+            let (head, body) = bytes.split_at(FRAME_HEAD_BYTES);
+            Head::decode(head.try_into().unwrap()).and_then(|head| head.check(body)).is_ok()
+        };
+        for mut frame in frames {
+            assert!(is_whole(&frame));
+            for bit in 0..frame.len() * 8 {
+                frame[bit / 8] ^= 1 << (bit % 8);
+                assert!(!is_whole(&frame), "bit {bit}");
+                frame[bit / 8] ^= 1 << (bit % 8);
+            }
+        }
+    }
+
+    #[test]
+    fn a_length_above_the_limit_is_seen() {
+        let limit = u32::try_from(FRAME_BYTES_MAX).unwrap();
+        for (length, is_too_long) in [(limit, false), (limit + 1, true), (u32::MAX, true)] {
+            let first = head_check(1, length) << 8 | 1;
+            let mut head = [0; FRAME_HEAD_BYTES];
+            head[..4].copy_from_slice(&first.to_le_bytes());
+            head[4..8].copy_from_slice(&length.to_le_bytes());
+            assert_eq!(Head::decode(head).unwrap().is_too_long(), is_too_long);
+        }
     }
 }

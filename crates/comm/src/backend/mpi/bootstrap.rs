@@ -82,7 +82,7 @@ impl Note {
 /// The world of an MPI job, and a connected store. Collective over all ranks of the job.
 fn meet(timeout: Duration) -> Result<(World, Arc<dyn Store>)> {
     let deadline = Instant::now() + timeout.min(crate::group::LONGEST);
-    let host_link = environment::host_link()?;
+    let (host_link, data_checks) = (environment::host_link()?, environment::data_checks()?);
     let launched = environment::launched();
     let library = library::get(deadline)?;
     let (rank, world_size, all) = (library.rank, library.size, library.world);
@@ -132,6 +132,7 @@ fn meet(timeout: Duration) -> Result<(World, Arc<dyn Store>)> {
         store_host: if rank == 0 { StoreHost::ThisRank } else { StoreHost::Elsewhere },
         launcher: launched.map_or(Launcher::OpenMpi, |(launcher, ..)| launcher),
         host_link,
+        data_checks,
     };
     Ok((world, store))
 }

@@ -5,6 +5,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::names::plain;
 use super::stage::{Shaped, Stage};
 use super::Pipeline;
 use crate::error::{Error, Result};
@@ -47,7 +48,8 @@ impl Pipeline {
     ) -> Result<Shaped, String> {
         let output = match stage.output(chunk) {
             Some(output) => output,
-            None => traced(stage, chunk, given, self.device).map_err(|error| error.to_string())?,
+            None => traced(stage, chunk, given, self.device)
+                .map_err(|error| plain(&error.to_string()).to_owned())?,
         };
         if !KINDS.contains(&output.kind) {
             return Err(format!("it gives {output}, which has no gradient"));
@@ -99,8 +101,8 @@ fn encode(outcome: Result<Shaped, String>) -> Vec<u8> {
 }
 
 fn decode(told: &[u8]) -> Result<Shaped, String> {
-    let (number, rest) = told.split_first().unwrap_or((&u8::MAX, &[]));
-    match KINDS.get(usize::from(*number)) {
+    let (kind, rest) = told.split_first().unwrap_or((&u8::MAX, &[]));
+    match KINDS.get(usize::from(*kind)) {
         Some(kind) => {
             let numbers = rest.chunks_exact(8);
             let number =

@@ -28,13 +28,13 @@ use phalanx_ddp_core::collective::TensorGroup;
 use phalanx_ddp_core::Ddp;
 use tch::Device;
 
-pub use stage::{Shaped, Stage, StepOutput};
+pub use stage::{Computing, Shaped, Stage, StepOutput};
 
 use super::schedule::{Schedule, Sending};
 use crate::error::{Error, Result};
 use crate::layer::random::Key;
 use crate::mesh::Mesh;
-use names::Names;
+use names::{plain, Names};
 use step::{Failed, Step};
 use tied::Tied;
 
@@ -186,9 +186,9 @@ impl Pipeline {
         self.settle(stage)?;
         let mut step = Step::new(self, stage, Some((ddp, weights)));
         let outcome = step.run().and_then(|()| step.told());
-        let idle = step.idle();
+        let (idle, computing) = (step.idle(), step.computing);
         match outcome {
-            Ok(losses) => Ok(StepOutput { losses, idle, elapsed: start.elapsed() }),
+            Ok(losses) => Ok(StepOutput { losses, idle, elapsed: start.elapsed(), computing }),
             Err(failed) => Err(self.failed(Some(ddp), failed)),
         }
     }
@@ -214,8 +214,8 @@ impl Pipeline {
     /// An error of this rank, of which all others hear.
     fn failed(&self, ddp: Option<&Ddp>, failed: Failed) -> Error {
         let Failed { at, error } = failed;
-        if matches!(error, Error::PipelineMismatch { .. }) {
-            return error; // all ranks have it
+        if matches!(*error, Error::PipelineMismatch { .. }) {
+            return *error; // all ranks have it
         }
         let whom = self.names.whom(self.group.failure().as_ref());
         let at = match at {
@@ -225,13 +225,13 @@ impl Pipeline {
             }
             None => format!("{}, end of the step", self.names.of(self.group.rank())),
         };
-        let error = Error::Pipeline { at, whom, source: Box::new(error) };
-        let text = error.to_string();
-        self.group.abort(&text);
-        if let Some(Err(error)) = ddp.map(|ddp| ddp.abort(&text)) {
-            return error.into();
+        let told = Error::Pipeline { at, whom, source: error };
+        let text = told.to_string();
+        self.group.abort(plain(&text));
+        match ddp.map(|ddp| ddp.abort(plain(&text))) {
+            Some(Err(poisoned)) => poisoned.into(),
+            _ => told,
         }
-        error
     }
 
     /// An error, on every rank, where another one has another schedule.

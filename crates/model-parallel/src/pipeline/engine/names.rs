@@ -54,3 +54,8 @@ fn blamed(failure: &Comm) -> Option<usize> {
         _ => None,
     }
 }
+
+/// An error's text without the C++ stack that libtorch puts behind its own.
+pub(super) fn plain(text: &str) -> &str {
+    text.split("\nException raised from").next().unwrap_or(text)
+}

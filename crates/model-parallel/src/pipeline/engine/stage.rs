@@ -70,6 +70,20 @@ pub struct StepOutput {
     pub idle: Duration,
     /// How long the step took, the exchange of gradients included.
     pub elapsed: Duration,
+    /// How long this rank computed.
+    pub computing: Computing,
+}
+
+/// How long a rank computed in a step, by pass. On a GPU, which is not waited for, it is how long that took to ask for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Computing {
+    /// Forward.
+    pub forward: Duration,
+    /// Backward: where it is two, that of the inputs.
+    pub backward: Duration,
+    /// Gradients of weights, where they are by themselves.
+    pub weights: Duration,
 }
 
 impl StepOutput {

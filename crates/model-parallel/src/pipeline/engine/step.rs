@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 
 use super::boundary::{self, Address, Outlet};
 use super::messages::{tag, Expected, Messages};
-use super::stage::{Shaped, Stage};
+use super::stage::{Computing, Shaped, Stage};
 use super::Pipeline;
 use crate::error::{Error, Result};
 use crate::layer::Deferred;
@@ -17,16 +17,16 @@ use crate::pipeline::schedule::{Action, Part, Pass, Payload};
 /// What a rank was doing when it failed, unless the schedule was at its end.
 pub(super) struct Failed {
     pub(super) at: Option<Action>,
-    pub(super) error: Error,
+    pub(super) error: Box<Error>,
 }
 
 impl Failed {
     fn at(action: Action) -> impl Fn(Error) -> Self {
-        move |error| Self { at: Some(action), error }
+        move |error| Self { at: Some(action), error: Box::new(error) }
     }
 
     fn at_end(error: Error) -> Self {
-        Self { at: None, error }
+        Self { at: None, error: Box::new(error) }
     }
 }
 
@@ -61,6 +61,8 @@ pub(super) struct Step<'a, S> {
     is_exchanged: bool,
     /// The wait at the end of the step.
     waited: Duration,
+    /// How long passes took.
+    pub(super) computing: Computing,
 }
 
 impl<'a, S: Stage> Step<'a, S> {
@@ -100,6 +102,7 @@ impl<'a, S: Stage> Step<'a, S> {
             messages,
             is_exchanged: false,
             waited: Duration::ZERO,
+            computing: Computing::default(),
         }
     }
 
@@ -161,11 +164,19 @@ impl<'a, S: Stage> Step<'a, S> {
     }
 
     fn compute(&mut self, pass: Pass, part: Part) -> Result<()> {
+        let start = Instant::now();
         match pass {
-            Pass::Forward => self.forward(part),
-            Pass::Backward | Pass::BackwardInput => self.backward(pass, part),
-            Pass::BackwardWeight => self.weights(part),
+            Pass::Forward => self.forward(part)?,
+            Pass::Backward | Pass::BackwardInput => self.backward(pass, part)?,
+            Pass::BackwardWeight => self.weights(part)?,
         }
+        let taken = match pass {
+            Pass::Forward => &mut self.computing.forward,
+            Pass::Backward | Pass::BackwardInput => &mut self.computing.backward,
+            Pass::BackwardWeight => &mut self.computing.weights,
+        };
+        *taken += start.elapsed();
+        Ok(())
     }
 
     fn forward(&mut self, part: Part) -> Result<()> {

@@ -19,6 +19,7 @@ use rotary::Rotary;
 
 /// The products that make queries, keys and values.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "one for each attention")]
 pub enum Projections {
     /// One matrix with the three side by side ([`LinearOptions::parts`](super::LinearOptions::parts)): GPT-2's.
     Fused(ColumnLinear),
@@ -36,7 +37,7 @@ pub enum Projections {
 /// How queries meet keys and values: what context parallelism puts in the place of the attention of one rank's tokens.
 pub trait Attend: std::fmt::Debug + Send {
     /// The output `[batch, heads, tokens, head_dim]` of queries of that shape, and keys and values `[batch, kv_heads, tokens, head_dim]`: each of them is of `heads / kv_heads` consecutive queries'
-    /// heads. Positions are already in them. The heads are this rank's of tensor parallelism, beginning with `first_head`.
+    /// heads. Positions are already in them. The heads are this rank's of tensor parallelism.
     ///
     /// # Errors
     /// Its own.
@@ -157,17 +158,12 @@ impl Projections {
         match self {
             Self::Fused(all) => {
                 let whole = all.forward(x)?;
-                let (mut start, mut parts) = (0, [(); 3].map(|()| Tensor::new()));
-                for (part, width) in parts.iter_mut().zip(all.widths()) {
-                    *part = whole.f_narrow(-1, start, width)?;
-                    start += width;
-                }
-                Ok(parts)
+                // Not slices one by one, whose backwards would each make a gradient of the whole.
+                let parts = whole.f_split_with_sizes(all.widths(), -1)?;
+                three(parts)
             }
             Self::Separate { queries, keys, values } => {
-                let all = ColumnLinear::forward_all(&[queries, keys, values], x)?;
-                let mut all = all.into_iter();
-                Ok([(); 3].map(|()| all.next().unwrap_or_else(Tensor::new)))
+                three(ColumnLinear::forward_all(&[queries, keys, values], x)?)
             }
         }
     }
@@ -192,6 +188,12 @@ impl Projections {
     }
 }
 
+/// Queries, keys and values.
+fn three(all: Vec<Tensor>) -> Result<[Tensor; 3]> {
+    let count = i64::try_from(all.len()).unwrap_or(i64::MAX);
+    all.try_into().map_err(|_all| mismatch(count, "queries, keys and values"))
+}
+
 /// Heads of queries, and of keys and values, on each rank.
 fn heads(layer: &str, options: &AttentionOptions, tp: &TensorParallel) -> Result<(i64, i64)> {
     let ranks = tp.size();
@@ -209,5 +211,5 @@ fn heads(layer: &str, options: &AttentionOptions, tp: &TensorParallel) -> Result
 }
 
 fn mismatch(actual: i64, expected: &'static str) -> Error {
-    Error::BadSetting { setting: "inputs", value: actual.to_string(), expected }
+    Error::BadSetting { setting: "products", value: actual.to_string(), expected }
 }

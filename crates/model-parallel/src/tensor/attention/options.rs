@@ -14,7 +14,7 @@ pub struct AttentionOptions {
     pub head_dim: i64,
     /// Whether a token attends to itself and those before it alone.
     pub causal: bool,
-    /// Rotary positions with this base (Su et al. 2021), in Llama's order: column i of a head turns with column i + head_dim/2.
+    /// Rotary positions with this base (Su et al. 2021), in Llama's order: column i of a head turns with column i + `head_dim`/2.
     pub rotary: Option<f64>,
     /// How often a probability is dropped, by step, sequence, head, query and key.
     pub dropout: f64,

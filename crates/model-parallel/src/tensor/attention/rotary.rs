@@ -3,7 +3,7 @@
 //! Column i < d/2 turns with column i + d/2, by position · theta^(−2i/d), as in Llama. Angles are computed in f32, as in transformers.
 //!
 //! # Source
-//! Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding".
+//! Su et al. 2021, "`RoFormer`: Enhanced Transformer with Rotary Position Embedding".
 
 use tch::{Device, Kind, Tensor};
 

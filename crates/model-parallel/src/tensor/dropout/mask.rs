@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::layer::random::Key;
 
-/// SplitMix64's increment and factors as the signed numbers that tensors have.
+/// The generator's increment and factors as the signed numbers that tensors have.
 const GAMMA: i64 = 0x9E37_79B9_7F4A_7C15_u64.cast_signed();
 const FIRST: i64 = 0xBF58_476D_1CE4_E5B9_u64.cast_signed();
 const SECOND: i64 = 0x94D0_49BB_1331_11EB_u64.cast_signed();
@@ -92,7 +92,7 @@ impl Mask {
     }
 }
 
-/// SplitMix64's output function of each element.
+/// The generator's output function ([`mix`](crate::layer::random::mix)) of each element.
 fn mix(state: &Tensor) -> Result<Tensor> {
     let state = state.f_bitwise_xor_tensor(&shifted(state, 30)?)?.f_mul_scalar(FIRST)?;
     let state = state.f_bitwise_xor_tensor(&shifted(&state, 27)?)?.f_mul_scalar(SECOND)?;
@@ -123,11 +123,11 @@ mod tests {
 
     #[test]
     fn as_many_are_dropped_as_asked_for() {
-        let (len, p) = (100_000, 0.1);
+        let (len, p) = (100_000_i32, 0.1);
         let mask = Mask { key: Key::of_seed(9), firsts: vec![0, 0], p };
-        let kept = mask.on_host(&[100, len / 100]).expect("libtorch").gt(0.0);
-        let kept = kept.sum(Kind::Int64).int64_value(&[]);
-        let deviation = (p * (1.0 - p) * len as f64).sqrt();
-        assert!((kept as f64 - (1.0 - p) * len as f64).abs() < 5.0 * deviation);
+        let kept = mask.on_host(&[100, i64::from(len / 100)]).expect("libtorch").gt(0.0);
+        let kept = kept.sum(Kind::Double).double_value(&[]);
+        let deviation = (p * (1.0 - p) * f64::from(len)).sqrt();
+        assert!((kept - (1.0 - p) * f64::from(len)).abs() < 5.0 * deviation);
     }
 }

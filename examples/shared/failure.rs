@@ -6,8 +6,8 @@ use std::error::Error;
 use std::io;
 
 use super::config::ConfigError;
-use super::memory::TooLittleMemory;
-use super::weights::WeightsError;
+use super::machine::TooLittleMemory;
+use super::weights_file::WeightsError;
 
 /// The command line contradicts itself or asks for what does not exist.
 pub(crate) const USAGE: u8 = 64;
@@ -25,6 +25,16 @@ pub(crate) const IO: u8 = 74;
 pub(crate) const AGAIN: u8 = 75;
 /// Somebody did not come in time; `timeout(1)` ends with it too.
 pub(crate) const TIMEOUT: u8 = 124;
+
+/// Prints what is wrong with a command line, or the help that was asked for; gives the exit code.
+pub(crate) fn explained(error: &clap::Error) -> u8 {
+    // A closed terminal is no reason for another error.
+    drop(error.print());
+    match error.use_stderr() {
+        true => USAGE,
+        false => 0,
+    }
+}
 
 /// The whole chain of causes on one line, and what would show more; a cause that its parent already quotes is left out.
 pub(crate) fn message(error: &anyhow::Error) -> String {
@@ -45,7 +55,12 @@ pub(crate) fn message(error: &anyhow::Error) -> String {
 fn of_group<'e>(cause: &'e (dyn Error + 'static)) -> Option<&'e phalanx_comm::Error> {
     match cause.downcast_ref() {
         Some(phalanx_ddp_core::Error::Comm(error)) => Some(error),
-        _ => cause.downcast_ref(),
+        _ => match cause.downcast_ref() {
+            Some(phalanx_model_parallel::Error::Ddp(phalanx_ddp_core::Error::Comm(error))) => {
+                Some(error)
+            }
+            _ => cause.downcast_ref(),
+        },
     }
 }
 
@@ -74,18 +89,10 @@ fn code_of(cause: &(dyn Error + 'static)) -> Option<u8> {
         return Some(code_of_data(error));
     }
     if let Some(error) = cause.downcast_ref::<phalanx_ddp_core::Error>() {
-        return Some(match error {
-            phalanx_ddp_core::Error::Comm(error) => code_of_group(error),
-            phalanx_ddp_core::Error::Data(error) => code_of_data(error),
-            phalanx_ddp_core::Error::Io { .. } => IO,
-            phalanx_ddp_core::Error::Checkpoint(error) if error.is_damage() => DATA,
-            phalanx_ddp_core::Error::Checkpoint(_) => IO,
-            phalanx_ddp_core::Error::CheckpointMisfit { .. }
-            | phalanx_ddp_core::Error::CheckpointDamaged { .. } => DATA,
-            phalanx_ddp_core::Error::Safetensors { .. }
-            | phalanx_ddp_core::Error::WeightsMismatch { .. } => DATA,
-            _ => FAILED,
-        });
+        return Some(code_of_training(error));
+    }
+    if let Some(error) = cause.downcast_ref::<phalanx_model_parallel::Error>() {
+        return Some(code_of_mesh(error));
     }
     if let Some(error) = cause.downcast_ref::<phalanx_launch::LaunchError>() {
         return Some(error.exit_code());
@@ -103,6 +110,31 @@ fn code_of(cause: &(dyn Error + 'static)) -> Option<u8> {
     }
     let of_group = cause.downcast_ref::<phalanx_comm::Error>().map(code_of_group);
     of_group.or_else(|| cause.is::<io::Error>().then_some(IO))
+}
+
+fn code_of_training(error: &phalanx_ddp_core::Error) -> u8 {
+    use phalanx_ddp_core::Error as E;
+    match error {
+        E::Comm(error) => code_of_group(error),
+        E::Data(error) => code_of_data(error),
+        E::Io { .. } => IO,
+        E::Checkpoint(error) if error.is_damage() => DATA,
+        E::Checkpoint(_) => IO,
+        E::CheckpointMisfit { .. } | E::CheckpointDamaged { .. } => DATA,
+        E::Safetensors { .. } | E::WeightsMismatch { .. } => DATA,
+        _ => FAILED,
+    }
+}
+
+fn code_of_mesh(error: &phalanx_model_parallel::Error) -> u8 {
+    use phalanx_model_parallel::Error as E;
+    match error {
+        E::Ddp(error) => code_of_training(error),
+        E::Comm(error) => code_of_group(error),
+        E::Libtorch(_) | E::BadInput { .. } | E::PeerFailed { .. } => FAILED,
+        // Shapes, schedules and sizes that do not fit each other.
+        _ => USAGE,
+    }
 }
 
 fn code_of_data(error: &phalanx_data::Error) -> u8 {

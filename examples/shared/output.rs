@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context as _, Result};
 
-use super::config::Model;
+use super::config::{Model, LOSS};
 use super::metrics::StepRecord;
 use super::plot;
 
@@ -49,7 +49,7 @@ impl Output {
         let weights = self.weights();
         let config = self.text("config.json", &hugging_face(model)?)?;
         let points: Vec<_> = records.iter().map(|r| (step(r), r.loss)).collect();
-        let plot = self.text("loss.svg", &plot::loss_curve("masked-LM loss", &points))?;
+        let plot = self.text("loss.svg", &plot::loss_curve(LOSS, &points))?;
         Ok([weights, config, plot].iter().map(|path| path.display().to_string()).collect())
     }
 
@@ -62,9 +62,9 @@ impl Output {
 
 /// `config.json` as transformers wants it beside the weights.
 fn hugging_face(model: &Model) -> Result<String> {
-    let mut value = serde_json::to_value(model)?;
+    let mut value = model.for_hugging_face()?;
     if let Some(object) = value.as_object_mut() {
-        object.insert("architectures".into(), serde_json::json!(["BertForMaskedLM"]));
+        object.insert("architectures".into(), serde_json::json!([model.architecture()]));
     }
     Ok(serde_json::to_string_pretty(&value)? + "\n")
 }

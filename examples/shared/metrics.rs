@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
-use super::memory::Usage;
+use super::machine::Usage;
 
 /// One optimizer step, as rank 0 saw it. Times are of rank 0, counts and loss of all ranks.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,6 +39,9 @@ pub(crate) struct StepRecord {
     pub(crate) backward_ms: f64,
     /// Waiting for gradients after the last of our own was ready.
     pub(crate) exposed_comm_ms: f64,
+    /// Waiting for other stages of a pipeline.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) pipeline_idle_ms: Option<f64>,
     /// Bytes that a rank has to send for the gradients at least; what sharded weights take to be gathered is not in it.
     #[serde(default)]
     pub(crate) bytes_sent: u64,
@@ -54,6 +57,12 @@ pub(crate) struct Summary {
     pub(crate) steps: u64,
     pub(crate) parameters: u64,
     pub(crate) world_size: usize,
+    /// The axes over which the model is cut, where it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) mesh: Option<String>,
+    /// Ranks that read different samples.
+    #[serde(default)]
+    pub(crate) readers: usize,
     pub(crate) node_count: usize,
     pub(crate) backend: String,
     pub(crate) threads: usize,

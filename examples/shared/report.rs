@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use phalanx_data::loader::SlowLoader;
 
 use super::config::Hook;
-use super::memory::gib;
+use super::machine::gib;
 use super::metrics::{StepRecord, Summary};
 
 /// Picks one of the times of a step.
@@ -27,10 +27,11 @@ pub(crate) fn screen(
         let _infallible = writeln!(text, "{line}");
     };
     let plural = |count: usize| if count == 1 { "" } else { "s" };
-    let Summary { world_size, node_count, global_batch, micro_batch, accumulate, .. } = summary;
+    let Summary { world_size, readers, node_count, global_batch, .. } = summary;
+    let Summary { micro_batch, accumulate, .. } = summary;
     add(format!(
         "\n{} M parameters, {world_size} rank{} on {node_count} node{}, {global_batch} samples a step \
-         ({world_size} × {micro_batch} × {accumulate})",
+         ({readers} × {micro_batch} × {accumulate})",
         millions(summary.parameters),
         plural(*world_size),
         plural(*node_count),
@@ -56,10 +57,12 @@ pub(crate) fn screen(
         ("optimizer", |r| r.optimizer_ms),
         ("rest, slower ranks", rest),
     ];
-    for (name, part) in parts {
+    let of_pipeline: [(&str, Part); 1] = [("waiting for other stages", idle)];
+    let has_stages = records.iter().any(|record| record.pipeline_idle_ms.is_some());
+    for (name, part) in parts.into_iter().chain(of_pipeline.into_iter().filter(|_| has_stages)) {
         let time = median(timed, part);
         let share = if step > 0.0 { time / step } else { 0.0 };
-        add(format!("  {name:<22} {time:>9.2} ms {:>5.1} %  {}", share * 100.0, bar(share)));
+        add(format!("  {name:<24} {time:>9.2} ms {:>5.1} %  {}", share * 100.0, bar(share)));
     }
     if !slow.is_empty() {
         add(waiting(slow));
@@ -120,8 +123,12 @@ pub(crate) fn waiting(slow: &[SlowLoader]) -> String {
 /// What no other number holds: tensors of the batch, and waiting for ranks that finish later.
 fn rest(record: &StepRecord) -> f64 {
     let StepRecord { step_ms, data_wait_ms, forward_ms, backward_ms, .. } = record;
-    let known = data_wait_ms + forward_ms + backward_ms;
+    let known = data_wait_ms + forward_ms + backward_ms + idle(record);
     (step_ms - known - record.exposed_comm_ms - record.optimizer_ms).max(0.0)
+}
+
+fn idle(record: &StepRecord) -> f64 {
+    record.pipeline_idle_ms.unwrap_or(0.0)
 }
 
 fn bar(share: f64) -> String {

@@ -1,0 +1,76 @@
+//! Which part of each sequence this rank has, and how its tokens attend to those of the others.
+//!
+//! Rank r of n has the r-th of n equal parts: positions and dropout of the layers count from one first token
+//! ([`Pass::first_token`](phalanx_model_parallel::layer::Pass)).
+
+use phalanx_ddp_core::collective::TensorGroup;
+use phalanx_model_parallel::context::{Order, RingAttention, Sequence};
+use phalanx_model_parallel::layer::{Builder, Pass};
+use phalanx_model_parallel::tensor::{Attend, Attention};
+use phalanx_model_parallel::{Error, Result};
+use tch::Tensor;
+
+/// The dimension of tokens in `[batch, tokens, …]`.
+const TOKENS: i64 = 1;
+
+/// The ranks that have the other parts; without context parallelism none.
+#[derive(Debug, Clone)]
+pub(crate) struct Context(Option<Sequence>);
+
+/// Attention in a ring.
+#[derive(Debug)]
+struct Ring(RingAttention);
+
+impl Attend for Ring {
+    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, _pass: &Pass) -> Result<Tensor> {
+        self.0.attend(q, k, v)
+    }
+}
+
+impl Context {
+    /// Of the ranks of the axis `cp`.
+    pub(crate) fn new(group: TensorGroup) -> Self {
+        Context((group.world_size() > 1).then(|| Sequence::new(group, Order::Consecutive)))
+    }
+
+    /// This rank's part of `[batch, tokens]`.
+    pub(crate) fn cut(&self, whole: &Tensor) -> Result<Tensor> {
+        match &self.0 {
+            Some(sequence) => sequence.cut(whole, TOKENS),
+            None => Ok(whole.shallow_clone()),
+        }
+    }
+
+    /// The whole of which this rank has a part, `[batch, tokens, …]`. Collective.
+    pub(crate) fn join(&self, part: &Tensor) -> Result<Tensor> {
+        match &self.0 {
+            Some(sequence) => sequence.join(part, TOKENS),
+            None => Ok(part.shallow_clone()),
+        }
+    }
+
+    /// The index of this rank's first token in sequences of so many.
+    pub(crate) fn first_token(&self, tokens: i64) -> i64 {
+        let Some(sequence) = &self.0 else { return 0 };
+        let (rank, ranks) = (sequence.group().rank(), sequence.group().world_size());
+        let number = |value| i64::try_from(value).unwrap_or(i64::MAX);
+        tokens / number(ranks) * number(rank)
+    }
+
+    /// The attention that meets the other ranks' tokens.
+    pub(crate) fn attention(&self, attention: Attention, at: &Builder<'_>) -> Attention {
+        let Some(sequence) = &self.0 else { return attention };
+        let name = at.name("attention");
+        attention.with_attend(Box::new(Ring(RingAttention::new(&name, sequence.clone(), true))))
+    }
+}
+
+/// A chunk that was given nothing to compute with.
+pub(crate) fn nothing() -> Error {
+    Error::BadInput {
+        layer: "chunk of the model".to_owned(),
+        actual: "no input".to_owned(),
+        expected: "hidden states of the chunk before, and a head where a loss is asked for"
+            .to_owned(),
+    }
+}
