@@ -141,7 +141,8 @@ impl Ddp {
         checkpoint::sharded::save(&mut *reduce::lock(&self.shared)?, path, options)
     }
 
-    /// Runs `body`, in which backwards accumulate on this rank and exchange nothing. The next backward
+    /// Runs `body`, in which backwards accumulate on this rank and exchange nothing (with
+    /// [`shard_accumulation`](DdpOptions::shard_accumulation): add to the ranks' segments, in common). The next backward
     /// outside exchanges the sum.
     ///
     /// # Errors
@@ -230,7 +231,7 @@ impl Ddp {
     /// From here on ranks may run out of batches at different times: see [`Join`]. On all ranks alike.
     ///
     /// # Errors
-    /// [`Error::Poisoned`].
+    /// [`Error::Poisoned`]; [`Error::BadSetting`] with [`shard_accumulation`](DdpOptions::shard_accumulation).
     pub fn join(&self) -> Result<Join<'_>> {
         Join::begin(&self.shared)
     }
@@ -269,6 +270,11 @@ impl Ddp {
     /// ```
     pub fn set_hook(&self, hook: impl Hook) -> Result<()> {
         let mut reducer = reduce::lock(&self.shared)?;
+        if reducer.options.shard_accumulation {
+            let (setting, value) = ("shard_accumulation", "true".to_owned());
+            let expected = "false beside a communication hook";
+            return Err(Error::BadSetting { setting, value, expected });
+        }
         let group = &mut reducer.store.group;
         agree::alike(group, "communication hook", "their communication hooks", &[hook.name()])?;
         hook.check()?;

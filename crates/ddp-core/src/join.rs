@@ -44,6 +44,11 @@ pub struct Join<'a> {
 impl<'a> Join<'a> {
     pub(crate) fn begin(shared: &'a Shared) -> Result<Self> {
         let mut reducer = reduce::lock(shared)?;
+        if reducer.options.shard_accumulation {
+            let (setting, value) = ("shard_accumulation", "true".to_owned());
+            let expected = "false beside Ddp::join: all ranks exchange each micro-batch";
+            return Err(Error::BadSetting { setting, value, expected });
+        }
         if reducer.weighing.is_some() {
             return Err(Error::BadSetting {
                 setting: "join",
@@ -52,6 +57,7 @@ impl<'a> Join<'a> {
             });
         }
         reducer.joining = true;
+        reducer.heed_differences();
         Ok(Self { shared })
     }
 
@@ -74,6 +80,7 @@ impl Drop for Join<'_> {
     fn drop(&mut self) {
         if let Ok(mut reducer) = self.shared.lock() {
             reducer.joining = false;
+            reducer.heed_differences();
         }
     }
 }

@@ -16,7 +16,8 @@ pub enum Zero {
     /// sharded, so `grad()` of the parameters is undefined after an exchange.
     One,
     /// Gradients, too (ZeRO-2): a gradient lives where libtorch made it until its bucket is exchanged, and of the bucket only
-    /// the rank's segment is kept. While gradients [accumulate](Sync::Accumulate) on a rank they are whole.
+    /// the rank's segment is kept. While gradients [accumulate](Sync::Accumulate) on a rank they are whole, unless
+    /// [`DdpOptions::shard_accumulation`] is on.
     Two,
     /// Parameters, too (ZeRO-3): a rank has its segment of every bucket. On one machine whose ranks share memory all segments lie side by
     /// side in one memory that every rank sees; else a bucket is gathered when an operation touches one of its
@@ -96,7 +97,8 @@ pub struct DdpOptions {
     pub buffers: Buffers,
     /// Whether a backward may leave parameters without a gradient. The graph is walked when a backward
     /// begins, and ranks tell each other what they used: a parameter that no rank used keeps its gradient
-    /// untouched. Off, such a backward is an error that names the parameters.
+    /// untouched. Off, such a backward is an error that names the parameters. Under [`Zero::Three`] ranks may then run different operations,
+    /// and meet before each bucket and step to gather what any of them needs.
     pub find_unused_parameters: bool,
     /// The model uses the same parameters equally often in every exchanged backward. The first one, which
     /// sends nothing before its end, counts; later ones wait for as many gradients of each parameter.
@@ -112,6 +114,12 @@ pub struct DdpOptions {
     /// Whether an [`Optimizer`](crate::Optimizer) keeps its state in the host's memory, with an f32 copy of what it updates, and
     /// makes its steps there (ZeRO-Offload): for models on a GPU that does not hold them otherwise. The same bits on the CPU.
     pub offload_optimizer: bool,
+    /// Whether gradients that accumulate are exchanged with each micro-batch, and add up in each rank's segments, in f32 at least: no rank
+    /// has more of them between micro-batches. For [`Zero::Two`] and [`Zero::Three`], without a hook and without
+    /// [`Ddp::join`](crate::Ddp::join). Every rank then has as many micro-batches to a step, and each costs the exchange of one step. Sums go first over ranks and then
+    /// over micro-batches, so the bits are not those of gradients that accumulate on a rank; they are the same ones in both stages, with `shard_ranks`, and whether memory
+    /// is shared. What has accumulated is given up by [`Ddp::release_gradients`](crate::Ddp::release_gradients) alone.
+    pub shard_accumulation: bool,
     /// What to do with sparse gradients.
     pub sparse_gradients: SparseGradients,
     /// What to do with gradients that are not finite.
@@ -145,6 +153,7 @@ impl Default for DdpOptions {
             gradient_kind: None,
             parameter_kind: None,
             offload_optimizer: false,
+            shard_accumulation: false,
             sparse_gradients: SparseGradients::Refuse,
             non_finite: NonFinite::Error,
             fingerprint_interval: 100,
@@ -178,6 +187,10 @@ impl DdpOptions {
             let (setting, value) = ("find_unused_parameters", "true".to_owned());
             let expected = "false beside static_graph, which finds them in the first backward";
             return Err(Error::BadSetting { setting, value, expected });
+        }
+        if self.shard_accumulation && matches!(self.zero, Zero::Off | Zero::One) {
+            let (setting, value) = ("shard_accumulation", format!("true beside {:?}", self.zero));
+            return Err(Error::BadSetting { setting, value, expected: "Zero::Two or Zero::Three" });
         }
         if let Some(kind) = self.parameter_kind.filter(|kind| !is_half(*kind)) {
             let (setting, value) = ("parameter_kind", format!("{kind:?}"));
@@ -217,7 +230,8 @@ fn is_half(kind: Kind) -> bool {
 /// Whether a backward exchanges gradients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sync {
-    /// Not yet: gradients and weights add up on this rank.
+    /// Not yet: gradients and weights add up on this rank, or gradients in the ranks' segments
+    /// ([`DdpOptions::shard_accumulation`]).
     Accumulate,
     /// Yes: this is the last micro-batch of the step.
     Reduce,

@@ -98,6 +98,8 @@ pub(crate) struct Ddp {
     pub(crate) parameter_kind: Option<FloatKind>,
     /// Whether the optimizer's state, and a copy of what it updates, is in the host's memory.
     pub(crate) offload_optimizer: bool,
+    /// Whether gradients are exchanged with each micro-batch, and add up in the ranks' segments: for stages 2 and 3.
+    pub(crate) shard_accumulation: bool,
     /// Gradients reduced together, in MiB.
     pub(crate) bucket_mib: f64,
     /// The bucket that backward fills first, in MiB.
@@ -132,6 +134,7 @@ impl Default for Ddp {
             shard_ranks: None,
             parameter_kind: None,
             offload_optimizer: false,
+            shard_accumulation: false,
             bucket_mib: 25.0,
             first_bucket_mib: 1.0,
             backend: Backend::Auto,
@@ -166,6 +169,7 @@ impl Ddp {
                 .filter(|&kind| kind != FloatKind::Fp32)
                 .map(FloatKind::kind),
             offload_optimizer: self.offload_optimizer,
+            shard_accumulation: self.shard_accumulation,
             buffers: match self.buffers {
                 Buffers::RankZero => core::Buffers::RankZero,
                 Buffers::Mean => core::Buffers::Mean,

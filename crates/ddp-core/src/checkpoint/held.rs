@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 
 use crate::store::flat::{dense_strides, Flat};
 use crate::store::model::Named;
-use crate::store::Store;
+use crate::store::{Home, Store};
 use crate::{part, Buffers, Cut, Error, Result};
 
 /// A tensor of the training.
@@ -101,9 +101,9 @@ pub(crate) fn of_model(store: &Store, (buffers, count): (Buffers, bool)) -> Resu
     let rank = store.group.rank();
     let of_all = |named: &Named| Held::whole(format!("model/{}", named.name), &named.tensor);
     let own = |named: &Named| Held::whole(own_buffer(rank, &named.name), &named.tensor);
-    let of_variable = |(variable, named): (usize, &Named)| match store.model.slot(variable) {
-        Some(slot) if store.is_cut(variable) => {
-            let held = of_segment(store, slot, None)?;
+    let of_variable = |(variable, named): (usize, &Named)| match store.home(variable) {
+        Some(home) if store.is_cut(variable) => {
+            let held = of_segment(named, &home, None)?;
             Ok(Held { name: format!("model/{}", held.name), ..held })
         }
         _ => of_all(named),
@@ -120,8 +120,8 @@ pub(crate) fn of_model(store: &Store, (buffers, count): (Buffers, bool)) -> Resu
 /// sees those of others; all else whole.
 pub(super) fn to_fill(store: &Store) -> Result<Vec<Held>> {
     let whole = |named: &Named| Held::whole(named.name.clone(), &named.tensor);
-    let of_variable = |(variable, named): (usize, &Named)| match store.model.slot(variable) {
-        Some(slot) => of_segment(store, slot, None),
+    let of_variable = |(variable, named): (usize, &Named)| match store.home(variable) {
+        Some(home) => of_segment(named, &home, None),
         None => whole(named),
     };
     let variables = store.model.variables.iter().enumerate().map(of_variable);
@@ -140,29 +140,29 @@ pub(super) fn to_fill_unrounded(
     let slots = 0..store.plan.places.len();
     let kept = slots.filter_map(|slot| memory_of(slot).map(|flat| (slot, flat)));
     let of = |(slot, flat)| {
-        let held = of_segment(store, slot, Some(flat))?;
-        let cut = store.cut(&held.name).cloned();
-        Ok((store.model.variable_of(slot), Held { cut, ..held }))
+        let variable = store.model.variable_of(slot);
+        let home = store.home(variable)?;
+        let held = of_segment(store.model.parameter(slot), &home, Some(flat));
+        let placed = |of: Held| Held { cut: store.cut(&of.name).cloned(), ..of };
+        Some(held.map(|of| (variable, placed(of))))
     };
-    kept.map(of).collect()
+    kept.filter_map(of).collect()
 }
 
-/// The part of a parameter that is in this rank's segment: where it is kept, or `elsewhere` in memory as long as the segment.
-fn of_segment(store: &Store, slot: usize, elsewhere: Option<&Flat>) -> Result<Held> {
-    let named = store.model.parameter(slot);
-    let place = &store.plan.places[slot];
-    let segment = store.sharding.segment(&store.plan.buckets[place.bucket]);
+/// The part of a variable that is in this rank's segment: where it is kept, or `elsewhere` in memory as long as the segment.
+fn of_segment(named: &Named, home: &Home<'_>, elsewhere: Option<&Flat>) -> Result<Held> {
+    let Home { memory, range: place, segment } = home;
     let (shape, strides) = (named.tensor.size(), named.tensor.stride());
     let kind = elsewhere.map_or(named.tensor.kind(), Flat::kind);
     let mut held = Held::like(named.name.clone(), kind, (&shape, &strides))?;
-    let (start, end) = (place.range.start.max(segment.start), place.range.end.min(segment.end));
+    let (start, end) = (place.start.max(segment.start), place.end.min(segment.end));
     if start < end {
         let own = start - segment.start..end - segment.start;
         let (memory, own) = match elsewhere {
             Some(flat) => (flat, own),
-            None => store.storages[place.storage].parameters.at(&(start..end), &own),
+            None => memory.at(&(start..end), &own),
         };
-        let range = (start - place.range.start) as u64..(end - place.range.start) as u64;
+        let range = (start - place.start) as u64..(end - place.start) as u64;
         held.parts.push(Part { range, memory: memory.range(&own)? });
     }
     Ok(held)

@@ -97,6 +97,7 @@ impl Ddp {
 
 /// Fills all variables and buffers; gives the names of the tensors that were not needed. Collective.
 fn load(reducer: &mut Reducer, path: &Path, options: &LoadOptions) -> Result<Vec<String>> {
+    reducer.store.meet()?;
     let keeps_unrounded = reducer.options.parameter_kind.is_some();
     let prepared = Prepared::new(&mut reducer.store, (path, options), keeps_unrounded);
     // When this returns every rank has come here: nobody reads parameters any more that ranks share.

@@ -25,6 +25,7 @@ const FAILED: i64 = -2;
 /// Writes all variables and buffers. Collective.
 pub(crate) fn save(reducer: &mut Reducer, path: &Path, options: &WeightsOptions) -> Result<()> {
     let store = &mut reducer.store;
+    store.meet()?;
     store.heed_written()?;
     if store.part.is_some() {
         return assembled::save(store, path, options);
@@ -84,8 +85,7 @@ impl<'a> Whole<'a> {
     fn new(store: &'a mut Store) -> Result<Self> {
         let mut tensors = Vec::new();
         for (variable, named) in store.model.variables.iter().enumerate() {
-            let slot = store.model.slot(variable).filter(|_| store.is_cut(variable));
-            tensors.push((named, slot.map(|slot| store.plan.places[slot].bucket)));
+            tensors.push((named, store.cut_bucket(variable)));
         }
         tensors.extend(store.model.buffers.iter().map(|named| (named, None)));
         let describe = |(named, bucket): (&crate::store::model::Named, Option<usize>)| {

@@ -51,6 +51,7 @@ pub(super) fn gather(
 ) -> Result<Vec<Held>> {
     let buffers = reducer.options.buffers;
     let counts = share == Share::Filled || reducer.store.group.rank() == 0;
+    reducer.store.meet()?;
     reducer.store.heed_written()?;
     let mut tensors = held::of_model(&reducer.store, (buffers, counts))?;
     if let Some(optimizer) = &mut beside.optimizer {

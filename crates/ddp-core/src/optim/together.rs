@@ -97,7 +97,11 @@ fn outcomes(
         }
         return Ok(None);
     }
-    let checked = reduced.into_iter().zip(reducers).map(|(has, reducer)| reducer.steppable(has));
+    let checked = reduced.into_iter().zip(reducers).map(|(has, reducer)| {
+        let has_gradient = reducer.steppable(has)?;
+        reducer.store.meet()?;
+        Ok(has_gradient)
+    });
     checked.collect::<Result<_>>().map(Some)
 }
 

@@ -27,6 +27,8 @@ pub(super) struct Run {
     pub(super) began: Instant,
     /// Whether it exchanges gradients at its end.
     pub(super) sync: bool,
+    /// Whether what it exchanges stays a sum to which others are added.
+    pub(super) accumulates: bool,
     pub(super) asked: Option<Asked>,
     /// The variables when it began.
     states: Vec<Variable>,
@@ -71,6 +73,8 @@ pub(super) struct Started {
     pub(super) work: Option<Work<'static>>,
     /// The buffer in which it is exchanged, if it has no memory of its own.
     pub(super) taken: Option<Taken>,
+    /// What makes sums of several micro-batches means, in the last of them.
+    pub(super) factor: Option<f64>,
 }
 
 impl Run {
@@ -81,6 +85,7 @@ impl Run {
             is_shadow: false,
             began: Instant::now(),
             sync,
+            accumulates: false,
             asked,
             states,
             reached: None,
@@ -140,9 +145,13 @@ impl Reducer {
     fn try_begin(&mut self, weak: &Weak<Mutex<Self>>, from_root: bool) -> Result<()> {
         let token = Arc::new(());
         let asked = self.asked;
-        let sync = self.synchronising && asked.is_none_or(|asked| asked.sync);
+        let is_last = self.synchronising && asked.is_none_or(|asked| asked.sync);
+        let accumulates = !is_last && self.shards_accumulation();
+        let sync = is_last || accumulates;
         let walks = self.options.find_unused_parameters && sync && from_root;
-        self.run = Some(Run::new(Arc::clone(&token), sync, asked, Vec::new()));
+        let begun = Run::new(Arc::clone(&token), sync, asked, Vec::new());
+        let scale = accumulates.then_some(Scale(1.0));
+        self.run = Some(Run { accumulates, scale, ..begun });
         let weak = Weak::clone(weak);
         shim::end_of_backward(Box::new(move || {
             let _held_by_libtorch = &token;
@@ -199,6 +208,7 @@ impl Reducer {
         self.check_weights()?;
         if sync {
             self.store.pool.reset();
+            self.store.meet()?;
             self.start_head()?;
             let coming = coming.and_then(|variable| self.store.model.slot(variable));
             self.await_gradients(coming)?;
@@ -337,7 +347,7 @@ impl Reducer {
 
     /// Brings a gradient to its view; with `look` it is looked at on the way. `false`: there is none.
     fn place(&mut self, slot: usize, look: bool) -> Result<bool> {
-        let Some(view) = self.store.view(slot) else { return self.leave(slot) };
+        let Some(view) = self.store.view(slot) else { return self.leave(slot, look) };
         let variable = &self.store.model.parameter(slot).tensor;
         let look = look && self.options.non_finite != NonFinite::Ignore;
         let on_host = !view.device().is_cuda();
@@ -375,8 +385,9 @@ impl Reducer {
         Ok(true)
     }
 
-    /// Leaves a gradient where it is until its bucket starts. `false`: there is none.
-    fn leave(&mut self, slot: usize) -> Result<bool> {
+    /// Leaves a gradient where it is until its bucket starts: in the kind in which gradients add up, unless it is the only one of
+    /// an exchange. `false`: there is none.
+    fn leave(&mut self, slot: usize, is_exchanged: bool) -> Result<bool> {
         let named = self.store.model.parameter(slot);
         let Some(gradient) = self.store.gradient(slot)? else { return Ok(false) };
         if gradient.is_sparse() {
@@ -385,6 +396,12 @@ impl Reducer {
             }
             let dense = gradient.f_to_dense(None, false)?;
             shim::gradient_set(&named.tensor, Some(&dense))?;
+        }
+        let is_added_to = !is_exchanged || self.is_counting() || self.expected(slot) > 1;
+        let kind = self.store.storages[self.store.plan.places[slot].storage].gradients.kind();
+        if is_added_to && gradient.kind() != kind {
+            let wide = named.tensor.f_grad()?.f_to_kind(kind)?;
+            shim::gradient_set(&named.tensor, Some(&wide))?;
         }
         Ok(true)
     }

@@ -12,7 +12,7 @@ use super::notes::{Head, Tail};
 use super::{hidden, Asked, Outcome, Reducer};
 use crate::hooks::Start;
 use crate::shim;
-use crate::store::{agree, flat::Scale, model, pool::Taken};
+use crate::store::{agree, flat::Scale, model, pool::Taken, Storage};
 use crate::{Error, NonFinite, Result};
 
 impl Reducer {
@@ -26,7 +26,8 @@ impl Reducer {
     /// Starts to tell what the divisor depends on, where it does.
     pub(super) fn start_head(&mut self) -> Result<()> {
         let Some(open) = &self.run else { return Ok(()) };
-        if !self.options.exchange || (open.asked.is_none() && !self.joining) {
+        let has_divisor = open.asked.is_some() || self.joining;
+        if !self.options.exchange || open.accumulates || !has_divisor {
             return Ok(());
         }
         let head = Head {
@@ -86,8 +87,13 @@ impl Reducer {
         if !parameters.iter().any(|&slot| self.trains(slot)) {
             return Ok(()); // all of it is frozen, on every rank
         }
+        self.store.meet()?;
         let scale = self.scale()?;
-        let tag = self.tag(&format!("bucket {index}"));
+        let accumulates = self.run.as_ref().is_some_and(|run| run.accumulates);
+        let tag = self.tag(&match accumulates {
+            true => format!("micro-batch {}, bucket {index}", self.accumulated.exchange_count),
+            false => format!("bucket {index}"),
+        });
         let taken = self.bring(index)?;
         self.flag_on_device(index, taken)?;
         let store = &mut self.store;
@@ -108,15 +114,19 @@ impl Reducer {
         let to_all = !self.is_order_settled || store.sharding.reduces_to_all();
         if let Some(hooked) = &mut self.hooked {
             let start = Start { index, scale: scale.0, everywhere: to_all, tag, taken };
-            run.started.push_back(Started { bucket: index, work: None, taken });
+            let factor = Some(scale.0);
+            run.started.push_back(Started { bucket: index, work: None, taken, factor });
             return hooked.start(store, start);
         }
         store.group.tagged(&tag);
         run.sent += store.sharding.bytes_sent(bytes, (store.group.world_size(), to_all));
         let range = bucket.range.clone();
-        let how = (scale, to_all);
-        let work = store.sharding.reduce(&mut store.group, gradients, range, how)?;
-        run.started.push_back(Started { bucket: index, work: Some(work), taken });
+        // To sums only sums can be added.
+        let has_sums = store.storages[bucket.storage].has_sums();
+        let how = (if has_sums { Scale(1.0) } else { scale }, to_all);
+        let work = Some(store.sharding.reduce(&mut store.group, gradients, range, how)?);
+        let factor = (!accumulates).then_some(scale.0);
+        run.started.push_back(Started { bucket: index, work, taken, factor });
         Ok(())
     }
 
@@ -146,15 +156,41 @@ impl Reducer {
         if !run.sync {
             let asked = run.asked;
             self.run = None;
-            self.accumulated.weight += asked.map_or(0.0, |asked| asked.weight);
-            self.accumulated.is_weighted = asked.is_some();
-            self.accumulated.states = self.store.model.states()?;
-            self.accumulated.samples = self.store.samples();
-            self.accumulated.views = self.store.gradient_versions()?;
-            return Ok(());
+            return self.note_accumulated(asked);
+        }
+        if run.accumulates {
+            self.settle_missing(true)?;
+            return self.keep_sums();
         }
         self.settle_missing(false)?;
         self.complete()
+    }
+
+    /// A backward has added to what is exchanged, or divided, later.
+    fn note_accumulated(&mut self, asked: Option<Asked>) -> Result<()> {
+        self.accumulated.weight += asked.map_or(0.0, |asked| asked.weight);
+        self.accumulated.is_weighted = asked.is_some();
+        self.accumulated.states = self.store.model.states()?;
+        self.accumulated.samples = self.store.samples();
+        self.accumulated.views = self.store.gradient_versions()?;
+        Ok(())
+    }
+
+    /// The end of a micro-batch that was exchanged by itself: its sums are kept for the last one.
+    fn keep_sums(&mut self) -> Result<()> {
+        let Some(mut run) = self.run.take() else { return Ok(()) };
+        self.store.meet()?;
+        self.wait_for_buckets(&mut run, Instant::now())?;
+        for (pending, &count) in self.accumulated.pending.iter_mut().zip(&run.counts) {
+            *pending |= count > 0;
+        }
+        let accumulated = &mut self.accumulated;
+        accumulated.non_finite = accumulated.non_finite.or(run.non_finite);
+        accumulated.flags.append(&mut run.flags);
+        accumulated.bytes += run.bytes;
+        accumulated.sent += run.sent;
+        accumulated.exchange_count += 1;
+        self.note_accumulated(run.asked)
     }
 
     /// An exchange without a backward: what has accumulated, and zero for the rest. Says how many ranks took part.
@@ -277,6 +313,9 @@ impl Reducer {
     /// Every bucket was started: waits for all, hears what the ranks found, and hands gradients out.
     fn complete(&mut self) -> Result<()> {
         let last_gradient = Instant::now();
+        if self.options.exchange {
+            self.store.meet()?;
+        }
         let used = self.start_used()?;
         let tail = self.start_tail(last_gradient)?;
         let Some(mut run) = self.run.take() else { return Ok(()) };
@@ -294,9 +333,8 @@ impl Reducer {
         self.finish_statistics(&run, &tails, last_gradient);
         self.divide_by_own_weight(&run)?;
         let has_gradient = self.with_gradients(&run);
-        self.accumulated.pending.fill(false);
-        self.accumulated.weight = 0.0;
-        self.accumulated.is_weighted = false;
+        self.accumulated.clear();
+        self.store.storages.iter_mut().for_each(Storage::forget_sums);
         self.clock.waited = Duration::ZERO;
         self.clock.ended = Instant::now();
         let unusable = self.judge(&run, &tails)?;

@@ -33,7 +33,7 @@ impl Reducer {
         let Some(run) = &self.run else { return Ok(None) };
         let outside = run.began.saturating_duration_since(self.clock.ended);
         let tail = Tail {
-            non_finite: run.non_finite,
+            non_finite: self.accumulated.non_finite.or(run.non_finite),
             fingerprint,
             outside: outside.saturating_sub(self.clock.waited),
             stepped: {
@@ -48,7 +48,10 @@ impl Reducer {
 
     /// Brings flags of buckets from the GPU.
     fn read_flags(&mut self) -> Result<()> {
-        let flags = self.run.as_mut().map_or_else(Vec::new, |run| std::mem::take(&mut run.flags));
+        let mut flags = std::mem::take(&mut self.accumulated.flags);
+        flags.append(
+            &mut self.run.as_mut().map_or_else(Vec::new, |run| std::mem::take(&mut run.flags)),
+        );
         if flags.is_empty() {
             return Ok(());
         }
@@ -68,8 +71,8 @@ impl Reducer {
     pub(super) fn finish_statistics(&mut self, run: &Run, tails: &[Tail], last_gradient: Instant) {
         let statistics = &mut self.clock.statistics;
         statistics.exchange_count += u64::from(self.options.exchange);
-        statistics.bytes = run.bytes;
-        statistics.bytes_sent = run.sent;
+        statistics.bytes = self.accumulated.bytes + run.bytes;
+        statistics.bytes_sent = self.accumulated.sent + run.sent;
         let own = RankTimes {
             outside: run.began.saturating_duration_since(self.clock.ended),
             backward: last_gradient.saturating_duration_since(run.began),

@@ -9,7 +9,7 @@ use tch::Tensor;
 use super::backward::Started;
 use super::{finite, Reducer};
 use crate::shim::{self, GradientPlace};
-use crate::store::{pool::Taken, Held};
+use crate::store::pool::Taken;
 use crate::{Error, NonFinite, Result};
 
 impl Reducer {
@@ -93,10 +93,7 @@ impl Reducer {
         let Some(taken) = started.taken else { return Ok(()) };
         let bucket = &store.plan.buckets[started.bucket];
         let reduced = store.pool.buffer(taken).range(&store.sharding.segment(bucket))?;
-        if let Held::Segment(kept) = &store.storages[bucket.storage].gradients {
-            let mut kept = kept.range(&(0..kept.len()))?;
-            tch::no_grad(|| kept.f_copy_(&reduced).map(drop))?;
-        }
+        store.storages[bucket.storage].take_in(&reduced, started.factor)?;
         store.pool.give_back(taken);
         Ok(())
     }

@@ -38,7 +38,7 @@ use crate::hooks::Hooked;
 use crate::part::Refusal;
 use crate::shard::access;
 use crate::shim::{self, Variable};
-use crate::store::Store;
+use crate::store::{Storage, Store};
 use crate::{DdpOptions, Error, Result};
 use backward::Run;
 pub(crate) use findings::is_due;
@@ -118,11 +118,27 @@ struct Accumulated {
     pending: Vec<bool>,
     weight: f64,
     is_weighted: bool,
+    /// Of micro-batches that were exchanged by themselves: how many, the first parameter in which this rank found what is not finite with how many elements, on a GPU
+    /// flags by bucket, and bytes as [`Run`] has them.
+    exchange_count: usize,
+    non_finite: Option<(usize, usize)>,
+    flags: Vec<(usize, tch::Tensor)>,
+    bytes: u64,
+    sent: u64,
     /// The variables after the last accumulation, and a sample of each parameter.
     states: Vec<Variable>,
     samples: Vec<u32>,
     /// By parameter: how often its view had been changed in place at the end of the last backward.
     views: Vec<u32>,
+}
+
+impl Accumulated {
+    /// It was exchanged, or given up.
+    fn clear(&mut self) {
+        let Self { pending, states, samples, views, .. } = std::mem::take(self);
+        *self = Self { pending, states, samples, views, ..Self::default() };
+        self.pending.fill(false);
+    }
 }
 
 /// What is timed from exchange to exchange.
@@ -163,10 +179,8 @@ pub(crate) fn attach(shared: &Shared) -> Result<Vec<shim::Hook>> {
 
 /// Operations that need parameters find who gathers them, where somebody does.
 pub(crate) fn settle_access(shared: &Shared) -> Result<()> {
-    match lock(shared)?.store.gatherer_id() {
-        Some(id) => access::register(id, &Arc::downgrade(shared)),
-        None => Ok(()),
-    }
+    let ids = lock(shared)?.store.gatherer_ids();
+    ids.into_iter().try_for_each(|id| access::register(id, &Arc::downgrade(shared)))
 }
 
 /// Ends what [`attach`] began, but for the hooks.
@@ -269,8 +283,15 @@ impl Reducer {
                 window: Window::default(),
             },
         };
+        reducer.heed_differences();
         reducer.fit()?;
         Ok(reducer)
+    }
+
+    /// Whether ranks may run different operations from here on.
+    pub(crate) fn heed_differences(&mut self) {
+        let differ = self.joining || self.options.find_unused_parameters;
+        self.store.set_programs_differ(differ);
     }
 
     /// Makes what is kept by parameter as long as there are parameters. Collective.
@@ -340,10 +361,14 @@ impl Reducer {
 
     /// Forgets what has accumulated, and what was exchanged.
     fn forget(&mut self) {
-        self.accumulated.pending.fill(false);
-        self.accumulated.weight = 0.0;
-        self.accumulated.is_weighted = false;
+        self.accumulated.clear();
+        self.store.storages.iter_mut().for_each(Storage::forget_sums);
         self.outcome = Outcome::Nothing;
+    }
+
+    /// Whether micro-batches that accumulate are exchanged by themselves.
+    fn shards_accumulation(&self) -> bool {
+        self.options.shard_accumulation && self.options.exchange && !self.is_parted()
     }
 
     /// The optimizer waited this long for other ranks.
@@ -367,6 +392,7 @@ impl Reducer {
 
     /// Compares the parameters over the ranks. Collective.
     pub(crate) fn compare_parameters(&mut self) -> Result<()> {
+        self.store.meet()?;
         let hashes = fingerprint::of_parameters(&self.store)?;
         let compared = fingerprint::compare(&mut self.store, &hashes);
         if let Err(error @ Error::ParametersDiffer { .. }) = &compared {

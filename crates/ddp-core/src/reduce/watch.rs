@@ -23,7 +23,8 @@ impl Reducer {
         let mut stepped = None;
         for (variable, state) in now.iter().enumerate() {
             let Some(slot) = self.store.model.slot(variable) else { continue };
-            if self.accumulated.pending[slot] && state.has_gradient == 0 {
+            let is_gone = state.has_gradient == 0 && !self.shards_accumulation();
+            if self.accumulated.pending[slot] && is_gone {
                 self.accumulated.pending[slot] = false;
             }
             is_pending |= self.accumulated.pending[slot];
@@ -75,6 +76,7 @@ impl Reducer {
     /// out. Collective on every rank that sees the change.
     pub(super) fn agree_on_what_trains(&mut self, trains: Vec<bool>) -> Result<()> {
         self.check_frozen(&trains)?;
+        self.store.meet()?;
         let line = |(named, &on): (&model::Named, &bool)| {
             format!("{} {}", if on { "trains" } else { "frozen" }, named.name)
         };

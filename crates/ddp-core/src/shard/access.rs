@@ -8,9 +8,9 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::mem::ManuallyDrop;
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 
-use crate::reduce::Reducer;
+use crate::reduce::{Reducer, Shared};
 use crate::shim::Accesses;
 use crate::Result;
 
@@ -77,15 +77,23 @@ fn bring(tokens: &[u64]) {
             of.push(bucket);
         }
     }
+    // A model has a gatherer of parameters and one of what does not train: an operation on both needs them at once.
+    let mut by_owner: Vec<(Shared, Vec<(u64, Vec<usize>)>)> = Vec::new();
     for (id, buckets) in wanted {
         let found = owners().get(&id).and_then(Weak::upgrade);
         let Some(owner) = found else { continue };
+        match by_owner.iter_mut().find(|(other, _)| Arc::ptr_eq(other, &owner)) {
+            Some((_, all)) => all.push((id, buckets)),
+            None => by_owner.push((owner, vec![(id, buckets)])),
+        }
+    }
+    for (owner, buckets) in by_owner {
         let mut owner = match owner.try_lock() {
             Ok(owner) => owner,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             // Without memory the operation fails, and that is told.
             Err(TryLockError::WouldBlock) => continue,
         };
-        owner.store.bring(&buckets);
+        owner.store.bring_for_operation(&buckets);
     }
 }

@@ -114,6 +114,11 @@ impl Gatherer {
         self.rings.iter().flat_map(|ring| &ring.buffers).map(of).sum()
     }
 
+    /// Why nothing is gathered any more, if that is so.
+    pub(crate) fn failure(&self) -> Option<String> {
+        self.failed.clone()
+    }
+
     /// How many buckets there are: the number of the next one.
     pub(crate) fn bucket_count(&self) -> usize {
         self.buckets.len()
@@ -196,6 +201,16 @@ impl Gatherer {
             shim::set_data(variable, &view)
         })?;
         Ok(())
+    }
+
+    /// A bucket is needed no more; whoever still has views of it hears that it has moved.
+    pub(crate) fn release(&mut self, index: usize) -> Result<()> {
+        self.send_away(index)?;
+        let gathered = &mut self.buckets[index];
+        gathered.home = Tensor::f_empty([0], (gathered.home.kind(), self.device))?;
+        gathered
+            .shell
+            .fail("a view that was made before its variable began to train and moved: make it anew")
     }
 
     /// Whether a bucket can be read.
@@ -361,7 +376,10 @@ impl Gatherer {
     }
 
     /// From here on whoever needs a parameter hears `error`.
-    fn fail(&mut self, error: &Error) {
+    pub(crate) fn fail(&mut self, error: &Error) {
+        if self.failed.is_some() {
+            return;
+        }
         let text = format!("the parameters could not be gathered: {error}");
         tracing::error!("{text}");
         self.close(&text);

@@ -68,6 +68,11 @@ impl Sharding {
         self.zero == Zero::Three && !self.shares_memory
     }
 
+    /// Whether a rank has only its segments of parameters, or ranks have them together.
+    pub(crate) fn shards_parameters(self) -> bool {
+        self.zero == Zero::Three
+    }
+
     /// Whether all ranks have one memory for parameters.
     fn shares_parameters(self) -> bool {
         self.zero == Zero::Three && self.shares_memory

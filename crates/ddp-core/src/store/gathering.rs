@@ -69,10 +69,7 @@ impl Store {
 
     /// Buckets from the `from`th on are gathered when an operation needs them, where they are sharded so. Collective.
     pub(super) fn add_gathered(&mut self, from: usize, options: &DdpOptions) -> Result<()> {
-        if !self.sharding.gathers_on_access() {
-            return Ok(());
-        }
-        let mut gatherer = self.gatherer.take().unwrap_or_else(|| Gatherer::new(self.device, None));
+        let Some(mut gatherer) = self.gatherer.take() else { return Ok(()) };
         let mut described = Vec::new();
         for (index, storage) in self.storages.iter_mut().enumerate().skip(from) {
             storage.gathered = gatherer.bucket_count() + index - from;
@@ -98,20 +95,39 @@ impl Store {
         Ok(())
     }
 
-    /// A bucket's parameters are to be here. Collective.
-    pub(crate) fn bring_bucket(&mut self, bucket: usize) {
-        self.bring(&[self.storages[bucket].gathered]);
+    /// The bucket of a variable of which this rank has only its segments: parameters' first, then those of what does not train.
+    pub(crate) fn cut_bucket(&self, variable: usize) -> Option<usize> {
+        if !self.is_cut(variable) {
+            return None;
+        }
+        match self.model.slot(variable) {
+            Some(slot) => Some(self.plan.places[slot].bucket),
+            None => self.frozen.bucket_of(variable).map(|bucket| self.plan.buckets.len() + bucket),
+        }
     }
 
-    /// Whether a bucket's parameters can be read.
+    /// A bucket with a number as [`cut_bucket`](Self::cut_bucket) says it is to be here. Collective.
+    pub(crate) fn bring_bucket(&mut self, bucket: usize) {
+        let count = self.plan.buckets.len();
+        match bucket.checked_sub(count) {
+            None => self.bring(false, &[self.storages[bucket].gathered]),
+            Some(frozen) => self.bring(true, &[frozen]),
+        }
+    }
+
+    /// Whether a bucket with such a number can be read.
     pub(crate) fn is_here(&self, bucket: usize) -> bool {
+        if let Some(frozen) = bucket.checked_sub(self.plan.buckets.len()) {
+            return self.frozen.is_here(frozen);
+        }
         let number = self.storages[bucket].gathered;
         self.gatherer.as_ref().is_none_or(|gatherer| gatherer.is_here(number))
     }
 
-    /// An operation takes parameters of buckets with these numbers, which are not here. Collective.
-    pub(crate) fn bring(&mut self, buckets: &[usize]) {
-        if let Some(gatherer) = &mut self.gatherer {
+    /// Buckets are to be here, by their gatherer's numbers: of what does not train, or of parameters. Collective.
+    pub(super) fn bring(&mut self, are_frozen: bool, buckets: &[usize]) {
+        let gatherer = if are_frozen { self.frozen.gatherer() } else { self.gatherer.as_mut() };
+        if let Some(gatherer) = gatherer {
             gatherer.bring(sharing(&mut self.within, &mut self.group), buckets);
         }
     }
@@ -169,28 +185,36 @@ impl Store {
         Ok(whole)
     }
 
-    /// The number of who gathers parameters, if somebody does.
-    pub(crate) fn gatherer_id(&self) -> Option<u64> {
-        self.gatherer.as_ref().map(Gatherer::id)
+    /// The numbers of those who gather parameters and what does not train, if somebody does.
+    pub(crate) fn gatherer_ids(&self) -> Vec<u64> {
+        let ids = [self.gatherer.as_ref().map(Gatherer::id), self.frozen.gatherer_id()];
+        ids.into_iter().flatten().collect()
+    }
+
+    /// Those who gather.
+    pub(super) fn gatherers(&mut self) -> impl Iterator<Item = &mut Gatherer> {
+        self.gatherer.iter_mut().chain(self.frozen.gatherer())
     }
 
     /// What the program wrote to parameters that were gathered counts from here on.
     pub(crate) fn heed_written(&mut self) -> Result<()> {
-        self.gatherer.as_mut().map_or(Ok(()), Gatherer::bring_all_home)
+        self.gatherers().try_for_each(Gatherer::bring_all_home)
     }
 
     /// Parameters have changed where they are kept; says what operations waited for them since the last time.
     pub(crate) fn forget_gathered(&mut self) -> Result<Duration> {
-        let Some(gatherer) = &mut self.gatherer else { return Ok(Duration::ZERO) };
-        gatherer.forget()?;
-        Ok(gatherer.take_waited())
+        let mut waited = Duration::ZERO;
+        for gatherer in self.gatherers() {
+            gatherer.forget()?;
+            waited += gatherer.take_waited();
+        }
+        self.frozen.release_empty()?;
+        Ok(waited)
     }
 
     /// Whether this rank has only its segments of a variable.
     pub(crate) fn is_cut(&self, variable: usize) -> bool {
-        let slot = self.model.slot(variable);
-        let held = slot.map(|slot| &self.storages[self.plan.places[slot].storage].parameters);
-        matches!(held, Some(Held::Segment(_)))
+        self.home(variable).is_some_and(|home| matches!(home.memory, Held::Segment(_)))
     }
 }
 

@@ -11,8 +11,10 @@ pub(crate) mod broadcast;
 mod device_norm;
 pub(crate) mod exact;
 pub(crate) mod flat;
+mod frozen;
 mod gathering;
 mod held;
+mod meeting;
 pub(crate) mod model;
 pub(crate) mod norm;
 pub mod plan;
@@ -27,7 +29,10 @@ use crate::shard::Sharding;
 use crate::shim::{self, Variable};
 use crate::{DdpOptions, Error, Result};
 use flat::Flat;
+use frozen::Frozen;
+pub(crate) use frozen::Home;
 use gathering::sharing;
+use held::Sums;
 pub(crate) use held::{Held, Storage};
 use model::Model;
 use plan::{Bucket, Caps, Extent, Plan};
@@ -38,6 +43,10 @@ const WORTHWHILE: f64 = 0.02;
 
 /// A model and its flat memory.
 #[derive(Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "two facts that have nothing to do with each other"
+)]
 pub(crate) struct Store {
     pub(crate) group: Group,
     /// The ranks that have everything once together, if they are not all.
@@ -52,6 +61,10 @@ pub(crate) struct Store {
     pub(crate) pool: Pool,
     /// Who gathers parameters when an operation needs them.
     gatherer: Option<Gatherer>,
+    /// Weights that do not train, where they are sharded.
+    frozen: Frozen,
+    /// Whether ranks meet before what they do together: they may run different operations, and parameters are gathered.
+    meets: bool,
     /// By variable: what it was when it was last looked at with approval.
     expected: Vec<Variable>,
     /// Counts the plans: who keeps something by place looks whether it is still that one.
@@ -72,6 +85,8 @@ pub(crate) struct Store {
 pub struct Memory {
     /// Parameters that are kept between steps.
     pub parameters: usize,
+    /// Weights that do not train, where they are sharded ([`Zero::Three`](crate::Zero::Three)).
+    pub frozen: usize,
     /// Gradients that are kept between steps.
     pub gradients: usize,
     /// Buffers in which gradients are exchanged and parameters gathered.
@@ -101,6 +116,7 @@ impl Store {
         let sharding = Sharding::new(options.zero, (&mut group, within.as_ref()), device)?;
         let plan = Plan { buckets: Vec::new(), places: Vec::new(), storage_lens: Vec::new() };
         let expected = model.states()?;
+        let gathers = sharding.gathers_on_access();
         let mut store = Self {
             group,
             within,
@@ -110,7 +126,9 @@ impl Store {
             sharding,
             views: Vec::new(),
             pool: Pool::default(),
-            gatherer: None,
+            gatherer: gathers.then(|| Gatherer::new(device, None)),
+            frozen: Frozen::new(device, gathers),
+            meets: false,
             expected,
             layout: 0,
             renewals: 0,
@@ -121,6 +139,7 @@ impl Store {
         };
         let order = store.initial_order(options)?;
         store.lay(&order, options)?;
+        store.lay_frozen(options)?;
         store.fit_pool(options)?;
         Ok(store)
     }
@@ -129,11 +148,12 @@ impl Store {
     pub(crate) fn extend(&mut self, added: Model, options: &DdpOptions) -> Result<()> {
         let before = self.model.extend(added);
         let count = self.model.parameters().len() - before;
-        if count == 0 {
-            return self.approve();
+        if count > 0 {
+            let order: Vec<usize> = (0..count).rev().collect();
+            self.lay(&order, options)?;
         }
-        let order: Vec<usize> = (0..count).rev().collect();
-        self.lay(&order, options)
+        self.lay_frozen(options)?;
+        self.approve()
     }
 
     /// The model is complete: what was built first becomes ready last. Collective.
@@ -187,8 +207,10 @@ impl Store {
         self.add_gathered(from, options)?;
         let count = self.model.parameters().len();
         for index in first..count {
+            self.bring_frozen_of(index); // where it was frozen until now
             self.settle(index)?; // a gradient that is there already goes to its view with its hook
         }
+        (first..count).for_each(|index| self.leave_frozen(index));
         self.settled()?;
         self.layout += 1;
         self.approve()
@@ -220,7 +242,8 @@ impl Store {
             let gradients = self.sharding.gradient_memory(all, gradients, device, bucket)?;
             let group = sharing(&mut self.within, &mut self.group);
             let parameters = self.sharding.parameter_memory(group, kind, device, bucket)?;
-            storages.push(Storage { parameters, gradients, unrounded: None, gathered: 0 });
+            let sums = Sums::default();
+            storages.push(Storage { parameters, gradients, sums, unrounded: None, gathered: 0 });
         }
         Ok(storages)
     }
@@ -408,11 +431,13 @@ impl Store {
 
     /// Bytes of this rank's memory for parameters, gradients and their exchange.
     pub(crate) fn memory(&self) -> Memory {
-        let sum = |of: fn(&Storage) -> &Held| self.storages.iter().map(|s| of(s).bytes()).sum();
         Memory {
-            parameters: sum(|storage| &storage.parameters),
-            gradients: sum(|storage| &storage.gradients),
-            exchange: self.pool.bytes() + self.gatherer.as_ref().map_or(0, Gatherer::bytes),
+            parameters: self.storages.iter().map(|storage| storage.parameters.bytes()).sum(),
+            frozen: self.frozen.bytes(),
+            gradients: self.storages.iter().map(Storage::gradient_bytes).sum(),
+            exchange: self.pool.bytes()
+                + self.gatherer.as_ref().map_or(0, Gatherer::bytes)
+                + self.frozen.gathered_bytes(),
         }
     }
 
