@@ -141,7 +141,7 @@ fn branched(mut group: Group, options: DdpOptions, frozen: &[&str]) -> Vec<u32> 
         for (part, sync) in [(0, Sync::Accumulate), (1, Sync::Reduce)] {
             let branch = (rank * (step + 1) + step + part) % 3;
             // One of them sits a micro-batch out.
-            if part == 1 || (rank + step) % 3 > 0 {
+            if part == 1 || !(rank + step).is_multiple_of(3) {
                 let seed = (step * 100 + part * 10 + rank) as i64;
                 ddp.backward(&model.loss(branch, seed), 3.0, sync).unwrap();
             }

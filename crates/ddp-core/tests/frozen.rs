@@ -115,8 +115,7 @@ fn a_rank_has_its_segments_and_nothing_beside() {
         // Buckets: one.weight with two.bias and two.weight or each by itself; a bucket is padded to a block a rank.
         let (least, most) = (131 * 7 + 131 * 33 + 33, 131 * 7 + 131 * 33 + 33 + 2 * 64);
         let most = most + 3 * world_size * 1024;
-        let (two, three) = (of(Zero::Two), of(Zero::Three));
-        for (two, three) in two.iter().zip(three) {
+        for (two, three) in of(Zero::Two).into_iter().zip(of(Zero::Three)) {
             let frozen = three.frozen * world_size;
             assert!((least * element..=most * element).contains(&frozen), "{frozen}");
             assert_eq!((two.frozen, two.gradients), (0, three.gradients));
@@ -129,7 +128,6 @@ fn a_rank_has_its_segments_and_nothing_beside() {
 fn scheduled(mut group: Group, zero: Zero, frozen: &[&[&str]]) -> Vec<u32> {
     let model = Model::new(0);
     freeze(&model, frozen[0], true);
-    // What is alike lies in one bucket in some runs and by itself in others.
     let ddp = Ddp::new(&model.vs, &mut group, options(zero)).unwrap();
     let mut optimizer = optimizer(&ddp);
     for (step, names) in (0..).zip(frozen) {
@@ -186,7 +184,6 @@ fn go_on(group: &mut Group, folder: &Path, zero: Zero, to: i64) -> Vec<u32> {
 
 #[test]
 fn a_run_goes_on_in_another_stage_and_world() {
-    // On one rank each time: the sums of a step are the same ones however many ranks there are only then.
     for link in LINKS {
         for stages in [[Zero::Three, Zero::Off, Zero::Three], [Zero::Off, Zero::Three, Zero::One]] {
             let folder = tempfile::tempdir().unwrap();

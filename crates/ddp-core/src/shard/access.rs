@@ -68,6 +68,9 @@ extern "C" fn on_access(tokens: *const u64, count: usize) {
     }
 }
 
+/// By gatherer: its buckets.
+type Wanted = Vec<(u64, Vec<usize>)>;
+
 fn bring(tokens: &[u64]) {
     let mut wanted: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
     for token in tokens {
@@ -78,7 +81,7 @@ fn bring(tokens: &[u64]) {
         }
     }
     // A model has a gatherer of parameters and one of what does not train: an operation on both needs them at once.
-    let mut by_owner: Vec<(Shared, Vec<(u64, Vec<usize>)>)> = Vec::new();
+    let mut by_owner: Vec<(Shared, Wanted)> = Vec::new();
     for (id, buckets) in wanted {
         let found = owners().get(&id).and_then(Weak::upgrade);
         let Some(owner) = found else { continue };
