@@ -59,9 +59,9 @@ fn a_full_disk_costs_the_checkpoint_that_does_not_fit_and_nothing_else() {
     assert_eq!(expected.len(), 2, "a shard of each rank");
     for (must_succeed, code) in [(true, 74), (false, 0)] {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let output = save_to_full_disk(folder.path(), must_succeed);
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(code), "{said}");
+        let ended = save_to_full_disk(folder.path(), must_succeed);
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert_eq!(ended.status.code(), Some(code), "{said}");
         let named = said.contains("checkpoint of step 4: no space left on ");
         assert!(named && said.contains(": needs 17.0 MiB, "), "{said}");
         let after = folder.path().join("after");
