@@ -4,8 +4,8 @@
 //! damaged in the memory of a card, a switch or a host has a sum that fits. CRC-32C finds every error of up to 32 bits in a row,
 //! and every one of up to three bits in messages of the lengths here; of others one in 2³² escapes.
 //!
-//! Cost: the processor's own CRC instruction reaches about 10 GB/s. Where it multiplies polynomials (`pclmulqdq`, up to 64 bytes at a
-//! time) long messages are folded first ([`fold`]), several times as fast.
+//! Cost: `docs/performance.md` has figures. Where the processor multiplies polynomials (`pclmulqdq`, up to 64 bytes at a
+//! time) long messages are folded first ([`fold`]), which is several times as fast as its CRC instruction.
 //!
 //! # Source
 //!

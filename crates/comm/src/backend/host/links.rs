@@ -32,7 +32,7 @@ struct Link {
     written: usize,
 }
 
-/// Data with its trailer is a multiple of this: a cache line. Kernels copy what is aligned to it up to a tenth faster.
+/// Data with its trailer is a multiple of this, a cache line, so that what follows is copied from where lines begin.
 const LINE_BYTES: usize = 64;
 const TRAILER_BYTES_MAX: usize = LINE_BYTES + CHECKSUM_BYTES - 1;
 
