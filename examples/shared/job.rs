@@ -64,11 +64,19 @@ pub(crate) fn use_threads(threads: usize) {
     tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
 }
 
+/// For whom a rank waits how long.
+pub(crate) fn times(config: &Config) -> GroupOptions {
+    let dead_after = Duration::from_secs_f64(config.ddp.dead_after_s);
+    // Ten heartbeats, as by default.
+    GroupOptions::default()
+        .with_timeout(Duration::from_secs(config.ddp.timeout_s))
+        .with_heartbeat(dead_after / 10, dead_after)
+}
+
 /// Meets the other ranks, over the backend that the configuration names.
 #[expect(clippy::print_stdout, reason = "this is the program's output")]
 pub(crate) fn join(config: &Config, cuda: &Cuda, root: bool) -> Result<Group> {
-    let timeout = Duration::from_secs(config.ddp.timeout_s);
-    let options = GroupOptions::default().with_timeout(timeout);
+    let options = times(config);
     let options = match config.ddp.backend {
         Backend::Host => options,
         Backend::Nccl => options.with_backend(CommBackend::Nccl),

@@ -72,6 +72,9 @@ pub(crate) struct TrainFlags {
     /// What moves the bytes.
     #[arg(long)]
     pub(crate) backend: Option<Backend>,
+    /// After how many silent seconds a rank counts as dead [default: 5].
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) dead_after: Option<f64>,
     /// Folder of checkpoints, which all machines see.
     #[arg(long, value_name = "DIR")]
     pub(crate) checkpoint: Option<PathBuf>,
@@ -185,6 +188,7 @@ impl TrainFlags {
         put(&mut ddp.hook, self.hook.as_ref());
         put(&mut ddp.non_finite, self.non_finite.as_ref());
         put(&mut ddp.backend, self.backend.as_ref());
+        put(&mut ddp.dead_after_s, self.dead_after.as_ref());
         checkpoint.folder = self.checkpoint.clone().or(checkpoint.folder.take());
         put(&mut checkpoint.every_steps, self.save_every.as_ref());
         put(&mut checkpoint.memory_every_steps, self.memory_every.as_ref());

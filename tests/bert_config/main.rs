@@ -101,6 +101,7 @@ fn values_out_of_range_are_named() {
     check(r#"{ "train": { "steps": 0 } }"#, &["train.steps is 0"]);
     check(r#"{ "train": { "micro_batch": 0 } }"#, &["train.micro_batch is 0"]);
     check(r#"{ "ddp": { "zero": 4 } }"#, &["ddp.zero is 4"]);
+    check(r#"{ "ddp": { "dead_after_s": 0.1 } }"#, &["ddp.dead_after_s is 0.1", "at least 0.5"]);
 }
 
 #[test]

@@ -21,6 +21,8 @@ const DEADLINE: Duration = Duration::from_secs(240);
 /// Where one of each kind is injected, and the end.
 const HOLDS: [u64; 4] = [10, 20, 30, 40];
 const STEPS: u64 = 50;
+/// How often a run of minutes is saved, and how soon a silent rank is dead: snapshots cost little, a lost step as much as a step.
+const LONG_RUN: [&str; 6] = ["--memory-every", "20", "--save-every", "200", "--dead-after", "1"];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
@@ -50,7 +52,7 @@ struct Soaked {
 }
 
 impl Soaked {
-    fn start(folder: &Path, steps: u64, [memory, disk]: [&str; 2]) -> Self {
+    fn start(folder: &Path, steps: u64, settings: &[&str]) -> Self {
         for name in ["disk", "lab"] {
             fs::create_dir_all(folder.join(name)).expect("a folder");
         }
@@ -61,8 +63,7 @@ impl Soaked {
         command.arg(folder.join("disk")).arg(example("fault_lab"));
         command.arg("--lab").arg(folder.join("lab"));
         command.args(training(folder, steps)).arg("--checkpoint").arg(folder.join("disk"));
-        command.args(["--memory-every", memory, "--save-every", disk]);
-        command.args(["--max-restarts", "100000"]);
+        command.args(["--max-restarts", "100000"]).args(settings);
         let said = File::create(folder.join("said")).expect("a file");
         command.stderr(said.try_clone().expect("a descriptor")).stdout(said);
         Self { run: begin(&mut command), folder: folder.to_owned() }
@@ -223,7 +224,7 @@ fn soak_at_steps(seed: u64, draws: &mut Draws) {
     fs::create_dir(wet.path().join("lab")).expect("a folder");
     let hold = |step: u64| wet.path().join(format!("lab/hold-{step}"));
     HOLDS.into_iter().for_each(|step| fs::write(hold(step), "").expect("a wish"));
-    let mut run = Soaked::start(wet.path(), STEPS, ["2", "5"]);
+    let mut run = Soaked::start(wet.path(), STEPS, &["--memory-every", "2", "--save-every", "5"]);
     let mut left = ALL.to_vec();
     for step in HOLDS {
         let fault =
@@ -251,7 +252,7 @@ fn soak_for(seconds: u64, seed: u64, draws: &mut Draws) {
     let without = unbroken(dry.path(), steps.into());
     let a_step = without / steps;
     let begun = Instant::now();
-    let mut run = Soaked::start(wet.path(), steps.into(), ["5", "50"]);
+    let mut run = Soaked::start(wet.path(), steps.into(), &LONG_RUN);
     let mut costs = [Cost::default(); ALL.len()];
     let mut next = begun;
     // The last one needs steps in which to be found and got over.

@@ -122,6 +122,9 @@ pub(crate) struct Ddp {
     pub(crate) fingerprint_interval: u64,
     /// How long a collective may wait for ranks that live and do not call, in seconds. Dead ones are found at once.
     pub(crate) timeout_s: u64,
+    /// How long a rank may say nothing before it counts as dead, in seconds: one that stands still is found after that time, and a
+    /// machine that stalls for longer ends the run.
+    pub(crate) dead_after_s: f64,
 }
 
 impl Default for Ddp {
@@ -146,6 +149,7 @@ impl Default for Ddp {
             hook: Hook::None,
             fingerprint_interval: 100,
             timeout_s: 1800,
+            dead_after_s: 5.0,
         }
     }
 }

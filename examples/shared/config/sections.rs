@@ -62,6 +62,12 @@ impl Ddp {
                     .into(),
             );
         }
+        if !(0.5..=86_400.0).contains(&self.dead_after_s) {
+            return Some(format!(
+                "ddp.dead_after_s is {}; it must be at least 0.5 (5 is usual) and at most 86400",
+                self.dead_after_s
+            ));
+        }
         let caps = [("bucket_mib", self.bucket_mib), ("first_bucket_mib", self.first_bucket_mib)];
         let (name, value) =
             caps.into_iter().find(|(_, value)| !(*value > 0.0 && *value <= 65_536.0))?;

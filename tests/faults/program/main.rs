@@ -19,7 +19,7 @@ use clap::Parser;
 use phalanx::comm::environment::World;
 use phalanx::data::progress::Silent;
 use phalanx::tch::{self, nn, Device};
-use phalanx::{checkpoint, comm, launch, Group, GroupOptions};
+use phalanx::{checkpoint, comm, launch, Group};
 
 use bert::config::Backend;
 use bert::flags::{Flags, Settings};
@@ -75,8 +75,8 @@ fn rank(lab: &Lab, settings: &Settings) -> Result<ExitCode> {
         .then(|| Journal::open(config, &settings.name, metrics, world.world_size))
         .transpose()?;
     let mut group = Group::from_environment(match config.ddp.backend {
-        Backend::Mpi => GroupOptions::default().with_backend(comm::Backend::Mpi),
-        _ => GroupOptions::default(),
+        Backend::Mpi => bert::job::times(config).with_backend(comm::Backend::Mpi),
+        _ => bert::job::times(config),
     })?;
     tch::set_num_threads(1);
     let vs = nn::VarStore::new(Device::Cpu);
