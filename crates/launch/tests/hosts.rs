@@ -129,7 +129,8 @@ fn a_failure_on_another_host_ends_the_job() {
     for site in Site::both("here\nthere\n") {
         let finished = site.start("--act exit --rank 1 --code 74").finish();
         assert_eq!(finished.code, Some(74), "{:#?}", finished.errors);
-        let reports = finished.errors.iter().filter(|line| line.starts_with("error[PHX0702]: rank 1"));
+        let reports =
+            finished.errors.iter().filter(|line| line.starts_with("error[PHX0702]: rank 1"));
         assert_eq!(reports.count(), 2, "its own launcher's line, and ours: {:#?}", finished.errors);
     }
 }

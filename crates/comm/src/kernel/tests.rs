@@ -7,7 +7,9 @@
 use half::{bf16, f16};
 
 use super::block;
-use super::scalar::{Accumulator, AsBf16, Factor, FoldMax, FoldMin, FoldOp, FoldProduct, FoldSum, Scalar};
+use super::scalar::{
+    Accumulator, AsBf16, Factor, FoldMax, FoldMin, FoldOp, FoldProduct, FoldSum, Scalar,
+};
 use super::{dispatch, Output, Pass};
 use crate::reduce_op::Finish;
 

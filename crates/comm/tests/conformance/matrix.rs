@@ -141,7 +141,8 @@ where
 fn check_bf16_sums(group: &mut Group, len: usize) {
     let rounded = |rank, index| bf16::from_f32(f32::value(rank, index)).to_f32();
     let scaled = |index| {
-        let sum = (1..group.world_size()).fold(rounded(0, index), |sum, rank| sum + rounded(rank, index));
+        let sum =
+            (1..group.world_size()).fold(rounded(0, index), |sum, rank| sum + rounded(rank, index));
         bf16::from_f32(sum * 0.3).to_f32()
     };
     let expected: Vec<f32> = (0..len).map(scaled).collect();
