@@ -35,10 +35,6 @@ const PURE: &[&str] = &[
     "crates/comm/src/kernel",
     "crates/comm/src/recorder/lineup.rs",
     "crates/comm/src/recorder/record.rs",
-    "crates/comm/src/rendezvous/frame.rs",
-    "crates/comm/src/rendezvous/handshake.rs",
-    "crates/comm/src/rendezvous/table.rs",
-    "crates/comm/src/rendezvous/tcp_store/message.rs",
     "crates/comm/src/slots/header.rs",
     "crates/data/src/fingerprint.rs",
     "crates/data/src/format/layout.rs",
@@ -79,6 +75,10 @@ const PURE: &[&str] = &[
     "crates/model-parallel/src/pipeline/schedule",
     "crates/model-parallel/src/context/pieces.rs",
     "crates/model-parallel/src/expert/plan.rs",
+    "crates/rendezvous/src/store/frame.rs",
+    "crates/rendezvous/src/store/handshake.rs",
+    "crates/rendezvous/src/store/table.rs",
+    "crates/rendezvous/src/store/tcp_store/message.rs",
 ];
 
 /// What a pure file must not name. `std::time::Duration` is a value and may be used.
@@ -104,7 +104,7 @@ const IMPURE: &[&str] = &[
 ];
 
 /// Where library code may read or change the environment.
-const ENVIRONMENT: &[&str] = &["crates/comm/src/environment"];
+const ENVIRONMENT: &[&str] = &["crates/rendezvous/src/environment"];
 
 /// Where library code may look at the time of day.
 const TIME_OF_DAY: &[&str] = &[

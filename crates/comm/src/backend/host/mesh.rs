@@ -22,7 +22,7 @@ use super::card::{Card, APART, SECRET_BYTES};
 use super::mapping;
 use crate::environment::{HostLink, World};
 use crate::error::{Error, Result};
-use crate::rendezvous::dial;
+use crate::rendezvous::resolve;
 
 const MAGIC: [u8; 8] = *b"phalanx\x03";
 /// What connects this rank with one other.
@@ -112,7 +112,7 @@ fn own_address(world: &World, deadline: Instant) -> std::io::Result<IpAddr> {
     }
     // Connecting a datagram socket sends nothing; it only looks up the route.
     let (host, port) = world.store_address();
-    let addresses = dial::resolve(host, port.max(1), deadline)?;
+    let addresses = resolve(host, port.max(1), deadline)?;
     let master = addresses.first().copied().ok_or(ErrorKind::NotFound)?;
     let any: SocketAddr = match master {
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),

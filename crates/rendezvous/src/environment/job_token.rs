@@ -4,7 +4,7 @@ use std::fmt;
 
 use sha2::{Digest, Sha256};
 
-use crate::rendezvous::RendezvousError;
+use crate::RendezvousError;
 
 /// 32 secret bytes: who has them belongs to the job. Made by the launcher, passed in the environment (never in argv,
 /// which every user of the machine can read). `Debug` does not show it.
@@ -36,7 +36,7 @@ impl JobToken {
     ///
     /// [`RendezvousError::System`] when the kernel has no random bytes to give.
     pub fn generate() -> Result<Self, RendezvousError> {
-        crate::rendezvous::random_bytes().map(Self::from_bytes)
+        crate::random_bytes().map(Self::from_bytes)
     }
 
     /// Parses 64 hexadecimal digits; `None` for anything else.

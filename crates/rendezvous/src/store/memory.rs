@@ -21,14 +21,14 @@ struct Shared {
 ///
 /// ```
 /// use std::time::{Duration, Instant};
-/// use phalanx_comm::rendezvous::{MemoryStore, Store};
+/// use phalanx_rendezvous::{MemoryStore, Store};
 ///
 /// let store = MemoryStore::new();
 /// let other = store.clone();
 /// std::thread::spawn(move || other.set("address", b"10.0.0.1:4000"));
 /// let value = store.get("address", Instant::now() + Duration::from_secs(5))?;
 /// assert_eq!(value, b"10.0.0.1:4000");
-/// # Ok::<(), phalanx_comm::rendezvous::StoreError>(())
+/// # Ok::<(), phalanx_rendezvous::StoreError>(())
 /// ```
 #[derive(Debug, Default)]
 pub struct MemoryStore {

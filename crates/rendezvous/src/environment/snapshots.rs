@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 /// What `PHALANX_SNAPSHOT_MEMORY` names, `/proc/811/fd/7:3`: the launcher's memory, and this rank's place in it.
-pub(crate) fn snapshot_memory() -> Option<(PathBuf, usize)> {
+pub fn snapshot_memory() -> Option<(PathBuf, usize)> {
     parse(&super::process_variable("PHALANX_SNAPSHOT_MEMORY")?)
 }
 

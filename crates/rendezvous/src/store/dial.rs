@@ -246,7 +246,11 @@ fn pause(time: Duration) {
 }
 
 /// Addresses of `host`. The resolver has no deadline of its own, so it runs on a thread that may outlive this call.
-pub(crate) fn resolve(host: &str, port: u16, deadline: Instant) -> io::Result<Vec<SocketAddr>> {
+///
+/// # Errors
+///
+/// What the resolver said, or a time-out at `deadline`.
+pub fn resolve(host: &str, port: u16, deadline: Instant) -> io::Result<Vec<SocketAddr>> {
     if let Ok(ip) = host.parse() {
         return Ok(vec![SocketAddr::new(ip, port)]);
     }

@@ -78,7 +78,7 @@ pub enum StoreError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RendezvousError {
-    /// The ranks of this [`World`](crate::World) meet over MPI, not in a store at an address.
+    /// The ranks of this [`World`](crate::environment::World) meet over MPI, not in a store at an address.
     #[error("this job's launcher says neither where rank 0 is nor what the job is called, so its ranks meet over MPI: use Group::from_environment or World::from_mpi, or set MASTER_ADDR and PHALANX_RUN_ID")]
     OverMpi,
     /// The port that the store should listen on belongs to somebody else.

@@ -21,13 +21,13 @@ const CANCEL_MAX: Duration = Duration::from_secs(5);
 ///
 /// ```no_run
 /// use std::time::{Duration, Instant};
-/// use phalanx_comm::rendezvous::TcpStoreClient;
+/// use phalanx_rendezvous::TcpStoreClient;
 ///
 /// let deadline = Instant::now() + Duration::from_secs(10);
 /// let mut store = TcpStoreClient::connect("node0", 29500, deadline)?;
 /// store.set("address", b"10.0.0.1:4000", deadline)?;
 /// assert_eq!(store.get("address", deadline)?, b"10.0.0.1:4000");
-/// # Ok::<(), phalanx_comm::rendezvous::RendezvousError>(())
+/// # Ok::<(), phalanx_rendezvous::RendezvousError>(())
 /// ```
 #[derive(Debug)]
 pub struct TcpStoreClient {

@@ -18,7 +18,7 @@
 
 mod advertise;
 mod client;
-pub(crate) mod dial;
+mod dial;
 mod error;
 mod frame;
 mod handshake;
@@ -32,12 +32,10 @@ mod tcp_store;
 use std::time::Instant;
 
 pub use client::StoreClient;
+pub use dial::resolve;
 pub use error::{RendezvousError, StoreError};
 pub use handshake::Credentials;
-#[cfg(feature = "mpi")]
-pub(crate) use join::hosted;
-pub(crate) use join::Meeting;
-pub use join::{connect, join, listen_address};
+pub use join::{connect, hosted, join, listen_address, Meeting};
 pub use memory::MemoryStore;
 pub use server::StoreServer;
 pub use table::{KEY_BYTES_MAX, STORE_BYTES_MAX, VALUE_BYTES_MAX};
@@ -109,7 +107,11 @@ pub trait Store: Send + Sync + std::fmt::Debug {
 }
 
 /// Random bytes of the kernel, for tokens and nonces.
-pub(crate) fn random_bytes<const N: usize>() -> Result<[u8; N], RendezvousError> {
+///
+/// # Errors
+///
+/// [`RendezvousError::System`] when it has none to give.
+pub fn random_bytes<const N: usize>() -> Result<[u8; N], RendezvousError> {
     let mut bytes = [0; N];
     let mut filled = 0;
     while filled < N {

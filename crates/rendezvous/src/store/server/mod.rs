@@ -28,6 +28,8 @@ use super::{owner, random_bytes, RendezvousError};
 
 /// Connections that have not proved the job token yet.
 const STRANGERS_MAX: usize = 256;
+/// The longest that a server lingers: a deadline has to be a moment that can be represented.
+const LINGER_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 /// At most one warning about strangers in this time.
 const WARNING_EVERY: Duration = Duration::from_secs(10);
 /// Connections accepted before the others get their turn again.
@@ -41,8 +43,8 @@ const ACCEPT_REST: Duration = Duration::from_millis(100);
 ///
 /// ```
 /// use std::time::{Duration, Instant};
-/// use phalanx_comm::environment::JobToken;
-/// use phalanx_comm::rendezvous::{Credentials, Store, StoreClient, StoreServer};
+/// use phalanx_rendezvous::environment::JobToken;
+/// use phalanx_rendezvous::{Credentials, Store, StoreClient, StoreServer};
 ///
 /// let credentials = Credentials {
 ///     run_id: "docs".to_owned(),
@@ -55,7 +57,7 @@ const ACCEPT_REST: Duration = Duration::from_millis(100);
 /// let client = StoreClient::connect("127.0.0.1", port, credentials, deadline)?;
 /// client.set("greeting", b"hello")?;
 /// assert_eq!(client.get("greeting", deadline)?, b"hello");
-/// # Ok::<(), phalanx_comm::rendezvous::RendezvousError>(())
+/// # Ok::<(), phalanx_rendezvous::RendezvousError>(())
 /// ```
 #[derive(Debug)]
 pub struct StoreServer {
@@ -114,7 +116,7 @@ impl StoreServer {
     /// From now on it ends as soon as no client is connected any more, at `limit` at the latest. Dropping it afterwards
     /// waits for that: a rank that hosts the store does not take it from under the others.
     pub fn linger(&self, limit: Duration) {
-        let until = Instant::now() + limit.min(crate::group::LONGEST);
+        let until = Instant::now() + limit.min(LINGER_MAX);
         *self.stop.linger_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(until);
     }
 }

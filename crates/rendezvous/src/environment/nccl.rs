@@ -1,12 +1,12 @@
 //! What the NCCL backend reads of the environment. NCCL itself reads its own variables.
 
 /// The file of libnccl (`PHALANX_NCCL_LIBRARY`), where the loader should not look for it.
-pub(crate) fn nccl_library() -> Option<String> {
+pub fn nccl_library() -> Option<String> {
     read("PHALANX_NCCL_LIBRARY")
 }
 
 /// `NCCL_HOSTID`: the machine's name as far as NCCL is concerned.
-pub(crate) fn nccl_host_id() -> Option<String> {
+pub fn nccl_host_id() -> Option<String> {
     read("NCCL_HOSTID")
 }
 
@@ -24,7 +24,7 @@ const NEWER: [Newer; 2] = [
 
 /// What the environment asks of NCCL that `version` (22809 is 2.28.9) would not hear of; an older one ignores it in
 /// silence.
-pub(crate) fn nccl_lacks(version: i32) -> Option<String> {
+pub fn nccl_lacks(version: i32) -> Option<String> {
     lacks(version, read)
 }
 
@@ -47,8 +47,9 @@ fn read(name: &str) -> Option<String> {
 }
 
 /// Whether `PHALANX_REQUIRE` names what a test needs: then it fails instead of skipping itself.
-#[cfg(test)]
-pub(crate) fn is_required(what: &str) -> bool {
+#[cfg(any(test, feature = "testing"))]
+#[must_use]
+pub fn is_required(what: &str) -> bool {
     read("PHALANX_REQUIRE").unwrap_or_default().split(',').any(|name| name == what)
 }
 

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use phalanx_comm::environment::{JobToken, StoreHost, World};
-use phalanx_comm::rendezvous::{
+use phalanx_rendezvous::environment::{JobToken, StoreHost, World};
+use phalanx_rendezvous::testing::free_port;
+use phalanx_rendezvous::{
     connect, join, Credentials, MemoryStore, RendezvousError, Store, StoreClient, StoreError,
     StoreServer,
 };
-use phalanx_comm::testing::free_port;
 
 const LOOPBACK: &str = "127.0.0.1";
 /// Longer than anything takes here on a busy machine: whoever waits so long waits for nothing.

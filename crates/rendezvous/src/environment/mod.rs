@@ -18,7 +18,6 @@
 mod job_token;
 mod launchers;
 mod mpi;
-#[cfg(feature = "mpi")]
 mod mpi_library;
 mod nccl;
 mod nccl_levels;
@@ -37,19 +36,18 @@ mod variables;
 use sha2::{Digest, Sha256};
 
 pub use job_token::JobToken;
-#[cfg(feature = "mpi")]
-pub(crate) use mpi_library::{
+pub use mpi_library::{
     data_checks, host_link, is_started_by_mpi, launched, master_addr, mpi_cuda_aware, mpi_threads,
     store_port,
 };
-#[cfg(test)]
-pub(crate) use nccl::is_required;
-pub(crate) use nccl::{nccl_host_id, nccl_lacks, nccl_library};
+#[cfg(any(test, feature = "testing"))]
+pub use nccl::is_required;
+pub use nccl::{nccl_host_id, nccl_lacks, nccl_library};
 pub use nccl_levels::{NcclDebug, NcclGdrLevel, NcclP2pLevel};
 pub use nccl_settings::{NcclSettingError, NcclSettings};
 pub use platform::{LaunchDefaults, RanksPerNode};
-pub(crate) use recorder::flight_recorder;
-pub(crate) use snapshots::snapshot_memory;
+pub use recorder::flight_recorder;
+pub use snapshots::snapshot_memory;
 pub use stay::{take_place, StayOffer};
 pub use threads::ThreadVariables;
 
@@ -107,7 +105,7 @@ pub enum StoreHost {
     Agent,
     /// Rank 0 on a free port, which it tells the others over MPI: for programs built with the feature `mpi` whose launcher
     /// does not say enough to meet without it. Address, port, run id and nodes are known when they have met
-    /// ([`Group::from_environment`](crate::Group::from_environment)).
+    /// (`Group::from_environment`).
     Mpi,
 }
 
@@ -242,7 +240,7 @@ impl World {
     }
 
     /// One of `world_size` ranks that are threads of this process (with a
-    /// [`MemoryStore`](crate::rendezvous::MemoryStore)).
+    /// [`MemoryStore`](crate::MemoryStore)).
     ///
     /// # Panics
     ///
@@ -319,7 +317,7 @@ fn given_variable(name: &str) -> Option<String> {
 }
 
 /// The address of jobs on one machine.
-pub(crate) const LOOPBACK: &str = "127.0.0.1";
+pub const LOOPBACK: &str = "127.0.0.1";
 
 /// A port that all ranks of a run compute alike: 20000 … 31999, below the range that Linux hands out to clients
 /// (32768 up), where a chance connection could hold it.

@@ -1,7 +1,7 @@
 //! What strangers at the store's door cost: the memory of the server, which has a limit, and the patience of honest clients, who
 //! must all be served; how much later is printed. A program of its own, because both are measured.
 //!
-//! `PHALANX_STRANGERS=1000,200 cargo test --release -p phalanx-comm --test strangers -- --nocapture` has 1000 idle
+//! `PHALANX_STRANGERS=1000,200 cargo test --release -p phalanx-rendezvous --test strangers -- --nocapture` has 1000 idle
 //! connections and 200 new ones a second.
 
 use std::collections::VecDeque;
@@ -12,8 +12,8 @@ use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use phalanx_comm::environment::JobToken;
-use phalanx_comm::rendezvous::{Credentials, Store as _, StoreClient, StoreServer};
+use phalanx_rendezvous::environment::JobToken;
+use phalanx_rendezvous::{Credentials, Store as _, StoreClient, StoreServer};
 
 /// Longer than anything takes here on a busy machine.
 const LONG: Duration = Duration::from_secs(60);

@@ -4,14 +4,14 @@ use super::variables::Variables;
 use super::{process_variable, EnvironmentError, HostLink, Launcher, World};
 
 /// Whether an MPI launcher started this process: without one, initialising MPI would make a job of one.
-pub(crate) fn is_started_by_mpi() -> bool {
+pub fn is_started_by_mpi() -> bool {
     const SIGNS: [&str; 5] =
         ["OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"];
     SIGNS.iter().any(|sign| process_variable(sign).is_some_and(|value| !value.is_empty()))
 }
 
 /// The launcher, the rank and how many there are, by the launcher's own variables, where it is one that starts MPI programs.
-pub(crate) fn launched() -> Option<(Launcher, usize, usize)> {
+pub fn launched() -> Option<(Launcher, usize, usize)> {
     let world = World::from_env().ok()?;
     let starts_mpi = matches!(
         world.launcher,
@@ -21,22 +21,22 @@ pub(crate) fn launched() -> Option<(Launcher, usize, usize)> {
 }
 
 /// `MASTER_ADDR`.
-pub(crate) fn master_addr() -> Option<String> {
+pub fn master_addr() -> Option<String> {
     Variables::new(&process_variable).text("MASTER_ADDR")
 }
 
 /// `PHALANX_HOST_LINK`.
-pub(crate) fn host_link() -> Result<HostLink, EnvironmentError> {
+pub fn host_link() -> Result<HostLink, EnvironmentError> {
     Variables::new(&process_variable).host_link()
 }
 
 /// `PHALANX_DATA_CHECKS`.
-pub(crate) fn data_checks() -> Result<bool, EnvironmentError> {
+pub fn data_checks() -> Result<bool, EnvironmentError> {
     Variables::new(&process_variable).data_checks()
 }
 
 /// `PHALANX_MPI_CUDA_AWARE`: whether the MPI library takes addresses of a GPU, whatever it says itself.
-pub(crate) fn mpi_cuda_aware() -> Result<Option<bool>, EnvironmentError> {
+pub fn mpi_cuda_aware() -> Result<Option<bool>, EnvironmentError> {
     const VARIABLE: &str = "PHALANX_MPI_CUDA_AWARE";
     match process_variable(VARIABLE).unwrap_or_default().as_str() {
         "" => Ok(None),
@@ -51,12 +51,12 @@ pub(crate) fn mpi_cuda_aware() -> Result<Option<bool>, EnvironmentError> {
 }
 
 /// `MASTER_PORT`: the port of the store where ranks meet over MPI; any free one if it is not set.
-pub(crate) fn store_port() -> Result<u16, EnvironmentError> {
+pub fn store_port() -> Result<u16, EnvironmentError> {
     Ok(Variables::new(&process_variable).port("MASTER_PORT")?.unwrap_or(0))
 }
 
 /// `PHALANX_MPI_THREADS`: whether to ask MPI to let every thread call it.
-pub(crate) fn mpi_threads() -> Result<bool, EnvironmentError> {
+pub fn mpi_threads() -> Result<bool, EnvironmentError> {
     const VARIABLE: &str = "PHALANX_MPI_THREADS";
     match process_variable(VARIABLE).unwrap_or_default().as_str() {
         "" | "multiple" => Ok(true),

@@ -75,8 +75,8 @@ pub fn listen_address(
 }
 
 /// A store of a server in this process.
-#[cfg(feature = "mpi")]
-pub(crate) fn hosted(client: StoreClient, server: StoreServer) -> Arc<dyn Store> {
+#[must_use]
+pub fn hosted(client: StoreClient, server: StoreServer) -> Arc<dyn Store> {
     Arc::new(Hosted::new(client, server))
 }
 
@@ -159,16 +159,24 @@ pub fn join(
 
 /// Where ranks join, with a name for messages beside that of the keys.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Meeting<'m> {
-    pub(crate) what: &'m str,
-    pub(crate) name: &'m str,
-    pub(crate) rank: usize,
-    pub(crate) world_size: usize,
+pub struct Meeting<'m> {
+    /// Where, as messages have it.
+    pub what: &'m str,
+    /// Where, in the keys of the store.
+    pub name: &'m str,
+    /// This rank.
+    pub rank: usize,
+    /// How many are to come.
+    pub world_size: usize,
 }
 
 impl Meeting<'_> {
     /// See [`join`].
-    pub(crate) fn join(
+    ///
+    /// # Errors
+    ///
+    /// As [`join`].
+    pub fn join(
         self,
         store: &dyn Store,
         value: &[u8],
