@@ -22,13 +22,20 @@
 
 mod algorithm;
 mod backend;
+mod call;
 mod checksum;
+mod control;
+mod deadline;
 mod dtype;
 mod error;
 mod fingerprint;
+mod gpu;
 mod group;
 mod kernel;
+mod lane;
 mod mark;
+mod memory;
+mod order;
 pub mod recorder;
 mod reduce_op;
 mod region;
@@ -42,13 +49,14 @@ pub use backend::Backend;
 pub use dtype::{DType, Element, Float};
 pub use error::{Absent, Error, LastCall, Result};
 pub use fingerprint::{CallRecord, Op};
+pub use gpu::Stream;
 pub use group::{Group, GroupOptions};
 pub use mark::Mark;
 pub use phalanx_rendezvous as rendezvous;
 pub use phalanx_rendezvous::environment;
 pub use phalanx_rendezvous::environment::World;
 pub use reduce_op::{Avg, Max, Min, Product, ReduceOp, ScaledSum, Sum};
-pub use region::{Buffer, DeviceSlice, Region, RegionRange, Stream};
+pub use region::{Buffer, DeviceSlice, Input, Region, RegionRange};
 pub use upload::{PinnedMemory, Upload, Uploader};
 pub use work::{Arriving, Work};
 

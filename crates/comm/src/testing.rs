@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 pub use phalanx_rendezvous::testing::{free_port, free_ports};
 
 use crate::environment::{HostLink, World};
+use crate::group::{Group, GroupOptions};
 use crate::rendezvous::{MemoryStore, Store};
-use crate::{Group, GroupOptions};
 
 /// How long [`run_ranks`] waits for its ranks.
 const DEADLINE: Duration = Duration::from_secs(120);

@@ -4,9 +4,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::backend::gpu::cuda::{self, CudaError, Device, Event, OwnStream};
 use crate::error::{Error, Result};
-use crate::region::Stream;
+use crate::gpu::cuda::{self, CudaError, Device, Event, OwnStream};
+use crate::gpu::Stream;
 
 fn failed(error: CudaError) -> Error {
     let CudaError { call, what } = error;
@@ -142,7 +142,7 @@ impl Upload {
     ///
     /// [`Error::Backend`]: the GPU reports an error, or is not done in time.
     pub fn wait(&self, limit: Duration) -> Result<()> {
-        let deadline = Instant::now() + limit.min(crate::group::LONGEST);
+        let deadline = Instant::now() + limit.min(crate::deadline::LONGEST);
         while !self.is_done()? {
             if Instant::now() >= deadline {
                 let what = format!("a copy to the GPU has not ended in {limit:?}");

@@ -3,12 +3,13 @@
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use crate::backend::host::call::{Call, Memory};
-use crate::backend::host::core::Core;
-use crate::backend::host::point;
-use crate::backend::lane::Lane;
+use crate::call::{Call, Memory};
+use crate::control::point;
 use crate::error::Result;
-use crate::region::{Bytes, Stream};
+use crate::gpu::Stream;
+use crate::lane::Lane;
+use crate::order::core::Core;
+use crate::region::Bytes;
 
 /// A started collective. It borrows its buffer until it is waited for:
 ///
@@ -125,7 +126,7 @@ impl<'b> Work<'b> {
         if let Some(lane) = lane {
             lane.flush();
             match &call.on_device {
-                Some(on_device) => on_device.order(&call, &lane, stream)?,
+                Some(on_device) => lane.order(&call, on_device, stream)?,
                 None => lane.wait(&call)?,
             }
         } else if let Some(peer) = peer {

@@ -16,6 +16,7 @@
 //! | `together` | errors that all ranks have at once |
 //! | `vitals` | the words by which a rank and its launcher know of each other while the rank runs |
 
+mod advice;
 mod lineup;
 mod record;
 mod ring;
@@ -54,7 +55,7 @@ static RING: OnceLock<Option<Ring>> = OnceLock::new();
 ///
 /// The system has no memory or no file descriptors left.
 pub fn memory() -> std::io::Result<File> {
-    match crate::backend::host::mapping::create("phalanx-flight", record::BYTES) {
+    match crate::memory::mapping::create("phalanx-flight", record::BYTES) {
         Ok((fd, _)) => Ok(File::from(fd)),
         // A sandbox may refuse memory without a name: a file without one does as well.
         Err(error) => nameless_file(&std::env::temp_dir()).map_err(|_also| error),

@@ -26,16 +26,28 @@ pub fn master_addr() -> Option<String> {
 }
 
 /// `PHALANX_HOST_LINK`.
+///
+/// # Errors
+///
+/// [`EnvironmentError::Invalid`]: the variable has another value.
 pub fn host_link() -> Result<HostLink, EnvironmentError> {
     Variables::new(&process_variable).host_link()
 }
 
 /// `PHALANX_DATA_CHECKS`.
+///
+/// # Errors
+///
+/// [`EnvironmentError::Invalid`]: the variable has another value.
 pub fn data_checks() -> Result<bool, EnvironmentError> {
     Variables::new(&process_variable).data_checks()
 }
 
 /// `PHALANX_MPI_CUDA_AWARE`: whether the MPI library takes addresses of a GPU, whatever it says itself.
+///
+/// # Errors
+///
+/// [`EnvironmentError::Invalid`]: the variable has another value.
 pub fn mpi_cuda_aware() -> Result<Option<bool>, EnvironmentError> {
     const VARIABLE: &str = "PHALANX_MPI_CUDA_AWARE";
     match process_variable(VARIABLE).unwrap_or_default().as_str() {
@@ -51,11 +63,19 @@ pub fn mpi_cuda_aware() -> Result<Option<bool>, EnvironmentError> {
 }
 
 /// `MASTER_PORT`: the port of the store where ranks meet over MPI; any free one if it is not set.
+///
+/// # Errors
+///
+/// [`EnvironmentError::Invalid`]: the variable has another value.
 pub fn store_port() -> Result<u16, EnvironmentError> {
     Ok(Variables::new(&process_variable).port("MASTER_PORT")?.unwrap_or(0))
 }
 
 /// `PHALANX_MPI_THREADS`: whether to ask MPI to let every thread call it.
+///
+/// # Errors
+///
+/// [`EnvironmentError::Invalid`]: the variable has another value.
 pub fn mpi_threads() -> Result<bool, EnvironmentError> {
     const VARIABLE: &str = "PHALANX_MPI_THREADS";
     match process_variable(VARIABLE).unwrap_or_default().as_str() {

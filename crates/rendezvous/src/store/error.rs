@@ -79,7 +79,7 @@ pub enum StoreError {
 #[non_exhaustive]
 pub enum RendezvousError {
     /// The ranks of this [`World`](crate::environment::World) meet over MPI, not in a store at an address.
-    #[error("this job's launcher says neither where rank 0 is nor what the job is called, so its ranks meet over MPI: use Group::from_environment or World::from_mpi, or set MASTER_ADDR and PHALANX_RUN_ID")]
+    #[error("this job's launcher says neither where rank 0 is nor what the job is called, so its ranks meet over MPI: use Group::from_environment or Group::from_mpi, or set MASTER_ADDR and PHALANX_RUN_ID")]
     OverMpi,
     /// The port that the store should listen on belongs to somebody else.
     #[error("port {port} on {host} is in use{}: end that program, or choose another port (--master-port, MASTER_PORT); --master-port 0 takes a free one", owner_text(.owner.as_ref()))]

@@ -7,15 +7,15 @@ use std::ops::Range;
 
 use smallvec::SmallVec;
 
-use super::board::STAGING_BYTES;
-use super::call::{Call, Memory};
-use super::executor::Run;
-use super::inline::copy;
 use crate::algorithm::chain::{self, Arithmetic, Delivery, Piece};
 use crate::algorithm::segment;
+use crate::call::{Call, Memory};
 use crate::error::Result;
 use crate::fingerprint::Op;
 use crate::kernel::{self, Factor, Output, Pass};
+use crate::memory::board::STAGING_BYTES;
+use crate::memory::mapping::copy;
+use crate::order::executor::Run;
 use crate::reduce_op::{Finish, Fold, Reduction};
 
 /// What travels between machines at a time: long enough that the system call does not count, short

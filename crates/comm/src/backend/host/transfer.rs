@@ -4,13 +4,13 @@
 
 use std::ops::Range;
 
-use super::board::STAGING_BYTES;
-use super::call::Memory;
-use super::executor::Run;
-use super::inline::copy;
 use crate::algorithm::{movement, segment};
+use crate::call::Memory;
 use crate::error::Result;
 use crate::fingerprint::Op;
+use crate::memory::board::STAGING_BYTES;
+use crate::memory::mapping::copy;
+use crate::order::executor::Run;
 
 /// What goes to other machines before something is taken in.
 const WIRE_ROUND_BYTES: usize = 1 << 20;

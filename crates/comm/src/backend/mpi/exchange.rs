@@ -11,8 +11,8 @@ use std::collections::VecDeque;
 use super::cut::Cut;
 use super::ffi::{Communicator, MpiError, Place, Request, Result};
 use super::fold::fold;
-use crate::backend::host::mapping::{self, Mapping};
 use crate::dtype::DType;
+use crate::memory::mapping::{self, Mapping};
 use crate::reduce_op::Reduction;
 
 /// Pieces under way.

@@ -26,6 +26,6 @@ pub(super) fn fold(
 /// Copies out of the caller's buffer.
 pub(super) fn copy_out(from: Place, bytes: usize) -> Vec<u8> {
     let mut copy = vec![0; bytes];
-    crate::backend::host::inline::copy(from.0, copy.as_mut_ptr(), bytes);
+    crate::memory::mapping::copy(from.0, copy.as_mut_ptr(), bytes);
     copy
 }

@@ -1,7 +1,7 @@
 //! Calls on GPU memory over MPI: which bytes are copied to the host before the call (see [`Call`]
 //! for the layout there), and which are copied back after it. Pure.
 
-use crate::backend::host::call::Call;
+use crate::call::Call;
 use crate::fingerprint::Op;
 
 /// Which buffer of the GPU.
@@ -51,7 +51,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::backend::host::call::Memory;
+    use crate::call::Memory;
     use crate::dtype::DType;
     use crate::fingerprint::CallRecord;
 

@@ -17,14 +17,14 @@ use std::time::Duration;
 
 use super::ffi::Place;
 use super::legs::{legs, Leg, Side};
-use super::transport::MpiTransport;
-use crate::backend::gpu::cuda::{self, CudaError, Device, Event, OwnStream};
-use crate::backend::gpu::cuda_error;
-use crate::backend::gpu::memory::later;
-use crate::backend::host::call::{Call, Memory};
-use crate::backend::lane::Transport;
+use super::mover::MpiMover;
+use crate::call::{Call, Memory};
 use crate::error::{Error, Result};
 use crate::fingerprint::Op;
+use crate::gpu::cuda::{self, CudaError, Device, Event, OwnStream};
+use crate::gpu::cuda_error;
+use crate::gpu::memory::later;
+use crate::lane::Mover;
 use crate::upload::PinnedMemory;
 
 /// Stagings that are kept for later calls.
@@ -35,7 +35,7 @@ const STAGING_BYTES_MIN: usize = 64 << 10;
 /// Moves a group's data with MPI, that of a GPU too.
 #[derive(Debug)]
 pub(super) struct Staged {
-    mpi: MpiTransport,
+    mpi: MpiMover,
     rank: usize,
     device: Arc<Device>,
     /// For copies to the host, and back.
@@ -112,7 +112,7 @@ enum Stage {
 
 impl Staged {
     pub(super) fn new(
-        mpi: MpiTransport,
+        mpi: MpiMover,
         rank: usize,
         device: &Arc<Device>,
         cuda_aware: bool,
@@ -287,7 +287,7 @@ impl Staged {
     }
 }
 
-impl Transport for Staged {
+impl Mover for Staged {
     fn start(&mut self, call: &Arc<Call>, memory: &mut Memory) -> Result<()> {
         if let Memory::Device { at, from, keep } = memory {
             let is_kept = keep.len() == 1 + usize::from(from.is_some());
