@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::gpu::cuda::Event;
+use crate::gpu::cuda::GpuEvent;
 use crate::gpu::cuda_error;
 
 /// A point of the caller's stream ([`Group::set_stream`](crate::Group::set_stream)), of which the GPU
@@ -11,7 +11,7 @@ use crate::gpu::cuda_error;
 /// asks for work.
 #[derive(Debug)]
 pub struct Mark {
-    pub(crate) event: Event,
+    pub(crate) event: GpuEvent,
     pub(crate) rank: usize,
 }
 

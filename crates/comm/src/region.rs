@@ -323,14 +323,14 @@ pub enum InputBytes<'a> {
     /// Borrowed.
     Slice(&'a [u8]),
     /// Registered, or a GPU's.
-    Memory(Bytes<'a>),
+    CallMemory(Bytes<'a>),
 }
 
 impl InputBytes<'_> {
     pub(crate) fn len(&self) -> usize {
         match self {
             Self::Slice(slice) => slice.len(),
-            Self::Memory(bytes) => bytes.len(),
+            Self::CallMemory(bytes) => bytes.len(),
         }
     }
 }
@@ -358,12 +358,12 @@ impl<'a, T: Element> Input<'a, '_, T> for &'a Vec<T> {
 
 impl<'a, T: Element> Input<'a, '_, T> for RegionRange<T> {
     fn source(self) -> InputBytes<'a> {
-        InputBytes::Memory(self.into_bytes())
+        InputBytes::CallMemory(self.into_bytes())
     }
 }
 
 impl<'a, 'b, T: Element> Input<'a, 'b, T> for DeviceSlice<'b, T> {
     fn source(self) -> InputBytes<'a> {
-        InputBytes::Memory(Bytes::Device { at: self.at, bytes: self.len * size_of::<T>() })
+        InputBytes::CallMemory(Bytes::Device { at: self.at, bytes: self.len * size_of::<T>() })
     }
 }

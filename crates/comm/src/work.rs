@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use crate::call::{Call, Memory};
+use crate::call::{Call, CallMemory};
 use crate::control::point;
 use crate::error::Result;
 use crate::gpu::Stream;
@@ -29,7 +29,7 @@ use crate::region::Bytes;
 pub struct Work<'b> {
     core: Arc<Core>,
     call: Arc<Call>,
-    output: Option<Output<'b>>,
+    output: Option<WorkOutput<'b>>,
     /// The other side of a message.
     peer: Option<usize>,
     /// Who moves the data, where the host backend does not.
@@ -39,7 +39,7 @@ pub struct Work<'b> {
 
 /// Where the result goes that lies at `skip` in the in-place form.
 #[derive(Debug)]
-pub(crate) struct Output<'b> {
+pub(crate) struct WorkOutput<'b> {
     pub(crate) bytes: Bytes<'b>,
     pub(crate) skip: usize,
 }
@@ -62,7 +62,7 @@ impl Arriving {
         self.work.wait()?;
         let mut state = call.lock();
         Ok(match &mut state.memory {
-            Memory::Private(bytes) => std::mem::take(bytes),
+            CallMemory::Private(bytes) => std::mem::take(bytes),
             _ => Vec::new(),
         })
     }
@@ -75,14 +75,14 @@ impl Arriving {
 }
 
 impl<'b> Work<'b> {
-    pub(crate) fn new(core: Arc<Core>, call: Arc<Call>, output: Option<Output<'b>>) -> Self {
+    pub(crate) fn new(core: Arc<Core>, call: Arc<Call>, output: Option<WorkOutput<'b>>) -> Self {
         Self { core, call, output, peer: None, lane: None, borrow: PhantomData }
     }
 
     pub(crate) fn message(
         core: Arc<Core>,
         call: Arc<Call>,
-        output: Option<Output<'b>>,
+        output: Option<WorkOutput<'b>>,
         peer: usize,
     ) -> Self {
         Self { core, call, output, peer: Some(peer), lane: None, borrow: PhantomData }
@@ -132,7 +132,7 @@ impl<'b> Work<'b> {
         } else if let Some(peer) = peer {
             point::wait(&core.peers, peer, &call)?;
         } else if core.finishes_in_place(&call) {
-            if let Some(Output { bytes: Bytes::Slice(slice), skip: 0 }) = output {
+            if let Some(WorkOutput { bytes: Bytes::Slice(slice), skip: 0 }) = output {
                 return wait_inline(&core, &call, slice);
             }
             core.finish_inline(&call, None)?;
@@ -143,7 +143,7 @@ impl<'b> Work<'b> {
         if let Some(Err(error)) = &state.result {
             return Err(error.clone());
         }
-        if let (Some(mut output), Memory::Private(memory)) = (output, &state.memory) {
+        if let (Some(mut output), CallMemory::Private(memory)) = (output, &state.memory) {
             let bytes = output.bytes.len();
             output.bytes.write(0, &memory[output.skip..output.skip + bytes]);
         }
@@ -185,7 +185,7 @@ fn wait_inline(core: &Core, call: &Call, slice: &mut [u8]) -> Result<()> {
         core.finish_inline(call, None)?;
     }
     // Finished into its own memory: because its slot was needed, or because this is a part of it.
-    if let Memory::Private(memory) = &call.lock().memory {
+    if let CallMemory::Private(memory) = &call.lock().memory {
         let bytes = slice.len();
         slice.copy_from_slice(&memory[..bytes]);
     }

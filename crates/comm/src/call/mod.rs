@@ -20,12 +20,12 @@ use crate::error::Result;
 use crate::fingerprint::{CallRecord, Op, RECORD_BYTES};
 use crate::gpu::on_device::OnDevice;
 use crate::memory::region::RegionMemory;
-use crate::recorder::Entry;
+use crate::recorder::RecorderEntry;
 use crate::reduce_op::Reduction;
 
 /// Where the buffer is.
 #[derive(Debug)]
-pub(crate) enum Memory {
+pub(crate) enum CallMemory {
     /// No data at all.
     Nothing,
     /// In a region, from this byte on.
@@ -43,7 +43,7 @@ pub(crate) enum Memory {
     },
 }
 
-impl Memory {
+impl CallMemory {
     pub(crate) fn base(&mut self) -> *mut u8 {
         match self {
             Self::Nothing => std::ptr::null_mut(),
@@ -56,7 +56,7 @@ impl Memory {
     }
 }
 
-impl Memory {
+impl CallMemory {
     /// Whether this and another, of so many bytes each, are in part the same memory of a region of the host.
     pub(crate) fn meets(&self, bytes: usize, other: &Self, of_other: usize) -> bool {
         let Self::Region { region, offset } = self else { return false };
@@ -65,7 +65,7 @@ impl Memory {
     }
 }
 
-impl Memory {
+impl CallMemory {
     /// Whether this and another, of at most so many bytes a buffer, are in part the same memory of a GPU.
     pub(crate) fn shares_device(&self, bytes: usize, other: &Self, of_other: usize) -> bool {
         let Self::Device { at, from, .. } = self else { return false };
@@ -78,8 +78,8 @@ impl Memory {
 }
 
 #[derive(Debug)]
-pub(crate) struct State {
-    pub(crate) memory: Memory,
+pub(crate) struct CallState {
+    pub(crate) memory: CallMemory,
     pub(crate) result: Option<Result<()>>,
 }
 
@@ -90,7 +90,7 @@ pub(crate) struct Call {
     /// The record as it travels.
     pub(crate) encoded: [u8; RECORD_BYTES],
     /// Its line in the flight recorder.
-    pub(crate) entry: Entry,
+    pub(crate) entry: RecorderEntry,
     pub(crate) fingerprint: u64,
     pub(crate) dtype: DType,
     pub(crate) reduction: Option<Reduction>,
@@ -106,7 +106,7 @@ pub(crate) struct Call {
     pub(crate) started: Option<Instant>,
     /// Where it stands between streams, when its memory is a GPU's.
     pub(crate) on_device: Option<OnDevice>,
-    pub(crate) state: Mutex<State>,
+    pub(crate) state: Mutex<CallState>,
     done: AtomicBool,
     /// In the queue: only the holder of the executor works on it.
     queued: AtomicBool,
@@ -124,7 +124,7 @@ impl Call {
         segments: usize,
         inline: bool,
         timeout: Duration,
-        memory: Memory,
+        memory: CallMemory,
     ) -> Self {
         Self {
             encoded: record.encode(),
@@ -138,11 +138,11 @@ impl Call {
             timeout,
             started: (!inline).then(Instant::now),
             on_device: None,
-            state: Mutex::new(State { memory, result: None }),
+            state: Mutex::new(CallState { memory, result: None }),
             done: AtomicBool::new(false),
             queued: AtomicBool::new(false),
             reminders: AtomicU32::new(0),
-            entry: Entry::default(),
+            entry: RecorderEntry::default(),
             record,
         }
     }
@@ -185,7 +185,7 @@ impl Call {
         }
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, CallState> {
         // The state is replaced whole; a panic of another thread leaves it valid.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -14,7 +14,7 @@ use super::connection::{Control, Received, ACKNOWLEDGE_BYTES};
 use super::liveness::{self, stat_fields, Silences};
 use super::peers::{Identity, Peers};
 use super::reconnect::{redial, Door, Returned};
-use super::wire::{Damaged, Frame, Head, FRAME_HEAD_BYTES};
+use super::wire::{Damaged, Frame, FrameHead, FRAME_HEAD_BYTES};
 use crate::error::Error;
 
 const READ_BYTES: usize = 1 << 16;
@@ -259,7 +259,7 @@ impl Unreadable {
 fn take_frames(peers: &Peers, peer: usize, incoming: &mut Incoming) -> Result<(), Unreadable> {
     let mut at = 0;
     while let Some(head) = incoming.bytes.get(at..).and_then(<[u8]>::first_chunk) {
-        let head = Head::decode(*head).map_err(Unreadable::Damaged)?;
+        let head = FrameHead::decode(*head).map_err(Unreadable::Damaged)?;
         if head.is_too_long() {
             return Err(Unreadable::Malformed);
         }

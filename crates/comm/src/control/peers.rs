@@ -16,7 +16,7 @@ use super::wire::Frame;
 use crate::call::Call;
 use crate::error::{Error, LastCall, Result};
 use crate::memory::board::Board;
-use crate::recorder::Part;
+use crate::recorder::GroupPart;
 
 /// A rank's process.
 #[derive(Debug, Clone)]
@@ -99,7 +99,7 @@ pub(crate) struct Peers {
     pub(crate) wake: OwnedFd,
     pub(crate) points: Points,
     /// For the flight recorder.
-    pub(crate) part: Part,
+    pub(crate) part: GroupPart,
     failed: AtomicBool,
     failure: OnceLock<Error>,
     departures: Vec<Departure>,
@@ -130,7 +130,7 @@ impl Peers {
         identities: Vec<Identity>,
         sockets: Sockets,
         liveness: Liveness,
-        part: Part,
+        part: GroupPart,
     ) -> Result<Self> {
         let Sockets { controls, data, ways } = sockets;
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)

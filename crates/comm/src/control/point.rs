@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::peers::Peers;
 use super::wire::Frame;
-use crate::call::{Call, Memory};
+use crate::call::{Call, CallMemory};
 use crate::error::{Error, Result};
 use crate::fingerprint::{CallRecord, Op};
 
@@ -111,7 +111,7 @@ impl Points {
         };
         let open = &mut table.receives[at];
         let mut state = open.call.lock();
-        let Memory::Private(buffer) = &mut state.memory else { return false };
+        let CallMemory::Private(buffer) = &mut state.memory else { return false };
         let Some(place) = buffer.get_mut(open.filled..open.filled + bytes.len()) else {
             return false;
         };
@@ -224,7 +224,7 @@ fn transmit(peers: &Peers, send: &Open, expected: &CallRecord) -> Result<()> {
         // rank's monitor, which must not wait for us.
         let (part, is_last) = {
             let state = send.call.lock();
-            let Memory::Private(buffer) = &state.memory else { return Ok(()) };
+            let CallMemory::Private(buffer) = &state.memory else { return Ok(()) };
             let end = buffer.len().min(at + PART_BYTES);
             (buffer[at..end].to_vec(), end == buffer.len())
         };

@@ -286,7 +286,7 @@ mod tests {
             };
             let (heartbeat, dead_after) = (Duration::from_millis(500), Duration::from_secs(5));
             let liveness = Liveness { heartbeat, dead_after, remind_after: dead_after };
-            let part = crate::recorder::Part::whole(2);
+            let part = crate::recorder::GroupPart::whole(2);
             let peers =
                 Peers::new(0, vec![identity.clone(), identity], sockets, liveness, part).unwrap();
             Self { peers, door: Door::new(Some(listener)), address, returned: Vec::new() }

@@ -48,13 +48,13 @@ pub(crate) struct Damaged {
 
 /// What the head of a frame says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Head {
+pub(crate) struct FrameHead {
     pub(crate) kind: u8,
     pub(crate) body_bytes: usize,
     checksum: u32,
 }
 
-impl Head {
+impl FrameHead {
     pub(crate) fn decode(head: [u8; FRAME_HEAD_BYTES]) -> Result<Self, Damaged> {
         let word =
             |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
@@ -423,7 +423,7 @@ mod tests {
         for error in errors() {
             let bytes = Frame::Failed(error.clone()).encode();
             let (head, body) = bytes.split_at(FRAME_HEAD_BYTES);
-            let head = Head::decode(head.try_into().unwrap()).unwrap();
+            let head = FrameHead::decode(head.try_into().unwrap()).unwrap();
             assert_eq!((head.kind, head.body_bytes), (2, body.len()));
             assert_eq!(head.check(body), Ok(()));
             let Ok(Frame::Failed(back)) = Frame::decode(bytes[0], body) else {
@@ -458,7 +458,7 @@ mod tests {
         frames.push(Frame::Heartbeat { taken_in: 7, last: Some(*record(8)) }.encode());
         let is_whole = |bytes: &[u8]| {
             let (head, body) = bytes.split_at(FRAME_HEAD_BYTES);
-            Head::decode(head.try_into().unwrap()).and_then(|head| head.check(body)).is_ok()
+            FrameHead::decode(head.try_into().unwrap()).and_then(|head| head.check(body)).is_ok()
         };
         for mut frame in frames {
             assert!(is_whole(&frame));
@@ -478,7 +478,7 @@ mod tests {
             let mut head = [0; FRAME_HEAD_BYTES];
             head[..4].copy_from_slice(&first.to_le_bytes());
             head[4..8].copy_from_slice(&length.to_le_bytes());
-            assert_eq!(Head::decode(head).unwrap().is_too_long(), is_too_long);
+            assert_eq!(FrameHead::decode(head).unwrap().is_too_long(), is_too_long);
         }
     }
 }

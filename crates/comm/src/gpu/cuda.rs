@@ -154,23 +154,23 @@ impl Drop for OwnStream {
 
 /// A point in a stream.
 #[derive(Debug)]
-pub(crate) struct Event {
+pub(crate) struct GpuEvent {
     raw: sys::CUevent,
     device: Arc<Device>,
 }
 
 // SAFETY: events may be used from every thread.
-unsafe impl Send for Event {}
+unsafe impl Send for GpuEvent {}
 // SAFETY: as for Send.
-unsafe impl Sync for Event {}
+unsafe impl Sync for GpuEvent {}
 
-impl Event {
+impl GpuEvent {
     /// The point where `stream` is now.
     pub(crate) fn record(device: &Arc<Device>, stream: Stream) -> Result<Self> {
         Self::record_with(device, stream, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
     }
 
-    /// As [`Event::record`], and the GPU notes when it passes the point.
+    /// As [`GpuEvent::record`], and the GPU notes when it passes the point.
     pub(crate) fn record_timed(device: &Arc<Device>, stream: Stream) -> Result<Self> {
         Self::record_with(device, stream, sys::CUevent_flags::CU_EVENT_DEFAULT)
     }
@@ -226,7 +226,7 @@ fn elapsed_time() -> Option<ElapsedTime> {
     loaded.as_ref().map(|(function, _)| *function)
 }
 
-impl Event {
+impl GpuEvent {
     /// The GPU's time from this timed event to `end`, both of which are passed.
     pub(crate) fn time_until(&self, end: &Self) -> Result<Duration> {
         const CALL: &str = "cuEventElapsedTime";
@@ -246,7 +246,7 @@ impl Event {
     }
 }
 
-impl Drop for Event {
+impl Drop for GpuEvent {
     fn drop(&mut self) {
         let Ok(_current) = self.device.current() else { return };
         // SAFETY: made in record; the driver keeps it until the point is passed.
@@ -271,7 +271,7 @@ pub(crate) fn zero(device: &Arc<Device>, pointer: u64, bytes: usize) -> Result<(
     let _current = device.current()?;
     // SAFETY: the caller allocated so many bytes there.
     unsafe { result::memset_d8_sync(pointer, 0, bytes) }.map_err(failed(CALL))?;
-    let done = Event::record(device, Stream::default())?;
+    let done = GpuEvent::record(device, Stream::default())?;
     let deadline = Instant::now() + LIMIT;
     while !done.is_passed()? {
         if Instant::now() >= deadline {

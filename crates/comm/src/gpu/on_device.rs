@@ -3,7 +3,7 @@
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::cuda::{CudaError, Device, Event};
+use super::cuda::{CudaError, Device, GpuEvent};
 use super::Stream;
 
 /// How long a caller sleeps between two looks whether its call has been launched.
@@ -15,20 +15,20 @@ pub(crate) struct OnDevice {
     /// The caller's stream.
     stream: Stream,
     /// The point of that stream at which the call was made.
-    pub(crate) ready: Event,
+    pub(crate) ready: GpuEvent,
     /// The end of the call on a stream of the group's, once it is launched.
-    done: Mutex<Option<Arc<Event>>>,
+    done: Mutex<Option<Arc<GpuEvent>>>,
     launched: Condvar,
 }
 
 impl OnDevice {
     pub(crate) fn after(device: &Arc<Device>, stream: Stream) -> Result<Self, CudaError> {
-        let ready = Event::record(device, stream)?;
+        let ready = GpuEvent::record(device, stream)?;
         Ok(Self { stream, ready, done: Mutex::new(None), launched: Condvar::new() })
     }
 
     /// What comes after the call may go on after `done`.
-    pub(crate) fn launch(&self, done: Arc<Event>) {
+    pub(crate) fn launch(&self, done: Arc<GpuEvent>) {
         *self.done.lock().unwrap_or_else(PoisonError::into_inner) = Some(done);
         self.launched.notify_all();
     }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::{Group, Plan};
 use crate::backend::{self, Wanted};
-use crate::call::{Call, Memory};
+use crate::call::{Call, CallMemory};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::fingerprint::CallRecord;
@@ -66,11 +66,11 @@ impl Group {
         plan: &Plan,
         record: CallRecord,
         timeout: Duration,
-        memory: Memory,
+        memory: CallMemory,
     ) -> Result<Arc<Call>> {
         let dtype = plan.dtype.unwrap_or(DType::U8);
         let (reduction, header) = (plan.reduction, record.clone());
-        let check = Call::new(header, dtype, reduction, 0, 1, true, timeout, Memory::Nothing);
+        let check = Call::new(header, dtype, reduction, 0, 1, true, timeout, CallMemory::Nothing);
         let (segment, segments) = (plan.segment, plan.segments);
         let mut call =
             Call::new(record, dtype, reduction, segment, segments, false, timeout, memory);
@@ -90,7 +90,7 @@ impl Group {
     /// The point of the caller's stream at which a call on GPU memory is made.
     pub(super) fn on_device(&self, call: &Call) -> Result<Option<OnDevice>> {
         match (self.transport.gpu(), &call.lock().memory) {
-            (Some(gpu), Memory::Device { .. }) => OnDevice::after(&gpu.device, self.stream)
+            (Some(gpu), CallMemory::Device { .. }) => OnDevice::after(&gpu.device, self.stream)
                 .map(Some)
                 .map_err(|error| cuda_error(self.rank(), error)),
             _ => Ok(None),

@@ -5,13 +5,13 @@
 use std::sync::Arc;
 
 use super::{Group, Plan};
-use crate::call::{Call, Memory};
+use crate::call::{Call, CallMemory};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::fingerprint::Op;
 use crate::reduce_op::{ReduceOp, Reduction};
 use crate::region::{Buffer, Bytes, Input, InputBytes};
-use crate::work::{Output, Work};
+use crate::work::{Work, WorkOutput};
 
 impl Group {
     /// Replaces every rank's buffer by the reduction of all.
@@ -98,12 +98,12 @@ impl Group {
             ..self.whole::<T>(Op::ReduceScatter, segment, None)
         };
         let input = match input {
-            InputBytes::Memory(input) => return self.device_segments(&plan, input, output),
+            InputBytes::CallMemory(input) => return self.device_segments(&plan, input, output),
             InputBytes::Slice(input) => input,
         };
         let skip = self.rank() * segment;
-        let call = self.begin(&plan, Memory::Nothing, Some(input))?;
-        Ok(self.work(&plan, call, Some(Output { bytes: output, skip })))
+        let call = self.begin(&plan, CallMemory::Nothing, Some(input))?;
+        Ok(self.work(&plan, call, Some(WorkOutput { bytes: output, skip })))
     }
 
     /// Writes every rank's `input`, in rank order, to every rank's `output`.
@@ -123,7 +123,7 @@ impl Group {
         self.check_segments::<T>(Op::AllGather, "output", output.len(), segment)?;
         let plan = self.whole::<T>(Op::AllGather, segment, None);
         let input = match input {
-            InputBytes::Memory(input) => return self.device_segments(&plan, input, output),
+            InputBytes::CallMemory(input) => return self.device_segments(&plan, input, output),
             InputBytes::Slice(input) => input,
         };
         if let Bytes::Region { memory, offset, .. } = &output {
@@ -131,7 +131,7 @@ impl Group {
             if let Some(error) = self.core.peers.failure() {
                 return Err(error);
             }
-            let memory = Memory::Region { region: Arc::clone(memory), offset: *offset };
+            let memory = CallMemory::Region { region: Arc::clone(memory), offset: *offset };
             self.end_all_on(&memory, output.len())?;
             output.write(self.rank() * segment, input);
             return self.in_place(&plan, output);
@@ -159,13 +159,13 @@ impl Group {
             self.check_sides(Op::Gather, &input, output)?;
         }
         let input = match input {
-            InputBytes::Memory(input) => return self.device_gather::<T>(input, output, root),
+            InputBytes::CallMemory(input) => return self.device_gather::<T>(input, output, root),
             InputBytes::Slice(input) => input,
         };
         let segment = input.len();
         let plan = self.whole::<T>(Op::Gather, segment, Some(root));
         let Some(output) = output else {
-            let call = self.begin(&plan, Memory::Nothing, Some(input))?;
+            let call = self.begin(&plan, CallMemory::Nothing, Some(input))?;
             return Ok(self.work(&plan, call, None));
         };
         self.check_segments::<T>(Op::Gather, "output", output.len(), segment)?;
@@ -196,7 +196,7 @@ impl Group {
         let input = match input {
             None if output.is_on_device() => return self.device_scatter::<T>(None, output, root),
             None => return self.placed(&plan, &[], 0, Some((output, 0))),
-            Some(InputBytes::Memory(all)) => {
+            Some(InputBytes::CallMemory(all)) => {
                 return self.device_scatter::<T>(Some(all), output, root)
             }
             Some(InputBytes::Slice(input)) => input,
@@ -225,12 +225,12 @@ impl Group {
         }
         self.check_sides(Op::AllToAll, &input, &output)?;
         let input = match input {
-            InputBytes::Memory(input) => return self.device_all_to_all::<T>(input, output),
+            InputBytes::CallMemory(input) => return self.device_all_to_all::<T>(input, output),
             InputBytes::Slice(input) => input,
         };
         let plan = self.segmented(plan::<T>(Op::AllToAll, &output, None, None))?;
-        let call = self.begin(&plan, Memory::Nothing, Some(input))?;
-        Ok(self.work(&plan, call, Some(Output { bytes: output, skip: 0 })))
+        let call = self.begin(&plan, CallMemory::Nothing, Some(input))?;
+        Ok(self.work(&plan, call, Some(WorkOutput { bytes: output, skip: 0 })))
     }
 
     /// Waits, with [`Work::wait`], until every rank has come here.
@@ -240,7 +240,7 @@ impl Group {
     /// The group is dead.
     #[track_caller]
     pub fn barrier(&mut self) -> Result<Work<'static>> {
-        let call = self.begin(&Plan::nothing(Op::Barrier), Memory::Nothing, None)?;
+        let call = self.begin(&Plan::nothing(Op::Barrier), CallMemory::Nothing, None)?;
         Ok(Work::new(self.core(), call, None))
     }
 
@@ -275,18 +275,18 @@ impl Group {
         let (call, output) = match bytes {
             Bytes::Region { memory, offset, .. } => {
                 self.check_region(plan.op, &memory)?;
-                (self.begin(plan, Memory::Region { region: memory, offset }, None)?, None)
+                (self.begin(plan, CallMemory::Region { region: memory, offset }, None)?, None)
             }
             Bytes::Device { .. } => return Err(self.host_only(plan.op)),
             Bytes::Slice(slice) => {
-                let call = self.begin(plan, Memory::Nothing, Some(slice))?;
-                (call, Some(Output { bytes: Bytes::Slice(slice), skip: 0 }))
+                let call = self.begin(plan, CallMemory::Nothing, Some(slice))?;
+                (call, Some(WorkOutput { bytes: Bytes::Slice(slice), skip: 0 }))
             }
         };
         Ok(self.work(plan, call, output))
     }
 
-    fn work<'b>(&self, plan: &Plan, call: Arc<Call>, output: Option<Output<'b>>) -> Work<'b> {
+    fn work<'b>(&self, plan: &Plan, call: Arc<Call>, output: Option<WorkOutput<'b>>) -> Work<'b> {
         Work::new(self.core(), call, output).on(self.lane_for(plan, false).as_ref())
     }
 
@@ -303,8 +303,8 @@ impl Group {
         let segments = if rooted && plan.root != Some(self.rank()) { 1 } else { plan.segments };
         let mut form = vec![0; plan.segment * segments];
         form[at..at + input.len()].copy_from_slice(input);
-        let call = self.begin(plan, Memory::Private(form), None)?;
-        let output = output.map(|(bytes, skip)| Output { bytes, skip });
+        let call = self.begin(plan, CallMemory::Private(form), None)?;
+        let output = output.map(|(bytes, skip)| WorkOutput { bytes, skip });
         Ok(self.work(plan, call, output))
     }
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::Group;
 use crate::environment::World;
 use crate::error::{Error, Result};
-use crate::recorder::Part;
+use crate::recorder::GroupPart;
 
 impl Group {
     /// Divides the group: ranks of equal `color` form one, ordered by `key` and then by rank; `None`
@@ -42,7 +42,7 @@ impl Group {
         let part = self.part(&members, &places);
         // In the group of all ranks, of which this one may itself be a part.
         let ranks = members.iter().map(|member| self.core.peers.part.ranks[*member]).collect();
-        let recorded = Part { group: self.part_number(color), ranks };
+        let recorded = GroupPart { group: self.part_number(color), ranks };
         let options = self.options.clone();
         // Ranks that join no group still take part in the exchange of cards.
         let mut group = match part {

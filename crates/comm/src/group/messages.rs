@@ -4,14 +4,14 @@
 use std::sync::Arc;
 
 use super::Group;
-use crate::call::{Call, Memory};
+use crate::call::{Call, CallMemory};
 use crate::control::point;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::fingerprint::{CallRecord, Op};
 use crate::lane::Check;
 use crate::region::{Buffer, Bytes, Input, InputBytes};
-use crate::work::{Arriving, Output, Work};
+use crate::work::{Arriving, Work, WorkOutput};
 
 impl Group {
     /// Sends `message` to `peer`, which receives it. Messages of a pair are matched in the order of the calls,
@@ -31,14 +31,14 @@ impl Group {
         peer: usize,
     ) -> Result<Work<'b>> {
         let bytes = match message.source() {
-            InputBytes::Memory(memory) if memory.is_on_device() => {
+            InputBytes::CallMemory(memory) if memory.is_on_device() => {
                 return self.device_message::<T>(Op::Send, memory, peer);
             }
-            InputBytes::Memory(_) => return Err(self.host_only(Op::Send)),
+            InputBytes::CallMemory(_) => return Err(self.host_only(Op::Send)),
             InputBytes::Slice(bytes) => bytes,
         };
         let call =
-            self.message::<T>(Op::Send, peer, bytes.len(), Memory::Private(bytes.to_vec()))?;
+            self.message::<T>(Op::Send, peer, bytes.len(), CallMemory::Private(bytes.to_vec()))?;
         if let Some(lane) = self.transport.lane(false) {
             lane.submit(Arc::clone(&call), Check::None);
             return Ok(Work::new(self.core(), call, None).on(Some(lane)));
@@ -62,7 +62,7 @@ impl Group {
         if bytes.is_on_device() {
             return self.device_message::<T>(Op::Receive, bytes, peer);
         }
-        self.receive_into::<T>(bytes.len(), Some(Output { bytes, skip: 0 }), peer)
+        self.receive_into::<T>(bytes.len(), Some(WorkOutput { bytes, skip: 0 }), peer)
     }
 
     /// Receives a message of exactly so many bytes from `peer` into memory of its own, which nothing needs to be kept borrowed for:
@@ -80,10 +80,10 @@ impl Group {
     fn receive_into<'b, T: Element>(
         &mut self,
         byte_len: usize,
-        output: Option<Output<'b>>,
+        output: Option<WorkOutput<'b>>,
         peer: usize,
     ) -> Result<Work<'b>> {
-        let memory = Memory::Private(vec![0; byte_len]);
+        let memory = CallMemory::Private(vec![0; byte_len]);
         let call = self.message::<T>(Op::Receive, peer, byte_len, memory)?;
         if let Some(lane) = self.transport.lane(false) {
             lane.submit(Arc::clone(&call), Check::None);
@@ -120,7 +120,7 @@ impl Group {
         op: Op,
         peer: usize,
         bytes: usize,
-        memory: Memory,
+        memory: CallMemory,
     ) -> Result<Arc<Call>> {
         self.check_rank(op, peer)?;
         let rank = self.rank();
@@ -131,7 +131,7 @@ impl Group {
         if let Some(error) = self.core.peers.failure() {
             return Err(error);
         }
-        let is_on_device = matches!(memory, Memory::Device { .. });
+        let is_on_device = matches!(memory, CallMemory::Device { .. });
         let record = CallRecord {
             op,
             // Messages that are in order with collectives: their place among them is compared.

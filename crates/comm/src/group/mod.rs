@@ -17,7 +17,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crate::backend::{self, Backend, Connected};
-use crate::call::{Call, Memory};
+use crate::call::{Call, CallMemory};
 use crate::control::liveness::Liveness;
 use crate::control::peers::Identity;
 use crate::deadline::LONGEST;
@@ -32,7 +32,7 @@ use crate::memory::board;
 use crate::memory::region::RegionMemory;
 use crate::order::core::Core;
 use crate::order::setup;
-use crate::recorder::{self, Entry, FlightRecord, Part};
+use crate::recorder::{self, FlightRecord, GroupPart, RecorderEntry};
 use crate::reduce_op::Reduction;
 use crate::rendezvous::{Meeting, Store};
 use crate::work::Work;
@@ -172,7 +172,7 @@ impl Group {
         exchange: &mut setup::Exchange<'_>,
     ) -> Result<Self> {
         recorder::begin(world.rank, world.world_size);
-        let part = Part::whole(world.world_size);
+        let part = GroupPart::whole(world.world_size);
         let mut group = Self::over(world, options.bounded(), part, exchange)?;
         group.open()?;
         Ok(group)
@@ -182,7 +182,7 @@ impl Group {
     fn over(
         mut world: World,
         options: GroupOptions,
-        part: Part,
+        part: GroupPart,
         exchange: &mut setup::Exchange<'_>,
     ) -> Result<Self> {
         let rank = part.ranks.get(world.rank).copied().unwrap_or(world.rank);
@@ -265,7 +265,7 @@ impl Group {
     #[track_caller]
     fn agree(&mut self, op: Op, dtype: DType, len: usize) -> Result<()> {
         let plan = Plan { op, dtype: Some(dtype), len, ..Plan::nothing(op) };
-        self.begin(&plan, Memory::Nothing, None)
+        self.begin(&plan, CallMemory::Nothing, None)
             .map(|call| Work::new(self.core(), call, None))?
             .wait()
     }
@@ -276,8 +276,8 @@ impl Group {
 
     /// A line in the flight recorder for a call that starts.
     #[track_caller]
-    fn recorded(&self, call: &Call) -> Entry {
-        Entry::start(&call.encoded, self.track.group, self.track.rank, Location::caller())
+    fn recorded(&self, call: &Call) -> RecorderEntry {
+        RecorderEntry::start(&call.encoded, self.track.group, self.track.rank, Location::caller())
     }
 
     /// The last operations of this process, whatever group they were of; see [`recorder`].
@@ -288,7 +288,12 @@ impl Group {
 
     /// Starts a planned call on memory of its own or on `input`.
     #[track_caller]
-    fn begin(&mut self, plan: &Plan, memory: Memory, input: Option<&[u8]>) -> Result<Arc<Call>> {
+    fn begin(
+        &mut self,
+        plan: &Plan,
+        memory: CallMemory,
+        input: Option<&[u8]>,
+    ) -> Result<Arc<Call>> {
         let next = std::mem::take(&mut self.next);
         if let Some(error) = self.core.peers.failure() {
             return Err(error);
@@ -303,8 +308,8 @@ impl Group {
             tag: next.tag,
         };
         let timeout = next.timeout.unwrap_or(self.options.timeout);
-        if let Some(lane) = self.lane_for(plan, matches!(memory, Memory::Device { .. })) {
-            let memory = input.map_or(memory, |input| Memory::Private(input.to_vec()));
+        if let Some(lane) = self.lane_for(plan, matches!(memory, CallMemory::Device { .. })) {
+            let memory = input.map_or(memory, |input| CallMemory::Private(input.to_vec()));
             return self.begin_on_lane(&lane, plan, record, timeout, memory);
         }
         let longest = Call::contribution_max(plan.op, plan.segment, plan.segments);
@@ -330,7 +335,7 @@ impl Group {
     }
 
     /// Waits for all calls on this memory that were made earlier: the caller's data is written there.
-    fn end_all_on(&mut self, memory: &Memory, bytes: usize) -> Result<()> {
+    fn end_all_on(&mut self, memory: &CallMemory, bytes: usize) -> Result<()> {
         self.end_earlier(memory, bytes, true)?;
         let deadline = Instant::now() + self.options.timeout;
         if self.transport.lane(false).is_none_or(|lane| lane.wait_idle(deadline)) {
@@ -347,9 +352,14 @@ impl Group {
     /// Waits for calls on the same memory of a region that were made earlier, where the order matters: short ones
     /// take their input when they start, and bring their result when they are waited for. Long ones are in order by
     /// themselves. The place of `memory`, if it is a region's.
-    fn end_earlier(&mut self, memory: &Memory, bytes: usize, now: bool) -> Result<Option<Place>> {
-        let Memory::Region { region, offset } = memory else { return Ok(None) };
-        let place = Place { region: Arc::downgrade(region), offset: *offset, bytes };
+    fn end_earlier(
+        &mut self,
+        memory: &CallMemory,
+        bytes: usize,
+        now: bool,
+    ) -> Result<Option<RegionPlace>> {
+        let CallMemory::Region { region, offset } = memory else { return Ok(None) };
+        let place = RegionPlace { region: Arc::downgrade(region), offset: *offset, bytes };
         self.on_regions
             .retain(|earlier| earlier.call.upgrade().is_some_and(|call| !call.is_done()));
         for earlier in &self.on_regions {
@@ -367,13 +377,13 @@ impl Group {
 
 /// Part of a region.
 #[derive(Debug)]
-struct Place {
+struct RegionPlace {
     region: Weak<RegionMemory>,
     offset: usize,
     bytes: usize,
 }
 
-impl Place {
+impl RegionPlace {
     fn meets(&self, other: &Self) -> bool {
         let apart =
             self.offset + self.bytes <= other.offset || other.offset + other.bytes <= self.offset;
@@ -384,7 +394,7 @@ impl Place {
 /// A call on part of a region.
 #[derive(Debug)]
 struct OnRegion {
-    place: Place,
+    place: RegionPlace,
     inline: bool,
     call: Weak<Call>,
 }

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use super::collectives::plan;
 use super::{Group, Plan};
-use crate::call::Memory;
+use crate::call::CallMemory;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::fingerprint::Op;
-use crate::gpu::cuda::Event;
+use crate::gpu::cuda::GpuEvent;
 use crate::gpu::cuda_error;
 use crate::gpu::memory::DeviceMemory;
 use crate::lane::Lane;
@@ -83,7 +83,7 @@ impl Group {
         input: &InputBytes<'_>,
         output: &Bytes<'_>,
     ) -> Result<()> {
-        if matches!(input, InputBytes::Memory(_)) == output.is_on_device() {
+        if matches!(input, InputBytes::CallMemory(_)) == output.is_on_device() {
             return Ok(());
         }
         Err(self.host_only(op))
@@ -97,7 +97,7 @@ impl Group {
     pub fn mark(&self) -> Result<Option<Mark>> {
         let rank = self.rank();
         let Some(gpu) = self.transport.gpu() else { return Ok(None) };
-        let event = Event::record_timed(&gpu.device, self.stream);
+        let event = GpuEvent::record_timed(&gpu.device, self.stream);
         event.map(|event| Some(Mark { event, rank })).map_err(|error| cuda_error(rank, error))
     }
 
@@ -159,7 +159,7 @@ impl Group {
 
     /// Starts a call on GPU memory.
     #[track_caller]
-    pub(super) fn on_lane<'b>(&mut self, plan: &Plan, memory: Memory) -> Result<Work<'b>> {
+    pub(super) fn on_lane<'b>(&mut self, plan: &Plan, memory: CallMemory) -> Result<Work<'b>> {
         let call = self.begin(plan, memory, None)?;
         Ok(Work::new(self.core(), call, None).on(self.lane_for(plan, true).as_ref()))
     }
@@ -170,7 +170,7 @@ impl Group {
         op: Op,
         output: Bytes<'_>,
         input: Option<Bytes<'_>>,
-    ) -> Result<Memory> {
+    ) -> Result<CallMemory> {
         if self.transport.gpu().is_none() {
             let what =
                 "the buffer is memory of a GPU, but the group has none: make the group with \
@@ -205,7 +205,7 @@ impl Group {
                 return Err(self.argument(Error::DeviceMemory { op: op.name(), what }));
             }
         }
-        Ok(Memory::Device { at, from, keep })
+        Ok(CallMemory::Device { at, from, keep })
     }
 
     pub(super) fn check_region(&mut self, op: Op, memory: &RegionMemory) -> Result<()> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::unit::{Check, Submitted, Unit};
-use super::{is_message, Lane, State};
+use super::{is_message, Lane, LaneState};
 use crate::call::Call;
 use crate::error::{Error, Result};
 use crate::fingerprint::{CallRecord, Op};
@@ -65,7 +65,7 @@ impl Lane {
     }
 
     /// Compares the messages that have started, once their peers have called the other side.
-    pub(super) fn check_unmet(&self, state: &mut State) -> Result<()> {
+    pub(super) fn check_unmet(&self, state: &mut LaneState) -> Result<()> {
         let mut result = Ok(());
         state.unmet.retain(|(call, index)| {
             if result.is_err() || call.is_done() {
@@ -107,7 +107,7 @@ impl Lane {
 
     /// Messages do not wait for collectives whose turn has not come, where the library lets them; but for those that
     /// need what an earlier call leaves in memory of the GPU, and for earlier messages of the same pair.
-    pub(super) fn start_messages(&self, state: &mut State) -> Result<()> {
+    pub(super) fn start_messages(&self, state: &mut LaneState) -> Result<()> {
         let mut place = 0;
         while self.messages_overtake && place < state.checking.len() {
             let unit = &state.checking[place];
@@ -141,7 +141,7 @@ impl Lane {
     }
 
     /// An error when the oldest call's time is over.
-    pub(super) fn check_time(&self, state: &mut State) -> Result<()> {
+    pub(super) fn check_time(&self, state: &mut LaneState) -> Result<()> {
         let overtakes = |call: &Arc<Call>| self.messages_overtake && is_message(call);
         let mut lonely = false;
         for call in state.moving.iter().filter(|call| overtakes(call)) {

@@ -18,8 +18,8 @@ use smallvec::smallvec;
 
 use self::patience::Patience;
 use self::runner::{lock, Runner};
-use self::unit::{Held, Unit};
-use crate::call::{Call, Memory};
+use self::unit::{HeldCalls, Unit};
+use crate::call::{Call, CallMemory};
 use crate::error::{guarded, Error, Result};
 use crate::fingerprint::Op;
 use crate::order::core::Core;
@@ -31,7 +31,7 @@ pub(crate) trait Mover: Send + std::fmt::Debug {
     /// Starts to move the data of `call`, in place in `memory` (see [`Call`] for the form), which stays
     /// where it is until [`Mover::poll`] counts the call. Every rank has called the same; `send`
     /// and `receive` alone come without that check. Does not wait for peers.
-    fn start(&mut self, call: &Arc<Call>, memory: &mut Memory) -> Result<()>;
+    fn start(&mut self, call: &Arc<Call>, memory: &mut CallMemory) -> Result<()>;
     /// Starts several calls as one, where the library can; each is reported by itself.
     fn start_together(&mut self, calls: &[Submitted]) -> Result<()> {
         calls.iter().try_for_each(|one| self.start(&one.call, &mut one.call.lock().memory))
@@ -77,8 +77,8 @@ pub(crate) struct Lane {
     idle_poll: Option<Duration>,
     /// Started, not yet seen by whoever holds `state`.
     incoming: Mutex<Vec<Unit>>,
-    held: Mutex<Held>,
-    state: Mutex<State>,
+    held: Mutex<HeldCalls>,
+    state: Mutex<LaneState>,
     ended: Condvar,
     looks: AtomicU64,
     closing: AtomicBool,
@@ -89,7 +89,7 @@ pub(crate) struct Lane {
 }
 
 #[derive(Debug)]
-struct State {
+struct LaneState {
     transport: Box<dyn Mover>,
     checking: VecDeque<Unit>,
     /// Started, in that order.
@@ -105,7 +105,7 @@ struct State {
     abandoned: bool,
 }
 
-impl State {
+impl LaneState {
     /// A library's error, with the oldest call that is under way.
     fn placed(&self, error: Error) -> Error {
         let waiting = || self.checking.iter().flat_map(|unit| &unit.calls).map(|one| &one.call);
@@ -149,7 +149,7 @@ impl Lane {
     ) -> Arc<Self> {
         let (messages_overtake, idle_poll) =
             (transport.lets_messages_overtake(), transport.wants_idle_poll());
-        let state = State {
+        let state = LaneState {
             transport,
             checking: VecDeque::new(),
             moving: Vec::new(),
@@ -325,7 +325,7 @@ impl Lane {
         let moved = self.step(&mut state);
         if idle && !state.is_open() && !state.abandoned {
             // What it says of calls that have ended long ago is of no interest.
-            let State { transport, ended, .. } = &mut *state;
+            let LaneState { transport, ended, .. } = &mut *state;
             let polled = guarded(self.core.rank, &self.backend, || transport.poll(ended));
             if let Err(error) = polled {
                 tracing::debug!(%error, "an idle poll failed");
@@ -342,7 +342,7 @@ impl Lane {
     }
 
     /// One look at everything; whether anything changed.
-    fn step(&self, state: &mut State) -> bool {
+    fn step(&self, state: &mut LaneState) -> bool {
         self.looks.fetch_add(1, Ordering::Relaxed);
         let before = (state.checking.len(), state.moving.len());
         state.checking.extend(lock(&self.incoming).drain(..));
@@ -364,7 +364,7 @@ impl Lane {
         moved || before != (state.checking.len(), state.moving.len())
     }
 
-    fn advance(&self, state: &mut State) -> Result<bool> {
+    fn advance(&self, state: &mut LaneState) -> Result<bool> {
         self.start_messages(state)?;
         while let Some(unit) = state.checking.front_mut() {
             if !self.is_checked(unit)? || self.comes_after(unit, &state.moving) {
@@ -403,12 +403,12 @@ impl Lane {
         Ok(true)
     }
 
-    fn abandon(&self, state: &mut State, error: &Error) {
+    fn abandon(&self, state: &mut LaneState, error: &Error) {
         state.ended.clear();
         state.unmet.clear();
         for call in state.moving.drain(..) {
             // The library may still write there.
-            let memory = std::mem::replace(&mut call.lock().memory, Memory::Nothing);
+            let memory = std::mem::replace(&mut call.lock().memory, CallMemory::Nothing);
             _ = std::mem::ManuallyDrop::new(memory);
             call.finish(Err(error.clone()));
         }

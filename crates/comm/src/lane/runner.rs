@@ -176,7 +176,7 @@ impl Runner {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::call::{Call, Memory};
+    use crate::call::{Call, CallMemory};
     use crate::control::liveness::Liveness;
     use crate::dtype::DType;
     use crate::environment::{HostLink, World};
@@ -185,7 +185,7 @@ mod tests {
     use crate::lane::{Check, Mover};
     use crate::order::executor::Carry;
     use crate::order::setup;
-    use crate::recorder::Part;
+    use crate::recorder::GroupPart;
 
     /// What a library does with calls.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -209,7 +209,7 @@ mod tests {
     }
 
     impl Mover for Library {
-        fn start(&mut self, call: &Arc<Call>, _: &mut Memory) -> crate::Result<()> {
+        fn start(&mut self, call: &Arc<Call>, _: &mut CallMemory) -> crate::Result<()> {
             if self.manner == Manner::Panics {
                 std::panic::panic_any("no such symbol");
             }
@@ -238,7 +238,7 @@ mod tests {
             remind_after: Duration::from_millis(1),
         };
         let nobody: &mut setup::Exchange<'_> = &mut |_, _| Ok(Vec::new());
-        let (mut world, part) = (World::single(), Part::whole(1));
+        let (mut world, part) = (World::single(), GroupPart::whole(1));
         let (link, carry): (_, Carry) = (HostLink::Auto, |_, _| Ok(()));
         let terms = setup::Terms { link, timeout: limit, liveness, carry };
         let core = setup::connect(&mut world, terms, part, nobody)?;
@@ -252,7 +252,7 @@ mod tests {
             root: None,
             tag: String::new(),
         };
-        let call = Call::new(record, DType::U8, None, 0, 1, false, limit, Memory::Nothing);
+        let call = Call::new(record, DType::U8, None, 0, 1, false, limit, CallMemory::Nothing);
         let call = Arc::new(call);
         lane.submit(Arc::clone(&call), Check::None);
         lane.wait(&call)?;

@@ -41,7 +41,7 @@ impl Unit {
 
 /// Calls that wait for others to start with.
 #[derive(Debug, Default)]
-pub(super) struct Held {
+pub(super) struct HeldCalls {
     pub(super) depth: usize,
     pub(super) calls: SmallVec<[Submitted; 1]>,
 }

@@ -47,7 +47,7 @@ const _: () = assert!(SLOTS_COUNT as u64 == SLOTS && RECORD_BYTES <= 128);
 
 /// What a slot's header says beside its sequence number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Header {
+pub(crate) struct SlotHeader {
     pub(crate) fingerprint: u64,
     pub(crate) payload_bytes: u64,
     /// The region the data is in, or 0 when it has to be staged.
@@ -112,15 +112,20 @@ impl Board {
         self.word(Self::slot(seq))
     }
 
-    pub(crate) fn header(&self, seq: u64) -> Header {
+    pub(crate) fn header(&self, seq: u64) -> SlotHeader {
         let slot = Self::slot(seq);
         let word = |index: usize| self.word(slot + index * 8).load(Ordering::Relaxed);
-        Header { fingerprint: word(1), payload_bytes: word(2), region: word(3), offset: word(4) }
+        SlotHeader {
+            fingerprint: word(1),
+            payload_bytes: word(2),
+            region: word(3),
+            offset: word(4),
+        }
     }
 
     /// Writes the header and, last, the published word: at once, because peers that watch the word
     /// take the line away between two writes.
-    pub(crate) fn publish(&self, seq: u64, header: &Header) {
+    pub(crate) fn publish(&self, seq: u64, header: &SlotHeader) {
         let slot = Self::slot(seq);
         let words = [header.fingerprint, header.payload_bytes, header.region, header.offset];
         for (index, word) in words.into_iter().enumerate() {

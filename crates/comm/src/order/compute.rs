@@ -3,7 +3,7 @@
 
 use crate::call::Call;
 use crate::fingerprint::Op;
-use crate::kernel::{self, Factor, Output, Pass};
+use crate::kernel::{self, Factor, KernelOutput, KernelPass};
 use crate::memory::mapping::copy;
 
 /// Computes this rank's result from all contributions (see [`Call::contribution`]).
@@ -51,7 +51,7 @@ fn reduce(call: &Call, inputs: &[*const u8], at: usize, bytes: usize, to: *mut u
     let Some(reduction) = call.reduction else { return };
     let count = bytes / call.dtype.size_bytes();
     let factor = Factor::new(reduction.finish, inputs.len());
-    let output = Output::Final { targets: &[to], factor };
+    let output = KernelOutput::Final { targets: &[to], factor };
     with_pointers(inputs.iter().map(|input| input.wrapping_add(at)), |sources| {
         // SAFETY: every input holds the whole contribution, which covers `at + bytes`; all ranks have
         // published and none writes its slot again before all have consumed it; `to` has `bytes`
@@ -60,7 +60,7 @@ fn reduce(call: &Call, inputs: &[*const u8], at: usize, bytes: usize, to: *mut u
             kernel::reduce(
                 call.dtype,
                 reduction.fold,
-                &Pass { partial: None, sources, count, output },
+                &KernelPass { partial: None, sources, count, output },
             );
         }
     });

@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 use super::executor::Executor;
 use super::waiting;
 use crate::algorithm::topology::Topology;
-use crate::call::{Call, Memory};
+use crate::call::{Call, CallMemory};
 use crate::control::peers::Peers;
 use crate::error::{guarded, Error, Result};
 use crate::fingerprint::CallRecord;
-use crate::memory::board::{Board, Header, SLOTS};
+use crate::memory::board::{Board, SlotHeader, SLOTS};
 use crate::memory::mapping::copy;
 
 /// A caller that waits so soon after starting has nothing else to do.
@@ -130,7 +130,7 @@ impl Core {
         let published = self.to_publish.load(Ordering::Acquire) == seq && self.slot_is_free(seq);
         let header = published.then(|| self.fill_slot(&call, input));
         if let (Some(input), false) = (input, published && self.finishes_in_place(&call)) {
-            call.lock().memory = Memory::Private(input.to_vec());
+            call.lock().memory = CallMemory::Private(input.to_vec());
         }
         if !(published && self.finishes_in_place(&call)) {
             call.set_queued();
@@ -167,7 +167,7 @@ impl Core {
     }
 
     /// Fills this rank's slot but for the header, which [`Core::show_slot`] writes.
-    fn fill_slot(&self, call: &Call, input: Option<&[u8]>) -> Header {
+    fn fill_slot(&self, call: &Call, input: Option<&[u8]>) -> SlotHeader {
         let (at, bytes) = if call.inline { call.contribution(self.rank) } else { (0, 0) };
         let board = self.board(self.rank);
         let mut state = call.lock();
@@ -180,13 +180,13 @@ impl Core {
         }
         board.write_record(call.seq(), &call.encoded);
         let (region, offset) = match &state.memory {
-            Memory::Region { region, offset } => (region.id, *offset as u64),
-            Memory::Nothing | Memory::Private(_) | Memory::Device { .. } => (0, 0),
+            CallMemory::Region { region, offset } => (region.id, *offset as u64),
+            CallMemory::Nothing | CallMemory::Private(_) | CallMemory::Device { .. } => (0, 0),
         };
-        Header { fingerprint: call.fingerprint, payload_bytes: bytes as u64, region, offset }
+        SlotHeader { fingerprint: call.fingerprint, payload_bytes: bytes as u64, region, offset }
     }
 
-    fn show_slot(&self, seq: u64, header: &Header) {
+    fn show_slot(&self, seq: u64, header: &SlotHeader) {
         self.board(self.rank).publish(seq, header);
         self.to_publish.store(seq + 1, Ordering::Release);
     }

@@ -12,10 +12,10 @@ use smallvec::{smallvec, SmallVec};
 use super::compute::compute;
 use super::core::Core;
 use super::links::{Links, Wait};
-use crate::call::{Call, Memory};
+use crate::call::{Call, CallMemory};
 use crate::error::{Error, Result};
 use crate::fingerprint::{CallRecord, RECORD_BYTES};
-use crate::memory::board::Header;
+use crate::memory::board::SlotHeader;
 use crate::memory::mapping::copy;
 
 /// fingerprint, payload bytes, region, offset, record.
@@ -25,7 +25,7 @@ const HEADER_FRAME_BYTES: usize = 32 + RECORD_BYTES;
 pub(crate) type Offsets = SmallVec<[(usize, usize); 8]>;
 
 /// Moves the data of a large call, once the ranks have met.
-pub(crate) type Carry = fn(&mut Run<'_>, &mut Memory) -> Result<()>;
+pub(crate) type Carry = fn(&mut CallRun<'_>, &mut CallMemory) -> Result<()>;
 
 /// What one thread at a time holds to work on the queue.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ pub(crate) struct Executor {
 
 /// A call under way.
 #[derive(Debug)]
-pub(crate) struct Run<'a> {
+pub(crate) struct CallRun<'a> {
     pub(crate) core: &'a Core,
     pub(crate) call: &'a Call,
     pub(crate) links: &'a mut Links,
@@ -67,13 +67,13 @@ impl Executor {
         let mut state = call.lock();
         if call.inline {
             let inputs: Vec<*const u8> = payloads.inputs(core, call);
-            if matches!(state.memory, Memory::Nothing) {
+            if matches!(state.memory, CallMemory::Nothing) {
                 return Ok(());
             }
             compute(call, core.rank, &inputs, state.memory.base());
         } else {
             let direct = payloads.common_region(core);
-            let mut run = Run { core, call, links: &mut self.links, deadline, step: 0, direct };
+            let mut run = CallRun { core, call, links: &mut self.links, deadline, step: 0, direct };
             (self.carry)(&mut run, &mut state.memory)?;
         }
         drop(state);
@@ -125,7 +125,7 @@ impl Executor {
     }
 }
 
-fn encode(header: &Header, call: &Call) -> Vec<u8> {
+fn encode(header: &SlotHeader, call: &Call) -> Vec<u8> {
     let mut frame = Vec::with_capacity(HEADER_FRAME_BYTES);
     for word in [header.fingerprint, header.payload_bytes, header.region, header.offset] {
         frame.extend_from_slice(&word.to_le_bytes());
@@ -134,20 +134,24 @@ fn encode(header: &Header, call: &Call) -> Vec<u8> {
     frame
 }
 
-fn decode(frame: &[u8; HEADER_FRAME_BYTES]) -> (Header, Option<CallRecord>) {
+fn decode(frame: &[u8; HEADER_FRAME_BYTES]) -> (SlotHeader, Option<CallRecord>) {
     let word = |at: usize| {
         let mut word = [0; 8];
         word.copy_from_slice(&frame[at * 8..at * 8 + 8]);
         u64::from_le_bytes(word)
     };
-    let header =
-        Header { fingerprint: word(0), payload_bytes: word(1), region: word(2), offset: word(3) };
+    let header = SlotHeader {
+        fingerprint: word(0),
+        payload_bytes: word(1),
+        region: word(2),
+        offset: word(3),
+    };
     (header, CallRecord::decode(&frame[32..]))
 }
 
 /// What everybody said.
 struct Met {
-    headers: SmallVec<[Header; 8]>,
+    headers: SmallVec<[SlotHeader; 8]>,
     /// From ranks of other machines; empty when there are none.
     payloads: Vec<Vec<u8>>,
 }
@@ -178,7 +182,7 @@ impl Met {
     }
 }
 
-impl Run<'_> {
+impl CallRun<'_> {
     /// Waits until `ranks` (of this machine) have come as far as this rank.
     pub(crate) fn barrier(&mut self, ranks: impl Iterator<Item = usize>) -> Result<()> {
         // A peer of another machine may wait for what is still kept here, and a rank of this one for
@@ -205,14 +209,14 @@ impl Run<'_> {
     }
 }
 
-impl crate::algorithm::chain::Exchange for Run<'_> {
+impl crate::algorithm::chain::Exchange for CallRun<'_> {
     type Error = Error;
 
     fn post(&mut self, peer: usize, bytes: &[u8]) -> Result<()> {
-        Run::post(self, peer, bytes)
+        CallRun::post(self, peer, bytes)
     }
 
     fn receive(&mut self, peer: usize, into: &mut [u8]) -> Result<()> {
-        Run::receive(self, peer, into)
+        CallRun::receive(self, peer, into)
     }
 }

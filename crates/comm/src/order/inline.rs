@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use super::compute::{compute, with_pointers};
 use super::core::Core;
-use crate::call::{Call, Memory};
+use crate::call::{Call, CallMemory};
 use crate::error::Result;
 use crate::memory::mapping::copy;
 
@@ -35,8 +35,8 @@ impl Core {
         let to = match direct {
             Some(direct) => direct.as_mut_ptr(),
             None => {
-                if matches!(state.memory, Memory::Nothing) {
-                    state.memory = Memory::Private(self.unchanged(call));
+                if matches!(state.memory, CallMemory::Nothing) {
+                    state.memory = CallMemory::Private(self.unchanged(call));
                 }
                 state.memory.base()
             }

@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::memory::board::Board;
 use crate::memory::mapping::{self, Mapping};
 use crate::memory::region::RegionMemory;
-use crate::recorder::Part;
+use crate::recorder::GroupPart;
 
 /// Every rank gives its bytes and gets everybody's, by rank.
 pub(crate) type Exchange<'a> = dyn FnMut(&[u8], Instant) -> Result<Vec<Vec<u8>>> + 'a;
@@ -55,7 +55,7 @@ pub(crate) struct Terms {
 pub(crate) fn connect(
     world: &mut World,
     terms: Terms,
-    part: Part,
+    part: GroupPart,
     exchange: &mut Exchange<'_>,
 ) -> Result<Arc<Core>> {
     let Terms { link, timeout, liveness, carry } = terms;
@@ -143,7 +143,7 @@ fn cards(rank: usize, published: &[Vec<u8>]) -> Result<Vec<Card>> {
 }
 
 /// A group of one: no sockets, no threads.
-fn alone(liveness: Liveness, part: Part, carry: Carry) -> Result<Arc<Core>> {
+fn alone(liveness: Liveness, part: GroupPart, carry: Carry) -> Result<Arc<Core>> {
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let identity = Identity { host, pid: std::process::id(), local: true };
     let sockets = Sockets { controls: vec![None], data: vec![None], ways: vec![None] };

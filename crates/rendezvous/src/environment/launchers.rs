@@ -56,7 +56,7 @@ pub(super) fn world(variables: &Variables<'_>) -> Result<World> {
 }
 
 /// Where a rank stands; checked for sense before a [`World`] is made of it.
-pub(super) struct Place {
+pub(super) struct RankFacts {
     pub(super) rank: (&'static str, usize),
     pub(super) world_size: (&'static str, usize),
     pub(super) local_rank: (&'static str, usize),
@@ -65,7 +65,7 @@ pub(super) struct Place {
     pub(super) node_count: (&'static str, usize),
 }
 
-impl Place {
+impl RankFacts {
     fn check(&self) -> Result<()> {
         let below = |(variable, value): (&'static str, usize), (limit_variable, limit)| {
             if value < limit {
@@ -90,7 +90,7 @@ impl Place {
 }
 
 /// How the job is met: what differs between launchers besides the numbers.
-pub(super) struct Meeting {
+pub(super) struct StoreFacts {
     pub(super) launcher: Launcher,
     pub(super) master_addr: String,
     pub(super) master_port: u16,
@@ -110,7 +110,11 @@ pub(super) enum StoreIn {
     Mpi,
 }
 
-pub(super) fn finish(variables: &Variables<'_>, place: &Place, meeting: Meeting) -> Result<World> {
+pub(super) fn finish(
+    variables: &Variables<'_>,
+    place: &RankFacts,
+    meeting: StoreFacts,
+) -> Result<World> {
     place.check()?;
     let store_host = match meeting.store {
         StoreIn::Agent => StoreHost::Agent,
@@ -155,7 +159,7 @@ fn ranks_given(variables: &Variables<'_>) -> Result<World> {
     let master_addr = variables.text_needed("MASTER_ADDR", BECAUSE)?;
     let meeting = match torchrun {
         Some(run_id) => torchrun_meeting(variables, &run_id, master_addr, port)?,
-        None => Meeting {
+        None => StoreFacts {
             launcher: if store_in_launcher { Launcher::Phalanx } else { Launcher::Manual },
             run_id: variables
                 .text("PHALANX_RUN_ID")
@@ -173,7 +177,7 @@ fn place_of_ranks_given(
     variables: &Variables<'_>,
     rank: usize,
     world_size: usize,
-) -> Result<Place> {
+) -> Result<RankFacts> {
     let local_rank = variables.number("LOCAL_RANK")?;
     let local_world_size = variables.count("LOCAL_WORLD_SIZE")?;
     let (local_rank, local_world_size) = match (local_rank, local_world_size) {
@@ -187,7 +191,7 @@ fn place_of_ranks_given(
     let node_rank = variables.number("GROUP_RANK")?.unwrap_or(rank / local_world_size);
     let node_count =
         variables.count("GROUP_WORLD_SIZE")?.unwrap_or(world_size.div_ceil(local_world_size));
-    Ok(Place {
+    Ok(RankFacts {
         rank: ("RANK", rank),
         world_size: ("WORLD_SIZE", world_size),
         local_rank: ("LOCAL_RANK", local_rank),
@@ -204,7 +208,7 @@ fn torchrun_meeting(
     run_id: &str,
     master_addr: String,
     port: u16,
-) -> Result<Meeting> {
+) -> Result<StoreFacts> {
     let restart_count: u32 =
         variables.parsed("TORCHELASTIC_RESTART_COUNT", "a whole number, 0 or more")?.unwrap_or(0);
     let one_node = variables.count("GROUP_WORLD_SIZE")? == Some(1);
@@ -215,7 +219,7 @@ fn torchrun_meeting(
         None if agent_serves => (port, StoreIn::Agent),
         None => (port, StoreIn::Rank0),
     };
-    Ok(Meeting {
+    Ok(StoreFacts {
         launcher: Launcher::Torchrun,
         // "none" for every job without --rdzv-id: the address and port tell such jobs apart.
         run_id: variables

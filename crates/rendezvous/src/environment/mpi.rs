@@ -3,7 +3,7 @@
 //!
 //! Source: Open MPI 4.1 and MPICH 4.0 as observed; Intel MPI, MVAPICH2 and Cray's by their manuals, Horovod by its sources.
 
-use super::launchers::{finish, Meeting, Place, StoreIn};
+use super::launchers::{finish, RankFacts, StoreFacts, StoreIn};
 use super::variables::{missing, Result, Variables};
 use super::{derived_port, slurm_step, EnvironmentError, Launcher, World, LOOPBACK};
 
@@ -13,7 +13,7 @@ pub(super) fn open_mpi(variables: &Variables<'_>) -> Result<World> {
     let world_size = variables.count_needed("OMPI_COMM_WORLD_SIZE", BECAUSE)?;
     let local_rank = variables.number_needed("OMPI_COMM_WORLD_LOCAL_RANK", BECAUSE)?;
     let local_world_size = variables.count_needed("OMPI_COMM_WORLD_LOCAL_SIZE", BECAUSE)?;
-    let place = Place {
+    let place = RankFacts {
         rank: ("OMPI_COMM_WORLD_RANK", rank),
         world_size: ("OMPI_COMM_WORLD_SIZE", world_size),
         local_rank: ("OMPI_COMM_WORLD_LOCAL_RANK", local_rank),
@@ -62,7 +62,7 @@ pub(super) fn pmi(variables: &Variables<'_>) -> Result<World> {
         let local_rank = variables.number_needed(names[0], BECAUSE)?;
         (local_rank, variables.count_needed(names[1], BECAUSE)?)
     };
-    let place = Place {
+    let place = RankFacts {
         rank: ("PMI_RANK", rank),
         world_size: ("PMI_SIZE", world_size),
         local_rank: (names[0], local_rank),
@@ -98,7 +98,7 @@ fn job_or_given(variables: &Variables<'_>, job: Option<String>, because: &str) -
 }
 
 /// The variables of a launcher that has one for each number.
-pub(super) struct Names {
+pub(super) struct MpiNames {
     launcher: Launcher,
     name: &'static str,
     example: &'static str,
@@ -111,7 +111,7 @@ pub(super) struct Names {
 }
 
 /// By its manual.
-pub(super) const MVAPICH: Names = Names {
+pub(super) const MVAPICH: MpiNames = MpiNames {
     launcher: Launcher::Mvapich,
     name: "MVAPICH2",
     example: "mpirun_rsh … MASTER_ADDR=node0 program",
@@ -123,7 +123,7 @@ pub(super) const MVAPICH: Names = Names {
 };
 
 /// By its sources.
-pub(super) const HOROVOD: Names = Names {
+pub(super) const HOROVOD: MpiNames = MpiNames {
     launcher: Launcher::Horovod,
     name: "horovodrun",
     example: "MASTER_ADDR=node0 horovodrun …",
@@ -135,7 +135,7 @@ pub(super) const HOROVOD: Names = Names {
 };
 
 /// A launcher that names its numbers and nothing else.
-pub(super) fn by_names(variables: &Variables<'_>, names: &Names) -> Result<World> {
+pub(super) fn by_names(variables: &Variables<'_>, names: &MpiNames) -> Result<World> {
     let because = format!("{} is set", names.rank);
     let rank = variables.number_needed(names.rank, &because)?;
     let world_size = variables.count_needed(names.world_size, &because)?;
@@ -151,7 +151,7 @@ pub(super) fn by_names(variables: &Variables<'_>, names: &Names) -> Result<World
             ("size / local size", world_size.div_ceil(local_world_size)),
         ),
     };
-    let place = Place {
+    let place = RankFacts {
         rank: (names.rank, rank),
         world_size: (names.world_size, world_size),
         local_rank: (names.local_rank, local_rank),
@@ -180,7 +180,7 @@ struct MpiJob {
 
 /// MPI launchers give ranks but no address: loopback on one machine; on several over MPI where that is possible, else an
 /// error that says what to set.
-fn mpi_meeting(variables: &Variables<'_>, place: &Place, job: MpiJob) -> Result<Meeting> {
+fn mpi_meeting(variables: &Variables<'_>, place: &RankFacts, job: MpiJob) -> Result<StoreFacts> {
     let master_addr = match variables.text("MASTER_ADDR") {
         Some(address) => Ok(address),
         None if place.node_count.1 == 1 => Ok(LOOPBACK.to_owned()),
@@ -196,7 +196,7 @@ fn mpi_meeting(variables: &Variables<'_>, place: &Place, job: MpiJob) -> Result<
     // Horovod starts programs without MPI as well.
     let over_mpi = variables.over_mpi && launcher != Launcher::Horovod;
     if over_mpi && (master_addr.is_err() || run_id.is_err()) {
-        return Ok(Meeting {
+        return Ok(StoreFacts {
             launcher,
             master_addr: String::new(),
             master_port: 0,
@@ -206,7 +206,7 @@ fn mpi_meeting(variables: &Variables<'_>, place: &Place, job: MpiJob) -> Result<
         });
     }
     let (master_addr, run_id) = (master_addr?, run_id?);
-    Ok(Meeting {
+    Ok(StoreFacts {
         launcher,
         master_addr,
         master_port: variables.port("MASTER_PORT")?.unwrap_or_else(|| derived_port(&run_id)),

@@ -2,7 +2,7 @@
 //!
 //! Source: Slurm 22.05 as observed; `slurm/slurm.h` for the numbers of steps that are no steps.
 
-use super::launchers::{finish, Meeting, Place, StoreIn};
+use super::launchers::{finish, RankFacts, StoreFacts, StoreIn};
 use super::slurm::{expand_nodes, expand_tasks};
 use super::variables::{invalid, missing, Result, Variables};
 use super::{derived_port, Launcher, World, LOOPBACK};
@@ -40,7 +40,7 @@ pub(super) fn world(variables: &Variables<'_>) -> Result<World> {
         None => variables.count_needed("SLURM_NNODES", BECAUSE)?,
     };
     let node_rank = variables.number_needed("SLURM_NODEID", BECAUSE)?;
-    let place = Place {
+    let place = RankFacts {
         rank: ("SLURM_PROCID", variables.number_needed("SLURM_PROCID", BECAUSE)?),
         world_size: (
             "SLURM_STEP_NUM_TASKS",
@@ -59,7 +59,7 @@ pub(super) fn world(variables: &Variables<'_>) -> Result<World> {
     let job = variables.text_needed("SLURM_JOB_ID", BECAUSE)?;
     let step = variables.text_needed("SLURM_STEP_ID", BECAUSE)?;
     let run_id = variables.text("PHALANX_RUN_ID").unwrap_or_else(|| format!("slurm-{job}.{step}"));
-    let meeting = Meeting {
+    let meeting = StoreFacts {
         launcher: Launcher::Slurm,
         master_addr,
         // Two steps of one job run at the same time: the step is part of the run id.

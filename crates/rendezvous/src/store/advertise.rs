@@ -46,7 +46,7 @@ pub(super) fn meet(world: &World, deadline: Instant) -> Result<Arc<dyn Store>, R
     // It listens on all interfaces: loopback will do on one machine, whatever name the machine has.
     let (host, port) = world.store_address();
     let agent = TcpStoreClient::connect(host, port, deadline)?;
-    let meeting = Meeting { world, agent, deadline };
+    let meeting = AgentMeeting { world, agent, deadline };
     if world.rank == 0 {
         meeting.host()
     } else {
@@ -54,13 +54,13 @@ pub(super) fn meet(world: &World, deadline: Instant) -> Result<Arc<dyn Store>, R
     }
 }
 
-struct Meeting<'m> {
+struct AgentMeeting<'m> {
     world: &'m World,
     agent: TcpStoreClient,
     deadline: Instant,
 }
 
-impl Meeting<'_> {
+impl AgentMeeting<'_> {
     fn host(mut self) -> Result<Arc<dyn Store>, RendezvousError> {
         let world = self.world;
         let attempt: [u8; 8] = random_bytes()?;

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use super::dial::{read_until, Dial, Greeting};
 use super::frame::{
-    decode_reply_header, encode_request, join_keys, split_keys, KeyList, Reply, Request, Status,
-    REPLY_HEADER_BYTES,
+    decode_reply_header, encode_request, join_keys, split_keys, KeyList, Reply, ReplyStatus,
+    Request, REPLY_HEADER_BYTES,
 };
 use super::handshake::Credentials;
 use super::table::{check_entry, check_key, STORE_BYTES_MAX};
@@ -129,10 +129,10 @@ impl StoreClient {
     fn change(&self, key: &str, request: &Request<'_>) -> Result<Reply, StoreError> {
         let reply = self.call(request)?;
         match reply.status {
-            Status::Done | Status::Absent => Ok(reply),
-            Status::NotACounter => Err(StoreError::NotACounter { key: key.to_owned() }),
-            Status::Full => Err(StoreError::Full { max: STORE_BYTES_MAX }),
-            Status::TimedOut => Err(StoreError::Protocol {
+            ReplyStatus::Done | ReplyStatus::Absent => Ok(reply),
+            ReplyStatus::NotACounter => Err(StoreError::NotACounter { key: key.to_owned() }),
+            ReplyStatus::Full => Err(StoreError::Full { max: STORE_BYTES_MAX }),
+            ReplyStatus::TimedOut => Err(StoreError::Protocol {
                 address: self.address(),
                 what: "a time-out for a request that does not wait".to_owned(),
             }),
@@ -180,7 +180,7 @@ impl Store for StoreClient {
         let reply = result?;
         self.give_back(stream);
         match reply.status {
-            Status::Done => Ok(reply.value),
+            ReplyStatus::Done => Ok(reply.value),
             _ => Err(StoreError::Timeout { key: key.to_owned(), waited: start.elapsed() }),
         }
     }
@@ -199,7 +199,7 @@ impl Store for StoreClient {
         check_entry(key, desired)?;
         check_entry(key, expected.unwrap_or_default())?;
         let reply = self.change(key, &Request::CompareSet { key, expected, desired })?;
-        Ok((reply.status == Status::Done).then_some(reply.value))
+        Ok((reply.status == ReplyStatus::Done).then_some(reply.value))
     }
 
     fn delete(&self, key: &str) -> Result<bool, StoreError> {

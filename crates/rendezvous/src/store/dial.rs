@@ -215,8 +215,8 @@ fn ping(
     };
     let nonce = std::process::id();
     let hello = [
-        message::encode(&message::Request::Validate { magic: message::VALIDATION }),
-        message::encode(&message::Request::Ping { nonce }),
+        message::encode(&message::TcpStoreRequest::Validate { magic: message::VALIDATION }),
+        message::encode(&message::TcpStoreRequest::Ping { nonce }),
     ];
     stream.set_nodelay(true).map_err(broken)?;
     stream.write_all(&hello.concat()).map_err(broken)?;

@@ -39,7 +39,7 @@ pub(super) struct KeyList<'b>(&'b [u8]);
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Status {
+pub(super) enum ReplyStatus {
     /// Done; value and number as the operation says.
     Done,
     /// The key is absent.
@@ -55,7 +55,7 @@ pub(super) enum Status {
 /// What the server answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Reply {
-    pub(super) status: Status,
+    pub(super) status: ReplyStatus,
     pub(super) number: i64,
     pub(super) value: Vec<u8>,
 }
@@ -229,11 +229,11 @@ pub(super) fn decode_request(bytes: &[u8]) -> Result<Decoded<Request<'_>>, Frame
 /// Writes a reply.
 pub(super) fn encode_reply(reply: &Reply) -> Vec<u8> {
     let status: u16 = match reply.status {
-        Status::Done => 0,
-        Status::Absent => 1,
-        Status::TimedOut => 2,
-        Status::NotACounter => 3,
-        Status::Full => 4,
+        ReplyStatus::Done => 0,
+        ReplyStatus::Absent => 1,
+        ReplyStatus::TimedOut => 2,
+        ReplyStatus::NotACounter => 3,
+        ReplyStatus::Full => 4,
     };
     let mut bytes = Vec::with_capacity(REPLY_HEADER_BYTES + reply.value.len());
     bytes.extend(REPLY_MAGIC.to_le_bytes());
@@ -249,17 +249,17 @@ pub(super) fn encode_reply(reply: &Reply) -> Vec<u8> {
 /// Reads a reply's header: status, number, and how many bytes of value follow.
 pub(super) fn decode_reply_header(
     header: &[u8; REPLY_HEADER_BYTES],
-) -> Result<(Status, i64, usize), FrameError> {
+) -> Result<(ReplyStatus, i64, usize), FrameError> {
     let mut fields = Fields(header);
     if fields.u32() != REPLY_MAGIC {
         return Err(FrameError::Magic);
     }
     let status = match fields.u16() {
-        0 => Status::Done,
-        1 => Status::Absent,
-        2 => Status::TimedOut,
-        3 => Status::NotACounter,
-        4 => Status::Full,
+        0 => ReplyStatus::Done,
+        1 => ReplyStatus::Absent,
+        2 => ReplyStatus::TimedOut,
+        3 => ReplyStatus::NotACounter,
+        4 => ReplyStatus::Full,
         other => return Err(FrameError::Unknown(other)),
     };
     if fields.u16() != 0 {
@@ -399,9 +399,9 @@ mod tests {
 
         #[test]
         fn any_reply_header_reads_back(number in any::<i64>(), value in prop::collection::vec(any::<u8>(), 0..100)) {
-            let bytes = encode_reply(&Reply { status: Status::Absent, number, value: value.clone() });
+            let bytes = encode_reply(&Reply { status: ReplyStatus::Absent, number, value: value.clone() });
             let header = bytes.first_chunk().unwrap();
-            prop_assert_eq!(decode_reply_header(header), Ok((Status::Absent, number, value.len())));
+            prop_assert_eq!(decode_reply_header(header), Ok((ReplyStatus::Absent, number, value.len())));
         }
 
         #[test]

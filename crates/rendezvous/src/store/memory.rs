@@ -4,12 +4,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use super::table::{check_key, Table};
+use super::table::{check_key, KeyTable};
 use super::{Store, StoreError};
 
 #[derive(Debug, Default)]
 struct Shared {
-    table: Mutex<Table>,
+    table: Mutex<KeyTable>,
     changed: Condvar,
 }
 
@@ -43,12 +43,12 @@ impl MemoryStore {
         Self::default()
     }
 
-    fn table(&self) -> MutexGuard<'_, Table> {
+    fn table(&self) -> MutexGuard<'_, KeyTable> {
         // Every operation of Table leaves it whole, so a panic of another thread harms nothing.
         self.shared.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn changing<R>(&self, change: impl FnOnce(&mut Table) -> R) -> R {
+    fn changing<R>(&self, change: impl FnOnce(&mut KeyTable) -> R) -> R {
         let result = change(&mut self.table());
         self.shared.changed.notify_all();
         result

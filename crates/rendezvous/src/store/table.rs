@@ -14,7 +14,7 @@ pub const STORE_BYTES_MAX: usize = 256 << 20;
 
 /// The keys and their values, in key order.
 #[derive(Debug, Default)]
-pub(crate) struct Table {
+pub(crate) struct KeyTable {
     entries: BTreeMap<String, Vec<u8>>,
     bytes: usize,
 }
@@ -40,7 +40,7 @@ pub(crate) fn check_entry(key: &str, value: &[u8]) -> Result<(), StoreError> {
     Ok(())
 }
 
-impl Table {
+impl KeyTable {
     pub(crate) fn set(&mut self, key: &str, value: &[u8]) -> Result<(), StoreError> {
         check_entry(key, value)?;
         let old = self.entries.get(key).map_or(0, |old| key.len() + old.len());
@@ -114,7 +114,7 @@ mod tests {
 
     #[test]
     fn counters_start_at_zero_and_read_as_decimal_text() {
-        let mut table = Table::default();
+        let mut table = KeyTable::default();
         assert_eq!(table.add("n", 5).unwrap(), 5);
         assert_eq!(table.add("n", -7).unwrap(), -2);
         assert_eq!(table.get("n"), Some(&b"-2"[..]));
@@ -122,7 +122,7 @@ mod tests {
 
     #[test]
     fn add_refuses_what_is_not_a_counter_and_what_overflows() {
-        let mut table = Table::default();
+        let mut table = KeyTable::default();
         table.set("text", b"hello").unwrap();
         assert!(matches!(table.add("text", 1), Err(StoreError::NotACounter { .. })));
         table.set("big", i64::MAX.to_string().as_bytes()).unwrap();
@@ -132,7 +132,7 @@ mod tests {
 
     #[test]
     fn compare_set_writes_only_on_a_match() {
-        let mut table = Table::default();
+        let mut table = KeyTable::default();
         assert_eq!(table.compare_set("k", Some(b"x"), b"a").unwrap(), None);
         assert_eq!(table.compare_set("k", None, b"a").unwrap(), Some(b"a".to_vec()));
         assert_eq!(table.compare_set("k", None, b"b").unwrap(), Some(b"a".to_vec()));
@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn limits_are_errors_and_leave_the_table_as_it_was() {
-        let mut table = Table::default();
+        let mut table = KeyTable::default();
         let long_key = "k".repeat(KEY_BYTES_MAX + 1);
         assert!(matches!(table.set(&long_key, b""), Err(StoreError::KeyTooLong { .. })));
         let long_value = vec![0; VALUE_BYTES_MAX + 1];
@@ -151,7 +151,7 @@ mod tests {
 
     #[test]
     fn the_sum_of_all_entries_is_bounded_and_deleting_makes_room() {
-        let mut table = Table::default();
+        let mut table = KeyTable::default();
         let value = vec![0; VALUE_BYTES_MAX];
         let mut stored = 0;
         while table.set(&format!("{stored:04}"), &value).is_ok() {
@@ -164,7 +164,7 @@ mod tests {
 
     #[test]
     fn list_gives_the_keys_of_one_prefix_in_order() {
-        let mut table = Table::default();
+        let mut table = KeyTable::default();
         for key in ["b/2", "a/1", "b/10", "c"] {
             table.set(key, b"").unwrap();
         }

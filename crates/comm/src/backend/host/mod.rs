@@ -11,12 +11,12 @@ mod transfer;
 use std::sync::Arc;
 
 use super::Transport;
-use crate::call::Memory;
+use crate::call::CallMemory;
 use crate::error::Result;
 use crate::fingerprint::Op;
 use crate::lane::Lane;
 use crate::order::core::Core;
-use crate::order::executor::Run;
+use crate::order::executor::CallRun;
 
 /// All calls are moved in their order.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ impl Transport for HostTransport {
 }
 
 /// Moves the data of a call that all ranks have made.
-pub(super) fn carry(run: &mut Run<'_>, memory: &mut Memory) -> Result<()> {
+pub(super) fn carry(run: &mut CallRun<'_>, memory: &mut CallMemory) -> Result<()> {
     match run.call.op() {
         Op::AllReduce | Op::Reduce | Op::ReduceScatter => reduction::run(run, memory),
         Op::Barrier | Op::Allocate | Op::Split | Op::Send | Op::Receive => Ok(()),

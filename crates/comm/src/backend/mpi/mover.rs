@@ -4,12 +4,12 @@ use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::cut::{Cut, Shape, PIECES_MAX};
-use super::exchange::{Context, Exchange, Task};
-use super::ffi::{Communicator, MpiError, Place, Request};
+use super::cut::{CutShape, ReductionCut, PIECES_MAX};
+use super::exchange::{Context, ReductionExchange, Task};
+use super::ffi::{Communicator, MpiAddress, MpiError, MpiRequest};
 use super::fold::{copy_out, fold};
 use super::library::Library;
-use crate::call::{Call, Memory};
+use crate::call::{Call, CallMemory};
 use crate::control::peers::Peers;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -53,20 +53,20 @@ pub(super) struct MpiMover {
 #[derive(Debug)]
 enum Moving {
     Done,
-    Exchange(Exchange),
+    ReductionExchange(ReductionExchange),
     /// A collective of the library, a long one in pieces; the memory is in use until it ends.
     Library {
-        requests: Vec<Request>,
+        requests: Vec<MpiRequest>,
         keep: Vec<u8>,
         then: Option<Fold>,
     },
     /// Record and data.
     Send {
-        requests: [Request; 2],
+        requests: [MpiRequest; 2],
         _record: Box<[u8; RECORD_BYTES]>,
     },
     Receive {
-        requests: [Request; 2],
+        requests: [MpiRequest; 2],
         record: Box<[u8; RECORD_BYTES]>,
         ours: Box<CallRecord>,
     },
@@ -76,7 +76,7 @@ enum Moving {
 #[derive(Debug, Clone, Copy)]
 struct Fold {
     reduction: (DType, Reduction),
-    target: Place,
+    target: MpiAddress,
     bytes: usize,
 }
 
@@ -96,7 +96,7 @@ impl MpiMover {
     }
 
     /// Starts a call on memory of the host, in in-place form.
-    pub(super) fn begin(&mut self, call: &Call, at: Place) -> Result<()> {
+    pub(super) fn begin(&mut self, call: &Call, at: MpiAddress) -> Result<()> {
         let _open = self.library.enter(self.context.rank)?;
         let moving = self.launch(call, at).map_err(|error| self.error(error))?;
         self.moving.push(moving);
@@ -117,7 +117,12 @@ impl MpiMover {
     }
 
     /// Starts a call on memory of the GPU: of two buffers, or in in-place form.
-    pub(super) fn begin_in_place(&mut self, call: &Call, from: Place, to: Place) -> Result<()> {
+    pub(super) fn begin_in_place(
+        &mut self,
+        call: &Call,
+        from: MpiAddress,
+        to: MpiAddress,
+    ) -> Result<()> {
         let _open = self.library.enter(self.context.rank)?;
         let (communicator, segment) = (self.context.communicator, call.segment);
         let moving = match call.op() {
@@ -134,16 +139,16 @@ impl MpiMover {
     }
 
     fn exchange(&mut self, task: Task) -> Moving {
-        let tags = Exchange::tags(&task.cut);
+        let tags = ReductionExchange::tags(&task.cut);
         if self.next_tag + tags > TAG_MAX {
             self.next_tag = MESSAGE_TAG + 1;
         }
         let tag = self.next_tag;
         self.next_tag += tags;
-        Moving::Exchange(Exchange::new(Task { tag, ..task }))
+        Moving::ReductionExchange(ReductionExchange::new(Task { tag, ..task }))
     }
 
-    fn launch(&mut self, call: &Call, at: Place) -> Result<Moving, MpiError> {
+    fn launch(&mut self, call: &Call, at: MpiAddress) -> Result<Moving, MpiError> {
         let Context { communicator, rank, ranks, .. } = self.context;
         let (segment, root) = (call.segment, call.root);
         if ranks == 1 {
@@ -155,12 +160,12 @@ impl MpiMover {
         Ok(match call.op() {
             Op::AllReduce | Op::Reduce | Op::ReduceScatter => return self.reduce(call, at),
             Op::AllGather if call.bytes_on(rank) > GATHERED_BYTES_MAX => {
-                let cut = Cut::segments(call.bytes_on(rank), segment, ranks);
+                let cut = ReductionCut::segments(call.bytes_on(rank), segment, ranks);
                 self.exchange(Task { at, cut, reduction: None, shares: true, tag: 0 })
             }
             Op::AllGather => {
                 let mut keep = copy_out(at.at(rank * segment), segment);
-                let from = Place(keep.as_mut_ptr());
+                let from = MpiAddress(keep.as_mut_ptr());
                 library(communicator.all_gather(from, at, segment)?, keep)
             }
             Op::Broadcast => {
@@ -181,7 +186,7 @@ impl MpiMover {
             }
             Op::Gather => {
                 let mut keep = copy_out(at.at(rank * segment), segment);
-                let from = Place(keep.as_mut_ptr());
+                let from = MpiAddress(keep.as_mut_ptr());
                 library(communicator.gather_to(root, from, at, segment)?, keep)
             }
             Op::Scatter if rank != root => {
@@ -189,12 +194,12 @@ impl MpiMover {
             }
             Op::Scatter => {
                 let mut keep = vec![0; segment];
-                let to = Place(keep.as_mut_ptr());
+                let to = MpiAddress(keep.as_mut_ptr());
                 library(communicator.scatter_from(root, at, to, segment)?, keep)
             }
             Op::AllToAll => {
                 let mut keep = copy_out(at, call.bytes_on(rank));
-                let from = Place(keep.as_mut_ptr());
+                let from = MpiAddress(keep.as_mut_ptr());
                 library(communicator.all_to_all(from, at, segment)?, keep)
             }
             Op::Send | Op::Receive => return self.message(call, at),
@@ -202,7 +207,7 @@ impl MpiMover {
         })
     }
 
-    fn reduce(&mut self, call: &Call, at: Place) -> Result<Moving, MpiError> {
+    fn reduce(&mut self, call: &Call, at: MpiAddress) -> Result<Moving, MpiError> {
         let Context { communicator, rank, ranks, .. } = self.context;
         let bytes = call.bytes_on(rank);
         let Some(reduction) = call.reduction else { return Ok(Moving::Done) };
@@ -210,7 +215,7 @@ impl MpiMover {
         let everyone = ranks == 2 && call.op() == Op::AllReduce && bytes <= ONE_ROUND_BYTES_MAX;
         if !everyone && bytes * ranks <= GATHERED_BYTES_MAX {
             let mut keep = vec![0; bytes * ranks];
-            let request = communicator.all_gather(at, Place(keep.as_mut_ptr()), bytes)?;
+            let request = communicator.all_gather(at, MpiAddress(keep.as_mut_ptr()), bytes)?;
             let own = match call.op() {
                 Op::Reduce if rank != call.root => 0..0,
                 Op::ReduceScatter => rank * call.segment..(rank + 1) * call.segment,
@@ -221,23 +226,23 @@ impl MpiMover {
             return Ok(Moving::Library { requests: vec![request], keep, then });
         }
         let (cut, shares) = match call.op() {
-            Op::Reduce => (Cut::whole(Shape::Root(call.root), bytes, ranks), false),
-            Op::ReduceScatter => (Cut::segments(bytes, call.segment, ranks), false),
-            _ if everyone => (Cut::whole(Shape::Everyone, bytes, ranks), false),
-            _ => (Cut::even(bytes, ranks), true),
+            Op::Reduce => (ReductionCut::whole(CutShape::Root(call.root), bytes, ranks), false),
+            Op::ReduceScatter => (ReductionCut::segments(bytes, call.segment, ranks), false),
+            _ if everyone => (ReductionCut::whole(CutShape::Everyone, bytes, ranks), false),
+            _ => (ReductionCut::even(bytes, ranks), true),
         };
         Ok(self.exchange(Task { at, cut, reduction: Some(reduction), shares, tag: 0 }))
     }
 
     /// The record goes first, so that a receiver that expects something else can say so.
-    fn message(&self, call: &Call, at: Place) -> Result<Moving, MpiError> {
+    fn message(&self, call: &Call, at: MpiAddress) -> Result<Moving, MpiError> {
         let (bytes, peer, communicator) = (call.segment, call.root, self.context.communicator);
         if bytes > MESSAGE_BYTES_MAX {
             return Err(too_long(call));
         }
         // Should the second request fail, the first still uses it.
         let mut record = ManuallyDrop::new(Box::new(call.record.encode()));
-        let head = Place(record.as_mut_ptr());
+        let head = MpiAddress(record.as_mut_ptr());
         Ok(if call.op() == Op::Send {
             let requests = [
                 communicator.send(head, RECORD_BYTES, peer, MESSAGE_TAG)?,
@@ -258,7 +263,7 @@ impl MpiMover {
         let (mut exchanges, mut tests, mut moved) = (0, 0, false);
         let mut moving = std::mem::take(&mut self.moving);
         let result: Result<()> = moving.iter_mut().enumerate().try_for_each(|(place, one)| {
-            let is_exchange = matches!(one, Moving::Exchange(_));
+            let is_exchange = matches!(one, Moving::ReductionExchange(_));
             exchanges += usize::from(is_exchange);
             let is_message = matches!(one, Moving::Send { .. } | Moving::Receive { .. });
             // Later exchanges wait for their turn; messages are in no order with the rest.
@@ -284,10 +289,10 @@ impl MpiMover {
 
     /// Whether a call has ended, and whether anything moved.
     fn advance(&mut self, moving: &mut Moving) -> Result<(bool, bool)> {
-        let test = |request: &mut Request| request.test();
+        let test = |request: &mut MpiRequest| request.test();
         Ok(match moving {
             Moving::Done => (true, true),
-            Moving::Exchange(exchange) => {
+            Moving::ReductionExchange(exchange) => {
                 let moved = exchange.advance(&mut self.context);
                 let moved = moved.map_err(|error| self.error(error))?;
                 (exchange.is_done(), moved)
@@ -343,11 +348,11 @@ impl MpiMover {
     }
 }
 
-fn lone(request: Request) -> Moving {
+fn lone(request: MpiRequest) -> Moving {
     library(request, Vec::new())
 }
 
-fn library(request: Request, keep: Vec<u8>) -> Moving {
+fn library(request: MpiRequest, keep: Vec<u8>) -> Moving {
     Moving::Library { requests: vec![request], keep, then: None }
 }
 
@@ -360,8 +365,8 @@ fn too_long(call: &Call) -> MpiError {
 }
 
 impl Mover for MpiMover {
-    fn start(&mut self, call: &Arc<Call>, memory: &mut Memory) -> Result<()> {
-        self.begin(call, Place(memory.base()))
+    fn start(&mut self, call: &Arc<Call>, memory: &mut CallMemory) -> Result<()> {
+        self.begin(call, MpiAddress(memory.base()))
     }
 
     fn poll(&mut self, ended: &mut Vec<usize>) -> Result<bool> {

@@ -10,11 +10,11 @@ use smallvec::SmallVec;
 
 use super::communicator::{abort_all, Communicator, NcclError};
 use super::library::Nccl;
-use crate::call::{Call, Memory};
+use crate::call::{Call, CallMemory};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::fingerprint::Op;
-use crate::gpu::cuda::{CudaError, Device, Event, OwnStream};
+use crate::gpu::cuda::{CudaError, Device, GpuEvent, OwnStream};
 use crate::gpu::on_device::OnDevice;
 use crate::lane::{Mover, Submitted};
 use crate::order::core::Core;
@@ -30,7 +30,7 @@ pub(crate) struct NcclMover {
     pub(crate) device: Arc<Device>,
     pub(crate) communicator: Arc<Communicator>,
     pub(crate) stream: OwnStream,
-    pub(crate) moving: VecDeque<Arc<Event>>,
+    pub(crate) moving: VecDeque<Arc<GpuEvent>>,
     /// The scaled sums of the calls made last: their factors' bits, types and operations.
     pub(crate) scaled: Vec<(u64, DType, c_int)>,
 }
@@ -184,7 +184,7 @@ impl NcclMover {
             },
             false => self.nccl_error(error),
         })?;
-        let done = Event::record(&device, stream).map_err(|error| self.cuda_error(error))?;
+        let done = GpuEvent::record(&device, stream).map_err(|error| self.cuda_error(error))?;
         let done = Arc::new(done);
         for (_, on_device, ..) in calls {
             self.moving.push_back(Arc::clone(&done));
@@ -195,8 +195,9 @@ impl NcclMover {
 }
 
 impl Mover for NcclMover {
-    fn start(&mut self, call: &Arc<Call>, memory: &mut Memory) -> Result<()> {
-        let (Memory::Device { at, from, .. }, Some(on_device)) = (memory, &call.on_device) else {
+    fn start(&mut self, call: &Arc<Call>, memory: &mut CallMemory) -> Result<()> {
+        let (CallMemory::Device { at, from, .. }, Some(on_device)) = (memory, &call.on_device)
+        else {
             return Err(self.error(call.op().name(), "memory of the host".to_owned()));
         };
         self.start_all(&[(call, on_device, *at, *from)])
@@ -205,7 +206,7 @@ impl Mover for NcclMover {
     fn start_together(&mut self, calls: &[Submitted]) -> Result<()> {
         let mut all = Vec::new();
         for Submitted { call, .. } in calls {
-            let (Memory::Device { at, from, .. }, Some(on_device)) =
+            let (CallMemory::Device { at, from, .. }, Some(on_device)) =
                 (&call.lock().memory, &call.on_device)
             else {
                 return Err(self.error(call.op().name(), "memory of the host".to_owned()));

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::super::frame::{join_keys, Reply, Request, Status};
-use super::super::table::{Table, VALUE_BYTES_MAX};
+use super::super::frame::{join_keys, Reply, ReplyStatus, Request};
+use super::super::table::{KeyTable, VALUE_BYTES_MAX};
 use super::super::StoreError;
 
 /// A connection's number; never used twice by a server.
@@ -16,7 +16,7 @@ const WAIT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// Contents and waiting reads.
 #[derive(Debug, Default)]
 pub(super) struct Engine {
-    table: Table,
+    table: KeyTable,
     /// By connection, which waits for one key at a time.
     waits: BTreeMap<ConnectionId, Wait>,
 }
@@ -61,7 +61,7 @@ impl Engine {
                 let result = self.table.compare_set(key, expected, desired);
                 let reply = result.map(|value| match value {
                     Some(value) => done(0, value),
-                    None => Reply { status: Status::Absent, number: 0, value: Vec::new() },
+                    None => Reply { status: ReplyStatus::Absent, number: 0, value: Vec::new() },
                 });
                 self.changed(from, key, reply)
             }
@@ -80,9 +80,9 @@ impl Engine {
     fn changed(&mut self, from: ConnectionId, key: &str, result: Result<Reply, StoreError>) -> Due {
         let reply = result.unwrap_or_else(|error| {
             let status = match error {
-                StoreError::NotACounter { .. } => Status::NotACounter,
+                StoreError::NotACounter { .. } => ReplyStatus::NotACounter,
                 // The decoder has checked the lengths: what is left is that the store is full.
-                _ => Status::Full,
+                _ => ReplyStatus::Full,
             };
             Reply { status, number: 0, value: Vec::new() }
         });
@@ -124,7 +124,7 @@ impl Engine {
         over.into_iter()
             .map(|connection| {
                 self.waits.remove(&connection);
-                (connection, Reply { status: Status::TimedOut, number: 0, value: Vec::new() })
+                (connection, Reply { status: ReplyStatus::TimedOut, number: 0, value: Vec::new() })
             })
             .collect()
     }
@@ -145,7 +145,7 @@ impl Engine {
 }
 
 const fn done(number: i64, value: Vec<u8>) -> Reply {
-    Reply { status: Status::Done, number, value }
+    Reply { status: ReplyStatus::Done, number, value }
 }
 
 #[cfg(test)]
@@ -153,7 +153,7 @@ mod tests {
     use super::super::super::frame::split_keys;
     use super::*;
 
-    fn value(due: &Due, connection: ConnectionId) -> Option<(Status, Vec<u8>)> {
+    fn value(due: &Due, connection: ConnectionId) -> Option<(ReplyStatus, Vec<u8>)> {
         let (_, reply) = due.iter().find(|(to, _)| *to == connection)?;
         Some((reply.status, reply.value.clone()))
     }
@@ -167,7 +167,7 @@ mod tests {
         let due = engine.handle(4, &Request::Set { key: "k", value: b"v" }, now);
         assert_eq!(due.len(), 3);
         for connection in [1, 2] {
-            assert_eq!(value(&due, connection), Some((Status::Done, b"v".to_vec())));
+            assert_eq!(value(&due, connection), Some((ReplyStatus::Done, b"v".to_vec())));
         }
         assert!(engine.is_waiting(3) && !engine.is_waiting(1));
     }
@@ -179,7 +179,7 @@ mod tests {
         assert_eq!(engine.next_deadline(), Some(now + Duration::from_millis(500)));
         assert_eq!(engine.expired(now + Duration::from_millis(499)), []);
         let due = engine.expired(now + Duration::from_millis(500));
-        assert_eq!(value(&due, 1), Some((Status::TimedOut, vec![])));
+        assert_eq!(value(&due, 1), Some((ReplyStatus::TimedOut, vec![])));
         assert_eq!(engine.next_deadline(), None);
     }
 
@@ -188,7 +188,7 @@ mod tests {
         let (mut engine, now) = (Engine::default(), Instant::now());
         for wait_ms in [0, -1, i64::MIN] {
             let due = engine.handle(1, &Request::Get { key: "k", wait_ms }, now);
-            assert_eq!(value(&due, 1), Some((Status::TimedOut, vec![])));
+            assert_eq!(value(&due, 1), Some((ReplyStatus::TimedOut, vec![])));
         }
         engine.handle(1, &Request::Get { key: "k", wait_ms: i64::MAX }, now);
         assert_eq!(engine.next_deadline(), Some(now + WAIT_MAX));

@@ -11,7 +11,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::time::{Duration, Instant};
 
-use super::super::frame::{join_keys, KeyList, Reply, Request, Status};
+use super::super::frame::{join_keys, KeyList, Reply, ReplyStatus, Request};
 use super::engine::{Due, Engine};
 
 /// How long a rank waits for the others.
@@ -186,7 +186,7 @@ impl World {
         for (connection, Reply { status, number, value }) in due {
             let rank = usize::try_from(connection).unwrap_or(usize::MAX);
             let Some(ask) = self.asked[rank].take() else { continue };
-            let is_done = status == Status::Done;
+            let is_done = status == ReplyStatus::Done;
             if let (Ask::Get(peer), true) = (ask, is_done) {
                 assert_eq!(value, peer.to_le_bytes(), "rank {rank} was told another's value");
             }

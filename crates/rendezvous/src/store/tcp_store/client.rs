@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::super::dial::{read_until, would_block, Dial, Greeting};
 use super::super::table::{check_entry, check_key, VALUE_BYTES_MAX};
 use super::super::{RendezvousError, StoreError};
-use super::message::{encode, wire_key, Request, CANCELLED, NOT_READY, READY};
+use super::message::{encode, wire_key, TcpStoreRequest, CANCELLED, NOT_READY, READY};
 
 /// After its deadline a wait is called off; the server gets this long to say that it heard.
 const CANCEL_MAX: Duration = Duration::from_secs(5);
@@ -55,7 +55,7 @@ impl TcpStoreClient {
     /// [`StoreError`]: a length over the limit, or the connection was lost.
     pub fn set(&mut self, key: &str, value: &[u8], deadline: Instant) -> Result<(), StoreError> {
         check_entry(key, value)?;
-        self.send(&Request::Set { key: wire(key)?, value: value.to_vec() }, deadline)
+        self.send(&TcpStoreRequest::Set { key: wire(key)?, value: value.to_vec() }, deadline)
     }
 
     /// Returns the value of `key`; waits until somebody sets it.
@@ -65,7 +65,7 @@ impl TcpStoreClient {
     /// [`StoreError::Timeout`] at `deadline`, or the connection was lost.
     pub fn get(&mut self, key: &str, deadline: Instant) -> Result<Vec<u8>, StoreError> {
         self.wait(&[key], deadline)?;
-        self.send(&Request::Get { key: wire(key)? }, deadline)?;
+        self.send(&TcpStoreRequest::Get { key: wire(key)? }, deadline)?;
         self.read_value(deadline)
     }
 
@@ -75,7 +75,7 @@ impl TcpStoreClient {
     ///
     /// As [`TcpStoreClient::set`]. PyTorch's server ends the connection where the key holds no number.
     pub fn add(&mut self, key: &str, delta: i64, deadline: Instant) -> Result<i64, StoreError> {
-        self.send(&Request::Add { key: wire(key)?, delta }, deadline)?;
+        self.send(&TcpStoreRequest::Add { key: wire(key)?, delta }, deadline)?;
         self.read_number(deadline)
     }
 
@@ -85,7 +85,7 @@ impl TcpStoreClient {
     ///
     /// As [`TcpStoreClient::set`].
     pub fn check(&mut self, keys: &[&str], deadline: Instant) -> Result<bool, StoreError> {
-        self.send(&Request::Check { keys: wire_all(keys)? }, deadline)?;
+        self.send(&TcpStoreRequest::Check { keys: wire_all(keys)? }, deadline)?;
         match self.read::<1>(deadline)? {
             [READY] => Ok(true),
             [NOT_READY] => Ok(false),
@@ -100,7 +100,7 @@ impl TcpStoreClient {
     /// [`StoreError::Timeout`] at `deadline`, or the connection was lost.
     pub fn wait(&mut self, keys: &[&str], deadline: Instant) -> Result<(), StoreError> {
         let start = Instant::now();
-        self.send(&Request::Wait { keys: wire_all(keys)? }, deadline)?;
+        self.send(&TcpStoreRequest::Wait { keys: wire_all(keys)? }, deadline)?;
         match self.try_read::<1>(deadline) {
             Ok([READY]) => Ok(()),
             Ok([other]) => Err(self.garbled(format!("{other} in answer to WAIT"))),
@@ -116,7 +116,7 @@ impl TcpStoreClient {
     /// Calls a wait off, and reads up to the answer: the wait may have ended meanwhile.
     fn cancel_wait(&mut self) -> Result<(), StoreError> {
         let deadline = Instant::now() + CANCEL_MAX;
-        self.send(&Request::CancelWait, deadline)?;
+        self.send(&TcpStoreRequest::CancelWait, deadline)?;
         while self.read::<1>(deadline)? != [CANCELLED] {}
         Ok(())
     }
@@ -127,7 +127,7 @@ impl TcpStoreClient {
     ///
     /// As [`TcpStoreClient::set`].
     pub fn delete(&mut self, key: &str, deadline: Instant) -> Result<bool, StoreError> {
-        self.send(&Request::Delete { key: wire(key)? }, deadline)?;
+        self.send(&TcpStoreRequest::Delete { key: wire(key)? }, deadline)?;
         Ok(self.read_number(deadline)? > 0)
     }
 
@@ -137,11 +137,11 @@ impl TcpStoreClient {
     ///
     /// As [`TcpStoreClient::set`].
     pub fn count_keys(&mut self, deadline: Instant) -> Result<i64, StoreError> {
-        self.send(&Request::CountKeys, deadline)?;
+        self.send(&TcpStoreRequest::CountKeys, deadline)?;
         self.read_number(deadline)
     }
 
-    fn send(&mut self, request: &Request, deadline: Instant) -> Result<(), StoreError> {
+    fn send(&mut self, request: &TcpStoreRequest, deadline: Instant) -> Result<(), StoreError> {
         let sent = match &mut self.stream {
             Some(stream) => write_until(stream, &encode(request), deadline),
             None => Err(io::Error::new(

@@ -1,7 +1,7 @@
 //! The messages of the `TCPStore` protocol that a client here sends. Pure.
 //!
 //! A request is an operation's number and its fields, with nothing around them; integers are little-endian, strings
-//! and lists follow their `u64` length. The tables of operations and replies are those of [`Request`].
+//! and lists follow their `u64` length. The tables of operations and replies are those of [`TcpStoreRequest`].
 
 /// What a client must send first, or the server stays silent for ever.
 pub(crate) const VALIDATION: u32 = 0x3C85_F7CE;
@@ -14,7 +14,7 @@ pub(crate) const CANCELLED: u8 = 1;
 
 /// An operation and its fields. Keys are as on the wire (see [`wire_key`]).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Request {
+pub(crate) enum TcpStoreRequest {
     /// First of a connection; no reply.
     Validate { magic: u32 },
     /// No reply.
@@ -43,22 +43,24 @@ pub(crate) fn wire_key(key: &str) -> String {
 }
 
 /// The bytes of a request.
-pub(crate) fn encode(request: &Request) -> Vec<u8> {
+pub(crate) fn encode(request: &TcpStoreRequest) -> Vec<u8> {
     let mut out = Vec::new();
     match request {
-        Request::Validate { magic } => start(&mut out, 0).extend(magic.to_le_bytes()),
-        Request::Set { key, value } => put_all(start(&mut out, 1), &[key.as_bytes(), value]),
-        Request::Get { key } => put(start(&mut out, 3), key.as_bytes()),
-        Request::Add { key, delta } => {
+        TcpStoreRequest::Validate { magic } => start(&mut out, 0).extend(magic.to_le_bytes()),
+        TcpStoreRequest::Set { key, value } => {
+            put_all(start(&mut out, 1), &[key.as_bytes(), value]);
+        }
+        TcpStoreRequest::Get { key } => put(start(&mut out, 3), key.as_bytes()),
+        TcpStoreRequest::Add { key, delta } => {
             put(start(&mut out, 4), key.as_bytes());
             out.extend(delta.to_le_bytes());
         }
-        Request::Check { keys } => put_keys(start(&mut out, 5), keys),
-        Request::Wait { keys } => put_keys(start(&mut out, 6), keys),
-        Request::CountKeys => drop(start(&mut out, 7)),
-        Request::Delete { key } => put(start(&mut out, 8), key.as_bytes()),
-        Request::CancelWait => drop(start(&mut out, 12)),
-        Request::Ping { nonce } => start(&mut out, 13).extend(nonce.to_le_bytes()),
+        TcpStoreRequest::Check { keys } => put_keys(start(&mut out, 5), keys),
+        TcpStoreRequest::Wait { keys } => put_keys(start(&mut out, 6), keys),
+        TcpStoreRequest::CountKeys => drop(start(&mut out, 7)),
+        TcpStoreRequest::Delete { key } => put(start(&mut out, 8), key.as_bytes()),
+        TcpStoreRequest::CancelWait => drop(start(&mut out, 12)),
+        TcpStoreRequest::Ping { nonce } => start(&mut out, 13).extend(nonce.to_le_bytes()),
     }
     out
 }
@@ -97,9 +99,12 @@ mod tests {
 
     #[test]
     fn the_bytes_are_those_of_torch() {
-        assert_eq!(encode(&Request::Validate { magic: VALIDATION }), [0, 0xCE, 0xF7, 0x85, 0x3C]);
-        let add = Request::Add { key: wire_key("n"), delta: 1 };
+        assert_eq!(
+            encode(&TcpStoreRequest::Validate { magic: VALIDATION }),
+            [0, 0xCE, 0xF7, 0x85, 0x3C]
+        );
+        let add = TcpStoreRequest::Add { key: wire_key("n"), delta: 1 };
         assert_eq!(encode(&add), [4, 2, 0, 0, 0, 0, 0, 0, 0, b'/', b'n', 1, 0, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(encode(&Request::CountKeys), [7]);
+        assert_eq!(encode(&TcpStoreRequest::CountKeys), [7]);
     }
 }
