@@ -10,7 +10,7 @@ use super::block;
 use super::scalar::{
     Accumulator, AsBf16, Factor, FoldMax, FoldMin, FoldOp, FoldProduct, FoldSum, Scalar,
 };
-use super::{dispatch, Output, Pass};
+use super::{dispatch, KernelOutput, KernelPass};
 use crate::reduce_op::Finish;
 
 /// Numbers with all kinds of bits; for floats also NaN, infinities, subnormals and zeros.
@@ -51,7 +51,7 @@ unsafe impl bytemuck::Zeroable for AsBf16 {}
 // SAFETY: as above.
 unsafe impl bytemuck::Pod for AsBf16 {}
 
-type Kernel = unsafe fn(&Pass<'_>);
+type Kernel = unsafe fn(&KernelPass<'_>);
 
 /// One element at a time, in order. Halves by the `half` crate's own conversions.
 fn expected<T: Sample, O: FoldOp>(values: &[T], factor: &Factor) -> T {
@@ -74,9 +74,9 @@ fn check<T: Sample, O: FoldOp>(kernel: Kernel) {
                     buffers.iter_mut().map(|b| b[1..].as_mut_ptr().cast()).collect();
                 let pointers: Vec<*const u8> = targets.iter().map(|t| t.cast_const()).collect();
                 let factor = Factor::new(finish, sources);
-                let output = Output::Final { targets: &targets, factor };
+                let output = KernelOutput::Final { targets: &targets, factor };
                 // SAFETY: each buffer has count + 1 elements.
-                unsafe { kernel(&Pass { partial: None, sources: &pointers, count, output }) };
+                unsafe { kernel(&KernelPass { partial: None, sources: &pointers, count, output }) };
                 for index in 0..=count {
                     let column: Vec<T> = before.iter().map(|b| b[index]).collect();
                     for (buffer, old) in buffers.iter().zip(&column) {
@@ -105,15 +105,15 @@ fn check_in_two_steps<T: Sample, O: FoldOp>(
         return;
     }
     let mut partial = vec![T::Acc::default(); count];
-    let output = Output::Partial(partial.as_mut_ptr().cast());
+    let output = KernelOutput::Partial(partial.as_mut_ptr().cast());
     // SAFETY: every buffer has count elements from its second on, partial has count accumulators.
-    unsafe { kernel(&Pass { partial: None, sources: &pointers[..cut], count, output }) };
+    unsafe { kernel(&KernelPass { partial: None, sources: &pointers[..cut], count, output }) };
     let mut result = vec![T::default(); count];
     let targets = [result.as_mut_ptr().cast()];
-    let output = Output::Final { targets: &targets, factor };
+    let output = KernelOutput::Final { targets: &targets, factor };
     let partial = Some(partial.as_ptr().cast());
     // SAFETY: as above; result has count elements.
-    unsafe { kernel(&Pass { partial, sources: &pointers[cut..], count, output }) };
+    unsafe { kernel(&KernelPass { partial, sources: &pointers[cut..], count, output }) };
     for (index, (one, two)) in result.iter().zip(&whole[1..]).enumerate() {
         assert!(one.same(*two), "{index} of {count}");
     }

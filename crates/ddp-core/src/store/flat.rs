@@ -314,7 +314,7 @@ fn across<T: Element>(
     to: &Region<T>,
     len: usize,
 ) -> Result<Work<'static>> {
-    Ok(group.all_to_all_on_device(from.range(0..len), to.range(0..len))?)
+    Ok(group.all_to_all(from.range(0..len), to.range(0..len))?)
 }
 
 /// Memory where the model's gradients are.
