@@ -1,4 +1,4 @@
-//! Trains GPT-2 or Llama on the next tokens of text, on a mesh of ranks that it starts itself.
+//! Trains GPT-2, Llama or Mixtral on the next tokens of text, on a mesh of ranks that it starts itself.
 //!
 //! ```text
 //! cargo run --release --example gpt -- --nnodes 4 --tp 2 --pp 2

@@ -33,6 +33,11 @@ impl Context {
         Context((group.world_size() > 1).then(|| Sequence::new(group, Order::Consecutive)))
     }
 
+    /// The ranks that have the other parts.
+    pub(crate) fn group(&self) -> Option<&TensorGroup> {
+        self.0.as_ref().map(Sequence::group)
+    }
+
     /// This rank's part of `[batch, tokens]`.
     pub(crate) fn cut(&self, whole: &Tensor) -> Result<Tensor> {
         match &self.0 {

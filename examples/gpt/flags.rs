@@ -11,7 +11,7 @@ use super::failure;
 pub(crate) use super::train_flags::Settings;
 use super::train_flags::{put, TrainFlags};
 
-/// Trains GPT-2 or Llama on the next tokens of text, on a mesh of data, tensor, pipeline and context parallelism.
+/// Trains GPT-2, Llama or Mixtral on the next tokens of text, on a mesh of data, tensor, pipeline and context parallelism.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "gpt")]
 pub(crate) struct Flags {

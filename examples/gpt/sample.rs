@@ -43,7 +43,7 @@ impl Stage for Sequence<'_> {
         let Trainer { network, place, plan, .. } = self.trainer;
         let first_token = place.together.context.first_token(self.ids.size()[1]);
         let pass = Pass { first_token, ..Pass::evaluation() };
-        let hidden = network.hidden(chunk, (&self.ids, input), &pass)?;
+        let hidden = network.hidden(chunk, (&self.ids, input), (&pass, 0.0))?;
         if !network.ends(chunk) {
             return Ok(hidden);
         }
