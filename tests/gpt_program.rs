@@ -112,7 +112,7 @@ fn what_cannot_be_cut_is_one_error_with_what_can() {
         (&["--nnodes", "4", "--tp", "3"], "does not fill a world of 4; possible: "),
         (
             &["--nnodes", "3", "--cp", "3"],
-            "sequences of 64 tokens cannot be cut into 3 equal parts",
+            "sequences of 64 tokens cannot be cut into 6 equal parts",
         ),
         (&["--nnodes", "2", "--ep", "2"], "a model of experts"),
         (

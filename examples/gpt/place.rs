@@ -155,15 +155,14 @@ pub(crate) fn check(config: &Config, mesh: &Mesh, batching: Batching) -> Result<
 
 /// Whether sequences of so many tokens can be cut.
 pub(crate) fn check_length(config: &Config, mesh: &Mesh, tokens: usize) -> Result<()> {
-    let shape = mesh.shape();
-    let sequence = if config.mesh.sequence_parallel { shape.tp } else { 1 };
-    if tokens.is_multiple_of(shape.cp * sequence) {
+    let (shape, parts) = (mesh.shape(), config.mesh.tokens_of());
+    if tokens.is_multiple_of(parts) {
         return Ok(());
     }
+    let sequence = if config.mesh.sequence_parallel { shape.tp } else { 1 };
     Err(invalid(format!(
-        "sequences of {tokens} tokens cannot be cut into {} equal parts (cp {} × tp {sequence} of sequence parallelism); change \
-         data.sequence_length",
-        shape.cp * sequence,
+        "sequences of {tokens} tokens cannot be cut into {parts} equal parts (cp {}, of more than one rank two for each, and tp {sequence} of \
+         sequence parallelism); change data.sequence_length",
         shape.cp
     ))
     .into())

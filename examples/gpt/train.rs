@@ -57,6 +57,8 @@ pub(super) struct Plan {
     pub(super) width: i64,
     /// Ranks over which tokens between blocks are cut.
     pub(super) token_parts: i64,
+    /// What the length of a sequence is a multiple of.
+    pub(super) tokens_of: usize,
 }
 
 /// A micro-batch, and the number of its first sample in the global batch.
@@ -81,8 +83,8 @@ impl Stage for Batches<'_> {
     ) -> phalanx_model_parallel::Result<Tensor> {
         let start = Instant::now();
         let (Tensors { ids, labels, predicted }, first_sample) = &self.tensors[micro_batch];
-        let first_token = self.place.together.context.first_token(ids.size()[1]);
-        let pass = Pass { first_token, ..Pass::training(self.step, *first_sample) };
+        let tokens = self.place.together.context.tokens(ids.size()[1])?;
+        let pass = Pass { tokens, ..Pass::training(self.step, *first_sample) };
         let compute = || {
             let hidden = self.network.hidden(chunk, (ids, input), (&pass, *predicted))?;
             match self.network.ends(chunk) {
@@ -350,6 +352,7 @@ impl Plan {
             first_sample: (reader * each + reader.min(more)) as u64,
             width: config.model.hidden_size,
             token_parts: i64::try_from(config.mesh.cp * sequence).unwrap_or(1),
+            tokens_of: config.mesh.tokens_of(),
         }
     }
 

@@ -62,9 +62,9 @@ impl Plain {
             scores = scores.f_masked_fill(&ones.f_triu(1)?, f64::NEG_INFINITY)?;
         }
         let probabilities = scores.f_softmax(-1, None::<Kind>)?;
-        let first = pass.first_token.unsigned_abs();
-        let firsts = [self.first_head.unsigned_abs(), first, first];
-        let kept = dropout.at(&probabilities, pass, &firsts)?;
+        let (tokens, heads) = (pass.tokens.part(0, tokens)?, shape[1]);
+        let heads = vec![self.first_head..self.first_head + heads];
+        let kept = dropout.at(&probabilities, pass, &[heads, tokens.clone(), tokens])?;
         Ok(kept.f_matmul(values)?)
     }
 }
