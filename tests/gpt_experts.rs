@@ -16,7 +16,7 @@ use training::{apart, config, Job, Trained};
 /// the balance of experts, which is of a micro-batch, is the same.
 const MIXTRAL: &str = r#""model": { "model_type": "mixtral", "vocab_size": 101, "hidden_size": 48, "intermediate_size": 24,
     "num_hidden_layers": 4, "num_attention_heads": 12, "num_key_value_heads": 12, "max_position_embeddings": 24,
-    "initializer_range": 0.1, "resid_pdrop": 0.1, "num_local_experts": 12, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.05 }"#;
+    "initializer_range": 0.1, "resid_pdrop": 0.1, "attention_dropout": 0.1, "num_local_experts": 12, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.05 }"#;
 const OPTIMIZER: &str = r#""optimizer": { "lr": 5e-3, "beta2": 0.95, "eps": 1e-5, "weight_decay": 0.1, "schedule": "constant",
     "max_grad_norm": 0.5 }"#;
 const STEPS: u64 = 3;

@@ -8,20 +8,8 @@ use std::time::Duration;
 use support::{example, run_of, Owned, Run};
 use tch::Tensor;
 
-const COMMON: [&str; 12] = [
-    "--threads",
-    "1",
-    "--global-batch",
-    "8",
-    "--dropout",
-    "0.1",
-    "--attention-dropout",
-    "0",
-    "--sample",
-    "6",
-    "--seed",
-    "5",
-];
+const COMMON: [&str; 10] =
+    ["--threads", "1", "--global-batch", "8", "--dropout", "0.1", "--sample", "6", "--seed", "5"];
 
 fn gpt(args: &[&str]) -> Run {
     run_of("gpt", &[&COMMON[..], args].concat())

@@ -5,8 +5,8 @@
 
 use phalanx_ddp_core::collective::TensorGroup;
 use phalanx_model_parallel::context::{Order, RingAttention, Sequence};
-use phalanx_model_parallel::layer::{Builder, Pass, Tokens};
-use phalanx_model_parallel::tensor::{Attend, Attention};
+use phalanx_model_parallel::layer::{Builder, Tokens};
+use phalanx_model_parallel::tensor::Attention;
 use phalanx_model_parallel::{Error, Result};
 use tch::Tensor;
 
@@ -16,16 +16,6 @@ const TOKENS: i64 = 1;
 /// The ranks that have the other parts; without context parallelism none.
 #[derive(Debug, Clone)]
 pub(crate) struct Context(Option<Sequence>);
-
-/// Attention in a ring.
-#[derive(Debug)]
-struct Ring(RingAttention);
-
-impl Attend for Ring {
-    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, _pass: &Pass) -> Result<Tensor> {
-        self.0.attend(q, k, v)
-    }
-}
 
 impl Context {
     /// Of the ranks of the axis `cp`.
@@ -62,8 +52,9 @@ impl Context {
     /// The attention that meets the other ranks' tokens.
     pub(crate) fn attention(&self, attention: Attention, at: &Builder<'_>) -> Attention {
         let Some(sequence) = &self.0 else { return attention };
-        let name = at.name("attention");
-        attention.with_attend(Box::new(Ring(RingAttention::new(&name, sequence.clone(), true))))
+        let ring = RingAttention::new(&at.name("attention"), sequence.clone(), true);
+        let ring = ring.with_dropout(attention.dropout());
+        attention.with_attend(Box::new(ring))
     }
 }
 

@@ -42,7 +42,7 @@ pub(crate) struct Flags {
     /// What the ranks of a pipeline do, and when: gpipe, 1f1b, interleaved:CHUNKS or zb-h1.
     #[arg(long, value_name = "NAME")]
     pub(crate) schedule: Option<String>,
-    /// Dropout probability of the attention alone (there is none with --cp).
+    /// Dropout probability of the attention alone.
     #[arg(long, value_name = "P")]
     pub(crate) attention_dropout: Option<f64>,
     /// Tokens to write at the end; 0 for none.

@@ -128,13 +128,6 @@ pub(crate) fn check(config: &Config, mesh: &Mesh, batching: Batching) -> Result<
         ))
         .into());
     }
-    if shape.cp > 1 && model.attn_pdrop > 0.0 {
-        return Err(invalid(format!(
-            "model.attn_pdrop is {}; attention over several ranks has no dropout: take --attention-dropout 0, or --cp 1",
-            model.attn_pdrop
-        ))
-        .into());
-    }
     let kind = config.mesh.schedule()?;
     cut(model, shape.pp * kind.chunk_count())?;
     if shape.pp == 1 && kind.chunk_count() == 1 {

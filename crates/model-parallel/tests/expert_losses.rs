@@ -51,9 +51,9 @@ fn parts_of_a_balance_over_ranks_add_up_to_that_of_one_rank() {
     let bound = f64::from(f32::EPSILON) * 100.0;
     let sum: f64 = ranks.iter().map(|(part, _)| part).sum();
     assert!((sum - loss).abs() <= bound * loss, "{sum} and {loss}");
-    let gradients: Vec<&Tensor> = ranks.iter().map(|(_, gradient)| gradient).collect();
-    let sum = Tensor::stack(&gradients, 0).sum_dim_intlist(0_i64, false, Kind::Float);
-    let off = (sum - &gradient).abs().max().double_value(&[]);
+    let gradients: Vec<&Tensor> = ranks.iter().map(|(_, part)| part).collect();
+    let of_all = Tensor::stack(&gradients, 0).sum_dim_intlist(0_i64, false, Kind::Float);
+    let off = (of_all - &gradient).abs().max().double_value(&[]);
     // A token's term is at most a row's largest number, of 17 tokens, before they cancel.
     assert!(off <= bound * 4.0, "{off:.1e} off");
 }

@@ -22,6 +22,11 @@ const BITS: u32 = 53;
 /// Indices of elements in one dimension of the whole, one run behind the other.
 pub(crate) type Places = Vec<Range<i64>>;
 
+/// So many places from the first on.
+pub(crate) fn run(first: i64, len: i64) -> Places {
+    std::iter::once(first..first + len).collect()
+}
+
 /// Factors of elements: 0, or what keeps the mean.
 #[derive(Clone, Debug)]
 pub(crate) struct Mask {
@@ -125,8 +130,8 @@ mod tests {
     #[test]
     fn a_device_drops_what_the_host_drops() {
         for places in [
-            vec![vec![2..5], vec![13..18], vec![24..31]],
-            vec![vec![2..4], vec![13..14, 0..2], vec![24..26, 40..42], vec![7..13]],
+            vec![run(2, 3), run(13, 5), run(24, 7)],
+            vec![run(2, 2), vec![13..14, 0..2], vec![24..26, 40..42], run(7, 6)],
         ] {
             let mask = Mask { key: Key::of_seed(5), places, p: 0.3 };
             let host = mask.on_host().expect("libtorch");
@@ -140,7 +145,7 @@ mod tests {
     #[test]
     fn as_many_are_dropped_as_asked_for() {
         let (len, p) = (100_000_i32, 0.1);
-        let places = vec![vec![0..100], vec![0..i64::from(len / 100)]];
+        let places = vec![run(0, 100), run(0, i64::from(len / 100))];
         let mask = Mask { key: Key::of_seed(9), places, p };
         let kept = mask.on_host().expect("libtorch").gt(0.0);
         let kept = kept.sum(Kind::Double).double_value(&[]);

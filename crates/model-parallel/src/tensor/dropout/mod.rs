@@ -8,7 +8,7 @@ use tch::Tensor;
 use crate::error::{Error, Result};
 use crate::layer::random::Key;
 use crate::layer::Pass;
-pub(crate) use mask::{Mask, Places};
+pub(crate) use mask::{run, Mask, Places};
 
 /// Where a tensor is in the whole activation of which it is a part.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -70,7 +70,7 @@ impl Dropout {
         }
         let shape = x.size();
         let tokens = pass.tokens.part(place.first_token, shape[1])?;
-        let columns = vec![place.first_column..place.first_column + shape[2]];
+        let columns = run(place.first_column, shape[2]);
         self.at(x, pass, &[tokens, columns])
     }
 
@@ -94,8 +94,7 @@ impl Dropout {
 
     /// The factors of `batch` sequences, of elements at `places` in the other dimensions.
     pub(crate) fn mask(&self, batch: i64, pass: &Pass, places: &[Places]) -> Mask {
-        let first = pass.first_sample.cast_signed();
-        let samples = vec![first..first + batch];
+        let samples = run(pass.first_sample.cast_signed(), batch);
         let places = std::iter::once(samples).chain(places.iter().cloned()).collect();
         Mask { key: self.key.numbered(pass.step), places, p: self.p }
     }
