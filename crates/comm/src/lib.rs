@@ -47,7 +47,7 @@ pub use error::{Absent, Error, LastCall, Result};
 pub use fingerprint::{CallRecord, Op};
 pub use group::{Group, GroupOptions};
 pub use mark::Mark;
-pub use reduce_op::{Avg, Max, Min, Product, ReduceOp, ScaledSum, Sum};
+pub use reduce_op::{Avg, Bf16Sum, Max, Min, Product, ReduceOp, ScaledSum, Sum};
 pub use region::{Buffer, DeviceSlice, Region, RegionRange, Stream};
 pub use upload::{PinnedMemory, Upload, Uploader};
 pub use work::{Arriving, Work};

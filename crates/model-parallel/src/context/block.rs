@@ -5,7 +5,7 @@
 //! # Source
 //! Dao 2023, "FlashAttention-2": algorithms 1 and 2.
 
-use phalanx_ddp_core::Result;
+use phalanx_ddp_core::{amp, Result};
 use tch::{Kind, Tensor};
 
 use crate::layer::{Pass, Tokens};
@@ -60,6 +60,16 @@ pub(super) fn computed_in(kind: Kind) -> Kind {
 
 /// `q` `[batch, kv heads, group, queries, head_dim]`, `k` and `v` `[batch, kv heads, keys, head_dim]`, all of the kind that is computed in.
 pub(super) fn forward(
+    q: &Tensor,
+    both: [&Tensor; 2],
+    scores: Scores,
+    drops: Option<&Drops>,
+) -> Result<Attended> {
+    // What the backward computes again without autocast has to be the same.
+    amp::without_autocast(q.device(), || attend(q, both, scores, drops))?
+}
+
+fn attend(
     q: &Tensor,
     [k, v]: [&Tensor; 2],
     scores: Scores,
