@@ -14,6 +14,7 @@ use super::row::RowLinear;
 use crate::error::{Error, Result};
 use crate::layer::Pass;
 pub use options::AttentionOptions;
+pub use plain::AttentionDropout;
 use plain::Plain;
 use rotary::Rotary;
 
@@ -80,6 +81,7 @@ pub struct Attention {
     options: AttentionOptions,
     rotary: Option<Rotary>,
     attend: Box<dyn Attend>,
+    dropout: Option<AttentionDropout>,
     /// Heads of queries, and of keys and values, on this rank.
     heads: (i64, i64),
 }
@@ -103,19 +105,28 @@ impl Attention {
             return Err(mismatch(out.inputs(), "heads × head_dim / n inputs of the last product"));
         }
         let dropout = match options.dropout > 0.0 {
-            true => Some(Dropout::new(options.dropout, options.key)?),
+            true => Some(AttentionDropout {
+                dropout: Dropout::new(options.dropout, options.key)?,
+                first_head: tp.rank() * heads.0,
+            }),
             false => None,
         };
-        let first_head = tp.rank() * heads.0;
-        let plain = Plain { causal: options.causal, dropout, first_head };
+        let plain = Plain { causal: options.causal, dropout };
         let rotary = options.rotary.map(|theta| Rotary { theta, head_dim: options.head_dim });
-        Ok(Self { projections, out, options, rotary, attend: Box::new(plain), heads })
+        let attend = Box::new(plain);
+        Ok(Self { projections, out, options, rotary, attend, dropout, heads })
     }
 
-    /// The same with another way of attending. It has what it needs of [`AttentionOptions`]; dropout in it is its own.
+    /// The same with another way of attending. It has what it needs of [`AttentionOptions`]: of dropout [`dropout`](Self::dropout).
     #[must_use]
     pub fn with_attend(self, attend: Box<dyn Attend>) -> Self {
         Self { attend, ..self }
+    }
+
+    /// What this rank drops of probabilities, for another way of attending.
+    #[must_use]
+    pub fn dropout(&self) -> Option<AttentionDropout> {
+        self.dropout
     }
 
     /// `[batch, tokens(/n), width]`, both ways.
