@@ -111,7 +111,7 @@ impl Block {
         let dropout = [dropout(names[1])?, dropout(names[3])?];
         let before_attention = Norm::new(&(at / names[0]), config, tp)?;
         let attention = attention(&(at / names[1]), config, &make)?;
-        let attention = together.context.attention(attention, &(at / names[1]));
+        let attention = together.context.attention(attention, &(at / names[1]))?;
         let before_inner = Norm::new(&(at / names[2]), config, tp)?;
         let inner = inner(&(at / names[3]), (config, together), &make)?;
         Ok(Block { before_attention, attention, before_inner, inner, dropout, tp: tp.clone() })

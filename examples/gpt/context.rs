@@ -50,8 +50,8 @@ impl Context {
     }
 
     /// The attention that meets the other ranks' tokens.
-    pub(crate) fn attention(&self, attention: Attention, at: &Builder<'_>) -> Attention {
-        let Some(sequence) = &self.0 else { return attention };
+    pub(crate) fn attention(&self, attention: Attention, at: &Builder<'_>) -> Result<Attention> {
+        let Some(sequence) = &self.0 else { return Ok(attention) };
         let ring = RingAttention::new(&at.name("attention"), sequence.clone(), true);
         let ring = ring.with_dropout(attention.dropout());
         attention.with_attend(Box::new(ring))

@@ -42,7 +42,7 @@ pub(crate) struct Model {
     #[serde(alias = "n_inner")]
     pub(crate) intermediate_size: Option<i64>,
     /// Longest sequence.
-    #[serde(alias = "n_positions", alias = "n_ctx")]
+    #[serde(alias = "n_positions")]
     pub(crate) max_position_embeddings: i64,
     /// `gelu_new` of GPT-2, `silu` of Llama; null is that.
     #[serde(alias = "activation_function")]
@@ -80,6 +80,12 @@ pub(crate) struct Model {
     #[serde(skip_serializing_if = "Option::is_none")]
     mlp_bias: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    add_cross_attention: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scale_attn_by_inverse_layer_idx: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scale_attn_weights: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     rope_scaling: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     sliding_window: Option<Value>,
@@ -115,7 +121,10 @@ pub(crate) struct Model {
     #[serde(skip_serializing)]
     summary_first_dropout: Ignored,
     #[serde(skip_serializing)]
-    scale_attn_weights: Ignored,
+    reorder_and_upcast_attn: Ignored,
+    /// `n_positions` once more.
+    #[serde(skip_serializing)]
+    n_ctx: Ignored,
     #[serde(skip_serializing)]
     task_specific_params: Ignored,
     #[serde(skip_serializing)]
@@ -170,6 +179,9 @@ impl Default for Model {
             router_aux_loss_coef: None,
             attention_bias: None,
             mlp_bias: None,
+            add_cross_attention: None,
+            scale_attn_by_inverse_layer_idx: None,
+            scale_attn_weights: None,
             rope_scaling: None,
             sliding_window: None,
             router_jitter_noise: None,
@@ -187,7 +199,8 @@ impl Default for Model {
             summary_activation: Ignored,
             summary_proj_to_labels: Ignored,
             summary_first_dropout: Ignored,
-            scale_attn_weights: Ignored,
+            reorder_and_upcast_attn: Ignored,
+            n_ctx: Ignored,
             task_specific_params: Ignored,
             output_router_logits: Ignored,
         }
@@ -303,6 +316,14 @@ impl Model {
             return Some(format!(
                 "model.{name} is true; products of llama and mixtral have no bias here"
             ));
+        }
+        let flags = [
+            ("add_cross_attention", self.add_cross_attention, true),
+            ("scale_attn_by_inverse_layer_idx", self.scale_attn_by_inverse_layer_idx, true),
+            ("scale_attn_weights", self.scale_attn_weights, false),
+        ];
+        if let Some((name, _, bad)) = flags.into_iter().find(|(_, is, bad)| *is == Some(*bad)) {
+            return Some(format!("model.{name} is {bad}, which is not supported"));
         }
         let scaled = self.rope_parameters.as_ref().and_then(|rope| rope.rope_type.as_ref());
         if self.rope_scaling.is_some() || scaled.is_some_and(|kind| kind != "default") {

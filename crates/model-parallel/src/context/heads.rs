@@ -92,6 +92,14 @@ impl HeadsAttention {
 }
 
 impl Attend for HeadsAttention {
+    fn is_causal(&self) -> bool {
+        self.is_causal
+    }
+
+    fn dropout(&self) -> Option<AttentionDropout> {
+        self.dropout
+    }
+
     fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, pass: &Pass) -> Result<Tensor> {
         check(&self.name, [q, k, v])?;
         let mut dropout = self.dropout.filter(|_| pass.train);

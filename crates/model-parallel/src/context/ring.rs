@@ -94,6 +94,14 @@ impl RingAttention {
 }
 
 impl Attend for RingAttention {
+    fn is_causal(&self) -> bool {
+        self.is_causal
+    }
+
+    fn dropout(&self) -> Option<AttentionDropout> {
+        self.dropout
+    }
+
     fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, pass: &Pass) -> Result<Tensor> {
         let scale = check(&self.name, [q, k, v])?;
         let dropout = self.dropout.filter(|_| pass.train);

@@ -92,7 +92,8 @@ impl Routing {
     /// E · Σₑ fₑ Pₑ over the tokens of this call, which are this rank's alone: fₑ the share of tokens that chose expert e, Pₑ the mean of its probabilities.
     ///
     /// It is k where experts are equally busy, and more where they are not; 0 for no tokens. The gradient flows through P. As it is a mean over tokens, and a loss
-    /// for [`Ddp::backward`](phalanx_ddp_core::Ddp::backward) is a sum, multiply it by the number of tokens.
+    /// for [`Ddp::backward`](phalanx_ddp_core::Ddp::backward) is a sum, multiply it by the weight that
+    /// `backward` is given: the number of tokens that have a loss.
     ///
     /// # Errors
     /// libtorch's own.

@@ -8,7 +8,7 @@ use crate::layer::Pass;
 use crate::tensor::dropout::{run, Dropout, Places};
 
 /// Dropout of an attention's probabilities: by step, sequence, head, query and key in the whole model.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionDropout {
     /// How often a probability is dropped, and what from.
     pub dropout: Dropout,
@@ -24,6 +24,14 @@ pub(super) struct Plain {
 }
 
 impl Attend for Plain {
+    fn is_causal(&self) -> bool {
+        self.causal
+    }
+
+    fn dropout(&self) -> Option<AttentionDropout> {
+        self.dropout
+    }
+
     fn attend(
         &self,
         queries: &Tensor,

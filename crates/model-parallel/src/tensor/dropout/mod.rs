@@ -37,7 +37,7 @@ pub struct Place {
 /// assert_eq!(dropout.forward(&x.narrow(0, 1, 1), &second, Place::default())?, whole.narrow(0, 1, 1));
 /// # Ok::<(), phalanx_model_parallel::Error>(())
 /// ```
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
     p: f64,
     key: Key,
