@@ -17,7 +17,7 @@ pub(crate) enum Family {
     Mixtral,
 }
 
-/// The network. What is left out is GPT-2's.
+/// The network. What is left out is GPT-2's, but for dropout, which is none.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Model {
