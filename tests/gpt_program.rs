@@ -27,13 +27,13 @@ fn gpt(args: &[&str]) -> Run {
     run_of("gpt", &[&COMMON[..], args].concat())
 }
 
-/// Saved by two stages of two parts of the matrices each, with half as many steps behind; gone on with by ranks with parts of sequences.
+/// Saved by two stages of two parts of the matrices each; gone on with by ranks with parts of sequences, and then by two stages with other layers.
 #[test]
 fn a_checkpoint_of_one_mesh_is_gone_on_with_on_another() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let at = folder.path().join("checkpoints");
     let at = at.to_str().expect("a path of letters");
-    let one = gpt(&["--nnodes", "1", "--micro-batches", "4", "--steps", "4"]);
+    let one = gpt(&["--nnodes", "1", "--micro-batches", "4", "--steps", "6"]);
     let first = gpt(&[
         "--nnodes",
         "4",
@@ -41,6 +41,8 @@ fn a_checkpoint_of_one_mesh_is_gone_on_with_on_another() {
         "2",
         "--pp",
         "2",
+        "--stages",
+        "1,3",
         "--micro-batches",
         "4",
         "--steps",
@@ -64,36 +66,61 @@ fn a_checkpoint_of_one_mesh_is_gone_on_with_on_another() {
         "--resume",
         "required",
     ]);
-    let losses = [first.losses(), second.losses()].concat();
+    let third = gpt(&[
+        "--nnodes",
+        "2",
+        "--pp",
+        "2",
+        "--stages",
+        "4,0",
+        "--micro-batches",
+        "4",
+        "--steps",
+        "6",
+        "--checkpoint",
+        at,
+        "--resume",
+        "required",
+    ]);
+    let losses = [first.losses(), second.losses(), third.losses()].concat();
     for (ours, theirs) in losses.iter().zip(one.losses()) {
         assert!((ours - theirs).abs() < 1e-5 * theirs, "{losses:?} and {:?}", one.losses());
     }
-    assert_eq!((first.steps.len(), second.steps.len()), (2, 2));
+    assert_eq!((first.steps.len(), second.steps.len(), third.steps.len()), (2, 2, 2));
     let read = |run: &Run| {
         let path = run.folder.path().join("out/model.safetensors");
         let mut all = Tensor::read_safetensors(path).expect("weights");
         all.sort_by(|a, b| a.0.cmp(&b.0));
         all
     };
-    for ((name, ours), (of, theirs)) in read(&second).iter().zip(&read(&one)) {
+    for ((name, ours), (of, theirs)) in read(&third).iter().zip(&read(&one)) {
         assert_eq!(name, of);
         let worst = (ours - theirs).abs().max().double_value(&[]);
         assert!(worst < 1e-4, "{name} is off by {worst}");
     }
-    let printed = String::from_utf8_lossy(&second.output.stdout).into_owned();
-    assert!(printed.contains("resume step 2") && printed.contains("sample ["), "{printed}");
+    let printed = |run: &Run| String::from_utf8_lossy(&run.output.stdout).into_owned();
+    let text = printed(&second);
+    assert!(text.contains("resume step 2") && text.contains("sample ["), "{text}");
+    let text = printed(&third);
+    assert!(text.contains("stages embedding + 4 blocks | head (4,0)"), "{text}");
+    assert_eq!(first.summary["summary"]["stage_blocks"], serde_json::json!([1, 3]));
     assert_eq!(second.summary["summary"]["mesh"], "dp_shard 2 × cp 2 = 4 ranks");
 }
 
 /// No rank is started, so that the error is there once.
 #[test]
 fn what_cannot_be_cut_is_one_error_with_what_can() {
-    let cases: [(&[&str], &str); 5] = [
+    let cases: [(&[&str], &str); 7] = [
         (
             &["--nnodes", "3", "--tp", "3"],
             "num_attention_heads 4 cannot be divided by tp 3; possible: 1, 2, 4",
         ),
-        (&["--nnodes", "5", "--pp", "5"], "5 stages are more than model.num_hidden_layers (4)"),
+        (&["--nnodes", "7", "--pp", "7"], "7 stages are more than model.num_hidden_layers (4)"),
+        (
+            &["--nnodes", "2", "--pp", "2", "--stages", "2,3"],
+            "are 5 blocks and model.num_hidden_layers is 4",
+        ),
+        (&["--nnodes", "2", "--pp", "2", "--stages", "half"], "there are auto, even, measured"),
         (&["--nnodes", "4", "--tp", "3"], "does not fill a world of 4; possible: "),
         (
             &["--nnodes", "3", "--cp", "3"],

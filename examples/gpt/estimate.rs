@@ -1,68 +1,183 @@
 //! How much memory a rank of a mesh takes.
 //!
-//! Parameters, gradients and the optimizer's state are cut over `tp` and `pp`, and under ZeRO over the ranks with the same parameters; activations over
-//! `tp` in part, or with sequence parallelism all, and over `cp`. A pipeline keeps those of as many micro-batches as it has stages.
+//! Parameters, gradients and the optimizer's state are cut over `tp` and into stages, and under ZeRO over the ranks with the same parameters. Activations are counted tensor by
+//! tensor, as the layers keep them for backward; a pipeline keeps those of as many micro-batches as its schedule says. What a rank takes beside that, libtorch first of all,
+//! was measured.
 //!
-//! Source of the activation count: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), section 4, adapted to the types that
-//! are kept on the CPU.
+//! Source of the way of counting: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), section 4.
 
+use phalanx_model_parallel::pipeline::schedule::ScheduleKind;
 use phalanx_model_parallel::{Axes, Mesh};
 
 use super::batching::Batching;
-use super::config::{Config, FloatKind, Precision};
+use super::config::{Config, Family, FloatKind, Precision};
 pub(crate) use super::machine::Estimate;
+use super::place;
 
 /// Measured: a rank of the tiny model, libtorch's private pages included.
 const RUNTIME_BYTES: u64 = 160 << 20;
+/// Logits that the loss has at once, at most.
+const LOGITS_BYTES_MAX: u64 = 128 << 20;
 
 impl Estimate {
     /// For the rank with the most.
     pub(crate) fn new(config: &Config, mesh: &Mesh, batching: Batching) -> Estimate {
-        let (model, shape) = (&config.model, mesh.shape());
-        let number = |value: usize| value.max(1) as u64;
-        let (tp, pp) = (number(shape.tp), number(shape.pp));
-        let size = |value: i64| u64::try_from(value).unwrap_or(0);
-        let blocks = size(model.num_hidden_layers).div_ceil(pp);
-        // The first stage has the embedding, the last the head.
-        let tables = model.embedding_count() * if pp == 1 && !model.is_tied() { 2 } else { 1 };
-        let parameters = (blocks * size(model.block_count()) + tables).div_ceil(tp);
+        let cut = place::expected_cut(config, mesh, batching);
+        let stages = 0..mesh.shape().pp.max(1);
+        let all = stages.map(|rank| Self::of_rank(config, mesh, batching, (&cut, rank)));
+        all.max_by_key(Estimate::total).unwrap_or(Estimate {
+            parameters: 0,
+            gradients: 0,
+            optimizer: 0,
+            activations: 0,
+            runtime: RUNTIME_BYTES,
+        })
+    }
+
+    /// For the ranks that are the `rank`th of their pipeline, whose stages have so many blocks each.
+    pub(crate) fn of_rank(
+        config: &Config,
+        mesh: &Mesh,
+        batching: Batching,
+        (cut, rank): (&[usize], usize),
+    ) -> Estimate {
+        let held = Held::new(config, mesh, (cut, rank));
+        let parameters = held.parameters();
         let parameter_bytes = config.ddp.parameter_kind.map_or(4, FloatKind::bytes);
         let gradient_bytes = config.ddp.gradient_kind.map_or(4, FloatKind::bytes);
         let masters = if parameter_bytes < 4 { 4 * parameters } else { 0 };
-        let states = 4 * config.optimizer.state_count(parameters, tables.div_ceil(tp)) + masters;
+        let states = 4 * config.optimizer.state_count(parameters, held.tables()) + masters;
         let ranks = number(config.ddp.shard_ranks.unwrap_or(mesh.group_size(Axes::DP_CP)));
         let shards = |from_stage: u8| if config.ddp.zero < from_stage { 1 } else { ranks };
-        let under_way = pp.min(number(batching.accumulate));
         Estimate {
             parameters: (parameters * parameter_bytes).div_ceil(shards(3)),
             gradients: (parameters * gradient_bytes).div_ceil(shards(2))
                 + parameters * config.ddp.hook.kept_bytes(),
             optimizer: states.div_ceil(shards(1)),
-            activations: under_way * activations(config, mesh, batching, blocks),
+            activations: held.activations(batching),
             runtime: RUNTIME_BYTES,
         }
     }
 }
 
-/// Of one micro-batch.
-fn activations(config: &Config, mesh: &Mesh, batching: Batching, blocks: u64) -> u64 {
-    let (model, shape) = (&config.model, mesh.shape());
-    let size = |value: i64| u64::try_from(value).unwrap_or(0);
-    let (tp, cp) = (shape.tp.max(1) as u64, shape.cp.max(1) as u64);
-    let longest = size(model.max_position_embeddings);
-    let length = (config.data.sequence_length as u64).min(longest).div_ceil(cp);
-    let tokens = batching.micro_batch as u64 * length;
-    let width = if config.train.precision == Precision::Bf16 { 2 } else { 4 };
-    let (hidden, inner) = (size(model.hidden_size), size(model.inner()));
-    let between = if config.mesh.sequence_parallel { tp } else { 1 };
-    // Between blocks: what comes in, what two norms give, and what two products add; inside: queries, keys, values, the attention's output, and the
-    // feed-forward's inside twice.
-    let token = 5 * hidden * 4 / between + (4 * hidden + 3 * inner) * width / tp;
-    let kept = match config.train.recompute {
-        true => tokens * (blocks * hidden * 4 / between + token),
-        false => tokens * token * blocks,
-    };
-    // A chunk of logits, and the gradients of hidden states and table that the loss keeps.
-    let words = size(model.vocab_size).div_ceil(tp);
-    kept + (tokens * words * 4).min(128 << 20) + (tokens + words) * hidden * 4
+/// What a rank has of the model.
+struct Held<'a> {
+    config: &'a Config,
+    tp: u64,
+    cp: u64,
+    /// Tokens between blocks are cut over so many.
+    between: u64,
+    /// Of all its chunks.
+    blocks: u64,
+    chunks: u64,
+    embeds: bool,
+    ends: bool,
+    /// Its place in a pipeline of so many.
+    place: (usize, usize),
+}
+
+impl<'a> Held<'a> {
+    fn new(config: &'a Config, mesh: &Mesh, (cut, rank): (&[usize], usize)) -> Self {
+        let shape = mesh.shape();
+        let stages = shape.pp.max(1);
+        let blocks: usize = cut.iter().skip(rank).step_by(stages).sum();
+        let tp = number(shape.tp);
+        Held {
+            config,
+            tp,
+            cp: number(shape.cp),
+            between: if config.mesh.sequence_parallel { tp } else { 1 },
+            blocks: blocks as u64,
+            chunks: number(cut.len() / stages),
+            embeds: rank == 0,
+            ends: rank + 1 == stages,
+            place: (rank, stages),
+        }
+    }
+
+    /// Of embedding and head.
+    fn tables(&self) -> u64 {
+        let model = &self.config.model;
+        let words = size(model.vocab_size).div_ceil(self.tp) * size(model.hidden_size);
+        let is_one = model.is_tied() && self.embeds && self.ends;
+        let count = u64::from(self.embeds) + u64::from(self.ends) - u64::from(is_one);
+        // Positions are whole on every rank of `tp`.
+        let all = size(model.vocab_size) * size(model.hidden_size);
+        let positions = model.embedding_count().saturating_sub(all);
+        count * words + if self.embeds { positions } else { 0 }
+    }
+
+    fn parameters(&self) -> u64 {
+        let block = size(self.config.model.block_count());
+        self.blocks * block.div_ceil(self.tp) + self.tables()
+    }
+
+    /// Tokens of a micro-batch that the rank has.
+    fn tokens(&self, batching: Batching) -> u64 {
+        let longest = size(self.config.model.max_position_embeddings);
+        let length = (self.config.data.sequence_length as u64).min(longest).div_ceil(self.cp);
+        batching.micro_batch as u64 * length
+    }
+
+    /// Bytes a token that a block keeps for its backward.
+    fn of_block(&self) -> u64 {
+        let model = &self.config.model;
+        let width = if self.config.train.precision == Precision::Bf16 { 2 } else { 4 };
+        let (hidden, inner) = (size(model.hidden_size), size(model.inner()));
+        let heads = |count: i64| size(count * model.head_dim());
+        let queries = heads(model.num_attention_heads);
+        let keys = match model.model_type {
+            // Each head of keys and values stands once for every head of queries.
+            Family::Llama => queries,
+            Family::Gpt2 => heads(model.kv_heads()),
+        };
+        // Between products: what comes into each of two norms, and what they give, of Llama's before and behind the weight.
+        let norms = match model.model_type {
+            Family::Gpt2 => 4,
+            Family::Llama => 6,
+        };
+        // Before and behind the activation; of SwiGLU the gate, too, and what it is multiplied with.
+        let inners = match model.model_type {
+            Family::Gpt2 => 2,
+            Family::Llama => 4,
+        };
+        let inside = 2 * queries + 2 * keys + inners * inner;
+        norms * hidden * 4 / self.between + inside * width / self.tp
+    }
+
+    fn activations(&self, batching: Batching) -> u64 {
+        let (model, tokens) = (&self.config.model, self.tokens(batching));
+        let hidden = size(model.hidden_size);
+        let kind = self.config.mesh.schedule().unwrap_or(ScheduleKind::OneFOneB);
+        let (rank, stages) = self.place;
+        let under_way = match stages * kind.chunk_count() {
+            1 => 1,
+            _ => kind.activations_max(stages, batching.accumulate, rank) as u64,
+        };
+        let input = hidden * 4 / self.between;
+        let blocks = self.blocks.div_ceil(self.chunks);
+        let kept = match self.config.train.recompute {
+            true => under_way * blocks * input + self.of_block(),
+            false => under_way * blocks * self.of_block(),
+        };
+        tokens * kept + self.of_head(tokens)
+    }
+
+    /// Logits of some tokens, and the gradients of hidden states and of the table, which the loss makes in forward.
+    fn of_head(&self, tokens: u64) -> u64 {
+        if !self.ends {
+            return 0;
+        }
+        let (model, hidden) = (&self.config.model, size(self.config.model.hidden_size));
+        let words = size(model.vocab_size).div_ceil(self.tp);
+        (tokens * words * 4).min(LOGITS_BYTES_MAX) + (tokens + words) * hidden * 4
+    }
+}
+
+fn size(value: i64) -> u64 {
+    u64::try_from(value).unwrap_or(0)
+}
+
+fn number(value: usize) -> u64 {
+    value.max(1) as u64
 }

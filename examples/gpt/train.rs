@@ -21,6 +21,7 @@ use super::data::{label_count, Tensors};
 use super::metrics::{milliseconds, StepRecord};
 use super::model::{groups, Gpt};
 use super::place::Place;
+use super::samples::Compared;
 use super::updates::{advised, count, rule, schedule, tokens};
 use super::weights;
 
@@ -34,6 +35,7 @@ pub(crate) struct Trainer {
     optimizer: Optimizer,
     pipeline: Pipeline,
     rates: Rates,
+    compared: Compared,
     last_ids: Option<Tensor>,
     skipped_count: u64,
 }
@@ -126,6 +128,7 @@ impl Trainer {
         let options = phalanx_ddp_core::DdpOptions { exchange, ..config.ddp.options() };
         let ddp = Ddp::new(vs, &mut place.data, options)?;
         ddp.set_part(ModelPart { model: &mut place.model, world, cuts: root.cuts() })?;
+        let compared = Compared::every(config.ddp.options().fingerprint_interval);
         config.ddp.hook.set(&ddp)?;
         let optimizer =
             Optimizer::new(&ddp, rule(&config.optimizer), groups(config.optimizer.rule))?;
@@ -139,17 +142,24 @@ impl Trainer {
             optimizer,
             pipeline,
             rates,
+            compared,
             last_ids: None,
             skipped_count: 0,
         })
     }
 
-    /// One optimizer step, from 1. Collective.
-    pub(crate) fn step(&mut self, step: u64, feed: &mut Feed) -> Result<StepRecord> {
+    /// One optimizer step, from 1. Collective over the world.
+    pub(crate) fn step(
+        &mut self,
+        step: u64,
+        (feed, world): (&mut Feed, &mut Group),
+    ) -> Result<StepRecord> {
         let start = Instant::now();
         let batches = feed.next_step()?;
         let data_wait_ms = milliseconds(batches.data_wait);
         let (tensors, weights) = self.micro_batches(&batches)?;
+        let read: Vec<&Tensors> = tensors.iter().map(|(tensors, _)| tensors).collect();
+        self.compared.at(step, &read, (&self.place.mesh, world))?;
         self.last_ids = tensors.first().map(|(tensors, _)| tensors.ids.shallow_clone());
         self.ddp.at_step(step)?;
         let Self { network, place, plan, ddp, pipeline, .. } = self;
@@ -259,6 +269,11 @@ impl Trainer {
     /// Steps that were left out.
     pub(crate) fn skipped_count(&self) -> u64 {
         self.skipped_count
+    }
+
+    /// Blocks of each stage of the pipeline.
+    pub(crate) fn stage_blocks(&self) -> &[usize] {
+        &self.place.cut
     }
 
     /// The ranks that read different samples.

@@ -60,6 +60,9 @@ pub(crate) struct Summary {
     /// The axes over which the model is cut, where it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) mesh: Option<String>,
+    /// Of a pipeline, the blocks of each stage.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) stage_blocks: Option<Vec<usize>>,
     /// Ranks that read different samples.
     #[serde(default)]
     pub(crate) readers: usize,
