@@ -228,6 +228,7 @@ fn summary(
         world_size: group.world_size(),
         mesh: None,
         stage_blocks: None,
+        estimated_bytes: Vec::new(),
         readers: group.world_size(),
         node_count: group.node_count(),
         backend: group.backend().name().to_owned(),

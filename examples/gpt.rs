@@ -314,6 +314,7 @@ fn summary(
         stragglers: trainer.stragglers()?,
         peak_memory_sum_bytes: peak_memory.iter().map(|m| m.proportional_peak_bytes).sum(),
         peak_memory,
+        estimated_bytes: place::estimates(config, mesh, batching, trainer.stage_blocks())?,
         versions: Versions::new(),
     })
 }

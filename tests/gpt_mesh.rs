@@ -156,18 +156,18 @@ fn a_cut_of_the_layers_changes_nothing_not_even_where_embedding_or_head_are_alon
 
 #[test]
 fn ranks_that_read_other_samples_than_the_rest_of_their_model_are_named_on_every_rank() {
-    let mut config = base(GPT2);
-    (config.mesh.tp, config.mesh.pp) = (2, 2);
-    let told = job(config, 2).first_step_of(8, (5, |config| config.data.shuffle = true));
+    let shuffled = |config: &mut Config| config.data.shuffle = true;
+    let first_steps = |sizes: (usize, usize, usize), ranks: usize, other: usize| {
+        let mut config = base(GPT2);
+        (config.mesh.tp, config.mesh.pp, config.mesh.cp) = sizes;
+        job(config, ranks / (sizes.0 * sizes.1 * sizes.2)).first_step_of(ranks, (other, shuffled))
+    };
     let expected = "step 1: rank 5 (pp 1, dp_shard 0, tp 1) has read other samples than rank 0 (pp 0, dp_shard 0, tp 0): ranks of one";
-    for told in told {
+    for told in first_steps((2, 2, 1), 8, 5) {
         let error = told.expect_err("a rank reads other samples");
         assert!(error.starts_with(expected), "{error}");
     }
-    let mut config = base(LLAMA);
-    (config.mesh.cp, config.ddp.zero) = (2, 1);
-    let told = job(config, 1).first_step_of(2, (1, |config| config.data.shuffle = true));
-    for told in told {
+    for told in first_steps((1, 1, 2), 2, 1) {
         let error = told.expect_err("a rank reads other samples");
         assert!(error.contains("rank 1 (cp 1) has read other samples"), "{error}");
     }

@@ -14,8 +14,11 @@ use super::config::{Config, Family, FloatKind, Precision};
 pub(crate) use super::machine::Estimate;
 use super::place;
 
-/// Measured: a rank of the tiny model, libtorch's private pages included.
-const RUNTIME_BYTES: u64 = 160 << 20;
+/// Measured: a rank of the tiny model. Pages of libtorch's code are there once, whatever ranks a machine has.
+const PRIVATE_BYTES: u64 = 64 << 20;
+const CODE_BYTES: u64 = 100 << 20;
+/// Measured: what larger models take beside what is counted, gradients on their way into buckets among it.
+const GRADIENT_BYTES: u64 = 48 << 20;
 /// Logits that the loss has at once, at most.
 const LOGITS_BYTES_MAX: u64 = 128 << 20;
 
@@ -25,13 +28,9 @@ impl Estimate {
         let cut = place::expected_cut(config, mesh, batching);
         let stages = 0..mesh.shape().pp.max(1);
         let all = stages.map(|rank| Self::of_rank(config, mesh, batching, (&cut, rank)));
-        all.max_by_key(Estimate::total).unwrap_or(Estimate {
-            parameters: 0,
-            gradients: 0,
-            optimizer: 0,
-            activations: 0,
-            runtime: RUNTIME_BYTES,
-        })
+        let nothing =
+            Estimate { parameters: 0, gradients: 0, optimizer: 0, activations: 0, runtime: 0 };
+        all.max_by_key(Estimate::total).unwrap_or(nothing)
     }
 
     /// For the ranks that are the `rank`th of their pipeline, whose stages have so many blocks each.
@@ -55,7 +54,9 @@ impl Estimate {
                 + parameters * config.ddp.hook.kept_bytes(),
             optimizer: states.div_ceil(shards(1)),
             activations: held.activations(batching),
-            runtime: RUNTIME_BYTES,
+            runtime: PRIVATE_BYTES
+                + CODE_BYTES / number(mesh.world_size())
+                + GRADIENT_BYTES.min(parameters * 4),
         }
     }
 }
@@ -70,8 +71,6 @@ struct Held<'a> {
     /// Of all its chunks.
     blocks: u64,
     chunks: u64,
-    embeds: bool,
-    ends: bool,
     /// Its place in a pipeline of so many.
     place: (usize, usize),
 }
@@ -89,22 +88,33 @@ impl<'a> Held<'a> {
             between: if config.mesh.sequence_parallel { tp } else { 1 },
             blocks: blocks as u64,
             chunks: number(cut.len() / stages),
-            embeds: rank == 0,
-            ends: rank + 1 == stages,
             place: (rank, stages),
         }
+    }
+
+    fn embeds(&self) -> bool {
+        self.place.0 == 0
+    }
+
+    fn ends(&self) -> bool {
+        self.place.0 + 1 == self.place.1
+    }
+
+    /// A rank's rows of a table of words.
+    fn words(&self) -> u64 {
+        let model = &self.config.model;
+        size(model.vocab_size).div_ceil(self.tp) * size(model.hidden_size)
     }
 
     /// Of embedding and head.
     fn tables(&self) -> u64 {
         let model = &self.config.model;
-        let words = size(model.vocab_size).div_ceil(self.tp) * size(model.hidden_size);
-        let is_one = model.is_tied() && self.embeds && self.ends;
-        let count = u64::from(self.embeds) + u64::from(self.ends) - u64::from(is_one);
+        let is_one = model.is_tied() && self.embeds() && self.ends();
+        let count = u64::from(self.embeds()) + u64::from(self.ends()) - u64::from(is_one);
         // Positions are whole on every rank of `tp`.
         let all = size(model.vocab_size) * size(model.hidden_size);
         let positions = model.embedding_count().saturating_sub(all);
-        count * words + if self.embeds { positions } else { 0 }
+        count * self.words() + if self.embeds() { positions } else { 0 }
     }
 
     fn parameters(&self) -> u64 {
@@ -160,17 +170,21 @@ impl<'a> Held<'a> {
             true => under_way * blocks * input + self.of_block(),
             false => under_way * blocks * self.of_block(),
         };
-        tokens * kept + self.of_head(tokens)
+        tokens * kept + self.of_tables(tokens)
     }
 
-    /// Logits of some tokens, and the gradients of hidden states and of the table, which the loss makes in forward.
-    fn of_head(&self, tokens: u64) -> u64 {
-        if !self.ends {
-            return 0;
-        }
+    /// What comes and goes with the tables of words: a gradient as large as the table of the embedding; of the head logits of some tokens, the gradients of hidden states
+    /// and of the table, which the loss makes in forward, and the latter once more, by the factor that backward brings. The heap, which keeps what is freed, has holes of the
+    /// size of the largest tensor.
+    fn of_tables(&self, tokens: u64) -> u64 {
         let (model, hidden) = (&self.config.model, size(self.config.model.hidden_size));
-        let words = size(model.vocab_size).div_ceil(self.tp);
-        (tokens * words * 4).min(LOGITS_BYTES_MAX) + (tokens + words) * hidden * 4
+        let table = self.words() * 4;
+        let of_embedding = if self.embeds() { table } else { 0 };
+        if !self.ends() {
+            return of_embedding * 2;
+        }
+        let logits = tokens * size(model.vocab_size).div_ceil(self.tp) * 4;
+        of_embedding + logits.min(LOGITS_BYTES_MAX) + tokens * hidden * 4 + 3 * table
     }
 }
 

@@ -10,6 +10,7 @@ use phalanx_model_parallel::{Axes, Axis, Error, Mesh, Nodes};
 use super::batching::Batching;
 use super::config::{Config, ConfigError};
 use super::context::Context;
+use super::machine::Estimate;
 use super::model::{Layers, Together};
 use super::stages::{self, Costs, Stages};
 
@@ -103,6 +104,20 @@ fn cut(config: &Config, mesh: &Mesh, costs: Costs) -> Result<Vec<usize>> {
 pub(crate) fn expected_cut(config: &Config, mesh: &Mesh, batching: Batching) -> Vec<usize> {
     let all = usize::try_from(config.model.num_hidden_layers).unwrap_or(0);
     cut(config, mesh, Costs::of(config, mesh, batching)).unwrap_or_else(|_| vec![all])
+}
+
+/// What each rank of the world is expected to take, in bytes, where the layers are cut so.
+pub(crate) fn estimates(
+    config: &Config,
+    mesh: &Mesh,
+    batching: Batching,
+    cut: &[usize],
+) -> Result<Vec<u64>> {
+    let of_rank = |rank| {
+        let stage = mesh.coordinates(rank)?.pp;
+        Ok(Estimate::of_rank(config, mesh, batching, (cut, stage)).total())
+    };
+    (0..mesh.world_size()).map(of_rank).collect()
 }
 
 /// Everything that can be wrong with the mesh for this model and batch, before a rank meets another.

@@ -28,7 +28,7 @@ impl std::str::FromStr for Stages {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let number = |part: &str| {
-            part.trim().parse().map_err(|_| {
+            part.trim().parse().map_err(|_not_a_number: std::num::ParseIntError| {
                 format!("{text:?} is no cut into stages; there are auto, even, measured, and numbers of blocks such as 5,7")
             })
         };

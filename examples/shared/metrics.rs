@@ -82,6 +82,9 @@ pub(crate) struct Summary {
     pub(crate) stragglers: Vec<String>,
     /// By rank.
     pub(crate) peak_memory: Vec<Usage>,
+    /// What the trainer expected of each rank, where it counts by rank.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) estimated_bytes: Vec<u64>,
     /// Sum over the ranks, shared pages once.
     pub(crate) peak_memory_sum_bytes: u64,
     pub(crate) versions: Versions,

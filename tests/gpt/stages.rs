@@ -53,9 +53,9 @@ fn costs_follow_the_dimensions() {
     let mut config = Config::default();
     config.data.sequence_length = 1024;
     let batching = Batching { global_batch: 8, micro_batch: 1, accumulate: 8, cut: Cut::Parts };
-    let of = |config: &Config| {
-        let mesh = config.mesh.of_world(1).expect("one rank");
-        Costs::of(config, &mesh, batching)
+    let of = |of: &Config| {
+        let mesh = of.mesh.of_world(1).expect("one rank");
+        Costs::of(of, &mesh, batching)
     };
     let small = of(&config);
     assert!((3.0..6.0).contains(&(small.head / small.block)), "{small:?}");
