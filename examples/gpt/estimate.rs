@@ -1,6 +1,7 @@
 //! How much memory a rank of a mesh takes.
 //!
-//! Parameters, gradients and the optimizer's state are cut over `tp` and into stages, and under ZeRO over the ranks with the same parameters. Activations are counted tensor by
+//! Parameters, gradients and the optimizer's state are cut over `tp` and into stages, experts over `ep` beside that, and under ZeRO all over the ranks with the same
+//! parameters. Activations are counted tensor by
 //! tensor, as the layers keep them for backward; a pipeline keeps those of as many micro-batches as its schedule says. What a rank takes beside that, libtorch first of all,
 //! was measured.
 //!
@@ -48,11 +49,17 @@ impl Estimate {
         let states = 4 * config.optimizer.state_count(parameters, held.tables()) + masters;
         let ranks = number(config.ddp.shard_ranks.unwrap_or(mesh.group_size(Axes::DP_CP)));
         let shards = |from_stage: u8| if config.ddp.zero < from_stage { 1 } else { ranks };
+        // Fewer ranks have the same experts.
+        let of_rank = |bytes: u64, from_stage: u8| {
+            let rest = share(bytes, parameters - held.of_experts(), parameters);
+            let same = (shards(from_stage) / held.ep).max(1);
+            rest.div_ceil(shards(from_stage)) + (bytes - rest).div_ceil(same)
+        };
         Estimate {
-            parameters: (parameters * parameter_bytes).div_ceil(shards(3)),
-            gradients: (parameters * gradient_bytes).div_ceil(shards(2))
+            parameters: of_rank(parameters * parameter_bytes, 3),
+            gradients: of_rank(parameters * gradient_bytes, 2)
                 + parameters * config.ddp.hook.kept_bytes(),
-            optimizer: states.div_ceil(shards(1)),
+            optimizer: of_rank(states, 1),
             activations: held.activations(batching),
             runtime: PRIVATE_BYTES
                 + CODE_BYTES / number(mesh.world_size())
@@ -66,6 +73,7 @@ struct Held<'a> {
     config: &'a Config,
     tp: u64,
     cp: u64,
+    ep: u64,
     /// Tokens between blocks are cut over so many.
     between: u64,
     /// Of all its chunks.
@@ -85,6 +93,7 @@ impl<'a> Held<'a> {
             config,
             tp,
             cp: number(shape.cp),
+            ep: number(shape.ep),
             between: if config.mesh.sequence_parallel { tp } else { 1 },
             blocks: blocks as u64,
             chunks: number(cut.len() / stages),
@@ -118,8 +127,13 @@ impl<'a> Held<'a> {
     }
 
     fn parameters(&self) -> u64 {
-        let block = size(self.config.model.block_count());
-        self.blocks * block.div_ceil(self.tp) + self.tables()
+        let model = &self.config.model;
+        let of_others = size(model.block_count() - model.expert_count());
+        self.blocks * of_others.div_ceil(self.tp) + self.tables() + self.of_experts()
+    }
+
+    fn of_experts(&self) -> u64 {
+        (self.blocks * size(self.config.model.expert_count())).div_ceil(self.tp * self.ep)
     }
 
     /// Tokens of a micro-batch that the rank has.
@@ -133,23 +147,25 @@ impl<'a> Held<'a> {
     fn of_block(&self) -> u64 {
         let model = &self.config.model;
         let width = if self.config.train.precision == Precision::Bf16 { 2 } else { 4 };
-        let (hidden, inner) = (size(model.hidden_size), size(model.inner()));
+        // A token goes through several experts.
+        let choices = model.experts().map_or(1, |experts| size(experts.top_k));
+        let (hidden, inner) = (size(model.hidden_size), choices * size(model.inner()));
         let heads = |count: i64| size(count * model.head_dim());
         let queries = heads(model.num_attention_heads);
         let keys = match model.model_type {
             // Each head of keys and values stands once for every head of queries.
-            Family::Llama => queries,
+            Family::Llama | Family::Mixtral => queries,
             Family::Gpt2 => heads(model.kv_heads()),
         };
         // Between products: what comes into each of two norms, and what they give, of Llama's before and behind the weight.
         let norms = match model.model_type {
             Family::Gpt2 => 4,
-            Family::Llama => 6,
+            Family::Llama | Family::Mixtral => 6,
         };
         // Before and behind the activation; of SwiGLU the gate, too, and what it is multiplied with.
         let inners = match model.model_type {
             Family::Gpt2 => 2,
-            Family::Llama => 4,
+            Family::Llama | Family::Mixtral => 4,
         };
         let inside = 2 * queries + 2 * keys + inners * inner;
         norms * hidden * 4 / self.between + inside * width / self.tp
@@ -186,6 +202,12 @@ impl<'a> Held<'a> {
         let logits = tokens * size(model.vocab_size).div_ceil(self.tp) * 4;
         of_embedding + logits.min(LOGITS_BYTES_MAX) + tokens * hidden * 4 + 3 * table
     }
+}
+
+/// What `part` of `whole` has of so many bytes.
+fn share(bytes: u64, part: u64, whole: u64) -> u64 {
+    let share = u128::from(bytes) * u128::from(part) / u128::from(whole.max(1));
+    u64::try_from(share).unwrap_or(bytes)
 }
 
 fn size(value: i64) -> u64 {

@@ -9,6 +9,7 @@ use anyhow::Result;
 use phalanx_comm::Group;
 use phalanx_ddp_core::amp;
 use phalanx_ddp_core::collective::TensorGroup;
+use phalanx_model_parallel::expert::ExpertParallel;
 use phalanx_model_parallel::layer::{Builder, Pass};
 use phalanx_model_parallel::tensor::TensorParallel;
 use phalanx_model_parallel::Mesh;
@@ -57,7 +58,9 @@ impl Alone<'_> {
     /// Of the embedding, a block and the head.
     fn times(&self) -> Result<[f64; 3]> {
         let group = TensorGroup::new(Group::single(phalanx_comm::GroupOptions::default())?);
-        let together = Together { tp: TensorParallel::alone()?, context: Context::new(group) };
+        let experts = self.config.model.experts().map(|_| ExpertParallel::alone()).transpose()?;
+        let context = Context::new(group);
+        let together = Together { tp: TensorParallel::alone()?, context, experts };
         let nothing = Layers { blocks: 0..0, embeds: false, ends: false };
         let parts = [
             Layers { embeds: true, ..nothing.clone() },
@@ -95,7 +98,7 @@ impl Alone<'_> {
         let input = Tensor::f_ones(shape, (kind, device))?.f_set_requires_grad(true)?;
         let forward = || -> Result<Tensor> {
             let input = (!embeds).then(|| input.shallow_clone());
-            let output = network.hidden(0, (&words, input), &Pass::training(1, 0))?;
+            let output = network.hidden(0, (&words, input), (&Pass::training(1, 0), 1.0))?;
             Ok(match ends {
                 true => network.loss(0, &output, &words)?,
                 false => output.f_sum(Kind::Float)?,

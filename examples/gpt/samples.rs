@@ -82,7 +82,7 @@ fn fingerprint(samples: &[&Tensors]) -> Result<u64> {
     let mut add = |value: i64| {
         sum = (sum ^ value.cast_unsigned()).wrapping_mul(0x0100_0000_01b3);
     };
-    for Tensors { ids, labels } in samples {
+    for Tensors { ids, labels, .. } in samples {
         for tensor in [ids, labels] {
             tensor.size().into_iter().for_each(&mut add);
             let values = tensor.f_flatten(0, -1)?.f_to_kind(Kind::Int64)?;

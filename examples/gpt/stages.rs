@@ -74,10 +74,15 @@ impl Costs {
         // A product is as long forward as each of its two backwards.
         let passes = if config.train.recompute { 4.0 } else { 3.0 };
         let weights = float(model.block_count());
+        // Of its experts a token goes through some.
+        let idle = model.experts().map_or(0.0, |experts| {
+            float(model.expert_count()) * float(experts.count - experts.top_k)
+                / float(experts.count)
+        });
         let table = float(model.vocab_size) * hidden;
         // Scores and their sum of values, of half of the tokens on average.
         let queries = float(model.num_attention_heads * model.head_dim());
-        let products = 2.0 * tokens * (weights + length * queries);
+        let products = 2.0 * tokens * (weights - idle + length * queries);
         let of_block = tokens * (BLOCK_VALUES[0] * hidden + BLOCK_VALUES[1] * inner);
         let of_head = tokens * LOGIT_VALUES * float(model.vocab_size);
         Costs {

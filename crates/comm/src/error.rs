@@ -344,30 +344,6 @@ impl From<RendezvousError> for Error {
 }
 
 impl Error {
-    /// What a program that ends over this error may add to it: how to have the last operations of all ranks, where the group has
-    /// failed and this process's record ends with it. Under our launcher records are kept always, and under others where
-    /// `PHALANX_FLIGHT_RECORDER` says so: then there is nothing to add.
-    #[must_use]
-    pub fn help(&self) -> Option<&'static str> {
-        let group_failed = matches!(
-            self,
-            Self::OutOfStep { .. }
-                | Self::PeerGone { .. }
-                | Self::NotResponding { .. }
-                | Self::PeerLeft { .. }
-                | Self::ConnectionLost { .. }
-                | Self::DataDamaged { .. }
-                | Self::Timeout { .. }
-                | Self::Stalled { .. }
-                | Self::Backend { .. }
-                | Self::Aborted { .. }
-                | Self::PeerFailed { .. }
-        );
-        let help = "no record of the ranks' operations was kept: with PHALANX_FLIGHT_RECORDER=FOLDER, a folder that all \
-                    ranks can write to, `phalanx flight FOLDER` shows after the next failure what each was in";
-        (group_failed && !crate::recorder::is_kept()).then_some(help)
-    }
-
     /// The rank that is to blame, where it is one.
     pub(crate) fn blamed(&self) -> Option<usize> {
         match self {
@@ -389,4 +365,18 @@ impl Error {
     ) -> Self {
         Self::System { rank, call, source: Arc::new(source.into()) }
     }
+}
+
+/// What `run` gives, or its panic as this rank's error: nobody waits for a thread that is gone.
+pub(crate) fn guarded<T>(
+    rank: usize,
+    what: &dyn std::fmt::Display,
+    run: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("?");
+        let message = format!("{what} panicked, which is a bug of phalanx: {text}");
+        Err(Error::PeerFailed { rank, message })
+    })
 }

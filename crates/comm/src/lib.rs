@@ -22,18 +22,23 @@
 
 mod algorithm;
 mod backend;
+mod call;
 mod checksum;
+mod control;
+mod deadline;
 mod dtype;
-pub mod environment;
 mod error;
 mod fingerprint;
+mod gpu;
 mod group;
 mod kernel;
+mod lane;
 mod mark;
+mod memory;
+mod order;
 pub mod recorder;
 mod reduce_op;
 mod region;
-pub mod rendezvous;
 pub mod slots;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -42,13 +47,16 @@ mod work;
 
 pub use backend::Backend;
 pub use dtype::{DType, Element, Float};
-pub use environment::World;
 pub use error::{Absent, Error, LastCall, Result};
 pub use fingerprint::{CallRecord, Op};
+pub use gpu::Stream;
 pub use group::{Group, GroupOptions};
 pub use mark::Mark;
-pub use reduce_op::{Avg, Max, Min, Product, ReduceOp, ScaledSum, Sum};
-pub use region::{Buffer, DeviceSlice, Region, RegionRange, Stream};
+pub use phalanx_rendezvous as rendezvous;
+pub use phalanx_rendezvous::environment;
+pub use phalanx_rendezvous::environment::World;
+pub use reduce_op::{Avg, Bf16Sum, Max, Min, Product, ReduceOp, ScaledSum, Sum};
+pub use region::{Buffer, DeviceSlice, Input, Region, RegionRange};
 pub use upload::{PinnedMemory, Upload, Uploader};
 pub use work::{Arriving, Work};
 

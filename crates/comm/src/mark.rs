@@ -2,16 +2,16 @@
 
 use std::time::{Duration, Instant};
 
-use crate::backend::gpu::cuda::Event;
-use crate::backend::gpu::cuda_error;
 use crate::error::{Error, Result};
+use crate::gpu::cuda::GpuEvent;
+use crate::gpu::cuda_error;
 
 /// A point of the caller's stream ([`Group::set_stream`](crate::Group::set_stream)), of which the GPU
 /// notes when it passes it: what lies between two of them is time of the GPU, not of the program that
 /// asks for work.
 #[derive(Debug)]
 pub struct Mark {
-    pub(crate) event: Event,
+    pub(crate) event: GpuEvent,
     pub(crate) rank: usize,
 }
 
@@ -27,7 +27,7 @@ impl Mark {
     /// The GPU has not come there in time, or reports an error.
     pub fn time_until(&self, end: &Self, limit: Duration) -> Result<Duration> {
         let failed = |error| cuda_error(self.rank, error);
-        let deadline = Instant::now() + limit.min(crate::group::LONGEST);
+        let deadline = Instant::now() + limit.min(crate::deadline::LONGEST);
         while !(self.event.is_passed().map_err(failed)? && end.event.is_passed().map_err(failed)?) {
             if Instant::now() >= deadline {
                 let what =

@@ -6,8 +6,8 @@ use std::mem::size_of;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::backend::host::region::RegionMemory;
 use crate::dtype::{Element, Sealed};
+use crate::memory::region::RegionMemory;
 
 /// Memory registered with the backend: page-aligned, zero at first, and read in place by the peers
 /// of this machine during collectives. A clone is the same memory; it lives as long as any clone,
@@ -240,10 +240,6 @@ impl Bytes<'_> {
     }
 }
 
-/// A stream of the CUDA device, by its handle (`cudaStream_t` as a number); 0 is the default stream.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Stream(pub usize);
-
 /// GPU memory of somebody else's (a tensor's, say), for collectives over NCCL.
 #[derive(Debug)]
 pub struct DeviceSlice<'b, T: Element> {
@@ -311,3 +307,63 @@ impl<'b, T: Element> IntoBytes<'b, T> for RegionRange<T> {
     }
 }
 impl<T: Element> Buffer<'_, T> for RegionRange<T> {}
+
+/// What a collective with two buffers reads: a slice of the host's, of which it makes a copy when it starts, or memory of
+/// the GPU where its output is there too.
+pub trait Input<'a, 'b, T: Element>: Sealed {
+    #[doc(hidden)]
+    fn source(self) -> InputBytes<'a>;
+}
+
+/// An input without its element type.
+#[doc(hidden)]
+#[derive(Debug)]
+#[expect(unnameable_types, reason = "part of a sealed trait")]
+pub enum InputBytes<'a> {
+    /// Borrowed.
+    Slice(&'a [u8]),
+    /// Registered, or a GPU's.
+    CallMemory(Bytes<'a>),
+}
+
+impl InputBytes<'_> {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Slice(slice) => slice.len(),
+            Self::CallMemory(bytes) => bytes.len(),
+        }
+    }
+}
+
+impl<T: Element> Sealed for &[T] {}
+impl<'a, T: Element> Input<'a, '_, T> for &'a [T] {
+    fn source(self) -> InputBytes<'a> {
+        InputBytes::Slice(bytemuck::cast_slice(self))
+    }
+}
+
+impl<T: Element, const N: usize> Sealed for &[T; N] {}
+impl<'a, T: Element, const N: usize> Input<'a, '_, T> for &'a [T; N] {
+    fn source(self) -> InputBytes<'a> {
+        InputBytes::Slice(bytemuck::cast_slice(&self[..]))
+    }
+}
+
+impl<T: Element> Sealed for &Vec<T> {}
+impl<'a, T: Element> Input<'a, '_, T> for &'a Vec<T> {
+    fn source(self) -> InputBytes<'a> {
+        InputBytes::Slice(bytemuck::cast_slice(self))
+    }
+}
+
+impl<'a, T: Element> Input<'a, '_, T> for RegionRange<T> {
+    fn source(self) -> InputBytes<'a> {
+        InputBytes::CallMemory(self.into_bytes())
+    }
+}
+
+impl<'a, 'b, T: Element> Input<'a, 'b, T> for DeviceSlice<'b, T> {
+    fn source(self) -> InputBytes<'a> {
+        InputBytes::CallMemory(Bytes::Device { at: self.at, bytes: self.len * size_of::<T>() })
+    }
+}

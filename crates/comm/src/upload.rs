@@ -4,9 +4,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::backend::gpu::cuda::{self, CudaError, Device, Event, OwnStream};
 use crate::error::{Error, Result};
-use crate::region::Stream;
+use crate::gpu::cuda::{self, CudaError, Device, GpuEvent, OwnStream};
+use crate::gpu::Stream;
 
 fn failed(error: CudaError) -> Error {
     let CudaError { call, what } = error;
@@ -100,13 +100,13 @@ impl Uploader {
     /// that nobody else uses, until the upload is done.
     pub unsafe fn copy(&self, copies: &[(&[u8], u64)], after: Stream) -> Result<Upload> {
         let own = self.stream.as_stream();
-        let before = Event::record(&self.device, after).map_err(failed)?;
+        let before = GpuEvent::record(&self.device, after).map_err(failed)?;
         before.order(own).map_err(failed)?;
         for &(from, to) in copies {
             // SAFETY: as the caller promises.
             unsafe { cuda::write_later(&self.device, to, from, own) }.map_err(failed)?;
         }
-        let event = Event::record(&self.device, own).map_err(failed)?;
+        let event = GpuEvent::record(&self.device, own).map_err(failed)?;
         Ok(Upload { event })
     }
 }
@@ -114,7 +114,7 @@ impl Uploader {
 /// Copies that are under way.
 #[derive(Debug)]
 pub struct Upload {
-    event: Event,
+    event: GpuEvent,
 }
 
 impl Upload {
@@ -142,7 +142,7 @@ impl Upload {
     ///
     /// [`Error::Backend`]: the GPU reports an error, or is not done in time.
     pub fn wait(&self, limit: Duration) -> Result<()> {
-        let deadline = Instant::now() + limit.min(crate::group::LONGEST);
+        let deadline = Instant::now() + limit.min(crate::deadline::LONGEST);
         while !self.is_done()? {
             if Instant::now() >= deadline {
                 let what = format!("a copy to the GPU has not ended in {limit:?}");

@@ -3,12 +3,13 @@
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use crate::backend::host::call::{Call, Memory};
-use crate::backend::host::core::Core;
-use crate::backend::host::point;
-use crate::backend::lane::Lane;
+use crate::call::{Call, CallMemory};
+use crate::control::point;
 use crate::error::Result;
-use crate::region::{Bytes, Stream};
+use crate::gpu::Stream;
+use crate::lane::Lane;
+use crate::order::core::Core;
+use crate::region::Bytes;
 
 /// A started collective. It borrows its buffer until it is waited for:
 ///
@@ -28,7 +29,7 @@ use crate::region::{Bytes, Stream};
 pub struct Work<'b> {
     core: Arc<Core>,
     call: Arc<Call>,
-    output: Option<Output<'b>>,
+    output: Option<WorkOutput<'b>>,
     /// The other side of a message.
     peer: Option<usize>,
     /// Who moves the data, where the host backend does not.
@@ -38,7 +39,7 @@ pub struct Work<'b> {
 
 /// Where the result goes that lies at `skip` in the in-place form.
 #[derive(Debug)]
-pub(crate) struct Output<'b> {
+pub(crate) struct WorkOutput<'b> {
     pub(crate) bytes: Bytes<'b>,
     pub(crate) skip: usize,
 }
@@ -61,7 +62,7 @@ impl Arriving {
         self.work.wait()?;
         let mut state = call.lock();
         Ok(match &mut state.memory {
-            Memory::Private(bytes) => std::mem::take(bytes),
+            CallMemory::Private(bytes) => std::mem::take(bytes),
             _ => Vec::new(),
         })
     }
@@ -74,14 +75,14 @@ impl Arriving {
 }
 
 impl<'b> Work<'b> {
-    pub(crate) fn new(core: Arc<Core>, call: Arc<Call>, output: Option<Output<'b>>) -> Self {
+    pub(crate) fn new(core: Arc<Core>, call: Arc<Call>, output: Option<WorkOutput<'b>>) -> Self {
         Self { core, call, output, peer: None, lane: None, borrow: PhantomData }
     }
 
     pub(crate) fn message(
         core: Arc<Core>,
         call: Arc<Call>,
-        output: Option<Output<'b>>,
+        output: Option<WorkOutput<'b>>,
         peer: usize,
     ) -> Self {
         Self { core, call, output, peer: Some(peer), lane: None, borrow: PhantomData }
@@ -125,13 +126,13 @@ impl<'b> Work<'b> {
         if let Some(lane) = lane {
             lane.flush();
             match &call.on_device {
-                Some(on_device) => on_device.order(&call, &lane, stream)?,
+                Some(on_device) => lane.order(&call, on_device, stream)?,
                 None => lane.wait(&call)?,
             }
         } else if let Some(peer) = peer {
             point::wait(&core.peers, peer, &call)?;
         } else if core.finishes_in_place(&call) {
-            if let Some(Output { bytes: Bytes::Slice(slice), skip: 0 }) = output {
+            if let Some(WorkOutput { bytes: Bytes::Slice(slice), skip: 0 }) = output {
                 return wait_inline(&core, &call, slice);
             }
             core.finish_inline(&call, None)?;
@@ -142,7 +143,7 @@ impl<'b> Work<'b> {
         if let Some(Err(error)) = &state.result {
             return Err(error.clone());
         }
-        if let (Some(mut output), Memory::Private(memory)) = (output, &state.memory) {
+        if let (Some(mut output), CallMemory::Private(memory)) = (output, &state.memory) {
             let bytes = output.bytes.len();
             output.bytes.write(0, &memory[output.skip..output.skip + bytes]);
         }
@@ -184,7 +185,7 @@ fn wait_inline(core: &Core, call: &Call, slice: &mut [u8]) -> Result<()> {
         core.finish_inline(call, None)?;
     }
     // Finished into its own memory: because its slot was needed, or because this is a part of it.
-    if let Memory::Private(memory) = &call.lock().memory {
+    if let CallMemory::Private(memory) = &call.lock().memory {
         let bytes = slice.len();
         slice.copy_from_slice(&memory[..bytes]);
     }

@@ -1,6 +1,6 @@
 //! Flags beside the environment of another launcher: what they say must be the same. Pure.
 
-use phalanx_comm::environment::{Launcher, StoreHost, World};
+use phalanx_rendezvous::environment::{Launcher, StoreHost, World};
 
 use crate::args::LaunchArgs;
 use crate::error::LaunchError;

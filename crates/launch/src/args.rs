@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use phalanx_comm::environment::{LaunchDefaults, RanksPerNode, World};
+use phalanx_rendezvous::environment::{LaunchDefaults, RanksPerNode, World};
 
 use crate::error::{system, LaunchError};
 use crate::gpus::gpu_count;

@@ -6,7 +6,7 @@
 use std::ffi::OsString;
 use std::path::Path;
 
-use phalanx_comm::rendezvous::{Credentials, StoreServer};
+use phalanx_rendezvous::{Credentials, StoreServer};
 
 use crate::error::LaunchError;
 use crate::logs::Logs;

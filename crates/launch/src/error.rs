@@ -2,8 +2,8 @@
 
 use std::io;
 
-use phalanx_comm::environment::{EnvironmentError, Launcher};
-use phalanx_comm::rendezvous::{RendezvousError, StoreError};
+use phalanx_rendezvous::environment::{EnvironmentError, Launcher};
+use phalanx_rendezvous::{RendezvousError, StoreError};
 
 /// The launcher failed before or beside its ranks.
 #[derive(Debug, thiserror::Error)]

@@ -9,7 +9,7 @@ use std::panic;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use phalanx_comm::environment::torchrun_error_file;
+use phalanx_rendezvous::environment::torchrun_error_file;
 
 /// Leaves `message` where torchrun finds it, which then shows it as this rank's failure instead of an exit code alone.
 ///

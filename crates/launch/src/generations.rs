@@ -5,8 +5,8 @@ use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::time::{Duration, Instant};
 
-use phalanx_comm::environment::{take_place, StayOffer};
 use phalanx_comm::recorder;
+use phalanx_rendezvous::environment::{take_place, StayOffer};
 use rustix::event::{poll, PollFd, PollFlags};
 use rustix::fs::OFlags;
 
@@ -29,7 +29,7 @@ const COMMIT_LOOK_EVERY: Duration = Duration::from_millis(1);
 ///   ends, however well, after the launcher has asked it to stop for a new generation ([`should_stop`](crate::should_stop), which
 ///   `Checkpointer::step` heeds). Any other error is returned: then the launcher starts this rank again, as all whose programs do not
 ///   call this.
-/// * The process's environment stays as it was: ask [`World::from_env`](phalanx_comm::environment::World::from_env) for rank and world size.
+/// * The process's environment stays as it was: ask [`World::from_env`](phalanx_rendezvous::environment::World::from_env) for rank and world size.
 ///   What `train` leaves in statics, it finds again.
 /// * What it makes must be gone when it returns: a group that lives would keep its peers waiting.
 ///

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use phalanx_comm::environment::LauncherEnvironment;
+use phalanx_rendezvous::environment::LauncherEnvironment;
 
 use crate::error::LaunchError;
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use phalanx_comm::rendezvous::{Store, StoreClient, StoreError};
+use phalanx_rendezvous::{Store, StoreClient, StoreError};
 
 use crate::error::{system, LaunchError};
 

@@ -7,9 +7,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use phalanx_comm::recorder::FlightRecord;
-use phalanx_comm::rendezvous::{
-    join, Credentials, RendezvousError, Store, StoreClient, StoreError,
-};
+use phalanx_rendezvous::{join, Credentials, RendezvousError, Store, StoreClient, StoreError};
 
 use crate::error::{system, LaunchError};
 use crate::messenger::{Message, Messenger};

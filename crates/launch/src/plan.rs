@@ -175,7 +175,7 @@ pub(crate) struct Job {
     pub(crate) snapshot_memory: Option<String>,
 }
 
-/// The environment contract with `phalanx_comm::environment`.
+/// The environment contract with `phalanx_rendezvous::environment`.
 pub(crate) fn environment(job: &Job, place: Place) -> Vec<(&'static str, String)> {
     let mut variables = vec![
         ("RANK", place.rank.to_string()),

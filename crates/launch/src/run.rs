@@ -6,9 +6,9 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Instant;
 
-use phalanx_comm::environment::{JobToken, LauncherEnvironment, World};
-use phalanx_comm::rendezvous::{listen_address, Credentials, Store as _, StoreClient, StoreServer};
 use phalanx_comm::slots;
+use phalanx_rendezvous::environment::{JobToken, LauncherEnvironment, World};
+use phalanx_rendezvous::{listen_address, Credentials, Store as _, StoreClient, StoreServer};
 use sha2::{Digest as _, Sha256};
 
 use crate::attempts::Attempts;

@@ -4,8 +4,8 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use phalanx_comm::environment::StayOffer;
 use phalanx_comm::recorder;
+use phalanx_rendezvous::environment::StayOffer;
 use rustix::process::Signal;
 
 use crate::control_group::{most_crowded, Crowd};

@@ -15,7 +15,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use phalanx_comm::environment::StayOffer;
+use phalanx_rendezvous::environment::StayOffer;
 use rustix::pipe::{pipe_with, PipeFlags};
 
 use crate::flight;

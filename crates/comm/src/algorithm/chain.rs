@@ -13,7 +13,7 @@
 
 use std::ops::Range;
 
-use super::topology::Place;
+use super::topology::RankPlace;
 
 /// Pieces that a stage sends ahead of the results it takes back.
 pub(crate) const WINDOW: usize = 8;
@@ -27,7 +27,7 @@ pub(crate) enum Delivery {
 
 /// A piece of the buffer (in elements) and who gets it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Piece {
+pub(crate) struct ChainPiece {
     pub(crate) range: Range<usize>,
     pub(crate) delivery: Delivery,
     /// The first stage that has a rank it is delivered to.
@@ -65,8 +65,8 @@ pub(crate) trait Arithmetic {
 
 /// Runs this rank's lane over `pieces`, which are the same on every rank of the lane.
 pub(crate) fn reduce<X: Exchange>(
-    place: &Place,
-    pieces: &[Piece],
+    place: &RankPlace,
+    pieces: &[ChainPiece],
     exchange: &mut X,
     arithmetic: &mut impl Arithmetic,
 ) -> Result<(), X::Error> {
@@ -84,8 +84,8 @@ pub(crate) fn reduce<X: Exchange>(
 }
 
 fn forward<X: Exchange>(
-    place: &Place,
-    piece: &Piece,
+    place: &RankPlace,
+    piece: &ChainPiece,
     exchange: &mut X,
     arithmetic: &mut impl Arithmetic,
     (incoming, outgoing): &mut (Vec<u8>, Vec<u8>),
@@ -118,9 +118,9 @@ fn forward<X: Exchange>(
 }
 
 fn backward<X: Exchange>(
-    place: &Place,
+    place: &RankPlace,
     next: usize,
-    piece: &Piece,
+    piece: &ChainPiece,
     exchange: &mut X,
     arithmetic: &mut impl Arithmetic,
     incoming: &mut Vec<u8>,

@@ -1,7 +1,7 @@
 //! The collectives that move without adding, as one table: which segment of whose buffer goes where.
 //! Pure.
 //!
-//! A buffer is in the in-place form of `backend/host/call.rs`: `world_size` segments where the
+//! A buffer is in the in-place form of `call/mod.rs`: `world_size` segments where the
 //! operation distinguishes them, one otherwise.
 
 use crate::fingerprint::Op;

@@ -16,7 +16,7 @@ pub(crate) struct Topology {
 
 /// One rank's place in the chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Place {
+pub(crate) struct RankPlace {
     pub(crate) stage: usize,
     pub(crate) stage_count: usize,
     /// `None`: this rank is in no lane; others of its stage do its part.
@@ -61,12 +61,12 @@ impl Topology {
         self.stages[index].clone()
     }
 
-    pub(crate) fn place(&self, rank: usize) -> Place {
+    pub(crate) fn place(&self, rank: usize) -> RankPlace {
         let stage = self.stage_of(rank);
         let lane_count = self.stages.iter().map(ExactSizeIterator::len).min().unwrap_or(1);
         let lane = Some(rank - self.stages[stage].start).filter(|lane| *lane < lane_count);
         let rank_in = |other: Option<usize>| Some(self.stages.get(other?)?.start + lane?);
-        Place {
+        RankPlace {
             stage,
             stage_count: self.stages.len(),
             lane,

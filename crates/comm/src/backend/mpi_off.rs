@@ -4,22 +4,15 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::gpu::Gpu;
-use super::host::core::Core;
-use super::lane::Lane;
-use crate::error::{Error, Result};
-
-/// Every rank gives its bytes and gets everybody's, by rank.
-type Gather<'a> = dyn FnMut(&[u8]) -> Result<Vec<Vec<u8>>> + 'a;
+use super::{unavailable, Connected, Gather};
+use crate::error::Result;
+use crate::order::core::Core;
 
 /// There is none.
-pub(crate) fn open(
-    _: &Arc<Core>,
-    _: bool,
-    _: &mut Gather<'_>,
-    _: Instant,
-) -> Result<(Arc<Lane>, Option<Arc<Gpu>>)> {
-    let what = "this program was built without it: install an MPI library with its headers and \
-                libclang (Debian: libopenmpi-dev, libclang-dev), and build with `--features mpi`";
-    Err(Error::NoBackend { backend: "mpi", what: what.to_owned() })
+pub(super) fn open(_: &Arc<Core>, _: bool, _: &mut Gather<'_>, _: Instant) -> Result<Connected> {
+    Err(unavailable(
+        "mpi",
+        "this program was built without it: install an MPI library with its headers and \
+         libclang (Debian: libopenmpi-dev, libclang-dev), and build with `--features mpi`",
+    ))
 }

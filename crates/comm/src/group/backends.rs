@@ -4,43 +4,32 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Group, Plan};
-use crate::backend::gpu::cuda_error;
-use crate::backend::gpu::on_device::OnDevice;
-use crate::backend::host::call::{Call, Memory};
-use crate::backend::lane::{Check, Lane};
-use crate::backend::{mpi, nccl, Backend};
+use crate::backend::{self, Wanted};
+use crate::call::{Call, CallMemory};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::fingerprint::CallRecord;
-use crate::region::Stream;
+use crate::gpu::cuda_error;
+use crate::gpu::on_device::OnDevice;
+use crate::gpu::Stream;
+use crate::lane::{Check, Lane};
 
 impl Group {
-    /// Connects the ranks over MPI. Collective.
-    pub(super) fn open_mpi(&mut self) -> Result<()> {
+    /// Connects the ranks over the backend of the options. Collective.
+    pub(super) fn open(&mut self) -> Result<()> {
         let deadline = Instant::now() + self.options.connect_timeout;
         let core = self.core();
-        let gpu_memory = self.options.gpu_memory;
+        let wanted = Wanted {
+            backend: self.options.backend,
+            gpu_memory: self.options.gpu_memory,
+            gpu_trouble: self.options.gpu_trouble.take(),
+        };
         let mut gather = |mine: &[u8]| self.all_gather_bytes(mine);
-        let opened = mpi::open(&core, gpu_memory, &mut gather, deadline);
-        let (lane, gpu) = opened.map_err(|error| core.peers.fail(error))?;
-        (self.lane, self.gpu) = (Some(lane), gpu);
+        let opened = backend::open(&core, wanted, &mut gather, deadline);
+        let (became, transport, why) = opened.map_err(|error| core.peers.fail(error))?;
+        (self.options.backend, self.transport) = (became, transport);
+        self.choice = why;
         Ok(())
-    }
-
-    /// NCCL when every rank can, else the host backend. Collective.
-    pub(super) fn choose(&mut self) -> Result<()> {
-        let library = crate::environment::nccl_library();
-        let trouble = self.options.gpu_trouble.take();
-        let mine = nccl::card(&self.core(), library.as_deref(), trouble);
-        let obstacle = nccl::obstacle(&self.all_gather_bytes(&mine)?);
-        if let Some(obstacle) = obstacle {
-            self.choice = Some(obstacle);
-            self.options.backend = Backend::Host;
-            return Ok(());
-        }
-        self.choice = Some("every rank has a GPU".to_owned());
-        self.options.backend = Backend::Nccl;
-        self.open_nccl()
     }
 
     /// Why [`Backend::Auto`] became what [`Group::backend`] says.
@@ -49,24 +38,11 @@ impl Group {
         self.choice.as_deref()
     }
 
-    /// Connects the ranks over NCCL. Collective.
-    pub(super) fn open_nccl(&mut self) -> Result<()> {
-        let deadline = Instant::now() + self.options.connect_timeout;
-        let core = self.core();
-        let library = crate::environment::nccl_library();
-        let why = (library.as_deref(), self.options.gpu_trouble.take());
-        let mut gather = |mine: &[u8]| self.all_gather_bytes(mine);
-        let opened = nccl::open(&core, why, &mut gather, deadline);
-        let (lane, gpu) = opened.map_err(|error| core.peers.fail(error))?;
-        (self.lane, self.gpu) = (Some(lane), Some(gpu));
-        Ok(())
-    }
-
     /// The number of this rank's GPU among those that the process sees, with NCCL, or MPI
     /// and [`GroupOptions::gpu_memory`](crate::GroupOptions::gpu_memory).
     #[must_use]
     pub fn device(&self) -> Option<usize> {
-        self.gpu.as_ref().map(|gpu| gpu.device.ordinal)
+        self.transport.gpu().map(|gpu| gpu.device.ordinal)
     }
 
     /// The stream of the GPU on which the caller works: collectives on GPU memory come after what was
@@ -79,8 +55,7 @@ impl Group {
     /// Who moves the data of a planned call, if not the host backend: what has no data is a matter of
     /// headers alone.
     pub(super) fn lane_for(&self, plan: &Plan, on_device: bool) -> Option<Arc<Lane>> {
-        let takes = !self.has_nccl() || on_device;
-        self.lane.as_ref().filter(|_| takes && plan.segment > 0).map(Arc::clone)
+        self.transport.lane(on_device).filter(|_| plan.segment > 0).map(Arc::clone)
     }
 
     /// Starts a call whose header goes over the control plane and whose data over `lane`.
@@ -91,11 +66,11 @@ impl Group {
         plan: &Plan,
         record: CallRecord,
         timeout: Duration,
-        memory: Memory,
+        memory: CallMemory,
     ) -> Result<Arc<Call>> {
         let dtype = plan.dtype.unwrap_or(DType::U8);
         let (reduction, header) = (plan.reduction, record.clone());
-        let check = Call::new(header, dtype, reduction, 0, 1, true, timeout, Memory::Nothing);
+        let check = Call::new(header, dtype, reduction, 0, 1, true, timeout, CallMemory::Nothing);
         let (segment, segments) = (plan.segment, plan.segments);
         let mut call =
             Call::new(record, dtype, reduction, segment, segments, false, timeout, memory);
@@ -105,7 +80,7 @@ impl Group {
         let check = self.core.start(check, None)?;
         self.started += 1;
         let call = Arc::new(call);
-        if self.has_nccl() {
+        if self.transport.is_in_stream_order() {
             self.on_gpu += 1;
         }
         lane.submit(Arc::clone(&call), Check::Collective(check));
@@ -114,8 +89,8 @@ impl Group {
 
     /// The point of the caller's stream at which a call on GPU memory is made.
     pub(super) fn on_device(&self, call: &Call) -> Result<Option<OnDevice>> {
-        match (&self.gpu, &call.lock().memory) {
-            (Some(gpu), Memory::Device { .. }) => OnDevice::after(&gpu.device, self.stream)
+        match (self.transport.gpu(), &call.lock().memory) {
+            (Some(gpu), CallMemory::Device { .. }) => OnDevice::after(&gpu.device, self.stream)
                 .map(Some)
                 .map_err(|error| cuda_error(self.rank(), error)),
             _ => Ok(None),

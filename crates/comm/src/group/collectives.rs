@@ -1,18 +1,17 @@
 //! The collectives, typed: check the arguments, bring the buffers into the in-place form (`call.rs`
-//! of the host backend), start.
+//! beside this folder), start.
+#![expect(single_use_lifetimes, reason = "an anonymous lifetime in `impl Trait` is unstable")]
 
 use std::sync::Arc;
 
 use super::{Group, Plan};
-use crate::backend::host::call::{Call, Memory};
-use crate::backend::host::point;
-use crate::backend::lane::Check;
+use crate::call::{Call, CallMemory};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
-use crate::fingerprint::{CallRecord, Op};
+use crate::fingerprint::Op;
 use crate::reduce_op::{ReduceOp, Reduction};
-use crate::region::{Buffer, Bytes};
-use crate::work::{Arriving, Output, Work};
+use crate::region::{Buffer, Bytes, Input, InputBytes};
+use crate::work::{Work, WorkOutput};
 
 impl Group {
     /// Replaces every rank's buffer by the reduction of all.
@@ -84,26 +83,27 @@ impl Group {
     ///
     /// As [`Group::all_reduce`]; `input` is not `world_size` times as long as `output`.
     #[track_caller]
-    pub fn reduce_scatter<'b, T: Element>(
+    pub fn reduce_scatter<'a, 'b, T: Element>(
         &mut self,
-        input: &[T],
+        input: impl Input<'a, 'b, T>,
         output: impl Buffer<'b, T>,
         op: impl ReduceOp<T>,
     ) -> Result<Work<'b>> {
-        let output = output.into_bytes();
-        if output.is_on_device() {
-            return Err(self.host_only(Op::ReduceScatter));
-        }
-        let input: &[u8] = bytemuck::cast_slice(input);
+        let (input, output) = (input.source(), output.into_bytes());
+        self.check_sides(Op::ReduceScatter, &input, &output)?;
         let segment = output.len();
         self.check_segments::<T>(Op::ReduceScatter, "input", input.len(), segment)?;
         let plan = Plan {
             reduction: Some(op.reduction()),
             ..self.whole::<T>(Op::ReduceScatter, segment, None)
         };
+        let input = match input {
+            InputBytes::CallMemory(input) => return self.device_segments(&plan, input, output),
+            InputBytes::Slice(input) => input,
+        };
         let skip = self.rank() * segment;
-        let call = self.begin(&plan, Memory::Nothing, Some(input))?;
-        Ok(self.work(&plan, call, Some(Output { bytes: output, skip })))
+        let call = self.begin(&plan, CallMemory::Nothing, Some(input))?;
+        Ok(self.work(&plan, call, Some(WorkOutput { bytes: output, skip })))
     }
 
     /// Writes every rank's `input`, in rank order, to every rank's `output`.
@@ -112,25 +112,26 @@ impl Group {
     ///
     /// As [`Group::all_reduce`]; `output` is not `world_size` times as long as `input`.
     #[track_caller]
-    pub fn all_gather<'b, T: Element>(
+    pub fn all_gather<'a, 'b, T: Element>(
         &mut self,
-        input: &[T],
+        input: impl Input<'a, 'b, T>,
         output: impl Buffer<'b, T>,
     ) -> Result<Work<'b>> {
-        let mut output = output.into_bytes();
-        if output.is_on_device() {
-            return Err(self.host_only(Op::AllGather));
-        }
-        let input: &[u8] = bytemuck::cast_slice(input);
+        let (input, mut output) = (input.source(), output.into_bytes());
+        self.check_sides(Op::AllGather, &input, &output)?;
         let segment = input.len();
         self.check_segments::<T>(Op::AllGather, "output", output.len(), segment)?;
         let plan = self.whole::<T>(Op::AllGather, segment, None);
+        let input = match input {
+            InputBytes::CallMemory(input) => return self.device_segments(&plan, input, output),
+            InputBytes::Slice(input) => input,
+        };
         if let Bytes::Region { memory, offset, .. } = &output {
             self.check_region(Op::AllGather, memory)?;
             if let Some(error) = self.core.peers.failure() {
                 return Err(error);
             }
-            let memory = Memory::Region { region: Arc::clone(memory), offset: *offset };
+            let memory = CallMemory::Region { region: Arc::clone(memory), offset: *offset };
             self.end_all_on(&memory, output.len())?;
             output.write(self.rank() * segment, input);
             return self.in_place(&plan, output);
@@ -145,22 +146,28 @@ impl Group {
     /// As [`Group::reduce`]; `output` is not `Some` exactly on the root, or has not `world_size`
     /// times the length of `input`.
     #[track_caller]
-    pub fn gather<'b, T: Element>(
+    pub fn gather<'a, 'b, T: Element, B: Buffer<'b, T>>(
         &mut self,
-        input: &[T],
-        output: Option<&'b mut [T]>,
+        input: impl Input<'a, 'b, T>,
+        output: Option<B>,
         root: usize,
     ) -> Result<Work<'b>> {
         self.check_rank(Op::Gather, root)?;
         self.check_root_buffer(Op::Gather, root, output.is_some())?;
-        let input: &[u8] = bytemuck::cast_slice(input);
+        let (input, output) = (input.source(), output.map(B::into_bytes));
+        if let Some(output) = &output {
+            self.check_sides(Op::Gather, &input, output)?;
+        }
+        let input = match input {
+            InputBytes::CallMemory(input) => return self.device_gather::<T>(input, output, root),
+            InputBytes::Slice(input) => input,
+        };
         let segment = input.len();
         let plan = self.whole::<T>(Op::Gather, segment, Some(root));
         let Some(output) = output else {
-            let call = self.begin(&plan, Memory::Nothing, Some(input))?;
+            let call = self.begin(&plan, CallMemory::Nothing, Some(input))?;
             return Ok(self.work(&plan, call, None));
         };
-        let output = Bytes::Slice(bytemuck::cast_slice_mut(output));
         self.check_segments::<T>(Op::Gather, "output", output.len(), segment)?;
         self.placed(&plan, input, self.rank() * segment, Some((output, 0)))
     }
@@ -171,24 +178,29 @@ impl Group {
     ///
     /// As [`Group::gather`], with `input` on the root.
     #[track_caller]
-    pub fn scatter<'b, T: Element>(
+    pub fn scatter<'a, 'b, T: Element>(
         &mut self,
-        input: Option<&[T]>,
+        input: Option<impl Input<'a, 'b, T>>,
         output: impl Buffer<'b, T>,
         root: usize,
     ) -> Result<Work<'b>> {
         self.check_rank(Op::Scatter, root)?;
         self.check_root_buffer(Op::Scatter, root, input.is_some())?;
         let output = output.into_bytes();
-        if output.is_on_device() {
-            return Err(self.host_only(Op::Scatter));
-        }
         let segment = output.len();
         let plan = self.whole::<T>(Op::Scatter, segment, Some(root));
-        let Some(input) = input else {
-            return self.placed(&plan, &[], 0, Some((output, 0)));
+        let input = input.map(Input::source);
+        if let Some(input) = &input {
+            self.check_sides(Op::Scatter, input, &output)?;
+        }
+        let input = match input {
+            None if output.is_on_device() => return self.device_scatter::<T>(None, output, root),
+            None => return self.placed(&plan, &[], 0, Some((output, 0))),
+            Some(InputBytes::CallMemory(all)) => {
+                return self.device_scatter::<T>(Some(all), output, root)
+            }
+            Some(InputBytes::Slice(input)) => input,
         };
-        let input: &[u8] = bytemuck::cast_slice(input);
         self.check_segments::<T>(Op::Scatter, "input", input.len(), segment)?;
         self.placed(&plan, input, 0, Some((output, root * segment)))
     }
@@ -199,25 +211,26 @@ impl Group {
     ///
     /// As [`Group::all_reduce`]; the lengths differ or are not a multiple of `world_size`.
     #[track_caller]
-    pub fn all_to_all<'b, T: Element>(
+    pub fn all_to_all<'a, 'b, T: Element>(
         &mut self,
-        input: &[T],
-        output: &'b mut [T],
+        input: impl Input<'a, 'b, T>,
+        output: impl Buffer<'b, T>,
     ) -> Result<Work<'b>> {
+        let (input, output) = (input.source(), output.into_bytes());
         if input.len() != output.len() {
-            let (expected, actual) = (input.len(), output.len());
-            let op = Op::AllToAll.name();
-            return Err(self.argument(Error::LengthMismatch {
-                op,
-                what: "output",
-                expected,
-                actual,
-            }));
+            let size = T::DTYPE.size_bytes();
+            let (expected, actual) = (input.len() / size, output.len() / size);
+            let (op, what) = (Op::AllToAll.name(), "output");
+            return Err(self.argument(Error::LengthMismatch { op, what, expected, actual }));
         }
-        let output = Bytes::Slice(bytemuck::cast_slice_mut(output));
+        self.check_sides(Op::AllToAll, &input, &output)?;
+        let input = match input {
+            InputBytes::CallMemory(input) => return self.device_all_to_all::<T>(input, output),
+            InputBytes::Slice(input) => input,
+        };
         let plan = self.segmented(plan::<T>(Op::AllToAll, &output, None, None))?;
-        let call = self.begin(&plan, Memory::Nothing, Some(bytemuck::cast_slice(input)))?;
-        Ok(self.work(&plan, call, Some(Output { bytes: output, skip: 0 })))
+        let call = self.begin(&plan, CallMemory::Nothing, Some(input))?;
+        Ok(self.work(&plan, call, Some(WorkOutput { bytes: output, skip: 0 })))
     }
 
     /// Waits, with [`Work::wait`], until every rank has come here.
@@ -227,73 +240,8 @@ impl Group {
     /// The group is dead.
     #[track_caller]
     pub fn barrier(&mut self) -> Result<Work<'static>> {
-        let call = self.begin(&Plan::nothing(Op::Barrier), Memory::Nothing, None)?;
+        let call = self.begin(&Plan::nothing(Op::Barrier), CallMemory::Nothing, None)?;
         Ok(Work::new(self.core(), call, None))
-    }
-
-    /// Sends a copy of `message` to `peer`, which receives it. Messages of a pair are matched in the
-    /// order of the calls, independently of collectives.
-    ///
-    /// # Errors
-    ///
-    /// The group is dead, or `peer` is this rank or no rank.
-    #[track_caller]
-    pub fn send<T: Element>(&mut self, message: &[T], peer: usize) -> Result<Work<'static>> {
-        let bytes: &[u8] = bytemuck::cast_slice(message);
-        let call =
-            self.message::<T>(Op::Send, peer, bytes.len(), Memory::Private(bytes.to_vec()))?;
-        if let Some(lane) = self.lane.as_ref().filter(|_| !self.has_nccl()) {
-            lane.submit(Arc::clone(&call), Check::None);
-            return Ok(Work::new(self.core(), call, None).on(Some(lane)));
-        }
-        point::start_send(&self.core.peers, peer, Arc::clone(&call))?;
-        Ok(Work::message(self.core(), call, None, peer))
-    }
-
-    /// Receives a message of exactly this length from `peer`.
-    ///
-    /// # Errors
-    ///
-    /// As [`Group::send`].
-    #[track_caller]
-    pub fn receive<'b, T: Element>(
-        &mut self,
-        message: impl Buffer<'b, T>,
-        peer: usize,
-    ) -> Result<Work<'b>> {
-        let bytes = message.into_bytes();
-        if bytes.is_on_device() {
-            return self.device_message::<T>(Op::Receive, bytes, peer);
-        }
-        self.receive_into::<T>(bytes.len(), Some(Output { bytes, skip: 0 }), peer)
-    }
-
-    /// Receives a message of exactly so many bytes from `peer` into memory of its own, which nothing needs to be kept borrowed for:
-    /// the counterpart of a [`send`](Group::send) of bytes.
-    ///
-    /// # Errors
-    ///
-    /// As [`Group::send`].
-    #[track_caller]
-    pub fn receive_bytes(&mut self, len: usize, peer: usize) -> Result<Arriving> {
-        Ok(Arriving { work: self.receive_into::<u8>(len, None, peer)? })
-    }
-
-    #[track_caller]
-    fn receive_into<'b, T: Element>(
-        &mut self,
-        byte_len: usize,
-        output: Option<Output<'b>>,
-        peer: usize,
-    ) -> Result<Work<'b>> {
-        let memory = Memory::Private(vec![0; byte_len]);
-        let call = self.message::<T>(Op::Receive, peer, byte_len, memory)?;
-        if let Some(lane) = self.lane.as_ref().filter(|_| !self.has_nccl()) {
-            lane.submit(Arc::clone(&call), Check::None);
-            return Ok(Work::new(self.core(), call, output).on(Some(lane)));
-        }
-        point::start_receive(&self.core.peers, peer, Arc::clone(&call))?;
-        Ok(Work::message(self.core(), call, output, peer))
     }
 
     /// Every rank's bytes, by rank; their lengths may differ. Waits.
@@ -327,18 +275,18 @@ impl Group {
         let (call, output) = match bytes {
             Bytes::Region { memory, offset, .. } => {
                 self.check_region(plan.op, &memory)?;
-                (self.begin(plan, Memory::Region { region: memory, offset }, None)?, None)
+                (self.begin(plan, CallMemory::Region { region: memory, offset }, None)?, None)
             }
             Bytes::Device { .. } => return Err(self.host_only(plan.op)),
             Bytes::Slice(slice) => {
-                let call = self.begin(plan, Memory::Nothing, Some(slice))?;
-                (call, Some(Output { bytes: Bytes::Slice(slice), skip: 0 }))
+                let call = self.begin(plan, CallMemory::Nothing, Some(slice))?;
+                (call, Some(WorkOutput { bytes: Bytes::Slice(slice), skip: 0 }))
             }
         };
         Ok(self.work(plan, call, output))
     }
 
-    fn work<'b>(&self, plan: &Plan, call: Arc<Call>, output: Option<Output<'b>>) -> Work<'b> {
+    fn work<'b>(&self, plan: &Plan, call: Arc<Call>, output: Option<WorkOutput<'b>>) -> Work<'b> {
         Work::new(self.core(), call, output).on(self.lane_for(plan, false).as_ref())
     }
 
@@ -355,48 +303,9 @@ impl Group {
         let segments = if rooted && plan.root != Some(self.rank()) { 1 } else { plan.segments };
         let mut form = vec![0; plan.segment * segments];
         form[at..at + input.len()].copy_from_slice(input);
-        let call = self.begin(plan, Memory::Private(form), None)?;
-        let output = output.map(|(bytes, skip)| Output { bytes, skip });
+        let call = self.begin(plan, CallMemory::Private(form), None)?;
+        let output = output.map(|(bytes, skip)| WorkOutput { bytes, skip });
         Ok(self.work(plan, call, output))
-    }
-
-    #[track_caller]
-    pub(super) fn message<T: Element>(
-        &mut self,
-        op: Op,
-        peer: usize,
-        bytes: usize,
-        memory: Memory,
-    ) -> Result<Arc<Call>> {
-        self.check_rank(op, peer)?;
-        let rank = self.rank();
-        if peer == rank {
-            return Err(self.argument(Error::SelfMessage { op: op.name(), rank }));
-        }
-        let next = std::mem::take(&mut self.next);
-        if let Some(error) = self.core.peers.failure() {
-            return Err(error);
-        }
-        let on_nccl = self.has_nccl() && matches!(memory, Memory::Device { .. });
-        let record = CallRecord {
-            op,
-            // NCCL's messages are in order with its collectives: their place among them is compared.
-            seq: if on_nccl {
-                self.together.unwrap_or(self.on_gpu)
-            } else {
-                self.core.peers.points.next_index(peer, op == Op::Send)
-            },
-            dtype: Some(T::DTYPE),
-            len: (bytes / T::DTYPE.size_bytes()) as u64,
-            reduction: "",
-            root: Some(peer),
-            tag: next.tag,
-        };
-        let timeout = next.timeout.unwrap_or(self.options.timeout);
-        let mut call = Call::new(record, T::DTYPE, None, bytes, 1, false, timeout, memory);
-        call.entry = self.recorded(&call);
-        let on_device = self.on_device(&call)?;
-        Ok(Arc::new(call.on_device(on_device)))
     }
 
     /// A plan of `world_size` segments.

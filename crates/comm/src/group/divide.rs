@@ -1,14 +1,12 @@
 //! Groups made of parts of a group.
 
-use std::ffi::c_int;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::Group;
-use crate::backend::nccl;
 use crate::environment::World;
 use crate::error::{Error, Result};
-use crate::recorder::Part;
+use crate::recorder::GroupPart;
 
 impl Group {
     /// Divides the group: ranks of equal `color` form one, ordered by `key` and then by rank; `None`
@@ -44,7 +42,7 @@ impl Group {
         let part = self.part(&members, &places);
         // In the group of all ranks, of which this one may itself be a part.
         let ranks = members.iter().map(|member| self.core.peers.part.ranks[*member]).collect();
-        let recorded = Part { group: self.part_number(color), ranks };
+        let recorded = GroupPart { group: self.part_number(color), ranks };
         let options = self.options.clone();
         // Ranks that join no group still take part in the exchange of cards.
         let mut group = match part {
@@ -73,7 +71,7 @@ impl Group {
         if let Some(Ok(made)) = &mut group {
             made.neighbours = Arc::clone(&self.neighbours);
         }
-        if self.has_nccl() {
+        if self.transport.is_in_stream_order() {
             let mut colors: Vec<_> =
                 all.iter().filter(|theirs| theirs[0] == 1).map(|theirs| &theirs[1..5]).collect();
             colors.sort_unstable();
@@ -110,20 +108,18 @@ impl Group {
             );
             return Err(Error::World { rank, what });
         }
-        let gpu = self.gpu.as_ref().and_then(|gpu| Some((&gpu.device, gpu.nccl.as_ref()?)));
-        let (Some(lane), Some(gpu)) = (&self.lane, gpu) else { return Ok(part) };
+        let Some(lane) = self.transport.lane(true) else { return Ok(part) };
         if !lane.wait_idle(deadline) {
             let what =
                 "calls that were made before have not ended: wait for them before the group is \
                         divided";
             return Err(self.core.peers.fail(Error::World { rank, what: what.to_owned() }));
         }
-        let color = c_int::try_from(color).unwrap_or(c_int::MAX);
         let core = part.as_ref().map(|part| (&part.core, color));
-        let divided = nccl::divide(&self.core, gpu, core, deadline);
+        let divided = self.transport.divide(&self.core, core, deadline);
         let divided = divided.map_err(|error| self.core.peers.fail(error))?;
-        if let (Some(part), Some((of_part, its_gpu))) = (&mut part, divided) {
-            (part.lane, part.gpu) = (Some(of_part), Some(its_gpu));
+        if let (Some(part), Some(divided)) = (&mut part, divided) {
+            part.transport = divided;
         }
         Ok(part)
     }

@@ -48,7 +48,7 @@ impl Group {
     ///
     /// # Errors
     ///
-    /// As [`Group::all_to_all`]; the buffer is on a GPU ([`Group::all_to_all_on_device`] takes two).
+    /// As [`Group::all_to_all`]; the buffer is on a GPU, where it takes two.
     #[track_caller]
     pub fn all_to_all_in_place<'b, T: Element>(
         &mut self,

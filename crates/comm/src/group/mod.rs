@@ -5,6 +5,7 @@ mod collectives;
 mod cores;
 mod divide;
 mod in_place;
+mod messages;
 mod on_device;
 mod on_rank;
 mod options;
@@ -15,32 +16,28 @@ use std::panic::Location;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use crate::backend::gpu::Gpu;
-use crate::backend::host::call::{Call, Memory};
-use crate::backend::host::core::Core;
-use crate::backend::host::liveness::Liveness;
-use crate::backend::host::peers::Identity;
-use crate::backend::host::region::RegionMemory;
-use crate::backend::host::{board, setup};
-use crate::backend::lane::Lane;
-use crate::backend::Backend;
+use crate::backend::{self, Backend, Connected};
+use crate::call::{Call, CallMemory};
+use crate::control::liveness::Liveness;
+use crate::control::peers::Identity;
+use crate::deadline::LONGEST;
 use crate::dtype::DType;
 #[cfg(feature = "mpi")]
 use crate::environment::StoreHost;
 use crate::environment::World;
 use crate::error::{Error, Result};
 use crate::fingerprint::{CallRecord, Op};
-use crate::recorder::{self, Entry, FlightRecord, Part};
+use crate::gpu::Stream;
+use crate::memory::board;
+use crate::memory::region::RegionMemory;
+use crate::order::core::Core;
+use crate::order::setup;
+use crate::recorder::{self, FlightRecord, GroupPart, RecorderEntry};
 use crate::reduce_op::Reduction;
-use crate::region::Stream;
 use crate::rendezvous::{Meeting, Store};
 use crate::work::Work;
 
 pub use self::options::GroupOptions;
-pub(crate) use self::options::LONGEST;
-
-/// How long a dropped group with a GPU may take to end its communicator.
-const LEAVE: Duration = Duration::from_secs(6);
 
 /// What the flight recorder calls this group and this rank.
 #[derive(Debug, Clone, Copy)]
@@ -100,10 +97,8 @@ pub struct Group {
     neighbours: Arc<[u32]>,
     /// Kept: where this rank hosts the store, it goes on answering (and refusing) late comers.
     store: Option<Arc<dyn Store>>,
-    /// Who moves the data, where the host backend does not.
-    lane: Option<Arc<Lane>>,
-    /// With NCCL, or MPI and GPU memory: this rank's GPU.
-    gpu: Option<Arc<Gpu>>,
+    /// Who moves the data.
+    transport: Connected,
     /// The caller's stream.
     stream: Stream,
     /// Why [`Backend::Auto`] became what it is.
@@ -140,7 +135,7 @@ impl Group {
     #[cfg(feature = "mpi")]
     pub fn from_mpi(options: GroupOptions) -> Result<Self> {
         let options = options.bounded();
-        let (world, store) = World::from_mpi(options.connect_timeout)?;
+        let (world, store) = backend::meet_over_mpi(options.connect_timeout)?;
         Self::new(world, store, options)
     }
 
@@ -177,7 +172,7 @@ impl Group {
         exchange: &mut setup::Exchange<'_>,
     ) -> Result<Self> {
         recorder::begin(world.rank, world.world_size);
-        let part = Part::whole(world.world_size);
+        let part = GroupPart::whole(world.world_size);
         let mut group = Self::over(world, options.bounded(), part, exchange)?;
         group.open()?;
         Ok(group)
@@ -187,7 +182,7 @@ impl Group {
     fn over(
         mut world: World,
         options: GroupOptions,
-        part: Part,
+        part: GroupPart,
         exchange: &mut setup::Exchange<'_>,
     ) -> Result<Self> {
         let rank = part.ranks.get(world.rank).copied().unwrap_or(world.rank);
@@ -199,7 +194,8 @@ impl Group {
         let remind_after = options.remind_after.max(Duration::from_millis(1));
         let liveness = Liveness { heartbeat, dead_after, remind_after };
         let timeout = options.connect_timeout;
-        let core = setup::connect(&mut world, link, timeout, liveness, part, exchange)?;
+        let terms = setup::Terms { link, timeout, liveness, carry: backend::HOST };
+        let core = setup::connect(&mut world, terms, part, exchange)?;
         let number = setup::group_number();
         let identities = &core.peers.identities;
         let is_here = |other: &&Identity| other.host == identities[core.rank].host;
@@ -218,21 +214,10 @@ impl Group {
             track,
             neighbours,
             store: None,
-            lane: None,
-            gpu: None,
+            transport: backend::host(),
             stream: Stream::default(),
             choice: None,
         })
-    }
-
-    /// Connects the ranks over the backend of the options. Collective.
-    fn open(&mut self) -> Result<()> {
-        match self.options.backend {
-            Backend::Auto => self.choose(),
-            Backend::Host => Ok(()),
-            Backend::Nccl => self.open_nccl(),
-            Backend::Mpi => self.open_mpi(),
-        }
     }
 
     /// Who moves the data.
@@ -280,14 +265,9 @@ impl Group {
     #[track_caller]
     fn agree(&mut self, op: Op, dtype: DType, len: usize) -> Result<()> {
         let plan = Plan { op, dtype: Some(dtype), len, ..Plan::nothing(op) };
-        self.begin(&plan, Memory::Nothing, None)
+        self.begin(&plan, CallMemory::Nothing, None)
             .map(|call| Work::new(self.core(), call, None))?
             .wait()
-    }
-
-    /// Whether NCCL moves the data of its GPU memory.
-    fn has_nccl(&self) -> bool {
-        self.gpu.as_ref().is_some_and(|gpu| gpu.nccl.is_some())
     }
 
     fn core(&self) -> Arc<Core> {
@@ -296,8 +276,8 @@ impl Group {
 
     /// A line in the flight recorder for a call that starts.
     #[track_caller]
-    fn recorded(&self, call: &Call) -> Entry {
-        Entry::start(&call.encoded, self.track.group, self.track.rank, Location::caller())
+    fn recorded(&self, call: &Call) -> RecorderEntry {
+        RecorderEntry::start(&call.encoded, self.track.group, self.track.rank, Location::caller())
     }
 
     /// The last operations of this process, whatever group they were of; see [`recorder`].
@@ -308,7 +288,12 @@ impl Group {
 
     /// Starts a planned call on memory of its own or on `input`.
     #[track_caller]
-    fn begin(&mut self, plan: &Plan, memory: Memory, input: Option<&[u8]>) -> Result<Arc<Call>> {
+    fn begin(
+        &mut self,
+        plan: &Plan,
+        memory: CallMemory,
+        input: Option<&[u8]>,
+    ) -> Result<Arc<Call>> {
         let next = std::mem::take(&mut self.next);
         if let Some(error) = self.core.peers.failure() {
             return Err(error);
@@ -323,8 +308,8 @@ impl Group {
             tag: next.tag,
         };
         let timeout = next.timeout.unwrap_or(self.options.timeout);
-        if let Some(lane) = self.lane_for(plan, matches!(memory, Memory::Device { .. })) {
-            let memory = input.map_or(memory, |input| Memory::Private(input.to_vec()));
+        if let Some(lane) = self.lane_for(plan, matches!(memory, CallMemory::Device { .. })) {
+            let memory = input.map_or(memory, |input| CallMemory::Private(input.to_vec()));
             return self.begin_on_lane(&lane, plan, record, timeout, memory);
         }
         let longest = Call::contribution_max(plan.op, plan.segment, plan.segments);
@@ -350,11 +335,10 @@ impl Group {
     }
 
     /// Waits for all calls on this memory that were made earlier: the caller's data is written there.
-    fn end_all_on(&mut self, memory: &Memory, bytes: usize) -> Result<()> {
+    fn end_all_on(&mut self, memory: &CallMemory, bytes: usize) -> Result<()> {
         self.end_earlier(memory, bytes, true)?;
         let deadline = Instant::now() + self.options.timeout;
-        let lane = self.lane.as_ref().filter(|_| !self.has_nccl());
-        if lane.is_none_or(|lane| lane.wait_idle(deadline)) {
+        if self.transport.lane(false).is_none_or(|lane| lane.wait_idle(deadline)) {
             return Ok(());
         }
         let what = format!(
@@ -368,9 +352,14 @@ impl Group {
     /// Waits for calls on the same memory of a region that were made earlier, where the order matters: short ones
     /// take their input when they start, and bring their result when they are waited for. Long ones are in order by
     /// themselves. The place of `memory`, if it is a region's.
-    fn end_earlier(&mut self, memory: &Memory, bytes: usize, now: bool) -> Result<Option<Place>> {
-        let Memory::Region { region, offset } = memory else { return Ok(None) };
-        let place = Place { region: Arc::downgrade(region), offset: *offset, bytes };
+    fn end_earlier(
+        &mut self,
+        memory: &CallMemory,
+        bytes: usize,
+        now: bool,
+    ) -> Result<Option<RegionPlace>> {
+        let CallMemory::Region { region, offset } = memory else { return Ok(None) };
+        let place = RegionPlace { region: Arc::downgrade(region), offset: *offset, bytes };
         self.on_regions
             .retain(|earlier| earlier.call.upgrade().is_some_and(|call| !call.is_done()));
         for earlier in &self.on_regions {
@@ -388,13 +377,13 @@ impl Group {
 
 /// Part of a region.
 #[derive(Debug)]
-struct Place {
+struct RegionPlace {
     region: Weak<RegionMemory>,
     offset: usize,
     bytes: usize,
 }
 
-impl Place {
+impl RegionPlace {
     fn meets(&self, other: &Self) -> bool {
         let apart =
             self.offset + self.bytes <= other.offset || other.offset + other.bytes <= self.offset;
@@ -405,7 +394,7 @@ impl Place {
 /// A call on part of a region.
 #[derive(Debug)]
 struct OnRegion {
-    place: Place,
+    place: RegionPlace,
     inline: bool,
     call: Weak<Call>,
 }
@@ -417,12 +406,7 @@ impl Drop for Group {
             store.cancel();
         }
         self.core.peers.note_panic();
-        let Some(lane) = &self.lane else { return self.core.close() };
-        lane.close();
-        if self.has_nccl() && !std::thread::panicking() {
-            // A process that ends with its last group would cut NCCL off in the middle.
-            lane.wait_closed(LEAVE);
-        }
+        self.transport.close(&self.core);
     }
 }
 
@@ -435,7 +419,7 @@ struct Plan {
     len: usize,
     reduction: Option<Reduction>,
     root: Option<usize>,
-    /// Bytes of a segment, and how many there are (see `backend/host/call.rs`).
+    /// Bytes of a segment, and how many there are (see `call/mod.rs`).
     segment: usize,
     segments: usize,
 }

@@ -1,108 +1,56 @@
-//! Calls on GPU memory that have no twin in place: with an input and an output buffer, and
-//! messages.
+//! Calls on GPU memory: how those with an input and an output buffer begin, messages, and calls that start as one.
 
 use std::sync::Arc;
 
 use super::collectives::plan;
 use super::{Group, Plan};
-use crate::backend::gpu::cuda::Event;
-use crate::backend::gpu::cuda_error;
-use crate::backend::gpu::memory::DeviceMemory;
-use crate::backend::host::call::Memory;
-use crate::backend::host::point;
-use crate::backend::host::region::RegionMemory;
-use crate::backend::lane::{Check, Lane};
+use crate::call::CallMemory;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::fingerprint::Op;
+use crate::gpu::cuda::GpuEvent;
+use crate::gpu::cuda_error;
+use crate::gpu::memory::DeviceMemory;
+use crate::lane::Lane;
 use crate::mark::Mark;
-use crate::reduce_op::ReduceOp;
-use crate::region::{Buffer, Bytes};
+use crate::memory::region::RegionMemory;
+use crate::region::{Bytes, InputBytes};
 use crate::work::Work;
 
 impl Group {
-    /// As [`Group::all_to_all`], between two buffers of the GPU.
-    ///
-    /// # Errors
-    ///
-    /// As [`Group::all_to_all`]; a buffer is not on the GPU; they overlap.
     #[track_caller]
-    pub fn all_to_all_on_device<'b, T: Element>(
+    pub(super) fn device_all_to_all<'b, T: Element>(
         &mut self,
-        input: impl Buffer<'b, T>,
-        output: impl Buffer<'b, T>,
+        input: Bytes<'_>,
+        output: Bytes<'_>,
     ) -> Result<Work<'b>> {
-        let (input, output) = (input.into_bytes(), output.into_bytes());
-        if input.len() != output.len() {
-            let size = T::DTYPE.size_bytes();
-            let (expected, actual) = (input.len() / size, output.len() / size);
-            let op = Op::AllToAll.name();
-            let what = "output";
-            return Err(self.argument(Error::LengthMismatch { op, what, expected, actual }));
-        }
         let plan = self.segmented(plan::<T>(Op::AllToAll, &output, None, None))?;
         let memory = self.device_memory(Op::AllToAll, output, Some(input))?;
         self.on_lane(&plan, memory)
     }
 
-    /// As [`Group::all_gather`], between two buffers of the GPU.
-    ///
-    /// # Errors
-    ///
-    /// As [`Group::all_gather`]; a buffer is not on the GPU.
+    /// An all-gather or a reduce-scatter.
     #[track_caller]
-    pub fn all_gather_on_device<'b, T: Element>(
+    pub(super) fn device_segments<'b>(
         &mut self,
-        input: impl Buffer<'b, T>,
-        output: impl Buffer<'b, T>,
+        plan: &Plan,
+        input: Bytes<'_>,
+        output: Bytes<'_>,
     ) -> Result<Work<'b>> {
-        let (input, output) = (input.into_bytes(), output.into_bytes());
-        let segment = input.len();
-        self.check_segments::<T>(Op::AllGather, "output", output.len(), segment)?;
-        let plan = self.whole::<T>(Op::AllGather, segment, None);
-        let memory = self.device_memory(Op::AllGather, output, Some(input))?;
-        self.on_lane(&plan, memory)
+        let memory = self.device_memory(plan.op, output, Some(input))?;
+        self.on_lane(plan, memory)
     }
 
-    /// As [`Group::reduce_scatter`], between two buffers of the GPU.
-    ///
-    /// # Errors
-    ///
-    /// As [`Group::reduce_scatter`]; a buffer is not on the GPU.
     #[track_caller]
-    pub fn reduce_scatter_on_device<'b, T: Element>(
+    pub(super) fn device_gather<'b, T: Element>(
         &mut self,
-        input: impl Buffer<'b, T>,
-        output: impl Buffer<'b, T>,
-        op: impl ReduceOp<T>,
-    ) -> Result<Work<'b>> {
-        let (input, output) = (input.into_bytes(), output.into_bytes());
-        let segment = output.len();
-        self.check_segments::<T>(Op::ReduceScatter, "input", input.len(), segment)?;
-        let reduction = Some(op.reduction());
-        let plan = Plan { reduction, ..self.whole::<T>(Op::ReduceScatter, segment, None) };
-        let memory = self.device_memory(Op::ReduceScatter, output, Some(input))?;
-        self.on_lane(&plan, memory)
-    }
-
-    /// As [`Group::gather`], between buffers of the GPU.
-    ///
-    /// # Errors
-    ///
-    /// As [`Group::gather`]; a buffer is not on the GPU.
-    #[track_caller]
-    pub fn gather_on_device<'b, T: Element, B: Buffer<'b, T>>(
-        &mut self,
-        input: B,
-        output: Option<B>,
+        input: Bytes<'_>,
+        output: Option<Bytes<'_>>,
         root: usize,
     ) -> Result<Work<'b>> {
-        self.check_rank(Op::Gather, root)?;
-        self.check_root_buffer(Op::Gather, root, output.is_some())?;
-        let input = input.into_bytes();
         let segment = input.len();
         let plan = self.whole::<T>(Op::Gather, segment, Some(root));
-        let memory = match output.map(B::into_bytes) {
+        let memory = match output {
             None => self.device_memory(Op::Gather, input, None)?,
             Some(output) => {
                 self.check_segments::<T>(Op::Gather, "output", output.len(), segment)?;
@@ -112,29 +60,33 @@ impl Group {
         self.on_lane(&plan, memory)
     }
 
-    /// As [`Group::scatter`], between buffers of the GPU.
-    ///
-    /// # Errors
-    ///
-    /// As [`Group::scatter`]; a buffer is not on the GPU.
     #[track_caller]
-    pub fn scatter_on_device<'b, T: Element, B: Buffer<'b, T>>(
+    pub(super) fn device_scatter<'b, T: Element>(
         &mut self,
-        input: Option<B>,
-        output: B,
+        input: Option<Bytes<'_>>,
+        output: Bytes<'_>,
         root: usize,
     ) -> Result<Work<'b>> {
-        self.check_rank(Op::Scatter, root)?;
-        self.check_root_buffer(Op::Scatter, root, input.is_some())?;
-        let output = output.into_bytes();
         let segment = output.len();
         let plan = self.whole::<T>(Op::Scatter, segment, Some(root));
-        let input = input.map(B::into_bytes);
         if let Some(input) = &input {
             self.check_segments::<T>(Op::Scatter, "input", input.len(), segment)?;
         }
         let memory = self.device_memory(Op::Scatter, output, input)?;
         self.on_lane(&plan, memory)
+    }
+
+    /// Input and output are both the host's, or both a GPU's.
+    pub(super) fn check_sides(
+        &mut self,
+        op: Op,
+        input: &InputBytes<'_>,
+        output: &Bytes<'_>,
+    ) -> Result<()> {
+        if matches!(input, InputBytes::CallMemory(_)) == output.is_on_device() {
+            return Ok(());
+        }
+        Err(self.host_only(op))
     }
 
     /// Marks where the caller's stream is now, to measure the GPU's time; `None` without a GPU.
@@ -144,8 +96,8 @@ impl Group {
     /// The driver refuses.
     pub fn mark(&self) -> Result<Option<Mark>> {
         let rank = self.rank();
-        let Some(gpu) = &self.gpu else { return Ok(None) };
-        let event = Event::record_timed(&gpu.device, self.stream);
+        let Some(gpu) = self.transport.gpu() else { return Ok(None) };
+        let event = GpuEvent::record_timed(&gpu.device, self.stream);
         event.map(|event| Some(Mark { event, rank })).map_err(|error| cuda_error(rank, error))
     }
 
@@ -190,7 +142,8 @@ impl Group {
                 }
             }
         }
-        let lane = self.lane.clone().filter(|_| self.has_nccl());
+        let lane =
+            self.transport.lane(true).filter(|_| self.transport.is_in_stream_order()).cloned();
         let release = lane.map(|lane| {
             lane.hold();
             Release(lane)
@@ -204,51 +157,9 @@ impl Group {
         result
     }
 
-    /// As [`Group::send`], of GPU memory, which must stay as it is until the work was waited for.
-    ///
-    /// Over MPI it is as a message of the host's. NCCL's messages are in order with collectives on GPU memory, on
-    /// both sides: sender and receiver must have started the same number of those before (or before the
-    /// [`Group::coalesced`] that a message is part of). Errors show that number as the message's.
-    ///
-    /// # Errors
-    ///
-    /// As [`Group::send`]; the memory is not on the GPU.
-    #[track_caller]
-    pub fn send_from_device<'b, T: Element>(
-        &mut self,
-        message: impl Buffer<'b, T>,
-        peer: usize,
-    ) -> Result<Work<'b>> {
-        let bytes = message.into_bytes();
-        if !bytes.is_on_device() {
-            return Err(self.host_only(Op::Send));
-        }
-        self.device_message::<T>(Op::Send, bytes, peer)
-    }
-
-    #[track_caller]
-    pub(super) fn device_message<'b, T: Element>(
-        &mut self,
-        op: Op,
-        bytes: Bytes<'_>,
-        peer: usize,
-    ) -> Result<Work<'b>> {
-        let length = bytes.len();
-        let memory = self.device_memory(op, bytes, None)?;
-        let call = self.message::<T>(op, peer, length, memory)?;
-        if let Some(lane) = &self.lane {
-            let check = match self.has_nccl() {
-                true => Check::Message(point::announce(&self.core.peers, peer, &call.record)?),
-                false => Check::None,
-            };
-            lane.submit(Arc::clone(&call), check);
-        }
-        Ok(Work::new(self.core(), call, None).on(self.lane.as_ref()))
-    }
-
     /// Starts a call on GPU memory.
     #[track_caller]
-    pub(super) fn on_lane<'b>(&mut self, plan: &Plan, memory: Memory) -> Result<Work<'b>> {
+    pub(super) fn on_lane<'b>(&mut self, plan: &Plan, memory: CallMemory) -> Result<Work<'b>> {
         let call = self.begin(plan, memory, None)?;
         Ok(Work::new(self.core(), call, None).on(self.lane_for(plan, true).as_ref()))
     }
@@ -259,8 +170,8 @@ impl Group {
         op: Op,
         output: Bytes<'_>,
         input: Option<Bytes<'_>>,
-    ) -> Result<Memory> {
-        if self.gpu.is_none() {
+    ) -> Result<CallMemory> {
+        if self.transport.gpu().is_none() {
             let what =
                 "the buffer is memory of a GPU, but the group has none: make the group with \
                  Backend::Nccl, or with Backend::Mpi and GroupOptions::with_gpu_memory";
@@ -294,7 +205,7 @@ impl Group {
                 return Err(self.argument(Error::DeviceMemory { op: op.name(), what }));
             }
         }
-        Ok(Memory::Device { at, from, keep })
+        Ok(CallMemory::Device { at, from, keep })
     }
 
     pub(super) fn check_region(&mut self, op: Op, memory: &RegionMemory) -> Result<()> {

@@ -3,10 +3,8 @@
 use std::time::Duration;
 
 use crate::backend::Backend;
+use crate::deadline::LONGEST;
 use crate::environment::HostLink;
-
-/// The longest time limit, a year: a longer one is as good, and the clock cannot count to all of them.
-pub(crate) const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// How a group behaves. A time of more than a year is taken for a year.
 #[derive(Debug, Clone)]

@@ -3,13 +3,12 @@
 use std::time::{Duration, Instant};
 
 use super::Group;
-use crate::backend::gpu::memory::{await_freed, DeviceMemory};
-use crate::backend::host::region::RegionMemory;
-use crate::backend::host::setup;
-use crate::backend::Backend;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::fingerprint::Op;
+use crate::gpu::memory::{await_freed, DeviceMemory};
+use crate::memory::region::RegionMemory;
+use crate::order::setup;
 use crate::region::Region;
 
 /// How long a failed allocation waits for memory of the GPU that was let go before.
@@ -24,7 +23,7 @@ impl Group {
     /// The lengths or types differ between ranks, the group is dead, or there is no memory left.
     #[track_caller]
     pub fn allocate<T: Element>(&mut self, len: usize) -> Result<Region<T>> {
-        let Some(gpu) = self.gpu.clone() else { return self.allocate_on_host(len) };
+        let Some(gpu) = self.transport.gpu().cloned() else { return self.allocate_on_host(len) };
         let bytes = self.region_bytes::<T>(len)?;
         self.agree(Op::Allocate, T::DTYPE, len)?;
         self.regions += 1;
@@ -32,7 +31,7 @@ impl Group {
         let device = DeviceMemory::new(&gpu, rank, bytes).or_else(|error| {
             // What was let go is free only after the device is done with it.
             let deadline = Instant::now() + FREED;
-            let ended = self.lane.as_ref().is_none_or(|lane| lane.wait_idle(deadline));
+            let ended = self.transport.lane(true).is_none_or(|lane| lane.wait_idle(deadline));
             match ended && await_freed(deadline) {
                 true => DeviceMemory::new(&gpu, rank, bytes),
                 false => Err(error),
@@ -47,7 +46,7 @@ impl Group {
     /// Whether all ranks are on one machine and see each other's regions of host memory: see [`Region::part_of`].
     #[must_use]
     pub fn shares_memory(&self) -> bool {
-        self.core.topology.is_one_machine() && self.backend() != Backend::Mpi
+        self.core.topology.is_one_machine() && self.transport.shares_regions()
     }
 
     /// As [`Group::allocate`], but memory of the host with every backend. With MPI it lies in huge pages: from 32 KiB
@@ -62,10 +61,11 @@ impl Group {
         let bytes = self.region_bytes::<T>(len)?;
         self.agree(Op::Allocate, T::DTYPE, len)?;
         self.regions += 1;
-        let memory = match self.options.backend {
-            #[cfg(feature = "mpi")]
-            Backend::Mpi => setup::own_region(&self.core, self.number, self.regions, bytes),
-            _ => setup::share_region(&self.core, self.number, self.regions, bytes, deadline),
+        let (core, number, id) = (&self.core, self.number, self.regions);
+        let memory = if self.transport.shares_regions() {
+            setup::share_region(core, number, id, bytes, deadline)
+        } else {
+            setup::own_region(core, number, id, bytes)
         };
         Ok(Region::new(memory.map_err(|error| self.core.peers.fail(error))?, len))
     }

@@ -13,7 +13,7 @@
 use std::mem::{size_of, MaybeUninit};
 
 use super::scalar::{Accumulator, Factor, FoldOp, Scalar};
-use super::{Output, Pass};
+use super::{KernelOutput, KernelPass};
 
 /// Elements in a block: 8 KiB of `f64`, a quarter of the smallest first-level cache in use.
 const BLOCK: usize = 1024;
@@ -35,7 +35,7 @@ impl<A> Block<A> {
 /// Every pointer of `pass` is valid for its `count` elements (accumulators for partial sums), no
 /// one else writes them meanwhile, and with `VECTOR` the processor has AVX2 and F16C.
 #[inline(always)]
-pub(super) unsafe fn run<T: Scalar, O: FoldOp, const VECTOR: bool>(pass: &Pass<'_>) {
+pub(super) unsafe fn run<T: Scalar, O: FoldOp, const VECTOR: bool>(pass: &KernelPass<'_>) {
     // SAFETY: the caller's word.
     let mut at = unsafe { run_few::<T, O>(pass) };
     let mut accumulators = Block::<T::Acc>::new();
@@ -71,16 +71,16 @@ pub(super) unsafe fn run<T: Scalar, O: FoldOp, const VECTOR: bool>(pass: &Pass<'
 /// Elements that fit into a few vector registers.
 const CHUNK: usize = 32;
 
-/// Few ranks whose element is its own accumulator, the result in all of them: the commonest case,
-/// without the detour through a block. Returns how many elements it has done.
+/// Few ranks whose element is as wide as its accumulator, the result in all of them: the commonest
+/// case, without the detour through a block. Returns how many elements it has done.
 ///
 /// # Safety
 ///
 /// As [`run`].
 #[inline(always)]
-unsafe fn run_few<T: Scalar, O: FoldOp>(pass: &Pass<'_>) -> usize {
-    let Output::Final { targets, factor } = pass.output else { return 0 };
-    if !T::SAME || pass.partial.is_some() {
+unsafe fn run_few<T: Scalar, O: FoldOp>(pass: &KernelPass<'_>) -> usize {
+    let KernelOutput::Final { targets, factor } = pass.output else { return 0 };
+    if !T::FEW || pass.partial.is_some() {
         return 0;
     }
     // SAFETY: the caller's word.
@@ -100,7 +100,7 @@ unsafe fn run_few<T: Scalar, O: FoldOp>(pass: &Pass<'_>) -> usize {
 /// As [`run`]; the pass has `N` sources and `N` targets.
 #[inline(always)]
 unsafe fn chunks<T: Scalar, O: FoldOp, const N: usize>(
-    pass: &Pass<'_>,
+    pass: &KernelPass<'_>,
     targets: &[*mut u8],
     factor: &Factor,
 ) -> usize {
@@ -181,18 +181,18 @@ unsafe fn fold_block<T: Scalar, O: FoldOp, const VECTOR: bool>(
 /// The output's pointers are valid for elements `at .. at + block.len()`.
 #[inline(always)]
 unsafe fn store_block<T: Scalar, const VECTOR: bool>(
-    pass: &Pass<'_>,
+    pass: &KernelPass<'_>,
     at: usize,
     block: &mut [T::Acc],
 ) {
     match pass.output {
-        Output::Partial(partial) => {
+        KernelOutput::Partial(partial) => {
             // SAFETY: by the caller's word.
             let to = unsafe { partial.cast::<T::Acc>().add(at) };
             // SAFETY: to has block.len() accumulators; the block is our own.
             unsafe { copy_to(block.as_ptr().cast(), to.cast(), size_of_val(block)) };
         }
-        Output::Final { targets, ref factor } => {
+        KernelOutput::Final { targets, ref factor } => {
             if !matches!(factor, Factor::Keep) {
                 for accumulator in block.iter_mut() {
                     *accumulator = accumulator.finish(factor);

@@ -19,25 +19,25 @@ mod x86;
 use half::{bf16, f16};
 
 pub(crate) use scalar::Factor;
-use scalar::{FoldMax, FoldMin, FoldOp, FoldProduct, FoldSum, Scalar};
+use scalar::{AsBf16, FoldMax, FoldMin, FoldOp, FoldProduct, FoldSum, Scalar};
 
 use crate::dtype::DType;
 use crate::reduce_op::Fold;
 
 /// One sweep over `count` elements.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Pass<'a> {
+pub(crate) struct KernelPass<'a> {
     /// Accumulators of the ranks before these, if any.
     pub(crate) partial: Option<*const u8>,
     /// The values of consecutive ranks, in order.
     pub(crate) sources: &'a [*const u8],
     pub(crate) count: usize,
-    pub(crate) output: Output<'a>,
+    pub(crate) output: KernelOutput<'a>,
 }
 
 /// Where a sweep leaves its result.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Output<'a> {
+pub(crate) enum KernelOutput<'a> {
     /// As accumulators, for the ranks after these to go on with.
     Partial(*mut u8),
     /// Finished, in each target. A target may be one of the sources.
@@ -51,9 +51,11 @@ pub(crate) enum Output<'a> {
 /// Sources and targets are valid for `count` elements of `dtype`, partial sums for as many of its
 /// accumulators; nobody else writes the sources or touches the targets meanwhile; a target is
 /// either one of the sources or does not overlap them.
-pub(crate) unsafe fn reduce(dtype: DType, fold: Fold, pass: &Pass<'_>) {
+pub(crate) unsafe fn reduce(dtype: DType, fold: Fold, pass: &KernelPass<'_>) {
     match dtype {
         // SAFETY: the caller's word, with T the element type of dtype, in every arm.
+        DType::F32 if fold == Fold::Bf16Sum => unsafe { dispatch::<AsBf16, FoldSum>(pass) },
+        // SAFETY: as above.
         DType::F64 => unsafe { typed::<f64>(fold, pass) },
         // SAFETY: as above.
         DType::F32 => unsafe { typed::<f32>(fold, pass) },
@@ -70,10 +72,11 @@ pub(crate) unsafe fn reduce(dtype: DType, fold: Fold, pass: &Pass<'_>) {
     }
 }
 
-unsafe fn typed<T: Scalar>(fold: Fold, pass: &Pass<'_>) {
+unsafe fn typed<T: Scalar>(fold: Fold, pass: &KernelPass<'_>) {
     match fold {
         // SAFETY: the caller's word.
-        Fold::Sum => unsafe { dispatch::<T, FoldSum>(pass) },
+        // Of other types than f32 no `ReduceOp` has the second.
+        Fold::Sum | Fold::Bf16Sum => unsafe { dispatch::<T, FoldSum>(pass) },
         // SAFETY: the caller's word.
         Fold::Min => unsafe { dispatch::<T, FoldMin>(pass) },
         // SAFETY: the caller's word.
@@ -84,7 +87,7 @@ unsafe fn typed<T: Scalar>(fold: Fold, pass: &Pass<'_>) {
 }
 
 #[cfg(target_arch = "x86_64")]
-unsafe fn dispatch<T: Scalar, O: FoldOp>(pass: &Pass<'_>) {
+unsafe fn dispatch<T: Scalar, O: FoldOp>(pass: &KernelPass<'_>) {
     // std caches the answers: each test is a load and a mask.
     if O::HOT
         && is_x86_feature_detected!("avx512f")
@@ -105,20 +108,20 @@ unsafe fn dispatch<T: Scalar, O: FoldOp>(pass: &Pass<'_>) {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,f16c")]
-unsafe fn with_avx512<T: Scalar, O: FoldOp>(pass: &Pass<'_>) {
+unsafe fn with_avx512<T: Scalar, O: FoldOp>(pass: &KernelPass<'_>) {
     // SAFETY: the caller's word.
     unsafe { block::run::<T, O, true>(pass) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,f16c")]
-unsafe fn with_avx2<T: Scalar, O: FoldOp>(pass: &Pass<'_>) {
+unsafe fn with_avx2<T: Scalar, O: FoldOp>(pass: &KernelPass<'_>) {
     // SAFETY: the caller's word.
     unsafe { block::run::<T, O, true>(pass) }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-unsafe fn dispatch<T: Scalar, O: FoldOp>(pass: &Pass<'_>) {
+unsafe fn dispatch<T: Scalar, O: FoldOp>(pass: &KernelPass<'_>) {
     // SAFETY: the caller's word.
     unsafe { block::run::<T, O, false>(pass) }
 }

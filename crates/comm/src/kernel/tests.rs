@@ -7,8 +7,10 @@
 use half::{bf16, f16};
 
 use super::block;
-use super::scalar::{Accumulator, Factor, FoldMax, FoldMin, FoldOp, FoldProduct, FoldSum, Scalar};
-use super::{dispatch, Output, Pass};
+use super::scalar::{
+    Accumulator, AsBf16, Factor, FoldMax, FoldMin, FoldOp, FoldProduct, FoldSum, Scalar,
+};
+use super::{dispatch, KernelOutput, KernelPass};
 use crate::reduce_op::Finish;
 
 /// Numbers with all kinds of bits; for floats also NaN, infinities, subnormals and zeros.
@@ -41,10 +43,15 @@ macro_rules! samples {
 }
 samples! {
     f64 => |x| x.is_nan(); f32 => |x| x.is_nan(); f16 => f16::is_nan; bf16 => bf16::is_nan;
-    i64 => |_| false; i32 => |_| false; u8 => |_| false;
+    AsBf16 => |x| x.0.is_nan(); i64 => |_| false; i32 => |_| false; u8 => |_| false;
 }
 
-type Kernel = unsafe fn(&Pass<'_>);
+// SAFETY: an f32, transparently.
+unsafe impl bytemuck::Zeroable for AsBf16 {}
+// SAFETY: as above.
+unsafe impl bytemuck::Pod for AsBf16 {}
+
+type Kernel = unsafe fn(&KernelPass<'_>);
 
 /// One element at a time, in order. Halves by the `half` crate's own conversions.
 fn expected<T: Sample, O: FoldOp>(values: &[T], factor: &Factor) -> T {
@@ -67,9 +74,9 @@ fn check<T: Sample, O: FoldOp>(kernel: Kernel) {
                     buffers.iter_mut().map(|b| b[1..].as_mut_ptr().cast()).collect();
                 let pointers: Vec<*const u8> = targets.iter().map(|t| t.cast_const()).collect();
                 let factor = Factor::new(finish, sources);
-                let output = Output::Final { targets: &targets, factor };
+                let output = KernelOutput::Final { targets: &targets, factor };
                 // SAFETY: each buffer has count + 1 elements.
-                unsafe { kernel(&Pass { partial: None, sources: &pointers, count, output }) };
+                unsafe { kernel(&KernelPass { partial: None, sources: &pointers, count, output }) };
                 for index in 0..=count {
                     let column: Vec<T> = before.iter().map(|b| b[index]).collect();
                     for (buffer, old) in buffers.iter().zip(&column) {
@@ -98,15 +105,15 @@ fn check_in_two_steps<T: Sample, O: FoldOp>(
         return;
     }
     let mut partial = vec![T::Acc::default(); count];
-    let output = Output::Partial(partial.as_mut_ptr().cast());
+    let output = KernelOutput::Partial(partial.as_mut_ptr().cast());
     // SAFETY: every buffer has count elements from its second on, partial has count accumulators.
-    unsafe { kernel(&Pass { partial: None, sources: &pointers[..cut], count, output }) };
+    unsafe { kernel(&KernelPass { partial: None, sources: &pointers[..cut], count, output }) };
     let mut result = vec![T::default(); count];
     let targets = [result.as_mut_ptr().cast()];
-    let output = Output::Final { targets: &targets, factor };
+    let output = KernelOutput::Final { targets: &targets, factor };
     let partial = Some(partial.as_ptr().cast());
     // SAFETY: as above; result has count elements.
-    unsafe { kernel(&Pass { partial, sources: &pointers[cut..], count, output }) };
+    unsafe { kernel(&KernelPass { partial, sources: &pointers[cut..], count, output }) };
     for (index, (one, two)) in result.iter().zip(&whole[1..]).enumerate() {
         assert!(one.same(*two), "{index} of {count}");
     }
@@ -144,6 +151,22 @@ fn f16_kernels_equal_plain_loops() {
 #[test]
 fn bf16_kernels_equal_plain_loops() {
     check_type::<bf16>();
+}
+
+/// What [`AsBf16`] says of one element, against halves of memory of their own.
+#[test]
+fn f32_that_count_as_bf16_give_what_bf16_give() {
+    check_type::<AsBf16>();
+    let number = |source, index| f32::sample(noise(source, index));
+    for factor in [Factor::Keep, Factor::new(Finish::Scale(0.3), 3)] {
+        for index in 0..100_000 {
+            let numbers: Vec<f32> = (0..3).map(|source| number(source, index)).collect();
+            let wide: Vec<AsBf16> = numbers.iter().map(|&number| AsBf16(number)).collect();
+            let halves: Vec<bf16> = numbers.iter().map(|&number| bf16::from_f32(number)).collect();
+            let found = expected::<AsBf16, FoldSum>(&wide, &factor).0;
+            assert!(found.same(expected::<bf16, FoldSum>(&halves, &factor).to_f32()));
+        }
+    }
 }
 
 #[test]

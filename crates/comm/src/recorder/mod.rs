@@ -16,6 +16,7 @@
 //! | `together` | errors that all ranks have at once |
 //! | `vitals` | the words by which a rank and its launcher know of each other while the rank runs |
 
+mod advice;
 mod lineup;
 mod record;
 mod ring;
@@ -54,7 +55,7 @@ static RING: OnceLock<Option<Ring>> = OnceLock::new();
 ///
 /// The system has no memory or no file descriptors left.
 pub fn memory() -> std::io::Result<File> {
-    match crate::backend::host::mapping::create("phalanx-flight", record::BYTES) {
+    match crate::memory::mapping::create("phalanx-flight", record::BYTES) {
         Ok((fd, _)) => Ok(File::from(fd)),
         // A sandbox may refuse memory without a name: a file without one does as well.
         Err(error) => nameless_file(&std::env::temp_dir()).map_err(|_also| error),
@@ -109,14 +110,14 @@ pub(crate) fn is_kept() -> bool {
 
 /// A group as the recorder knows it.
 #[derive(Debug, Clone)]
-pub(crate) struct Part {
+pub(crate) struct GroupPart {
     /// The group, in a word that its ranks agree on.
     pub(crate) group: u64,
     /// Its ranks, in its order, by their numbers in the group of all ranks.
     pub(crate) ranks: Vec<usize>,
 }
 
-impl Part {
+impl GroupPart {
     /// The group of all ranks.
     pub(crate) fn whole(world_size: usize) -> Self {
         Self { group: WORLD, ranks: (0..world_size).collect() }
@@ -141,9 +142,9 @@ pub(crate) fn begin(rank: usize, world_size: usize) {
 
 /// An operation that was recorded; nothing when it was not.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Entry(Option<u64>);
+pub(crate) struct RecorderEntry(Option<u64>);
 
-impl Entry {
+impl RecorderEntry {
     /// Records that `rank` starts an operation of `group`.
     #[inline]
     pub(crate) fn start(
@@ -161,7 +162,7 @@ impl Entry {
         self.end_at(well, ring::now_ns());
     }
 
-    /// As [`Entry::end`] without a look at the clock, for operations that take hardly longer.
+    /// As [`RecorderEntry::end`] without a look at the clock, for operations that take hardly longer.
     #[inline]
     pub(crate) fn end_soon(self, well: bool) {
         self.end_at(well, 0);
@@ -176,7 +177,7 @@ impl Entry {
 }
 
 /// Records the first failure of a group, with ranks as they are numbered in the group of all.
-pub(crate) fn failed(error: &Error, part: &Part) {
+pub(crate) fn failed(error: &Error, part: &GroupPart) {
     if let Some(Some(ring)) = RING.get() {
         let blamed = error.blamed().and_then(|rank| part.ranks.get(rank).copied());
         ring.fail(&part.quote(error), part.group, blamed);
@@ -214,7 +215,7 @@ mod tests {
     #[test]
     fn an_error_of_a_part_says_whose_numbers_it_has() {
         let error = Error::Aborted { rank: 1, reason: "enough".to_owned() };
-        let quoted = |ranks: &[usize]| Part { group: 7, ranks: ranks.to_vec() }.quote(&error);
+        let quoted = |ranks: &[usize]| GroupPart { group: 7, ranks: ranks.to_vec() }.quote(&error);
         assert_eq!(quoted(&[0, 1, 2]), error.to_string());
         let expected =
             format!("in the group of ranks 0,2, where they are numbered from 0: {error}");

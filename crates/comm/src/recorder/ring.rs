@@ -15,8 +15,8 @@ use super::record::{
     SITE_BYTES_MAX, SITE_WORDS, STAMP, STARTED, STOP_AT, TEXT_AT, TEXT_BYTES_MAX, TEXT_LEN_AT,
     WORDS, WORLD_SIZE_AT,
 };
-use crate::backend::host::mapping::{self, Mapping};
 use crate::fingerprint::RECORD_BYTES;
+use crate::memory::mapping::{self, Mapping};
 
 /// Sites that collide look at so many places.
 const PROBES: usize = 8;
@@ -238,7 +238,7 @@ mod tests {
     }
 
     fn ring() -> Ring {
-        let ring = Ring::open(super::super::memory().unwrap(), true).unwrap();
+        let ring = Ring::open(crate::recorder::memory().unwrap(), true).unwrap();
         ring.identify(2, 4);
         ring
     }

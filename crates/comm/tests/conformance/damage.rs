@@ -14,7 +14,7 @@ use phalanx_comm::testing::free_ports;
 use phalanx_comm::{Error, Group, GroupOptions, Sum, Work};
 
 const LIMIT: Duration = Duration::from_secs(60);
-/// A greeting is as long: magic, kind (8), rank (12), secret. `backend/host/callers.rs`.
+/// A greeting is as long: magic, kind (8), rank (12), secret. `control/callers.rs`.
 const HELLO_BYTES: usize = 48;
 /// Long enough for several pieces on a wire, in each rank's segment.
 const LONG: usize = 100_000;

@@ -110,7 +110,7 @@ fn floats<T: Float>(
     expect("reduce_scatter", &region, own, sum, to_f64, tolerance)?;
     let (input, output) = (filled(group, of)?, filled(group, of)?);
     let (from, to) = (input.range(0..used), output.range(0..segment));
-    group.reduce_scatter_on_device(from, to, Sum)?.synchronize()?;
+    group.reduce_scatter(from, to, Sum)?.synchronize()?;
     let mine = |index| sum(rank * segment + index);
     expect("reduce_scatter into another", &output, 0..segment, mine, to_f64, tolerance)?;
     let root = ranks - 1;
@@ -158,24 +158,24 @@ fn moves<T: Element>(
     expect("all_gather", &region, 0..used, gathered, to_f64, 0.0)?;
     let (input, output) = (filled(group, of)?, filled(group, of)?);
     let (from, to) = (input.range(0..used), output.range(0..used));
-    group.all_to_all_on_device(from, to)?.synchronize()?;
+    group.all_to_all(from, to)?.synchronize()?;
     let exchanged = |index| value(index / segment, rank * segment + index % segment);
     expect("all_to_all", &output, 0..used, exchanged, to_f64, 0.0)?;
     let (input, output) = (filled(group, of)?, filled(group, of)?);
     let (from, to) = (input.range(0..segment), output.range(0..used));
-    group.all_gather_on_device(from, to)?.synchronize()?;
+    group.all_gather(from, to)?.synchronize()?;
     let gathered = |index| value(index / segment, index % segment);
     expect("all_gather into another", &output, 0..used, gathered, to_f64, 0.0)?;
     for root in [0, ranks - 1] {
         let (input, output) = (filled(group, of)?, filled(group, of)?);
         let at_root = (rank == root).then(|| output.range(0..used));
-        group.gather_on_device(input.range(0..segment), at_root, root)?.synchronize()?;
+        group.gather(input.range(0..segment), at_root, root)?.synchronize()?;
         if rank == root {
             expect("gather", &output, 0..used, gathered, to_f64, 0.0)?;
         }
         let (input, output) = (filled(group, of)?, filled(group, of)?);
         let at_root = (rank == root).then(|| input.range(0..used));
-        group.scatter_on_device(at_root, output.range(0..segment), root)?.synchronize()?;
+        group.scatter(at_root, output.range(0..segment), root)?.synchronize()?;
         let scattered = |index| value(root, rank * segment + index);
         expect("scatter", &output, 0..segment, scattered, to_f64, 0.0)?;
     }
@@ -184,11 +184,11 @@ fn moves<T: Element>(
         let (next, previous) = ((rank + 1) % ranks, (rank + ranks - 1) % ranks);
         // Even ranks send first: NCCL's send waits for its receiver.
         if rank % 2 == 0 {
-            group.send_from_device(message.full(), next)?.synchronize()?;
+            group.send(message.full(), next)?.synchronize()?;
             group.receive(received.full(), previous)?.synchronize()?;
         } else {
             group.receive(received.full(), previous)?.synchronize()?;
-            group.send_from_device(message.full(), next)?.synchronize()?;
+            group.send(message.full(), next)?.synchronize()?;
         }
         let sent = |index| value(previous, index);
         expect("send and receive", &received, 0..LEN, sent, to_f64, 0.0)?;
@@ -238,7 +238,7 @@ fn message_after_sum(group: &mut Group) -> Result<String> {
         let (a, b) = (filled(group, |x| x)?, filled(group, |x| x)?);
         let sum = group.all_reduce(a.full(), Sum)?;
         let message = match rank {
-            0 => Some(group.send_from_device(a.full(), 1)?),
+            0 => Some(group.send(a.full(), 1)?),
             1 => Some(group.receive(b.full(), 0)?),
             _ => None,
         };
@@ -262,7 +262,7 @@ fn coalesced(group: &mut Group) -> Result<String> {
             let mut works =
                 vec![group.all_reduce(a.full(), Sum)?, group.all_reduce(b.full(), ScaledSum(0.5))?];
             if ranks > 1 {
-                works.push(group.send_from_device(message.full(), next)?);
+                works.push(group.send(message.full(), next)?);
                 works.push(group.receive(received.full(), previous)?);
             }
             if round == 1 {
@@ -301,15 +301,16 @@ fn marks(group: &mut Group) -> Result<String> {
 /// What is refused leaves the group alive.
 fn misuse(group: &mut Group) -> Result<String> {
     let region = group.allocate::<f32>(LEN)?;
-    let mut on_host = vec![0_f32; LEN * group.world_size()];
+    let on_host = vec![0_f32; LEN * group.world_size()];
     let error = group.all_gather(&on_host[..LEN], region.range(0..0)).err();
     let said = error.context("mixed memory was taken")?.to_string();
     ensure!(said.contains("GPU"), "{said}");
-    let error = group.send_from_device(&mut on_host[..], 0).err();
-    let said = error.context("host memory was sent from the device")?.to_string();
+    let here = group.allocate_on_host::<f32>(LEN)?;
+    let error = group.send(here.full(), 0).err();
+    let said = error.context("a region of the host was sent as the device's")?.to_string();
     ensure!(said.contains("GPU"), "{said}");
     let longer = region.range(0..LEN);
-    let error = group.all_gather_on_device(region.range(0..LEN - 1), longer).err();
+    let error = group.all_gather(region.range(0..LEN - 1), longer).err();
     ensure!(group.world_size() == 1 || error.is_some(), "lengths that do not fit");
     group.all_reduce(region.full(), Sum)?.synchronize()?;
     Ok("refused, and the group lives".to_owned())

@@ -105,10 +105,10 @@ pub(crate) fn memory(mut group: Group) {
     }
     let region = group.allocate::<u8>(64).expect("memory");
     let (input, output) = (region.range(0..32), region.range(16..48));
-    let error = group.all_to_all_on_device(input, output).expect_err("they overlap").to_string();
+    let error = group.all_to_all(input, output).expect_err("they overlap").to_string();
     assert!(error.contains("overlap"), "{error}");
     let (input, output) = (region.range(32..64), region.range(0..32));
-    group.all_to_all_on_device(input, output).and_then(Work::synchronize).expect("beside it");
+    group.all_to_all(input, output).and_then(Work::synchronize).expect("beside it");
     println!("kept");
 }
 

@@ -16,22 +16,20 @@ pub(crate) fn rank(role: &str, mut group: Group) {
     // Two that fit first: the numbers count.
     for _ in 0..2 {
         let work = match sends {
-            true => group.send_from_device(region.full(), 1),
+            true => group.send(region.full(), 1),
             false => group.receive(region.full(), 0),
         };
         work.and_then(Work::synchronize).expect("a message");
     }
     let done: Result<()> = match (role, sends) {
-        ("length", true) => {
-            group.send_from_device(region.range(0..999), 1).and_then(Work::synchronize)
-        }
-        ("type", true) => group.send_from_device(bytes.full(), 1).and_then(Work::synchronize),
+        ("length", true) => group.send(region.range(0..999), 1).and_then(Work::synchronize),
+        ("type", true) => group.send(bytes.full(), 1).and_then(Work::synchronize),
         ("name", true) => {
-            group.tagged("weights").send_from_device(region.full(), 1).and_then(Work::synchronize)
+            group.tagged("weights").send(region.full(), 1).and_then(Work::synchronize)
         }
         ("order", true) => {
             let sum = group.all_reduce(bytes.full(), Sum);
-            let sent = group.send_from_device(region.full(), 1);
+            let sent = group.send(region.full(), 1);
             sum.and_then(Work::synchronize).and(sent.and_then(Work::synchronize))
         }
         ("order", false) => {
@@ -45,9 +43,9 @@ pub(crate) fn rank(role: &str, mut group: Group) {
             let (there, back) = (region.range(part), bytes.full());
             let works = group.coalesced(|group| {
                 Ok(if sends {
-                    [group.send_from_device(there, 1)?, group.receive(back, 1)?]
+                    [group.send(there, 1)?, group.receive(back, 1)?]
                 } else {
-                    [group.send_from_device(back, 0)?, group.receive(there, 0)?]
+                    [group.send(back, 0)?, group.receive(there, 0)?]
                 })
             });
             works.and_then(|works| works.into_iter().try_for_each(Work::synchronize))
@@ -71,7 +69,7 @@ pub(crate) fn rank(role: &str, mut group: Group) {
             let limit = Duration::from_secs(1);
             group.within(limit).receive(region.full(), 0).and_then(Work::synchronize)
         }
-        (_, true) => group.send_from_device(region.full(), 1).and_then(Work::synchronize),
+        (_, true) => group.send(region.full(), 1).and_then(Work::synchronize),
         (_, false) => group.receive(region.full(), 0).and_then(Work::synchronize),
     };
     let error = done.expect_err("the two sides differ");

@@ -84,7 +84,7 @@ pub(crate) fn run(mut group: Group, order: &[Call], common: usize) -> (usize, Op
             Kind::Max => group.all_reduce(own, Max),
             Kind::Broadcast => group.broadcast(own, 0),
             Kind::Gather if in_place => group.all_gather_in_place(into),
-            Kind::Gather => group.all_gather_on_device(own, into),
+            Kind::Gather => group.all_gather(own, into),
             Kind::Barrier => group.barrier(),
         };
         let ended = work.and_then(Work::synchronize);

@@ -103,12 +103,12 @@ fn crossed(mut group: Group) {
             let received = group.within(limit).receive(a.full(), 1).expect("started");
             let sum = group.within(limit).all_reduce(a.full(), Sum).expect("started");
             std::thread::park_timeout(Duration::from_millis(30));
-            wait(group.within(limit).send_from_device(c.full(), 1));
+            wait(group.within(limit).send(c.full(), 1));
             received.synchronize().and(sum.synchronize()).expect("both end");
         } else {
             let sum = group.within(limit).all_reduce(a.full(), Sum).expect("started");
             wait(group.within(limit).receive(c.full(), 0));
-            wait(group.within(limit).send_from_device(c.full(), 0));
+            wait(group.within(limit).send(c.full(), 0));
             sum.synchronize().expect("a sum");
         }
     }

@@ -182,7 +182,7 @@ fn send(group: &mut Group, tensor: &Tensor, peer: usize, tag: &str) -> Result<Se
         let work = group.send(dense_bytes("a message", &tensor)?, peer)?;
         return Ok(Sending { work, _held: None });
     }
-    let work = group.send_from_device(memory_of(&tensor), peer)?;
+    let work = group.send(memory_of(&tensor), peer)?;
     Ok(Sending { work, _held: Some(tensor) })
 }
 

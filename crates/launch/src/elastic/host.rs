@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use phalanx_comm::rendezvous::{
+use phalanx_rendezvous::{
     Credentials, RendezvousError, Store, StoreClient, StoreError, StoreServer,
 };
 

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use phalanx_comm::rendezvous::{Store, StoreClient, StoreError};
+use phalanx_rendezvous::{Store, StoreClient, StoreError};
 use rustix::event::{poll, PollFd, PollFlags};
 
 use super::keys;

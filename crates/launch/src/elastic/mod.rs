@@ -19,7 +19,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use phalanx_comm::rendezvous::{Credentials, Store as _, StoreClient, StoreServer};
+use phalanx_rendezvous::{Credentials, Store as _, StoreClient, StoreServer};
 
 pub(crate) use self::host::Host;
 pub(crate) use self::link::Link;

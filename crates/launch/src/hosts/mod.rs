@@ -15,8 +15,8 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use phalanx_comm::environment::{JobToken, LauncherEnvironment};
-use phalanx_comm::rendezvous::{Credentials, Store as _, StoreClient};
+use phalanx_rendezvous::environment::{JobToken, LauncherEnvironment};
+use phalanx_rendezvous::{Credentials, Store as _, StoreClient};
 
 use self::file::Host;
 use self::remote::{Remote, RemoteNode};

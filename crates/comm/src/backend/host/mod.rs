@@ -2,41 +2,41 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `mesh`, `card` | connects the ranks, once |
-//! | `control`, `wire`, `monitor`, `peers`, `liveness` | who lives; failures; memfds on their way |
-//! | `absent` | who is waited for |
-//! | `reconnect`, `resume` | control connections that come back |
-//! | `mapping`, `board`, `region` | shared memory |
-//! | `call` | a started collective |
-//! | `core`, `waiting` | starting, waiting, finishing |
-//! | `inline` | small collectives: everything in the slots |
-//! | `executor`, `reduction`, `transfer`, `links` | large ones: the algorithms on memory and sockets |
-//! | `exit` | groups that live when the process exits |
-//! | `point` | `send` and `receive` |
+//! | `reduction` | reductions, in place or staged, in rank order |
+//! | `transfer` | collectives that only move data |
 
-mod absent;
-pub(crate) mod board;
-pub(crate) mod call;
-mod callers;
-pub(crate) mod card;
-pub(crate) mod control;
-pub(crate) mod core;
-pub(crate) mod executor;
-mod exit;
-pub(crate) mod inline;
-pub(crate) mod links;
-pub(crate) mod liveness;
-pub(crate) mod mapping;
-pub(crate) mod mesh;
-pub(crate) mod monitor;
-pub(crate) mod peers;
-pub(crate) mod point;
-pub(crate) mod reconnect;
-pub(crate) mod reduction;
-pub(crate) mod region;
-mod reminder;
-pub(crate) mod resume;
-pub(crate) mod setup;
-pub(crate) mod transfer;
-pub(crate) mod waiting;
-pub(crate) mod wire;
+mod reduction;
+mod transfer;
+
+use std::sync::Arc;
+
+use super::Transport;
+use crate::call::CallMemory;
+use crate::error::Result;
+use crate::fingerprint::Op;
+use crate::lane::Lane;
+use crate::order::core::Core;
+use crate::order::executor::CallRun;
+
+/// All calls are moved in their order.
+#[derive(Debug)]
+pub(super) struct HostTransport;
+
+impl Transport for HostTransport {
+    fn lane(&self, _on_device: bool) -> Option<&Arc<Lane>> {
+        None
+    }
+
+    fn close(&self, core: &Core) {
+        core.close();
+    }
+}
+
+/// Moves the data of a call that all ranks have made.
+pub(super) fn carry(run: &mut CallRun<'_>, memory: &mut CallMemory) -> Result<()> {
+    match run.call.op() {
+        Op::AllReduce | Op::Reduce | Op::ReduceScatter => reduction::run(run, memory),
+        Op::Barrier | Op::Allocate | Op::Split | Op::Send | Op::Receive => Ok(()),
+        _ => transfer::run(run, memory),
+    }
+}

@@ -7,15 +7,15 @@ use std::ops::Range;
 
 use smallvec::SmallVec;
 
-use super::board::STAGING_BYTES;
-use super::call::{Call, Memory};
-use super::executor::Run;
-use super::inline::copy;
-use crate::algorithm::chain::{self, Arithmetic, Delivery, Piece};
+use crate::algorithm::chain::{self, Arithmetic, ChainPiece, Delivery};
 use crate::algorithm::segment;
+use crate::call::{Call, CallMemory};
 use crate::error::Result;
 use crate::fingerprint::Op;
-use crate::kernel::{self, Factor, Output, Pass};
+use crate::kernel::{self, Factor, KernelOutput, KernelPass};
+use crate::memory::board::STAGING_BYTES;
+use crate::memory::mapping::copy;
+use crate::order::executor::CallRun;
 use crate::reduce_op::{Finish, Fold, Reduction};
 
 /// What travels between machines at a time: long enough that the system call does not count, short
@@ -27,7 +27,7 @@ const SHARE_ALIGN_BYTES: usize = 4096;
 /// Something for each rank of this machine, without allocating where they are few.
 type Few<T> = SmallVec<[T; 8]>;
 
-pub(crate) fn run(run: &mut Run<'_>, memory: &mut Memory) -> Result<()> {
+pub(crate) fn run(run: &mut CallRun<'_>, memory: &mut CallMemory) -> Result<()> {
     let scaled = |reduction: Reduction| matches!(reduction.finish, Finish::Scale(_));
     if run.core.world_size() == 1 && !run.call.reduction.is_some_and(scaled) {
         return Ok(()); // The reduction of one value is that value.
@@ -44,8 +44,12 @@ fn lengths(call: &Call) -> (usize, usize) {
     (call.segment * call.segments / size, call.segment / size)
 }
 
-fn in_place(run: &mut Run<'_>, memory: &mut Memory, offsets: &[(usize, usize)]) -> Result<()> {
-    let Memory::Region { region, .. } = memory else { return Ok(()) };
+fn in_place(
+    run: &mut CallRun<'_>,
+    memory: &mut CallMemory,
+    offsets: &[(usize, usize)],
+) -> Result<()> {
+    let CallMemory::Region { region, .. } = memory else { return Ok(()) };
     let stage = stage(run);
     let base = |rank: &usize| {
         let offset = offsets.iter().find(|(of, _)| of == rank).map_or(0, |(_, offset)| *offset);
@@ -59,7 +63,7 @@ fn in_place(run: &mut Run<'_>, memory: &mut Memory, offsets: &[(usize, usize)]) 
 
 /// Round by round through the two halves of the staging areas: while the peers reduce one half, the
 /// next round's values are copied into the other, so a round costs one barrier.
-fn staged(run: &mut Run<'_>, memory: &mut Memory) -> Result<()> {
+fn staged(run: &mut CallRun<'_>, memory: &mut CallMemory) -> Result<()> {
     let stage = stage(run);
     let size = run.call.dtype.size_bytes();
     let (count, segment) = lengths(run.call);
@@ -103,13 +107,13 @@ fn staged(run: &mut Run<'_>, memory: &mut Memory) -> Result<()> {
     Ok(())
 }
 
-fn stage(run: &Run<'_>) -> Range<usize> {
+fn stage(run: &CallRun<'_>) -> Range<usize> {
     let topology = &run.core.topology;
     topology.stage(topology.stage_of(run.core.rank))
 }
 
 /// One chain over `count` elements at `bases`, the memory of the ranks of this stage.
-fn sweep(run: &mut Run<'_>, bases: Few<*mut u8>, count: usize, segment: usize) -> Result<()> {
+fn sweep(run: &mut CallRun<'_>, bases: Few<*mut u8>, count: usize, segment: usize) -> Result<()> {
     let core = run.core;
     let Some(reduction) = run.call.reduction else { return Ok(()) };
     let mut place = core.topology.place(core.rank);
@@ -127,7 +131,7 @@ fn sweep(run: &mut Run<'_>, bases: Few<*mut u8>, count: usize, segment: usize) -
 }
 
 /// What this rank's lane works on, the same on every rank of the lane.
-fn pieces(run: &Run<'_>, count: usize, segment: usize) -> Few<Piece> {
+fn pieces(run: &CallRun<'_>, count: usize, segment: usize) -> Few<ChainPiece> {
     let core = run.core;
     let place = core.topology.place(core.rank);
     let Some(lane) = place.lane else { return Few::new() };
@@ -139,7 +143,7 @@ fn pieces(run: &Run<'_>, count: usize, segment: usize) -> Few<Piece> {
     let mut all = Few::new();
     let mut add = |whole: Range<usize>, delivery, lowest_stage| {
         let ranges = segment::pieces(whole, longest);
-        all.extend(ranges.map(|range| Piece { range, delivery, lowest_stage }));
+        all.extend(ranges.map(|range| ChainPiece { range, delivery, lowest_stage }));
     };
     let share = |range: Range<usize>| {
         let share = segment::share(range.len(), place.lane_count, lane, align);
@@ -192,10 +196,10 @@ impl Mapped<'_> {
         }
     }
 
-    fn pass(&self, range: &Range<usize>, partial: Option<&[u8]>, output: Output<'_>) {
+    fn pass(&self, range: &Range<usize>, partial: Option<&[u8]>, output: KernelOutput<'_>) {
         let sources: Few<*const u8> =
             self.at(range.start).into_iter().map(<*mut u8>::cast_const).collect();
-        let pass = Pass {
+        let pass = KernelPass {
             partial: partial.map(<[u8]>::as_ptr),
             sources: &sources,
             count: range.len(),
@@ -219,7 +223,7 @@ impl Arithmetic for Mapped<'_> {
     }
 
     fn fold(&mut self, range: Range<usize>, partial: Option<&[u8]>, onward: &mut [u8]) {
-        self.pass(&range, partial, Output::Partial(onward.as_mut_ptr()));
+        self.pass(&range, partial, KernelOutput::Partial(onward.as_mut_ptr()));
     }
 
     fn finish(
@@ -232,7 +236,7 @@ impl Arithmetic for Mapped<'_> {
         let mut targets = self.targets(range.start, delivery);
         targets.extend(back.map(<[u8]>::as_mut_ptr));
         let factor = Factor::new(self.reduction.finish, self.world_size);
-        let output = Output::Final { targets: &targets, factor };
+        let output = KernelOutput::Final { targets: &targets, factor };
         self.pass(&range, partial, output);
     }
 

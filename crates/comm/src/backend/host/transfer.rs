@@ -4,22 +4,22 @@
 
 use std::ops::Range;
 
-use super::board::STAGING_BYTES;
-use super::call::Memory;
-use super::executor::Run;
-use super::inline::copy;
 use crate::algorithm::{movement, segment};
+use crate::call::CallMemory;
 use crate::error::Result;
 use crate::fingerprint::Op;
+use crate::memory::board::STAGING_BYTES;
+use crate::memory::mapping::copy;
+use crate::order::executor::CallRun;
 
 /// What goes to other machines before something is taken in.
 const WIRE_ROUND_BYTES: usize = 1 << 20;
 
-pub(crate) fn run(run: &mut Run<'_>, memory: &mut Memory) -> Result<()> {
+pub(crate) fn run(run: &mut CallRun<'_>, memory: &mut CallMemory) -> Result<()> {
     let locals = run.core.locals.clone();
     let in_place = matches!(run.call.op(), Op::AllGather | Op::Broadcast);
     match (run.direct.clone(), &*memory) {
-        (Some(offsets), Memory::Region { region, .. }) if in_place => {
+        (Some(offsets), CallMemory::Region { region, .. }) if in_place => {
             let part = |(rank, offset): &(usize, usize)| {
                 let part = region.part(*rank).unwrap_or(std::ptr::null_mut());
                 (*rank, part.wrapping_add(*offset))
@@ -37,7 +37,7 @@ pub(crate) fn run(run: &mut Run<'_>, memory: &mut Memory) -> Result<()> {
 }
 
 /// Reads what this rank gets from the regions of its machine.
-fn pull(run: &Run<'_>, parts: &[(usize, *mut u8)], base: *mut u8) {
+fn pull(run: &CallRun<'_>, parts: &[(usize, *mut u8)], base: *mut u8) {
     let call = run.call;
     let me = run.core.rank;
     for (peer, part) in parts {
@@ -51,7 +51,7 @@ fn pull(run: &Run<'_>, parts: &[(usize, *mut u8)], base: *mut u8) {
     }
 }
 
-fn staged(run: &mut Run<'_>, base: *mut u8) -> Result<()> {
+fn staged(run: &mut CallRun<'_>, base: *mut u8) -> Result<()> {
     let (call, core, me) = (run.call, run.core, run.core.rank);
     let segments = movement::staged_segments(call.op(), core.world_size());
     let locals = core.locals.clone();
@@ -82,18 +82,18 @@ fn staged(run: &mut Run<'_>, base: *mut u8) -> Result<()> {
 }
 
 /// This round's part of what goes to and comes from other machines.
-fn wire(run: &mut Run<'_>, base: *mut u8, round: &Range<usize>) -> Result<()> {
+fn wire(run: &mut CallRun<'_>, base: *mut u8, round: &Range<usize>) -> Result<()> {
     post(run, base, round)?;
     take(run, base, round)
 }
 
-fn remote(run: &Run<'_>) -> Vec<usize> {
+fn remote(run: &CallRun<'_>) -> Vec<usize> {
     let me = run.core.rank;
     let is_remote = |peer: &usize| !run.core.topology.shares_memory(me, *peer);
     (0..run.core.world_size()).filter(is_remote).collect()
 }
 
-fn post(run: &mut Run<'_>, base: *mut u8, round: &Range<usize>) -> Result<()> {
+fn post(run: &mut CallRun<'_>, base: *mut u8, round: &Range<usize>) -> Result<()> {
     let (call, me) = (run.call, run.core.rank);
     for peer in remote(run) {
         if let Some(moved) = movement::between(call.op(), call.root, me, peer) {
@@ -107,7 +107,7 @@ fn post(run: &mut Run<'_>, base: *mut u8, round: &Range<usize>) -> Result<()> {
     Ok(())
 }
 
-fn take(run: &mut Run<'_>, base: *mut u8, round: &Range<usize>) -> Result<()> {
+fn take(run: &mut CallRun<'_>, base: *mut u8, round: &Range<usize>) -> Result<()> {
     let (call, me) = (run.call, run.core.rank);
     for peer in remote(run) {
         if let Some(moved) = movement::between(call.op(), call.root, peer, me) {

@@ -79,9 +79,11 @@ impl Note {
     }
 }
 
-/// The world of an MPI job, and a connected store. Collective over all ranks of the job.
-fn meet(timeout: Duration) -> Result<(World, Arc<dyn Store>)> {
-    let deadline = Instant::now() + timeout.min(crate::group::LONGEST);
+/// The world of an MPI job, and a store in which its ranks can meet. Rank 0 hosts the store on a free
+/// port and tells the others over MPI, with a fresh job token; MPI also says which ranks share a
+/// machine. Collective over all ranks of the job: MPI is initialised where it is not.
+pub(crate) fn meet_over_mpi(timeout: Duration) -> Result<(World, Arc<dyn Store>)> {
+    let deadline = Instant::now() + timeout.min(crate::deadline::LONGEST);
     let (host_link, data_checks) = (environment::host_link()?, environment::data_checks()?);
     let launched = environment::launched();
     let library = library::get(deadline)?;
@@ -135,20 +137,6 @@ fn meet(timeout: Duration) -> Result<(World, Arc<dyn Store>)> {
         data_checks,
     };
     Ok((world, store))
-}
-
-impl World {
-    /// The world of an MPI job, and a store in which its ranks can meet. Rank 0 hosts the store on a free
-    /// port and tells the others over MPI, with a fresh job token; MPI also says which ranks share a
-    /// machine. Collective over all ranks of the job: MPI is initialised where it is not.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::NoBackend`] where no MPI launcher started this process; MPI failed, or the ranks did not
-    /// come within `timeout`.
-    pub fn from_mpi(timeout: Duration) -> Result<(Self, Arc<dyn Store>)> {
-        meet(timeout)
-    }
 }
 
 /// A library that does not know its launcher makes a job of one of each process.

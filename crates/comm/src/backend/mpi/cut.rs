@@ -17,7 +17,7 @@ pub(super) const PIECES_MAX: usize = 2048;
 const LINE: usize = 64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Shape {
+pub(super) enum CutShape {
     Everyone,
     Root(usize),
     Segments,
@@ -25,23 +25,23 @@ pub(super) enum Shape {
 
 /// A buffer of `bytes`, cut.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Cut {
-    shape: Shape,
+pub(super) struct ReductionCut {
+    shape: CutShape,
     bytes: usize,
     /// From segment to segment.
     stride: usize,
     piece: usize,
 }
 
-impl Cut {
+impl ReductionCut {
     /// The whole buffer, for everyone or for the root.
-    pub(super) fn whole(shape: Shape, bytes: usize, ranks: usize) -> Self {
+    pub(super) fn whole(shape: CutShape, bytes: usize, ranks: usize) -> Self {
         Self { shape, bytes, stride: bytes, piece: piece_bytes(bytes, ranks) }
     }
 
     /// Segments of `stride` bytes, the last ones shorter or empty.
     pub(super) fn segments(bytes: usize, stride: usize, ranks: usize) -> Self {
-        Self { shape: Shape::Segments, bytes, stride, piece: piece_bytes(stride, ranks) }
+        Self { shape: CutShape::Segments, bytes, stride, piece: piece_bytes(stride, ranks) }
     }
 
     /// Segments of our own choice, of whole lines.
@@ -56,10 +56,10 @@ impl Cut {
     /// What `rank` reduces in a piece.
     pub(super) fn part(&self, rank: usize, piece: usize) -> Range<usize> {
         let segment = match self.shape {
-            Shape::Everyone => 0..self.bytes,
-            Shape::Root(root) if root == rank => 0..self.bytes,
-            Shape::Root(_) => return 0..0,
-            Shape::Segments => rank * self.stride..(rank + 1) * self.stride,
+            CutShape::Everyone => 0..self.bytes,
+            CutShape::Root(root) if root == rank => 0..self.bytes,
+            CutShape::Root(_) => return 0..0,
+            CutShape::Segments => rank * self.stride..(rank + 1) * self.stride,
         };
         let end = segment.end.min(self.bytes);
         let from = (segment.start + piece * self.piece).min(end);
@@ -83,9 +83,10 @@ mod tests {
     fn parts_cover_the_buffer_once() {
         for ranks in [1, 2, 3, 4, 7, 100] {
             for bytes in [0, 8, 64, 1000 * 8, (5 << 20) + 8, 3 << 20] {
-                for cut in
-                    [Cut::even(bytes, ranks), Cut::segments(bytes, bytes.div_ceil(ranks), ranks)]
-                {
+                for cut in [
+                    ReductionCut::even(bytes, ranks),
+                    ReductionCut::segments(bytes, bytes.div_ceil(ranks), ranks),
+                ] {
                     let mut parts: Vec<Range<usize>> = (0..ranks)
                         .flat_map(|rank| (0..cut.pieces()).map(move |piece| cut.part(rank, piece)))
                         .filter(|part| !part.is_empty())
@@ -98,21 +99,21 @@ mod tests {
                     assert_eq!(covered, bytes, "{ranks} ranks");
                     assert!(cut.pieces() <= PIECES_MAX);
                 }
-                for (shape, rank) in [(Shape::Everyone, ranks - 1), (Shape::Root(0), 0)] {
-                    let cut = Cut::whole(shape, bytes, ranks);
+                for (shape, rank) in [(CutShape::Everyone, ranks - 1), (CutShape::Root(0), 0)] {
+                    let cut = ReductionCut::whole(shape, bytes, ranks);
                     let length: usize = (0..cut.pieces()).map(|p| cut.part(rank, p).len()).sum();
                     assert_eq!(length, bytes);
                 }
             }
         }
-        let cut = Cut::whole(Shape::Root(1), 100, 3);
+        let cut = ReductionCut::whole(CutShape::Root(1), 100, 3);
         assert!(cut.part(0, 0).is_empty());
     }
 
     #[test]
     fn huge_buffers_have_few_pieces_and_small_counts() {
         for bytes in [1_usize << 33, 1 << 37] {
-            let cut = Cut::even(bytes, 2);
+            let cut = ReductionCut::even(bytes, 2);
             assert!(cut.pieces() <= PIECES_MAX);
             assert!(i32::try_from(cut.part(0, 0).len()).is_ok(), "{bytes}");
         }

@@ -8,11 +8,11 @@
 
 use std::collections::VecDeque;
 
-use super::cut::Cut;
-use super::ffi::{Communicator, MpiError, Place, Request, Result};
+use super::cut::ReductionCut;
+use super::ffi::{Communicator, MpiAddress, MpiError, MpiRequest, Result};
 use super::fold::fold;
-use crate::backend::host::mapping::{self, Mapping};
 use crate::dtype::DType;
+use crate::memory::mapping::{self, Mapping};
 use crate::reduce_op::Reduction;
 
 /// Pieces under way.
@@ -63,8 +63,8 @@ impl Context {
 /// What is done with a buffer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Task {
-    pub(super) at: Place,
-    pub(super) cut: Cut,
+    pub(super) at: MpiAddress,
+    pub(super) cut: ReductionCut,
     /// `None` where nothing is reduced, only shared.
     pub(super) reduction: Option<(DType, Reduction)>,
     /// Whether everybody gets what each has reduced.
@@ -75,7 +75,7 @@ pub(super) struct Task {
 
 /// A task under way.
 #[derive(Debug)]
-pub(super) struct Exchange {
+pub(super) struct ReductionExchange {
     task: Task,
     started: usize,
     pieces: VecDeque<Piece>,
@@ -85,7 +85,7 @@ pub(super) struct Exchange {
 struct Piece {
     index: usize,
     stage: Stage,
-    requests: Vec<Request>,
+    requests: Vec<MpiRequest>,
     /// Of the requests, those from here on may not have ended.
     ended: usize,
     /// What the others sent: `ranks` − 1 times the part's length, by rank.
@@ -104,7 +104,7 @@ impl Piece {
     fn receive(
         &mut self,
         context: &Context,
-        (to, bytes): (Place, usize),
+        (to, bytes): (MpiAddress, usize),
         peer: usize,
         tag: usize,
     ) -> Result<()> {
@@ -118,7 +118,7 @@ impl Piece {
     fn send(
         &mut self,
         context: &Context,
-        (from, bytes): (Place, usize),
+        (from, bytes): (MpiAddress, usize),
         peer: usize,
         tag: usize,
     ) -> Result<()> {
@@ -136,13 +136,13 @@ fn messages(bytes: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..bytes).step_by(one.max(1)).map(move |at| (at, one.min(bytes - at)))
 }
 
-impl Exchange {
+impl ReductionExchange {
     pub(super) fn new(task: Task) -> Self {
         Self { task, started: 0, pieces: VecDeque::new() }
     }
 
     /// How many tags it uses.
-    pub(super) fn tags(cut: &Cut) -> usize {
+    pub(super) fn tags(cut: &ReductionCut) -> usize {
         2 * cut.pieces()
     }
 
@@ -203,7 +203,7 @@ impl Task {
         let own = self.cut.part(context.rank, index);
         if !own.is_empty() {
             let staging = context.staging(own.len() * (context.ranks - 1))?;
-            let staging = Place(piece.staging.insert(staging).base());
+            let staging = MpiAddress(piece.staging.insert(staging).base());
             for peer in context.others() {
                 let to = staging.at(slot(context.rank, peer) * own.len());
                 piece.receive(context, (to, own.len()), peer, tag)?;

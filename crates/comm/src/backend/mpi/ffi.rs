@@ -29,19 +29,19 @@ unsafe impl Sync for Communicator {}
 
 /// An operation under way.
 #[derive(Debug)]
-pub(super) struct Request(ffi::MPI_Request);
+pub(super) struct MpiRequest(ffi::MPI_Request);
 
 // SAFETY: as for Communicator; a request is used by whoever holds it.
-unsafe impl Send for Request {}
+unsafe impl Send for MpiRequest {}
 
 /// The caller's memory, as an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Place(pub(super) *mut u8);
+pub(super) struct MpiAddress(pub(super) *mut u8);
 
 // SAFETY: an address; whoever passes it on to MPI answers for the memory.
-unsafe impl Send for Place {}
+unsafe impl Send for MpiAddress {}
 
-impl Place {
+impl MpiAddress {
     pub(super) fn at(self, byte: usize) -> Self {
         Self(self.0.wrapping_add(byte))
     }
@@ -258,9 +258,9 @@ impl Communicator {
     fn start(
         call: &'static str,
         run: impl FnOnce(*mut ffi::MPI_Request) -> c_int,
-    ) -> Result<Request> {
+    ) -> Result<MpiRequest> {
         // SAFETY: a constant of the library.
-        let mut request = Request(unsafe { ffi::RSMPI_REQUEST_NULL });
+        let mut request = MpiRequest(unsafe { ffi::RSMPI_REQUEST_NULL });
         check(call, run(&raw mut request.0))?;
         Ok(request)
     }
@@ -268,7 +268,13 @@ impl Communicator {
     // In what follows the memory must stay valid, and unused as MPI demands, until the request has
     // ended; the transport keeps it so, and leaks it where a request can end no more.
 
-    pub(super) fn send(self, from: Place, bytes: usize, to: usize, tag: usize) -> Result<Request> {
+    pub(super) fn send(
+        self,
+        from: MpiAddress,
+        bytes: usize,
+        to: usize,
+        tag: usize,
+    ) -> Result<MpiRequest> {
         let (from, count, bytes_type) = (from.0.cast::<c_void>(), int(bytes), bytes_type());
         Self::start("MPI_Isend", |request| {
             // SAFETY: see above.
@@ -278,11 +284,11 @@ impl Communicator {
 
     pub(super) fn receive(
         self,
-        to: Place,
+        to: MpiAddress,
         bytes: usize,
         from: usize,
         tag: usize,
-    ) -> Result<Request> {
+    ) -> Result<MpiRequest> {
         let (to, count, bytes_type) = (to.0.cast::<c_void>(), int(bytes), bytes_type());
         Self::start("MPI_Irecv", |request| {
             // SAFETY: see above.
@@ -290,7 +296,7 @@ impl Communicator {
         })
     }
 
-    pub(super) fn broadcast(self, at: Place, bytes: usize, root: usize) -> Result<Request> {
+    pub(super) fn broadcast(self, at: MpiAddress, bytes: usize, root: usize) -> Result<MpiRequest> {
         let (at, count, bytes_type) = (at.0.cast::<c_void>(), int(bytes), bytes_type());
         Self::start("MPI_Ibcast", |request| {
             // SAFETY: see above.
@@ -299,7 +305,12 @@ impl Communicator {
     }
 
     /// `bytes` from each rank, to all.
-    pub(super) fn all_gather(self, from: Place, to: Place, bytes: usize) -> Result<Request> {
+    pub(super) fn all_gather(
+        self,
+        from: MpiAddress,
+        to: MpiAddress,
+        bytes: usize,
+    ) -> Result<MpiRequest> {
         let (from, to) = (from.0.cast::<c_void>(), to.0.cast::<c_void>());
         let (count, of) = (int(bytes), bytes_type());
         Self::start("MPI_Iallgather", |request| {
@@ -312,10 +323,10 @@ impl Communicator {
     pub(super) fn gather_to(
         self,
         root: usize,
-        from: Place,
-        to: Place,
+        from: MpiAddress,
+        to: MpiAddress,
         bytes: usize,
-    ) -> Result<Request> {
+    ) -> Result<MpiRequest> {
         let (from, to) = (from.0.cast::<c_void>(), to.0.cast::<c_void>());
         let (count, of, root) = (int(bytes), bytes_type(), int(root));
         Self::start("MPI_Igather", |request| {
@@ -328,10 +339,10 @@ impl Communicator {
     pub(super) fn scatter_from(
         self,
         root: usize,
-        from: Place,
-        to: Place,
+        from: MpiAddress,
+        to: MpiAddress,
         bytes: usize,
-    ) -> Result<Request> {
+    ) -> Result<MpiRequest> {
         let (from, to) = (from.0.cast::<c_void>(), to.0.cast::<c_void>());
         let (count, of, root) = (int(bytes), bytes_type(), int(root));
         Self::start("MPI_Iscatter", |request| {
@@ -341,7 +352,12 @@ impl Communicator {
     }
 
     /// `bytes` from each rank to each.
-    pub(super) fn all_to_all(self, from: Place, to: Place, bytes: usize) -> Result<Request> {
+    pub(super) fn all_to_all(
+        self,
+        from: MpiAddress,
+        to: MpiAddress,
+        bytes: usize,
+    ) -> Result<MpiRequest> {
         let (from, to) = (from.0.cast::<c_void>(), to.0.cast::<c_void>());
         let (count, of) = (int(bytes), bytes_type());
         Self::start("MPI_Ialltoall", |request| {
@@ -351,7 +367,7 @@ impl Communicator {
     }
 }
 
-impl Request {
+impl MpiRequest {
     /// Lets MPI move data; whether this operation has ended. Ended ones stay so.
     pub(super) fn test(&mut self) -> Result<bool> {
         let mut flag: c_int = 0;

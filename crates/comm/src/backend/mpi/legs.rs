@@ -1,20 +1,20 @@
 //! Calls on GPU memory over MPI: which bytes are copied to the host before the call (see [`Call`]
 //! for the layout there), and which are copied back after it. Pure.
 
-use crate::backend::host::call::Call;
+use crate::call::Call;
 use crate::fingerprint::Op;
 
 /// Which buffer of the GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Side {
+pub(super) enum CopySide {
     Input,
-    Output,
+    KernelOutput,
 }
 
 /// A copy between a buffer of the GPU and the form on the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Leg {
-    pub(super) side: Side,
+    pub(super) side: CopySide,
     /// The byte at which it begins in the buffer.
     pub(super) at: usize,
     /// The byte at which it begins in the form.
@@ -26,9 +26,9 @@ pub(super) struct Leg {
 pub(super) fn legs(call: &Call, rank: usize, two: bool) -> (Option<Leg>, Option<Leg>) {
     let (segment, whole) = (call.segment, call.bytes_on(rank));
     let is_root = rank == call.root;
-    let all = Leg { side: Side::Output, at: 0, in_form: 0, bytes: whole };
+    let all = Leg { side: CopySide::KernelOutput, at: 0, in_form: 0, bytes: whole };
     let own = Leg { at: rank * segment, in_form: rank * segment, bytes: segment, ..all };
-    let input = |leg: Leg| if two { Leg { side: Side::Input, ..leg } } else { leg };
+    let input = |leg: Leg| if two { Leg { side: CopySide::Input, ..leg } } else { leg };
     // A buffer of one segment has it at its beginning.
     let short = Leg { at: 0, ..own };
     match call.op() {
@@ -51,7 +51,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::backend::host::call::Memory;
+    use crate::call::CallMemory;
     use crate::dtype::DType;
     use crate::fingerprint::CallRecord;
 
@@ -68,12 +68,12 @@ mod tests {
             tag: String::new(),
         };
         let limit = Duration::from_secs(1);
-        Call::new(record, DType::F32, None, SEGMENT, segments, false, limit, Memory::Nothing)
+        Call::new(record, DType::F32, None, SEGMENT, segments, false, limit, CallMemory::Nothing)
     }
 
     /// Buffer, place in it, place in the form, length.
     fn numbers(leg: Option<Leg>) -> Option<(bool, usize, usize, usize)> {
-        leg.map(|leg| (leg.side == Side::Input, leg.at, leg.in_form, leg.bytes))
+        leg.map(|leg| (leg.side == CopySide::Input, leg.at, leg.in_form, leg.bytes))
     }
 
     #[track_caller]

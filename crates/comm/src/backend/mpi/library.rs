@@ -12,9 +12,9 @@ use std::sync::{mpsc, Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use super::ffi::{self, Communicator, MpiError};
-use crate::backend::guarded;
-use crate::backend::runner::Runner;
+use crate::error::guarded;
 use crate::error::{Error, Result};
+use crate::lane::runner::Runner;
 
 /// How long exiting waits for works that were started and for the other ranks.
 const EXIT_MAX: Duration = Duration::from_secs(10);

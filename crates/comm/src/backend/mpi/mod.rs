@@ -7,7 +7,7 @@
 //! | `cut` | pure: who reduces which part, in which pieces |
 //! | `exchange`, `fold` | reductions: messages, and the kernels of the host backend in rank order |
 //! | `staged`, `legs` | memory of a GPU: copies to the host and back, or MPI's own way where it has one |
-//! | `transport` | a group's calls; what only moves goes through MPI's non-blocking collectives |
+//! | `mover` | a group's calls; what only moves goes through MPI's non-blocking collectives |
 //! | `bootstrap`, `address` | ranks that meet over MPI; where rank 0 can be reached |
 //!
 //! Reductions have the bits of the host backend, whatever library is used: MPI moves bytes, and the
@@ -21,24 +21,48 @@ mod ffi;
 mod fold;
 mod legs;
 mod library;
+mod mover;
 mod staged;
-mod transport;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+pub(crate) use self::bootstrap::meet_over_mpi;
 use self::library::Library;
+use self::mover::MpiMover;
 use self::staged::Staged;
-use self::transport::MpiTransport;
-use super::gpu::{self, Gpu};
-use super::host::core::Core;
-use super::lane::{Lane, Transport};
-use super::Backend;
-use crate::error::{Error, Result};
+use super::{device_of, trouble, unavailable, Connected, Gather, Transport};
+use crate::error::Result;
+use crate::gpu::Gpu;
+use crate::lane::{Lane, Mover};
+use crate::order::core::Core;
+use crate::order::exit;
 
-/// Every rank gives its bytes and gets everybody's, by rank.
-type Gather<'a> = dyn FnMut(&[u8]) -> Result<Vec<Vec<u8>>> + 'a;
+/// A group's side of MPI.
+#[derive(Debug)]
+struct MpiTransport {
+    lane: Arc<Lane>,
+    gpu: Option<Arc<Gpu>>,
+}
+
+impl Transport for MpiTransport {
+    fn lane(&self, _on_device: bool) -> Option<&Arc<Lane>> {
+        Some(&self.lane)
+    }
+
+    fn gpu(&self) -> Option<&Arc<Gpu>> {
+        self.gpu.as_ref()
+    }
+
+    fn shares_regions(&self) -> bool {
+        false
+    }
+
+    fn close(&self, _core: &Core) {
+        self.lane.close();
+    }
+}
 
 /// Numbers the communicators that this process leads.
 static LED: AtomicU64 = AtomicU64::new(0);
@@ -50,15 +74,15 @@ static LANES: Mutex<Vec<Weak<Lane>>> = Mutex::new(Vec::new());
 
 /// Connects the ranks of a group over MPI, with this rank's GPU where its memory is to travel. Collective:
 /// `gather` goes over the control plane.
-pub(crate) fn open(
+pub(super) fn open(
     core: &Arc<Core>,
     gpu_memory: bool,
     gather: &mut Gather<'_>,
     deadline: Instant,
-) -> Result<(Arc<Lane>, Option<Arc<Gpu>>)> {
+) -> Result<Connected> {
     let rank = core.rank;
     let mine = library::get(deadline).and_then(|library| {
-        let device = gpu_memory.then(|| gpu::device_of(core, "mpi")).transpose()?;
+        let device = gpu_memory.then(|| device_of(core, "mpi")).transpose()?;
         let cuda_aware = device.is_some() && library::is_cuda_aware()?;
         Ok((library, device, cuda_aware))
     });
@@ -94,25 +118,28 @@ pub(crate) fn open(
         }
         part
     };
-    let transport = MpiTransport::new(library, core, communicator);
+    let transport = MpiMover::new(library, core, communicator);
     let Some(device) = device else {
-        return Ok((lane(library, core, library.multiple, Box::new(transport)), None));
+        let lane = lane(library, core, library.multiple, Box::new(transport));
+        return Ok(Arc::new(MpiTransport { lane, gpu: None }));
     };
     tracing::info!(rank, gpu = device.name(), cuda_aware, "MPI moves the GPU's memory");
     let staged = Staged::new(transport, rank, &device, cuda_aware)?;
     // Callers do not drive it: only the runner asks the driver for anything.
     let lane = lane(library, core, false, Box::new(staged));
-    Ok((lane, Some(Arc::new(Gpu { device, nccl: None }))))
+    let gpu = Some(Arc::new(Gpu { device, allocator: None }));
+    Ok(Arc::new(MpiTransport { lane, gpu }))
 }
 
 fn lane(
     library: &'static Library,
     core: &Arc<Core>,
     callers_drive: bool,
-    transport: Box<dyn Transport>,
+    transport: Box<dyn Mover>,
 ) -> Arc<Lane> {
     let core = Arc::clone(core);
-    let lane = Lane::new(Backend::Mpi, core, &library.runner, callers_drive, transport);
+    let lane = Lane::new("mpi", core, &library.runner, callers_drive, transport);
+    exit::before(close_lanes);
     let mut lanes = LANES.lock().unwrap_or_else(PoisonError::into_inner);
     lanes.retain(|other| other.strong_count() > 0);
     lanes.push(Arc::downgrade(&lane));
@@ -120,20 +147,13 @@ fn lane(
 }
 
 /// The process exits: closes what is open, and waits until everything that was started has ended.
-pub(crate) fn close_lanes(limit: Duration) {
+fn close_lanes(limit: Duration) {
     let lanes = std::mem::take(&mut *LANES.lock().unwrap_or_else(PoisonError::into_inner));
     for lane in lanes.iter().filter_map(Weak::upgrade) {
         lane.close();
     }
     if let Some(library) = library::started() {
         library.await_lanes(limit);
-    }
-}
-
-fn trouble(error: &Error) -> String {
-    match error {
-        Error::NoBackend { what, .. } => what.clone(),
-        other => other.to_string(),
     }
 }
 
@@ -171,13 +191,12 @@ impl Card {
 
 /// The group's ranks in `MPI_COMM_WORLD`: one process of one MPI job each.
 fn members(cards: &[Card]) -> Result<Vec<usize>> {
-    let unavailable = |what| Error::NoBackend { backend: "mpi", what };
     for (rank, card) in cards.iter().enumerate() {
         if !card.trouble.is_empty() {
-            return Err(unavailable(format!("rank {rank} has none: {}", card.trouble)));
+            return Err(unavailable("mpi", format!("rank {rank} has none: {}", card.trouble)));
         }
         if card.size != cards[0].size {
-            return Err(unavailable(format!(
+            return Err(unavailable("mpi", format!(
                 "rank 0 is in an MPI job of {} processes, rank {rank} in one of {}: start all ranks \
                  with one mpirun",
                 cards[0].size, card.size
@@ -185,13 +204,13 @@ fn members(cards: &[Card]) -> Result<Vec<usize>> {
         }
         if card.gpu_memory != cards[0].gpu_memory {
             let (with, without) = if card.gpu_memory { (rank, 0) } else { (0, rank) };
-            return Err(unavailable(format!(
+            return Err(unavailable("mpi", format!(
                 "rank {with} brings memory of a GPU and rank {without} does not: let all ranks have one that \
                  libtorch can use, or none (GroupOptions::gpu_memory)"
             )));
         }
         if let Some(other) = cards[..rank].iter().position(|other| other.rank == card.rank) {
-            return Err(unavailable(format!(
+            return Err(unavailable("mpi", format!(
                 "ranks {other} and {rank} are both MPI's rank {}: each rank must be a process of its \
                  own, all started by one mpirun",
                 card.rank

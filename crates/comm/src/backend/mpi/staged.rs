@@ -15,16 +15,16 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::ffi::Place;
-use super::legs::{legs, Leg, Side};
-use super::transport::MpiTransport;
-use crate::backend::gpu::cuda::{self, CudaError, Device, Event, OwnStream};
-use crate::backend::gpu::cuda_error;
-use crate::backend::gpu::memory::later;
-use crate::backend::host::call::{Call, Memory};
-use crate::backend::lane::Transport;
+use super::ffi::MpiAddress;
+use super::legs::{legs, CopySide, Leg};
+use super::mover::MpiMover;
+use crate::call::{Call, CallMemory};
 use crate::error::{Error, Result};
 use crate::fingerprint::Op;
+use crate::gpu::cuda::{self, CudaError, Device, GpuEvent, OwnStream};
+use crate::gpu::cuda_error;
+use crate::gpu::memory::later;
+use crate::lane::Mover;
 use crate::upload::PinnedMemory;
 
 /// Stagings that are kept for later calls.
@@ -35,7 +35,7 @@ const STAGING_BYTES_MIN: usize = 64 << 10;
 /// Moves a group's data with MPI, that of a GPU too.
 #[derive(Debug)]
 pub(super) struct Staged {
-    mpi: MpiTransport,
+    mpi: MpiMover,
     rank: usize,
     device: Arc<Device>,
     /// For copies to the host, and back.
@@ -91,9 +91,9 @@ impl Moving {
 #[derive(Debug)]
 enum Way {
     /// Memory of the host.
-    Host(Place),
+    Host(MpiAddress),
     /// MPI takes the GPU's addresses.
-    Direct { from: Place, to: Place },
+    Direct { from: MpiAddress, to: MpiAddress },
     /// Over a copy on the host, to which `out` goes, and from which `back` comes.
     Copied { form: PinnedMemory, out: Option<Leg>, back: Option<Leg> },
 }
@@ -103,16 +103,16 @@ enum Stage {
     /// It waits for an earlier call on the same memory.
     Behind,
     /// MPI does not have it before this point of a stream.
-    Before(Option<Event>),
+    Before(Option<GpuEvent>),
     InMpi,
     /// It has ended at this point of a stream.
-    After(Arc<Event>),
+    After(Arc<GpuEvent>),
     Done,
 }
 
 impl Staged {
     pub(super) fn new(
-        mpi: MpiTransport,
+        mpi: MpiMover,
         rank: usize,
         device: &Arc<Device>,
         cuda_aware: bool,
@@ -160,7 +160,7 @@ impl Staged {
         let (out, back) = legs(call, self.rank, from.is_some());
         let span = |leg: Option<Leg>| match leg {
             Some(Leg { side, at, bytes, .. }) => {
-                let buffer = if side == Side::Input { from.unwrap_or(to) } else { to };
+                let buffer = if side == CopySide::Input { from.unwrap_or(to) } else { to };
                 buffer + at as u64..buffer + (at + bytes) as u64
             }
             None => 0..0,
@@ -214,7 +214,7 @@ impl Staged {
             }
             _ => {}
         }
-        let point = Event::record(&self.device, stream).map_err(failed)?;
+        let point = GpuEvent::record(&self.device, stream).map_err(failed)?;
         moving.stage = Stage::Before(Some(point));
         Ok(())
     }
@@ -246,7 +246,7 @@ impl Staged {
                 Way::Host(at) => self.mpi.begin(call, *at)?,
                 Way::Direct { from, to } => self.mpi.begin_in_place(call, *from, *to)?,
                 Way::Copied { form, .. } => {
-                    self.mpi.begin(call, Place(form.bytes_mut().as_mut_ptr()))?;
+                    self.mpi.begin(call, MpiAddress(form.bytes_mut().as_mut_ptr()))?;
                 }
             }
             moving.stage = Stage::InMpi;
@@ -278,7 +278,7 @@ impl Staged {
                 unsafe { cuda::write_later(&self.device, writes.start, from, stream) }
                     .map_err(failed)?;
             }
-            let done = Arc::new(Event::record(&self.device, stream).map_err(failed)?);
+            let done = Arc::new(GpuEvent::record(&self.device, stream).map_err(failed)?);
             *stage = Stage::After(Arc::clone(&done));
             on_device.launch(done);
         }
@@ -287,13 +287,13 @@ impl Staged {
     }
 }
 
-impl Transport for Staged {
-    fn start(&mut self, call: &Arc<Call>, memory: &mut Memory) -> Result<()> {
-        if let Memory::Device { at, from, keep } = memory {
+impl Mover for Staged {
+    fn start(&mut self, call: &Arc<Call>, memory: &mut CallMemory) -> Result<()> {
+        if let CallMemory::Device { at, from, keep } = memory {
             let is_kept = keep.len() == 1 + usize::from(from.is_some());
             return self.take(call, *from, *at, is_kept);
         }
-        let way = Way::Host(Place(memory.base()));
+        let way = Way::Host(MpiAddress(memory.base()));
         let moving = Moving {
             number: self.number(),
             call: Arc::clone(call),
@@ -365,6 +365,6 @@ impl Drop for Staged {
 }
 
 /// An address of the GPU's, for MPI alone.
-fn place(address: u64) -> Place {
-    Place(std::ptr::without_provenance_mut(usize::try_from(address).unwrap_or(0)))
+fn place(address: u64) -> MpiAddress {
+    MpiAddress(std::ptr::without_provenance_mut(usize::try_from(address).unwrap_or(0)))
 }

@@ -267,18 +267,24 @@ mod tests {
     /// Without a GPU a communicator fails with what NCCL says, in time.
     #[test]
     fn a_communicator_without_a_gpu_is_an_error() {
-        if crate::backend::gpu::device_count("nccl").is_ok() {
+        if crate::gpu::device_count("nccl").is_ok() {
             return eprintln!("SKIPPED: this machine has a GPU");
         }
         let Some(nccl) = real() else { return };
         let id = nccl.unique_id().unwrap();
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
-        let error =
-            super::super::communicator::Communicator::join(nccl, id, 0, 1, deadline, &|| false);
+        let error = crate::backend::nccl::communicator::Communicator::join(
+            nccl,
+            id,
+            0,
+            1,
+            deadline,
+            &|| false,
+        );
         let error = error.expect_err("there is no GPU");
         assert_eq!(error.call, "ncclCommInitRankConfig");
         assert!(error.what.contains("CUDA"), "{}", error.what);
-        super::super::communicator::abort_all(nccl, "the end of a test");
+        crate::backend::nccl::communicator::abort_all(nccl, "the end of a test");
     }
 
     #[test]

@@ -5,90 +5,129 @@
 //! | `library` | finds and loads libnccl; versions; error texts |
 //! | `config` | a communicator's settings, by version |
 //! | `communicator` | NCCL's calls, checked, with deadlines; abort of all |
-//! | `transport` | a group's calls on its stream |
+//! | `allocator` | memory from NCCL, registered |
+//! | `mover` | a group's calls on its stream |
 //!
 //! Memory of the host goes over the host backend, which is the group's control plane anyway: what the
 //! ranks called is compared there before NCCL is asked for anything, so a kernel is only launched when
 //! all ranks launch the same one.
 
 mod alive;
-pub(crate) mod communicator;
+mod allocator;
+mod communicator;
 mod config;
-pub(crate) mod library;
-pub(crate) mod transport;
+mod library;
+mod mover;
 
 use std::collections::VecDeque;
 use std::ffi::{c_char, c_int};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cudarc::nccl::sys::ncclUniqueId;
 
+use self::allocator::NcclSide;
 use self::communicator::{Communicator, NcclError};
 use self::library::Nccl;
-use self::transport::NcclTransport;
-use super::gpu::cuda::{Device, OwnStream};
-use super::gpu::{self, cuda_error, Gpu, NcclSide};
-use super::host::core::Core;
-use super::lane::Lane;
-use super::runner::Runner;
-use super::Backend;
+use self::mover::NcclMover;
+use super::{device_of, trouble, unavailable, Connected, Gather, Transport};
 use crate::error::{Error, Result};
+use crate::gpu::cuda::{Device, OwnStream};
+use crate::gpu::{cuda_error, Gpu};
+use crate::lane::runner::Runner;
+use crate::lane::Lane;
+use crate::order::core::Core;
 
-/// Every rank gives its bytes and gets everybody's, by rank.
-type Gather<'a> = dyn FnMut(&[u8]) -> Result<Vec<Vec<u8>>> + 'a;
+/// How long a dropped group may take to end its communicator.
+const LEAVE: Duration = Duration::from_secs(6);
 
-fn unavailable(what: impl Into<String>) -> Error {
-    Error::NoBackend { backend: "nccl", what: what.into() }
+/// A group's GPU side.
+#[derive(Debug)]
+struct NcclTransport {
+    lane: Arc<Lane>,
+    gpu: Arc<Gpu>,
+    nccl: NcclSide,
 }
 
-/// This rank's card, for the choice of a backend: with `trouble`, if the caller knows of any.
-pub(crate) fn card(core: &Core, library: Option<&str>, trouble: Option<String>) -> Vec<u8> {
-    let mine = trouble.map_or_else(|| prepare(core, library), |what| Err(unavailable(what)));
-    Card::of(mine.as_ref()).encode()
+impl Transport for NcclTransport {
+    fn lane(&self, on_device: bool) -> Option<&Arc<Lane>> {
+        on_device.then_some(&self.lane)
+    }
+
+    fn gpu(&self) -> Option<&Arc<Gpu>> {
+        Some(&self.gpu)
+    }
+
+    fn is_in_stream_order(&self) -> bool {
+        true
+    }
+
+    fn close(&self, _core: &Core) {
+        self.lane.close();
+        if !std::thread::panicking() {
+            // A process that ends with its last group would cut NCCL off in the middle.
+            self.lane.wait_closed(LEAVE);
+        }
+    }
+
+    fn divide(
+        &self,
+        undivided: &Core,
+        part: Option<(&Arc<Core>, usize)>,
+        deadline: Instant,
+    ) -> Result<Option<Connected>> {
+        let number = |color| c_int::try_from(color).unwrap_or(c_int::MAX);
+        let part = part.map(|(core, color)| (core, number(color)));
+        divide(undivided, (&self.gpu.device, &self.nccl), part, deadline)
+    }
 }
 
-/// Why ranks with these cards cannot use NCCL together; `None`: they can.
-pub(crate) fn obstacle(cards: &[Vec<u8>]) -> Option<String> {
+/// Why these ranks cannot use NCCL together; `None`: they can. Collective.
+pub(super) fn obstacle(
+    core: &Core,
+    trouble: Option<String>,
+    gather: &mut Gather<'_>,
+) -> Result<Option<String>> {
+    let cards = gather(&Card::of(prepared(core, trouble).as_ref()).encode())?;
     let cards: Vec<Card> = cards.iter().map(|bytes| Card::decode(bytes)).collect();
     let troubled = cards.iter().position(|card| !card.trouble.is_empty());
     if let Some(rank) = troubled {
-        return Some(cannot_use(rank, &cards[rank].trouble));
+        return Ok(Some(cannot_use(rank, &cards[rank].trouble)));
     }
-    check_cards(&cards).err().map(said)
+    Ok(check_cards(&cards).err().map(|error| super::trouble(&error)))
 }
 
 fn cannot_use(rank: usize, trouble: &str) -> String {
     format!("rank {rank} cannot use NCCL: {trouble}")
 }
 
-fn said(error: Error) -> String {
-    match error {
-        Error::NoBackend { what, .. } => what,
-        other => other.to_string(),
+/// The library and this rank's GPU, with its UUID; or the `trouble` that the caller knows of.
+fn prepared(
+    core: &Core,
+    trouble: Option<String>,
+) -> Result<(&'static Nccl, Arc<Device>, [u8; 16])> {
+    if let Some(what) = trouble {
+        return Err(unavailable("nccl", what));
     }
-}
-
-/// The library and this rank's GPU, with its UUID.
-fn prepare(core: &Core, library: Option<&str>) -> Result<(&'static Nccl, Arc<Device>, [u8; 16])> {
-    let device = gpu::device_of(core, "nccl")?;
-    let nccl = Nccl::get(library).map_err(unavailable)?;
+    let device = device_of(core, "nccl")?;
+    let library = crate::environment::nccl_library();
+    let nccl = Nccl::get(library.as_deref()).map_err(|what| unavailable("nccl", what))?;
     if let Some(what) = crate::environment::nccl_lacks(nccl.version_number()) {
-        return Err(unavailable(what));
+        return Err(unavailable("nccl", what));
     }
     let uuid = device.uuid().map_err(|error| cuda_error(core.rank, error))?;
     Ok((nccl, device, uuid))
 }
 
 /// Connects the ranks of a group over NCCL. Collective: `gather` goes over the control plane.
-pub(crate) fn open(
+pub(super) fn open(
     core: &Arc<Core>,
-    (library, trouble): (Option<&str>, Option<String>),
+    trouble: Option<String>,
     gather: &mut Gather<'_>,
     deadline: Instant,
-) -> Result<(Arc<Lane>, Arc<Gpu>)> {
+) -> Result<Connected> {
     let (rank, world_size) = (core.rank, core.world_size());
-    let mine = trouble.map_or_else(|| prepare(core, library), |what| Err(unavailable(what)));
+    let mine = prepared(core, trouble);
     // Those who have no NCCL say so to the others, instead of letting them wait.
     let card = Card::of(mine.as_ref());
     let cards: Vec<Card> =
@@ -96,7 +135,7 @@ pub(crate) fn open(
     let (nccl, device, _) = mine?;
     check_cards(&cards)?;
     let id = if rank == 0 {
-        nccl.unique_id().map_err(unavailable)?.internal.to_vec()
+        nccl.unique_id().map_err(|what| unavailable("nccl", what))?.internal.to_vec()
     } else {
         Vec::new()
     };
@@ -127,11 +166,11 @@ pub(crate) fn open(
     carried(core, device, NcclSide { library: nccl, communicator })
 }
 
-/// A lane for `core`'s calls on a communicator.
-fn carried(core: &Arc<Core>, device: Arc<Device>, nccl: NcclSide) -> Result<(Arc<Lane>, Arc<Gpu>)> {
+/// A transport for `core`'s calls on a communicator.
+fn carried(core: &Arc<Core>, device: Arc<Device>, nccl: NcclSide) -> Result<Connected> {
     let (rank, world_size) = (core.rank, core.world_size());
     let stream = OwnStream::new(&device).map_err(|error| cuda_error(rank, error))?;
-    let transport = NcclTransport {
+    let transport = NcclMover {
         core: Arc::clone(core),
         rank,
         world_size,
@@ -146,18 +185,19 @@ fn carried(core: &Arc<Core>, device: Arc<Device>, nccl: NcclSide) -> Result<(Arc
         .map_err(|error| Error::system(rank, "start a thread", error))?;
     // Callers who wait never enter NCCL or wait for a device: only the runner does. Those who allocate or divide do, with
     // deadlines.
-    let lane = Lane::new(Backend::Nccl, Arc::clone(core), &runner, false, Box::new(transport));
-    Ok((lane, Arc::new(Gpu { device, nccl: Some(nccl) })))
+    let lane = Lane::new("nccl", Arc::clone(core), &runner, false, Box::new(transport));
+    let gpu = Arc::new(Gpu { device, allocator: Some(Arc::new(nccl.clone())) });
+    Ok(Arc::new(NcclTransport { lane, gpu, nccl }))
 }
 
 /// Divides the communicator `nccl`, on which nothing is under way: `part` is this rank's part of the
 /// group, with its color's number. Collective for the undivided group.
-pub(crate) fn divide(
+fn divide(
     undivided: &Core,
     (device, nccl): (&Arc<Device>, &NcclSide),
     part: Option<(&Arc<Core>, c_int)>,
     deadline: Instant,
-) -> Result<Option<(Arc<Lane>, Arc<Gpu>)>> {
+) -> Result<Option<Connected>> {
     let rank = undivided.rank;
     let current = device.current().map_err(|error| cuda_error(rank, error))?;
     let gives_up = || undivided.peers.failure().is_some();
@@ -201,8 +241,7 @@ impl Card {
                 host_id: crate::environment::nccl_host_id().unwrap_or_default(),
                 trouble: String::new(),
             },
-            Err(Error::NoBackend { what, .. }) => Self { trouble: what.clone(), ..Self::default() },
-            Err(error) => Self { trouble: error.to_string(), ..Self::default() },
+            Err(error) => Self { trouble: trouble(error), ..Self::default() },
         }
     }
 
@@ -233,17 +272,17 @@ impl Card {
 fn check_cards(cards: &[Card]) -> Result<()> {
     for (rank, card) in cards.iter().enumerate() {
         if !card.trouble.is_empty() {
-            return Err(unavailable(cannot_use(rank, &card.trouble)));
+            return Err(unavailable("nccl", cannot_use(rank, &card.trouble)));
         }
         if card.version != cards[0].version {
-            return Err(unavailable(format!(
+            return Err(unavailable("nccl", format!(
                 "rank 0 has version code {}, rank {rank} has {}: install one version of NCCL on all machines",
                 cards[0].version, card.version
             )));
         }
         let same = |other: &Card| other.uuid == card.uuid && other.host_id == card.host_id;
         if let Some(other) = cards[..rank].iter().position(same) {
-            return Err(unavailable(format!(
+            return Err(unavailable("nccl", format!(
                 "ranks {other} and {rank} are on the same GPU: start at most one rank for each GPU, and \
                  check CUDA_VISIBLE_DEVICES (emulated nodes that share a GPU are set up by the launcher: \
                  --nnodes without --node-rank)"

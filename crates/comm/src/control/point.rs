@@ -1,0 +1,271 @@
+//! Messages between two ranks: `send` and `receive`.
+//!
+//! They travel on the control sockets. The receiver says that it is ready and what it expects; only
+//! then does the sender send, in parts, so nothing is buffered that nobody waits for. A thread of
+//! its own sends and the monitor takes in, so two ranks may send each other large messages at once.
+//! Messages of a pair are matched in the order of the calls.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::peers::Peers;
+use super::wire::Frame;
+use crate::call::{Call, CallMemory};
+use crate::error::{Error, Result};
+use crate::fingerprint::{CallRecord, Op};
+
+/// A message travels in parts of this size.
+const PART_BYTES: usize = 1 << 18;
+
+/// An open call of one side.
+#[derive(Debug)]
+struct Open {
+    peer: usize,
+    index: u64,
+    call: Arc<Call>,
+    /// Receiving: how much has come.
+    filled: usize,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    sends: Vec<Open>,
+    receives: Vec<Open>,
+    /// Peers that are ready for a message, and what they expect.
+    ready: Vec<(usize, u64, CallRecord)>,
+    /// What peers have called of messages between GPUs.
+    announced: Vec<(usize, u64, CallRecord)>,
+}
+
+/// The messages of a group that are under way.
+#[derive(Debug)]
+pub(crate) struct Points {
+    table: Mutex<Table>,
+    changed: Condvar,
+    /// Whether the sending thread runs.
+    sending: AtomicBool,
+    sent: Vec<AtomicU64>,
+    received: Vec<AtomicU64>,
+    /// The same of messages between GPUs, which have an order of their own.
+    device_sent: Vec<AtomicU64>,
+    device_received: Vec<AtomicU64>,
+}
+
+impl Points {
+    pub(crate) fn new(world_size: usize) -> Self {
+        let counters = || (0..world_size).map(|_| AtomicU64::new(0)).collect();
+        Self {
+            table: Mutex::default(),
+            changed: Condvar::new(),
+            sending: AtomicBool::new(false),
+            sent: counters(),
+            received: counters(),
+            device_sent: counters(),
+            device_received: counters(),
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        // The table is valid after every statement.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn wake(&self) {
+        self.changed.notify_all();
+    }
+
+    /// The number of the next message to (or from) `peer`.
+    pub(crate) fn next_index(&self, peer: usize, sending: bool) -> u64 {
+        let counters = if sending { &self.sent } else { &self.received };
+        counters[peer].load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn ready(&self, peer: usize, index: u64, record: CallRecord) {
+        self.table().ready.push((peer, index, record));
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn announced(&self, peer: usize, index: u64, record: CallRecord) {
+        self.table().announced.push((peer, index, record));
+    }
+
+    /// What `peer` has called as the other side of `op`, message `index` between the GPUs of the two.
+    pub(crate) fn take_announced(&self, peer: usize, op: Op, index: u64) -> Option<CallRecord> {
+        let other = if op == Op::Send { Op::Receive } else { Op::Send };
+        let mut table = self.table();
+        let is_side = |one: &(usize, u64, CallRecord)| one.0 == peer && one.2.op == other;
+        // Short messages may end before anybody asks for their other side.
+        table.announced.retain(|one| !is_side(one) || one.1 >= index);
+        let fits = |one: &(usize, u64, CallRecord)| is_side(one) && one.1 == index;
+        let at = table.announced.iter().position(fits)?;
+        Some(table.announced.swap_remove(at).2)
+    }
+
+    /// Takes in a part of a message; false when nobody asked for it.
+    pub(crate) fn arrived(&self, peer: usize, index: u64, bytes: &[u8]) -> bool {
+        let mut table = self.table();
+        let Some(at) = table.receives.iter().position(|o| o.peer == peer && o.index == index)
+        else {
+            return false;
+        };
+        let open = &mut table.receives[at];
+        let mut state = open.call.lock();
+        let CallMemory::Private(buffer) = &mut state.memory else { return false };
+        let Some(place) = buffer.get_mut(open.filled..open.filled + bytes.len()) else {
+            return false;
+        };
+        place.copy_from_slice(bytes);
+        let complete = open.filled + bytes.len() == buffer.len();
+        drop(state);
+        open.filled += bytes.len();
+        if complete {
+            table.receives.swap_remove(at).call.finish(Ok(()));
+            self.changed.notify_all();
+        }
+        true
+    }
+}
+
+/// Starts sending: the call's private memory is the message.
+pub(crate) fn start_send(peers: &Arc<Peers>, peer: usize, call: Arc<Call>) -> Result<()> {
+    let points = &peers.points;
+    let index = points.sent[peer].fetch_add(1, Ordering::Relaxed);
+    points.table().sends.push(Open { peer, index, call, filled: 0 });
+    points.changed.notify_all();
+    if !points.sending.swap(true, Ordering::AcqRel) {
+        let ours = Arc::clone(peers);
+        let thread = std::thread::Builder::new().name(format!("phalanx-send-{}", peers.rank));
+        // Not joined: it ends when the group is closed.
+        let started = thread.spawn(move || send_all(&ours));
+        drop(started.map_err(|error| Error::system(peers.rank, "start a thread", error))?);
+    }
+    Ok(())
+}
+
+/// Tells `peer` of a message between GPUs, so that both sides can compare; its number among them.
+pub(crate) fn announce(peers: &Peers, peer: usize, record: &CallRecord) -> Result<u64> {
+    let points = &peers.points;
+    let counters =
+        if record.op == Op::Send { &points.device_sent } else { &points.device_received };
+    let index = counters[peer].fetch_add(1, Ordering::Relaxed);
+    let told = peers.send(peer, &Frame::Announced { index, record: record.clone() }, None);
+    // Whoever waits for the message says that the peer has left.
+    let told = told.or_else(|error| if peers.has_departed(peer) { Ok(()) } else { Err(error) });
+    told.map(|()| index)
+}
+
+/// Starts receiving into the call's private memory.
+pub(crate) fn start_receive(peers: &Peers, peer: usize, call: Arc<Call>) -> Result<()> {
+    let index = peers.points.received[peer].fetch_add(1, Ordering::Relaxed);
+    let record = call.record.clone();
+    peers.points.table().receives.push(Open { peer, index, call, filled: 0 });
+    let asked = peers.send(peer, &Frame::Ready { index, record }, None);
+    // Whoever waits for the message says that the peer has left.
+    asked.or_else(|error| if peers.has_departed(peer) { Ok(()) } else { Err(error) })
+}
+
+/// Sends the messages whose receivers are ready, until the group is closed.
+fn send_all(peers: &Peers) {
+    let mut table = peers.points.table();
+    while !peers.is_closed() && peers.failure().is_none() {
+        let Some((send, expected)) = table.take_ready() else {
+            let (guard, _) = peers
+                .points
+                .changed
+                .wait_timeout(table, Duration::from_millis(200))
+                .unwrap_or_else(PoisonError::into_inner);
+            table = guard;
+            continue;
+        };
+        drop(table);
+        let result = transmit(peers, &send, &expected).map_err(|error| {
+            let during = send.call.record.to_string();
+            peers.gone_before(send.peer, u64::MAX - 1, &during).unwrap_or(error)
+        });
+        send.call.finish(result.map_err(|error| peers.fail(error)));
+        peers.points.wake();
+        table = peers.points.table();
+    }
+}
+
+impl Table {
+    /// Whether the peer has yet to do its part of `call`.
+    fn waits(&self, call: &Call) -> bool {
+        let open = self.sends.iter().chain(&self.receives);
+        open.into_iter().any(|open| std::ptr::eq(Arc::as_ptr(&open.call), call))
+    }
+
+    /// A message whose receiver is ready, and what that one expects.
+    fn take_ready(&mut self) -> Option<(Open, CallRecord)> {
+        let Self { sends, ready, .. } = self;
+        let (at, ready_at) = sends.iter().enumerate().find_map(|(at, send)| {
+            let entry = ready.iter().position(|r| r.0 == send.peer && r.1 == send.index);
+            entry.map(|ready_at| (at, ready_at))
+        })?;
+        Some((sends.swap_remove(at), ready.swap_remove(ready_at).2))
+    }
+}
+
+fn transmit(peers: &Peers, send: &Open, expected: &CallRecord) -> Result<()> {
+    let ours = &send.call.record.travelled();
+    if ours.dtype != expected.dtype || ours.len != expected.len || ours.tag != expected.tag {
+        return Err(Error::OutOfStep {
+            seq: send.index,
+            rank: peers.rank,
+            ours: Box::new(ours.clone()),
+            peer: send.peer,
+            theirs: Box::new(expected.clone()),
+        });
+    }
+    let mut at = 0;
+    loop {
+        // The call stays locked for a copy only: sending may wait for the peer, and the peer for this
+        // rank's monitor, which must not wait for us.
+        let (part, is_last) = {
+            let state = send.call.lock();
+            let CallMemory::Private(buffer) = &state.memory else { return Ok(()) };
+            let end = buffer.len().min(at + PART_BYTES);
+            (buffer[at..end].to_vec(), end == buffer.len())
+        };
+        at += part.len();
+        // An empty message is one empty part.
+        peers.send(send.peer, &Frame::Message { index: send.index, bytes: part }, None)?;
+        if is_last {
+            return Ok(());
+        }
+    }
+}
+
+/// Waits for a message call to end.
+pub(crate) fn wait(peers: &Peers, peer: usize, call: &Call) -> Result<()> {
+    let deadline = call.started.unwrap_or_else(std::time::Instant::now) + call.timeout;
+    let mut table = peers.points.table();
+    loop {
+        if let Some(result) = call.lock().result.clone() {
+            return result;
+        }
+        if let Some(error) = peers.failure() {
+            return Err(error);
+        }
+        // A message that is being sent ends by itself: the peer may have left because it has it all.
+        if peers.has_departed(peer) && table.waits(call) {
+            drop(table);
+            let during = call.record.to_string();
+            let gone = peers.gone_before(peer, u64::MAX - 1, &during);
+            return Err(gone.map_or_else(|| peers.during_failure(), |error| peers.fail(error)));
+        }
+        let left = deadline.saturating_duration_since(std::time::Instant::now());
+        if left.is_zero() {
+            drop(table);
+            return Err(peers.fail(peers.late_for(call, peer)));
+        }
+        peers.remind(call, left, || peers.late_for(call, peer));
+        let (guard, _) = peers
+            .points
+            .changed
+            .wait_timeout(table, Duration::from_millis(20))
+            .unwrap_or_else(PoisonError::into_inner);
+        table = guard;
+    }
+}
