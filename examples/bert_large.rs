@@ -227,6 +227,8 @@ fn summary(
         parameters: config.model.parameter_count(),
         world_size: group.world_size(),
         mesh: None,
+        stage_blocks: None,
+        estimated_bytes: Vec::new(),
         readers: group.world_size(),
         node_count: group.node_count(),
         backend: group.backend().name().to_owned(),

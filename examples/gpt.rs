@@ -38,7 +38,7 @@ use gpt::place::{self, Place};
 use gpt::resume::Checkpoints;
 use gpt::sample::{self, Choice};
 use gpt::train::Trainer;
-use gpt::{data, failure, report, source, weights};
+use gpt::{data, failure, report, source, stages, weights};
 
 /// Tokens of the data that a sample of text begins with.
 const PROMPT_MAX: usize = 8;
@@ -166,10 +166,10 @@ fn rank(flags: &Flags, settings: &Settings, world: &World, nccl: Option<Nccl>) -
     let mut group = join(config, cuda, root)?;
     let threads = set_threads(config, &group);
     let device = group.device().map_or(Device::Cpu, Device::Cuda);
-    let place = Place::new(config, mesh.clone(), &mut group)?;
+    let place = Place::new((config, batching), mesh.clone(), &mut group)?;
     let warning = place.warning(&mut group)?;
     if root {
-        announce(settings, (&group, &mesh), batching, threads, &text.source.description);
+        announce(settings, (&group, &place), batching, threads, &text.source.description);
         warning.iter().for_each(|warning| println!("note   {warning}"));
     }
     let reader = place.reader();
@@ -193,7 +193,7 @@ fn rank(flags: &Flags, settings: &Settings, world: &World, nccl: Option<Nccl>) -
         start.note.iter().for_each(|note| println!("{note}"));
     }
     for step in start.step + 1..=config.train.steps {
-        let record = trainer.step(step, &mut feed)?;
+        let record = trainer.step(step, (&mut feed, &mut group))?;
         if let Some(journal) = &mut journal {
             journal.step(record)?;
         }
@@ -235,11 +235,12 @@ fn sampled(
 
 fn announce(
     settings: &Settings,
-    (group, mesh): (&Group, &Mesh),
+    (group, place): (&Group, &Place),
     batching: Batching,
     threads: usize,
     data: &str,
 ) {
+    let mesh = &place.mesh;
     let Config { model, optimizer, train, ddp, mesh: section, .. } = &settings.config;
     let Batching { global_batch, micro_batch, accumulate, .. } = batching;
     println!(
@@ -268,6 +269,9 @@ fn announce(
         };
         println!("mesh   {}{sequence}{schedule}", mesh.shape());
     }
+    if mesh.shape().pp > 1 {
+        println!("stages {} ({})", stages::described(&place.cut), section.stages);
+    }
     if let Some(choice) = group.backend_choice() {
         println!("device {}: {choice}", if group.device().is_some() { "GPU" } else { "CPU" });
     }
@@ -294,6 +298,7 @@ fn summary(
         parameters: config.model.parameter_count(),
         world_size: group.world_size(),
         mesh: Some(mesh.shape().to_string()),
+        stage_blocks: (mesh.shape().pp > 1).then(|| trainer.stage_blocks().to_vec()),
         readers: place::readers(mesh),
         node_count: group.node_count(),
         backend: group.backend().name().to_owned(),
@@ -308,6 +313,7 @@ fn summary(
         stragglers: trainer.stragglers()?,
         peak_memory_sum_bytes: peak_memory.iter().map(|m| m.proportional_peak_bytes).sum(),
         peak_memory,
+        estimated_bytes: place::estimates(config, mesh, batching, trainer.stage_blocks())?,
         versions: Versions::new(),
     })
 }

@@ -6,6 +6,8 @@
 #[path = "../examples/gpt/mod.rs"]
 #[expect(dead_code, reason = "the tests use a part of the example")]
 mod gpt;
+#[path = "gpt/stages.rs"]
+mod stages;
 #[path = "gpt/training.rs"]
 mod training;
 
@@ -131,6 +133,41 @@ fn eight_ranks_on_three_axes_and_chunks_of_two_blocks_train_as_one_process_does(
     check(LLAMA, [2, 1, 2, 1], 0, interleaved, &one);
     let tied = alone(GPT2, 0.0);
     check(GPT2, [1, 2, 2, 1], 1, interleaved, &tied);
+}
+
+#[test]
+fn a_cut_of_the_layers_changes_nothing_not_even_where_embedding_or_head_are_alone() {
+    let (gpt2, llama) = (alone(GPT2, 0.0), alone(LLAMA, 0.0));
+    let cut = |stages: &'static str, schedule: &'static str| {
+        move |config: &mut Config| {
+            (config.mesh.stages, config.mesh.schedule) = (stages.into(), schedule.into());
+        }
+    };
+    check(GPT2, [1, 1, 3, 1], 0, cut("0,4,0", "1f1b"), &gpt2);
+    check(GPT2, [2, 1, 2, 1], 3, cut("4,0", "zb-h1"), &gpt2);
+    check(LLAMA, [1, 2, 2, 1], 1, cut("0,4", "gpipe"), &llama);
+    check(LLAMA, [1, 1, 2, 1], 0, cut("0,1,3,0", "interleaved:2"), &llama);
+    check(LLAMA, [1, 2, 2, 1], 0, cut("measured", "1f1b"), &llama);
+    check(LLAMA, [2, 1, 2, 1], 1, cut("even", "1f1b"), &llama);
+}
+
+#[test]
+fn ranks_that_read_other_samples_than_the_rest_of_their_model_are_named_on_every_rank() {
+    let shuffled = |config: &mut Config| config.data.shuffle = true;
+    let first_steps = |sizes: (usize, usize, usize), ranks: usize, other: usize| {
+        let mut config = base(GPT2);
+        (config.mesh.tp, config.mesh.pp, config.mesh.cp) = sizes;
+        job(config, ranks / (sizes.0 * sizes.1 * sizes.2)).first_step_of(ranks, (other, shuffled))
+    };
+    let expected = "step 1: rank 5 (pp 1, dp_shard 0, tp 1) has read other samples than rank 0 (pp 0, dp_shard 0, tp 0): ranks of one";
+    for told in first_steps((2, 2, 1), 8, 5) {
+        let error = told.expect_err("a rank reads other samples");
+        assert!(error.starts_with(expected), "{error}");
+    }
+    for told in first_steps((1, 1, 2), 2, 1) {
+        let error = told.expect_err("a rank reads other samples");
+        assert!(error.contains("rank 1 (cp 1) has read other samples"), "{error}");
+    }
 }
 
 #[test]

@@ -57,6 +57,16 @@ fn a_checkpoint_of_one_mesh_is_gone_on_with_on_another() {
     assert_eq!(second.summary["summary"]["mesh"], "dp_shard 2 × cp 2 = 4 ranks");
 }
 
+#[test]
+fn a_checkpoint_is_gone_on_with_by_stages_that_have_other_layers() {
+    let alone = ["--nnodes", "1", "--micro-batches", "4"];
+    let of_two = ["--nnodes", "2", "--pp", "2", "--micro-batches", "4", "--stages"];
+    let (first, second) = ([&of_two[..], &["1,3"]].concat(), [&of_two[..], &["4,0"]].concat());
+    let (second, printed) = check_goes_on(&[], &alone, [&first, &second]);
+    assert!(printed.contains("stages embedding + 4 blocks | head (4,0)"), "{printed}");
+    assert_eq!(second.summary["summary"]["stage_blocks"], serde_json::json!([4, 0]));
+}
+
 const EXPERTS: [&str; 2] = ["--config", "configs/mixtral_tiny.json"];
 
 /// Micro-batches have one sample on every mesh, for the balance of experts is theirs.
@@ -91,12 +101,17 @@ fn a_step_of_which_a_part_is_missing_is_not_gone_on_from() {
 /// No rank is started, so that the error is there once.
 #[test]
 fn what_cannot_be_cut_is_one_error_with_what_can() {
-    let cases: [(&[&str], &str); 6] = [
+    let cases: [(&[&str], &str); 8] = [
         (
             &["--nnodes", "3", "--tp", "3"],
             "num_attention_heads 4 cannot be divided by tp 3; possible: 1, 2, 4",
         ),
-        (&["--nnodes", "5", "--pp", "5"], "5 stages are more than model.num_hidden_layers (4)"),
+        (&["--nnodes", "7", "--pp", "7"], "7 stages are more than model.num_hidden_layers (4)"),
+        (
+            &["--nnodes", "2", "--pp", "2", "--stages", "2,3"],
+            "are 5 blocks and model.num_hidden_layers is 4",
+        ),
+        (&["--nnodes", "2", "--pp", "2", "--stages", "half"], "there are auto, even, measured"),
         (&["--nnodes", "4", "--tp", "3"], "does not fill a world of 4; possible: "),
         (
             &["--nnodes", "3", "--cp", "3"],

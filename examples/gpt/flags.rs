@@ -42,6 +42,9 @@ pub(crate) struct Flags {
     /// What the ranks of a pipeline do, and when: gpipe, 1f1b, interleaved:CHUNKS or zb-h1.
     #[arg(long, value_name = "NAME")]
     pub(crate) schedule: Option<String>,
+    /// Blocks of each stage: auto (by what layers cost), even, measured (by what they take on rank 0), or numbers such as 5,7.
+    #[arg(long, value_name = "HOW")]
+    pub(crate) stages: Option<String>,
     /// Dropout probability of the attention alone.
     #[arg(long, value_name = "P")]
     pub(crate) attention_dropout: Option<f64>,
@@ -89,6 +92,7 @@ impl Flags {
         put(&mut mesh.ep, self.ep.as_ref());
         mesh.sequence_parallel |= self.sequence_parallel;
         put(&mut mesh.schedule, self.schedule.as_ref());
+        put(&mut mesh.stages, self.stages.as_ref());
         config.train.threads = self.launch.threads.or(config.train.threads);
         config
     }

@@ -17,6 +17,7 @@ pub(crate) mod job;
 pub(crate) mod journal;
 #[path = "../shared/machine.rs"]
 pub(crate) mod machine;
+pub(crate) mod measure;
 #[path = "../shared/metrics.rs"]
 pub(crate) mod metrics;
 pub(crate) mod model;
@@ -32,8 +33,10 @@ pub(crate) mod report;
 #[path = "../shared/resume.rs"]
 pub(crate) mod resume;
 pub(crate) mod sample;
+pub(crate) mod samples;
 #[path = "../shared/source.rs"]
 pub(crate) mod source;
+pub(crate) mod stages;
 pub(crate) mod train;
 #[path = "../shared/train_flags.rs"]
 pub(crate) mod train_flags;

@@ -1,7 +1,5 @@
 //! A rank's place in the mesh: which ranks it computes with, and which layers it has.
 
-use std::ops::Range;
-
 use anyhow::Result;
 use phalanx_comm::Group;
 use phalanx_ddp_core::collective::TensorGroup;
@@ -10,10 +8,12 @@ use phalanx_model_parallel::tensor::TensorParallel;
 use phalanx_model_parallel::{Axes, Axis, Error, Mesh, Nodes};
 
 use super::batching::Batching;
-use super::config::{Config, ConfigError, Experts, Model};
+use super::config::{Config, ConfigError, Experts};
 use super::context::Context;
 use super::experts::ExpertPlace;
+use super::machine::Estimate;
 use super::model::{Layers, Together};
+use super::stages::{self, Costs, Stages};
 
 /// The groups of the mesh that a trainer needs.
 const GROUPS: [Axes; 6] = [Axes::TP, Axes::PP, Axes::CP, Axes::DP, Axes::DP_CP, Axes::MODEL];
@@ -28,6 +28,8 @@ pub(crate) struct Place {
     pub(crate) together: Together,
     /// The stages of its pipeline.
     pub(crate) stages: TensorGroup,
+    /// Blocks of each of them, from the first to the last; of a rank with several chunks each is one.
+    pub(crate) cut: Vec<usize>,
     /// Those with the same parameters, and other samples or tokens.
     pub(crate) data: Group,
     /// Those with which it has one copy of the model.
@@ -39,8 +41,19 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// Makes the groups. Collective over the world.
-    pub(crate) fn new(config: &Config, mesh: Mesh, world: &mut Group) -> Result<Place> {
+    /// Makes the groups, and cuts the layers. Collective over the world.
+    pub(crate) fn new(
+        (config, batching): (&Config, Batching),
+        mesh: Mesh,
+        world: &mut Group,
+    ) -> Result<Place> {
+        let cut = match config.mesh.stages() {
+            Ok(Stages::Measured) if mesh.shape().pp > 1 => {
+                let costs = Costs::measured(config, &mesh, batching, world)?;
+                cut(config, &mesh, costs)?
+            }
+            _ => cut(config, &mesh, Costs::of(config, &mesh, batching))?,
+        };
         let rank = world.rank();
         let mut groups = mesh.split_into(world, &GROUPS)?;
         let mut tensors = |axes| groups.take(axes).map(TensorGroup::new);
@@ -55,7 +68,7 @@ impl Place {
         };
         let of_experts = experts.as_ref().map(ExpertPlace::parallel);
         let together = Together { tp, context, experts: of_experts };
-        Ok(Place { mesh, rank, together, stages, data, model, readers, experts })
+        Ok(Place { mesh, rank, together, stages, cut, data, model, readers, experts })
     }
 
     /// Its number among those that read different samples, and how many there are.
@@ -67,11 +80,11 @@ impl Place {
     pub(crate) fn layers(&self, config: &Config) -> Result<Vec<Layers>> {
         let stages = self.stages.world_size();
         let chunks = config.mesh.schedule()?.chunk_count();
-        let cut = cut(&config.model, stages * chunks)?;
         let of_chunk = |chunk: usize| {
             let stage = chunk * stages + self.stages.rank();
-            let (embeds, ends) = (stage == 0, stage + 1 == stages * chunks);
-            Layers { blocks: cut[stage].clone(), embeds, ends }
+            let first = self.cut[..stage].iter().sum();
+            let (embeds, ends) = (stage == 0, stage + 1 == self.cut.len());
+            Layers { blocks: first..first + self.cut[stage], embeds, ends }
         };
         Ok((0..chunks).map(of_chunk).collect())
     }
@@ -88,18 +101,31 @@ pub(crate) fn readers(mesh: &Mesh) -> usize {
     mesh.group_size(Axes::DP)
 }
 
-/// Blocks of each stage: as many each, or one more in the first ones.
-fn cut(model: &Model, stages: usize) -> Result<Vec<Range<usize>>, ConfigError> {
-    let blocks = usize::try_from(model.num_hidden_layers).unwrap_or(0);
-    if blocks < stages {
-        return Err(invalid(format!(
-            "{stages} stages are more than model.num_hidden_layers ({blocks}): some would have no layers; lower --pp, or the \
-             chunks of --schedule"
-        )));
-    }
-    let (each, more) = (blocks / stages, blocks % stages);
-    let start = |stage: usize| stage * each + stage.min(more);
-    Ok((0..stages).map(|stage| start(stage)..start(stage + 1)).collect())
+/// Blocks of each stage, by such costs.
+fn cut(config: &Config, mesh: &Mesh, costs: Costs) -> Result<Vec<usize>> {
+    let count = mesh.shape().pp * config.mesh.schedule()?.chunk_count();
+    let how = config.mesh.stages().map_err(invalid)?;
+    Ok(stages::cut(&config.model, (&how, count), costs)?)
+}
+
+/// Blocks of each stage as far as that is known without measuring; of a configuration that cannot be cut, any.
+pub(crate) fn expected_cut(config: &Config, mesh: &Mesh, batching: Batching) -> Vec<usize> {
+    let all = usize::try_from(config.model.num_hidden_layers).unwrap_or(0);
+    cut(config, mesh, Costs::of(config, mesh, batching)).unwrap_or_else(|_| vec![all])
+}
+
+/// What each rank of the world is expected to take, in bytes, where the layers are cut so.
+pub(crate) fn estimates(
+    config: &Config,
+    mesh: &Mesh,
+    batching: Batching,
+    cut: &[usize],
+) -> Result<Vec<u64>> {
+    let of_rank = |rank| {
+        let stage = mesh.coordinates(rank)?.pp;
+        Ok(Estimate::of_rank(config, mesh, batching, (cut, stage)).total())
+    };
+    (0..mesh.world_size()).map(of_rank).collect()
 }
 
 /// Everything that can be wrong with the mesh for this model and batch, before a rank meets another.
@@ -129,7 +155,7 @@ pub(crate) fn check(config: &Config, mesh: &Mesh, batching: Batching) -> Result<
         .into());
     }
     let kind = config.mesh.schedule()?;
-    cut(model, shape.pp * kind.chunk_count())?;
+    cut(config, mesh, Costs::of(config, mesh, batching))?;
     if shape.pp == 1 && kind.chunk_count() == 1 {
         return Ok(());
     }

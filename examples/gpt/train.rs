@@ -22,6 +22,7 @@ use super::metrics::{milliseconds, StepRecord};
 use super::model::{groups, Gpt};
 use super::place::Place;
 use super::resume::Part;
+use super::samples::Compared;
 use super::updates::{advised, count, rule, schedule, tokens};
 use super::weights;
 
@@ -36,6 +37,7 @@ pub(crate) struct Trainer {
     experts: Option<Experts>,
     pipeline: Pipeline,
     rates: Rates,
+    compared: Compared,
     /// Whether gradients are exchanged behind all backwards: those of tied weights are added up before.
     exchanges_late: bool,
     last_ids: Option<Tensor>,
@@ -132,6 +134,7 @@ impl Trainer {
             exchanges_late = table.is_some() && place.stages.world_size() > 1;
         }
         let options = phalanx_ddp_core::DdpOptions { exchange, ..config.ddp.options() };
+        let compared = Compared::every(options.fingerprint_interval);
         let (of_experts, cuts) = experts::divided(root.cuts());
         let (ddp, expert_ddp) = match &mut place.experts {
             None => (Ddp::new(vs, &mut place.data, options)?, None),
@@ -165,18 +168,25 @@ impl Trainer {
             experts,
             pipeline,
             rates,
+            compared,
             exchanges_late,
             last_ids: None,
             skipped_count: 0,
         })
     }
 
-    /// One optimizer step, from 1. Collective.
-    pub(crate) fn step(&mut self, step: u64, feed: &mut Feed) -> Result<StepRecord> {
+    /// One optimizer step, from 1. Collective over the world.
+    pub(crate) fn step(
+        &mut self,
+        step: u64,
+        (feed, world): (&mut Feed, &mut Group),
+    ) -> Result<StepRecord> {
         let start = Instant::now();
         let batches = feed.next_step()?;
         let data_wait_ms = milliseconds(batches.data_wait);
         let (tensors, weights) = self.micro_batches(&batches)?;
+        let read: Vec<&Tensors> = tensors.iter().map(|(tensors, _)| tensors).collect();
+        self.compared.at(step, &read, (&self.place.mesh, world))?;
         self.last_ids = tensors.first().map(|(tensors, _)| tensors.ids.shallow_clone());
         self.ddps().into_iter().try_for_each(|ddp| ddp.at_step(step))?;
         let Self { network, place, plan, ddp, pipeline, .. } = self;
@@ -308,6 +318,11 @@ impl Trainer {
     /// Steps that were left out.
     pub(crate) fn skipped_count(&self) -> u64 {
         self.skipped_count
+    }
+
+    /// Blocks of each stage of the pipeline.
+    pub(crate) fn stage_blocks(&self) -> &[usize] {
+        &self.place.cut
     }
 
     /// The ranks that read different samples.

@@ -60,6 +60,9 @@ pub(crate) struct Summary {
     /// The axes over which the model is cut, where it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) mesh: Option<String>,
+    /// Of a pipeline, the blocks of each stage.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) stage_blocks: Option<Vec<usize>>,
     /// Ranks that read different samples.
     #[serde(default)]
     pub(crate) readers: usize,
@@ -79,6 +82,9 @@ pub(crate) struct Summary {
     pub(crate) stragglers: Vec<String>,
     /// By rank.
     pub(crate) peak_memory: Vec<Usage>,
+    /// What the trainer expected of each rank, where it counts by rank.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) estimated_bytes: Vec<u64>,
     /// Sum over the ranks, shared pages once.
     pub(crate) peak_memory_sum_bytes: u64,
     pub(crate) versions: Versions,

@@ -11,6 +11,7 @@ mod full;
 mod kills;
 mod machine;
 mod memory;
+mod mesh;
 mod over_mpi;
 mod soak;
 mod staying;

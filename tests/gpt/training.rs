@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use phalanx_comm::testing::run_ranks;
 use phalanx_comm::Group;
 use phalanx_data::progress::Silent;
+use phalanx_ddp_core::feed::Feed;
 use tch::{nn, Device, Tensor};
 
 use super::gpt::config::Config;
@@ -40,6 +41,13 @@ pub(crate) struct Job {
     pub(crate) new_tokens: usize,
 }
 
+/// A rank that is ready for its first step.
+struct Ready {
+    trainer: Trainer,
+    feed: Feed,
+    world: Group,
+}
+
 /// The configuration, on the fixed batches in their order.
 pub(crate) fn config(text: &str) -> Config {
     let mut config = Config::parse(text, Path::new("test.json")).expect("a configuration");
@@ -65,7 +73,25 @@ impl Job {
         Trained { losses, norms, weights: weights.into_iter().collect(), greedy }
     }
 
-    fn rank(&self, mut world: Group, to: &Path) -> (Vec<f64>, Vec<f64>, Vec<Vec<i64>>) {
+    /// What each rank's first step says, where one of them has another configuration.
+    pub(crate) fn first_step_of(
+        &self,
+        world_size: usize,
+        other: (usize, fn(&mut Config)),
+    ) -> Vec<Result<(), String>> {
+        let job = self.clone();
+        run_ranks(world_size, move |group| {
+            let mut job = job.clone();
+            if group.rank() == other.0 {
+                (other.1)(&mut job.config);
+            }
+            let Ready { mut trainer, mut feed, mut world } = job.ready(group);
+            let step = trainer.step(1, (&mut feed, &mut world));
+            step.map(drop).map_err(|error| error.to_string())
+        })
+    }
+
+    fn ready(&self, mut world: Group) -> Ready {
         tch::set_num_threads(1);
         let config = &self.config;
         let mesh = config.mesh.of_world(world.world_size()).expect("a mesh");
@@ -79,17 +105,23 @@ impl Job {
                 .expect("a batch that can be cut");
         place::check(config, &mesh, batching).expect("a model that fits the mesh");
         let text = data::open(config, &Silent).expect("the batches");
-        let place = Place::new(config, mesh, &mut world).expect("groups");
+        let place = Place::new((config, batching), mesh, &mut world).expect("groups");
         let reader = place.reader();
         let vs = nn::VarStore::new(Device::Cpu);
         let settings = (config, batching, true);
-        let mut trainer = Trainer::new(&vs, (place, &mut world), settings).expect("a trainer");
+        let trainer = Trainer::new(&vs, (place, &mut world), settings).expect("a trainer");
         if let Some(path) = &self.first_weights {
             trainer.load_weights(path).expect("weights that fit");
         }
-        let mut feed = source::feed(&text.source, config, batching, reader, (Device::Cpu, None))
+        let feed = source::feed(&text.source, config, batching, reader, (Device::Cpu, None))
             .expect("a feed");
-        let step = |step| trainer.step(step, &mut feed).expect("a step");
+        Ready { trainer, feed, world }
+    }
+
+    fn rank(&self, world: Group, to: &Path) -> (Vec<f64>, Vec<f64>, Vec<Vec<i64>>) {
+        let config = &self.config;
+        let Ready { mut trainer, mut feed, mut world } = self.ready(world);
+        let step = |step| trainer.step(step, (&mut feed, &mut world)).expect("a step");
         let records: Vec<_> = (1..=config.train.steps).map(step).collect();
         trainer.save_weights(to).expect("weights can be saved");
         let kind = config.mesh.schedule().expect("a schedule");

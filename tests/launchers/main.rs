@@ -1,5 +1,6 @@
 //! The trainer under each launcher: equal world size, equal losses, bit for bit.
 
+mod mesh;
 #[path = "../../crates/comm/tests/support/namespaces.rs"]
 #[expect(clippy::print_stderr, reason = "a skipped test is loud")]
 mod namespaces;

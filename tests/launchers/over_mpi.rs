@@ -39,7 +39,7 @@ fn over_mpi_under_srun_the_losses_are_those_of_the_host_backend() {
     compare(&losses(None, &["--nnodes", "4"]), &over_mpi);
 }
 
-fn compare(host: &[String], over_mpi: &[String]) {
+pub(super) fn compare(host: &[String], over_mpi: &[String]) {
     for (of_host, of_mpi) in numbers(host).into_iter().zip(numbers(over_mpi)) {
         let apart = ((of_host - of_mpi) / of_host).abs();
         assert!(apart <= APART_MAX, "{of_host} and over MPI {of_mpi}");

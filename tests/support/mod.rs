@@ -79,15 +79,21 @@ pub(crate) fn wait_until(what: &str, deadline: Duration, mut is_there: impl FnMu
     }
 }
 
-/// Kills the last child of a launcher, which is a rank.
-pub(crate) fn kill_child_of(launcher: u32) {
+/// The processes that a launcher has started: its ranks.
+pub(crate) fn children_of(launcher: u32) -> Vec<String> {
     // Children belong to the thread that made them.
     let tasks = fs::read_dir(format!("/proc/{launcher}/task")).expect("the launcher lives");
     let of = |task: fs::DirEntry| fs::read_to_string(task.path().join("children"));
     let ids: String = tasks.flatten().filter_map(|task| of(task).ok()).collect();
-    let last = ids.split_whitespace().last().expect("a rank").to_owned();
-    let kill = Command::new("kill").args(["-KILL", &last]).stderr(Stdio::null()).status();
-    assert!(kill.expect("kill").success(), "{last} of {ids}");
+    ids.split_whitespace().map(str::to_owned).collect()
+}
+
+/// Kills the last child of a launcher, which is a rank.
+pub(crate) fn kill_child_of(launcher: u32) {
+    let ids = children_of(launcher);
+    let last = ids.last().expect("a rank");
+    let kill = Command::new("kill").args(["-KILL", last]).stderr(Stdio::null()).status();
+    assert!(kill.expect("kill").success(), "{last} of {ids:?}");
 }
 
 /// A port that nobody listens at.

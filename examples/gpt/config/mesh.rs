@@ -4,6 +4,8 @@ use phalanx_model_parallel::pipeline::schedule::ScheduleKind;
 use phalanx_model_parallel::{Axis, Mesh as Made, Result, Shape};
 use serde::{Deserialize, Serialize};
 
+use super::super::stages::Stages;
+
 /// The axes, and what goes with them. One that is left out has one rank; `dp` takes what is left of the world.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -22,12 +24,15 @@ pub(crate) struct Mesh {
     pub(crate) sequence_parallel: bool,
     /// `gpipe`, `1f1b`, `interleaved:CHUNKS` or `zb-h1`.
     pub(crate) schedule: String,
+    /// Blocks of each stage: `auto`, `even`, `measured`, or a number for each such as `5,7`.
+    pub(crate) stages: String,
 }
 
 impl Default for Mesh {
     fn default() -> Self {
         let schedule = ScheduleKind::OneFOneB.to_string();
-        Mesh { dp: None, tp: 1, pp: 1, cp: 1, ep: 1, sequence_parallel: false, schedule }
+        let stages = "auto".to_owned();
+        Mesh { dp: None, tp: 1, pp: 1, cp: 1, ep: 1, sequence_parallel: false, schedule, stages }
     }
 }
 
@@ -48,6 +53,11 @@ impl Mesh {
         self.schedule.parse()
     }
 
+    /// How layers are cut into stages.
+    pub(crate) fn stages(&self) -> std::result::Result<Stages, String> {
+        self.stages.parse()
+    }
+
     /// What the tokens of a sequence are a multiple of: each rank of `cp` has two equal runs of them, which sequence parallelism may cut at any token.
     pub(crate) fn tokens_of(&self) -> usize {
         let sequence = if self.sequence_parallel { self.tp } else { 1 };
@@ -64,6 +74,9 @@ impl Mesh {
         let axes = axes.into_iter().chain([("ep", self.ep)]);
         if let Some((name, _)) = axes.into_iter().find(|(_, ranks)| *ranks == 0) {
             return Some(format!("mesh.{name} is 0; an axis that is not used has 1 rank"));
+        }
+        if let Err(error) = self.stages() {
+            return Some(format!("mesh.stages: {error}"));
         }
         self.schedule().err().map(|error| format!("mesh.schedule: {error}"))
     }
