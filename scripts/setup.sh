@@ -11,7 +11,7 @@ usage: scripts/setup.sh [--cuda] [--test-extras] [--use-python-torch]
   (nothing)           C++ compiler, CPU libtorch 2.11.0, training text
   --cuda              also the CUDA 13.0 libraries (2.4 GB to download, 3.6 GB unpacked)
   --test-extras       also what some tests and checks use: OpenMPI, libclang (feature mpi), MPICH, Slurm and munge, iproute2,
-                      nftables, procps, shellcheck; torchrun (1 GB, of the wheel that libtorch comes from);
+                      nftables, OpenSSH, procps, shellcheck; torchrun (1 GB, of the wheel that libtorch comes from);
                       libnccl (200 MB)
   --use-python-torch  link the torch 2.11.0 installed for $PHALANX_PYTHON (default python3)
   --print-test-features  say which optional features of the workspace can be tested here, and do nothing else
@@ -99,7 +99,7 @@ test_packages() {
   local packages=() PATH=$PATH:/usr/sbin:/sbin
   mapfile -t packages < <(missing_packages mpirun.openmpi:openmpi-bin mpicc:libopenmpi-dev mpiexec.hydra:mpich \
     slurmctld:slurmctld slurmd:slurmd srun:slurm-client munged:munge \
-    ip:iproute2 nft:nftables kill:procps shellcheck:shellcheck)
+    ip:iproute2 nft:nftables kill:procps sshd:openssh-server ssh:openssh-client shellcheck:shellcheck)
   has_libclang || packages+=(libclang-dev)
   # mpicc.mpich comes without what it compiles against.
   compgen -G '/usr/lib/*/libmpich.so' >/dev/null || packages+=(libmpich-dev)

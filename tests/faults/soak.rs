@@ -3,7 +3,8 @@
 //!
 //! Each fault is drawn from a seed. Here there is one of each kind, at steps where the ranks wait for it. By hand
 //! `PHALANX_SOAK=600 cargo test --release --test faults soak -- --nocapture` breaks a run of so many seconds about every ten, and
-//! prints goodput: the time of the same steps without faults ÷ the time with them.
+//! prints goodput: the time of the same steps without faults ÷ the time with them; and, for machines whose speed changes from one
+//! run to the next, the time of its own steps, each counted once, ÷ its time.
 
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
@@ -280,11 +281,25 @@ fn soak_for(seconds: u64, seed: u64, draws: &mut Draws) {
     }
     end(run, dry.path(), seed);
     let with = begun.elapsed();
-    report((steps, a_step), (without, with), &costs);
+    report((steps, a_step), (without, in_steps(wet.path()), with), &costs);
+}
+
+/// The time of all steps that the run has kept.
+fn in_steps(folder: &Path) -> Duration {
+    let text = fs::read_to_string(folder.join("metrics.jsonl")).expect("metrics");
+    let step_ms = |line: &str| {
+        let record: serde_json::Value = serde_json::from_str(line).expect("an object a line");
+        record["step_ms"].as_f64()
+    };
+    Duration::from_secs_f64(text.lines().filter_map(step_ms).sum::<f64>() / 1e3)
 }
 
 #[expect(clippy::print_stdout, reason = "a report")]
-fn report((steps, a_step): (u32, Duration), (without, with): (Duration, Duration), costs: &[Cost]) {
+fn report(
+    (steps, a_step): (u32, Duration),
+    (without, own, with): (Duration, Duration, Duration),
+    costs: &[Cost],
+) {
     println!("{steps} steps of {a_step:.1?}");
     for (fault, cost) in ALL.iter().zip(costs) {
         let Cost { count, lost, worst } = cost;
@@ -296,11 +311,10 @@ fn report((steps, a_step): (u32, Duration), (without, with): (Duration, Duration
             fault.name()
         );
     }
-    let goodput = without.as_secs_f64() / with.as_secs_f64();
-    println!(
-        "without faults {without:.1?}, with them {with:.1?}: goodput {:.1} %",
-        goodput * 100.0
-    );
+    let goodput = |useful: Duration| 100.0 * useful.as_secs_f64() / with.as_secs_f64();
+    let (of_runs, of_steps) = (goodput(without), goodput(own));
+    println!("without faults {without:.1?}, with them {with:.1?}: goodput {of_runs:.1} %");
+    println!("its own steps {own:.1?}: goodput {of_steps:.1} %");
 }
 
 fn end(mut run: Soaked, dry: &Path, seed: u64) {

@@ -55,7 +55,7 @@ pub use mark::Mark;
 pub use phalanx_rendezvous as rendezvous;
 pub use phalanx_rendezvous::environment;
 pub use phalanx_rendezvous::environment::World;
-pub use reduce_op::{Avg, Max, Min, Product, ReduceOp, ScaledSum, Sum};
+pub use reduce_op::{Avg, Bf16Sum, Max, Min, Product, ReduceOp, ScaledSum, Sum};
 pub use region::{Buffer, DeviceSlice, Input, Region, RegionRange};
 pub use upload::{PinnedMemory, Upload, Uploader};
 pub use work::{Arriving, Work};

@@ -35,6 +35,11 @@ pub struct Avg;
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ScaledSum(pub f64);
 
+/// As [`ScaledSum`] of `f32`, each value rounded to bf16 before and after: the bits of a [`ScaledSum`] of
+/// values that were rounded to bf16, without memory for those. Not over NCCL.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Bf16Sum(pub f64);
+
 /// How two values become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -43,6 +48,8 @@ pub(crate) enum Fold {
     Min = 2,
     Max = 3,
     Product = 4,
+    /// Of `f32` rounded to bf16.
+    Bf16Sum = 5,
 }
 
 /// What happens once to the folded value.
@@ -81,6 +88,7 @@ impl Reduction {
             (Fold::Min, _) => "min",
             (Fold::Max, _) => "max",
             (Fold::Product, _) => "product",
+            (Fold::Bf16Sum, _) => "scaled sum in bf16",
         }
     }
 }
@@ -94,6 +102,7 @@ mod sealed {
     impl Sealed for super::Product {}
     impl Sealed for super::Avg {}
     impl Sealed for super::ScaledSum {}
+    impl Sealed for super::Bf16Sum {}
     /// What only this crate may ask of an operation.
     pub trait Reduce {
         fn reduction(self) -> super::Reduction;
@@ -121,6 +130,7 @@ reduce! {
     Product, _ => Product, Finish::Keep;
     Avg, _ => Sum, Finish::Divide;
     ScaledSum, ScaledSum(factor) => Sum, Finish::Scale(factor);
+    Bf16Sum, Bf16Sum(factor) => Bf16Sum, Finish::Scale(factor);
 }
 
 impl<T: Element> ReduceOp<T> for Sum {}
@@ -129,3 +139,4 @@ impl<T: Element> ReduceOp<T> for Max {}
 impl<T: Element> ReduceOp<T> for Product {}
 impl<T: Float> ReduceOp<T> for Avg {}
 impl<T: Float> ReduceOp<T> for ScaledSum {}
+impl ReduceOp<f32> for Bf16Sum {}

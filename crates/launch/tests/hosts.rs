@@ -1,10 +1,12 @@
-//! Jobs on the hosts of a file, with a stand-in for ssh that starts everything here.
+//! Jobs on the hosts of a file, with a stand-in for ssh that starts everything here, and with OpenSSH: a client and a server
+//! of its own for each host, which talk through a pipe, so that no port is open.
 
 mod support;
 
-use std::fs::Permissions;
+use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use phalanx_comm::testing::free_port;
 use rustix::process::Signal;
@@ -17,16 +19,64 @@ const STAND_IN: &str = "#!/bin/sh\nhost=$1; shift\necho \"$host $*\" >> \"$0.log
 struct Site {
     folder: tempfile::TempDir,
     port: u16,
+    is_real: bool,
 }
 
 impl Site {
     fn new(hosts: &str) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        std::fs::write(folder.path().join("hosts"), hosts).expect("written");
+        fs::write(folder.path().join("hosts"), hosts).expect("written");
         let ssh = folder.path().join("ssh");
-        std::fs::write(&ssh, STAND_IN).expect("written");
-        std::fs::set_permissions(&ssh, Permissions::from_mode(0o755)).expect("executable");
-        Self { folder, port: free_port() }
+        fs::write(&ssh, STAND_IN).expect("written");
+        fs::set_permissions(&ssh, Permissions::from_mode(0o755)).expect("executable");
+        Self { folder, port: free_port(), is_real: false }
+    }
+
+    /// With OpenSSH instead of the stand-in, where it is installed.
+    fn real(hosts: &str) -> Option<Self> {
+        let site = Self { is_real: true, ..Self::new(hosts) };
+        let server = Path::new("/usr/sbin/sshd");
+        if !server.is_file() {
+            skip("no sshd");
+            return None;
+        }
+        // Where a server of root's keeps what it separates from its privileges; a service makes it at its start.
+        if rustix::process::geteuid().is_root() {
+            fs::create_dir_all("/run/sshd").expect("a folder for sshd");
+        }
+        for key in ["host_key", "user_key"] {
+            let mut keygen = Command::new("ssh-keygen");
+            keygen.args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(site.path(key));
+            assert!(keygen.status().expect("ssh-keygen starts").success());
+        }
+        let folder = site.folder.path().display();
+        let server_says = format!(
+            "HostKey {folder}/host_key\nAuthorizedKeysFile {folder}/user_key.pub\nStrictModes no\n\
+             UsePAM no\nPidFile none\nPermitRootLogin prohibit-password\n"
+        );
+        fs::write(site.path("sshd_config"), server_says).expect("written");
+        let client_says = format!(
+            "Host *\nProxyCommand {} -i -f {folder}/sshd_config -E {folder}/sshd.log\n\
+             IdentityFile {folder}/user_key\nIdentitiesOnly yes\nBatchMode yes\n\
+             StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n",
+            server.display()
+        );
+        fs::write(site.path("ssh_config"), client_says).expect("written");
+        let mut login = Command::new("ssh");
+        login.arg("-F").arg(site.path("ssh_config")).args(["there", "true"]);
+        let output = login.output().expect("ssh starts");
+        if !output.status.success() {
+            let log = fs::read_to_string(site.path("sshd.log")).unwrap_or_default();
+            let said = String::from_utf8_lossy(&output.stderr);
+            skip(&format!("nobody can log in here through sshd: {said}{log}"));
+            return None;
+        }
+        Some(site)
+    }
+
+    /// Both, as far as they are there.
+    fn both(hosts: &str) -> impl Iterator<Item = Self> {
+        [Some(Self::new(hosts)), Self::real(hosts)].into_iter().flatten()
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -35,43 +85,64 @@ impl Site {
 
     fn start(&self, options: &str) -> Job {
         let shown = |path: &Path| path.display().to_string();
-        let (hosts, ssh, port) = (shown(&self.path("hosts")), shown(&self.path("ssh")), self.port);
-        Job::of(command(&format!(
-            "--hostfile {hosts} --ssh {ssh} --master-addr 127.0.0.1 --master-port {port} {options}"
-        )))
+        let (hosts, port) = (shown(&self.path("hosts")), self.port);
+        let mut job = command(&format!(
+            "--hostfile {hosts} --master-addr 127.0.0.1 --master-port {port} {options}"
+        ));
+        job.arg("--ssh").arg(match self.is_real {
+            true => format!("ssh -F {}", shown(&self.path("ssh_config"))),
+            false => shown(&self.path("ssh")),
+        });
+        Job::of(job)
     }
+}
+
+/// Says loudly that OpenSSH is not tested, or fails where `PHALANX_REQUIRE` names it.
+#[expect(clippy::print_stderr, reason = "a skipped test is loud")]
+fn skip(why: &str) {
+    let required = std::env::var("PHALANX_REQUIRE").unwrap_or_default();
+    assert!(!required.split(',').any(|what| what == "ssh"), "ssh is required: {why}");
+    eprintln!("SKIPPED: OpenSSH is not tested: {why} (scripts/setup.sh --test-extras)");
 }
 
 #[test]
 fn every_host_starts_its_slots() {
-    let site = Site::new("here slots=2\n# a comment\nthere slots=1\n");
-    let finished = site.start("--act join").finish();
-    assert_eq!(finished.code, Some(0), "{:#?}", finished.errors);
-    let expected = [0, 1, 2].map(|rank| format!("[rank {rank}] joined 0,1,2"));
-    assert_eq!(sorted(finished.output), expected);
-    let log = std::fs::read_to_string(site.path("ssh.log")).expect("it was called");
-    assert!(log.starts_with("there exec sh -c "), "{log}");
-    let is_secret = |word: &str| word.len() == 64 && word.bytes().all(|b| b.is_ascii_hexdigit());
-    let mut words = log.split(|c: char| !c.is_alphanumeric());
-    assert!(!words.any(is_secret), "the job token is in a command line: {log}");
+    for site in Site::both("here slots=2\n# a comment\nthere slots=1\n") {
+        let finished = site.start("--act join").finish();
+        assert_eq!(finished.code, Some(0), "{:#?}", finished.errors);
+        let expected = [0, 1, 2].map(|rank| format!("[rank {rank}] joined 0,1,2"));
+        assert_eq!(sorted(finished.output), expected);
+        if site.is_real {
+            continue;
+        }
+        let log = fs::read_to_string(site.path("ssh.log")).expect("it was called");
+        assert!(log.starts_with("there exec sh -c "), "{log}");
+        let is_secret =
+            |word: &str| word.len() == 64 && word.bytes().all(|b| b.is_ascii_hexdigit());
+        let mut words = log.split(|c: char| !c.is_alphanumeric());
+        assert!(!words.any(is_secret), "the job token is in a command line: {log}");
+    }
 }
 
 #[test]
 fn a_failure_on_another_host_ends_the_job() {
-    let site = Site::new("here\nthere\n");
-    let finished = site.start("--act exit --rank 1 --code 74").finish();
-    assert_eq!(finished.code, Some(74), "{:#?}", finished.errors);
-    let reports = finished.errors.iter().filter(|line| line.starts_with("error[PHX0702]: rank 1"));
-    assert_eq!(reports.count(), 2, "its own launcher's line, and ours: {:#?}", finished.errors);
+    for site in Site::both("here\nthere\n") {
+        let finished = site.start("--act exit --rank 1 --code 74").finish();
+        assert_eq!(finished.code, Some(74), "{:#?}", finished.errors);
+        let reports =
+            finished.errors.iter().filter(|line| line.starts_with("error[PHX0702]: rank 1"));
+        assert_eq!(reports.count(), 2, "its own launcher's line, and ours: {:#?}", finished.errors);
+    }
 }
 
 #[test]
 fn restarts_go_for_all_hosts() {
-    let site = Site::new("here\nthere\n");
-    let finished = site.start("--act train --rank 1 --fault kill --max-restarts 1").finish();
-    assert_eq!(finished.code, Some(0), "{:#?}", finished.errors);
-    let done = finished.output.iter().filter(|line| line.ends_with("done in attempt 1"));
-    assert_eq!(done.count(), 2, "{:#?}", finished.output);
+    for site in Site::both("here\nthere\n") {
+        let finished = site.start("--act train --rank 1 --fault kill --max-restarts 1").finish();
+        assert_eq!(finished.code, Some(0), "{:#?}", finished.errors);
+        let done = finished.output.iter().filter(|line| line.ends_with("done in attempt 1"));
+        assert_eq!(done.count(), 2, "{:#?}", finished.output);
+    }
 }
 
 #[test]
@@ -98,23 +169,25 @@ fn a_host_that_cannot_be_reached_is_not_waited_for_where_ranks_may_be_restarted(
 
 #[test]
 fn ctrl_c_ends_the_ranks_of_all_hosts() {
-    let site = Site::new("here\nthere\n");
-    let job = site.start("--act polite");
-    let pids = job.numbers("pid", 2);
-    job.signal(Signal::INT);
-    let finished = job.finish();
-    assert_eq!(finished.code, Some(130), "{:#?}", finished.errors);
-    assert_eq!(sorted(finished.output), ["[rank 0] saved", "[rank 1] saved"]);
-    assert_gone(&pids, LIMIT);
+    for site in Site::both("here\nthere\n") {
+        let job = site.start("--act polite");
+        let pids = job.numbers("pid", 2);
+        job.signal(Signal::INT);
+        let finished = job.finish();
+        assert_eq!(finished.code, Some(130), "{:#?}", finished.errors);
+        assert_eq!(sorted(finished.output), ["[rank 0] saved", "[rank 1] saved"]);
+        assert_gone(&pids, LIMIT);
+    }
 }
 
 #[test]
 fn nothing_is_left_on_any_host_when_the_launcher_is_killed() {
-    let site = Site::new("here\nthere\n");
-    let job = site.start("--act wait");
-    let pids = job.numbers("pid", 2);
-    job.kill();
-    assert_gone(&pids, LIMIT);
+    for site in Site::both("here\nthere\n") {
+        let job = site.start("--act wait");
+        let pids = job.numbers("pid", 2);
+        job.kill();
+        assert_gone(&pids, LIMIT);
+    }
 }
 
 #[test]

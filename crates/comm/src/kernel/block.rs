@@ -71,8 +71,8 @@ pub(super) unsafe fn run<T: Scalar, O: FoldOp, const VECTOR: bool>(pass: &Kernel
 /// Elements that fit into a few vector registers.
 const CHUNK: usize = 32;
 
-/// Few ranks whose element is its own accumulator, the result in all of them: the commonest case,
-/// without the detour through a block. Returns how many elements it has done.
+/// Few ranks whose element is as wide as its accumulator, the result in all of them: the commonest
+/// case, without the detour through a block. Returns how many elements it has done.
 ///
 /// # Safety
 ///
@@ -80,7 +80,7 @@ const CHUNK: usize = 32;
 #[inline(always)]
 unsafe fn run_few<T: Scalar, O: FoldOp>(pass: &KernelPass<'_>) -> usize {
     let KernelOutput::Final { targets, factor } = pass.output else { return 0 };
-    if !T::SAME || pass.partial.is_some() {
+    if !T::FEW || pass.partial.is_some() {
         return 0;
     }
     // SAFETY: the caller's word.

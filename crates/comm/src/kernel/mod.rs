@@ -19,7 +19,7 @@ mod x86;
 use half::{bf16, f16};
 
 pub(crate) use scalar::Factor;
-use scalar::{FoldMax, FoldMin, FoldOp, FoldProduct, FoldSum, Scalar};
+use scalar::{AsBf16, FoldMax, FoldMin, FoldOp, FoldProduct, FoldSum, Scalar};
 
 use crate::dtype::DType;
 use crate::reduce_op::Fold;
@@ -54,6 +54,8 @@ pub(crate) enum KernelOutput<'a> {
 pub(crate) unsafe fn reduce(dtype: DType, fold: Fold, pass: &KernelPass<'_>) {
     match dtype {
         // SAFETY: the caller's word, with T the element type of dtype, in every arm.
+        DType::F32 if fold == Fold::Bf16Sum => unsafe { dispatch::<AsBf16, FoldSum>(pass) },
+        // SAFETY: as above.
         DType::F64 => unsafe { typed::<f64>(fold, pass) },
         // SAFETY: as above.
         DType::F32 => unsafe { typed::<f32>(fold, pass) },
@@ -73,7 +75,8 @@ pub(crate) unsafe fn reduce(dtype: DType, fold: Fold, pass: &KernelPass<'_>) {
 unsafe fn typed<T: Scalar>(fold: Fold, pass: &KernelPass<'_>) {
     match fold {
         // SAFETY: the caller's word.
-        Fold::Sum => unsafe { dispatch::<T, FoldSum>(pass) },
+        // Of other types than f32 no `ReduceOp` has the second.
+        Fold::Sum | Fold::Bf16Sum => unsafe { dispatch::<T, FoldSum>(pass) },
         // SAFETY: the caller's word.
         Fold::Min => unsafe { dispatch::<T, FoldMin>(pass) },
         // SAFETY: the caller's word.

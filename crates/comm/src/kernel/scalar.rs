@@ -95,6 +95,8 @@ pub(crate) trait Scalar: Copy + Default + 'static {
     type Acc: Accumulator;
     /// Whether the accumulator is the element itself.
     const SAME: bool;
+    /// Whether a few ranks' elements are best folded in registers.
+    const FEW: bool = Self::SAME;
     fn widen(self) -> Self::Acc;
     fn narrow(acc: Self::Acc) -> Self;
 }
@@ -129,6 +131,25 @@ impl Scalar for bf16 {
         let quiet = (bits >> 16) | 0x40;
         let nan = bits & 0x7fff_ffff > 0x7f80_0000;
         Self::from_bits(if nan { quiet } else { rounded } as u16)
+    }
+}
+
+/// An `f32` that counts as the bf16 that it rounds to.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(transparent)]
+pub(crate) struct AsBf16(pub(crate) f32);
+
+impl Scalar for AsBf16 {
+    type Acc = f32;
+    const SAME: bool = false;
+    const FEW: bool = true;
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        bf16::narrow(self.0).widen()
+    }
+    #[inline(always)]
+    fn narrow(acc: f32) -> Self {
+        Self(bf16::narrow(acc).widen())
     }
 }
 

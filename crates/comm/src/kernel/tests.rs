@@ -7,7 +7,9 @@
 use half::{bf16, f16};
 
 use super::block;
-use super::scalar::{Accumulator, Factor, FoldMax, FoldMin, FoldOp, FoldProduct, FoldSum, Scalar};
+use super::scalar::{
+    Accumulator, AsBf16, Factor, FoldMax, FoldMin, FoldOp, FoldProduct, FoldSum, Scalar,
+};
 use super::{dispatch, KernelOutput, KernelPass};
 use crate::reduce_op::Finish;
 
@@ -41,8 +43,13 @@ macro_rules! samples {
 }
 samples! {
     f64 => |x| x.is_nan(); f32 => |x| x.is_nan(); f16 => f16::is_nan; bf16 => bf16::is_nan;
-    i64 => |_| false; i32 => |_| false; u8 => |_| false;
+    AsBf16 => |x| x.0.is_nan(); i64 => |_| false; i32 => |_| false; u8 => |_| false;
 }
+
+// SAFETY: an f32, transparently.
+unsafe impl bytemuck::Zeroable for AsBf16 {}
+// SAFETY: as above.
+unsafe impl bytemuck::Pod for AsBf16 {}
 
 type Kernel = unsafe fn(&KernelPass<'_>);
 
@@ -144,6 +151,22 @@ fn f16_kernels_equal_plain_loops() {
 #[test]
 fn bf16_kernels_equal_plain_loops() {
     check_type::<bf16>();
+}
+
+/// What [`AsBf16`] says of one element, against halves of memory of their own.
+#[test]
+fn f32_that_count_as_bf16_give_what_bf16_give() {
+    check_type::<AsBf16>();
+    let number = |source, index| f32::sample(noise(source, index));
+    for factor in [Factor::Keep, Factor::new(Finish::Scale(0.3), 3)] {
+        for index in 0..100_000 {
+            let numbers: Vec<f32> = (0..3).map(|source| number(source, index)).collect();
+            let wide: Vec<AsBf16> = numbers.iter().map(|&number| AsBf16(number)).collect();
+            let halves: Vec<bf16> = numbers.iter().map(|&number| bf16::from_f32(number)).collect();
+            let found = expected::<AsBf16, FoldSum>(&wide, &factor).0;
+            assert!(found.same(expected::<bf16, FoldSum>(&halves, &factor).to_f32()));
+        }
+    }
 }
 
 #[test]

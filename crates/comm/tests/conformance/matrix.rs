@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use phalanx_comm::environment::HostLink;
 use phalanx_comm::testing::{run_ranks, run_ranks_with};
 use phalanx_comm::{
-    Avg, Element, Float, Group, GroupOptions, Max, Min, Product, ReduceOp, ScaledSum, Sum,
+    Avg, Bf16Sum, Element, Float, Group, GroupOptions, Max, Min, Product, ReduceOp, ScaledSum, Sum,
 };
 
 const WORLDS: [usize; 5] = [1, 2, 3, 4, 7];
@@ -138,6 +138,17 @@ where
     check(group, len, ScaledSum(0.3), &sums.iter().map(scaled).collect::<Vec<T>>());
 }
 
+fn check_bf16_sums(group: &mut Group, len: usize) {
+    let rounded = |rank, index| bf16::from_f32(f32::value(rank, index)).to_f32();
+    let scaled = |index| {
+        let sum =
+            (1..group.world_size()).fold(rounded(0, index), |sum, rank| sum + rounded(rank, index));
+        bf16::from_f32(sum * 0.3).to_f32()
+    };
+    let expected: Vec<f32> = (0..len).map(scaled).collect();
+    check(group, len, Bf16Sum(0.3), &expected);
+}
+
 fn lengths(world: usize) -> Vec<usize> {
     // The last takes several rounds of staging and several pieces on a wire.
     vec![0, 1, world - 1, world, world + 1, 1000, 10_007, 2310 * 130]
@@ -147,6 +158,7 @@ pub(crate) fn every_type(mut group: Group) {
     for len in lengths(group.world_size()) {
         check_every_op::<f32>(&mut group, len);
         check_averages::<f32>(&mut group, len, |x| x as f32);
+        check_bf16_sums(&mut group, len);
         if len > 20_000 {
             continue;
         }

@@ -10,6 +10,10 @@ pub use scaler::LossScaler;
 
 use crate::{shim, Error, Result};
 
+/// `at::ScalarType` of the kinds that there are.
+const HALF: i32 = 5;
+const BFLOAT16: i32 = 15;
+
 /// Restores the thread's autocast setting when it goes, also when the closure panics.
 struct Restore {
     device_type: i32,
@@ -39,15 +43,40 @@ impl Drop for Restore {
 /// `ATen/autocast_mode.h`.
 pub fn autocast<T>(device: Device, kind: Kind, body: impl FnOnce() -> T) -> Result<T> {
     let scalar_type = match kind {
-        Kind::BFloat16 => 15,
-        Kind::Half => 5,
+        Kind::BFloat16 => BFLOAT16,
+        Kind::Half => HALF,
         _ => return Err(Error::UnsupportedKind { name: "autocast".to_owned(), kind }),
     };
+    run(device, Some(scalar_type), body)
+}
+
+/// Runs `body` with autocast off for `device` on this thread: what a [custom function](crate::autograd) does in its forward, because its
+/// backward runs without.
+///
+/// # Errors
+/// libtorch's own errors.
+pub fn without_autocast<T>(device: Device, body: impl FnOnce() -> T) -> Result<T> {
+    run(device, None, body)
+}
+
+/// To which kind autocast is on for `device` on this thread.
+///
+/// # Errors
+/// libtorch's own errors.
+pub fn autocast_kind(device: Device) -> Result<Option<Kind>> {
+    Ok(match shim::autocast_get(i32::from(device.is_cuda()))? {
+        (true, HALF) => Some(Kind::Half),
+        (true, _) => Some(Kind::BFloat16),
+        (false, _) => None,
+    })
+}
+
+fn run<T>(device: Device, to: Option<i32>, body: impl FnOnce() -> T) -> Result<T> {
     let device_type = i32::from(device.is_cuda());
     let (enabled, before) = shim::autocast_get(device_type)?;
     shim::autocast_nest(1)?;
     let restore = Restore { device_type, enabled, kind: before };
-    shim::autocast_set(device_type, true, scalar_type)?;
+    shim::autocast_set(device_type, to.is_some(), to.unwrap_or(before))?;
     let value = body();
     drop(restore);
     Ok(value)

@@ -288,6 +288,20 @@ impl Bucket<'_> {
         }
     }
 
+    /// Where gradients lie in f32 in memory that the ranks share: as [`reduce_in_place`](Self::reduce_in_place), with each one rounded to
+    /// bf16 as it is read, and their mean. Nothing is copied.
+    pub(super) fn reduce_as_bf16(&mut self) -> Result<Option<Work<'static>>> {
+        let Memory::Flat(flat, (start, end)) = self.memory else { return Ok(None) };
+        let is_near = self.group.backend() == Backend::Host && self.group.shares_memory();
+        if !is_near || self.kind() != Kind::Float || self.device().is_cuda() {
+            return Ok(None);
+        }
+        self.tag("");
+        let everywhere = self.facts.everywhere;
+        *self.sent += self.share(self.len() * 2) * if everywhere { 2 } else { 1 };
+        flat.reduce_as_bf16(self.group, start..end, (Scale(self.facts.scale), everywhere)).map(Some)
+    }
+
     /// Where gradients in half precision lie in a wire and ranks on several machines: starts to send segment r of them to rank r.
     pub(super) fn cross_in_place(&mut self) -> Result<Option<Work<'static>>> {
         let is_half = matches!(self.kind(), Kind::Half | Kind::BFloat16);

@@ -1,5 +1,8 @@
 //! Gradients that travel in half precision.
 
+use std::any::Any;
+
+use phalanx_comm::Work;
 use tch::{Kind, Tensor};
 
 use super::{Bucket, Hook, Lossy, Plain, Progress, State, Wire};
@@ -10,6 +13,8 @@ use crate::{Error, Result};
 /// With [`Plain`], g a rank's gradient and r(x) the rounding to the nearest, ties to even: mean = r(scale · Σ r(g)), the sum in rank order in f32. PyTorch's
 /// hooks divide first and add in half precision. In f16 gradients are multiplied by P · scale before they are rounded (1 unless they are weighted), so
 /// what travels is of a mean's size; beyond ±65504 it is infinite.
+///
+/// In bf16, with [`Plain`] inside and ranks that share memory, nothing travels: gradients are rounded as they are added, in their place, to the same bits.
 ///
 /// # Source
 /// `bf16_compress_hook`, `fp16_compress_wrapper` of `torch/distributed/algorithms/ddp_comm_hooks/default_hooks.py`.
@@ -51,11 +56,13 @@ impl<H: Hook> Cast<H> {
 
 /// What is under way of a bucket.
 #[derive(Debug)]
-pub struct Casting<P> {
-    /// `None` where the gradients were of the kind already.
-    wire: Option<Wire>,
-    scale: f64,
-    inner: P,
+pub enum Casting<P> {
+    /// Gradients that were of the kind already, with the hook inside.
+    Alike(P),
+    /// Rounded gradients, and the factor that the hook inside works with.
+    Rounded(Wire, f64, P),
+    /// Gradients that are rounded as they are added.
+    InPlace(Work<'static>),
 }
 
 impl<H: Hook> Hook for Cast<H> {
@@ -79,8 +86,13 @@ impl<H: Hook> Hook for Cast<H> {
 
     fn start(&mut self, bucket: &mut Bucket<'_>) -> Result<Self::Pending> {
         if bucket.kind() == self.kind {
-            let (scale, inner) = (bucket.scale(), self.inner.start(bucket)?);
-            return Ok(Casting { wire: None, scale, inner });
+            return Ok(Casting::Alike(self.inner.start(bucket)?));
+        }
+        let is_plain = (&self.inner as &dyn Any).is::<Plain>();
+        if is_plain && self.kind == Kind::BFloat16 && bucket.lost().is_none() {
+            if let Some(work) = bucket.reduce_as_bf16()? {
+                return Ok(Casting::InPlace(work));
+            }
         }
         let factor = self.factor(bucket);
         let scale = bucket.scale() / factor;
@@ -88,22 +100,23 @@ impl<H: Hook> Hook for Cast<H> {
         let gradients = bucket.gradients()?;
         tch::no_grad(|| round(&gradients, factor, &wire, bucket.lost().as_ref()))?;
         let inner = self.inner.start(&mut bucket.over(&wire, scale))?;
-        Ok(Casting { wire: Some(wire), scale, inner })
+        Ok(Casting::Rounded(wire, scale, inner))
     }
 
     fn finish(
         &mut self,
         bucket: &mut Bucket<'_>,
-        Casting { wire, scale, inner }: Self::Pending,
+        pending: Self::Pending,
     ) -> Result<Progress<Self::Pending>> {
-        let Some(wire) = wire else {
-            let progress = self.inner.finish(bucket, inner)?;
-            return Ok(progress.map(|again| Casting { wire: None, scale, inner: again }));
+        let (wire, scale, inner) = match pending {
+            Casting::Alike(inner) => {
+                return Ok(self.inner.finish(bucket, inner)?.map(Casting::Alike));
+            }
+            Casting::InPlace(work) => return bucket.wait(work).map(|()| Progress::Done),
+            Casting::Rounded(wire, scale, inner) => (wire, scale, inner),
         };
         match self.inner.finish(&mut bucket.over(&wire, scale), inner)? {
-            Progress::Again(inner) => {
-                Ok(Progress::Again(Casting { wire: Some(wire), scale, inner }))
-            }
+            Progress::Again(inner) => Ok(Progress::Again(Casting::Rounded(wire, scale, inner))),
             Progress::Done => {
                 let segment = bucket.segment();
                 let mut target = bucket.part(&bucket.gradients()?, &segment)?;

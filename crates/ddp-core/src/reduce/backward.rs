@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use phalanx_comm::{Mark, Work};
 
 use super::finite;
+use super::landing::Early;
 use super::ready::Ready;
 use super::{Asked, Outcome, Reducer};
 use crate::shim::{self, GradientPlace, Variable};
@@ -43,6 +44,8 @@ pub(super) struct Run {
     pub(super) counts: Vec<u32>,
     /// Parameters as their first gradients came.
     pub(super) order: Vec<usize>,
+    /// The bucket that starts next, if some of its gradients were brought to their buffer as they came.
+    pub(super) early: Option<Early>,
     /// Buckets on their way, in order.
     pub(super) started: VecDeque<Started>,
     /// How many were started.
@@ -94,6 +97,7 @@ impl Run {
             ready: Ready::new(Vec::new(), 0, Vec::new()),
             counts: Vec::new(),
             order: Vec::new(),
+            early: None,
             started: VecDeque::new(),
             bucket_count: 0,
             bytes: 0,
@@ -335,6 +339,8 @@ impl Reducer {
         if is_counting {
             return Ok(());
         }
+        self.bring_early(slot)?;
+        let Some(run) = &mut self.run else { return Ok(()) };
         let startable = run.ready.mark(slot).map_err(|late| Error::GradientTwice {
             name: self.store.model.parameter(late.parameter).name.clone(),
         })?;

@@ -1,6 +1,6 @@
-//! Sharded gradients (ZeRO-2, 3): when a bucket starts, its gradients are copied from where
-//! libtorch made them to an exchange buffer; when it has been exchanged, the rank's segment is
-//! kept.
+//! Sharded gradients (ZeRO-2, 3): they are copied from where libtorch made them to an exchange buffer, those of the
+//! bucket that starts next as they come, others when their bucket starts; when it has been exchanged, the rank's
+//! segment is kept.
 
 use std::time::Instant;
 
@@ -12,14 +12,64 @@ use crate::shim::{self, GradientPlace};
 use crate::store::pool::Taken;
 use crate::{Error, NonFinite, Result};
 
+/// A bucket that has a buffer before it starts.
+#[derive(Debug)]
+pub(super) struct Early {
+    bucket: usize,
+    taken: Taken,
+    /// Parameters whose gradients are in it.
+    brought: Vec<usize>,
+}
+
 impl Reducer {
+    /// On the host: brings a gradient that has just come, and is in the processor's cache, to its bucket's buffer, if that bucket
+    /// starts next and a buffer is free. Buckets take buffers in one order, sooner or later, so that it is the same one on all ranks.
+    pub(super) fn bring_early(&mut self, slot: usize) -> Result<()> {
+        let is_elsewhere = self.store.device().is_cuda() || !self.options.exchange;
+        if is_elsewhere || self.store.sharding.has_whole_gradients() {
+            return Ok(());
+        }
+        let bucket = self.store.plan.places[slot].bucket;
+        let Some(run) = &mut self.run else { return Ok(()) };
+        if run.ready.next() != bucket {
+            return Ok(());
+        }
+        if run.early.is_none() {
+            let Some(taken) = self.store.pool.take(bucket) else { return Ok(()) };
+            run.early = Some(Early { bucket, taken, brought: Vec::new() });
+        }
+        let Some(early) = run.early.as_mut().filter(|early| early.bucket == bucket) else {
+            return Ok(());
+        };
+        let view = self.store.place_in(self.store.pool.buffer(early.taken), slot)?;
+        if early.brought.contains(&slot) {
+            return self.bring_another(slot, &view);
+        }
+        early.brought.push(slot);
+        self.bring_one(slot, &view)
+    }
+
+    /// Adds one more gradient of a parameter to `view`.
+    fn bring_another(&mut self, slot: usize, view: &Tensor) -> Result<()> {
+        let Some(gradient) = self.store.gradient(slot)? else { return Ok(()) };
+        tch::no_grad(|| view.shallow_clone().f_add_(&gradient).map(drop))?;
+        if self.options.non_finite != NonFinite::Ignore {
+            let count = finite::count(view)?;
+            self.found(slot, count);
+        }
+        shim::gradient_set(&self.store.model.parameter(slot).tensor, None)
+    }
+
     /// Where gradients stay where they are until now: brings a bucket's to a buffer, as soon as one is free.
     pub(super) fn bring(&mut self, index: usize) -> Result<Option<Taken>> {
         if self.store.sharding.has_whole_gradients() {
             return Ok(None);
         }
+        let early = self.run.as_mut().and_then(|run| run.early.take_if(|it| it.bucket == index));
+        let (brought, mut taken) = early.map(|it| (it.brought, it.taken)).unzip();
+        let brought = brought.unwrap_or_default();
         let taken = loop {
-            if let Some(taken) = self.store.pool.take(index) {
+            if let Some(taken) = taken.take().or_else(|| self.store.pool.take(index)) {
                 break taken;
             }
             let Some(run) = &mut self.run else { return Ok(None) };
@@ -41,6 +91,9 @@ impl Reducer {
             let range = self.store.plan.places[slot].range.clone();
             self.store.pool.buffer(taken).zero(end..range.start)?;
             end = range.end;
+            if brought.contains(&slot) {
+                continue;
+            }
             let view = self.store.place_in(self.store.pool.buffer(taken), slot)?;
             self.bring_one(slot, &view)?;
         }

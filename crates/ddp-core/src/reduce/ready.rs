@@ -48,6 +48,12 @@ impl Ready {
         start..self.next
     }
 
+    /// The bucket that starts next; as many as there are when none is left.
+    #[must_use]
+    pub fn next(&self) -> usize {
+        self.next
+    }
+
     /// Marks one gradient of a parameter; returns the buckets that may start because of it. One more than
     /// expected is fine as long as the bucket has not started: it is in there.
     ///

@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use half::{bf16, f16};
-use phalanx_comm::{Element, Float, Group, Region, ScaledSum, Work};
+use phalanx_comm::{Bf16Sum, Element, Float, Group, Region, ScaledSum, Work};
 use tch::{Device, Kind, Tensor};
 
 use crate::{shim, Error, Result};
@@ -246,6 +246,24 @@ impl Flat {
             region => reduce(group, region, range, scale, to_all),
             Err(Error::UnsupportedKind { name: "a sum".to_owned(), kind: self.kind() })
         )
+    }
+
+    /// As [`reduce`](Self::reduce) of f32 on the host, rounded to bf16 before and after.
+    pub(crate) fn reduce_as_bf16(
+        &self,
+        group: &mut Group,
+        range: Range<usize>,
+        (scale, to_all): (Scale, bool),
+    ) -> Result<Work<'static>> {
+        let (Memory::F32(region), op) = (&self.memory, Bf16Sum(scale.0)) else {
+            return Err(Error::UnsupportedKind { name: "a sum".to_owned(), kind: self.kind() });
+        };
+        let range = region.range(range);
+        Ok(if to_all {
+            group.all_reduce(range, op)?
+        } else {
+            group.reduce_scatter_in_place(range, op)?
+        })
     }
 
     pub(crate) fn all_gather(

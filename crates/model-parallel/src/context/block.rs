@@ -5,7 +5,7 @@
 //! # Source
 //! Dao 2023, "FlashAttention-2": algorithms 1 and 2.
 
-use phalanx_ddp_core::Result;
+use phalanx_ddp_core::{amp, Result};
 use tch::{Kind, Tensor};
 
 /// Scores that are in memory at once, in elements: 16 MiB in f32.
@@ -48,6 +48,11 @@ pub(super) fn computed_in(kind: Kind) -> Kind {
 
 /// `q` `[batch, kv heads, group, queries, head_dim]`, `k` and `v` `[batch, kv heads, keys, head_dim]`, all of the kind that is computed in.
 pub(super) fn forward(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores) -> Result<Attended> {
+    // What the backward computes again without autocast has to be the same.
+    amp::without_autocast(q.device(), || attend(q, k, v, scores))?
+}
+
+fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores) -> Result<Attended> {
     let (mut outputs, mut sums) = (Vec::new(), Vec::new());
     for (start, len) in runs(q, k) {
         let rows = Rows::of(q, (start, len), k, scores)?;

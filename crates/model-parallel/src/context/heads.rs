@@ -148,10 +148,15 @@ impl Turn {
         let (there, back) = (self.clone(), self.clone());
         let mut outputs = Function::new("tokens of all heads").apply(
             &[output],
-            move |_, inputs| Ok((there.heads_together(inputs, "outputs")?, ())),
-            move |_, gradients| {
-                let Some(gradient) = &gradients[0] else { return Ok(vec![None]) };
-                let all = back.tokens_together(&[gradient], "gradients of outputs")?;
+            move |_, inputs| {
+                let outputs = there.heads_together(inputs, "outputs")?;
+                let like = outputs.iter().map(|o| (o.size(), (o.kind(), o.device()))).collect();
+                Ok((outputs, like))
+            },
+            move |backward, gradients| {
+                let whole = defined(gradients, backward.state)?;
+                let whole: Vec<&Tensor> = whole.iter().collect();
+                let all = back.tokens_together(&whole, "gradients of outputs")?;
                 Ok(all.into_iter().map(Some).collect())
             },
         )?;

@@ -75,7 +75,7 @@ impl WeightGradients {
         self.left.is_empty()
     }
 
-    /// Computes them, in the order in which they were put off: weights with their gradients, of which a weight may have several.
+    /// Computes them, in the order in which they were put off: weights with their gradients, of the weights' kinds, of which a weight may have several.
     ///
     /// # Errors
     /// libtorch's own.
@@ -83,7 +83,10 @@ impl WeightGradients {
         let _unrecorded = tch::no_grad_guard();
         let mut gradients = Vec::new();
         for compute in self.left {
-            gradients.extend(compute()?);
+            for (weight, gradient) in compute()? {
+                let gradient = gradient.f_to_kind(weight.kind())?;
+                gradients.push((weight, gradient));
+            }
         }
         Ok(gradients)
     }

@@ -7,7 +7,7 @@ use tch::Tensor;
 use super::deferred::Deferred;
 
 /// `x · weightᵀ + bias`: what `Tensor::linear` computes, with the same bits forward and backward whether the weight's gradient comes with the input's or
-/// [later](Deferred).
+/// [later](Deferred). Under autocast it is computed in the kind of that, like its gradients.
 ///
 /// `x` is `[…, in]`, `weight` `[out, in]`, `bias` `[out]`.
 ///
@@ -32,7 +32,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
             let Some(gradient) = &gradients[0] else { return Ok(none(needs.len())) };
             let (input, saved) = (&backward.saved[0], &backward.saved[1]);
             let of_x = match needs[0] {
-                true => Some(gradient.f_matmul(saved)?),
+                true => Some(gradient.f_matmul(&saved.f_to_kind(gradient.kind())?)?),
                 false => None,
             };
             let wants = (needs[1], needs.get(2).copied().unwrap_or(false));
@@ -76,7 +76,7 @@ pub(crate) fn weight_gradients(
     };
     let gradient = rows(gradient)?;
     let of_weight = match weight {
-        true => Some(gradient.f_tr()?.f_matmul(&rows(x)?)?),
+        true => Some(gradient.f_tr()?.f_matmul(&rows(x)?.f_to_kind(gradient.kind())?)?),
         false => None,
     };
     let of_bias = match bias {

@@ -31,7 +31,9 @@ impl Key {
     /// The key of a part of what this one is for: a layer by its name.
     #[must_use]
     pub fn named(self, name: &str) -> Self {
-        Self(name.bytes().fold(self.0, |key, byte| mix(key ^ u64::from(byte)).wrapping_add(GAMMA)))
+        // No byte is the end: parts "a" and "b" of a thing are not its part "ab".
+        let letters = name.bytes().map(u64::from).chain([1 << 8]);
+        Self(letters.fold(self.0, |key, letter| mix(key ^ letter).wrapping_add(GAMMA)))
     }
 
     /// The key of a part of what this one is for: a step, a micro-batch, by its number.

@@ -10,6 +10,7 @@
 
 use std::ops::Range;
 
+use phalanx_ddp_core::amp;
 use phalanx_ddp_core::autograd::Function;
 use phalanx_ddp_core::collective::Pending;
 use tch::{Kind, Tensor};
@@ -28,7 +29,8 @@ pub const IGNORED: i64 = -100;
 /// more often than it takes to compute.
 const LOGITS_MAX: i64 = 1 << 25;
 
-/// The sum of the tokens' losses: a scalar in f32 (f64 of f64), the same on all ranks of the group.
+/// The sum of the tokens' losses: a scalar in f32 (f64 of f64), the same on all ranks of the group. Under autocast its products are computed in
+/// the kind of that.
 ///
 /// It computes the gradients as well where they are recorded, and keeps them for the backward: as much memory as hidden states and weight.
 ///
@@ -48,14 +50,17 @@ pub fn cross_entropy(
     check(hidden, weight, targets, (&words, tp))?;
     let wants = (is_recorded(hidden)?, is_recorded(weight)?);
     let at_once = (LOGITS_MAX / words.most().max(1)).max(1);
-    let head = Head { tp: tp.clone(), first: words.mine.start, at_once, wants };
+    let kind = amp::autocast_kind(weight.device())?.unwrap_or(weight.kind());
+    let head = Head { tp: tp.clone(), first: words.mine.start, at_once, kind, wants };
     let deferred = Deferred::active();
     let leaf = weight.shallow_clone();
     let mut outputs = Function::new("cross_entropy").apply(
         &[hidden, weight],
         |saving, inputs| {
             let whole = tp.start_gather(inputs[0], "cross-entropy: hidden states")?.wait()?;
-            let found = head.forward(&flat(&whole)?, inputs[1], &targets.f_flatten(0, -1)?)?;
+            let (flat, targets) = (flat(&whole)?, targets.f_flatten(0, -1)?);
+            let found =
+                amp::without_autocast(weight.device(), || head.forward(&flat, inputs[1], &targets))??;
             let none = || Tensor::f_zeros([0], (Kind::Float, weight.device()));
             let of_hidden = match found.of_hidden {
                 Some(of_hidden) => of_hidden.f_view_as(&whole)?,
@@ -204,6 +209,8 @@ struct Head {
     first: i64,
     /// Tokens of a chunk, the same on all ranks.
     at_once: i64,
+    /// In which products are computed: the weight's, or autocast's.
+    kind: Kind,
     /// Whether gradients of hidden states and weight are wanted.
     wants: (bool, bool),
 }
@@ -224,26 +231,28 @@ impl Head {
         targets: &Tensor,
     ) -> phalanx_ddp_core::Result<Found> {
         let tokens = hidden.size()[0];
+        let (weight, like) = (weight.f_to_kind(self.kind)?, weight);
         let mut found = Found {
-            loss: Tensor::f_zeros([], (wide(weight.kind()), hidden.device()))?,
+            loss: Tensor::f_zeros([], (wide(self.kind), hidden.device()))?,
             of_hidden: self.wants.0.then(|| hidden.f_empty_like()).transpose()?,
             of_weight: None,
         };
         let mut start = 0;
         while start < tokens {
             let len = self.at_once.min(tokens - start);
-            let chunk = hidden.f_narrow(0, start, len)?;
-            let of_chunk = self.chunk(&chunk, weight, &targets.f_narrow(0, start, len)?)?;
+            let chunk = hidden.f_narrow(0, start, len)?.f_to_kind(self.kind)?;
+            let of_chunk = self.chunk(&chunk, &weight, &targets.f_narrow(0, start, len)?)?;
             drop(found.loss.f_add_(&of_chunk.0)?);
             if let Some(of_hidden) = &found.of_hidden {
                 let mut rows = of_hidden.f_narrow(0, start, len)?;
-                rows.f_copy_(&of_chunk.1.f_matmul(weight)?)?;
+                rows.f_copy_(&of_chunk.1.f_matmul(&weight)?)?;
             }
             if self.wants.1 {
                 let rows = of_chunk.1.f_tr()?;
                 found.of_weight = Some(match found.of_weight.take() {
-                    None => rows.f_matmul(&chunk)?,
-                    Some(mut sum) => sum.f_addmm_(&rows, &chunk)?,
+                    None => rows.f_matmul(&chunk)?.f_to_kind(like.kind())?,
+                    Some(mut sum) if sum.kind() == self.kind => sum.f_addmm_(&rows, &chunk)?,
+                    Some(mut sum) => sum.f_add_(&rows.f_matmul(&chunk)?)?,
                 });
             }
             start += len;

@@ -96,15 +96,16 @@ impl Weight {
         Ok(x.f_linear(&self.rows()?, bias)?)
     }
 
-    /// `gradient · W`.
+    /// `gradient · W`, in the gradient's kind: under autocast another one than the weight's.
     pub(super) fn backward(&self, gradient: &Tensor) -> Result<Tensor> {
-        Ok(gradient.f_matmul(&self.rows()?)?)
+        Ok(gradient.f_matmul(&self.rows()?.f_to_kind(gradient.kind())?)?)
     }
 
     /// Adds `gradient · W` to `sum`.
     pub(super) fn add_backward(&self, gradient: &Tensor, sum: &Tensor) -> Result<()> {
-        let mut sum = flat(sum)?;
-        Ok(sum.f_addmm_(&flat(gradient)?, &self.rows()?).map(drop)?)
+        let (mut sum, kind) = (flat(sum)?, sum.kind());
+        let gradient = flat(gradient)?.f_to_kind(kind)?;
+        Ok(sum.f_addmm_(&gradient, &self.rows()?.f_to_kind(kind)?).map(drop)?)
     }
 
     /// The gradient of the weight, as it lies, and of the bias.
@@ -114,11 +115,12 @@ impl Weight {
         gradient: &Tensor,
         (weight, bias): (bool, bool),
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let x = x.f_to_kind(gradient.kind())?;
         if !self.transposed {
-            return weight_gradients(x, gradient, (weight, bias));
+            return weight_gradients(&x, gradient, (weight, bias));
         }
-        let (of_weight, _) = weight_gradients(gradient, x, (weight, false))?;
-        let (_, of_bias) = weight_gradients(x, gradient, (false, bias))?;
+        let (of_weight, _) = weight_gradients(gradient, &x, (weight, false))?;
+        let (_, of_bias) = weight_gradients(&x, gradient, (false, bias))?;
         Ok((of_weight, of_bias))
     }
 }

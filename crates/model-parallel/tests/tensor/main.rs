@@ -6,6 +6,7 @@
 #![allow(clippy::shadow_unrelated, reason = "x, y and their gradients go from layer to layer")]
 #![allow(clippy::cast_precision_loss, reason = "ranks and columns are few")]
 
+mod autocast;
 mod dropout;
 mod layers;
 mod model;

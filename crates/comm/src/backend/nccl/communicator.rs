@@ -27,7 +27,7 @@ pub(crate) struct NcclError {
 }
 
 impl NcclError {
-    fn new(call: &'static str, what: impl Into<String>) -> Self {
+    pub(super) fn new(call: &'static str, what: impl Into<String>) -> Self {
         Self { call, what: what.into(), late: false }
     }
 }

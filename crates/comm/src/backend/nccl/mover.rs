@@ -61,6 +61,9 @@ impl NcclMover {
             (Fold::Product, _) => Ok(PRODUCT),
             (Fold::Max, _) => Ok(MAX),
             (Fold::Min, _) => Ok(MIN),
+            (Fold::Bf16Sum, _) => {
+                Err(NcclError::new("ncclRedOpCreatePreMulSum", "NCCL has no Bf16Sum: reduce bf16"))
+            }
             (Fold::Sum, Finish::Scale(factor)) => {
                 let key = (factor.to_bits(), dtype);
                 if let Some(known) = self.scaled.iter().find(|(bits, of, _)| (*bits, *of) == key) {

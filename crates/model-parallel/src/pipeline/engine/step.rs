@@ -1,6 +1,6 @@
 //! One step of one rank: goes through its actions.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use phalanx_ddp_core::{Ddp, Sync};
@@ -50,6 +50,8 @@ pub(super) struct Step<'a, S> {
     /// The computation that the exchange is part of.
     last: Option<(Pass, Part)>,
     held: BTreeMap<Part, Held>,
+    /// Micro-batches whose weight `Ddp` was given.
+    counted: BTreeSet<usize>,
     /// Gradients of weights that are still to be computed.
     left: BTreeMap<Part, Deferred>,
     /// What this rank needs for a part.
@@ -95,6 +97,7 @@ impl<'a, S: Stage> Step<'a, S> {
             actions,
             last,
             held: BTreeMap::new(),
+            counted: BTreeSet::new(),
             left: BTreeMap::new(),
             given: BTreeMap::new(),
             made: BTreeMap::new(),
@@ -256,9 +259,12 @@ impl<'a, S: Stage> Step<'a, S> {
                 outlet.send_at_once(address);
             }
         }
-        // A micro-batch counts once, whatever chunks of it the rank has.
-        let weight = if part.chunk == 0 { weights[part.micro_batch] } else { 0.0 };
         if root.requires_grad() {
+            // A micro-batch counts once, whatever chunks of it the rank has, frozen ones among them.
+            let weight = match self.counted.insert(part.micro_batch) {
+                true => weights[part.micro_batch],
+                false => 0.0,
+            };
             let run = || ddp.backward(&root, weight, sync);
             match &deferred {
                 Some(deferred) => deferred.during(run),
