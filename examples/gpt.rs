@@ -1,4 +1,4 @@
-//! Trains GPT-2 or Llama on the next tokens of text, on a mesh of ranks that it starts itself.
+//! Trains GPT-2, Llama or Mixtral on the next tokens of text, on a mesh of ranks that it starts itself.
 //!
 //! ```text
 //! cargo run --release --example gpt -- --nnodes 4 --tp 2 --pp 2
@@ -222,8 +222,7 @@ fn sampled(
 ) -> Result<Option<String>> {
     let longest = usize::try_from(config.model.max_position_embeddings)?;
     let prompt = trainer.beginning(PROMPT_MAX.min(longest.div_ceil(2)))?;
-    let parts = config.mesh.cp * if config.mesh.sequence_parallel { config.mesh.tp } else { 1 };
-    let room = (longest - longest % parts).saturating_sub(prompt.len());
+    let room = (longest - longest % config.mesh.tokens_of()).saturating_sub(prompt.len());
     let count = flags.sample.min(room);
     if count == 0 || prompt.is_empty() {
         return Ok(None);

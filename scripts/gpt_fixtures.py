@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Makes tests/fixtures/gpt_*: what PyTorch and transformers say about a tiny GPT-2 and a tiny Llama.
+"""Makes tests/fixtures/gpt_*: what PyTorch and transformers say about a tiny GPT-2, a tiny Llama and a tiny Mixtral.
 
 Ten AdamW steps in fp32, without dropout, from the same weights over the same batches, then greedy tokens of `generate`. The trainer has to
-meet the losses, the last weights and the tokens. Llama comes twice: with a head of its own, and with the embedding as its head.
+meet the losses, the last weights and the tokens. Llama comes twice: with a head of its own, and with the embedding as its head. Mixtral is trained with
+the balance of its experts beside the loss: transformers' own function, of one layer at a time, and the mean of the layers.
 
 First weights are rounded to f16 and kept in that type: they are as short as that, and exactly what both sides begin with. Adam's eps is 1e-5:
 the bias of the keys has no gradient but rounding (softmax does not see what all keys have in common), and a smaller eps would make steps of
@@ -10,7 +11,9 @@ it. What that leaves is checked before anything is written: greedy tokens are ah
 
 Run with torch 2.11.0, transformers and safetensors:
 
-    python scripts/gpt_fixtures.py [--compare]
+    python scripts/gpt_fixtures.py [--compare] [--only CASE]
+
+`--only` makes one case again, and leaves what there is of the others.
 
 `--compare` writes nothing and prints how far the numbers are from those of the files: under another processor's code
 (`ATEN_CPU_CAPABILITY=default`, `MKL_CBWR=COMPATIBLE`) that is what rounding alone makes of them.
@@ -19,12 +22,14 @@ Run with torch 2.11.0, transformers and safetensors:
 import argparse
 import json
 import pathlib
+import tempfile
 
 import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "tests" / "fixtures"
 # A vocabulary that neither two nor three nor four ranks divide.
@@ -33,6 +38,8 @@ POSITIONS, NEW_TOKENS = 32, 20
 PROMPTS = ([3, 31, 24, 75], [50])
 # A hundred times what rounding does to a logit.
 MARGIN = 1e-3
+# An expert that a token takes is as much more probable than the best that it does not take: ten times what rounding makes of ten steps.
+ROUTING_MARGIN = 5e-5
 
 GPT2 = dict(
     model_type="gpt2",
@@ -63,7 +70,17 @@ LLAMA = dict(
     initializer_range=0.1,
     tie_word_embeddings=False,
 )
-CASES = {"gpt2": GPT2, "llama": LLAMA, "llama_tied": {**LLAMA, "tie_word_embeddings": True}}
+MIXTRAL = dict(
+    LLAMA,
+    model_type="mixtral",
+    rope_theta=10000.0,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    router_aux_loss_coef=0.02,
+)
+CASES = {"gpt2": GPT2, "llama": LLAMA, "llama_tied": {**LLAMA, "tie_word_embeddings": True}, "mixtral": MIXTRAL}
+# By case, where 1 does not keep the margins.
+SEEDS = {"mixtral": 3}
 OPTIMIZER = dict(lr=5e-3, beta1=0.9, beta2=0.95, eps=1e-5, weight_decay=0.1, max_grad_norm=1.0)
 
 
@@ -90,6 +107,9 @@ def build(model):
     plain = dict(attn_implementation="eager", bos_token_id=0, eos_token_id=None, pad_token_id=None)
     if kind == "gpt2":
         network = GPT2LMHeadModel(GPT2Config(**model, **plain))
+    elif kind == "mixtral":
+        # One expert after the other: sums are in an order of their own.
+        network = MixtralForCausalLM(MixtralConfig(**model, **plain, experts_implementation="eager"))
     else:
         network = LlamaForCausalLM(LlamaConfig(**model, **plain))
     with torch.no_grad():
@@ -98,6 +118,24 @@ def build(model):
                 parameter.add_(0.05 * torch.randn_like(parameter))
             parameter.copy_(parameter.half().float())
     return network.train()
+
+
+EXTRA = {"mixtral": dict(output_router_logits=True)}
+
+
+def balance(config, output):
+    """Of experts, times its coefficient."""
+    if config.model_type != "mixtral":
+        return 0.0
+    for logits in output.router_logits:
+        best = logits.softmax(-1).topk(config.num_experts_per_tok + 1).values
+        margin = (best[:, -2] - best[:, -1]).min().item()
+        assert margin > ROUTING_MARGIN, f"two experts are {margin} apart: take another seed"
+    layers = [
+        load_balancing_loss_func((logits,), config.num_local_experts, config.num_experts_per_tok)
+        for logits in output.router_logits
+    ]
+    return config.router_aux_loss_coef * sum(layers) / len(layers)
 
 
 def train(network, data):
@@ -113,10 +151,11 @@ def train(network, data):
     losses, norms = [], []
     for step in range(STEPS):
         rows = slice(step * SAMPLES, (step + 1) * SAMPLES)
-        logits = network(input_ids=data["input_ids"][rows]).logits
-        loss = F.cross_entropy(logits.view(-1, VOCAB), data["labels"][rows].reshape(-1))
+        output = network(input_ids=data["input_ids"][rows], **EXTRA.get(network.config.model_type, {}))
+        loss = F.cross_entropy(output.logits.view(-1, VOCAB), data["labels"][rows].reshape(-1))
         optimizer.zero_grad()
-        loss.backward()
+        # What is compared is the loss of the tokens; what is trained has the balance as well.
+        (loss + balance(network.config, output)).backward()
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), OPTIMIZER["max_grad_norm"])
         optimizer.step()
         losses.append(loss.item())
@@ -139,14 +178,36 @@ def generate(network, prompt):
 def weights(network, kind):
     """As transformers saves them: a tied head is left out, and so are masks."""
     tied = network.config.tie_word_embeddings
+    if network.config.model_type == "mixtral":
+        # In memory experts are one tensor, in files each has its own.
+        with tempfile.TemporaryDirectory() as folder:
+            network.save_pretrained(folder)
+            return {n: v.to(kind) for n, v in load_file(f"{folder}/model.safetensors").items()}
     state = network.state_dict()
     return {n: v.clone().to(kind).contiguous() for n, v in state.items() if not (tied and n == "lm_head.weight")}
+
+
+def in_memory(network, tensors):
+    """The tensors of a file as the network has them."""
+    if network.config.model_type != "mixtral":
+        return tensors
+    tensors = {n.replace("block_sparse_moe", "mlp"): v for n, v in tensors.items()}
+    count = network.config.num_local_experts
+    for layer in range(network.config.num_hidden_layers):
+        at = f"model.layers.{layer}.mlp.experts"
+        w1, w2, w3 = ([tensors.pop(f"{at}.{e}.{w}.weight") for e in range(count)] for w in ("w1", "w2", "w3"))
+        tensors[f"{at}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(w1, w3)])
+        tensors[f"{at}.down_proj"] = torch.stack(w2)
+    assert set(tensors) <= set(network.state_dict())
+    return tensors
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--compare", action="store_true")
-    compare = parser.parse_args().compare
+    parser.add_argument("--only", choices=CASES)
+    arguments = parser.parse_args()
+    compare, only = arguments.compare, arguments.only
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     data = batches(torch.Generator().manual_seed(2))
@@ -156,9 +217,13 @@ def main():
         "optimizer": OPTIMIZER,
         "cases": {},
     }
-    files = {"gpt_batches": data}
+    files = {} if only else {"gpt_batches": data}
+    if only and not compare:
+        document["cases"] = json.loads((FOLDER / "gpt_losses.json").read_text())["cases"]
     for case, model in CASES.items():
-        torch.manual_seed(1)
+        if only not in (None, case):
+            continue
+        torch.manual_seed(SEEDS.get(case, 1))
         network = build(model)
         # The tied Llama begins as the other one, and its last weights would show nothing new: there are no files of it.
         first = f"gpt_{case.removesuffix('_tied')}_first"
@@ -168,7 +233,8 @@ def main():
             files[first] = weights(network, torch.float16)
         # Its head is the embedding, and not what the file has beside that.
         tied = network.config.tie_word_embeddings
-        network.load_state_dict({n: v for n, v in files[first].items() if not (tied and n == "lm_head.weight")}, strict=False)
+        kept = {n: v for n, v in files[first].items() if not (tied and n == "lm_head.weight")}
+        network.load_state_dict(in_memory(network, kept), strict=False)
         result = train(network, data)
         if case != "llama_tied":
             files[f"gpt_{case}_last"] = weights(network, torch.float32)

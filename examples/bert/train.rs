@@ -17,6 +17,7 @@ use super::config::{Config, FloatKind, NonFinite, Precision};
 use super::data::Tensors;
 use super::metrics::{milliseconds, StepRecord};
 use super::model::{groups, BertForMaskedLm, Inputs, LossSum, Pass};
+use super::resume::Part;
 pub(crate) use super::updates::schedule;
 use super::updates::{advised, count, rule, tokens};
 use super::weights;
@@ -217,8 +218,8 @@ impl Trainer {
     }
 
     /// What checkpoints are made of.
-    pub(crate) fn parts(&mut self) -> (&Ddp, &mut Optimizer) {
-        (&self.ddp, &mut self.optimizer)
+    pub(crate) fn parts(&mut self) -> Vec<Part<'_>> {
+        vec![("", &self.ddp, &mut self.optimizer)]
     }
 
     /// The run has left out so many steps before.

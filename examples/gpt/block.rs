@@ -1,5 +1,8 @@
-//! A block of either family: attention and feed-forward, each behind a norm and added to what came in.
+//! A block of any family: attention and feed-forward, which may be a mixture of experts, each behind a norm and added to what came in.
 
+use phalanx_model_parallel::expert::{
+    mixtral_expert, with_loss, ExpertOptions, ExpertParallel, Mixture, MixtureOfExperts,
+};
 use phalanx_model_parallel::layer::{Builder, Init, Pass};
 use phalanx_model_parallel::tensor::{
     Attention, AttentionOptions, ColumnLinear, Dropout, Gelu, LinearOptions, Mlp, Projections,
@@ -8,7 +11,8 @@ use phalanx_model_parallel::tensor::{
 use phalanx_model_parallel::Result;
 use tch::Tensor;
 
-use super::config::{Family, Model as Config};
+use super::config::{Experts, Family, Model as Config};
+use super::context::Context;
 use super::model::{Norm, Together};
 
 #[derive(Debug)]
@@ -26,6 +30,32 @@ pub(super) struct Block {
 enum Inner {
     Mlp(Mlp),
     SwiGlu(SwiGlu),
+    Experts(Balanced),
+}
+
+/// Experts that are kept equally busy.
+#[derive(Debug)]
+struct Balanced {
+    layer: MixtureOfExperts,
+    /// What the layer's balance loss is multiplied by: the losses of all layers are a mean.
+    coefficient: f64,
+    context: Context,
+}
+
+impl Balanced {
+    /// A batch of which `predicted` tokens have a loss: a mean over them and the balance are one loss then, as in transformers, but each layer has its own balance.
+    fn forward(&self, x: &Tensor, pass: &Pass, predicted: f64) -> Result<Tensor> {
+        let Mixture { output, routing, .. } = self.layer.forward(x)?;
+        if !pass.train || self.coefficient <= 0.0 {
+            return Ok(output);
+        }
+        let balance = match self.context.group() {
+            Some(group) => routing.balance_loss_over(group)?,
+            None => routing.balance_loss()?,
+        };
+        let balance = balance.f_mul_scalar(self.coefficient * predicted)?;
+        Ok(with_loss(&output, &balance)?)
+    }
 }
 
 /// How the products of a block are made.
@@ -73,19 +103,22 @@ impl Block {
         let names = match config.model_type {
             Family::Gpt2 => ["ln_1", "attn", "ln_2", "mlp"],
             Family::Llama => ["input_layernorm", "self_attn", "post_attention_layernorm", "mlp"],
+            Family::Mixtral => {
+                ["input_layernorm", "self_attn", "post_attention_layernorm", "block_sparse_moe"]
+            }
         };
         let dropout = |name: &str| Dropout::new(config.resid_pdrop, (at / name / "drop").key());
         let dropout = [dropout(names[1])?, dropout(names[3])?];
         let before_attention = Norm::new(&(at / names[0]), config, tp)?;
         let attention = attention(&(at / names[1]), config, &make)?;
-        let attention = together.context.attention(attention, &(at / names[1]));
+        let attention = together.context.attention(attention, &(at / names[1]))?;
         let before_inner = Norm::new(&(at / names[2]), config, tp)?;
-        let inner = inner(&(at / names[3]), config, &make)?;
+        let inner = inner(&(at / names[3]), (config, together), &make)?;
         Ok(Block { before_attention, attention, before_inner, inner, dropout, tp: tp.clone() })
     }
 
-    /// `[batch, tokens(/n), width]`, both ways.
-    pub(super) fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+    /// `[batch, tokens(/n), width]`, both ways. `predicted` is how many tokens of the batch's whole sequences have a loss.
+    pub(super) fn forward(&self, x: &Tensor, pass: &Pass, predicted: f64) -> Result<Tensor> {
         let place = self.tp.between_blocks(x);
         let y = self.attention.forward(&self.before_attention.forward(x)?, pass)?;
         let x = &x.f_add(&self.dropout[0].forward(&y, pass, place)?)?;
@@ -93,6 +126,7 @@ impl Block {
         let z = match &self.inner {
             Inner::Mlp(inner) => inner.forward(&z)?,
             Inner::SwiGlu(inner) => inner.forward(&z)?,
+            Inner::Experts(inner) => inner.forward(&z, pass, predicted)?,
         };
         Ok(x.f_add(&self.dropout[1].forward(&z, pass, place)?)?)
     }
@@ -104,7 +138,7 @@ fn attention(at: &Builder<'_>, config: &Config, make: &Make<'_>) -> Result<Atten
     let options = AttentionOptions {
         kv_heads,
         head_dim,
-        rotary: (config.model_type == Family::Llama).then(|| config.theta()),
+        rotary: (config.model_type != Family::Gpt2).then(|| config.theta()),
         dropout: config.attn_pdrop,
         key: at.key(),
         ..AttentionOptions::new(config.hidden_size, heads)
@@ -118,7 +152,7 @@ fn attention(at: &Builder<'_>, config: &Config, make: &Make<'_>) -> Result<Atten
             let all = ColumnLinear::new(&(at / "c_attn"), width, outputs, all, make.tp)?;
             (Projections::Fused(all), "c_proj")
         }
-        Family::Llama => {
+        Family::Llama | Family::Mixtral => {
             let queries = make.of_heads(&(at / "q_proj"), heads)?;
             let keys = make.of_heads(&(at / "k_proj"), kv_heads)?;
             let values = make.of_heads(&(at / "v_proj"), kv_heads)?;
@@ -128,17 +162,46 @@ fn attention(at: &Builder<'_>, config: &Config, make: &Make<'_>) -> Result<Atten
     Attention::new(projections, make.row(&(at / out), heads * head_dim)?, options)
 }
 
-fn inner(at: &Builder<'_>, config: &Config, make: &Make<'_>) -> Result<Inner> {
+fn inner(
+    at: &Builder<'_>,
+    (config, together): (&Config, &Together),
+    make: &Make<'_>,
+) -> Result<Inner> {
+    if let Some(experts) = config.experts() {
+        return Ok(Inner::Experts(balanced(at, (config, experts), together)?));
+    }
     let inner = config.inner();
     Ok(match config.model_type {
         Family::Gpt2 => {
             let up = make.column(&(at / "c_fc"), inner)?;
             Inner::Mlp(Mlp::new(up, make.row(&(at / "c_proj"), inner)?, Gelu::Tanh)?)
         }
-        Family::Llama => {
+        Family::Llama | Family::Mixtral => {
             let gate = make.column(&(at / "gate_proj"), inner)?;
             let up = make.column(&(at / "up_proj"), inner)?;
             Inner::SwiGlu(SwiGlu::new(gate, up, make.row(&(at / "down_proj"), inner)?)?)
         }
     })
+}
+
+fn balanced(
+    at: &Builder<'_>,
+    (config, experts): (&Config, Experts),
+    together: &Together,
+) -> Result<Balanced> {
+    let Experts { count, top_k, balance } = experts;
+    let init = Init::Normal { std: config.initializer_range };
+    let options = ExpertOptions { top_k, init, ..ExpertOptions::mixtral(count) };
+    let parallel = match &together.experts {
+        Some(parallel) => parallel.clone(),
+        None => ExpertParallel { tp: together.tp.clone(), ..ExpertParallel::alone()? },
+    };
+    let (tp, sizes) = (parallel.of_experts(), (config.hidden_size, config.inner()));
+    let layer =
+        MixtureOfExperts::new(at, config.hidden_size, options, &parallel, |builder, _number| {
+            mixtral_expert(builder, sizes, init, &tp)
+        })?;
+    let layers = u32::try_from(config.num_hidden_layers).unwrap_or(u32::MAX);
+    let coefficient = balance / f64::from(layers);
+    Ok(Balanced { layer, coefficient, context: together.context.clone() })
 }

@@ -1,12 +1,12 @@
 //! Which part of each sequence this rank has, and how its tokens attend to those of the others.
 //!
-//! Rank r of n has the r-th of n equal parts: positions and dropout of the layers count from one first token
-//! ([`Pass::first_token`](phalanx_model_parallel::layer::Pass)).
+//! Rank r of n has the r-th of 2n equal parts and the r-th from the end, so that a causal mask leaves all ranks as much to compute
+//! ([`Order::Balanced`]); positions and dropout of the layers are those of these runs ([`Pass::tokens`](phalanx_model_parallel::layer::Pass)).
 
 use phalanx_ddp_core::collective::TensorGroup;
 use phalanx_model_parallel::context::{Order, RingAttention, Sequence};
-use phalanx_model_parallel::layer::{Builder, Pass};
-use phalanx_model_parallel::tensor::{Attend, Attention};
+use phalanx_model_parallel::layer::{Builder, Tokens};
+use phalanx_model_parallel::tensor::Attention;
 use phalanx_model_parallel::{Error, Result};
 use tch::Tensor;
 
@@ -17,20 +17,15 @@ const TOKENS: i64 = 1;
 #[derive(Debug, Clone)]
 pub(crate) struct Context(Option<Sequence>);
 
-/// Attention in a ring.
-#[derive(Debug)]
-struct Ring(RingAttention);
-
-impl Attend for Ring {
-    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, _pass: &Pass) -> Result<Tensor> {
-        self.0.attend(q, k, v)
-    }
-}
-
 impl Context {
     /// Of the ranks of the axis `cp`.
     pub(crate) fn new(group: TensorGroup) -> Self {
-        Context((group.world_size() > 1).then(|| Sequence::new(group, Order::Consecutive)))
+        Context((group.world_size() > 1).then(|| Sequence::new(group, Order::Balanced)))
+    }
+
+    /// The ranks that have the other parts.
+    pub(crate) fn group(&self) -> Option<&TensorGroup> {
+        self.0.as_ref().map(Sequence::group)
     }
 
     /// This rank's part of `[batch, tokens]`.
@@ -49,19 +44,17 @@ impl Context {
         }
     }
 
-    /// The index of this rank's first token in sequences of so many.
-    pub(crate) fn first_token(&self, tokens: i64) -> i64 {
-        let Some(sequence) = &self.0 else { return 0 };
-        let (rank, ranks) = (sequence.group().rank(), sequence.group().world_size());
-        let number = |value| i64::try_from(value).unwrap_or(i64::MAX);
-        tokens / number(ranks) * number(rank)
+    /// This rank's tokens of sequences of so many.
+    pub(crate) fn tokens(&self, len: i64) -> Result<Tokens> {
+        self.0.as_ref().map_or(Ok(Tokens::default()), |sequence| sequence.tokens(len))
     }
 
     /// The attention that meets the other ranks' tokens.
-    pub(crate) fn attention(&self, attention: Attention, at: &Builder<'_>) -> Attention {
-        let Some(sequence) = &self.0 else { return attention };
-        let name = at.name("attention");
-        attention.with_attend(Box::new(Ring(RingAttention::new(&name, sequence.clone(), true))))
+    pub(crate) fn attention(&self, attention: Attention, at: &Builder<'_>) -> Result<Attention> {
+        let Some(sequence) = &self.0 else { return Ok(attention) };
+        let ring = RingAttention::new(&at.name("attention"), sequence.clone(), true);
+        let ring = ring.with_dropout(attention.dropout());
+        attention.with_attend(Box::new(ring))
     }
 }
 

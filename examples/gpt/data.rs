@@ -13,6 +13,7 @@ use tch::{Kind, Tensor};
 
 use super::config::Config;
 use super::source::{open_batches, prepare, Source};
+use super::updates::count;
 
 /// Samples, and where the tokenizer is that made them.
 pub(crate) struct Text {
@@ -47,13 +48,17 @@ pub(crate) fn open(config: &Config, progress: &dyn Progress) -> Result<Text> {
 pub(crate) struct Tensors {
     pub(crate) ids: Tensor,
     pub(crate) labels: Tensor,
+    /// How many tokens of all of them are to be predicted.
+    pub(crate) predicted: f64,
 }
 
 impl Tensors {
     /// The tensors of a batch.
     pub(crate) fn of(batch: &TensorBatch) -> Result<Tensors> {
         let column = |name: &str| batch.get(name).map(Tensor::shallow_clone);
-        Ok(Tensors { ids: column("input_ids")?, labels: column("labels")? })
+        let (ids, labels) = (column("input_ids")?, column("labels")?);
+        let predicted = count(label_count(&labels)?);
+        Ok(Tensors { ids, labels, predicted })
     }
 }
 

@@ -1,7 +1,7 @@
 //! How much memory a rank of a mesh takes.
 //!
 //! Parameters, gradients and the optimizer's state are cut over `tp` and `pp`, and under ZeRO over the ranks with the same parameters; activations over
-//! `tp` in part, or with sequence parallelism all, and over `cp`. A pipeline keeps those of as many micro-batches as it has stages.
+//! `tp` in part, or with sequence parallelism all, and over `cp`. Experts are cut over `ep` beside that. A pipeline keeps those of as many micro-batches as it has stages.
 //!
 //! Source of the activation count: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), section 4, adapted to the types that
 //! are kept on the CPU.
@@ -25,23 +25,37 @@ impl Estimate {
         let blocks = size(model.num_hidden_layers).div_ceil(pp);
         // The first stage has the embedding, the last the head.
         let tables = model.embedding_count() * if pp == 1 && !model.is_tied() { 2 } else { 1 };
-        let parameters = (blocks * size(model.block_count()) + tables).div_ceil(tp);
+        let of_experts = (blocks * size(model.expert_count())).div_ceil(tp * number(shape.ep));
+        let of_others = size(model.block_count() - model.expert_count());
+        let parameters = (blocks * of_others + tables).div_ceil(tp) + of_experts;
         let parameter_bytes = config.ddp.parameter_kind.map_or(4, FloatKind::bytes);
         let gradient_bytes = config.ddp.gradient_kind.map_or(4, FloatKind::bytes);
         let masters = if parameter_bytes < 4 { 4 * parameters } else { 0 };
         let states = 4 * config.optimizer.state_count(parameters, tables.div_ceil(tp)) + masters;
         let ranks = number(config.ddp.shard_ranks.unwrap_or(mesh.group_size(Axes::DP_CP)));
         let shards = |from_stage: u8| if config.ddp.zero < from_stage { 1 } else { ranks };
+        // Fewer ranks have the same experts.
+        let of_rank = |bytes: u64, from_stage: u8| {
+            let rest = share(bytes, parameters - of_experts, parameters);
+            let same = (shards(from_stage) / number(shape.ep)).max(1);
+            rest.div_ceil(shards(from_stage)) + (bytes - rest).div_ceil(same)
+        };
         let under_way = pp.min(number(batching.accumulate));
         Estimate {
-            parameters: (parameters * parameter_bytes).div_ceil(shards(3)),
-            gradients: (parameters * gradient_bytes).div_ceil(shards(2))
+            parameters: of_rank(parameters * parameter_bytes, 3),
+            gradients: of_rank(parameters * gradient_bytes, 2)
                 + parameters * config.ddp.hook.kept_bytes(),
-            optimizer: states.div_ceil(shards(1)),
+            optimizer: of_rank(states, 1),
             activations: under_way * activations(config, mesh, batching, blocks),
             runtime: RUNTIME_BYTES,
         }
     }
+}
+
+/// What `part` of `whole` has of so many bytes.
+fn share(bytes: u64, part: u64, whole: u64) -> u64 {
+    let share = u128::from(bytes) * u128::from(part) / u128::from(whole.max(1));
+    u64::try_from(share).unwrap_or(bytes)
 }
 
 /// Of one micro-batch.
@@ -53,7 +67,9 @@ fn activations(config: &Config, mesh: &Mesh, batching: Batching, blocks: u64) ->
     let length = (config.data.sequence_length as u64).min(longest).div_ceil(cp);
     let tokens = batching.micro_batch as u64 * length;
     let width = if config.train.precision == Precision::Bf16 { 2 } else { 4 };
-    let (hidden, inner) = (size(model.hidden_size), size(model.inner()));
+    // A token goes through several experts.
+    let choices = model.experts().map_or(1, |experts| size(experts.top_k));
+    let (hidden, inner) = (size(model.hidden_size), choices * size(model.inner()));
     let between = if config.mesh.sequence_parallel { tp } else { 1 };
     // Between blocks: what comes in, what two norms give, and what two products add; inside: queries, keys, values, the attention's output, and the
     // feed-forward's inside twice.

@@ -11,7 +11,7 @@ use super::failure;
 pub(crate) use super::train_flags::Settings;
 use super::train_flags::{put, TrainFlags};
 
-/// Trains GPT-2 or Llama on the next tokens of text, on a mesh of data, tensor, pipeline and context parallelism.
+/// Trains GPT-2, Llama or Mixtral on the next tokens of text, on a mesh of data, tensor, pipeline and context parallelism.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "gpt")]
 pub(crate) struct Flags {
@@ -42,7 +42,7 @@ pub(crate) struct Flags {
     /// What the ranks of a pipeline do, and when: gpipe, 1f1b, interleaved:CHUNKS or zb-h1.
     #[arg(long, value_name = "NAME")]
     pub(crate) schedule: Option<String>,
-    /// Dropout probability of the attention alone (there is none with --cp).
+    /// Dropout probability of the attention alone.
     #[arg(long, value_name = "P")]
     pub(crate) attention_dropout: Option<f64>,
     /// Tokens to write at the end; 0 for none.

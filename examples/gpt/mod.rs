@@ -7,6 +7,7 @@ pub(crate) mod config;
 pub(crate) mod context;
 pub(crate) mod data;
 pub(crate) mod estimate;
+pub(crate) mod experts;
 #[path = "../shared/failure.rs"]
 pub(crate) mod failure;
 pub(crate) mod flags;

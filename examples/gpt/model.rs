@@ -1,12 +1,12 @@
-//! GPT-2 and Llama as ranges of layers, of `phalanx_model_parallel`'s layers.
+//! GPT-2, Llama and Mixtral as ranges of layers, of `phalanx_model_parallel`'s layers.
 //!
 //! A model is a list of chunks (one, without a pipeline), each of which has some blocks; the first has the embedding as well, the last the
-//! last norm and the head. Variables carry the names of Hugging Face's `GPT2LMHeadModel` and `LlamaForCausalLM`, so that their
+//! last norm and the head. Variables carry the names of Hugging Face's `GPT2LMHeadModel`, `LlamaForCausalLM` and `MixtralForCausalLM`, so that their
 //! `model.safetensors` loads here and ours loads there; they are registered in the order of the forward pass, so that backward fills the last
 //! bucket first.
 //!
 //! Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019); Touvron et al., "`LLaMA`" (2023);
-//! `transformers/models/{gpt2,llama}/modeling_*.py`.
+//! `transformers/models/{gpt2,llama,mixtral}/modeling_*.py`.
 
 use std::ops::Range;
 use std::rc::Rc;
@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use phalanx_ddp_core::optim::{ParameterGroup, ParameterGroups};
 use phalanx_ddp_core::recompute::checkpointed_one;
+use phalanx_model_parallel::expert::ExpertParallel;
 use phalanx_model_parallel::layer::{Builder, Init, Pass};
 use phalanx_model_parallel::tensor::{
     cross_entropy, logits, Dropout, LayerNorm, PositionEmbedding, RmsNorm, TensorParallel,
@@ -45,6 +46,8 @@ pub(crate) struct Together {
     pub(crate) tp: TensorParallel,
     /// They have parts of the sequences.
     pub(crate) context: Context,
+    /// They have other experts, in a model of experts.
+    pub(crate) experts: Option<ExpertParallel>,
 }
 
 /// This rank's part of the network.
@@ -94,7 +97,7 @@ impl Norm {
         let (width, eps) = (config.hidden_size, config.norm_eps);
         Ok(match config.model_type {
             Family::Gpt2 => Norm::Layer(LayerNorm::new(builder, width, eps, tp)?),
-            Family::Llama => Norm::Rms(RmsNorm::new(builder, width, eps, tp)?),
+            Family::Llama | Family::Mixtral => Norm::Rms(RmsNorm::new(builder, width, eps, tp)?),
         })
     }
 
@@ -118,7 +121,7 @@ impl Names {
     const fn of(family: Family) -> Self {
         match family {
             Family::Gpt2 => Names { model: "transformer", words: "wte", blocks: "h", norm: "ln_f" },
-            Family::Llama => {
+            Family::Llama | Family::Mixtral => {
                 Names { model: "model", words: "embed_tokens", blocks: "layers", norm: "norm" }
             }
         }
@@ -168,12 +171,12 @@ impl Gpt {
         config.is_tied().then_some((name, self.tied.as_ref()))
     }
 
-    /// What a chunk makes of its input, which is hidden states (`[batch, tokens(/n), width]`), or of the ids (`[batch, tokens]`) where it has the embedding.
+    /// What a chunk makes of its input (a batch of which `predicted` tokens have a loss), which is hidden states (`[batch, tokens(/n), width]`), or of the ids (`[batch, tokens]`) where it has the embedding.
     pub(crate) fn hidden(
         &self,
         chunk: usize,
         (ids, input): (&Tensor, Option<Tensor>),
-        pass: &Pass,
+        (pass, predicted): (&Pass, f64),
     ) -> Result<Tensor> {
         let chunk = &self.chunks[chunk];
         let mut x = match (&chunk.embedding, input) {
@@ -183,8 +186,8 @@ impl Gpt {
         };
         for block in &chunk.blocks {
             x = match self.recompute && pass.train {
-                true => recomputed(block, &x, *pass)?,
-                false => lock(block).forward(&x, pass)?,
+                true => recomputed(block, &x, (*pass, predicted))?,
+                false => lock(block).forward(&x, pass, predicted)?,
             };
         }
         match &chunk.head {
@@ -214,10 +217,14 @@ impl Gpt {
 }
 
 /// A block of which only the input is kept for backward.
-fn recomputed(block: &Arc<Mutex<Block>>, x: &Tensor, pass: Pass) -> Result<Tensor> {
+fn recomputed(
+    block: &Arc<Mutex<Block>>,
+    x: &Tensor,
+    (pass, predicted): (Pass, f64),
+) -> Result<Tensor> {
     let block = Arc::clone(block);
     let again = move |input: &Tensor| {
-        lock(&block).forward(input, &pass).map_err(phalanx_ddp_core::Error::closure)
+        lock(&block).forward(input, &pass, predicted).map_err(phalanx_ddp_core::Error::closure)
     };
     Ok(checkpointed_one(x, again)?)
 }
@@ -256,7 +263,7 @@ impl Embedding {
                 let (count, width) = (config.max_position_embeddings, config.hidden_size);
                 Some(PositionEmbedding::new(&(model / "wpe"), count, width, init, tp)?)
             }
-            Family::Llama => None,
+            Family::Llama | Family::Mixtral => None,
         };
         let dropout = Dropout::new(config.embd_pdrop, (model / "drop").key())?;
         Ok(Embedding { words, positions, dropout, tp: tp.clone() })

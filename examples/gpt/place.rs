@@ -10,8 +10,9 @@ use phalanx_model_parallel::tensor::TensorParallel;
 use phalanx_model_parallel::{Axes, Axis, Error, Mesh, Nodes};
 
 use super::batching::Batching;
-use super::config::{Config, ConfigError, Model};
+use super::config::{Config, ConfigError, Experts, Model};
 use super::context::Context;
+use super::experts::ExpertPlace;
 use super::model::{Layers, Together};
 
 /// The groups of the mesh that a trainer needs.
@@ -33,6 +34,8 @@ pub(crate) struct Place {
     pub(crate) model: Group,
     /// Those that read different samples.
     pub(crate) readers: Group,
+    /// Those of experts, in a model of experts.
+    pub(crate) experts: Option<ExpertPlace>,
 }
 
 impl Place {
@@ -46,7 +49,13 @@ impl Place {
         let tp = TensorParallel { group: tp, sequence: config.mesh.sequence_parallel };
         let (data, model) = (groups.take(Axes::DP_CP)?, groups.take(Axes::MODEL)?);
         let readers = groups.take(Axes::DP)?;
-        Ok(Place { mesh, rank, together: Together { tp, context }, stages, data, model, readers })
+        let experts = match config.model.experts() {
+            Some(_) => Some(ExpertPlace::new(&mesh, &tp, world)?),
+            None => None,
+        };
+        let of_experts = experts.as_ref().map(ExpertPlace::parallel);
+        let together = Together { tp, context, experts: of_experts };
+        Ok(Place { mesh, rank, together, stages, data, model, readers, experts })
     }
 
     /// Its number among those that read different samples, and how many there are.
@@ -97,11 +106,11 @@ fn cut(model: &Model, stages: usize) -> Result<Vec<Range<usize>>, ConfigError> {
 pub(crate) fn check(config: &Config, mesh: &Mesh, batching: Batching) -> Result<()> {
     let (model, shape) = (&config.model, mesh.shape());
     let tp = i64::try_from(shape.tp).unwrap_or(i64::MAX);
-    divisible("num_attention_heads", model.num_attention_heads, tp)?;
+    divisible("num_attention_heads", model.num_attention_heads, (Axis::Tp, tp))?;
     if tp % model.kv_heads() != 0 {
-        divisible("num_key_value_heads", model.kv_heads(), tp)?;
+        divisible("num_key_value_heads", model.kv_heads(), (Axis::Tp, tp))?;
     }
-    divisible("intermediate_size", model.inner(), tp)?;
+    divisible("intermediate_size", model.inner(), (Axis::Tp, tp))?;
     if model.vocab_size < tp {
         return Err(invalid(format!(
             "model.vocab_size ({}) is less than tp {tp}",
@@ -109,17 +118,13 @@ pub(crate) fn check(config: &Config, mesh: &Mesh, batching: Batching) -> Result<
         ))
         .into());
     }
-    if shape.ep > 1 {
+    if let Some(Experts { count, .. }) = model.experts() {
+        let ep = i64::try_from(shape.ep).unwrap_or(i64::MAX);
+        divisible("num_local_experts", count, (Axis::Ep, ep))?;
+    } else if shape.ep > 1 {
         return Err(invalid(format!(
-            "ep {} needs a model of experts, and this one has none; leave out --ep",
+            "ep {} needs a model of experts (model_type mixtral), and this one has none; leave out --ep",
             shape.ep
-        ))
-        .into());
-    }
-    if shape.cp > 1 && model.attn_pdrop > 0.0 {
-        return Err(invalid(format!(
-            "model.attn_pdrop is {}; attention over several ranks has no dropout: take --attention-dropout 0, or --cp 1",
-            model.attn_pdrop
         ))
         .into());
     }
@@ -143,32 +148,31 @@ pub(crate) fn check(config: &Config, mesh: &Mesh, batching: Batching) -> Result<
 
 /// Whether sequences of so many tokens can be cut.
 pub(crate) fn check_length(config: &Config, mesh: &Mesh, tokens: usize) -> Result<()> {
-    let shape = mesh.shape();
-    let sequence = if config.mesh.sequence_parallel { shape.tp } else { 1 };
-    if tokens.is_multiple_of(shape.cp * sequence) {
+    let (shape, parts) = (mesh.shape(), config.mesh.tokens_of());
+    if tokens.is_multiple_of(parts) {
         return Ok(());
     }
+    let sequence = if config.mesh.sequence_parallel { shape.tp } else { 1 };
     Err(invalid(format!(
-        "sequences of {tokens} tokens cannot be cut into {} equal parts (cp {} × tp {sequence} of sequence parallelism); change \
-         data.sequence_length",
-        shape.cp * sequence,
+        "sequences of {tokens} tokens cannot be cut into {parts} equal parts (cp {}, of more than one rank two for each, and tp {sequence} of \
+         sequence parallelism); change data.sequence_length",
         shape.cp
     ))
     .into())
 }
 
-fn divisible(what: &'static str, len: i64, tp: i64) -> Result<(), Error> {
-    if len % tp == 0 {
+fn divisible(what: &'static str, len: i64, (axis, ranks): (Axis, i64)) -> Result<(), Error> {
+    if len % ranks == 0 {
         return Ok(());
     }
-    let possible = (1..=len.min(64)).filter(|ranks| len % ranks == 0);
+    let possible = (1..=len.min(64)).filter(|count| len % count == 0);
     Err(Error::Indivisible {
         layer: "model".to_owned(),
         what,
         len,
-        axis: Axis::Tp,
-        ranks: usize::try_from(tp).unwrap_or(0),
-        possible: possible.filter_map(|ranks| usize::try_from(ranks).ok()).collect(),
+        axis,
+        ranks: usize::try_from(ranks).unwrap_or(0),
+        possible: possible.filter_map(|count| usize::try_from(count).ok()).collect(),
     })
 }
 

@@ -41,9 +41,9 @@ impl Stage for Sequence<'_> {
         input: Option<Tensor>,
     ) -> phalanx_model_parallel::Result<Tensor> {
         let Trainer { network, place, plan, .. } = self.trainer;
-        let first_token = place.together.context.first_token(self.ids.size()[1]);
-        let pass = Pass { first_token, ..Pass::evaluation() };
-        let hidden = network.hidden(chunk, (&self.ids, input), &pass)?;
+        let tokens = place.together.context.tokens(self.ids.size()[1])?;
+        let pass = Pass { tokens, ..Pass::evaluation() };
+        let hidden = network.hidden(chunk, (&self.ids, input), (&pass, 0.0))?;
         if !network.ends(chunk) {
             return Ok(hidden);
         }
@@ -73,9 +73,8 @@ pub(crate) fn generate(
     let stages = &trainer.place.stages;
     let schedule = single_pass(kind, stages.world_size())?;
     let mut pipeline = Pipeline::new(stages.clone(), schedule, trainer.plan.device)?;
-    let parts = usize::try_from(trainer.plan.token_parts)?;
     let mut tokens = prompt.to_vec();
-    tokens.resize((prompt.len() + count).next_multiple_of(parts), 0);
+    tokens.resize((prompt.len() + count).next_multiple_of(trainer.plan.tokens_of), 0);
     let last = stages.world_size() - 1;
     for at in prompt.len()..prompt.len() + count {
         let ids =

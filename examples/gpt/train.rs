@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Result};
 use phalanx_comm::{Group, Sum};
-use phalanx_ddp_core::checkpoint::WeightsOptions;
 use phalanx_ddp_core::feed::{Feed, TensorStep};
 use phalanx_ddp_core::optim::{Optimizer, Step};
 use phalanx_ddp_core::schedule::Schedule as Rates;
@@ -18,9 +17,11 @@ use tch::{nn, Device, Kind, Tensor};
 use super::batching::Batching;
 use super::config::{Config, FloatKind, NonFinite, Precision};
 use super::data::{label_count, Tensors};
+use super::experts::{self, Experts};
 use super::metrics::{milliseconds, StepRecord};
 use super::model::{groups, Gpt};
 use super::place::Place;
+use super::resume::Part;
 use super::updates::{advised, count, rule, schedule, tokens};
 use super::weights;
 
@@ -32,8 +33,11 @@ pub(crate) struct Trainer {
     pub(super) plan: Plan,
     ddp: Ddp,
     optimizer: Optimizer,
+    experts: Option<Experts>,
     pipeline: Pipeline,
     rates: Rates,
+    /// Whether gradients are exchanged behind all backwards: those of tied weights are added up before.
+    exchanges_late: bool,
     last_ids: Option<Tensor>,
     skipped_count: u64,
 }
@@ -53,6 +57,8 @@ pub(super) struct Plan {
     pub(super) width: i64,
     /// Ranks over which tokens between blocks are cut.
     pub(super) token_parts: i64,
+    /// What the length of a sequence is a multiple of.
+    pub(super) tokens_of: usize,
 }
 
 /// A micro-batch, and the number of its first sample in the global batch.
@@ -76,11 +82,11 @@ impl Stage for Batches<'_> {
         input: Option<Tensor>,
     ) -> phalanx_model_parallel::Result<Tensor> {
         let start = Instant::now();
-        let (Tensors { ids, labels }, first_sample) = &self.tensors[micro_batch];
-        let first_token = self.place.together.context.first_token(ids.size()[1]);
-        let pass = Pass { first_token, ..Pass::training(self.step, *first_sample) };
+        let (Tensors { ids, labels, predicted }, first_sample) = &self.tensors[micro_batch];
+        let tokens = self.place.together.context.tokens(ids.size()[1])?;
+        let pass = Pass { tokens, ..Pass::training(self.step, *first_sample) };
         let compute = || {
-            let hidden = self.network.hidden(chunk, (ids, input), &pass)?;
+            let hidden = self.network.hidden(chunk, (ids, input), (&pass, *predicted))?;
             match self.network.ends(chunk) {
                 true => self.network.loss(chunk, &hidden, labels),
                 false => Ok(hidden),
@@ -120,15 +126,34 @@ impl Trainer {
         let schedule_of = Schedule::new(kind, place.stages.world_size(), batching.accumulate)?;
         let mut pipeline = Pipeline::new(place.stages.clone(), schedule_of, vs.device())?
             .on_mesh(&place.mesh, place.rank)?;
+        let mut exchanges_late = false;
         if let Some((name, table)) = network.tied(&config.model) {
             pipeline.tie(&name, table)?;
+            exchanges_late = table.is_some() && place.stages.world_size() > 1;
         }
         let options = phalanx_ddp_core::DdpOptions { exchange, ..config.ddp.options() };
-        let ddp = Ddp::new(vs, &mut place.data, options)?;
-        ddp.set_part(ModelPart { model: &mut place.model, world, cuts: root.cuts() })?;
-        config.ddp.hook.set(&ddp)?;
-        let optimizer =
-            Optimizer::new(&ddp, rule(&config.optimizer), groups(config.optimizer.rule))?;
+        let (of_experts, cuts) = experts::divided(root.cuts());
+        let (ddp, expert_ddp) = match &mut place.experts {
+            None => (Ddp::new(vs, &mut place.data, options)?, None),
+            Some(experts) => {
+                let (shared, own) = experts.wrap(vs, &options)?;
+                (shared, Some(own))
+            }
+        };
+        ddp.set_part(ModelPart { model: &mut place.model, world, cuts })?;
+        if let (Some(own), Some(experts)) = (&expert_ddp, &mut place.experts) {
+            experts.set_part(own, world, of_experts)?;
+        }
+        let optimizer_of = |of: &Ddp| -> Result<Optimizer> {
+            config.ddp.hook.set(of)?;
+            let (rule, groups) = (rule(&config.optimizer), groups(config.optimizer.rule));
+            Ok(Optimizer::new(of, rule, groups)?)
+        };
+        let optimizer = optimizer_of(&ddp)?;
+        let experts = match expert_ddp {
+            Some(own) => Some(Experts { optimizer: optimizer_of(&own)?, ddp: own }),
+            None => None,
+        };
         let plan = Plan::new(config, (&place, batching), vs.device());
         let rates = schedule(&config.optimizer, config.train.steps)?;
         Ok(Trainer {
@@ -137,8 +162,10 @@ impl Trainer {
             plan,
             ddp,
             optimizer,
+            experts,
             pipeline,
             rates,
+            exchanges_late,
             last_ids: None,
             skipped_count: 0,
         })
@@ -151,7 +178,7 @@ impl Trainer {
         let data_wait_ms = milliseconds(batches.data_wait);
         let (tensors, weights) = self.micro_batches(&batches)?;
         self.last_ids = tensors.first().map(|(tensors, _)| tensors.ids.shallow_clone());
-        self.ddp.at_step(step)?;
+        self.ddps().into_iter().try_for_each(|ddp| ddp.at_step(step))?;
         let Self { network, place, plan, ddp, pipeline, .. } = self;
         let mut stage = Batches {
             network,
@@ -164,14 +191,18 @@ impl Trainer {
         let output = pipeline.step(&mut stage, ddp, &weights);
         let output = output.map_err(|error| told(error, step))?;
         let forward = stage.forward;
-        let Statistics { exposed_comm: exposed, bytes_sent, .. } = self.ddp.statistics()?;
+        if let Some(experts) = self.experts.as_ref().filter(|_| self.exchanges_late) {
+            experts.ddp.exchange_weighted().map_err(|error| advised(error, step))?;
+        }
+        let (exposed, bytes_sent) = self.exchanged()?;
         let optimizer_start = Instant::now();
         let lr = self.rates.lr(step - 1);
-        self.optimizer.set_lr(lr)?;
-        let Step { gradient_norm, skipped } = self
-            .optimizer
-            .step(Some(self.plan.max_grad_norm))
-            .map_err(|error| advised(error, step))?;
+        let mut optimizers = vec![&mut self.optimizer];
+        optimizers.extend(self.experts.as_mut().map(|experts| &mut experts.optimizer));
+        optimizers.iter_mut().try_for_each(|optimizer| optimizer.set_lr(lr))?;
+        let Step { gradient_norm, skipped } =
+            Optimizer::step_all(&mut optimizers, Some(self.plan.max_grad_norm), None)
+                .map_err(|error| advised(error, step))?;
         let grad_norm = gradient_norm.unwrap_or(f64::NAN);
         self.skipped_count += u64::from(skipped);
         self.plan.finish_device();
@@ -238,17 +269,35 @@ impl Trainer {
 
     /// Starts from the weights of a file that every rank sees. Returns the names in it that are not needed. Collective.
     pub(crate) fn load_weights(&self, path: &Path) -> Result<Vec<String>> {
-        weights::load(path, &self.ddp)
+        weights::load(path, &self.ddps())
     }
 
     /// Writes the weights to rank 0's `path`. Collective.
     pub(crate) fn save_weights(&self, path: &Path) -> Result<()> {
-        Ok(self.ddp.save_weights(path, &WeightsOptions::default())?)
+        weights::save(path, &self.ddps(), self.place.rank == 0)
     }
 
     /// What checkpoints are made of.
-    pub(crate) fn parts(&mut self) -> (&Ddp, &mut Optimizer) {
-        (&self.ddp, &mut self.optimizer)
+    pub(crate) fn parts(&mut self) -> Vec<Part<'_>> {
+        let experts = self.experts.as_mut();
+        let experts = experts.map(|own| ("experts", &own.ddp, &mut own.optimizer));
+        [("", &self.ddp, &mut self.optimizer)].into_iter().chain(experts).collect()
+    }
+
+    /// Of what all ranks of a stage have, and of experts.
+    fn ddps(&self) -> Vec<&Ddp> {
+        let experts = self.experts.as_ref().map(|experts| &experts.ddp);
+        [&self.ddp].into_iter().chain(experts).collect()
+    }
+
+    /// How long the last exchanges were waited for, and what they sent.
+    fn exchanged(&self) -> Result<(Duration, u64)> {
+        let mut sum = (Duration::ZERO, 0);
+        for ddp in self.ddps() {
+            let Statistics { exposed_comm, bytes_sent, .. } = ddp.statistics()?;
+            sum = (sum.0 + exposed_comm, sum.1 + bytes_sent);
+        }
+        Ok(sum)
     }
 
     /// The run has left out so many steps before.
@@ -303,6 +352,7 @@ impl Plan {
             first_sample: (reader * each + reader.min(more)) as u64,
             width: config.model.hidden_size,
             token_parts: i64::try_from(config.mesh.cp * sequence).unwrap_or(1),
+            tokens_of: config.mesh.tokens_of(),
         }
     }
 

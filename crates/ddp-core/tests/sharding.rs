@@ -7,12 +7,13 @@ mod support;
 
 use phalanx_comm::environment::HostLink;
 use phalanx_comm::Group;
+use phalanx_ddp_core::autograd::Function;
 use phalanx_ddp_core::checkpoint::{load_safetensors, save_safetensors, WeightsOptions};
 use phalanx_ddp_core::{
     AdamW, Ddp, DdpOptions, Optimizer, ParameterGroup, ParameterGroups, Sync, Zero,
 };
 use support::{options, run_over as run, wrapped, Model, LINKS, STAGES};
-use tch::{nn, Device, Kind};
+use tch::{nn, Device, Kind, Tensor};
 
 /// Ways to cut the model.
 fn cuts(zero: Zero) -> [DdpOptions; 3] {
@@ -305,6 +306,41 @@ fn weights_are_written_whole_whatever_the_stage() {
                 (other.bits(), model.bits())
             });
             assert!(all.iter().all(|(read, bits)| read == bits), "{zero:?}, {link:?}");
+        }
+    }
+}
+
+/// A gradient that comes once from a backward inside of the backward, and once from the outer one, before its bucket starts.
+#[test]
+fn a_parameter_with_two_gradients_has_their_sum_in_every_stage() {
+    let trained = |mut group: Group, zero: Zero| {
+        let vs = nn::VarStore::new(Device::Cpu);
+        let [last, twice] = ["last", "twice"].map(|name| vs.root().ones(name, &[40]));
+        let ddp = Ddp::new(&vs, &mut group, options(zero)).unwrap();
+        let mut optimizer = Optimizer::new(&ddp, adamw(), ParameterGroups::default()).unwrap();
+        let (inner, factor) = (twice.shallow_clone(), group.rank() as f64 + 1.0);
+        // The node that was made last runs first, and the gradient of what was used first comes last.
+        let first_used = (&last * 5.0).sum(Kind::Float);
+        let outer = (&twice * factor).sum(Kind::Float);
+        let again = Function::new("again").apply(
+            &[&(first_used + outer)],
+            |_, inputs| Ok((vec![inputs[0].f_mul_scalar(1.0)?], ())),
+            move |_, gradients| {
+                tch::with_grad(|| (&inner * (4.0 * factor)).sum(Kind::Float)).backward();
+                Ok(vec![gradients[0].as_ref().map(Tensor::shallow_clone)])
+            },
+        );
+        ddp.backward(&again.unwrap()[0], 1.0, Sync::Reduce).unwrap();
+        // (1 + 2) · (1 + 4) / 2 and 5, 40 of each.
+        let norm = optimizer.step(Some(1e6)).unwrap().gradient_norm.unwrap();
+        (norm.to_bits(), twice.double_value(&[7]).to_bits())
+    };
+    let expected = (40.0 * (7.5_f64.powi(2) + 25.0)).sqrt().to_bits();
+    for link in LINKS {
+        let off = run(2, link, move |group| trained(group, Zero::Off));
+        assert!(off[0].0 == expected, "{}", f64::from_bits(off[0].0));
+        for zero in STAGES {
+            assert_eq!(run(2, link, move |group| trained(group, zero)), off, "{zero:?}");
         }
     }
 }

@@ -2,11 +2,19 @@
 
 use phalanx_data::format::TokenIndex;
 
-use super::{Config, Data, Family, Model};
+use super::{Config, Data, Experts, Family, Model};
 
 impl Config {
     /// Of sections that other trainers do not have.
     pub(super) fn own_problem(&self) -> Option<String> {
+        let in_memory = self.checkpoint.memory_every_steps > 0;
+        if self.model.experts().is_some() && in_memory {
+            return Some(
+                "checkpoint.memory_every_steps is set; a model with experts is saved in two parts, to a folder alone: take \
+                 checkpoint.every_steps"
+                    .into(),
+            );
+        }
         self.mesh.problem()
     }
 }
@@ -39,7 +47,7 @@ impl Model {
                 "model.num_attention_heads ({heads}) is not a multiple of model.num_key_value_heads ({kv_heads}); change one of them"
             ));
         }
-        if self.model_type == Family::Llama && self.head_dim() % 2 != 0 {
+        if self.model_type != Family::Gpt2 && self.head_dim() % 2 != 0 {
             return Some(format!(
                 "heads have {} columns; rotary positions need an even number",
                 self.head_dim()
@@ -63,7 +71,32 @@ impl Model {
                 return Some(format!("model.{name} is {value}; it must be above 0"));
             }
         }
-        self.unsupported()
+        self.problem_of_experts().or_else(|| self.unsupported())
+    }
+}
+
+impl Model {
+    fn problem_of_experts(&self) -> Option<String> {
+        const EXPERTS_MAX: i64 = 4096;
+        let Some(Experts { count, top_k, balance }) = self.experts() else {
+            let given = self.num_local_experts.or(self.num_experts_per_tok).is_some();
+            return given.then(|| {
+                "model.num_local_experts and num_experts_per_tok are of model_type mixtral; leave them out, or take that".into()
+            });
+        };
+        if !(1..=EXPERTS_MAX).contains(&count) {
+            return Some(format!(
+                "model.num_local_experts is {count}; it must be from 1 to {EXPERTS_MAX}"
+            ));
+        }
+        if !(1..=count).contains(&top_k) {
+            return Some(format!(
+                "model.num_experts_per_tok is {top_k}; it must be from 1 to model.num_local_experts ({count})"
+            ));
+        }
+        let is_right = balance >= 0.0 && balance.is_finite();
+        (!is_right)
+            .then(|| format!("model.router_aux_loss_coef is {balance}; it must not be negative"))
     }
 }
 

@@ -48,6 +48,16 @@ impl Mesh {
         self.schedule.parse()
     }
 
+    /// What the tokens of a sequence are a multiple of: each rank of `cp` has two equal runs of them, which sequence parallelism may cut at any token.
+    pub(crate) fn tokens_of(&self) -> usize {
+        let sequence = if self.sequence_parallel { self.tp } else { 1 };
+        match self.cp {
+            1 => sequence,
+            cp if sequence.is_multiple_of(2) => cp * sequence,
+            cp => 2 * cp * sequence,
+        }
+    }
+
     pub(super) fn problem(&self) -> Option<String> {
         let axes =
             [("dp", self.dp.unwrap_or(1)), ("tp", self.tp), ("pp", self.pp), ("cp", self.cp)];

@@ -1,6 +1,6 @@
 //! The configuration file: what it may hold, and what it holds when something is left out.
 //!
-//! JSON in eight sections. `model` takes the keys of Hugging Face's `config.json` of GPT-2 and of Llama, so that such a file can be pasted in as
+//! JSON in eight sections. `model` takes the keys of Hugging Face's `config.json` of GPT-2, Llama and Mixtral, so that such a file can be pasted in as
 //! it is.
 
 mod check;
@@ -32,7 +32,7 @@ pub(crate) use ddp::{Backend, Ddp, FloatKind, NonFinite};
 pub(crate) use file::ConfigError;
 pub(crate) use hook::Hook;
 pub(crate) use mesh::Mesh;
-pub(crate) use model::{Family, Model};
+pub(crate) use model::{Experts, Family, Model};
 pub(crate) use optimizer::{AdjustLr, Optimizer, Rule, Schedule};
 pub(crate) use train::{Precision, Train};
 
@@ -42,8 +42,9 @@ use file::Ignored;
 pub(crate) const LOSS: &str = "next-token loss";
 
 /// The configurations in the source tree, smallest first, as `--config` takes them, and their text.
-pub(crate) const SHIPPED: [(&str, &str); 3] = [
+pub(crate) const SHIPPED: [(&str, &str); 4] = [
     ("configs/gpt_tiny.json", include_str!("../../../configs/gpt_tiny.json")),
+    ("configs/mixtral_tiny.json", include_str!("../../../configs/mixtral_tiny.json")),
     ("configs/gpt2_small.json", include_str!("../../../configs/gpt2_small.json")),
     ("configs/llama_1b.json", include_str!("../../../configs/llama_1b.json")),
 ];

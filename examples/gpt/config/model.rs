@@ -1,4 +1,4 @@
-//! Section `model`: Hugging Face's `GPT2Config` and `LlamaConfig` in one, under Llama's names; GPT-2's are read too, and written for it.
+//! Section `model`: Hugging Face's `GPT2Config`, `LlamaConfig` and `MixtralConfig` in one, under Llama's names; GPT-2's are read too, and written for it.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -13,13 +13,15 @@ pub(crate) enum Family {
     Gpt2,
     /// Rotary positions, RMS norms, no biases, `SwiGLU`, grouped queries.
     Llama,
+    /// Llama with experts: each token goes through the best few of several feed-forward blocks.
+    Mixtral,
 }
 
 /// The network. What is left out is GPT-2's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Model {
-    /// `gpt2` or `llama`.
+    /// `gpt2`, `llama` or `mixtral`.
     pub(crate) model_type: Family,
     /// Rows of the word embedding; may be more than the tokenizer has.
     pub(crate) vocab_size: i64,
@@ -40,7 +42,7 @@ pub(crate) struct Model {
     #[serde(alias = "n_inner")]
     pub(crate) intermediate_size: Option<i64>,
     /// Longest sequence.
-    #[serde(alias = "n_positions", alias = "n_ctx")]
+    #[serde(alias = "n_positions")]
     pub(crate) max_position_embeddings: i64,
     /// `gelu_new` of GPT-2, `silu` of Llama; null is that.
     #[serde(alias = "activation_function")]
@@ -48,8 +50,8 @@ pub(crate) struct Model {
     /// Added to the variance, or to the mean square, in norms.
     #[serde(alias = "layer_norm_epsilon", alias = "rms_norm_eps")]
     pub(crate) norm_eps: f64,
-    /// Base of the rotary positions.
-    pub(crate) rope_theta: f64,
+    /// Base of the rotary positions; null: 10 000, and of Mixtral 1 000 000.
+    pub(crate) rope_theta: Option<f64>,
     /// The same, as later files of transformers have it.
     pub(crate) rope_parameters: Option<RopeParameters>,
     /// Standard deviation of the first weights.
@@ -61,15 +63,34 @@ pub(crate) struct Model {
     /// Dropout of the attention's probabilities.
     #[serde(alias = "attention_dropout")]
     pub(crate) attn_pdrop: f64,
-    /// Whether the head is the word embedding; null: GPT-2's is, Llama's is not.
+    /// Whether the head is the word embedding; null: GPT-2's is, others are not.
     pub(crate) tie_word_embeddings: Option<bool>,
+    /// Of `mixtral`: experts of a layer; null: 8.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) num_local_experts: Option<i64>,
+    /// Of `mixtral`: experts of a token; null: 2.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) num_experts_per_tok: Option<i64>,
+    /// Of `mixtral`: how much the balance of its experts counts beside the loss; null: 0.001.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) router_aux_loss_coef: Option<f64>,
     // Only their usual values are supported.
     #[serde(skip_serializing_if = "Option::is_none")]
     attention_bias: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     mlp_bias: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    add_cross_attention: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scale_attn_by_inverse_layer_idx: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scale_attn_weights: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     rope_scaling: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sliding_window: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    router_jitter_noise: Option<f64>,
     // What else transformers writes; pre-training does not use it.
     #[serde(skip_serializing)]
     architectures: Ignored,
@@ -100,9 +121,14 @@ pub(crate) struct Model {
     #[serde(skip_serializing)]
     summary_first_dropout: Ignored,
     #[serde(skip_serializing)]
-    scale_attn_weights: Ignored,
+    reorder_and_upcast_attn: Ignored,
+    /// `n_positions` once more.
+    #[serde(skip_serializing)]
+    n_ctx: Ignored,
     #[serde(skip_serializing)]
     task_specific_params: Ignored,
+    #[serde(skip_serializing)]
+    output_router_logits: Ignored,
 }
 
 /// Of the rotary positions.
@@ -114,6 +140,17 @@ pub(crate) struct RopeParameters {
     /// `default` only.
     #[serde(default)]
     rope_type: Option<String>,
+}
+
+/// Experts of a layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Experts {
+    /// How many there are.
+    pub(crate) count: i64,
+    /// Through how many a token goes.
+    pub(crate) top_k: i64,
+    /// What the mean of the layers' balance losses is multiplied by.
+    pub(crate) balance: f64,
 }
 
 impl Default for Model {
@@ -130,16 +167,24 @@ impl Default for Model {
             max_position_embeddings: 1024,
             hidden_act: None,
             norm_eps: 1e-5,
-            rope_theta: 10_000.0,
+            rope_theta: None,
             rope_parameters: None,
             initializer_range: 0.02,
             embd_pdrop: 0.0,
             resid_pdrop: 0.0,
             attn_pdrop: 0.0,
             tie_word_embeddings: None,
+            num_local_experts: None,
+            num_experts_per_tok: None,
+            router_aux_loss_coef: None,
             attention_bias: None,
             mlp_bias: None,
+            add_cross_attention: None,
+            scale_attn_by_inverse_layer_idx: None,
+            scale_attn_weights: None,
             rope_scaling: None,
+            sliding_window: None,
+            router_jitter_noise: None,
             architectures: Ignored,
             bos_token_id: Ignored,
             eos_token_id: Ignored,
@@ -154,8 +199,10 @@ impl Default for Model {
             summary_activation: Ignored,
             summary_proj_to_labels: Ignored,
             summary_first_dropout: Ignored,
-            scale_attn_weights: Ignored,
+            reorder_and_upcast_attn: Ignored,
+            n_ctx: Ignored,
             task_specific_params: Ignored,
+            output_router_logits: Ignored,
         }
     }
 }
@@ -176,6 +223,21 @@ impl Model {
         self.intermediate_size.unwrap_or(4 * self.hidden_size)
     }
 
+    /// What there is of experts.
+    pub(crate) fn experts(&self) -> Option<Experts> {
+        (self.model_type == Family::Mixtral).then(|| Experts {
+            count: self.num_local_experts.unwrap_or(8),
+            top_k: self.num_experts_per_tok.unwrap_or(2),
+            balance: self.router_aux_loss_coef.unwrap_or(0.001),
+        })
+    }
+
+    /// Parameters of a block's experts.
+    pub(crate) fn expert_count(&self) -> i64 {
+        let of_one = 3 * self.hidden_size * self.inner();
+        self.experts().map_or(0, |experts| experts.count * of_one)
+    }
+
     /// Whether the head is the word embedding.
     pub(crate) fn is_tied(&self) -> bool {
         self.tie_word_embeddings.unwrap_or(self.model_type == Family::Gpt2)
@@ -183,7 +245,9 @@ impl Model {
 
     /// Base of the rotary positions.
     pub(crate) fn theta(&self) -> f64 {
-        self.rope_parameters.as_ref().map_or(self.rope_theta, |parameters| parameters.rope_theta)
+        let usual = if self.model_type == Family::Mixtral { 1e6 } else { 1e4 };
+        let theta = self.rope_theta.unwrap_or(usual);
+        self.rope_parameters.as_ref().map_or(theta, |parameters| parameters.rope_theta)
     }
 
     /// The network's name in transformers.
@@ -191,6 +255,7 @@ impl Model {
         match self.model_type {
             Family::Gpt2 => "GPT2LMHeadModel",
             Family::Llama => "LlamaForCausalLM",
+            Family::Mixtral => "MixtralForCausalLM",
         }
     }
 
@@ -205,7 +270,7 @@ impl Model {
     pub(crate) fn embedding_count(&self) -> u64 {
         let positions = match self.model_type {
             Family::Gpt2 => self.max_position_embeddings,
-            Family::Llama => 0,
+            Family::Llama | Family::Mixtral => 0,
         };
         u64::try_from((self.vocab_size + positions) * self.hidden_size).unwrap_or(0)
     }
@@ -218,7 +283,11 @@ impl Model {
         let attention = width * (2 * queries + 2 * keys);
         let (feed_forward, biases) = match self.model_type {
             Family::Gpt2 => (2 * width * inner, queries + 2 * keys + width + inner + width),
-            Family::Llama => (3 * width * inner, 0),
+            Family::Llama | Family::Mixtral => (3 * width * inner, 0),
+        };
+        let feed_forward = match self.experts() {
+            Some(Experts { count, .. }) => count * (feed_forward + width),
+            None => feed_forward,
         };
         attention + feed_forward + biases + 2 * self.norm_count()
     }
@@ -226,7 +295,7 @@ impl Model {
     fn norm_count(&self) -> i64 {
         match self.model_type {
             Family::Gpt2 => 2 * self.hidden_size,
-            Family::Llama => self.hidden_size,
+            Family::Llama | Family::Mixtral => self.hidden_size,
         }
     }
 
@@ -234,7 +303,7 @@ impl Model {
     pub(super) fn unsupported(&self) -> Option<String> {
         let only = match self.model_type {
             Family::Gpt2 => "gelu_new",
-            Family::Llama => "silu",
+            Family::Llama | Family::Mixtral => "silu",
         };
         if let Some(act) = self.hidden_act.as_ref().filter(|act| *act != only) {
             let family = format!("{:?}", self.model_type).to_lowercase();
@@ -244,13 +313,29 @@ impl Model {
         }
         let flags = [("attention_bias", self.attention_bias), ("mlp_bias", self.mlp_bias)];
         if let Some((name, _)) = flags.into_iter().find(|(_, value)| *value == Some(true)) {
-            return Some(format!("model.{name} is true; products of llama have no bias here"));
+            return Some(format!(
+                "model.{name} is true; products of llama and mixtral have no bias here"
+            ));
+        }
+        let flags = [
+            ("add_cross_attention", self.add_cross_attention, true),
+            ("scale_attn_by_inverse_layer_idx", self.scale_attn_by_inverse_layer_idx, true),
+            ("scale_attn_weights", self.scale_attn_weights, false),
+        ];
+        if let Some((name, _, bad)) = flags.into_iter().find(|(_, is, bad)| *is == Some(*bad)) {
+            return Some(format!("model.{name} is {bad}, which is not supported"));
         }
         let scaled = self.rope_parameters.as_ref().and_then(|rope| rope.rope_type.as_ref());
         if self.rope_scaling.is_some() || scaled.is_some_and(|kind| kind != "default") {
             return Some(
                 "model.rope_scaling is set; only plain rotary positions are supported".into(),
             );
+        }
+        if self.sliding_window.is_some() {
+            return Some("model.sliding_window is set; attention is to all tokens before".into());
+        }
+        if self.router_jitter_noise.is_some_and(|noise| noise != 0.0) {
+            return Some("model.router_jitter_noise is set; routers have no noise here".into());
         }
         if self.model_type == Family::Gpt2 && !self.is_tied() {
             return Some("model.tie_word_embeddings is false; gpt2 has a tied head".into());
@@ -275,7 +360,7 @@ impl Model {
                 ("rope_theta", ""),
                 ("rope_parameters", ""),
             ],
-            Family::Llama => &[
+            Family::Llama | Family::Mixtral => &[
                 ("norm_eps", "rms_norm_eps"),
                 ("attn_pdrop", "attention_dropout"),
                 ("embd_pdrop", ""),
@@ -291,8 +376,9 @@ impl Model {
         }
         object.retain(|_, field| !field.is_null());
         object.insert("tie_word_embeddings".into(), self.is_tied().into());
-        if self.model_type == Family::Llama {
+        if self.model_type != Family::Gpt2 {
             object.insert("intermediate_size".into(), self.inner().into());
+            object.insert("rope_theta".into(), self.theta().into());
         }
         Ok(value)
     }

@@ -178,7 +178,7 @@ impl Checkpointer {
     /// # Errors
     /// [`Error::CheckpointMisfit`] with every tensor that differs; [`Error::Checkpoint`] when all there is in the folder is damaged; errors of the group.
     pub fn resume(&mut self, mut optimizer: Option<&mut Optimizer>) -> Result<Option<Resumed>> {
-        let mut on_disk = self.newest_on_disk(None)?;
+        let on_disk = self.newest_on_disk(None)?;
         let step_on_disk = on_disk.as_ref().map(Checkpoint::step);
         if let Some(snapshot) = self.newest_in_memory(step_on_disk)? {
             let resumed = self.resume_from(&snapshot, Origin::Memory, optimizer.as_deref_mut())?;
@@ -189,6 +189,36 @@ impl Checkpointer {
                 Err(error) => tracing::warn!("{error}; trying what is on disk"),
             }
         }
+        self.resume_on_disk(on_disk, optimizer)
+    }
+
+    /// The step of the newest complete checkpoint in the folder, of those below `before`. Collective.
+    ///
+    /// # Errors
+    /// As [`Checkpointer::resume`].
+    pub fn newest_step(&mut self, before: Option<u64>) -> Result<Option<u64>> {
+        Ok(self.newest_on_disk(before)?.as_ref().map(Checkpoint::step))
+    }
+
+    /// As [`Checkpointer::resume`], from the newest of the folder's that is below a step: where several checkpointers must go on from the same one.
+    ///
+    /// # Errors
+    /// As [`Checkpointer::resume`].
+    pub fn resume_before(
+        &mut self,
+        step: u64,
+        optimizer: Option<&mut Optimizer>,
+    ) -> Result<Option<Resumed>> {
+        let on_disk = self.newest_on_disk(Some(step))?;
+        self.resume_on_disk(on_disk, optimizer)
+    }
+
+    /// From this checkpoint, or one before it where that is damaged.
+    fn resume_on_disk(
+        &mut self,
+        mut on_disk: Option<Checkpoint>,
+        mut optimizer: Option<&mut Optimizer>,
+    ) -> Result<Option<Resumed>> {
         let mut damage = None;
         loop {
             let Some(checkpoint) = on_disk else { return damage.map_or(Ok(None), Err) };

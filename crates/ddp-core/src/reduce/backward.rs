@@ -340,8 +340,8 @@ impl Reducer {
             return Ok(());
         }
         self.bring_early(slot)?;
-        let Some(run) = &mut self.run else { return Ok(()) };
-        let startable = run.ready.mark(slot).map_err(|late| Error::GradientTwice {
+        let Some(marked) = self.run.as_mut().map(|it| it.ready.mark(slot)) else { return Ok(()) };
+        let startable = marked.map_err(|late| Error::GradientTwice {
             name: self.store.model.parameter(late.parameter).name.clone(),
         })?;
         self.start_all(startable)

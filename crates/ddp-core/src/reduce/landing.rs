@@ -66,11 +66,11 @@ impl Reducer {
             return Ok(None);
         }
         let early = self.run.as_mut().and_then(|run| run.early.take_if(|it| it.bucket == index));
-        let (brought, mut taken) = early.map(|it| (it.brought, it.taken)).unzip();
+        let (brought, has) = early.map(|it| (it.brought, it.taken)).unzip();
         let brought = brought.unwrap_or_default();
         let taken = loop {
-            if let Some(taken) = taken.take().or_else(|| self.store.pool.take(index)) {
-                break taken;
+            if let Some(free) = has.or_else(|| self.store.pool.take(index)) {
+                break free;
             }
             let Some(run) = &mut self.run else { return Ok(None) };
             let is_of = |started: &Started| {

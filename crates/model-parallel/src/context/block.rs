@@ -8,6 +8,9 @@
 use phalanx_ddp_core::{amp, Result};
 use tch::{Kind, Tensor};
 
+use crate::layer::{Pass, Tokens};
+use crate::tensor::{AttentionDropout, Places};
+
 /// Scores that are in memory at once, in elements: 16 MiB in f32.
 const SCORES_MAX: i64 = 4 << 20;
 
@@ -16,6 +19,15 @@ const SCORES_MAX: i64 = 4 << 20;
 pub(super) struct Scores {
     pub(super) scale: f64,
     pub(super) is_causal: bool,
+}
+
+/// What is dropped of a block's probabilities: where its queries and keys are in the sequence.
+#[derive(Debug)]
+pub(super) struct Drops {
+    pub(super) dropout: AttentionDropout,
+    pub(super) pass: Pass,
+    pub(super) queries: Places,
+    pub(super) keys: Places,
 }
 
 /// Outputs of queries and the log-sum-exp of their scores: `[batch, kv heads, group, queries, head_dim]` and `[…, queries, 1]`.
@@ -47,19 +59,30 @@ pub(super) fn computed_in(kind: Kind) -> Kind {
 }
 
 /// `q` `[batch, kv heads, group, queries, head_dim]`, `k` and `v` `[batch, kv heads, keys, head_dim]`, all of the kind that is computed in.
-pub(super) fn forward(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores) -> Result<Attended> {
+pub(super) fn forward(
+    q: &Tensor,
+    both: [&Tensor; 2],
+    scores: Scores,
+    drops: Option<&Drops>,
+) -> Result<Attended> {
     // What the backward computes again without autocast has to be the same.
-    amp::without_autocast(q.device(), || attend(q, k, v, scores))?
+    amp::without_autocast(q.device(), || attend(q, both, scores, drops))?
 }
 
-fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores) -> Result<Attended> {
+fn attend(
+    q: &Tensor,
+    [k, v]: [&Tensor; 2],
+    scores: Scores,
+    drops: Option<&Drops>,
+) -> Result<Attended> {
     let (mut outputs, mut sums) = (Vec::new(), Vec::new());
     for (start, len) in runs(q, k) {
         let rows = Rows::of(q, (start, len), k, scores)?;
         let v = rows.keys_of(v)?;
         let scored = rows.scored(&rows.keys_of(k)?, scores)?;
         let lse = scored.f_logsumexp([-1_i64].as_slice(), true)?;
-        let weights = scored.f_sub(&lse)?.f_exp()?;
+        // Of all scores is the sum, and dropped is what comes of them.
+        let weights = kept(drops, &rows, scored.f_sub(&lse)?.f_exp()?)?;
         outputs.push(rows.unfolded(&weights.f_matmul(&v)?)?);
         sums.push(rows.unfolded(&lse)?);
     }
@@ -83,9 +106,9 @@ impl Attended {
 /// The gradient of queries, of keys and of values, in the shapes of `queries.q`, `k` and `v`.
 pub(super) fn backward(
     queries: &Queries,
-    k: &Tensor,
-    v: &Tensor,
+    [k, v]: [&Tensor; 2],
     scores: Scores,
+    drops: Option<&Drops>,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let mut of_q = Vec::new();
     let (of_k, of_v) = (k.f_zeros_like()?, v.f_zeros_like()?);
@@ -95,15 +118,42 @@ pub(super) fn backward(
         let part = |tensor: &Tensor| folded(&tensor.f_narrow(3, start, len)?);
         let (lse, gradient) = (part(&queries.lse)?, part(&queries.gradient)?);
         let weights = rows.scored(&k, scores)?.f_sub(&lse)?.f_exp()?;
-        let of_weights = gradient.f_matmul(&v.f_transpose(-2, -1)?)?;
+        let of_kept = gradient.f_matmul(&v.f_transpose(-2, -1)?)?;
+        let of_weights = kept(drops, &rows, of_kept)?;
         let of_scores = of_weights.f_sub(&part(&queries.delta)?)?.f_mul(&weights)?;
         let of_scores = of_scores.f_mul_scalar(scores.scale)?;
         of_q.push(rows.unfolded(&of_scores.f_matmul(&k)?)?);
         let transposed = of_scores.f_transpose(-2, -1)?;
         add(rows.keys_of(&of_k)?, &transposed.f_matmul(&rows.q)?)?;
+        let weights = kept(drops, &rows, weights)?;
         add(rows.keys_of(&of_v)?, &weights.f_transpose(-2, -1)?.f_matmul(&gradient)?)?;
     }
     Ok((Tensor::f_cat(&of_q, 3)?, of_k, of_v))
+}
+
+/// Probabilities, or their gradients, less what is dropped.
+fn kept(drops: Option<&Drops>, rows: &Rows, weights: Tensor) -> Result<Tensor> {
+    match drops {
+        Some(drops) => Ok(weights.f_mul(&drops.factors(rows, &weights)?)?),
+        None => Ok(weights),
+    }
+}
+
+impl Drops {
+    /// What each of the rows' probabilities is multiplied by.
+    fn factors(&self, rows: &Rows, weights: &Tensor) -> Result<Tensor> {
+        let [batch, kv_heads, group, queries, _] = rows.shape[..] else {
+            return Err(phalanx_ddp_core::Error::BackwardAbandoned);
+        };
+        let places = [
+            self.dropout.heads(kv_heads * group),
+            Tokens::of(&self.queries)?.part(rows.start, queries)?,
+            Tokens::of(&self.keys)?.part(0, rows.keys)?,
+        ];
+        let mask = self.dropout.dropout.mask(batch, &self.pass, &places).like(weights)?;
+        // Heads that share keys are neighbours.
+        Ok(mask.f_view(weights.size().as_slice())?)
+    }
 }
 
 /// Adds to a view.
@@ -197,11 +247,11 @@ mod tests {
         let plain = Tensor::scaled_dot_product_attention(lq, lk, lv, none, 0.0, true, 0.5, false);
         (&plain * &gradient).sum(Kind::Double).backward();
         let scores = Scores { scale: 0.5, is_causal: true };
-        let attended = forward(&grouped(&q), &k, &v, scores).expect("libtorch");
+        let attended = forward(&grouped(&q), [&k, &v], scores, None).expect("libtorch");
         let delta = (&plain.detach() * &gradient).sum_dim_intlist(-1, true, Kind::Double);
         let (lse, delta) = (attended.lse, grouped(&delta));
         let queries = Queries { q: grouped(&q), lse, gradient: grouped(&gradient), delta };
-        let (of_q, of_k, of_v) = backward(&queries, &k, &v, scores).expect("libtorch");
+        let (of_q, of_k, of_v) = backward(&queries, [&k, &v], scores, None).expect("libtorch");
         // Sums over all tokens, of terms below 1.
         let bound = f64::EPSILON * 2100.0 * 2100.0;
         let pairs = [

@@ -12,7 +12,7 @@ use super::Sequence;
 use crate::error::{Error, Result};
 use crate::layer::Pass;
 use crate::mesh::Axis;
-use crate::tensor::Attend;
+use crate::tensor::{Attend, AttentionDropout};
 
 /// Attention over sequences that are cut over ranks, each of which computes some heads.
 ///
@@ -34,13 +34,20 @@ pub struct HeadsAttention {
     name: String,
     sequence: Sequence,
     is_causal: bool,
+    dropout: Option<AttentionDropout>,
 }
 
 impl HeadsAttention {
     /// `name` is the layer's, for errors and calls. Any order of tokens is right; [`Consecutive`](super::Order::Consecutive) is not put in order on the way.
     #[must_use]
     pub fn new(name: &str, sequence: Sequence, is_causal: bool) -> Self {
-        Self { name: name.to_owned(), sequence, is_causal }
+        Self { name: name.to_owned(), sequence, is_causal, dropout: None }
+    }
+
+    /// As [`RingAttention::with_dropout`](super::RingAttention::with_dropout). Matrices of all scores of the rank's heads are in memory then.
+    #[must_use]
+    pub fn with_dropout(self, dropout: Option<AttentionDropout>) -> Self {
+        Self { dropout, ..self }
     }
 
     /// As [`RingAttention::attend`](super::RingAttention::attend); the kernel is libtorch's, in the inputs' kind.
@@ -48,14 +55,7 @@ impl HeadsAttention {
     /// # Errors
     /// [`Error::Indivisible`] where ranks do not divide heads, those of queries or of keys, with the sizes of `cp` that do; [`Error::BadInput`]; those of the group; libtorch's own.
     pub fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        check(&self.name, [q, k, v])?;
-        if self.sequence.ranks() == 1 {
-            return plain(q, k, v, self.is_causal);
-        }
-        self.check_heads(q.size()[1], k.size()[1])?;
-        let turn = self.turn(q.size()[2])?;
-        let [all_q, all_k, all_v] = turn.to_heads([q, k, v])?;
-        Ok(turn.to_tokens(&plain(&all_q, &all_k, &all_v, self.is_causal)?)?)
+        Attend::attend(self, q, k, v, &Pass::evaluation())
     }
 
     fn check_heads(&self, heads: i64, kv_heads: i64) -> Result<()> {
@@ -92,8 +92,28 @@ impl HeadsAttention {
 }
 
 impl Attend for HeadsAttention {
-    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, _pass: &Pass) -> Result<Tensor> {
-        Self::attend(self, q, k, v)
+    fn is_causal(&self) -> bool {
+        self.is_causal
+    }
+
+    fn dropout(&self) -> Option<AttentionDropout> {
+        self.dropout
+    }
+
+    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, pass: &Pass) -> Result<Tensor> {
+        check(&self.name, [q, k, v])?;
+        let mut dropout = self.dropout.filter(|_| pass.train);
+        if self.sequence.ranks() == 1 {
+            return plain([q, k, v], self.is_causal, (dropout, pass));
+        }
+        self.check_heads(q.size()[1], k.size()[1])?;
+        let turn = self.turn(q.size()[2])?;
+        let [all_q, all_k, all_v] = turn.to_heads([q, k, v])?;
+        if let Some(dropout) = &mut dropout {
+            dropout.first_head += self.sequence.rank() * all_q.size()[1];
+        }
+        let all = [&all_q, &all_k, &all_v];
+        Ok(turn.to_tokens(&plain(all, self.is_causal, (dropout, pass))?)?)
     }
 }
 

@@ -9,12 +9,12 @@ use phalanx_ddp_core::collective::{Receiving, Sending, TensorGroup};
 use phalanx_ddp_core::Result as DdpResult;
 use tch::Tensor;
 
-use super::block::{self, Attended, Queries, Scores};
+use super::block::{self, Attended, Drops, Queries, Scores};
 use super::pieces::Piece;
 use super::{Order, Sequence};
 use crate::error::{Error, Result};
 use crate::layer::Pass;
-use crate::tensor::Attend;
+use crate::tensor::{run, Attend, AttentionDropout, Places};
 
 /// Attention over sequences that are cut over ranks, by a ring.
 ///
@@ -37,13 +37,20 @@ pub struct RingAttention {
     name: String,
     sequence: Sequence,
     is_causal: bool,
+    dropout: Option<AttentionDropout>,
 }
 
 impl RingAttention {
     /// `name` is the layer's, for errors and calls.
     #[must_use]
     pub fn new(name: &str, sequence: Sequence, is_causal: bool) -> Self {
-        Self { name: name.to_owned(), sequence, is_causal }
+        Self { name: name.to_owned(), sequence, is_causal, dropout: None }
+    }
+
+    /// Drops probabilities in training, the same as one rank would with all tokens ([`Attention::dropout`](crate::tensor::Attention::dropout)).
+    #[must_use]
+    pub fn with_dropout(self, dropout: Option<AttentionDropout>) -> Self {
+        Self { dropout, ..self }
     }
 
     /// `q` `[batch, heads, tokens, head_dim]`, `k` and `v` `[batch, kv heads, tokens, head_dim]` of this rank's tokens → the output, as `q`. Scores are divided by √`head_dim`. Collective, and so is the backward.
@@ -54,26 +61,10 @@ impl RingAttention {
     /// # Errors
     /// [`Error::BadInput`] before anything is sent; those of the group; libtorch's own.
     pub fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let scale = check(&self.name, [q, k, v])?;
-        if self.sequence.ranks() == 1 {
-            return plain(q, k, v, self.is_causal);
-        }
-        let tokens = q.size()[2];
-        let chunks = self.sequence.order().chunks_each();
-        if tokens % chunks != 0 {
-            return Err(Error::BadInput {
-                layer: self.name.clone(),
-                actual: format!("{tokens} tokens on a rank"),
-                expected: format!("a multiple of {chunks}, as Sequence::cut gives it"),
-            });
-        }
-        let turn = Turn {
-            name: self.name.clone(),
-            group: self.sequence.group().clone(),
-            order: self.sequence.order(),
-            chunk: tokens / chunks,
-            scores: Scores { scale, is_causal: self.is_causal },
-        };
+        Attend::attend(self, q, k, v, &Pass::evaluation())
+    }
+
+    fn in_turn([q, k, v]: [&Tensor; 3], turn: Turn) -> Result<Tensor> {
         let mut outputs = Function::new("ring attention").apply(
             &[q, k, v],
             |saving, inputs| {
@@ -103,13 +94,51 @@ impl RingAttention {
 }
 
 impl Attend for RingAttention {
-    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, _pass: &Pass) -> Result<Tensor> {
-        Self::attend(self, q, k, v)
+    fn is_causal(&self) -> bool {
+        self.is_causal
+    }
+
+    fn dropout(&self) -> Option<AttentionDropout> {
+        self.dropout
+    }
+
+    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let scale = check(&self.name, [q, k, v])?;
+        let dropout = self.dropout.filter(|_| pass.train);
+        if self.sequence.ranks() == 1 {
+            return plain([q, k, v], self.is_causal, (dropout, pass));
+        }
+        let tokens = q.size()[2];
+        let chunks = self.sequence.order().chunks_each();
+        if tokens % chunks != 0 {
+            return Err(Error::BadInput {
+                layer: self.name.clone(),
+                actual: format!("{tokens} tokens on a rank"),
+                expected: format!("a multiple of {chunks}, as Sequence::cut gives it"),
+            });
+        }
+        let turn = Turn {
+            name: self.name.clone(),
+            group: self.sequence.group().clone(),
+            order: self.sequence.order(),
+            chunk: tokens / chunks,
+            scores: Scores { scale, is_causal: self.is_causal },
+            drops: dropout.map(|dropout| (dropout, *pass)),
+        };
+        Self::in_turn([q, k, v], turn)
     }
 }
 
-/// Attention of one rank, by libtorch.
-pub(super) fn plain(q: &Tensor, k: &Tensor, v: &Tensor, is_causal: bool) -> Result<Tensor> {
+/// Attention of one rank that has all tokens, by libtorch.
+pub(super) fn plain(
+    [q, k, v]: [&Tensor; 3],
+    is_causal: bool,
+    (dropout, pass): (Option<AttentionDropout>, &Pass),
+) -> Result<Tensor> {
+    if let Some(dropout) = dropout {
+        let tokens = run(0, q.size()[2]);
+        return dropout.attend([q, k, v], is_causal, (pass, &tokens));
+    }
     let is_grouped = q.size()[1] != k.size()[1];
     let mask = None::<&Tensor>;
     Ok(Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, None, is_grouped)?)
@@ -148,6 +177,8 @@ struct Turn {
     /// Tokens of a chunk.
     chunk: i64,
     scores: Scores,
+    /// What is dropped, in training.
+    drops: Option<(AttentionDropout, Pass)>,
 }
 
 /// A tensor that goes to the next rank, and the one that comes from the rank before.
@@ -172,13 +203,15 @@ impl Turn {
         let mut sum: Option<Attended> = None;
         for step in 0..self.ranks() {
             let next = self.pass_on(&held, step, "keys and values")?;
-            let both = held.f_to_kind(kind)?;
+            let all = held.f_to_kind(kind)?;
             for piece in self.pieces(step) {
                 let [queries, keys] = self.tokens(&piece);
-                let [some_k, some_v] = halves(&both.f_narrow(3, keys.0, keys.1)?)?;
+                let [some_k, some_v] = halves(&all.f_narrow(3, keys.0, keys.1)?)?;
                 let scores = Scores { is_causal: piece.is_causal, ..self.scores };
                 let some_q = q.f_narrow(3, queries.0, queries.1)?;
-                let attended = block::forward(&some_q, &some_k, &some_v, scores)?;
+                let drops = self.drops(step, &piece);
+                let both = [&some_k, &some_v];
+                let attended = block::forward(&some_q, both, scores, drops.as_ref())?;
                 match &mut sum {
                     Some(sum) => sum.add(queries.0, &attended)?,
                     // The first are the rank's own keys, which all of its queries meet.
@@ -216,7 +249,7 @@ impl Turn {
             let both = held.f_to_kind(kind)?;
             let added = both.f_zeros_like()?;
             for piece in self.pieces(step) {
-                self.add_piece(&piece, &all, &both, (&of_q, &added))?;
+                self.add_piece((step, &piece), &all, &both, (&of_q, &added))?;
             }
             // What those before have added came meanwhile.
             let sum = match coming {
@@ -237,7 +270,7 @@ impl Turn {
     /// Adds a piece's gradients to those of queries, and of keys and values.
     fn add_piece(
         &self,
-        piece: &Piece,
+        (step, piece): (i64, &Piece),
         all: &Queries,
         held: &Tensor,
         (of_q, of_held): (&Tensor, &Tensor),
@@ -253,7 +286,8 @@ impl Turn {
         };
         let [k, v] = halves(&of_keys(held)?)?;
         let scores = Scores { is_causal: piece.is_causal, ..self.scores };
-        let (added_q, added_k, added_v) = block::backward(&some, &k, &v, scores)?;
+        let drops = self.drops(step, piece);
+        let (added_q, added_k, added_v) = block::backward(&some, [&k, &v], scores, drops.as_ref())?;
         block::add(of_queries(of_q)?, &added_q)?;
         block::add(of_keys(of_held)?, &Tensor::f_stack(&[added_k, added_v], 0)?)
     }
@@ -262,11 +296,28 @@ impl Turn {
         i64::try_from(self.group.world_size()).unwrap_or(i64::MAX)
     }
 
+    /// This rank, and whose keys it has in this step.
+    fn meeting(&self, step: i64) -> (i64, i64) {
+        let (rank, ranks) = (i64::try_from(self.group.rank()).unwrap_or(0), self.ranks());
+        (rank, (rank + ranks - step) % ranks)
+    }
+
     /// What there is to compute in this step.
     fn pieces(&self, step: i64) -> Vec<Piece> {
-        let (rank, ranks) = (i64::try_from(self.group.rank()).unwrap_or(0), self.ranks());
-        let owner = (rank + ranks - step) % ranks;
-        self.order.pieces((rank, owner), ranks, self.scores.is_causal)
+        self.order.pieces(self.meeting(step), self.ranks(), self.scores.is_causal)
+    }
+
+    /// What is dropped of a piece of this step.
+    fn drops(&self, step: i64, piece: &Piece) -> Option<Drops> {
+        let (dropout, pass) = self.drops?;
+        let (rank, owner) = self.meeting(step);
+        let places = |of: i64, chunks: &std::ops::Range<i64>| -> Places {
+            let of_rank = (0..).zip(self.order.chunks(of, self.ranks()));
+            let own = of_rank.filter(|(at, _)| chunks.contains(at));
+            own.map(|(_, chunk)| chunk * self.chunk..(chunk + 1) * self.chunk).collect()
+        };
+        let (queries, keys) = (places(rank, &piece.queries), places(owner, &piece.keys));
+        Some(Drops { dropout, pass, queries, keys })
     }
 
     /// A piece's queries and keys: where they begin, and how many.

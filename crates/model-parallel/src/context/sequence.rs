@@ -5,6 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::Order;
 use crate::error::{Error, Result};
+use crate::layer::Tokens;
 
 /// Sequences that are cut over a group of ranks. Clones share the group.
 ///
@@ -79,6 +80,19 @@ impl Sequence {
     /// As [`cut`](Self::cut).
     pub fn positions(&self, len: i64) -> Result<Tensor> {
         self.cut(&Tensor::f_arange(len, (Kind::Int64, Device::Cpu))?, 0)
+    }
+
+    /// This rank's tokens of sequences of `len`, as layers know them ([`Pass::tokens`](crate::layer::Pass::tokens)).
+    ///
+    /// # Errors
+    /// As [`cut`](Self::cut).
+    pub fn tokens(&self, len: i64) -> Result<Tokens> {
+        let chunk = self.chunk(len)?;
+        if self.ranks() == 1 {
+            return Ok(Tokens::default());
+        }
+        let chunks = self.order.chunks(self.rank(), self.ranks());
+        Tokens::of(&chunks.iter().map(|at| at * chunk..(at + 1) * chunk).collect::<Vec<_>>())
     }
 
     /// All ranks' tokens, in the order of the sequence, from each rank's own in dimension `dim`. Collective; not differentiable.

@@ -92,11 +92,12 @@ impl MixtureOfExperts {
     pub fn forward(&self, x: &Tensor) -> Result<Mixture> {
         let tp = &self.parallel.tp;
         let shape = x.size();
-        if shape.len() < 2 || shape.last() != Some(&self.width) {
+        let (least, form) = if tp.cuts_tokens() { (3, "batch, tokens") } else { (2, "…") };
+        if shape.len() < least || shape.last() != Some(&self.width) {
             return Err(Error::BadInput {
                 layer: self.name.clone(),
                 actual: format!("a tensor of shape {shape:?}"),
-                expected: format!("one of shape [.., {}]", self.width),
+                expected: format!("one of shape [{form}, {}]", self.width),
             });
         }
         if tp.cuts_tokens() {

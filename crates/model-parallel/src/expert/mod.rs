@@ -10,6 +10,7 @@
 //! # Source
 //! Shazeer et al. 2017 (top-k gating); Lepikhin et al. 2020 (`GShard`: capacity, all-to-all); Jiang et al. 2024 (Mixtral: names, normalised weights).
 
+mod beside;
 mod layer;
 mod parallel;
 mod parameters;
@@ -19,6 +20,7 @@ mod rows;
 mod swiglu;
 mod tokens;
 
+pub use beside::with_loss;
 pub use layer::{Expert, Mixture, MixtureOfExperts};
 pub use parallel::ExpertParallel;
 pub use parameters::{is_of_expert, Parameters, Wrapped};

@@ -55,14 +55,17 @@ pub struct Wrapped {
 }
 
 impl Parameters {
-    /// Those of `vs`; what does not require gradients is a buffer.
+    /// Those of `vs`; what was never meant to train (`zeros_no_train`) is a buffer, and frozen weights are what they were.
     #[must_use]
     pub fn of(vs: &nn::VarStore) -> Self {
         let mut all: Vec<(String, Tensor)> = vs.variables().into_iter().collect();
+        let trainable = vs.trainable_variables();
+        let is_trainable =
+            |tensor: &Tensor| trainable.iter().any(|other| other.data_ptr() == tensor.data_ptr());
         all.sort_by(|left, right| left.0.cmp(&right.0));
         let mut parameters = Self::default();
         for (name, tensor) in all {
-            let list = match (tensor.requires_grad(), is_of_expert(&name)) {
+            let list = match (is_trainable(&tensor), is_of_expert(&name)) {
                 (false, _) => &mut parameters.buffers,
                 (true, true) => &mut parameters.experts,
                 (true, false) => &mut parameters.shared,

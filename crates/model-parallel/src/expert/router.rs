@@ -1,5 +1,7 @@
 //! Who goes where: probabilities of experts by token, the best k of them, and the losses that keep experts equally busy.
 
+use phalanx_comm::Sum;
+use phalanx_ddp_core::collective::TensorGroup;
 use phalanx_ddp_core::Result as DdpResult;
 use tch::{Kind, Tensor};
 
@@ -90,7 +92,8 @@ impl Routing {
     /// E · Σₑ fₑ Pₑ over the tokens of this call, which are this rank's alone: fₑ the share of tokens that chose expert e, Pₑ the mean of its probabilities.
     ///
     /// It is k where experts are equally busy, and more where they are not; 0 for no tokens. The gradient flows through P. As it is a mean over tokens, and a loss
-    /// for [`Ddp::backward`](phalanx_ddp_core::Ddp::backward) is a sum, multiply it by the number of tokens.
+    /// for [`Ddp::backward`](phalanx_ddp_core::Ddp::backward) is a sum, multiply it by the weight that
+    /// `backward` is given: the number of tokens that have a loss.
     ///
     /// # Errors
     /// libtorch's own.
@@ -99,12 +102,32 @@ impl Routing {
     /// Fedus et al. 2021 (Switch Transformer), equations 4 to 6; for k > 1 as `load_balancing_loss_func` of transformers' Mixtral has it for one layer (for several that
     /// takes fₑ and Pₑ over all layers together, and this is a layer's own).
     pub fn balance_loss(&self) -> DdpResult<Tensor> {
-        let (tokens, experts) = self.size();
+        self.balanced(&self.load, self.size().0)
+    }
+
+    /// This rank's part of the [`balance_loss`](Self::balance_loss) over the tokens of all ranks of `group`, say those of `cp`, which have parts of the same sequences: fₑ and the
+    /// number of tokens are theirs together, and the ranks' parts add up to the loss. Collective.
+    ///
+    /// # Errors
+    /// Those of the group; libtorch's own.
+    pub fn balance_loss_over(&self, group: &TensorGroup) -> DdpResult<Tensor> {
+        if group.world_size() == 1 {
+            return self.balance_loss();
+        }
+        let mut counts = self.load.clone();
+        counts.push(self.probabilities.size()[0]);
+        let tagged = "tokens of each expert";
+        group.with_group(|group| group.tagged(tagged).all_reduce(&mut counts[..], Sum)?.wait())?;
+        let tokens = counts.pop().unwrap_or(0);
+        self.balanced(&counts, divisor(tokens))
+    }
+
+    fn balanced(&self, load: &[i64], tokens: f64) -> DdpResult<Tensor> {
         let kind = self.probabilities.kind();
-        let load = Tensor::f_from_slice(&self.load)?.f_to_device(self.probabilities.device())?;
-        let means = self.probabilities.f_sum_dim_intlist([0_i64].as_slice(), false, None)?;
-        let sum = load.f_to_kind(kind)?.f_mul(&means)?.f_sum(kind)?;
-        Ok(sum.f_mul_scalar(experts / (tokens * tokens))?)
+        let load = Tensor::f_from_slice(load)?.f_to_device(self.probabilities.device())?;
+        let sums = self.probabilities.f_sum_dim_intlist([0_i64].as_slice(), false, None)?;
+        let sum = load.f_to_kind(kind)?.f_mul(&sums)?.f_sum(kind)?;
+        Ok(sum.f_mul_scalar(self.size().1 / (tokens * tokens))?)
     }
 
     /// The mean over tokens of (log Σₑ exp logitₑ)²: keeps logits small. 0 for no tokens.
@@ -118,12 +141,17 @@ impl Routing {
         Ok(self.z_sum.f_mul_scalar(1.0 / self.size().0)?)
     }
 
-    /// Tokens (1 for none: sums over them are 0) and experts, as divisors.
-    #[expect(clippy::cast_precision_loss, reason = "counts of tokens are far below 2^53")]
+    /// Tokens and experts, as divisors.
     fn size(&self) -> (f64, f64) {
         let size = self.probabilities.size();
-        (size[0].max(1) as f64, size[1] as f64)
+        (divisor(size[0]), divisor(size[1]))
     }
+}
+
+/// A count; 1 for none, for sums over them are 0.
+#[expect(clippy::cast_precision_loss, reason = "counts of tokens are far below 2^53")]
+fn divisor(count: i64) -> f64 {
+    count.max(1) as f64
 }
 
 fn counted(choices: &[i64], expert_count: i64) -> Vec<i64> {

@@ -75,6 +75,9 @@ impl<'a> Builder<'a> {
     ///
     /// # Errors
     /// libtorch's own.
+    ///
+    /// # Panics
+    /// Of a shape without dimensions, or with one that is empty.
     pub fn whole(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
         let all = Cut::new(shape, 0, std::iter::once(0..shape[0]).collect());
         self.made(name, init, &all)
@@ -84,6 +87,9 @@ impl<'a> Builder<'a> {
     ///
     /// # Errors
     /// libtorch's own.
+    ///
+    /// # Panics
+    /// As [`Cut::new`].
     pub fn part(
         &self,
         name: &str,

@@ -13,4 +13,5 @@ pub use deferred::{Deferred, WeightGradients};
 pub use init::Init;
 pub use linear::linear;
 pub(crate) use linear::{none, weight_gradients};
-pub use pass::Pass;
+pub(crate) use pass::numbers;
+pub use pass::{Pass, Tokens};

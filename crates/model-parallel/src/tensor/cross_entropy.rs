@@ -59,8 +59,9 @@ pub fn cross_entropy(
         |saving, inputs| {
             let whole = tp.start_gather(inputs[0], "cross-entropy: hidden states")?.wait()?;
             let (flat, targets) = (flat(&whole)?, targets.f_flatten(0, -1)?);
-            let found =
-                amp::without_autocast(weight.device(), || head.forward(&flat, inputs[1], &targets))??;
+            let found = amp::without_autocast(weight.device(), || {
+                head.forward(&flat, inputs[1], &targets)
+            })??;
             let none = || Tensor::f_zeros([0], (Kind::Float, weight.device()));
             let of_hidden = match found.of_hidden {
                 Some(of_hidden) => of_hidden.f_view_as(&whole)?,

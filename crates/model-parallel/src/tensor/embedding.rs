@@ -1,5 +1,7 @@
 //! Embeddings: of words, whose rows are cut over the ranks, and of positions, which every rank has whole.
 
+use std::ops::Range;
+
 use phalanx_ddp_core::autograd::Function;
 use tch::{Kind, Tensor};
 
@@ -166,32 +168,45 @@ impl PositionEmbedding {
         Ok(Self { weight, name: layer_name(builder), tp: tp.clone() })
     }
 
-    /// The rows of `tokens` positions from [`Pass::first_token`] on: `[tokens, width]`, or with sequence parallelism the rank's own tokens' of them.
+    /// The rows of the positions of [`Pass::tokens`], `tokens` of them: `[tokens, width]`, or with sequence parallelism the rank's own tokens' of them.
     ///
     /// # Errors
     /// [`Error::BadInput`] with more tokens than rows; those of the group; libtorch's own.
     pub fn forward(&self, tokens: i64, pass: &Pass) -> Result<Tensor> {
         let count = self.weight.size()[0];
-        if pass.first_token + tokens > count {
+        let all = pass.tokens.part(0, tokens)?;
+        if let Some(run) = all.iter().find(|run| run.end > count) {
             return Err(Error::BadInput {
                 layer: self.name.clone(),
-                actual: format!("{tokens} tokens from position {} on", pass.first_token),
+                actual: format!("tokens up to position {}", run.end - 1),
                 expected: format!("positions up to {}", count - 1),
             });
         }
         if !self.tp.cuts_tokens() {
-            return Ok(self.weight.f_narrow(0, pass.first_token, tokens)?);
+            return rows(&self.weight, &all);
         }
         let probe = self.weight.f_detach()?.f_narrow(0, 0, tokens)?.f_unsqueeze(0)?;
         self.tp.check_tokens(&self.name, &probe)?;
         debug_assert_eq!(probe.size().get(1), Some(&tokens), "dimension {TOKENS}");
         let each = tokens / self.tp.size();
         let weight = shared_all(&[&self.weight], &self.tp, &self.name)?.swap_remove(0);
-        Ok(weight.f_narrow(0, pass.first_token + self.tp.rank() * each, each)?)
+        rows(&weight, &pass.tokens.part(self.tp.rank() * each, each)?)
     }
 
     /// The table.
     pub fn weight(&self) -> &Tensor {
         &self.weight
+    }
+}
+
+/// Rows of a table, one run behind the other.
+fn rows(table: &Tensor, runs: &[Range<i64>]) -> Result<Tensor> {
+    let run = |run: &Range<i64>| table.f_narrow(0, run.start, run.end - run.start);
+    match runs {
+        [one] => Ok(run(one)?),
+        _ => {
+            let all: Vec<Tensor> = runs.iter().map(run).collect::<std::result::Result<_, _>>()?;
+            Ok(Tensor::f_cat(&all, 0)?)
+        }
     }
 }

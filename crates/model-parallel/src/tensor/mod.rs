@@ -40,9 +40,10 @@ mod repeated;
 mod row;
 mod shared;
 
-pub use attention::{Attend, Attention, AttentionOptions, Projections};
+pub use attention::{Attend, Attention, AttentionDropout, AttentionOptions, Projections};
 pub use column::ColumnLinear;
 pub use cross_entropy::{cross_entropy, logits, IGNORED};
+pub(crate) use dropout::{run, Places};
 pub use dropout::{Dropout, Place};
 pub use embedding::{PositionEmbedding, VocabEmbedding};
 pub use mlp::{Gelu, Mlp, SwiGlu};

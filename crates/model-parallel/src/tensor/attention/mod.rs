@@ -14,6 +14,7 @@ use super::row::RowLinear;
 use crate::error::{Error, Result};
 use crate::layer::Pass;
 pub use options::AttentionOptions;
+pub use plain::AttentionDropout;
 use plain::Plain;
 use rotary::Rotary;
 
@@ -36,6 +37,12 @@ pub enum Projections {
 
 /// How queries meet keys and values: what context parallelism puts in the place of the attention of one rank's tokens.
 pub trait Attend: std::fmt::Debug + Send {
+    /// Whether a token attends to itself and those before it alone.
+    fn is_causal(&self) -> bool;
+
+    /// What it drops of probabilities.
+    fn dropout(&self) -> Option<AttentionDropout>;
+
     /// The output `[batch, heads, tokens, head_dim]` of queries of that shape, and keys and values `[batch, kv_heads, tokens, head_dim]`: each of them is of `heads / kv_heads` consecutive queries'
     /// heads. Positions are already in them. The heads are this rank's of tensor parallelism.
     ///
@@ -80,6 +87,7 @@ pub struct Attention {
     options: AttentionOptions,
     rotary: Option<Rotary>,
     attend: Box<dyn Attend>,
+    dropout: Option<AttentionDropout>,
     /// Heads of queries, and of keys and values, on this rank.
     heads: (i64, i64),
 }
@@ -103,19 +111,39 @@ impl Attention {
             return Err(mismatch(out.inputs(), "heads × head_dim / n inputs of the last product"));
         }
         let dropout = match options.dropout > 0.0 {
-            true => Some(Dropout::new(options.dropout, options.key)?),
+            true => Some(AttentionDropout {
+                dropout: Dropout::new(options.dropout, options.key)?,
+                first_head: tp.rank() * heads.0,
+            }),
             false => None,
         };
-        let first_head = tp.rank() * heads.0;
-        let plain = Plain { causal: options.causal, dropout, first_head };
+        let plain = Plain { causal: options.causal, dropout };
         let rotary = options.rotary.map(|theta| Rotary { theta, head_dim: options.head_dim });
-        Ok(Self { projections, out, options, rotary, attend: Box::new(plain), heads })
+        let attend = Box::new(plain);
+        Ok(Self { projections, out, options, rotary, attend, dropout, heads })
     }
 
-    /// The same with another way of attending. It has what it needs of [`AttentionOptions`]; dropout in it is its own.
+    /// The same with another way of attending, which is as causal and has this one's [`dropout`](Self::dropout).
+    ///
+    /// # Errors
+    /// [`Error::BadSetting`](crate::Error::BadSetting) where it differs from [`AttentionOptions`] in these.
+    pub fn with_attend(self, attend: Box<dyn Attend>) -> Result<Self> {
+        let bad = |setting, value: String, expected| Error::BadSetting { setting, value, expected };
+        if attend.is_causal() != self.options.causal {
+            let value = format!("{} of the way of attending", attend.is_causal());
+            return Err(bad("causal", value, "that of the attention's options"));
+        }
+        if attend.dropout() != self.dropout {
+            let value = format!("{:?} of the way of attending", attend.dropout());
+            return Err(bad("dropout", value, "Attention::dropout, given with with_dropout"));
+        }
+        Ok(Self { attend, ..self })
+    }
+
+    /// What this rank drops of probabilities, for another way of attending.
     #[must_use]
-    pub fn with_attend(self, attend: Box<dyn Attend>) -> Self {
-        Self { attend, ..self }
+    pub fn dropout(&self) -> Option<AttentionDropout> {
+        self.dropout
     }
 
     /// `[batch, tokens(/n), width]`, both ways.

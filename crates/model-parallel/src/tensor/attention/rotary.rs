@@ -8,7 +8,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
-use crate::layer::Pass;
+use crate::layer::{numbers, Pass};
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rotary {
@@ -37,8 +37,7 @@ impl Rotary {
         let exponents = columns.f_div_scalar(self.head_dim as f64)?;
         let powers = Tensor::f_full([1], self.theta, float)?.f_pow(&exponents)?;
         let frequencies = powers.f_reciprocal()?;
-        let first = pass.first_token;
-        let positions = Tensor::f_arange_start(first, first + tokens, float)?;
+        let positions = numbers(&pass.tokens.part(0, tokens)?, float)?;
         let angles = positions.f_outer(&frequencies)?;
         let angles = Tensor::f_cat(&[&angles, &angles], -1)?;
         Ok((angles.f_cos()?, angles.f_sin()?))

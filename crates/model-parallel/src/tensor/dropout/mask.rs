@@ -3,9 +3,12 @@
 //! The key goes through all indices but the last, [`Key::numbered`] by each; the last is the place that bits are drawn for. On a GPU the same is computed with 64-bit
 //! integers there.
 
+use std::ops::Range;
+
 use phalanx_ddp_core::Result;
 use tch::{Device, Kind, Tensor};
 
+use crate::layer::numbers;
 use crate::layer::random::Key;
 
 /// The generator's increment and factors as the signed numbers that tensors have.
@@ -16,23 +19,30 @@ const SECOND: i64 = 0x94D0_49BB_1331_11EB_u64.cast_signed();
 /// Numbers are drawn from so many bits.
 const BITS: u32 = 53;
 
+/// Indices of elements in one dimension of the whole, one run behind the other.
+pub(crate) type Places = Vec<Range<i64>>;
+
+/// So many places from the first on.
+pub(crate) fn run(first: i64, len: i64) -> Places {
+    std::iter::once(first..first + len).collect()
+}
+
 /// Factors of elements: 0, or what keeps the mean.
 #[derive(Clone, Debug)]
-pub(in crate::tensor) struct Mask {
-    pub(in crate::tensor) key: Key,
-    /// The indices of the first element.
-    pub(in crate::tensor) firsts: Vec<u64>,
+pub(crate) struct Mask {
+    pub(super) key: Key,
+    /// By dimension.
+    pub(super) places: Vec<Places>,
     /// How often an element is dropped.
-    pub(in crate::tensor) p: f64,
+    pub(super) p: f64,
 }
 
 impl Mask {
     /// The factors of a tensor's elements, of its kind.
-    pub(in crate::tensor) fn like(&self, x: &Tensor) -> Result<Tensor> {
-        let shape = x.size();
+    pub(crate) fn like(&self, x: &Tensor) -> Result<Tensor> {
         let mask = match x.device() {
-            Device::Cpu => self.on_host(&shape)?,
-            device => self.on_device(&shape, device)?,
+            Device::Cpu => self.on_host()?,
+            device => self.on_device(device)?,
         };
         Ok(mask.f_to_kind(x.kind())?)
     }
@@ -53,30 +63,38 @@ impl Mask {
         (1.0 / (1.0 - self.p)) as f32
     }
 
-    fn on_host(&self, shape: &[i64]) -> Result<Tensor> {
+    /// How many elements there are in each dimension.
+    fn shape(&self) -> Vec<i64> {
+        let len = |places: &Places| places.iter().map(|run| run.end - run.start).sum();
+        self.places.iter().map(len).collect()
+    }
+
+    fn on_host(&self) -> Result<Tensor> {
+        let shape = self.shape();
         let total: i64 = shape.iter().product();
         let mut factors = Vec::with_capacity(usize::try_from(total).unwrap_or(0));
-        self.fill(self.key, shape, &self.firsts, &mut factors);
-        Ok(Tensor::f_from_slice(&factors)?.f_view(shape)?)
+        self.fill(self.key, &self.places, &mut factors);
+        Ok(Tensor::f_from_slice(&factors)?.f_view(shape.as_slice())?)
     }
 
-    fn fill(&self, key: Key, shape: &[i64], firsts: &[u64], factors: &mut Vec<f32>) {
-        let range = firsts[0]..firsts[0] + shape[0].unsigned_abs();
-        if shape.len() > 1 {
-            return range
-                .for_each(|at| self.fill(key.numbered(at), &shape[1..], &firsts[1..], factors));
-        }
+    fn fill(&self, key: Key, places: &[Places], factors: &mut Vec<f32>) {
+        let Some((first, others)) = places.split_first() else { return };
         let (threshold, kept) = (self.threshold(), self.kept());
         let factor = |at| if key.bits(at) >> (64 - BITS) < threshold { 0.0 } else { kept };
-        factors.extend(range.map(factor));
+        for run in first {
+            let run = run.start.cast_unsigned()..run.end.cast_unsigned();
+            match others {
+                [] => factors.extend(run.map(factor)),
+                _ => run.for_each(|at| self.fill(key.numbered(at), others, factors)),
+            }
+        }
     }
 
-    fn on_device(&self, shape: &[i64], device: Device) -> Result<Tensor> {
+    fn on_device(&self, device: Device) -> Result<Tensor> {
         let mut keys = Tensor::f_full([], self.key.value().cast_signed(), (Kind::Int64, device))?;
-        let count = shape.len();
-        for (dim, (len, first)) in shape.iter().zip(&self.firsts).enumerate() {
-            let first = first.cast_signed();
-            let at = Tensor::f_arange_start(first, first + len, (Kind::Int64, device))?;
+        let count = self.places.len();
+        for (dim, places) in self.places.iter().enumerate() {
+            let at = numbers(places, (Kind::Int64, device))?;
             // Behind the dimensions before it.
             let keys_here = keys.f_unsqueeze(-1)?;
             keys = if dim + 1 == count {
@@ -111,11 +129,14 @@ mod tests {
 
     #[test]
     fn a_device_drops_what_the_host_drops() {
-        for shape in [vec![3, 5, 7], vec![2, 3, 4, 6]] {
-            let firsts = (0..shape.len()).map(|dim| 11 * dim as u64 + 2).collect();
-            let mask = Mask { key: Key::of_seed(5), firsts, p: 0.3 };
-            let host = mask.on_host(&shape).expect("libtorch");
-            let device = mask.on_device(&shape, Device::Cpu).expect("libtorch");
+        for places in [
+            vec![run(2, 3), run(13, 5), run(24, 7)],
+            vec![run(2, 2), vec![13..14, 0..2], vec![24..26, 40..42], run(7, 6)],
+        ] {
+            let mask = Mask { key: Key::of_seed(5), places, p: 0.3 };
+            let host = mask.on_host().expect("libtorch");
+            let device = mask.on_device(Device::Cpu).expect("libtorch");
+            assert_eq!(host.size(), mask.shape());
             assert!(host.equal(&device));
             assert!(host.min().double_value(&[]) == 0.0 && host.max().double_value(&[]) > 1.0);
         }
@@ -124,8 +145,9 @@ mod tests {
     #[test]
     fn as_many_are_dropped_as_asked_for() {
         let (len, p) = (100_000_i32, 0.1);
-        let mask = Mask { key: Key::of_seed(9), firsts: vec![0, 0], p };
-        let kept = mask.on_host(&[100, i64::from(len / 100)]).expect("libtorch").gt(0.0);
+        let places = vec![run(0, 100), run(0, i64::from(len / 100))];
+        let mask = Mask { key: Key::of_seed(9), places, p };
+        let kept = mask.on_host().expect("libtorch").gt(0.0);
         let kept = kept.sum(Kind::Double).double_value(&[]);
         let deviation = (p * (1.0 - p) * f64::from(len)).sqrt();
         assert!((kept - (1.0 - p) * f64::from(len)).abs() < 5.0 * deviation);

@@ -8,12 +8,12 @@ use tch::Tensor;
 use crate::error::{Error, Result};
 use crate::layer::random::Key;
 use crate::layer::Pass;
-pub(super) use mask::Mask;
+pub(crate) use mask::{run, Mask, Places};
 
 /// Where a tensor is in the whole activation of which it is a part.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Place {
-    /// Index of its first token among those of this rank's batch ([`Pass::first_token`] is added to it).
+    /// Index of its first token among those of this rank's batch ([`Pass::tokens`] says where these are).
     pub first_token: i64,
     /// Index of its first column.
     pub first_column: i64,
@@ -37,7 +37,7 @@ pub struct Place {
 /// assert_eq!(dropout.forward(&x.narrow(0, 1, 1), &second, Place::default())?, whole.narrow(0, 1, 1));
 /// # Ok::<(), phalanx_model_parallel::Error>(())
 /// ```
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
     p: f64,
     key: Key,
@@ -68,17 +68,18 @@ impl Dropout {
                 expected: "[batch, tokens, columns]".to_owned(),
             });
         }
-        let first_token = pass.first_token + place.first_token;
-        self.at(x, pass, &[first_token.unsigned_abs(), place.first_column.unsigned_abs()])
+        let shape = x.size();
+        let tokens = pass.tokens.part(place.first_token, shape[1])?;
+        let columns = run(place.first_column, shape[2]);
+        self.at(x, pass, &[tokens, columns])
     }
 
-    /// `x` is `[batch, …]`, and `firsts` the places of its first element in the other dimensions.
-    pub(super) fn at(&self, x: &Tensor, pass: &Pass, firsts: &[u64]) -> Result<Tensor> {
+    /// `x` is `[batch, …]`, and `places` where its elements are in the other dimensions.
+    pub(super) fn at(&self, x: &Tensor, pass: &Pass, places: &[Places]) -> Result<Tensor> {
         if !pass.train || self.p <= 0.0 {
             return Ok(x.shallow_clone());
         }
-        let firsts = [&[pass.first_sample], firsts].concat();
-        let mask = Mask { key: self.key.numbered(pass.step), firsts, p: self.p };
+        let mask = self.mask(x.size()[0], pass, places);
         let again = mask.clone();
         let mut outputs = Function::new("dropout").apply(
             &[x],
@@ -89,5 +90,12 @@ impl Dropout {
             },
         )?;
         Ok(outputs.swap_remove(0))
+    }
+
+    /// The factors of `batch` sequences, of elements at `places` in the other dimensions.
+    pub(crate) fn mask(&self, batch: i64, pass: &Pass, places: &[Places]) -> Mask {
+        let samples = run(pass.first_sample.cast_signed(), batch);
+        let places = std::iter::once(samples).chain(places.iter().cloned()).collect();
+        Mask { key: self.key.numbered(pass.step), places, p: self.p }
     }
 }
