@@ -116,7 +116,7 @@ const TIME_OF_DAY: &[&str] = &[
 
 /// Crates in rooms: the folders and files at the root of their sources know each other without a
 /// circle, and at most so many names are re-exported at the root.
-const ROOMS: &[(&str, usize)] = &[("crates/comm/src", 34), ("crates/data/src", 20)];
+const ROOMS: &[(&str, usize)] = &[("crates/comm/src", 35), ("crates/data/src", 20)];
 
 /// The backends of `comm`: each a folder that could be deleted.
 const BACKENDS: &[&str] = &["host", "mpi", "nccl"];

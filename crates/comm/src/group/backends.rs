@@ -32,7 +32,7 @@ impl Group {
         Ok(())
     }
 
-    /// Why [`Backend::Auto`] became what [`Group::backend`] says.
+    /// Why [`Backend::Auto`](crate::Backend::Auto) became what [`Group::backend`] says.
     #[must_use]
     pub fn backend_choice(&self) -> Option<&str> {
         self.choice.as_deref()
