@@ -52,8 +52,8 @@ fn a_rank_that_is_killed_is_named_with_its_coordinates_on_every_axis() {
         let is_report = |line: &&str| line.contains("PHX0701") && line.contains("signal 9");
         let report = text.lines().find(is_report).unwrap_or_else(|| panic!("{axes:?}: {text}"));
         assert!(report.contains(named), "{axes:?}: {report}");
-        for process in &ranks {
-            assert!(rank_of(process).is_none(), "{axes:?}: rank process {process} lives on");
+        for rank in &ranks {
+            assert!(rank_of(rank).is_none(), "{axes:?}: process {rank} of a rank lives on");
         }
     }
 }

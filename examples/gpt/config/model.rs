@@ -317,12 +317,12 @@ impl Model {
                 "model.{name} is true; products of llama and mixtral have no bias here"
             ));
         }
-        let flags = [
+        let fixed = [
             ("add_cross_attention", self.add_cross_attention, true),
             ("scale_attn_by_inverse_layer_idx", self.scale_attn_by_inverse_layer_idx, true),
             ("scale_attn_weights", self.scale_attn_weights, false),
         ];
-        if let Some((name, _, bad)) = flags.into_iter().find(|(_, is, bad)| *is == Some(*bad)) {
+        if let Some((name, _, bad)) = fixed.into_iter().find(|(_, is, bad)| *is == Some(*bad)) {
             return Some(format!("model.{name} is {bad}, which is not supported"));
         }
         let scaled = self.rope_parameters.as_ref().and_then(|rope| rope.rope_type.as_ref());
