@@ -7,6 +7,7 @@
 #[expect(dead_code, reason = "the tests use a part of the example")]
 mod gpt;
 #[path = "gpt/training.rs"]
+#[expect(dead_code, reason = "the tests use a part of it")]
 mod training;
 
 use gpt::config::Config;
