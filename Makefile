@@ -25,7 +25,7 @@ fmt:
 
 lint:
 	cargo fmt --all -- --check
-	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --workspace --features "$$(scripts/setup.sh --print-test-features)" --all-targets -- -D warnings
 	shellcheck scripts/*.sh examples/slurm/*.sbatch .ci/run .ci/consumer
 
 doc:

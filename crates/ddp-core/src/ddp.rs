@@ -360,7 +360,7 @@ impl Ddp {
     /// # Errors
     /// [`Error::Poisoned`].
     pub fn abort(&self, reason: &str) -> Result<()> {
-        reduce::lock(&self.shared)?.store.abort(reason);
+        reduce::lock(&self.shared)?.abort(reason);
         Ok(())
     }
 

@@ -2,8 +2,16 @@
 
 use phalanx_comm::Group;
 
-use crate::reduce::{self, notes::Notes};
+use crate::reduce::{self, notes::Notes, Reducer};
 use crate::{Ddp, Error, Result};
+
+impl Reducer {
+    /// Ends all groups, with this reason.
+    pub(crate) fn abort(&mut self, reason: &str) {
+        self.store.abort(reason);
+        self.weighing.iter_mut().for_each(|group| group.abort(reason));
+    }
+}
 
 impl Ddp {
     /// Divides gradients by the weights of the ranks of `group` (by their number after plain backwards), where it would be by those of its own group.
@@ -13,7 +21,7 @@ impl Ddp {
     /// duplicate of it is kept.
     ///
     /// # Errors
-    /// [`Error::BadSetting`] while ranks [join](Ddp::join), or after gradients have come; errors of the group.
+    /// [`Error::BadSetting`] while ranks [join](Ddp::join), or where gradients have come that are not exchanged; errors of the group.
     pub fn weigh_over(&self, group: &mut Group) -> Result<()> {
         let mut group = group.duplicate()?;
         let head = Notes::new(&mut group)?;

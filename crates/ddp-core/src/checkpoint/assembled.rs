@@ -54,7 +54,8 @@ fn write(store: &mut Store, path: &Path, options: &WeightsOptions) -> Result<()>
 
 /// An error in the middle of a tensor: others wait for its bytes, or for them to be taken, and hear of it.
 fn ended(store: &mut Store, error: Error) -> Error {
-    if let (Some(part), false) = (&mut store.part, matches!(error, Error::Comm(_))) {
+    // Also where a group has failed: it may be one of two.
+    if let Some(part) = &mut store.part {
         part.abort(&error.to_string());
     }
     error
@@ -82,10 +83,8 @@ fn own_bytes(store: &mut Store, name: &str) -> Result<Option<(Vec<i64>, Tensor)>
         return Ok(None);
     }
     let variable = store.model.variables.iter().position(|named| named.name == *name);
-    if let Some(variable) = variable.filter(|&variable| store.is_cut(variable)) {
-        if let Some(slot) = store.model.slot(variable) {
-            store.bring_bucket(store.plan.places[slot].bucket);
-        }
+    if let Some(bucket) = variable.and_then(|variable| store.cut_bucket(variable)) {
+        store.bring_bucket(bucket);
     }
     let mut all = store.model.variables.iter().chain(&store.model.buffers);
     let Some(named) = all.find(|named| named.name == *name) else { return Ok(None) };

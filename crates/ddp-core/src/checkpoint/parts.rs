@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::training::Values;
 use crate::optim::saved::Numbers;
 use crate::store::Store;
-use crate::Result;
+use crate::{Error, Result};
 
 /// What a part tells.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -27,10 +27,12 @@ pub(super) fn merge(store: &mut Store, values: &mut Values) -> Result<()> {
         ready_order: values.ready_order.take(),
         optimizer: values.optimizer.clone(),
     };
-    let tells = if is_first { serde_json::to_vec(&mine).unwrap_or_default() } else { Vec::new() };
+    let tells = if is_first { serde_json::to_vec(&mine) } else { Ok(Vec::new()) };
+    let tells = tells.map_err(Error::closure)?;
     let told = part.world.tagged("values of the parts").all_gather_bytes(&tells)?;
-    let mut told: Vec<Told> =
-        told.iter().filter_map(|text| serde_json::from_slice(text).ok()).collect();
+    let told = told.iter().filter(|text| !text.is_empty());
+    let told = told.map(|text| serde_json::from_slice(text));
+    let mut told: Vec<Told> = told.collect::<Result<_, _>>().map_err(Error::closure)?;
     told.sort_by_key(|one| one.rank);
     for numbers in told.iter().filter_map(|one| one.optimizer.as_ref()) {
         if let Some(all) = &mut values.optimizer {

@@ -1,6 +1,8 @@
 //! Tensors from one rank to another.
 #![expect(unsafe_code, reason = "gate: gives a tensor's GPU memory to a message")]
 
+use std::mem::ManuallyDrop;
+
 use phalanx_comm::{Arriving, DeviceSlice, Group, Work};
 use tch::{Device, Kind, Tensor};
 
@@ -13,8 +15,22 @@ use crate::{shim, Result};
 #[must_use = "a message that is not waited for has no end, and its error is lost"]
 pub struct Sending {
     work: Work<'static>,
-    /// GPU memory that is read until then.
-    _held: Option<Tensor>,
+    held: Option<Held>,
+}
+
+/// GPU memory that a library uses until its message was waited for. If that fails, or nobody waits, it is never given back: the library
+/// may still write there.
+#[derive(Debug)]
+struct Held(ManuallyDrop<Tensor>);
+
+impl Held {
+    fn of(tensor: &Tensor) -> Self {
+        Self(ManuallyDrop::new(tensor.shallow_clone()))
+    }
+
+    fn release(self) {
+        drop(ManuallyDrop::into_inner(self.0));
+    }
 }
 
 impl Sending {
@@ -23,7 +39,9 @@ impl Sending {
     /// # Errors
     /// Those of the group.
     pub fn wait(self) -> Result<()> {
-        Ok(self.work.wait()?)
+        self.work.wait()?;
+        self.held.into_iter().for_each(Held::release);
+        Ok(())
     }
 
     /// Whether [`wait`](Self::wait) would return at once.
@@ -44,7 +62,7 @@ pub struct Receiving {
 #[derive(Debug)]
 enum Message {
     OnHost(Arriving),
-    OnDevice(Work<'static>),
+    OnDevice(Work<'static>, Held),
 }
 
 impl Receiving {
@@ -59,7 +77,10 @@ impl Receiving {
                 let bytes = arriving.wait()?;
                 dense_bytes_mut("a message", &mut tensor)?.copy_from_slice(&bytes);
             }
-            Message::OnDevice(work) => work.wait()?,
+            Message::OnDevice(work, held) => {
+                work.wait()?;
+                held.release();
+            }
         }
         Ok(tensor)
     }
@@ -180,10 +201,11 @@ fn send(group: &mut Group, tensor: &Tensor, peer: usize, tag: &str) -> Result<Se
     group.tagged(tag);
     if tensor.device() == Device::Cpu {
         let work = group.send(dense_bytes("a message", &tensor)?, peer)?;
-        return Ok(Sending { work, _held: None });
+        return Ok(Sending { work, held: None });
     }
+    let held = Some(Held::of(&tensor));
     let work = group.send(memory_of(&tensor), peer)?;
-    Ok(Sending { work, _held: Some(tensor) })
+    Ok(Sending { work, held })
 }
 
 fn receive(
@@ -201,7 +223,10 @@ fn receive(
             let bytes = tensor.numel() * kind.elt_size_in_bytes();
             Message::OnHost(group.receive_bytes(bytes, peer)?)
         }
-        _ => Message::OnDevice(group.receive(memory_of(&tensor), peer)?),
+        _ => {
+            let held = Held::of(&tensor);
+            Message::OnDevice(group.receive(memory_of(&tensor), peer)?, held)
+        }
     };
     Ok(Receiving { tensor, message })
 }

@@ -61,6 +61,8 @@ struct Place {
     /// Its rank in the `Ddp`'s group and in the model's, and their sizes.
     data: (usize, usize),
     model: (usize, usize),
+    /// The ranks in the world of the `Ddp`'s group.
+    data_ranks: Vec<usize>,
     settings: String,
     /// A hash of the model's tensors, or why there is none.
     parts: Result<u32, String>,
@@ -120,7 +122,7 @@ impl Ddp {
     /// segments of (ZeRO-3 where ranks share no memory) are not compared. Collective over the model's ranks.
     ///
     /// # Errors
-    /// [`Error::PartsDiffer`], the same on every rank; errors of the group.
+    /// [`Error::PartsDiffer`], the same on every rank of its model; errors of the group.
     pub fn compare_parts(&self) -> Result<()> {
         reduce::lock(self.shared())?.compare_parts()
     }
@@ -145,6 +147,7 @@ impl Part {
         let mine = serde_json::to_vec(&Place {
             data: (store.group.rank(), store.group.world_size()),
             model: (model.rank(), model.world_size()),
+            data_ranks: data_ranks.clone(),
             settings,
             parts: table.as_ref().map(hash).map_err(Clone::clone),
         });
@@ -223,10 +226,11 @@ impl Reducer {
         }
         let hashes = fingerprint::of_shared(store)?;
         let Some(part) = &mut store.part else { return Ok(()) };
-        let mine = serde_json::to_vec(&hashes).unwrap_or_default();
+        let mine = serde_json::to_vec(&hashes).map_err(Error::closure)?;
         let all = part.model.tagged("what parts have alike").all_gather_bytes(&mine)?;
+        let all = all.iter().map(|text| serde_json::from_slice(text));
         let all: Vec<BTreeMap<String, u32>> =
-            all.iter().map(|text| serde_json::from_slice(text).unwrap_or_default()).collect();
+            all.collect::<Result<_, _>>().map_err(Error::closure)?;
         for (name, entry) in &part.table.tensors {
             for piece in &entry.pieces {
                 let known =
@@ -321,6 +325,12 @@ fn check(places: &[Place]) -> Result<()> {
                 places.len()
             ));
         }
+        let has_another = |of: &usize| places.get(*of).map(|it| it.model.0) != Some(place.model.0);
+        if let Some(other) = place.data_ranks.iter().copied().find(has_another) {
+            return mismatch(format!(
+                "  ranks {rank} and {other} are to have the same part, and have other places in their models\n"
+            ));
+        }
         if let Some(other) = seen.insert((place.data.0, place.model.0), rank) {
             return mismatch(format!(
                 "  ranks {other} and {rank} are both rank {} of those with their part, and rank {} of their model\n",
@@ -335,8 +345,9 @@ fn check(places: &[Place]) -> Result<()> {
 mod tests {
     use super::*;
 
-    fn place(data: (usize, usize), model: (usize, usize)) -> Place {
-        Place { data, model, settings: "s".to_owned(), parts: Ok(7) }
+    fn place(data: (usize, [usize; 2]), model: (usize, usize)) -> Place {
+        let (data, data_ranks) = ((data.0, 2), data.1.to_vec());
+        Place { data, model, data_ranks, settings: "s".to_owned(), parts: Ok(7) }
     }
 
     #[test]
@@ -344,14 +355,21 @@ mod tests {
         let text = |places: &[Place]| check(places).unwrap_err().to_string();
         let grid = || {
             vec![
-                place((0, 2), (0, 2)),
-                place((0, 2), (1, 2)),
-                place((1, 2), (0, 2)),
-                place((1, 2), (1, 2)),
+                place((0, [0, 2]), (0, 2)),
+                place((0, [1, 3]), (1, 2)),
+                place((1, [0, 2]), (0, 2)),
+                place((1, [1, 3]), (1, 2)),
             ]
         };
         assert!(check(&grid()).is_ok());
         assert!(text(&grid()[..3]).contains("in a world of 3"));
+        let crossed = [
+            place((0, [0, 3]), (0, 2)),
+            place((0, [1, 2]), (1, 2)),
+            place((1, [1, 2]), (0, 2)),
+            place((1, [0, 3]), (1, 2)),
+        ];
+        assert!(text(&crossed).contains("ranks 0 and 3 are to have the same part"));
         let mut twice = grid();
         twice[3].data.0 = 0;
         assert!(text(&twice).contains("ranks 1 and 3 are both"));

@@ -332,6 +332,7 @@ impl Reducer {
             );
         if !is_everywhere {
             self.store.group.abort(&error.to_string());
+            self.weighing.iter_mut().for_each(|group| group.abort(&error.to_string()));
         }
         if let Some(part) = &mut self.store.part {
             // The ranks of other parts have not met it.

@@ -207,7 +207,7 @@ impl Store {
         }
     }
 
-    /// Variables that are parameters from `first` on can be read, to be copied to their new places. Collective.
+    /// A variable that begins to train can be read, to be copied to its new place. Collective.
     pub(super) fn bring_frozen_of(&mut self, slot: usize) {
         let Some(bucket) = self.frozen.bucket_of(self.model.variable_of(slot)) else { return };
         if let Some(gatherer) = self.frozen.gatherer() {

@@ -418,10 +418,9 @@ impl Store {
 
     /// Ends the groups, with this reason.
     pub(crate) fn abort(&mut self, reason: &str) {
-        self.group.abort(reason);
-        if let Some(within) = &mut self.within {
-            within.abort(reason);
-        }
+        let groups = std::iter::once(&mut self.group).chain(&mut self.within);
+        groups.for_each(|group| group.abort(reason));
+        self.part.iter_mut().for_each(|part| part.abort(reason));
     }
 
     /// Where parameters and gradients are.

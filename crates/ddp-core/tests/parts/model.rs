@@ -164,6 +164,19 @@ impl Part {
 /// A part with its `Ddp`.
 pub(crate) fn wrapped(rank: &mut Rank, options: DdpOptions, kind: Kind) -> (Part, Ddp) {
     let part = Part::new(rank, kind);
+    wrapped_as_it_is(part, rank, options)
+}
+
+/// As [`wrapped`], with matrices that do not train.
+pub(crate) fn wrapped_frozen(rank: &mut Rank, options: DdpOptions) -> (Part, Ddp) {
+    let part = Part::new(rank, Kind::Float);
+    for (_, variable) in part.vs.variables().into_iter().filter(|(name, _)| name.contains("up")) {
+        let _same = variable.set_requires_grad(false);
+    }
+    wrapped_as_it_is(part, rank, options)
+}
+
+fn wrapped_as_it_is(part: Part, rank: &mut Rank, options: DdpOptions) -> (Part, Ddp) {
     let ddp = Ddp::new(&part.vs, &mut rank.data, options).unwrap();
     let cuts = part.cuts.clone();
     let given = ModelPart { model: &mut rank.model, world: &mut rank.world, cuts };

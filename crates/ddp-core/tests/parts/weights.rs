@@ -6,7 +6,7 @@ use phalanx_ddp_core::checkpoint::{LoadOptions, WeightsOptions};
 use phalanx_ddp_core::{AdamW, DdpOptions, Optimizer, ParameterGroups, Zero};
 use tch::{Kind, Tensor};
 
-use crate::model::{mesh, on_mesh, options, wrapped, ALONE};
+use crate::model::{mesh, on_mesh, options, wrapped, wrapped_frozen, ALONE};
 
 const MESHES: [(usize, usize, usize); 6] =
     [(1, 1, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1), (1, 1, 3), (1, 4, 1)];
@@ -40,6 +40,22 @@ fn weights_go_from_any_mesh_to_any_other_through_files_that_are_alike() {
             assert!(fs::read(&written).unwrap() == expected, "{pp} {dp} {tp}, {zero:?}");
         }
     }
+}
+
+#[test]
+fn frozen_weights_of_which_ranks_have_segments_are_written_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = [(ALONE, Zero::Off), (mesh(2, 2, 1), Zero::Three), (mesh(1, 2, 2), Zero::Three)]
+        .map(|(shape, zero)| {
+            let path = folder.path().join(format!("{}.safetensors", shape.world_size() + shape.pp));
+            let into = path.clone();
+            on_mesh(shape, zero, move |mut rank| {
+                let (_part, ddp) = wrapped_frozen(&mut rank, options(zero));
+                ddp.save_weights(&into, &WeightsOptions::default()).unwrap();
+            });
+            fs::read(path).unwrap()
+        });
+    assert!(files[1] == files[0] && files[2] == files[0]);
 }
 
 #[test]

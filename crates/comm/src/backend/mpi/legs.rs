@@ -8,7 +8,7 @@ use crate::fingerprint::Op;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum CopySide {
     Input,
-    KernelOutput,
+    Output,
 }
 
 /// A copy between a buffer of the GPU and the form on the host.
@@ -26,7 +26,7 @@ pub(super) struct Leg {
 pub(super) fn legs(call: &Call, rank: usize, two: bool) -> (Option<Leg>, Option<Leg>) {
     let (segment, whole) = (call.segment, call.bytes_on(rank));
     let is_root = rank == call.root;
-    let all = Leg { side: CopySide::KernelOutput, at: 0, in_form: 0, bytes: whole };
+    let all = Leg { side: CopySide::Output, at: 0, in_form: 0, bytes: whole };
     let own = Leg { at: rank * segment, in_form: rank * segment, bytes: segment, ..all };
     let input = |leg: Leg| if two { Leg { side: CopySide::Input, ..leg } } else { leg };
     // A buffer of one segment has it at its beginning.
