@@ -6,7 +6,7 @@ mod support;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use phalanx_comm::testing::free_port;
 use rustix::process::Signal;
@@ -64,10 +64,11 @@ impl Site {
         fs::write(site.path("ssh_config"), client_says).expect("written");
         let mut login = Command::new("ssh");
         login.arg("-F").arg(site.path("ssh_config")).args(["there", "true"]);
-        let output = login.output().expect("ssh starts");
-        if !output.status.success() {
+        login.stdin(Stdio::null());
+        let attempt = Job::of(login).finish();
+        if attempt.code != Some(0) {
             let log = fs::read_to_string(site.path("sshd.log")).unwrap_or_default();
-            let said = String::from_utf8_lossy(&output.stderr);
+            let said = attempt.errors.join("\n");
             skip(&format!("nobody can log in here through sshd: {said}{log}"));
             return None;
         }

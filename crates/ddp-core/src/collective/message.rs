@@ -56,11 +56,11 @@ impl Sending {
 #[must_use = "a message that is not waited for is lost"]
 pub struct Receiving {
     tensor: Tensor,
-    message: Message,
+    message: Landing,
 }
 
 #[derive(Debug)]
-enum Message {
+enum Landing {
     OnHost(Arriving),
     OnDevice(Work<'static>, Held),
 }
@@ -73,11 +73,11 @@ impl Receiving {
     pub fn wait(self) -> Result<Tensor> {
         let Self { mut tensor, message } = self;
         match message {
-            Message::OnHost(arriving) => {
+            Landing::OnHost(arriving) => {
                 let bytes = arriving.wait()?;
                 dense_bytes_mut("a message", &mut tensor)?.copy_from_slice(&bytes);
             }
-            Message::OnDevice(work, held) => {
+            Landing::OnDevice(work, held) => {
                 work.wait()?;
                 held.release();
             }
@@ -88,7 +88,7 @@ impl Receiving {
 
 /// A message to be started.
 #[derive(Debug)]
-pub enum Letter<'t> {
+pub enum MessageCall<'t> {
     /// As [`TensorGroup::start_send`].
     Send {
         /// What is sent.
@@ -116,7 +116,7 @@ pub enum Letter<'t> {
 /// A message that was started.
 #[derive(Debug)]
 #[must_use = "a message that is not waited for is lost"]
-pub enum Started {
+pub enum StartedMessage {
     /// To another rank.
     Sending(Sending),
     /// From another rank.
@@ -152,15 +152,15 @@ impl TensorGroup {
     ///
     /// # Errors
     /// Those of the group; libtorch's own.
-    pub fn start_together(&self, letters: &[Letter<'_>]) -> Result<Vec<Started>> {
+    pub fn start_together(&self, calls: &[MessageCall<'_>]) -> Result<Vec<StartedMessage>> {
         let group = &mut self.lock().group;
         group.coalesced(|group| {
-            let started = letters.iter().map(|letter| match *letter {
-                Letter::Send { tensor, peer, tag } => {
-                    send(group, tensor, peer, tag).map(Started::Sending)
+            let started = calls.iter().map(|call| match *call {
+                MessageCall::Send { tensor, peer, tag } => {
+                    send(group, tensor, peer, tag).map(StartedMessage::Sending)
                 }
-                Letter::Receive { shape, kind, device, peer, tag } => {
-                    receive(group, shape, (kind, device), peer, tag).map(Started::Receiving)
+                MessageCall::Receive { shape, kind, device, peer, tag } => {
+                    receive(group, shape, (kind, device), peer, tag).map(StartedMessage::Receiving)
                 }
             });
             Ok(started.collect::<Result<Vec<_>>>())
@@ -181,14 +181,14 @@ impl TensorGroup {
     ) -> Result<(Vec<Sending>, Vec<Receiving>)> {
         let received = receives.iter();
         let received =
-            received.map(|&(shape, peer)| Letter::Receive { shape, kind, device, peer, tag });
-        let sent = sends.iter().map(|&(tensor, peer)| Letter::Send { tensor, peer, tag });
-        let letters: Vec<Letter<'_>> = received.chain(sent).collect();
+            received.map(|&(shape, peer)| MessageCall::Receive { shape, kind, device, peer, tag });
+        let sent = sends.iter().map(|&(tensor, peer)| MessageCall::Send { tensor, peer, tag });
+        let calls: Vec<MessageCall<'_>> = received.chain(sent).collect();
         let (mut sending, mut receiving) = (Vec::new(), Vec::new());
-        for started in self.start_together(&letters)? {
+        for started in self.start_together(&calls)? {
             match started {
-                Started::Sending(one) => sending.push(one),
-                Started::Receiving(one) => receiving.push(one),
+                StartedMessage::Sending(one) => sending.push(one),
+                StartedMessage::Receiving(one) => receiving.push(one),
             }
         }
         Ok((sending, receiving))
@@ -221,11 +221,11 @@ fn receive(
     let message = match device {
         Device::Cpu => {
             let bytes = tensor.numel() * kind.elt_size_in_bytes();
-            Message::OnHost(group.receive_bytes(bytes, peer)?)
+            Landing::OnHost(group.receive_bytes(bytes, peer)?)
         }
         _ => {
             let held = Held::of(&tensor);
-            Message::OnDevice(group.receive(memory_of(&tensor), peer)?, held)
+            Landing::OnDevice(group.receive(memory_of(&tensor), peer)?, held)
         }
     };
     Ok(Receiving { tensor, message })

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use phalanx_comm::{Group, Work};
 use tch::{Device, Kind, Tensor};
 
-pub use message::{Letter, Receiving, Sending, Started};
+pub use message::{MessageCall, Receiving, Sending, StartedMessage};
 pub use pending::Pending;
 
 use crate::store::flat::{Flat, Scale};

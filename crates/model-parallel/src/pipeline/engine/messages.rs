@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use phalanx_ddp_core::collective::{Letter, Receiving, Sending, Started, TensorGroup};
+use phalanx_ddp_core::collective::{MessageCall, Receiving, Sending, StartedMessage, TensorGroup};
 use tch::{Device, Tensor};
 
 use super::boundary::Address;
@@ -35,13 +35,13 @@ enum Parcel {
 }
 
 impl Parcel {
-    fn letter(&self, device: Device) -> Letter<'_> {
+    fn call(&self, device: Device) -> MessageCall<'_> {
         match self {
             Self::Out((tensor, Address { peer, tag, .. })) => {
-                Letter::Send { tensor, peer: *peer, tag }
+                MessageCall::Send { tensor, peer: *peer, tag }
             }
             Self::In(Expected { peer, shaped: Shaped { shape, kind }, tag, .. }) => {
-                Letter::Receive { shape, kind: *kind, device, peer: *peer, tag }
+                MessageCall::Receive { shape, kind: *kind, device, peer: *peer, tag }
             }
         }
     }
@@ -154,18 +154,18 @@ impl Messages {
             Action::Compute { .. } => None,
         });
         let parcels: Vec<Parcel> = parcels.collect();
-        let letters: Vec<Letter<'_>> =
-            parcels.iter().map(|parcel| parcel.letter(self.device)).collect();
-        let started = self.group.start_together(&letters)?;
+        let calls: Vec<MessageCall<'_>> =
+            parcels.iter().map(|parcel| parcel.call(self.device)).collect();
+        let started = self.group.start_together(&calls)?;
         let start = Instant::now();
         let mut received = Vec::new();
         for (one, parcel) in started.into_iter().zip(&parcels) {
             match (one, parcel) {
-                (Started::Sending(sending), _) => sending.wait()?,
-                (Started::Receiving(receiving), Parcel::In(expected)) => {
+                (StartedMessage::Sending(sending), _) => sending.wait()?,
+                (StartedMessage::Receiving(receiving), Parcel::In(expected)) => {
                     received.push((expected.key, receiving.wait()?));
                 }
-                (Started::Receiving(receiving), Parcel::Out(_)) => drop(receiving.wait()?),
+                (StartedMessage::Receiving(receiving), Parcel::Out(_)) => drop(receiving.wait()?),
             }
         }
         self.idle += start.elapsed();

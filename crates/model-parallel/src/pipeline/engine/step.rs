@@ -327,7 +327,9 @@ impl<'a, S: Stage> Step<'a, S> {
 
     fn end(&mut self) -> Result<()> {
         if let Some((ddp, _)) = self.training.filter(|_| !self.is_exchanged) {
+            let start = Instant::now();
             self.pipeline.add_tied()?;
+            self.waited += start.elapsed();
             ddp.exchange_weighted()?;
         }
         self.messages.end()
@@ -343,7 +345,7 @@ impl<'a, S: Stage> Step<'a, S> {
         let start = Instant::now();
         let group = &self.pipeline.group;
         let all = group.with_group(|group| group.tagged("losses").all_gather_bytes(&mine));
-        self.waited = start.elapsed();
+        self.waited += start.elapsed();
         let all = all.map_err(|error| Failed::at_end(error.into()))?;
         let len = weights.len() * 8;
         if let Some(rank) = (1..all.len()).find(|rank| all[*rank][..len] != all[0][..len]) {

@@ -6,7 +6,7 @@
 //!
 //! Source: Megatron-LM's `finalize_model_grads` (embedding gradients over a group of the two stages).
 
-use phalanx_ddp_core::collective::{Letter, Started};
+use phalanx_ddp_core::collective::{MessageCall, StartedMessage};
 use tch::Tensor;
 
 use super::stage::Shaped;
@@ -19,8 +19,6 @@ pub(super) struct Tied {
     name: String,
     variable: Tensor,
     peer: usize,
-    /// Whether this rank has the earlier stage.
-    is_first: bool,
 }
 
 impl Pipeline {
@@ -65,8 +63,7 @@ impl Pipeline {
         let Some(variable) = variable else { return Ok(()) };
         let is_first = self.group.rank() == first;
         let peer = if is_first { last } else { first };
-        let tied =
-            Tied { name: name.to_owned(), variable: variable.shallow_clone(), peer, is_first };
+        let tied = Tied { name: name.to_owned(), variable: variable.shallow_clone(), peer };
         let theirs = self.swapped(&tied, &variable.f_detach()?)?;
         if !is_first {
             let mut variable = variable.f_detach()?;
@@ -89,11 +86,8 @@ impl Pipeline {
             }
             let theirs = self.swapped(tied, &mine)?;
             let _unrecorded = tch::no_grad_guard();
-            let sum = match tied.is_first {
-                true => mine.f_add(&theirs)?,
-                false => theirs.f_add(&mine)?,
-            };
-            mine.f_copy_(&sum)?;
+            // Whoever adds, a + b has the bits of b + a.
+            drop(mine.f_add_(&theirs)?);
         }
         Ok(())
     }
@@ -103,14 +97,14 @@ impl Pipeline {
         let (shape, kind, device) = (mine.size(), mine.f_kind()?, mine.device());
         let (peer, tag) = (tied.peer, format!("tied weight {}", tied.name));
         let started = self.group.start_together(&[
-            Letter::Send { tensor: mine, peer, tag: &tag },
-            Letter::Receive { shape: &shape, kind, device, peer, tag: &tag },
+            MessageCall::Send { tensor: mine, peer, tag: &tag },
+            MessageCall::Receive { shape: &shape, kind, device, peer, tag: &tag },
         ])?;
         let mut theirs = None;
         for one in started {
             match one {
-                Started::Sending(sending) => sending.wait()?,
-                Started::Receiving(receiving) => theirs = Some(receiving.wait()?),
+                StartedMessage::Sending(sending) => sending.wait()?,
+                StartedMessage::Receiving(receiving) => theirs = Some(receiving.wait()?),
             }
         }
         theirs.ok_or_else(|| Error::NotThere { what: format!("tied weight {}", tied.name) })
