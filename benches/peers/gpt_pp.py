@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A training step of GPT under `torch.distributed.pipelining` over gloo: the peer of `gpt --pp 2` (see `gpt_turns.py`, which starts it).
 
-As many blocks on each stage, the 1F1B schedule, eight micro-batches. Prints the milliseconds of each step as JSON, of the slowest rank.
+As many blocks on each stage, or those of `--blocks`, the 1F1B schedule, eight micro-batches. Prints the milliseconds of each step as JSON, of the slowest rank.
 """
 
 import argparse
@@ -22,15 +22,16 @@ def main():
     parser.add_argument("--samples", type=int, required=True)
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--blocks", type=int, nargs="+", help="of each stage; as many on each when it is not given")
     arguments = parser.parse_args()
     config = json.load(open(arguments.config))
     model, tokens = config["model"], config["data"]["sequence_length"]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    each = model["n_layer"] // ranks
+    blocks = arguments.blocks or [model["n_layer"] // ranks] * ranks
     torch.manual_seed(7)
-    network = Gpt(model, rank * each, (rank + 1) * each)
+    network = Gpt(model, sum(blocks[:rank]), sum(blocks[: rank + 1]))
     samples = arguments.samples // arguments.micro_batches
     ids, labels = batch(model, arguments.samples, tokens)
     hidden = torch.empty(samples, tokens, model["n_embd"])

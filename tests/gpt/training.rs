@@ -137,14 +137,19 @@ impl Job {
     }
 }
 
-/// The largest difference of the weights, and where it is.
+/// The largest difference of the weights, and where it is; of what is no number, infinity.
 pub(crate) fn apart(one: &Tensors, other: &Tensors) -> (f64, String) {
     let names: Vec<&String> = one.keys().collect();
     assert_eq!(names, other.keys().collect::<Vec<_>>());
     let difference = |name: &String| {
         let (one, other) = (&one[name], &other[name]);
         assert_eq!(one.size(), other.size(), "{name}");
-        (one - other).abs().max().double_value(&[])
+        let most = (one - other).abs().max().double_value(&[]);
+        if most.is_nan() {
+            f64::INFINITY
+        } else {
+            most
+        }
     };
     let all = one.keys().map(|name| (difference(name), name.clone()));
     all.fold((0.0, String::new()), |most, next| if next.0 > most.0 { next } else { most })

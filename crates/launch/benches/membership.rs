@@ -2,7 +2,7 @@
 //! nodes costs the coordinator, in time and memory, and how both grow.
 //!
 //! ```text
-//! cargo bench -p phalanx-launch --features testing --bench membership -- [--schedules 5000] [NODES …]
+//! cargo bench -p phalanx-launch --bench membership -- [--schedules 5000] [NODES …]
 //! ```
 //!
 //! Each count of nodes runs in a process of its own, whose highest memory is shown.
