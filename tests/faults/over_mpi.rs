@@ -6,7 +6,7 @@ use std::process::{Command, Output, Stdio};
 
 use super::memory::{ranks_of, signal};
 use super::soak::last_step;
-use super::support::{example, Owned};
+use super::support::{example, skip, Owned};
 use super::{losses, wait_until, weights, DEADLINE};
 
 const RANKS: usize = 2;
@@ -57,10 +57,10 @@ fn resumed(said: &str) -> u64 {
 #[test]
 fn over_mpi_a_job_that_is_killed_poisoned_and_stopped_goes_on_with_the_same_bits() {
     if cfg!(not(feature = "mpi")) {
-        return skip("this test was built without --features mpi");
+        return skip("mpi", "this test was built without --features mpi");
     }
     if Command::new("mpirun.openmpi").arg("--version").output().is_err() {
-        return skip("no Open MPI");
+        return skip("mpi", "no Open MPI");
     }
     let [whole, folder] = [(); 2].map(|()| tempfile::tempdir().expect("a temporary folder"));
     let output = start(whole.path(), false).finish(DEADLINE);
@@ -85,13 +85,4 @@ fn over_mpi_a_job_that_is_killed_poisoned_and_stopped_goes_on_with_the_same_bits
     assert!(again.status.success() && resumed(&last) >= 11, "{last}");
     assert!(weights(folder) == weights(whole.path()), "{last}");
     assert_eq!(losses(folder), losses(whole.path()));
-}
-
-/// A test that is left out says so, and is an error where it was asked for.
-#[expect(clippy::print_stdout, reason = "a skipped test is loud")]
-fn skip(why: &str) {
-    let required = std::env::vars().find(|(name, _)| name == "PHALANX_REQUIRE");
-    let is_required = required.is_some_and(|(_, list)| list.split(',').any(|one| one == "mpi"));
-    assert!(!is_required, "required and not there: mpi: {why}");
-    println!("SKIPPED: mpi: {why}");
 }

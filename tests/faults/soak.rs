@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::kills::{number, Draws};
 use super::memory::{ranks_of, signal};
-use super::support::{example, Owned};
+use super::support::{apart, example, Owned};
 use super::{losses, weights, FOUR};
 
 /// No fault, and no step, takes as long; the run as a whole may.
@@ -53,15 +53,13 @@ struct Soaked {
 }
 
 impl Soaked {
-    fn start(folder: &Path, steps: u64, settings: &[&str]) -> Self {
+    fn start(mut command: Command, folder: &Path, steps: u64, settings: &[&str]) -> Self {
         for name in ["disk", "lab"] {
             fs::create_dir_all(folder.join(name)).expect("a folder");
         }
         // The disk is seen by this process and what it starts alone.
         let script = "mount -t tmpfs -o size=96m tmpfs \"$0\" && exec \"$@\"";
-        let mut command = Command::new("unshare");
-        command.args(["--user", "--map-root-user", "--mount", "sh", "-c", script]);
-        command.arg(folder.join("disk")).arg(example("fault_lab"));
+        command.arg(script).arg(folder.join("disk")).arg(example("fault_lab"));
         command.arg("--lab").arg(folder.join("lab"));
         command.args(training(folder, steps)).arg("--checkpoint").arg(folder.join("disk"));
         command.args(["--max-restarts", "100000"]).args(settings);
@@ -213,19 +211,21 @@ pub(crate) fn last_step(folder: &Path) -> u64 {
 fn a_soaked_run_ends_with_the_bits_of_a_dry_one() {
     let seed = number("PHALANX_SOAK_SEED", 1);
     let mut draws = Draws::new(seed);
+    let Some(shell) = apart() else { return };
     match number("PHALANX_SOAK", 0) {
-        0 => soak_at_steps(seed, &mut draws),
-        seconds => soak_for(seconds, seed, &mut draws),
+        0 => soak_at_steps(shell, seed, &mut draws),
+        seconds => soak_for(shell, seconds, seed, &mut draws),
     }
 }
 
-fn soak_at_steps(seed: u64, draws: &mut Draws) {
+fn soak_at_steps(shell: Command, seed: u64, draws: &mut Draws) {
     let (dry, wet) = (folder(), folder());
     unbroken(dry.path(), STEPS);
     fs::create_dir(wet.path().join("lab")).expect("a folder");
     let hold = |step: u64| wet.path().join(format!("lab/hold-{step}"));
     HOLDS.into_iter().for_each(|step| fs::write(hold(step), "").expect("a wish"));
-    let mut run = Soaked::start(wet.path(), STEPS, &["--memory-every", "2", "--save-every", "5"]);
+    let mut run =
+        Soaked::start(shell, wet.path(), STEPS, &["--memory-every", "2", "--save-every", "5"]);
     let mut left = ALL.to_vec();
     for step in HOLDS {
         let fault =
@@ -244,7 +244,7 @@ struct Cost {
     worst: Duration,
 }
 
-fn soak_for(seconds: u64, seed: u64, draws: &mut Draws) {
+fn soak_for(shell: Command, seconds: u64, seed: u64, draws: &mut Draws) {
     const TRIAL: u32 = 200;
     let (trial, dry, wet) = (folder(), folder(), folder());
     let of_trial = unbroken(trial.path(), TRIAL.into()) / TRIAL;
@@ -253,7 +253,7 @@ fn soak_for(seconds: u64, seed: u64, draws: &mut Draws) {
     let without = unbroken(dry.path(), steps.into());
     let a_step = without / steps;
     let begun = Instant::now();
-    let mut run = Soaked::start(wet.path(), steps.into(), &LONG_RUN);
+    let mut run = Soaked::start(shell, wet.path(), steps.into(), &LONG_RUN);
     let mut costs = [Cost::default(); ALL.len()];
     let mut next = begun;
     // The last one needs steps in which to be found and got over.

@@ -18,7 +18,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use serde_json::Value;
-use support::{example, Owned};
+use support::{example, skip, Owned};
 
 const DEADLINE: Duration = Duration::from_secs(150);
 const TRAINING: &[&str] = &[
@@ -93,16 +93,6 @@ fn written_losses(metrics: &Path, backend: &str) -> Vec<String> {
 fn of_eight() -> &'static [String] {
     static LOSSES: OnceLock<Vec<String>> = OnceLock::new();
     LOSSES.get_or_init(|| losses(None, &["--nnodes", "4", "--nproc-per-node", "2"]))
-}
-
-/// Says loudly that a test is skipped, or fails where `PHALANX_REQUIRE` names what is missing.
-fn skip(what: &str, why: &str) {
-    let required = std::env::var("PHALANX_REQUIRE").unwrap_or_default();
-    assert!(!required.split(',').any(|other| other == what), "{what} is required: {why}");
-    #[expect(clippy::print_stderr, reason = "a skipped test is loud")]
-    {
-        eprintln!("SKIPPED: {why} (scripts/setup.sh --test-extras)");
-    }
 }
 
 /// Finds a program in the `PATH` or where daemons live.

@@ -4,8 +4,8 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 use super::over_mpi::compare;
-use super::support::{example, Owned};
-use super::{finished, program, skip, slurm, written_losses};
+use super::support::{example, skip, Owned};
+use super::{finished, program, slurm, written_losses};
 
 const TRAINING: [&str; 18] = [
     "--config",

@@ -2,7 +2,8 @@
 
 use std::process::Command;
 
-use super::{losses, program, skip, slurm};
+use super::support::skip;
+use super::{losses, program, slurm};
 
 /// How much further from the host backend's a loss may be, of itself. Only sums over up to four ranks have another order, of losses
 /// and of gradients: three roundings of 6e-8 each, and the gradients' reach the next losses times the learning rate.

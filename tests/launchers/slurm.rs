@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use phalanx_comm::testing::free_ports;
 
-use super::support::Owned;
-use super::{program, skip};
+use super::program;
+use super::support::{skip, Owned};
 
 const NODES: usize = 4;
 /// Everything starts in two seconds when the machine is idle.

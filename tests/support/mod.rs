@@ -23,6 +23,32 @@ pub(crate) fn example(name: &str) -> PathBuf {
     path
 }
 
+/// Says loudly that a test is left out, or fails where `PHALANX_REQUIRE` names what is missing.
+#[expect(clippy::print_stderr, reason = "a skipped test is loud")]
+pub(crate) fn skip(what: &str, why: &str) {
+    let required = std::env::var("PHALANX_REQUIRE").unwrap_or_default();
+    assert!(!required.split(',').any(|other| other == what), "{what} is required: {why}");
+    eprintln!("SKIPPED: {why} (scripts/setup.sh --test-extras)");
+}
+
+/// A command for `sh` that runs in user and mount namespaces of its own: what it mounts is seen by what it starts alone. None, said aloud,
+/// where they cannot be made.
+pub(crate) fn apart() -> Option<Command> {
+    let command = || {
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--mount", "sh", "-c"]);
+        command
+    };
+    let tried = command().arg("mount -t tmpfs tmpfs /mnt").output();
+    let why = match &tried {
+        Ok(output) if output.status.success() => return Some(command()),
+        Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+        Err(error) => format!("unshare: {error}"),
+    };
+    skip("userns", &format!("no namespaces of a user's own here: {why}"));
+    None
+}
+
 /// A process group of our own that is gone when this is dropped.
 pub(crate) struct Owned(pub(crate) Child);
 

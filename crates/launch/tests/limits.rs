@@ -23,6 +23,13 @@ impl ControlGroup {
         fs::create_dir(&group.0).map_err(|error| format!("{}: {error}", group.0.display()))?;
         let limited = fs::write(group.0.join(file), limit);
         limited.map_err(|error| format!("{file}: {error}"))?;
+        // What memory does not hold must not go to swap space, where there is some.
+        for (swap, most) in [("memory.memsw.limit_in_bytes", limit), ("memory.swap.max", "0")] {
+            let path = group.0.join(swap);
+            if controller == "memory" && path.exists() {
+                fs::write(path, most).map_err(|error| format!("{swap}: {error}"))?;
+            }
+        }
         Ok(group)
     }
 
