@@ -5,7 +5,7 @@
 //! cargo bench -p phalanx-comm --bench collectives -- [--ranks 2,4] [--sizes 1K,1M,64M]
 //!     [--rounds 3] [--link auto|tcp] [--backend host|mpi] [--no-mpi] [--json FILE]
 //! ```
-//! `--checks` measures what checksums cost over TCP (`checks.rs`).
+//! `--checks` measures what checksums cost over TCP (`checks.rs`), `--send` what a message of two ranks takes (`messages.rs`).
 //! `--backend mpi` (`--features mpi`) measures that, under `mpirun`, and how much of a collective is hidden.
 //!
 //! Each round runs ours, `OpenMPI`'s (compiled here from `mpi_all_reduce.c`, when `mpicc` is there) and the
@@ -27,6 +27,8 @@
 
 #[path = "collectives/checks.rs"]
 mod checks;
+#[path = "collectives/messages.rs"]
+mod messages;
 #[path = "collectives/overlap.rs"]
 mod overlap;
 #[path = "collectives/table.rs"]
@@ -59,6 +61,7 @@ struct Arguments {
     json: Option<String>,
     worker: bool,
     checks: bool,
+    send: bool,
 }
 
 fn main() -> Result<()> {
@@ -66,8 +69,14 @@ fn main() -> Result<()> {
     if arguments.worker && arguments.checks {
         return checks::worker(&arguments.sizes);
     }
+    if arguments.worker && arguments.send {
+        return messages::worker(&arguments.sizes);
+    }
     if arguments.worker {
         return worker(&arguments);
+    }
+    if arguments.send {
+        return messages::measure(&arguments);
     }
     if arguments.checks {
         arguments.ranks.iter().try_for_each(|ranks| checks::measure(&arguments, *ranks))?;
@@ -108,6 +117,7 @@ fn arguments() -> Result<Arguments> {
         json: None,
         worker: false,
         checks: false,
+        send: false,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -122,6 +132,7 @@ fn arguments() -> Result<Arguments> {
             "--no-mpi" => arguments.mpi = false,
             "--worker" => arguments.worker = true,
             "--checks" => arguments.checks = true,
+            "--send" => arguments.send = true,
             "--bench" => {}
             other => bail!("unknown argument {other}"),
         }

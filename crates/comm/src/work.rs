@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use crate::call::{Call, CallMemory};
 use crate::control::point;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::fingerprint::Op;
 use crate::gpu::Stream;
 use crate::lane::Lane;
 use crate::order::core::Core;
@@ -67,7 +68,29 @@ impl Arriving {
         })
     }
 
-    /// Whether [`wait`](Self::wait) would return at once.
+    /// Waits until it is here, in `into`: from a rank of this machine it is copied once. After an error part of it may be there.
+    ///
+    /// # Errors
+    ///
+    /// As [`Work::wait`]; [`Error::LengthMismatch`] where `into` has another length than was asked for. Then the message is lost.
+    pub fn wait_into(self, into: &mut [u8]) -> Result<()> {
+        let (expected, actual) = (self.work.call.segment, into.len());
+        if expected != actual {
+            return Err(Error::LengthMismatch {
+                op: Op::Receive.name(),
+                what: "memory for what was asked for",
+                expected,
+                actual,
+            });
+        }
+        if let (Some(peer), None) = (self.work.peer, &self.work.lane) {
+            return point::wait(&self.work.core.peers, peer, &self.work.call, Some(into));
+        }
+        into.copy_from_slice(&self.wait()?);
+        Ok(())
+    }
+
+    /// Whether [`wait`](Self::wait) would return without waiting for another rank.
     #[must_use]
     pub fn is_done(&self) -> bool {
         self.work.is_done()
@@ -130,7 +153,7 @@ impl<'b> Work<'b> {
                 None => lane.wait(&call)?,
             }
         } else if let Some(peer) = peer {
-            point::wait(&core.peers, peer, &call)?;
+            point::wait(&core.peers, peer, &call, None)?;
         } else if core.finishes_in_place(&call) {
             if let Some(WorkOutput { bytes: Bytes::Slice(slice), skip: 0 }) = output {
                 return wait_inline(&core, &call, slice);
@@ -168,6 +191,7 @@ impl<'b> Work<'b> {
     pub fn is_done(&self) -> bool {
         self.call.is_done()
             || self.core.peers.failure().is_some()
+            || self.peer.is_some_and(|peer| point::is_done(&self.core.peers, peer, &self.call))
             || (self.peer.is_none()
                 && self.lane.is_none()
                 && self.core.finishes_in_place(&self.call)

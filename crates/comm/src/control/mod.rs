@@ -9,15 +9,19 @@
 //! | `monitor`, `liveness` | the thread that reads them all; who has been silent |
 //! | `peers`, `absent`, `reminder` | what is known of the ranks; who is waited for, and what the log says of it |
 //! | `reconnect`, `resume` | control connections that come back |
-//! | `point` | `send` and `receive` |
+//! | `point`, `part` | `send` and `receive`; a message between machines |
+//! | `outbox`, `inbox` | messages to and from a rank of this machine |
 
 mod absent;
 mod callers;
 pub(crate) mod card;
 pub(crate) mod connection;
+mod inbox;
 pub(crate) mod liveness;
 pub(crate) mod mesh;
 pub(crate) mod monitor;
+mod outbox;
+mod part;
 pub(crate) mod peers;
 pub(crate) mod point;
 pub(crate) mod reconnect;

@@ -12,7 +12,9 @@ use rustix::event::{poll, PollFd, PollFlags, Timespec};
 
 use super::connection::{Control, Received, ACKNOWLEDGE_BYTES};
 use super::liveness::{self, stat_fields, Silences};
+use super::part::Part;
 use super::peers::{Identity, Peers};
+use super::point;
 use super::reconnect::{redial, Door, Returned};
 use super::wire::{Damaged, Frame, FrameHead, FRAME_HEAD_BYTES};
 use crate::error::Error;
@@ -113,6 +115,7 @@ fn watch(peers: &Arc<Peers>, mut door: Door) {
             silences.pass(now - last_look);
             last_look = now;
             beat(peers, &mut incoming);
+            point::note_ends(peers);
             bury(peers, &incoming, &silences);
         }
     }
@@ -266,11 +269,21 @@ fn take_frames(peers: &Peers, peer: usize, incoming: &mut Incoming) -> Result<()
         let start = at + FRAME_HEAD_BYTES;
         let Some(body) = incoming.bytes.get(start..start + head.body_bytes) else { break };
         head.check(body).map_err(Unreadable::Damaged)?;
-        let frame = Frame::decode(head.kind, body).or(Err(Unreadable::Malformed))?;
         at = start + head.body_bytes;
+        let frame_bytes = FRAME_HEAD_BYTES + head.body_bytes;
+        if head.kind == Part::KIND {
+            let part = Part::decode(body).or(Err(Unreadable::Malformed))?;
+            incoming.taken_in += 1;
+            incoming.unacknowledged += frame_bytes;
+            if !peers.points.arrived(peer, part) {
+                return Err(Unreadable::Malformed);
+            }
+            continue;
+        }
+        let frame = Frame::decode(head.kind, body).or(Err(Unreadable::Malformed))?;
         if frame.is_counted() {
             incoming.taken_in += 1;
-            incoming.unacknowledged += FRAME_HEAD_BYTES + head.body_bytes;
+            incoming.unacknowledged += frame_bytes;
         }
         match frame {
             Frame::Heartbeat { taken_in, last } => {
@@ -296,11 +309,7 @@ fn take_frames(peers: &Peers, peer: usize, incoming: &mut Incoming) -> Result<()
             Frame::Announced { index, record } => {
                 peers.points.announced(peer, index, record);
             }
-            Frame::Message { index, bytes } => {
-                if !peers.points.arrived(peer, index, &bytes) {
-                    return Err(Unreadable::Malformed);
-                }
-            }
+            Frame::Waits => point::awaited(peers, peer),
         }
     }
     incoming.bytes.drain(..at);

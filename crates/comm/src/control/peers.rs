@@ -91,6 +91,8 @@ pub(crate) struct Sockets {
 pub(crate) struct Peers {
     pub(crate) rank: usize,
     pub(crate) identities: Vec<Identity>,
+    /// More ranks than cores on this machine.
+    pub(crate) is_crowded: bool,
     pub(crate) controls: Vec<Option<Control>>,
     /// Copies of the data sockets, to see whether they live.
     pub(crate) data: Vec<Option<OwnedFd>>,
@@ -144,10 +146,13 @@ impl Peers {
             })
             .collect();
         let heard = Mutex::new(vec![LastCall::Unknown; identities.len()]);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let is_crowded = identities.iter().filter(|identity| identity.local).count() > cores;
         Ok(Self {
             rank,
-            points: Points::new(identities.len()),
+            points: Points::new(identities.len(), is_crowded),
             identities,
+            is_crowded,
             controls,
             data,
             ways,
@@ -230,14 +235,19 @@ impl Peers {
         let Some(control) = self.controls.get(peer).and_then(Option::as_ref) else { return Ok(()) };
         // A peer that does not read for so long is dead, and the monitor says so first.
         let limit = self.liveness.dead_after * 2;
-        let sent = match frame {
-            Frame::Message { .. } => control.send_in_turn(frame.encode(), limit),
-            _ => control.send(frame.encode(), fd, limit),
-        };
-        sent.map_err(|error| {
-            // The monitor's verdict on why the socket failed is the better one, if it comes soon.
-            self.verdict().unwrap_or_else(|| self.connection_lost(peer, "send", error))
-        })
+        control.send(frame.encode(), fd, limit).map_err(|error| self.unsent(peer, error))
+    }
+
+    /// Sends an encoded part of a message, of which there may be many.
+    pub(crate) fn send_part(&self, peer: usize, part: Vec<u8>) -> Result<()> {
+        let Some(control) = self.controls.get(peer).and_then(Option::as_ref) else { return Ok(()) };
+        let limit = self.liveness.dead_after * 2;
+        control.send_in_turn(part, limit).map_err(|error| self.unsent(peer, error))
+    }
+
+    /// The monitor's verdict on why the socket failed is the better error, if it comes soon.
+    fn unsent(&self, peer: usize, error: std::io::Error) -> Error {
+        self.verdict().unwrap_or_else(|| self.connection_lost(peer, "send", error))
     }
 
     /// Waits briefly for the monitor to say why a socket failed.
@@ -339,6 +349,13 @@ impl Peers {
     pub(crate) fn deliver(&self, peer: usize, id: u64, bytes: u64, fd: OwnedFd) {
         lock(&self.parcels).push(Parcel { peer, id, bytes, fd });
         self.parcel_came.notify_all();
+    }
+
+    /// The memfd that `peer` has sent for region `id`, if it has come.
+    pub(crate) fn try_parcel(&self, peer: usize, id: u64) -> Option<OwnedFd> {
+        let mut parcels = lock(&self.parcels);
+        let at = parcels.iter().position(|parcel| parcel.peer == peer && parcel.id == id)?;
+        Some(parcels.swap_remove(at).fd)
     }
 
     /// Waits for the memfd that `peer` sends for region `id`. When the group has failed it waits a

@@ -1,19 +1,24 @@
-//! Messages between two ranks: `send` and `receive`.
+//! Messages between two ranks: `send` and `receive`. Messages of a pair are matched in the order of the calls.
 //!
-//! They travel on the control sockets. The receiver says that it is ready and what it expects; only
+//! Between ranks of one machine they lie in memory that both have mapped: [`outbox`] and [`inbox`].
+//!
+//! Between machines they travel on the control sockets. The receiver says that it is ready and what it expects; only
 //! then does the sender send, in parts, so nothing is buffered that nobody waits for. A thread of
 //! its own sends and the monitor takes in, so two ranks may send each other large messages at once.
-//! Messages of a pair are matched in the order of the calls.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use super::inbox::{self, Inbox};
+use super::outbox::{self, Outbox};
+use super::part::Part;
 use super::peers::Peers;
 use super::wire::Frame;
 use crate::call::{Call, CallMemory};
 use crate::error::{Error, Result};
 use crate::fingerprint::{CallRecord, Op};
+use crate::order::waiting;
 
 /// A message travels in parts of this size.
 const PART_BYTES: usize = 1 << 18;
@@ -50,10 +55,15 @@ pub(crate) struct Points {
     /// The same of messages between GPUs, which have an order of their own.
     device_sent: Vec<AtomicU64>,
     device_received: Vec<AtomicU64>,
+    /// Messages to and from ranks of this machine.
+    outboxes: Vec<Mutex<Outbox>>,
+    inboxes: Vec<Mutex<Inbox>>,
+    /// More ranks than cores.
+    is_crowded: bool,
 }
 
 impl Points {
-    pub(crate) fn new(world_size: usize) -> Self {
+    pub(crate) fn new(world_size: usize, is_crowded: bool) -> Self {
         let counters = || (0..world_size).map(|_| AtomicU64::new(0)).collect();
         Self {
             table: Mutex::default(),
@@ -63,7 +73,18 @@ impl Points {
             received: counters(),
             device_sent: counters(),
             device_received: counters(),
+            outboxes: (0..world_size).map(|_| Mutex::default()).collect(),
+            inboxes: (0..world_size).map(|_| Mutex::default()).collect(),
+            is_crowded,
         }
+    }
+
+    pub(super) fn outbox(&self, peer: usize) -> &Mutex<Outbox> {
+        &self.outboxes[peer]
+    }
+
+    pub(super) fn inbox(&self, peer: usize) -> &Mutex<Inbox> {
+        &self.inboxes[peer]
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -75,10 +96,28 @@ impl Points {
         self.changed.notify_all();
     }
 
+    /// Sleeps until something changes, at most `limit`.
+    pub(super) fn sleep(&self, limit: Duration) {
+        drop(self.changed.wait_timeout(self.table(), limit));
+    }
+
+    /// Watches for as long as a thread does that is about to sleep: whether it came.
+    pub(super) fn watch(&self, reached: impl Fn() -> bool) -> bool {
+        let (patience, spins) =
+            (waiting::patience(self.is_crowded), waiting::spins(self.is_crowded));
+        reached() || waiting::watch(Instant::now(), patience, spins, reached)
+    }
+
     /// The number of the next message to (or from) `peer`.
     pub(crate) fn next_index(&self, peer: usize, sending: bool) -> u64 {
         let counters = if sending { &self.sent } else { &self.received };
         counters[peer].load(Ordering::Relaxed)
+    }
+
+    /// As [`Points::next_index`], for a message that begins.
+    pub(super) fn next(&self, peer: usize, sending: bool) -> u64 {
+        let counters = if sending { &self.sent } else { &self.received };
+        counters[peer].fetch_add(1, Ordering::Relaxed)
     }
 
     pub(crate) fn ready(&self, peer: usize, index: u64, record: CallRecord) {
@@ -103,7 +142,7 @@ impl Points {
     }
 
     /// Takes in a part of a message; false when nobody asked for it.
-    pub(crate) fn arrived(&self, peer: usize, index: u64, bytes: &[u8]) -> bool {
+    pub(super) fn arrived(&self, peer: usize, Part { index, bytes }: Part<'_>) -> bool {
         let mut table = self.table();
         let Some(at) = table.receives.iter().position(|o| o.peer == peer && o.index == index)
         else {
@@ -127,10 +166,19 @@ impl Points {
     }
 }
 
-/// Starts sending: the call's private memory is the message.
-pub(crate) fn start_send(peers: &Arc<Peers>, peer: usize, call: Arc<Call>) -> Result<()> {
+/// Starts sending `bytes`, which are read before this returns.
+pub(crate) fn start_send(
+    peers: &Arc<Peers>,
+    peer: usize,
+    call: Arc<Call>,
+    bytes: &[u8],
+) -> Result<()> {
+    if peers.identities[peer].local {
+        return outbox::start(peers, peer, call, bytes);
+    }
+    call.lock().memory = CallMemory::Private(bytes.to_vec());
     let points = &peers.points;
-    let index = points.sent[peer].fetch_add(1, Ordering::Relaxed);
+    let index = points.next(peer, true);
     points.table().sends.push(Open { peer, index, call, filled: 0 });
     points.changed.notify_all();
     if !points.sending.swap(true, Ordering::AcqRel) {
@@ -155,9 +203,13 @@ pub(crate) fn announce(peers: &Peers, peer: usize, record: &CallRecord) -> Resul
     told.map(|()| index)
 }
 
-/// Starts receiving into the call's private memory.
+/// Asks for a message, as long as the call's segment.
 pub(crate) fn start_receive(peers: &Peers, peer: usize, call: Arc<Call>) -> Result<()> {
-    let index = peers.points.received[peer].fetch_add(1, Ordering::Relaxed);
+    if peers.identities[peer].local {
+        return inbox::start(peers, peer, call);
+    }
+    call.lock().memory = CallMemory::Private(vec![0; call.segment]);
+    let index = peers.points.next(peer, false);
     let record = call.record.clone();
     peers.points.table().receives.push(Open { peer, index, call, filled: 0 });
     let asked = peers.send(peer, &Frame::Ready { index, record }, None);
@@ -225,47 +277,95 @@ fn transmit(peers: &Peers, send: &Open, expected: &CallRecord) -> Result<()> {
         let (part, is_last) = {
             let state = send.call.lock();
             let CallMemory::Private(buffer) = &state.memory else { return Ok(()) };
-            let end = buffer.len().min(at + PART_BYTES);
-            (buffer[at..end].to_vec(), end == buffer.len())
+            let (start, end) = (at, buffer.len().min(at + PART_BYTES));
+            at = end;
+            let part = Part { index: send.index, bytes: &buffer[start..end] };
+            (part.encode(), end == buffer.len())
         };
-        at += part.len();
         // An empty message is one empty part.
-        peers.send(send.peer, &Frame::Message { index: send.index, bytes: part }, None)?;
+        peers.send_part(send.peer, part)?;
         if is_last {
             return Ok(());
         }
     }
 }
 
-/// Waits for a message call to end.
-pub(crate) fn wait(peers: &Peers, peer: usize, call: &Call) -> Result<()> {
-    let deadline = call.started.unwrap_or_else(std::time::Instant::now) + call.timeout;
-    let mut table = peers.points.table();
+/// The sender of messages to this rank waits until they are taken in.
+pub(super) fn awaited(peers: &Peers, peer: usize) {
+    if peers.identities[peer].local {
+        inbox::awaited(peers, peer);
+    }
+}
+
+/// Notes messages that have ended though nobody waits for them.
+pub(super) fn note_ends(peers: &Peers) {
+    peers.points.outboxes.iter().for_each(outbox::note_ends);
+}
+
+/// Whether waiting for a message call takes no time.
+pub(crate) fn is_done(peers: &Peers, peer: usize, call: &Arc<Call>) -> bool {
+    match call.op() {
+        _ if call.is_done() => true,
+        _ if !peers.identities[peer].local => false,
+        Op::Send => outbox::is_taken(peers, peer, call),
+        _ => inbox::is_there(peers, peer, call),
+    }
+}
+
+/// Waits for a message call to end. What is received goes to `into`, which has the message's length, or where there is none to memory of the call.
+pub(crate) fn wait(
+    peers: &Peers,
+    peer: usize,
+    call: &Arc<Call>,
+    into: Option<&mut [u8]>,
+) -> Result<()> {
+    match call.op() {
+        _ if !peers.identities[peer].local => wait_for_sockets(peers, peer, call)?,
+        Op::Send => return outbox::wait(peers, peer, call),
+        _ => return inbox::wait(peers, peer, call, into),
+    }
+    if let (Some(into), CallMemory::Private(bytes)) = (into, &call.lock().memory) {
+        into.copy_from_slice(bytes);
+    }
+    Ok(())
+}
+
+fn wait_for_sockets(peers: &Peers, peer: usize, call: &Call) -> Result<()> {
+    let deadline = call.started.unwrap_or_else(Instant::now) + call.timeout;
     loop {
         if let Some(result) = call.lock().result.clone() {
             return result;
         }
-        if let Some(error) = peers.failure() {
-            return Err(error);
-        }
         // A message that is being sent ends by itself: the peer may have left because it has it all.
-        if peers.has_departed(peer) && table.waits(call) {
-            drop(table);
-            let during = call.record.to_string();
-            let gone = peers.gone_before(peer, u64::MAX - 1, &during);
-            return Err(gone.map_or_else(|| peers.during_failure(), |error| peers.fail(error)));
+        let is_over = peers.has_departed(peer) && peers.points.table().waits(call);
+        goes_on(peers, peer, call, is_over, deadline)?;
+        let table = peers.points.table();
+        if !call.is_done() {
+            drop(peers.points.changed.wait_timeout(table, Duration::from_millis(20)));
         }
-        let left = deadline.saturating_duration_since(std::time::Instant::now());
-        if left.is_zero() {
-            drop(table);
-            return Err(peers.fail(peers.late_for(call, peer)));
-        }
-        peers.remind(call, left, || peers.late_for(call, peer));
-        let (guard, _) = peers
-            .points
-            .changed
-            .wait_timeout(table, Duration::from_millis(20))
-            .unwrap_or_else(PoisonError::into_inner);
-        table = guard;
     }
+}
+
+/// Whether a message may still end well: the group has not failed, the peer has not left before (`has_departed`), and there is time.
+pub(super) fn goes_on(
+    peers: &Peers,
+    peer: usize,
+    call: &Call,
+    has_departed: bool,
+    deadline: Instant,
+) -> Result<()> {
+    if let Some(error) = peers.failure() {
+        return Err(error);
+    }
+    if has_departed {
+        let during = call.record.to_string();
+        let gone = peers.gone_before(peer, u64::MAX - 1, &during);
+        return Err(gone.map_or_else(|| peers.during_failure(), |error| peers.fail(error)));
+    }
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(peers.fail(peers.late_for(call, peer)));
+    }
+    peers.remind(call, left, || peers.late_for(call, peer));
+    Ok(())
 }

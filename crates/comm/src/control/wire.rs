@@ -28,8 +28,8 @@ pub(crate) enum Frame {
     Ready { index: u64, record: CallRecord },
     /// The sender has called its side of the GPU message `index` between the two ranks.
     Announced { index: u64, record: CallRecord },
-    /// A part of message `index`.
-    Message { index: u64, bytes: Vec<u8> },
+    /// The sender waits until what it has written into its channel to the receiver is read.
+    Waits,
     /// The sender lives, has taken in so many frames (but for heartbeats) of the receiver's, and has started this
     /// collective last.
     Heartbeat { taken_in: u64, last: Option<CallRecord> },
@@ -86,15 +86,30 @@ fn head_check(kind: u8, length: u32) -> u32 {
     checksum::append(checksum::of(&[kind]), &length.to_le_bytes()) >> 8
 }
 
-#[derive(Default)]
-struct Writer(Vec<u8>);
+/// A frame whose head is still to be written.
+pub(super) struct Writer(pub(super) Vec<u8>);
 
 impl Writer {
+    pub(super) fn new(body_bytes: usize) -> Self {
+        let mut frame = Vec::with_capacity(FRAME_HEAD_BYTES + body_bytes);
+        frame.resize(FRAME_HEAD_BYTES, 0);
+        Self(frame)
+    }
+    pub(super) fn frame(self, kind: u8) -> Vec<u8> {
+        let Self(mut frame) = self;
+        let (head, body) = frame.split_at_mut(FRAME_HEAD_BYTES);
+        let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
+        let words = [head_check(kind, length) << 8 | u32::from(kind), length, checksum::of(body)];
+        for (place, word) in head.chunks_exact_mut(4).zip(words) {
+            place.copy_from_slice(&word.to_le_bytes());
+        }
+        frame
+    }
     fn u8(&mut self, value: u8) -> &mut Self {
         self.0.push(value);
         self
     }
-    fn u64(&mut self, value: u64) -> &mut Self {
+    pub(super) fn u64(&mut self, value: u64) -> &mut Self {
         self.0.extend_from_slice(&value.to_le_bytes());
         self
     }
@@ -123,7 +138,7 @@ impl Writer {
     }
 }
 
-struct Reader<'a>(&'a [u8]);
+pub(super) struct Reader<'a>(pub(super) &'a [u8]);
 
 impl<'a> Reader<'a> {
     fn take(&mut self, bytes: usize) -> Result<&'a [u8], Malformed> {
@@ -134,7 +149,7 @@ impl<'a> Reader<'a> {
     fn u8(&mut self) -> Result<u8, Malformed> {
         Ok(self.take(1)?[0])
     }
-    fn u64(&mut self) -> Result<u64, Malformed> {
+    pub(super) fn u64(&mut self) -> Result<u64, Malformed> {
         let mut word = [0; 8];
         word.copy_from_slice(self.take(8)?);
         Ok(u64::from_le_bytes(word))
@@ -171,7 +186,7 @@ impl<'a> Reader<'a> {
 impl Frame {
     /// The frame's bytes, head included.
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let mut body = Writer::default();
+        let mut body = Writer::new(0);
         let kind = match self {
             Self::Goodbye { completed, panicking } => {
                 body.u64(*completed).u8(u8::from(*panicking));
@@ -189,10 +204,6 @@ impl Frame {
                 body.u64(*index).record(record);
                 4
             }
-            Self::Message { index, bytes } => {
-                body.u64(*index).0.extend_from_slice(bytes);
-                5
-            }
             Self::Heartbeat { taken_in, last } => {
                 body.u64(*taken_in).last(last.as_ref());
                 6
@@ -201,15 +212,9 @@ impl Frame {
                 body.u64(*index).record(record);
                 7
             }
+            Self::Waits => 8,
         };
-        let length = u32::try_from(body.0.len()).unwrap_or(u32::MAX);
-        let mut frame = Vec::with_capacity(FRAME_HEAD_BYTES + body.0.len());
-        for word in [head_check(kind, length) << 8 | u32::from(kind), length, checksum::of(&body.0)]
-        {
-            frame.extend_from_slice(&word.to_le_bytes());
-        }
-        frame.append(&mut body.0);
-        frame
+        body.frame(kind)
     }
 
     /// Whether it is sent again when the connection is lost before it has come.
@@ -224,13 +229,9 @@ impl Frame {
             2 => Self::Failed(decode_error(&mut body)?),
             3 => Self::Region { id: body.u64()?, bytes: body.u64()? },
             4 => Self::Ready { index: body.u64()?, record: body.record()? },
-            5 => {
-                let index = body.u64()?;
-                let rest = body.0.len();
-                Self::Message { index, bytes: body.take(rest)?.to_vec() }
-            }
             6 => Self::Heartbeat { taken_in: body.u64()?, last: body.last()? },
             7 => Self::Announced { index: body.u64()?, record: body.record()? },
+            8 => Self::Waits,
             _ => return Err(Malformed),
         };
         body.end()?;
@@ -354,6 +355,7 @@ fn decode_error(body: &mut Reader<'_>) -> Result<Error, Malformed> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::part::Part;
     use crate::dtype::DType;
     use crate::fingerprint::Op;
 
@@ -444,7 +446,7 @@ mod tests {
             for at in 0..body.len() {
                 let mut flipped = body.to_vec();
                 flipped[at] ^= 0xff;
-                for kind in 0..8 {
+                for kind in 0..9 {
                     drop(Frame::decode(kind, &flipped));
                 }
             }
@@ -453,7 +455,8 @@ mod tests {
 
     #[test]
     fn every_flipped_bit_of_a_frame_is_found() {
-        let message = Frame::Message { index: 3, bytes: vec![0x5a; 3000] };
+        let message = Part { index: 3, bytes: &[0x5a; 3000] };
+        assert_eq!(Part::decode(&message.encode()[FRAME_HEAD_BYTES..]), Ok(message));
         let mut frames = vec![message.encode(), Frame::Failed(errors().remove(0)).encode()];
         frames.push(Frame::Heartbeat { taken_in: 7, last: Some(*record(8)) }.encode());
         let is_whole = |bytes: &[u8]| {

@@ -37,13 +37,13 @@ impl Group {
             InputBytes::CallMemory(_) => return Err(self.host_only(Op::Send)),
             InputBytes::Slice(bytes) => bytes,
         };
-        let call =
-            self.message::<T>(Op::Send, peer, bytes.len(), CallMemory::Private(bytes.to_vec()))?;
+        let call = self.message::<T>(Op::Send, peer, bytes.len(), CallMemory::Nothing)?;
         if let Some(lane) = self.transport.lane(false) {
+            call.lock().memory = CallMemory::Private(bytes.to_vec());
             lane.submit(Arc::clone(&call), Check::None);
             return Ok(Work::new(self.core(), call, None).on(Some(lane)));
         }
-        point::start_send(&self.core.peers, peer, Arc::clone(&call))?;
+        point::start_send(&self.core.peers, peer, Arc::clone(&call), bytes)?;
         Ok(Work::message(self.core(), call, None, peer))
     }
 
@@ -83,9 +83,9 @@ impl Group {
         output: Option<WorkOutput<'b>>,
         peer: usize,
     ) -> Result<Work<'b>> {
-        let memory = CallMemory::Private(vec![0; byte_len]);
-        let call = self.message::<T>(Op::Receive, peer, byte_len, memory)?;
+        let call = self.message::<T>(Op::Receive, peer, byte_len, CallMemory::Nothing)?;
         if let Some(lane) = self.transport.lane(false) {
+            call.lock().memory = CallMemory::Private(vec![0; byte_len]);
             lane.submit(Arc::clone(&call), Check::None);
             return Ok(Work::new(self.core(), call, output).on(Some(lane)));
         }

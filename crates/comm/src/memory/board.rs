@@ -17,11 +17,10 @@
 #![expect(unsafe_code, reason = "typed views of shared memory")]
 
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::atomic::{fence, AtomicU32, AtomicU64, Ordering};
-
-use rustix::thread::futex;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::mapping::{self, Mapping};
+use super::signal::Signal;
 use crate::fingerprint::{CallRecord, RECORD_BYTES};
 
 /// Collectives that may be under way before a start has to queue.
@@ -167,49 +166,23 @@ impl Board {
         self.at(STAGING_AT)
     }
 
+    fn signal(&self) -> Signal<'_> {
+        Signal { events: self.half_word(EVENTS_AT), waiters: self.half_word(WAITERS_AT) }
+    }
+
+    /// As [`Signal::announce_lazily`]. Owner only.
+    pub(crate) fn announce_lazily(&self, word: &AtomicU64, value: u64) {
+        self.signal().announce_lazily(word, value);
+    }
+
     /// Stores `value` and wakes those who sleep on this board. Owner only.
     pub(crate) fn announce(&self, word: &AtomicU64, value: u64) {
-        word.store(value, Ordering::Release);
-        // Dekker's pattern with `sleep`: either we see the waiter or it sees the value.
-        fence(Ordering::SeqCst);
-        if self.half_word(WAITERS_AT).load(Ordering::Relaxed) != 0 {
-            self.wake();
-        }
-    }
-
-    /// As [`Board::announce`] without the fence: who goes to sleep at this moment is not woken.
-    pub(crate) fn announce_lazily(&self, word: &AtomicU64, value: u64) {
-        word.store(value, Ordering::Release);
-        if self.half_word(WAITERS_AT).load(Ordering::Relaxed) != 0 {
-            self.wake();
-        }
-    }
-
-    /// Wakes everybody who sleeps on this board.
-    pub(crate) fn wake(&self) {
-        let events = self.half_word(EVENTS_AT);
-        events.fetch_add(1, Ordering::SeqCst);
-        if let Err(error) = futex::wake(events, futex::Flags::empty(), i32::MAX as u32) {
-            tracing::warn!(%error, "futex wake failed");
-        }
+        self.signal().announce(word, value);
     }
 
     /// Sleeps until the owner announces something, at most `limit`, unless `word` has reached
     /// `at_least` already. May return early.
     pub(crate) fn sleep(&self, word: &AtomicU64, at_least: u64, limit: std::time::Duration) {
-        let waiters = self.half_word(WAITERS_AT);
-        let events = self.half_word(EVENTS_AT);
-        waiters.fetch_add(1, Ordering::SeqCst);
-        let seen = events.load(Ordering::SeqCst);
-        fence(Ordering::SeqCst);
-        if word.load(Ordering::Acquire) < at_least {
-            let timeout = futex::Timespec {
-                tv_sec: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
-                tv_nsec: limit.subsec_nanos().into(),
-            };
-            // A time-out, a signal or a changed word all mean: look again.
-            futex::wait(events, futex::Flags::empty(), seen, Some(&timeout)).ok();
-        }
-        waiters.fetch_sub(1, Ordering::SeqCst);
+        self.signal().sleep(word, at_least, limit);
     }
 }

@@ -7,5 +7,7 @@
 //! | `board` | the page that a rank owns and all ranks of its machine map |
 
 pub(crate) mod board;
+pub(crate) mod channel;
 pub(crate) mod mapping;
 pub(crate) mod region;
+pub(crate) mod signal;

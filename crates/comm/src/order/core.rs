@@ -82,8 +82,7 @@ impl Core {
     ) -> Self {
         let rank = peers.rank;
         let locals = topology.locals(rank);
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let crowded = locals.len() > cores;
+        let crowded = peers.is_crowded;
         let patience = waiting::patience(crowded);
         let spins = waiting::spins(crowded);
         Self {

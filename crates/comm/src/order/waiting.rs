@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 /// The longest sleep between two looks at whether the peers live.
 pub(crate) const SLEEP_MAX: Duration = Duration::from_millis(10);
 /// The first such sleep.
-const SLEEP_FIRST: Duration = Duration::from_micros(500);
+pub(crate) const SLEEP_FIRST: Duration = Duration::from_micros(500);
 /// A little more than a futex wake-up takes, so that a peer that is about to come is met awake.
 const PATIENCE: Duration = Duration::from_micros(50);
 /// With more ranks than cores, watching keeps the peer that is waited for from running: each look
@@ -34,6 +34,31 @@ pub(crate) const fn spins(crowded: bool) -> u32 {
     } else {
         SPINS_BETWEEN_LOOKS
     }
+}
+
+/// Watches for as long as the patience, from `start` on, before somebody sleeps: whether it came.
+pub(crate) fn watch(
+    start: Instant,
+    patience: Duration,
+    spins: u32,
+    reached: impl Fn() -> bool,
+) -> bool {
+    while start.elapsed() < patience {
+        for _ in 0..spins {
+            std::hint::spin_loop();
+            if reached() {
+                return true;
+            }
+        }
+        if spins == 0 {
+            // Whoever is waited for may have no core: it gets this one.
+            std::thread::yield_now();
+            if reached() {
+                return true;
+            }
+        }
+    }
+    false
 }
 
 impl Core {
@@ -73,20 +98,8 @@ impl Core {
     ) -> Result<()> {
         let reached = || word.load(Ordering::Acquire) >= at_least;
         let start = Instant::now();
-        while start.elapsed() < self.patience {
-            for _ in 0..self.spins {
-                std::hint::spin_loop();
-                if reached() {
-                    return Ok(());
-                }
-            }
-            if self.spins == 0 {
-                // Whoever is waited for may have no core: it gets this one.
-                std::thread::yield_now();
-                if reached() {
-                    return Ok(());
-                }
-            }
+        if watch(start, self.patience, self.spins, reached) {
+            return Ok(());
         }
         let deadline = deadline.unwrap_or(start + call.timeout);
         self.sleep_word(call, deadline, peer, word, at_least)

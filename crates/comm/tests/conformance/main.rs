@@ -24,6 +24,7 @@ mod gpu_permutations;
 mod gpu_settings;
 mod launched;
 mod matrix;
+mod messages;
 mod misuse;
 mod mpi_bootstrap;
 mod mpi_faults;
@@ -44,7 +45,7 @@ use phalanx_comm::Group;
 /// What a rank checks with a group of its own.
 type Check = fn(Group);
 
-const CHECKS: [(&str, Check); 20] = [
+const CHECKS: [(&str, Check); 24] = [
     ("reductions of every type", matrix::every_type),
     ("near the oracle", matrix::near_the_oracle),
     ("movement", matrix::movement),
@@ -56,6 +57,10 @@ const CHECKS: [(&str, Check); 20] = [
     ("gathers after sums", order::gathers_after_sums),
     ("starts at once", order::starts_at_once),
     ("messages beside collectives", order::messages_beside_collectives),
+    ("more messages than there is room for", messages::more_than_there_is_room_for),
+    ("messages to everybody", messages::everybody_to_everybody),
+    ("taken in elsewhere", messages::taken_in_elsewhere),
+    ("messages let go", messages::let_go),
     ("parts", matrix::parts),
     ("sequences", sequences::fixed_sequences),
     ("all differ", misuse::all_differ),

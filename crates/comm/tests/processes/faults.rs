@@ -20,7 +20,13 @@ pub(crate) fn rank(role: &str) {
     match role {
         "killed in large all-reduces" => work_forever(&mut group, 4 << 20),
         "killed in small all-reduces" => work_forever(&mut group, 16),
-        "killed while the others wait" if victim => idle(),
+        "killed in large messages" => message_forever(&mut group, 5 << 20),
+        "killed in small messages" => message_forever(&mut group, 100),
+        "killed while the others wait" | "killed while the others send" if victim => idle(),
+        "killed while the others send" => {
+            let sent = group.tagged("weights").send(&vec![1_u8; 50 << 20], 1);
+            report(sent.and_then(Work::wait).expect_err("nobody receives this"));
+        }
         "leaves early" if victim => {}
         "sums and forgets" => sum_and_forget(group),
         "starts alone" => start_alone(group),
@@ -121,6 +127,26 @@ fn work_forever(group: &mut Group, len: usize) {
     }
 }
 
+/// Messages go round the ranks.
+fn message_forever(group: &mut Group, len: usize) {
+    let (rank, ranks) = (group.rank(), group.world_size());
+    let (mine, mut theirs) = (vec![1_u8; len], vec![0; len]);
+    let mut round = || {
+        let arriving = group.receive_bytes(len, (rank + ranks - 1) % ranks)?;
+        let sent = group.send(&mine, (rank + 1) % ranks)?;
+        arriving.wait_into(&mut theirs)?;
+        sent.wait()
+    };
+    for step in 0..u64::MAX {
+        if let Err(error) = round() {
+            return report(error);
+        }
+        if step == 20 {
+            println!("under way");
+        }
+    }
+}
+
 /// The survivors blame rank 1, with its process.
 pub(crate) fn blamed(ended: &[Ended], pid: u32, what: &str) {
     for (rank, ended) in ended.iter().enumerate().filter(|(rank, _)| *rank != 1) {
@@ -183,6 +209,15 @@ fn kill_9_during_small_collectives() {
 #[test]
 fn kill_9_of_a_rank_that_the_others_wait_for() {
     killed("killed while the others wait", "auto", "idle", 1);
+}
+
+#[test]
+fn kill_9_during_messages() {
+    for link in ["auto", "tcp"] {
+        killed("killed in large messages", link, "under way", 0);
+        killed("killed in small messages", link, "under way", 0);
+        killed("killed while the others send", link, "idle", 1);
+    }
 }
 
 /// Rank 1 ends by itself; how long until the last survivor's error.

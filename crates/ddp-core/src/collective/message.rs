@@ -74,8 +74,7 @@ impl Receiving {
         let Self { mut tensor, message } = self;
         match message {
             Landing::OnHost(arriving) => {
-                let bytes = arriving.wait()?;
-                dense_bytes_mut("a message", &mut tensor)?.copy_from_slice(&bytes);
+                arriving.wait_into(dense_bytes_mut("a message", &mut tensor)?)?;
             }
             Landing::OnDevice(work, held) => {
                 work.wait()?;
