@@ -23,6 +23,10 @@ use crate::order::waiting;
 /// A message travels in parts of this size.
 const PART_BYTES: usize = 1 << 18;
 
+/// How long to watch for a message before sleeping: about what a wake-up takes. The core that it takes may be the one on which the peer is to
+/// write it, also where there are as many cores as ranks, if other programs have them.
+const PATIENCE: Duration = Duration::from_micros(20);
+
 /// An open call of one side.
 #[derive(Debug)]
 struct Open {
@@ -103,9 +107,8 @@ impl Points {
 
     /// Watches for as long as a thread does that is about to sleep: whether it came.
     pub(super) fn watch(&self, reached: impl Fn() -> bool) -> bool {
-        let (patience, spins) =
-            (waiting::patience(self.is_crowded), waiting::spins(self.is_crowded));
-        reached() || waiting::watch(Instant::now(), patience, spins, reached)
+        let (spins, is_alone) = (waiting::spins(false), !self.is_crowded);
+        reached() || is_alone && waiting::watch(Instant::now(), PATIENCE, spins, reached)
     }
 
     /// The number of the next message to (or from) `peer`.
