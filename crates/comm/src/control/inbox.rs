@@ -24,8 +24,8 @@ use crate::order::waiting;
 struct Expected {
     index: u64,
     call: Arc<Call>,
-    filled: usize,
-    begun: bool,
+    /// How much of it is here; none: it has not begun to come.
+    filled: Option<usize>,
     /// Who waits for it has memory for it: nobody else takes it in.
     is_claimed: bool,
 }
@@ -84,27 +84,27 @@ impl Inbox {
         let published = channel.published().load(Ordering::Acquire);
         while self.consumed < published {
             let is_wanted = || self.consumed < channel.wanted().load(Ordering::Acquire);
-            let waits = taker.as_ref().is_some_and(|taker| !taker.call.is_done());
+            let waits = taker.as_ref().is_some_and(|own| !own.call.is_done());
             if !waits && !is_wanted() {
                 break;
             }
             let Some(front) = self.expected.front_mut() else { break };
-            let own = taker.as_mut().filter(|taker| Arc::ptr_eq(taker.call, &front.call));
+            let own = taker.as_mut().filter(|own| Arc::ptr_eq(own.call, &front.call));
             if front.is_claimed && own.is_none() {
                 break;
             }
             let piece = channel.piece(self.consumed).ok_or_else(|| senseless(peers, peer))?;
-            if !front.begun {
+            if front.filled.is_none() {
                 front.compare(peers, peer, channel.record(self.consumed))?;
             }
-            let into = own.and_then(|taker| taker.into.as_deref_mut());
+            let into = own.and_then(|own| own.into.as_deref_mut());
             front.take(&channel, &piece, into).ok_or_else(|| senseless(peers, peer))?;
             self.consumed += 1;
             channel.freed().announce(channel.consumed(), self.consumed);
             if !piece.is_last {
                 continue;
             }
-            if front.filled != front.call.segment {
+            if front.filled != Some(front.call.segment) {
                 return Err(senseless(peers, peer));
             }
             if let Some(whole) = self.expected.pop_front() {
@@ -160,7 +160,8 @@ impl Expected {
 
     /// Copies a piece to `into`, or where there is none, or the message was begun without, to memory of the call. `None` if it does not fit.
     fn take(&mut self, channel: &Channel, piece: &Piece, into: Option<&mut [u8]>) -> Option<()> {
-        let range = self.filled..self.filled + piece.bytes;
+        let start = self.filled.unwrap_or(0);
+        let range = start..start + piece.bytes;
         if piece.index != self.index {
             return None;
         }
@@ -174,8 +175,7 @@ impl Expected {
                 *memory = CallMemory::Private(bytes);
             }
         }
-        self.filled += piece.bytes;
-        self.begun = true;
+        self.filled = Some(start + piece.bytes);
         Some(())
     }
 }
@@ -190,7 +190,7 @@ fn senseless(peers: &Peers, peer: usize) -> Error {
 /// Asks for a message.
 pub(super) fn start(peers: &Peers, peer: usize, call: Arc<Call>) -> Result<()> {
     let index = peers.points.next(peer, false);
-    let expected = Expected { index, call, filled: 0, begun: false, is_claimed: false };
+    let expected = Expected { index, call, filled: None, is_claimed: false };
     let taken = {
         let mut inbox = lock(peers.points.inbox(peer));
         inbox.expected.push_back(expected);

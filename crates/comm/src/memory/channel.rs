@@ -85,7 +85,7 @@ impl Channel {
 
     fn signal(&self, offset: usize) -> Signal<'_> {
         // SAFETY: as for word, with multiples of 4.
-        let half_word = |offset| unsafe { AtomicU32::from_ptr(self.at(offset).cast()) };
+        let half_word = |at| unsafe { AtomicU32::from_ptr(self.at(at).cast()) };
         Signal { events: half_word(offset), waiters: half_word(offset + LINE) }
     }
 
