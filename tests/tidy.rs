@@ -29,6 +29,7 @@ const PURE: &[&str] = &[
     "crates/checkpoint/src/saver/phase.rs",
     "crates/checkpoint/src/shard.rs",
     "crates/comm/src/algorithm",
+    "crates/comm/src/control/intake.rs",
     "crates/comm/src/control/resume.rs",
     "crates/comm/src/checksum",
     "crates/comm/src/fingerprint.rs",

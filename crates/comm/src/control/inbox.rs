@@ -17,7 +17,7 @@ use crate::call::{Call, CallMemory};
 use crate::error::{Error, Result};
 use crate::fingerprint::CallRecord;
 use crate::memory::channel::{Channel, Piece};
-use crate::order::waiting;
+use crate::memory::patience;
 
 /// A message that was asked for and is not wholly here.
 #[derive(Debug)]
@@ -235,7 +235,7 @@ pub(super) fn wait(
     mut into: Option<&mut [u8]>,
 ) -> Result<()> {
     let deadline = call.started.unwrap_or_else(Instant::now) + call.timeout;
-    let mut limit = waiting::SLEEP_FIRST;
+    let mut limit = patience::SLEEP_FIRST;
     let mut is_late = false;
     loop {
         let has_departed = peers.has_departed(peer);
@@ -261,11 +261,11 @@ pub(super) fn wait(
                 is_late = true;
                 channel.told().sleep(channel.published(), needed, limit);
                 if is_there() {
-                    (is_late, limit) = (false, waiting::SLEEP_FIRST);
+                    (is_late, limit) = (false, patience::SLEEP_FIRST);
                 }
             }
             Next::Channel => {
-                let until = deadline.min(Instant::now() + waiting::SLEEP_MAX);
+                let until = deadline.min(Instant::now() + patience::SLEEP_MAX);
                 if let Some((fd, _)) = peers.take_parcel(peer, CHANNEL_ID, until)? {
                     let opened = lock(peers.points.inbox(peer)).open(peers, &fd);
                     opened.map_err(|error| peers.fail(error))?;
@@ -273,7 +273,7 @@ pub(super) fn wait(
             }
             Next::Other | Next::Ended(_) => peers.points.sleep(limit),
         }
-        limit = (limit * 2).min(waiting::SLEEP_MAX);
+        limit = (limit * 2).min(patience::SLEEP_MAX);
     }
     if let (Some(into), CallMemory::Private(bytes)) = (into, &call.lock().memory) {
         into.copy_from_slice(bytes);

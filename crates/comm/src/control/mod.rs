@@ -6,7 +6,7 @@
 //! |---|---|
 //! | `card`, `mesh`, `callers` | connects the ranks, once |
 //! | `connection`, `wire` | a control connection, and the frames on it |
-//! | `monitor`, `liveness` | the thread that reads them all; who has been silent |
+//! | `monitor`, `intake`, `liveness` | the thread that reads them all, and what it has read; who has been silent |
 //! | `peers`, `absent`, `reminder` | what is known of the ranks; who is waited for, and what the log says of it |
 //! | `reconnect`, `resume` | control connections that come back |
 //! | `point`, `part` | `send` and `receive`; a message between machines |
@@ -17,6 +17,7 @@ mod callers;
 pub(crate) mod card;
 pub(crate) mod connection;
 mod inbox;
+mod intake;
 pub(crate) mod liveness;
 pub(crate) mod mesh;
 pub(crate) mod monitor;

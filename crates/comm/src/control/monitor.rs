@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 
 use super::connection::{Control, Received, ACKNOWLEDGE_BYTES};
+use super::intake::Intake;
 use super::liveness::{self, stat_fields, Silences};
 use super::part::Part;
 use super::peers::{Identity, Peers};
@@ -19,7 +20,6 @@ use super::reconnect::{redial, Door, Returned};
 use super::wire::{Damaged, Frame, FrameHead, FRAME_HEAD_BYTES};
 use crate::error::Error;
 
-const READ_BYTES: usize = 1 << 16;
 /// How soon an acknowledgement is tried again when another thread was writing.
 const OWED: Duration = Duration::from_millis(2);
 
@@ -28,7 +28,7 @@ const OWED: Duration = Duration::from_millis(2);
 struct Incoming {
     /// `None`: there is none, or it is lost.
     socket: Option<Arc<OwnedFd>>,
-    bytes: Vec<u8>,
+    intake: Intake,
     descriptors: std::collections::VecDeque<OwnedFd>,
     /// Frames taken in, but for heartbeats, and how many of their bytes the peer was not told of.
     taken_in: u64,
@@ -70,7 +70,6 @@ fn watch(peers: &Arc<Peers>, mut door: Door) {
         ..Incoming::default()
     };
     let mut incoming: Vec<Incoming> = peers.controls.iter().map(open).collect();
-    let mut scratch = vec![0; READ_BYTES];
     let mut silences = Silences::new(incoming.len(), peers.liveness);
     let mut last_look = Instant::now();
     beat(peers, &mut incoming);
@@ -88,7 +87,7 @@ fn watch(peers: &Arc<Peers>, mut door: Door) {
         };
         for peer in events.ready {
             silences.heard(peer);
-            take_in(peers, peer, &mut incoming[peer], &mut scratch);
+            take_in(peers, peer, &mut incoming[peer]);
         }
         for (control, theirs) in peers.controls.iter().zip(&mut incoming) {
             if let (Some(control), true, false) = (control, theirs.owes(), theirs.ended) {
@@ -208,14 +207,14 @@ fn bury(peers: &Peers, incoming: &[Incoming], silences: &Silences) {
     }
 }
 
-fn take_in(peers: &Arc<Peers>, peer: usize, incoming: &mut Incoming, scratch: &mut [u8]) {
+fn take_in(peers: &Arc<Peers>, peer: usize, incoming: &mut Incoming) {
     let (Some(control), Some(socket)) = (&peers.controls[peer], incoming.socket.clone()) else {
         return;
     };
     loop {
-        match Control::receive(socket.as_fd(), scratch) {
+        match Control::receive(socket.as_fd(), incoming.intake.space()) {
             Ok(Received::Bytes(bytes, descriptors)) => {
-                incoming.bytes.extend_from_slice(&scratch[..bytes]);
+                incoming.intake.came(bytes);
                 incoming.descriptors.extend(descriptors);
                 if let Err(unreadable) = take_frames(peers, peer, incoming) {
                     drop(peers.fail(unreadable.error(peers, peer)));
@@ -261,13 +260,14 @@ impl Unreadable {
 /// Handles the whole frames.
 fn take_frames(peers: &Peers, peer: usize, incoming: &mut Incoming) -> Result<(), Unreadable> {
     let mut at = 0;
-    while let Some(head) = incoming.bytes.get(at..).and_then(<[u8]>::first_chunk) {
+    let read = incoming.intake.bytes();
+    while let Some(head) = read.get(at..).and_then(<[u8]>::first_chunk) {
         let head = FrameHead::decode(*head).map_err(Unreadable::Damaged)?;
         if head.is_too_long() {
             return Err(Unreadable::Malformed);
         }
         let start = at + FRAME_HEAD_BYTES;
-        let Some(body) = incoming.bytes.get(start..start + head.body_bytes) else { break };
+        let Some(body) = read.get(start..start + head.body_bytes) else { break };
         head.check(body).map_err(Unreadable::Damaged)?;
         at = start + head.body_bytes;
         let frame_bytes = FRAME_HEAD_BYTES + head.body_bytes;
@@ -312,7 +312,7 @@ fn take_frames(peers: &Peers, peer: usize, incoming: &mut Incoming) -> Result<()
             Frame::Waits => point::awaited(peers, peer),
         }
     }
-    incoming.bytes.drain(..at);
+    incoming.intake.take(at);
     Ok(())
 }
 
@@ -366,7 +366,7 @@ fn lose(
     why: std::io::Error,
 ) {
     control.lose();
-    incoming.bytes.clear();
+    incoming.intake.clear();
     tracing::debug!(peer, error = %why, "the control connection is lost");
     incoming.lost = Some((Instant::now(), Arc::new(why)));
     if peer < peers.rank {
@@ -384,7 +384,7 @@ fn go_on(peers: &Arc<Peers>, incoming: &mut [Incoming], returned: Returned) {
     if theirs.ended {
         return;
     }
-    theirs.bytes.clear();
+    theirs.intake.clear();
     let watched = liveness::watch_connection(&socket, peers.liveness.dead_after);
     if control.resume(socket, taken_in).is_err() {
         let what = "it asks for messages that it has acknowledged or that were never sent";

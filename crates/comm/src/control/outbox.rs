@@ -16,7 +16,7 @@ use super::wire::Frame;
 use crate::call::{Call, CallMemory};
 use crate::error::{Error, Result};
 use crate::memory::channel::{Channel, Piece, CHANNEL_BYTES, PIECES, PIECE_BYTES};
-use crate::order::waiting;
+use crate::memory::patience;
 
 /// What the memory of a channel is called beside regions, whose numbers begin at 1 and are counted.
 pub(super) const CHANNEL_ID: u64 = u64::MAX;
@@ -212,7 +212,7 @@ fn feed(peers: &Peers, peer: usize) {
                 tracing::debug!(peer, "a peer could not be told that messages wait");
             }
         }
-        channel.freed().sleep(channel.consumed(), needed, waiting::SLEEP_MAX);
+        channel.freed().sleep(channel.consumed(), needed, patience::SLEEP_MAX);
     }
 }
 
@@ -226,7 +226,7 @@ fn tell(peers: &Peers, peer: usize, channel: &Channel, pieces: u64) -> Result<()
 /// Waits until the receiver has the message.
 pub(super) fn wait(peers: &Peers, peer: usize, call: &Arc<Call>) -> Result<()> {
     let deadline = call.started.unwrap_or_else(Instant::now) + call.timeout;
-    let mut limit = waiting::SLEEP_FIRST;
+    let mut limit = patience::SLEEP_FIRST;
     let mut is_told = false;
     loop {
         let has_departed = peers.has_departed(peer);
@@ -248,6 +248,6 @@ pub(super) fn wait(peers: &Peers, peer: usize, call: &Arc<Call>) -> Result<()> {
             tell(peers, peer, &channel, end).map_err(|error| peers.fail(error))?;
         }
         channel.freed().sleep(channel.consumed(), end, limit);
-        limit = (limit * 2).min(waiting::SLEEP_MAX);
+        limit = (limit * 2).min(patience::SLEEP_MAX);
     }
 }

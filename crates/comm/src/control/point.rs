@@ -18,7 +18,7 @@ use super::wire::Frame;
 use crate::call::{Call, CallMemory};
 use crate::error::{Error, Result};
 use crate::fingerprint::{CallRecord, Op};
-use crate::order::waiting;
+use crate::memory::patience;
 
 /// A message travels in parts of this size.
 const PART_BYTES: usize = 1 << 18;
@@ -107,8 +107,8 @@ impl Points {
 
     /// Watches for as long as a thread does that is about to sleep: whether it came.
     pub(super) fn watch(&self, reached: impl Fn() -> bool) -> bool {
-        let (spins, is_alone) = (waiting::spins(false), !self.is_crowded);
-        reached() || is_alone && waiting::watch(Instant::now(), PATIENCE, spins, reached)
+        let (spins, is_alone) = (patience::spins(false), !self.is_crowded);
+        reached() || is_alone && patience::watch(Instant::now(), PATIENCE, spins, reached)
     }
 
     /// The number of the next message to (or from) `peer`.

@@ -194,19 +194,20 @@ mod tests {
             root: Some(1),
             tag: "x".to_owned(),
         };
-        // Round the heads twice; the last area's last byte too.
-        for number in 0..2 * PIECES as u64 {
-            let bytes = if number % 2 == 0 { PIECE_BYTES } else { number as usize % 5 };
-            let area = PIECES - 1 - number as usize % PIECES;
-            let piece = Piece { index: number / 2, area, bytes, is_last: number % 2 == 1 };
-            let first = (number % 2 == 0).then(|| record.encode());
-            ours.write(number, &piece, first.as_ref(), &vec![number as u8; bytes]);
+        // Round the heads twice, with whole pieces and short ones in turns; the last area's last byte too.
+        let fills = (0..=250_u8).cycle();
+        for (at, fill) in (0..2 * PIECES).zip(fills) {
+            let (is_first, number, area) = (at % 2 == 0, at as u64, PIECES - 1 - at % PIECES);
+            let bytes = if is_first { PIECE_BYTES } else { at % 5 };
+            let piece = Piece { index: number / 2, area, bytes, is_last: !is_first };
+            let first = is_first.then(|| record.encode());
+            ours.write(number, &piece, first.as_ref(), &vec![fill; bytes]);
             assert_eq!(theirs.published().load(Ordering::Acquire), number + 1);
             assert_eq!(theirs.piece(number), Some(piece));
             let mut into = vec![0; bytes];
             theirs.read(&piece, &mut into);
-            assert!(into.iter().all(|byte| *byte == number as u8));
-            if first.is_some() {
+            assert!(into.iter().all(|byte| *byte == fill));
+            if is_first {
                 assert_eq!(theirs.record(number), Some(record.clone()));
             }
         }

@@ -9,5 +9,6 @@
 pub(crate) mod board;
 pub(crate) mod channel;
 pub(crate) mod mapping;
+pub(crate) mod patience;
 pub(crate) mod region;
 pub(crate) mod signal;

@@ -11,7 +11,6 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::executor::Executor;
-use super::waiting;
 use crate::algorithm::topology::Topology;
 use crate::call::{Call, CallMemory};
 use crate::control::peers::Peers;
@@ -19,6 +18,7 @@ use crate::error::{guarded, Error, Result};
 use crate::fingerprint::CallRecord;
 use crate::memory::board::{Board, SlotHeader, SLOTS};
 use crate::memory::mapping::copy;
+use crate::memory::patience;
 
 /// A caller that waits so soon after starting has nothing else to do.
 const AT_ONCE: Duration = Duration::from_micros(40);
@@ -83,8 +83,8 @@ impl Core {
         let rank = peers.rank;
         let locals = topology.locals(rank);
         let crowded = peers.is_crowded;
-        let patience = waiting::patience(crowded);
-        let spins = waiting::spins(crowded);
+        let patience = patience::patience(crowded);
+        let spins = patience::spins(crowded);
         Self {
             peers,
             rank,
@@ -321,7 +321,7 @@ impl Core {
                     }
                     let doze = last_work.elapsed() < DOZE;
                     queue.progress = if doze { Progress::Awake } else { Progress::Asleep };
-                    let limit = if doze { waiting::SLEEP_MAX } else { Duration::from_secs(1) };
+                    let limit = if doze { patience::SLEEP_MAX } else { Duration::from_secs(1) };
                     let (guard, _) = self
                         .work_came
                         .wait_timeout(queue, limit)
@@ -379,7 +379,7 @@ impl Core {
                 queue.waiting += 1;
                 let (mut queue, _) = self
                     .work_done
-                    .wait_timeout(queue, waiting::SLEEP_MAX)
+                    .wait_timeout(queue, patience::SLEEP_MAX)
                     .unwrap_or_else(PoisonError::into_inner);
                 queue.waiting -= 1;
             }

@@ -16,4 +16,4 @@ pub(crate) mod exit;
 pub(crate) mod inline;
 pub(crate) mod links;
 pub(crate) mod setup;
-pub(crate) mod waiting;
+mod waiting;

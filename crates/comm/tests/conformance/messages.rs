@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use phalanx_comm::environment::HostLink;
 use phalanx_comm::testing::{run_ranks, run_ranks_with};
-use phalanx_comm::{Error, Group, GroupOptions, Work};
+use phalanx_comm::{Arriving, Error, Group, GroupOptions, Work};
 
 const LINKS: [HostLink; 2] = [HostLink::Auto, HostLink::Tcp];
 /// More of them than a channel has heads, and more bytes than it has memory.
@@ -169,7 +169,7 @@ pub(crate) fn let_go(mut group: Group) {
             for number in 0..6 {
                 drop(group.receive_bytes(length(number), 0).unwrap());
             }
-            assert_eq!(group.receive_bytes(3, 0).and_then(|one| one.wait()).unwrap(), [7; 3]);
+            assert_eq!(group.receive_bytes(3, 0).and_then(Arriving::wait).unwrap(), [7; 3]);
         }
         _ => {}
     }
@@ -216,7 +216,7 @@ fn memory_of_another_length_than_was_asked_for_is_refused() {
         let error = group.receive_bytes(4, 0).and_then(|one| one.wait_into(&mut [0; 5]));
         let error = error.unwrap_err();
         assert!(matches!(error, Error::LengthMismatch { expected: 4, actual: 5, .. }), "{error}");
-        assert_eq!(group.receive_bytes(4, 0).and_then(|one| one.wait()).unwrap(), [2; 4]);
+        assert_eq!(group.receive_bytes(4, 0).and_then(Arriving::wait).unwrap(), [2; 4]);
     });
 }
 

@@ -1,6 +1,7 @@
 //! A step's messages: receives that are asked for before they are needed, and sends that are waited for late.
 //!
-//! On the host a sender sends when the receiver has asked, so what is asked for early travels while both ranks compute. Over NCCL the messages of a group go one after the other,
+//! Inside a machine what is sent lies in shared memory until the receiver takes it. Between machines a sender sends when the receiver has asked, so what is asked for early travels
+//! while both ranks compute. Over NCCL the messages of a group go one after the other,
 //! and one that was asked for early would hold up those behind it: there the messages that stand between two computations go together, where the schedule has them.
 
 use std::collections::{BTreeMap, VecDeque};
