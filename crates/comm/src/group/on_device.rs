@@ -174,7 +174,7 @@ impl Group {
         if self.transport.gpu().is_none() {
             let what =
                 "the buffer is memory of a GPU, but the group has none: make the group with \
-                 Backend::Nccl, or with Backend::Mpi and GroupOptions::with_gpu_memory";
+                 Backend::Nccl, or with Backend::Mpi and GroupOptions::gpu_memory";
             return Err(self.argument(Error::DeviceMemory { op: op.name(), what }));
         }
         let lengths = (input.as_ref().map_or(0, Bytes::len) as u64, output.len() as u64);

@@ -90,11 +90,6 @@ impl CausalText {
         Ok(CausalText { windows, sequence_len, documents, end, columns, fingerprint })
     }
 
-    /// How many tokens a sample has.
-    pub fn sequence_len(&self) -> usize {
-        self.sequence_len
-    }
-
     /// Tells the documents of one sample apart.
     fn tell_apart(&self, row: &mut Rows<'_>) -> Result<()> {
         let [input_ids, labels, positions, documents] = row.columns_mut::<i64, 4>([0, 1, 2, 3])?;

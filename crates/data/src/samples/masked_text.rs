@@ -81,11 +81,6 @@ impl MaskedText {
         Ok(MaskedText { windows, masker, sequence_len, frame, columns, fingerprint })
     }
 
-    /// How many tokens a sample has.
-    pub fn sequence_len(&self) -> usize {
-        self.sequence_len
-    }
-
     /// The stream of tokens behind the samples.
     pub fn stream(&self) -> &dyn Tokens {
         self.windows.stream()

@@ -49,11 +49,6 @@ impl RawText {
         let windows = TokenWindows::new(stream, sequence_len, 0);
         Ok(RawText { windows, sequence_len, columns, fingerprint })
     }
-
-    /// How many tokens a sample has.
-    pub fn sequence_len(&self) -> usize {
-        self.sequence_len
-    }
 }
 
 impl Samples for RawText {

@@ -23,7 +23,7 @@ mod finite;
 pub(crate) mod inside;
 mod landing;
 pub(crate) mod notes;
-pub mod ready;
+mod ready;
 pub(crate) mod statistics;
 mod watch;
 mod witness;

@@ -17,17 +17,17 @@ use std::ops::Range;
 
 /// Elements in a block: what norms are summed over, and what a rank's segment is a multiple of. One page
 /// of f32.
-pub const BLOCK_LEN: usize = 1024;
+pub(crate) const BLOCK_LEN: usize = 1024;
 
 /// Elements that a parameter's start is a multiple of: the widest vector loop of libtorch's kernels, so
 /// that cutting at a start never changes which elements a kernel's scalar tail computes.
-pub const PARAMETER_ALIGNMENT_LEN: usize = 64;
+pub(crate) const PARAMETER_ALIGNMENT_LEN: usize = 64;
 
 /// Bytes after which a bucket closes (PyTorch's `bucket_cap_mb=25`).
-pub const BUCKET_BYTES_MAX: usize = 25 << 20;
+pub(crate) const BUCKET_BYTES_MAX: usize = 25 << 20;
 
 /// Bytes after which the first bucket closes: small, so that communication starts early.
-pub const FIRST_BUCKET_BYTES_MAX: usize = 1 << 20;
+pub(crate) const FIRST_BUCKET_BYTES_MAX: usize = 1 << 20;
 
 /// What the plan needs to know of a parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -177,7 +177,7 @@ impl Plan {
 impl Plan {
     /// Adds the buckets of parameters that came later, planned by themselves: they follow in storages of
     /// their own.
-    pub fn append(&mut self, later: Self) {
+    pub(crate) fn append(&mut self, later: Self) {
         let (parameters, storages) = (self.places.len(), self.storage_lens.len());
         let buckets = self.buckets.len();
         self.buckets.extend(later.buckets.into_iter().map(|bucket| Bucket {
@@ -195,7 +195,7 @@ impl Plan {
     }
 
     /// Turns the order of buckets around.
-    pub fn reverse(&mut self) {
+    pub(crate) fn reverse(&mut self) {
         self.buckets.reverse();
         self.storage_lens.reverse();
         let count = self.buckets.len();
@@ -215,7 +215,7 @@ impl Plan {
     /// If `order` names a parameter that the plan does not have: our bug.
     #[must_use]
     #[expect(clippy::cast_precision_loss, reason = "counts of elements are far below 2^53")]
-    pub fn lateness(&self, order: &[usize]) -> f64 {
+    pub(crate) fn lateness(&self, order: &[usize]) -> f64 {
         let mut ready_at = vec![0; self.places.len()];
         let mut elements = 0;
         for &index in order {
@@ -240,7 +240,7 @@ impl Plan {
 impl Bucket {
     /// The elements of the flat storage that `rank` reduces and, under ZeRO, owns.
     #[must_use]
-    pub fn segment(&self, rank: usize, world_size: usize) -> Range<usize> {
+    pub(crate) fn segment(&self, rank: usize, world_size: usize) -> Range<usize> {
         let len = self.range.len() / world_size;
         let start = self.range.start + rank * len;
         start..start + len
