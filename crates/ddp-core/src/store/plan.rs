@@ -44,7 +44,7 @@ pub struct Extent {
 
 /// Where a parameter lies.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct ParameterPlace {
     /// Which flat storage.
     pub storage: usize,
     /// Which bucket.
@@ -72,7 +72,7 @@ pub struct Plan {
     /// In launch order.
     pub buckets: Vec<Bucket>,
     /// By registration index.
-    pub places: Vec<Place>,
+    pub places: Vec<ParameterPlace>,
     /// Elements of each flat storage.
     pub storage_lens: Vec<usize>,
 }
@@ -112,7 +112,10 @@ impl Plan {
         assert!(!caps.bucket_bytes.is_empty(), "at least one cap");
         let mut plan = Self {
             buckets: Vec::new(),
-            places: vec![Place { storage: 0, bucket: usize::MAX, range: 0..0 }; extents.len()],
+            places: vec![
+                ParameterPlace { storage: 0, bucket: usize::MAX, range: 0..0 };
+                extents.len()
+            ],
             storage_lens: Vec::new(),
         };
         let mut open: BTreeMap<(usize, Option<usize>), Open> = BTreeMap::new();
@@ -164,7 +167,7 @@ impl Plan {
         for &index in &open.parameters {
             let range = end..end + extents[index].len;
             end = range.end.next_multiple_of(PARAMETER_ALIGNMENT_LEN);
-            self.places[index] = Place { storage, bucket: storage, range };
+            self.places[index] = ParameterPlace { storage, bucket: storage, range };
         }
         let len = end.max(1).next_multiple_of(world_size * BLOCK_LEN);
         let parameters = std::mem::take(&mut open.parameters);
@@ -186,7 +189,7 @@ impl Plan {
             range: bucket.range,
             parameters: bucket.parameters.into_iter().map(|index| index + parameters).collect(),
         }));
-        self.places.extend(later.places.into_iter().map(|place| Place {
+        self.places.extend(later.places.into_iter().map(|place| ParameterPlace {
             storage: place.storage + storages,
             bucket: place.bucket + buckets,
             range: place.range,
@@ -343,7 +346,8 @@ mod tests {
         let sizes = extents(&[7, 5000, 64, 1, 900]);
         let offsets = |world_size| {
             let plan = check(&sizes, &[2000], world_size);
-            let offset = |p: &Place| (p.bucket, p.range.start - plan.buckets[p.bucket].range.start);
+            let offset =
+                |p: &ParameterPlace| (p.bucket, p.range.start - plan.buckets[p.bucket].range.start);
             plan.places.iter().map(offset).collect::<Vec<_>>()
         };
         assert_eq!(offsets(1), offsets(4));
