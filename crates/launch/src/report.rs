@@ -86,7 +86,7 @@ impl Report {
     /// The exit code that says what happened: 0, the ranks' own code where it is one of the contract's (64, 65, 69, 74,
     /// 75, 124), 70 for any other failure of a rank, 128 + signal when the user ended the job.
     #[must_use]
-    pub(crate) fn code(&self) -> u8 {
+    pub fn code(&self) -> u8 {
         match (&self.failure, self.ended_by) {
             (Some(failure), _) => code_of(failure),
             (None, Some(signal)) => u8::try_from(128 + signal).unwrap_or(70),

@@ -130,7 +130,7 @@ impl Bucket<'_> {
 
     /// What this rank needs the mean of: elements of the bucket.
     #[must_use]
-    pub(crate) fn segment(&self) -> Range<usize> {
+    pub fn segment(&self) -> Range<usize> {
         if self.facts.everywhere {
             return 0..self.len();
         }

@@ -5,8 +5,8 @@
 //! when its bytes reach the cap; that of a unit when the unit is complete. Buckets are launched in the order in which their last parameter comes. Each has a
 //! flat storage of its own: memory that can be taken and given back by itself.
 //!
-//! Every parameter starts at a multiple of [`PARAMETER_ALIGNMENT_LEN`] elements, and every bucket's length
-//! is a multiple of `world_size ×` [`BLOCK_LEN`], so that each rank's segment is whole blocks. Where a
+//! Every parameter starts at a multiple of `PARAMETER_ALIGNMENT_LEN` elements, and every bucket's length
+//! is a multiple of `world_size ×` `BLOCK_LEN`, so that each rank's segment is whole blocks. Where a
 //! parameter lies inside its bucket does not depend on the world size; only the padding at the end does.
 //!
 //! Source: bucketing as `compute_bucket_assignment_by_size` of PyTorch's `reducer.cpp`; padding as

@@ -53,7 +53,7 @@ impl JobToken {
         Some(Self::from_bytes(bytes))
     }
 
-    /// The 64 hexadecimal digits that [`JobToken::from_hex`] reads.
+    /// As 64 hexadecimal digits.
     #[must_use]
     pub fn to_hex(&self) -> String {
         self.bytes.iter().map(|byte| format!("{byte:02x}")).collect()
