@@ -64,8 +64,11 @@ fn check(flags: &Flags) -> Result<ExitCode> {
         Cuda::NoDriver => bail!("there is no NVIDIA driver on this machine"),
         Cuda::NoLibtorchCuda { message } => bail!("libtorch's CUDA support: {message}"),
     }
-    let options =
-        GroupOptions::default().with_timeout(Duration::from_secs(60)).with_backend(Backend::Nccl);
+    let options = GroupOptions {
+        timeout: Duration::from_secs(60),
+        backend: Backend::Nccl,
+        ..GroupOptions::default()
+    };
     let mut group = Group::from_environment(options)?;
     let mut report = Report { shown: group.rank() == 0, failed: 0 };
     report.line(

@@ -44,20 +44,26 @@ fn a_field_of_another_type_is_named_by_its_path() {
 #[test]
 fn a_wrong_nccl_setting_is_named_before_any_rank_starts() {
     for (setting, parts) in [
-        (r#""debug": "LOUD""#, ["config.json: nccl.debug: ", "`VERSION`, `WARN`, `INFO`, `TRACE`"]),
-        (r#""p2p_level": "FAR""#, ["config.json: nccl.p2p_level: ", "`NVL`"]),
-        (r#""protocol": ["LL256"]"#, ["config.json: nccl.protocol: ", "LL, LL128, Simple"]),
-        (r#""ib_timeout": 32"#, ["config.json: nccl.ib_timeout: ", "between 1 and 31"]),
         (
-            r#""socket_interface": "=none0""#,
-            ["nccl.socket_interface: ", "no interface \"none0\"; it has: "],
+            r#""NCCL_DEBUG": "LOUD""#,
+            ["config.json: nccl.NCCL_DEBUG: ", "VERSION, WARN, INFO, TRACE"],
         ),
-        (r#""ib_adapters": "none_5""#, ["nccl.ib_adapters: ", "no InfiniBand adapter \"none_5\""]),
+        (r#""NCCL_P2P_LEVEL": "FAR""#, ["config.json: nccl.NCCL_P2P_LEVEL: ", "NVL"]),
+        (r#""NCCL_PROTO": "LL256""#, ["config.json: nccl.NCCL_PROTO: ", "LL, LL128, Simple"]),
+        (r#""NCCL_IB_TIMEOUT": "32""#, ["config.json: nccl.NCCL_IB_TIMEOUT: ", "between 1 and 31"]),
         (
-            r#""topology_file": "/none/topo.xml""#,
-            ["nccl.topology_file: ", "/none/topo.xml: No such"],
+            r#""NCCL_SOCKET_IFNAME": "=none0""#,
+            ["nccl.NCCL_SOCKET_IFNAME: ", "no interface \"none0\"; it has: "],
         ),
-        (r#""debug_file": "/none/nccl.%h""#, ["nccl.debug_file: ", "there is no folder /none"]),
+        (r#""NCCL_IB_HCA": "none_5""#, ["nccl.NCCL_IB_HCA: ", "no InfiniBand adapter \"none_5\""]),
+        (
+            r#""NCCL_TOPO_FILE": "/none/topo.xml""#,
+            ["nccl.NCCL_TOPO_FILE: ", "/none/topo.xml: No such"],
+        ),
+        (
+            r#""NCCL_DEBUG_FILE": "/none/nccl.%h""#,
+            ["nccl.NCCL_DEBUG_FILE: ", "there is no folder /none"],
+        ),
     ] {
         let config = format!(r#"{{"ddp": {{"backend": "nccl"}}, "nccl": {{{setting}}}}}"#);
         let ended = with_config(&config);
@@ -75,7 +81,7 @@ fn nccl_settings_for_other_machines_do_not_disturb_the_host_backend() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let text = fs::read_to_string(TINY).expect("the tiny configuration");
     let mut config: serde_json::Value = serde_json::from_str(&text).expect("JSON");
-    config["nccl"] = serde_json::json!({ "socket_interface": "=none0", "ib_adapters": "none_5" });
+    config["nccl"] = serde_json::json!({ "NCCL_SOCKET_IFNAME": "=none0", "NCCL_IB_HCA": "none_5" });
     fs::write(folder.path().join("config.json"), config.to_string()).expect("written");
     let arguments = ["--config", "{folder}/config.json", "--backend", "host", "--nnodes", "2"];
     let more = ["--steps", "1", "--output", "{folder}/output"];

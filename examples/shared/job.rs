@@ -22,7 +22,7 @@ pub(crate) fn log_to_stderr() {
 }
 
 /// What NCCL will see.
-pub(crate) type Nccl = Result<Vec<(&'static str, String, bool)>, NcclSettingError>;
+pub(crate) type Nccl = Result<Vec<(String, String, bool)>, NcclSettingError>;
 
 /// Where NCCL may be used. Once, while this process has one thread.
 pub(crate) fn apply_nccl(config: &Config) -> Option<Nccl> {
@@ -68,9 +68,12 @@ pub(crate) fn use_threads(threads: usize) {
 pub(crate) fn times(config: &Config) -> GroupOptions {
     let dead_after = Duration::from_secs_f64(config.ddp.dead_after_s);
     // Ten heartbeats, as by default.
-    GroupOptions::default()
-        .with_timeout(Duration::from_secs(config.ddp.timeout_s))
-        .with_heartbeat(dead_after / 10, dead_after)
+    GroupOptions {
+        timeout: Duration::from_secs(config.ddp.timeout_s),
+        heartbeat: dead_after / 10,
+        dead_after,
+        ..GroupOptions::default()
+    }
 }
 
 /// Meets the other ranks, over the backend that the configuration names.
@@ -79,13 +82,13 @@ pub(crate) fn join(config: &Config, cuda: &Cuda, root: bool) -> Result<Group> {
     let options = times(config);
     let options = match config.ddp.backend {
         Backend::Host => options,
-        Backend::Nccl => options.with_backend(CommBackend::Nccl),
+        Backend::Nccl => GroupOptions { backend: CommBackend::Nccl, ..options },
         // On a GPU where there is one that libtorch can use.
         Backend::Mpi if matches!(cuda, Cuda::Available { device_count: 1.. }) => {
-            options.with_backend(CommBackend::Mpi).with_gpu_memory()
+            GroupOptions { backend: CommBackend::Mpi, gpu_memory: true, ..options }
         }
-        Backend::Mpi => options.with_backend(CommBackend::Mpi),
-        Backend::Auto => options.with_backend(CommBackend::Auto),
+        Backend::Mpi => GroupOptions { backend: CommBackend::Mpi, ..options },
+        Backend::Auto => GroupOptions { backend: CommBackend::Auto, ..options },
     };
     // libtorch's half of CUDA: without it the group must not choose the GPU.
     let trouble = match cuda {
@@ -100,7 +103,9 @@ pub(crate) fn join(config: &Config, cuda: &Cuda, root: bool) -> Result<Group> {
     };
     let options = match (config.ddp.backend, &trouble) {
         // All ranks hear it.
-        (Backend::Auto | Backend::Nccl, Some(trouble)) => options.with_gpu_trouble(trouble),
+        (Backend::Auto | Backend::Nccl, Some(trouble)) => {
+            GroupOptions { gpu_trouble: Some(trouble.into()), ..options }
+        }
         _ => options,
     };
     let group = Group::from_environment(options)?;

@@ -71,12 +71,12 @@ impl Dtype {
     }
 
     /// Whether elements are floating-point numbers: those that a conversion of weights may change.
-    pub const fn is_float(self) -> bool {
+    pub(crate) const fn is_float(self) -> bool {
         matches!(self, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16)
     }
 
     /// The type of a name in a safetensors header.
-    pub fn from_name(name: &str) -> Option<Dtype> {
+    pub(crate) fn from_name(name: &str) -> Option<Dtype> {
         Self::ALL.into_iter().find(|dtype| dtype.name() == name)
     }
 }

@@ -56,7 +56,7 @@ impl Extent {
     }
 
     /// Whether it is all of a tensor of this shape.
-    pub fn is_whole(&self, shape: &[u64]) -> bool {
+    pub(crate) fn is_whole(&self, shape: &[u64]) -> bool {
         self.len == shape && self.start.iter().all(|&start| start == 0)
     }
 

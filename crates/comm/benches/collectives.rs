@@ -281,7 +281,7 @@ fn compile_mpi() -> Result<Option<String>> {
 
 /// One rank of ours.
 fn worker(arguments: &Arguments) -> Result<()> {
-    let options = GroupOptions::default().with_backend(arguments.backend);
+    let options = GroupOptions { backend: arguments.backend, ..GroupOptions::default() };
     let mut group = Group::from_environment(options)?;
     if arguments.backend == Backend::Mpi && group.world_size() == 2 {
         overlap::measure(&mut group)?;

@@ -142,30 +142,6 @@ impl<T: Element> Region<T> {
         // SAFETY: the range is inside the region; a copy also works where they overlap.
         unsafe { std::ptr::copy(elements.as_ptr(), to, elements.len()) };
     }
-
-    /// Its elements.
-    ///
-    /// # Safety
-    ///
-    /// While the slice lives nobody writes the region: no collective on it is under way on any rank
-    /// of this machine, and no other thread writes it. It is memory of the host.
-    #[must_use]
-    pub unsafe fn slice(&self) -> &[T] {
-        // SAFETY: base is page-aligned and valid for len elements; the rest is the caller's word.
-        unsafe { std::slice::from_raw_parts(self.as_ptr(), self.len) }
-    }
-
-    /// Its elements, to change.
-    ///
-    /// # Safety
-    ///
-    /// While the slice lives nobody else reads or writes the region, as for [`Region::slice`].
-    #[expect(clippy::mut_from_ref, reason = "shared memory; exclusiveness is the caller's word")]
-    #[must_use]
-    pub unsafe fn slice_mut(&self) -> &mut [T] {
-        // SAFETY: as for slice.
-        unsafe { std::slice::from_raw_parts_mut(self.as_ptr(), self.len) }
-    }
 }
 
 /// Part of a [`Region`], for a collective to work on in place. Owns a share of the region.
@@ -178,20 +154,6 @@ pub struct RegionRange<T: Element> {
 impl<T: Element> Clone for RegionRange<T> {
     fn clone(&self) -> Self {
         Self { region: self.region.clone(), range: self.range.clone() }
-    }
-}
-
-impl<T: Element> RegionRange<T> {
-    /// Elements.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.range.len()
-    }
-
-    /// Whether it has no elements.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.range.is_empty()
     }
 }
 

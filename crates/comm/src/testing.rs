@@ -22,7 +22,12 @@ pub fn run_ranks<T: Send + 'static>(
     world_size: usize,
     rank: impl Fn(Group) -> T + Send + Sync + 'static,
 ) -> Vec<T> {
-    run_ranks_with(world_size, HostLink::Auto, GroupOptions::default().with_timeout(TIMEOUT), rank)
+    run_ranks_with(
+        world_size,
+        HostLink::Auto,
+        GroupOptions { timeout: TIMEOUT, ..GroupOptions::default() },
+        rank,
+    )
 }
 
 /// As [`run_ranks`], over another link or with other options.
@@ -36,7 +41,7 @@ pub fn run_ranks_with<T: Send + 'static>(
     options: GroupOptions,
     rank: impl Fn(Group) -> T + Send + Sync + 'static,
 ) -> Vec<T> {
-    let options = options.with_host_link(link);
+    let options = GroupOptions { host_link: Some(link), ..options };
     let worlds = (0..world_size).map(|number| World::threads(number, world_size));
     run_worlds(worlds.collect(), &options, rank)
 }
@@ -61,7 +66,7 @@ pub fn run_ranks_on<T: Send + 'static>(
         }
     };
     let worlds = nodes.iter().enumerate().map(world).collect();
-    run_worlds(worlds, &GroupOptions::default().with_timeout(TIMEOUT), rank)
+    run_worlds(worlds, &GroupOptions { timeout: TIMEOUT, ..GroupOptions::default() }, rank)
 }
 
 /// Runs `rank` once in each of the worlds, on a thread for each.

@@ -156,7 +156,8 @@ fn long_wait(mut group: Group, link: &str) {
 fn whoever_waits_long_for_a_rank_that_lives_says_so_again_and_again_and_goes_on() {
     listen();
     for (link, name) in [(HostLink::Shm, "memory"), (HostLink::Tcp, "sockets")] {
-        let options = GroupOptions::default().with_reminders(Duration::from_millis(10));
+        let options =
+            GroupOptions { remind_after: Duration::from_millis(10), ..GroupOptions::default() };
         run_ranks_with(2, link, options, move |group| long_wait(group, name));
         let said = lines(&["rank 0 has waited", &format!("sum over {name} of 8")]);
         let last = format!("whose last call was barrier #0 \"before {name}\"");

@@ -490,7 +490,7 @@ fn check_devices(model: &Model, group: &Group) -> Result<()> {
                 }
                 None => format!(
                     "Device::Cpu, where the group's backend `{}` works (GPUs need a group with \
-                     Backend::Nccl, or with Backend::Mpi and GroupOptions::with_gpu_memory)",
+                     Backend::Nccl, or with Backend::Mpi and GroupOptions::gpu_memory)",
                     group.backend()
                 ),
             },

@@ -45,7 +45,6 @@ pub use optim::{
 };
 pub use options::{Buffers, DdpOptions, NonFinite, SparseGradients, Sync, Zero};
 pub use part::ModelPart;
-pub use reduce::ready;
 pub use reduce::statistics::{Phase, RankTimes, Statistics, Straggler};
 pub use store::plan;
 pub use store::Memory;

@@ -134,7 +134,7 @@ impl LaunchArgs {
 
     /// The flags alone, as [`LaunchOptions`].
     #[must_use]
-    pub fn options(&self) -> LaunchOptions {
+    pub(crate) fn options(&self) -> LaunchOptions {
         LaunchOptions {
             nnodes: self.nnodes.map_or(1, |count| count.max),
             nnodes_min: self.nnodes.and_then(|count| count.min),

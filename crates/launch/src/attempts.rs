@@ -11,7 +11,7 @@ use phalanx_rendezvous::{Credentials, StoreServer};
 use crate::error::LaunchError;
 use crate::logs::Logs;
 use crate::options::LaunchOptions;
-use crate::plan::{Job, Plan};
+use crate::plan::{Job, LaunchPlan};
 use crate::report::{Failure, Report};
 use crate::restart::{Decision, GiveUp};
 use crate::run::host_store;
@@ -25,7 +25,7 @@ pub(crate) struct Attempts<'a> {
     pub(crate) options: &'a LaunchOptions,
     pub(crate) program: &'a Path,
     pub(crate) args: &'a [OsString],
-    pub(crate) plan: Plan,
+    pub(crate) plan: LaunchPlan,
     /// How many ranks each node starts.
     pub(crate) ranks_of_nodes: Vec<usize>,
     pub(crate) job: Job,

@@ -11,7 +11,7 @@ use phalanx_rendezvous::{join, Credentials, RendezvousError, Store, StoreClient,
 
 use crate::error::{system, LaunchError};
 use crate::messenger::{Message, Messenger};
-use crate::plan::Plan;
+use crate::plan::LaunchPlan;
 use crate::rank::Rank;
 use crate::report::Failure;
 use crate::signals;
@@ -41,7 +41,7 @@ pub(crate) struct Nodes {
 impl Nodes {
     /// Meets the other launchers; returns how many ranks each node starts, too.
     pub(crate) fn meet(
-        plan: &Plan,
+        plan: &LaunchPlan,
         mine: usize,
         credentials: Credentials,
         deadline: Instant,

@@ -19,7 +19,7 @@ pub(crate) enum Nodes {
 
 /// What the options come to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Plan {
+pub(crate) struct LaunchPlan {
     pub(crate) nodes: Nodes,
     pub(crate) ranks_per_node: usize,
     /// Where the store is, or is to be; 0 for any free port.
@@ -28,7 +28,7 @@ pub(crate) struct Plan {
 
 /// A rank's place, and that of its node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Place {
+pub(crate) struct Assignment {
     pub(crate) rank: usize,
     pub(crate) local_rank: usize,
     pub(crate) local_world_size: usize,
@@ -37,7 +37,7 @@ pub(crate) struct Place {
     pub(crate) number_here: usize,
 }
 
-impl Plan {
+impl LaunchPlan {
     /// Checks the options against each other.
     pub(crate) fn new(options: &LaunchOptions) -> Result<Self, LaunchError> {
         for (option, value) in
@@ -124,7 +124,7 @@ impl Plan {
     }
 
     /// The ranks of this launcher, when node `n` starts `ranks_of_nodes[n]`.
-    pub(crate) fn places(&self, ranks_of_nodes: &[usize]) -> Vec<Place> {
+    pub(crate) fn places(&self, ranks_of_nodes: &[usize]) -> Vec<Assignment> {
         let mut first = 0;
         let mut places = Vec::new();
         for (node_rank, &local_world_size) in ranks_of_nodes.iter().enumerate() {
@@ -134,7 +134,7 @@ impl Plan {
             };
             if is_here {
                 let here = places.len();
-                places.extend((0..local_world_size).map(|local_rank| Place {
+                places.extend((0..local_world_size).map(|local_rank| Assignment {
                     rank: first + local_rank,
                     local_rank,
                     local_world_size,
@@ -176,7 +176,7 @@ pub(crate) struct Job {
 }
 
 /// The environment contract with `phalanx_rendezvous::environment`.
-pub(crate) fn environment(job: &Job, place: Place) -> Vec<(&'static str, String)> {
+pub(crate) fn environment(job: &Job, place: Assignment) -> Vec<(&'static str, String)> {
     let mut variables = vec![
         ("RANK", place.rank.to_string()),
         ("WORLD_SIZE", job.world_size.to_string()),
@@ -207,13 +207,13 @@ pub(crate) fn environment(job: &Job, place: Place) -> Vec<(&'static str, String)
 }
 
 /// Whether ranks have to share GPUs: only emulated nodes may. Pure.
-pub(crate) fn shares_gpus(plan: &Plan, gpu_count: usize) -> bool {
+pub(crate) fn shares_gpus(plan: &LaunchPlan, gpu_count: usize) -> bool {
     let is_emulated = matches!(plan.nodes, Nodes::Here { count } if count > 1);
     is_emulated && gpu_count > 0 && plan.ranks_here() > gpu_count
 }
 
 /// What the user is told where ranks share GPUs. Pure.
-pub(crate) fn sharing_notice(plan: &Plan, gpu_count: usize) -> String {
+pub(crate) fn sharing_notice(plan: &LaunchPlan, gpu_count: usize) -> String {
     let (ranks, plural) = (plan.ranks_here(), if gpu_count == 1 { "" } else { "s" });
     format!(
         "{ranks} ranks share {gpu_count} GPU{plural}: NCCL is set up to take each rank for a machine of its own \
@@ -253,11 +253,11 @@ mod tests {
 
     #[test]
     fn without_a_node_rank_all_nodes_are_here() {
-        let plan = Plan::new(&options(4, 2)).unwrap();
+        let plan = LaunchPlan::new(&options(4, 2)).unwrap();
         assert_eq!(plan.nodes, Nodes::Here { count: 4 });
         assert_eq!((plan.ranks_here(), plan.master_addr(), plan.master_port), (8, "127.0.0.1", 0));
         let places = plan.places(&[2; 4]);
-        let expected = |rank| Place {
+        let expected = |rank| Assignment {
             rank,
             local_rank: rank % 2,
             local_world_size: 2,
@@ -269,7 +269,7 @@ mod tests {
 
     #[test]
     fn real_nodes_may_be_uneven() {
-        let plan = Plan::new(&real(1)).unwrap();
+        let plan = LaunchPlan::new(&real(1)).unwrap();
         assert_eq!((plan.ranks_here(), plan.master_port), (2, DEFAULT_PORT));
         let places = plan.places(&[3, 2, 1]);
         let numbers = places.iter().map(|place| (place.rank, place.number_here));
@@ -280,12 +280,12 @@ mod tests {
     #[test]
     fn one_node_is_never_a_meeting_of_machines() {
         let one = LaunchOptions { nnodes: 1, node_rank: Some(0), ..real(0) };
-        assert_eq!(Plan::new(&one).unwrap().nodes, Nodes::Here { count: 1 });
+        assert_eq!(LaunchPlan::new(&one).unwrap().nodes, Nodes::Here { count: 1 });
     }
 
     #[test]
     fn options_that_do_not_fit_are_named() {
-        let message = |options: &LaunchOptions| Plan::new(options).unwrap_err().to_string();
+        let message = |options: &LaunchOptions| LaunchPlan::new(options).unwrap_err().to_string();
         assert!(message(&options(0, 1)).contains("--nnodes 0"));
         assert!(message(&options(1, 0)).contains("--nproc-per-node 0"));
         assert!(message(&real(3)).contains("--node-rank 3 is not below --nnodes 3"));
@@ -302,7 +302,7 @@ mod tests {
     #[test]
     fn only_emulated_nodes_share_gpus_and_only_where_those_are_too_few() {
         let shares = |options: &LaunchOptions, gpu_count| {
-            shares_gpus(&Plan::new(options).unwrap(), gpu_count)
+            shares_gpus(&LaunchPlan::new(options).unwrap(), gpu_count)
         };
         let counts = |options: &LaunchOptions| [0, 1, 3, 4].map(|count| shares(options, count));
         assert_eq!(counts(&options(4, 1)), [false, true, true, false]);
@@ -314,7 +314,7 @@ mod tests {
 
     #[test]
     fn a_rank_is_told_what_it_shares_and_where_its_place_is() {
-        let plan = Plan::new(&options(4, 2)).unwrap();
+        let plan = LaunchPlan::new(&options(4, 2)).unwrap();
         assert!(sharing_notice(&plan, 1).starts_with("8 ranks share 1 GPU: NCCL "));
         assert!(sharing_notice(&plan, 3).starts_with("8 ranks share 3 GPUs: NCCL "));
         let told = |shares_gpus, name: &str| {

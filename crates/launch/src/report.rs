@@ -175,12 +175,6 @@ impl RankFailure {
         format!("rank {rank}{role} on {place} {cause} after {seconds:.1} s{said}{killed}")
     }
 
-    /// The record for `errors.jsonl`: one JSON object.
-    #[must_use]
-    pub fn to_json(&self) -> String {
-        self.to_value().to_string()
-    }
-
     pub(crate) fn to_value(&self) -> serde_json::Value {
         let (exit_code, signal) = match self.exit {
             Exit::Code(code) => (Some(code), None),
@@ -326,7 +320,8 @@ mod tests {
             line_of_remote.starts_with("error[PHX0703]: rank 5 on another node failed the others after 3.2 s | op=all_reduce seq=412 | first seen by rank 1 after 0.02 s: rank 2 not responding | log: run/rank2.log | help: "),
             "{line_of_remote}"
         );
-        let record: serde_json::Value = serde_json::from_str(&remote.to_json()).unwrap();
+        let record: serde_json::Value =
+            serde_json::from_str(&remote.to_value().to_string()).unwrap();
         assert_eq!((&record["rank"], &record["host"]), (&5.into(), &serde_json::Value::Null));
         let panicked = failure(Exit::Code(101)).to_string();
         assert!(panicked.contains("ended with exit code 101"), "{panicked}");
@@ -335,8 +330,7 @@ mod tests {
 
     #[test]
     fn the_record_is_json_with_the_same_facts() {
-        let record: serde_json::Value =
-            serde_json::from_str(&failure(Exit::Signal(11)).to_json()).unwrap();
+        let record: serde_json::Value = failure(Exit::Signal(11)).to_value();
         assert_eq!(record["rank"], 2);
         assert_eq!(record["signal"], 11);
         assert_eq!(record["exit_code"], serde_json::Value::Null);
@@ -346,7 +340,8 @@ mod tests {
         let memory =
             OutOfMemory { limit_bytes: Some(64 << 20), resident_bytes: None, is_of_group: true };
         killed.evidence.out_of_memory = Some(memory);
-        let record_of_killed: serde_json::Value = serde_json::from_str(&killed.to_json()).unwrap();
+        let record_of_killed: serde_json::Value =
+            serde_json::from_str(&killed.to_value().to_string()).unwrap();
         assert_eq!(record_of_killed["out_of_memory"]["limit_bytes"], 64 << 20);
         let line = killed.to_string();
         assert!(line.contains("(SIGKILL) after 3.2 s: out of memory: its control"), "{line}");

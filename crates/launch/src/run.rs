@@ -19,7 +19,7 @@ use crate::gpus;
 use crate::logs::Logs;
 use crate::nodes::Nodes as NodeLink;
 use crate::options::LaunchOptions;
-use crate::plan::{shares_gpus, sharing_notice, threads, Job, Nodes, Plan};
+use crate::plan::{shares_gpus, sharing_notice, threads, Job, LaunchPlan, Nodes};
 use crate::report::Report;
 use crate::restart::{Limits, Policy};
 use crate::screen::Screen;
@@ -55,7 +55,7 @@ pub(crate) fn run_as(
     args: &[OsString],
     told: Option<Credentials>,
 ) -> Result<Report, LaunchError> {
-    let plan = Plan::new(options)?;
+    let plan = LaunchPlan::new(options)?;
     let deadline = Instant::now() + options.connect_timeout;
     let ours = LauncherEnvironment::from_env()?;
     let credentials = told.map_or_else(|| credentials(&plan, &ours), Ok)?;
@@ -119,7 +119,7 @@ fn memory_for_snapshots() -> Option<File> {
     memory.inspect_err(|error| tracing::warn!(%error, "no memory for snapshots")).ok()
 }
 
-fn say_where(screen: &mut Screen, plan: &Plan) {
+fn say_where(screen: &mut Screen, plan: &LaunchPlan) {
     if let Nodes::Real { mine, count, .. } = plan.nodes {
         let (address, port) = (plan.master_addr(), plan.master_port);
         screen.notice(&format!("node {mine} of {count}: meeting the others at {address}:{port}"));
@@ -137,7 +137,7 @@ fn limits(options: &LaunchOptions) -> Limits {
 /// Meets the launchers of the other nodes, if those are real; returns how many ranks each node starts, too.
 fn meet(
     screen: &mut Screen,
-    plan: &Plan,
+    plan: &LaunchPlan,
     credentials: &Credentials,
     deadline: Instant,
 ) -> Result<(Option<NodeLink>, Vec<usize>), LaunchError> {
@@ -152,7 +152,7 @@ fn meet(
 
 /// What all ranks of the first attempt are told alike.
 fn job(
-    plan: &Plan,
+    plan: &LaunchPlan,
     options: &LaunchOptions,
     ours: &LauncherEnvironment,
     credentials: &Credentials,
@@ -175,7 +175,7 @@ fn job(
 }
 
 /// Says what is not obvious: that machines are played.
-fn announce(screen: &mut Screen, plan: &Plan) {
+fn announce(screen: &mut Screen, plan: &LaunchPlan) {
     if let Nodes::Here { count } = plan.nodes {
         if count > 1 {
             let ranks = plan.ranks_per_node;
@@ -188,7 +188,7 @@ fn announce(screen: &mut Screen, plan: &Plan) {
 }
 
 /// Run id and secret: fresh ones on one machine, agreed ones on several.
-fn credentials(plan: &Plan, ours: &LauncherEnvironment) -> Result<Credentials, LaunchError> {
+fn credentials(plan: &LaunchPlan, ours: &LauncherEnvironment) -> Result<Credentials, LaunchError> {
     let (job_token, run_id) = match &plan.nodes {
         Nodes::Here { .. } => {
             let fresh = JobToken::generate()?;
@@ -218,7 +218,7 @@ pub(crate) fn short_hash(parts: &[&[u8]]) -> String {
 
 /// The store, if this launcher is to host it.
 pub(crate) fn host_store(
-    plan: &Plan,
+    plan: &LaunchPlan,
     credentials: &Credentials,
     deadline: Instant,
 ) -> Result<Option<StoreServer>, LaunchError> {

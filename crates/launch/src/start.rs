@@ -14,7 +14,7 @@ use crate::flight;
 use crate::lines::{Lines, Style, Tail};
 use crate::logs::Logs;
 use crate::options::{LaunchOptions, Prefix};
-use crate::plan::{environment, Job, Place};
+use crate::plan::{environment, Assignment, Job};
 use crate::process::{ErrorStream, Process, Start};
 use crate::rank::{Rank, Staying};
 use crate::screen::{Screen, Stream};
@@ -36,7 +36,7 @@ impl Starter<'_> {
     /// The ranks of a generation: those that were kept for it, and new ones.
     pub(crate) fn start_all(
         &self,
-        places: &[Place],
+        places: &[Assignment],
         supervisor: &mut Supervisor,
     ) -> Result<(), LaunchError> {
         room_for(places.len() - supervisor.kept_count().min(places.len()))?;
@@ -54,7 +54,7 @@ impl Starter<'_> {
     }
 
     /// Must be called from the thread that waits for the rank: see [`Process::start`].
-    pub(crate) fn start(&self, place: Place) -> Result<Rank, LaunchError> {
+    pub(crate) fn start(&self, place: Assignment) -> Result<Rank, LaunchError> {
         let prefix = self.prefix(place);
         let error_stream = if place.rank == 0 && Screen::is_terminal(Stream::Error) {
             ErrorStream::Terminal
@@ -93,7 +93,11 @@ impl Starter<'_> {
     }
 
     /// Gives a rank that waits its place in the next generation. `None`: it must be started anew.
-    pub(crate) fn call(&self, place: Place, mut rank: Rank) -> Result<Option<Rank>, LaunchError> {
+    pub(crate) fn call(
+        &self,
+        place: Assignment,
+        mut rank: Rank,
+    ) -> Result<Option<Rank>, LaunchError> {
         if rank.process.collect()?.is_some() {
             return Ok(None);
         }
@@ -121,7 +125,7 @@ impl Starter<'_> {
         channel.inspect_err(|error| tracing::warn!(%error, "a rank cannot be kept")).ok()
     }
 
-    fn prefix(&self, place: Place) -> Option<String> {
+    fn prefix(&self, place: Assignment) -> Option<String> {
         let world_size = self.job.world_size;
         if self.prefix == Prefix::Off || world_size == 1 {
             return None;

@@ -54,5 +54,5 @@ mod split;
 pub mod tensor;
 
 pub use error::{Error, Result};
-pub use mesh::{Axes, Axis, AxisPlacement, Coordinates, Mesh, Nodes, Place, Placement, Shape};
+pub use mesh::{Axes, Axis, AxisPlacement, Coordinates, GroupPlace, Mesh, Nodes, Placement, Shape};
 pub use split::MeshGroups;

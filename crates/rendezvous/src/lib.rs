@@ -27,5 +27,4 @@ pub mod testing;
 pub use store::{
     connect, hosted, join, listen_address, random_bytes, resolve, Credentials, Meeting,
     MemoryStore, RendezvousError, Store, StoreClient, StoreError, StoreServer, TcpStoreClient,
-    KEY_BYTES_MAX, STORE_BYTES_MAX, VALUE_BYTES_MAX,
 };

@@ -75,7 +75,9 @@ fn rank(lab: &Lab, settings: &Settings) -> Result<ExitCode> {
         .then(|| Journal::open(config, &settings.name, metrics, world.world_size))
         .transpose()?;
     let mut group = Group::from_environment(match config.ddp.backend {
-        Backend::Mpi => bert::job::times(config).with_backend(comm::Backend::Mpi),
+        Backend::Mpi => {
+            comm::GroupOptions { backend: comm::Backend::Mpi, ..bert::job::times(config) }
+        }
         _ => bert::job::times(config),
     })?;
     tch::set_num_threads(1);

@@ -35,11 +35,6 @@ impl CrashStates {
         let radix: Vec<usize> = disk.nodes.iter().map(states).collect();
         CrashStates { next: Some(vec![0; radix.len()]), disk, radix }
     }
-
-    /// How many there are.
-    pub fn count_all(&self) -> usize {
-        self.radix.iter().product()
-    }
 }
 
 impl Iterator for CrashStates {

@@ -17,11 +17,11 @@ pub(super) const ROOT: usize = 0;
 /// A file system in memory, empty at first. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct Recording {
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<History>>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct History {
     disk: Disk,
     /// The disk after each operation that changed something, and what the operation was.
     history: Vec<(String, Disk)>,
@@ -137,7 +137,7 @@ impl Disk {
 impl Recording {
     /// Of a disk as a crash left it.
     pub(super) fn from_disk(disk: Disk) -> Self {
-        let state = State { disk, ..State::default() };
+        let state = History { disk, ..History::default() };
         Recording { state: Arc::new(Mutex::new(state)) }
     }
 
@@ -162,7 +162,7 @@ impl Recording {
         CrashStates::of(disk.unwrap_or_default())
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, History> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

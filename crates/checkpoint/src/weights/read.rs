@@ -58,16 +58,6 @@ impl Weights {
         Ok(weights)
     }
 
-    /// Its path, as it was given.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// How many files it has.
-    pub fn file_count(&self) -> usize {
-        self.files.len()
-    }
-
     /// Every `.safetensors` file of a folder that has neither an index nor parts.
     fn add_all(&mut self, folder: &Path) -> Result<()> {
         let not_found = || Error::NotFound { path: folder.to_path_buf() };

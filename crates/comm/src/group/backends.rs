@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Group, Plan};
+use super::{CallArguments, Group};
 use crate::backend::{self, Wanted};
 use crate::call::{Call, CallMemory};
 use crate::dtype::DType;
@@ -54,7 +54,7 @@ impl Group {
 
     /// Who moves the data of a planned call, if not the host backend: what has no data is a matter of
     /// headers alone.
-    pub(super) fn lane_for(&self, plan: &Plan, on_device: bool) -> Option<Arc<Lane>> {
+    pub(super) fn lane_for(&self, plan: &CallArguments, on_device: bool) -> Option<Arc<Lane>> {
         self.transport.lane(on_device).filter(|_| plan.segment > 0).map(Arc::clone)
     }
 
@@ -63,7 +63,7 @@ impl Group {
     pub(super) fn begin_on_lane(
         &mut self,
         lane: &Lane,
-        plan: &Plan,
+        plan: &CallArguments,
         record: CallRecord,
         timeout: Duration,
         memory: CallMemory,

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::{Group, Plan};
+use super::{CallArguments, Group};
 use crate::call::{Call, CallMemory};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
@@ -93,7 +93,7 @@ impl Group {
         self.check_sides(Op::ReduceScatter, &input, &output)?;
         let segment = output.len();
         self.check_segments::<T>(Op::ReduceScatter, "input", input.len(), segment)?;
-        let plan = Plan {
+        let plan = CallArguments {
             reduction: Some(op.reduction()),
             ..self.whole::<T>(Op::ReduceScatter, segment, None)
         };
@@ -240,7 +240,7 @@ impl Group {
     /// The group is dead.
     #[track_caller]
     pub fn barrier(&mut self) -> Result<Work<'static>> {
-        let call = self.begin(&Plan::nothing(Op::Barrier), CallMemory::Nothing, None)?;
+        let call = self.begin(&CallArguments::nothing(Op::Barrier), CallMemory::Nothing, None)?;
         Ok(Work::new(self.core(), call, None))
     }
 
@@ -267,7 +267,11 @@ impl Group {
 
     /// Starts a call whose buffer is in in-place form.
     #[track_caller]
-    pub(super) fn in_place<'b>(&mut self, plan: &Plan, bytes: Bytes<'b>) -> Result<Work<'b>> {
+    pub(super) fn in_place<'b>(
+        &mut self,
+        plan: &CallArguments,
+        bytes: Bytes<'b>,
+    ) -> Result<Work<'b>> {
         if bytes.is_on_device() {
             let memory = self.device_memory(plan.op, bytes, None)?;
             return self.on_lane(plan, memory);
@@ -286,7 +290,12 @@ impl Group {
         Ok(self.work(plan, call, output))
     }
 
-    fn work<'b>(&self, plan: &Plan, call: Arc<Call>, output: Option<WorkOutput<'b>>) -> Work<'b> {
+    fn work<'b>(
+        &self,
+        plan: &CallArguments,
+        call: Arc<Call>,
+        output: Option<WorkOutput<'b>>,
+    ) -> Work<'b> {
         Work::new(self.core(), call, output).on(self.lane_for(plan, false).as_ref())
     }
 
@@ -294,7 +303,7 @@ impl Group {
     #[track_caller]
     fn placed<'b>(
         &mut self,
-        plan: &Plan,
+        plan: &CallArguments,
         input: &[u8],
         at: usize,
         output: Option<(Bytes<'b>, usize)>,
@@ -309,26 +318,31 @@ impl Group {
     }
 
     /// A plan of `world_size` segments.
-    pub(super) fn whole<T: Element>(&self, op: Op, segment: usize, root: Option<usize>) -> Plan {
+    pub(super) fn whole<T: Element>(
+        &self,
+        op: Op,
+        segment: usize,
+        root: Option<usize>,
+    ) -> CallArguments {
         let segments = self.world_size();
-        Plan {
+        CallArguments {
             dtype: Some(T::DTYPE),
             len: segment * segments / T::DTYPE.size_bytes(),
             root,
             segment,
             segments,
-            ..Plan::nothing(op)
+            ..CallArguments::nothing(op)
         }
     }
 
     /// Cuts a plan's buffer into segments.
-    pub(super) fn segmented(&mut self, plan: Plan) -> Result<Plan> {
+    pub(super) fn segmented(&mut self, plan: CallArguments) -> Result<CallArguments> {
         let world_size = self.world_size();
         if !plan.len.is_multiple_of(world_size) {
             let (op, actual) = (plan.op.name(), plan.len);
             return Err(self.argument(Error::NotDivisible { op, actual, world_size }));
         }
-        Ok(Plan { segment: plan.segment / world_size, segments: world_size, ..plan })
+        Ok(CallArguments { segment: plan.segment / world_size, segments: world_size, ..plan })
     }
 
     /// An argument error: the options for the next call were for this one.
@@ -376,13 +390,13 @@ pub(super) fn plan<T: Element>(
     bytes: &Bytes<'_>,
     reduction: Option<Reduction>,
     root: Option<usize>,
-) -> Plan {
-    Plan {
+) -> CallArguments {
+    CallArguments {
         dtype: Some(T::DTYPE),
         len: bytes.len() / T::DTYPE.size_bytes(),
         reduction,
         root,
         segment: bytes.len(),
-        ..Plan::nothing(op)
+        ..CallArguments::nothing(op)
     }
 }

@@ -264,7 +264,7 @@ impl Group {
     /// Waits until every rank has called with the same arguments.
     #[track_caller]
     fn agree(&mut self, op: Op, dtype: DType, len: usize) -> Result<()> {
-        let plan = Plan { op, dtype: Some(dtype), len, ..Plan::nothing(op) };
+        let plan = CallArguments { op, dtype: Some(dtype), len, ..CallArguments::nothing(op) };
         self.begin(&plan, CallMemory::Nothing, None)
             .map(|call| Work::new(self.core(), call, None))?
             .wait()
@@ -290,7 +290,7 @@ impl Group {
     #[track_caller]
     fn begin(
         &mut self,
-        plan: &Plan,
+        plan: &CallArguments,
         memory: CallMemory,
         input: Option<&[u8]>,
     ) -> Result<Arc<Call>> {
@@ -412,7 +412,7 @@ impl Drop for Group {
 
 /// The arguments of a collective, before it has a number.
 #[derive(Debug, Clone, Copy)]
-struct Plan {
+struct CallArguments {
     op: Op,
     dtype: Option<DType>,
     /// Elements, as the caller counts them.
@@ -424,7 +424,7 @@ struct Plan {
     segments: usize,
 }
 
-impl Plan {
+impl CallArguments {
     fn nothing(op: Op) -> Self {
         Self { op, dtype: None, len: 0, reduction: None, root: None, segment: 0, segments: 1 }
     }

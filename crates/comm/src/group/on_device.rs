@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::collectives::plan;
-use super::{Group, Plan};
+use super::{CallArguments, Group};
 use crate::call::CallMemory;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
@@ -33,7 +33,7 @@ impl Group {
     #[track_caller]
     pub(super) fn device_segments<'b>(
         &mut self,
-        plan: &Plan,
+        plan: &CallArguments,
         input: Bytes<'_>,
         output: Bytes<'_>,
     ) -> Result<Work<'b>> {
@@ -159,7 +159,11 @@ impl Group {
 
     /// Starts a call on GPU memory.
     #[track_caller]
-    pub(super) fn on_lane<'b>(&mut self, plan: &Plan, memory: CallMemory) -> Result<Work<'b>> {
+    pub(super) fn on_lane<'b>(
+        &mut self,
+        plan: &CallArguments,
+        memory: CallMemory,
+    ) -> Result<Work<'b>> {
         let call = self.begin(plan, memory, None)?;
         Ok(Work::new(self.core(), call, None).on(self.lane_for(plan, true).as_ref()))
     }
@@ -174,7 +178,7 @@ impl Group {
         if self.transport.gpu().is_none() {
             let what =
                 "the buffer is memory of a GPU, but the group has none: make the group with \
-                 Backend::Nccl, or with Backend::Mpi and GroupOptions::with_gpu_memory";
+                 Backend::Nccl, or with Backend::Mpi and GroupOptions::gpu_memory";
             return Err(self.argument(Error::DeviceMemory { op: op.name(), what }));
         }
         let lengths = (input.as_ref().map_or(0, Bytes::len) as u64, output.len() as u64);

@@ -8,7 +8,6 @@ use crate::environment::HostLink;
 
 /// How a group behaves. A time of more than a year is taken for a year.
 #[derive(Debug, Clone)]
-#[non_exhaustive]
 pub struct GroupOptions {
     /// How long a collective may wait before it fails; 30 min by default, which is `PyTorch`'s for its host backend. It is
     /// for ranks that live and do not call: one that is dead, stopped or cut off is found within
@@ -67,53 +66,5 @@ impl GroupOptions {
             remind_after: self.remind_after.min(LONGEST),
             ..self
         }
-    }
-
-    /// With another time limit for collectives.
-    #[must_use]
-    pub fn with_timeout(self, timeout: Duration) -> Self {
-        Self { timeout, ..self }
-    }
-
-    /// With another time limit for meeting.
-    #[must_use]
-    pub fn with_connect_timeout(self, connect_timeout: Duration) -> Self {
-        Self { connect_timeout, ..self }
-    }
-
-    /// With other heartbeats: one every `heartbeat`, and death after `dead_after` without any.
-    #[must_use]
-    pub fn with_heartbeat(self, heartbeat: Duration, dead_after: Duration) -> Self {
-        Self { heartbeat, dead_after, ..self }
-    }
-
-    /// With another wait before the log says what it is for.
-    #[must_use]
-    pub fn with_reminders(self, remind_after: Duration) -> Self {
-        Self { remind_after, ..self }
-    }
-
-    /// With another way for ranks of one machine to talk.
-    #[must_use]
-    pub fn with_host_link(self, host_link: HostLink) -> Self {
-        Self { host_link: Some(host_link), ..self }
-    }
-
-    /// With another backend.
-    #[must_use]
-    pub fn with_backend(self, backend: Backend) -> Self {
-        Self { backend, ..self }
-    }
-
-    /// With memory of this rank's GPU over [`Backend::Mpi`].
-    #[must_use]
-    pub fn with_gpu_memory(self) -> Self {
-        Self { gpu_memory: true, ..self }
-    }
-
-    /// With a reason why this rank's GPU must not be used.
-    #[must_use]
-    pub fn with_gpu_trouble(self, reason: impl Into<String>) -> Self {
-        Self { gpu_trouble: Some(reason.into()), ..self }
     }
 }

@@ -16,7 +16,7 @@ const FREED: Duration = Duration::from_secs(5);
 
 impl Group {
     /// Registers memory where the group's backend works best (of the GPU with NCCL or
-    /// [`GroupOptions::with_gpu_memory`](crate::GroupOptions::with_gpu_memory), else of the host): every rank gets a [`Region`] of `len` elements, all zero. Collective.
+    /// [`GroupOptions::gpu_memory`](crate::GroupOptions::gpu_memory), else of the host): every rank gets a [`Region`] of `len` elements, all zero. Collective.
     ///
     /// # Errors
     ///

@@ -282,7 +282,7 @@ fn errors(ranks: usize, aim: Aim, len: usize, call: Call) -> Vec<Error> {
         let (quiet, shot) = (Arc::clone(&quiet), Arc::clone(&shot));
         std::thread::spawn(move || {
             let world = World { host_link: HostLink::Tcp, ..World::threads(rank, ranks) };
-            let options = GroupOptions::default().with_timeout(LIMIT);
+            let options = GroupOptions { timeout: LIMIT, ..GroupOptions::default() };
             let mut group = Group::new(world, store, options).unwrap();
             for step in 0..2 {
                 assert!(call(&mut group, len, step).unwrap(), "rank {rank}, step {step}");
@@ -401,7 +401,7 @@ fn without_checks_damage_is_not_found_and_one_rank_that_wants_them_is_enough() {
             std::thread::spawn(move || {
                 let host_link = HostLink::Tcp;
                 let world = World { host_link, data_checks, ..World::threads(rank, 2) };
-                let options = GroupOptions::default().with_timeout(LIMIT);
+                let options = GroupOptions { timeout: LIMIT, ..GroupOptions::default() };
                 let mut group = Group::new(world, store, options).unwrap();
                 let right = all_gather(&mut group, LONG, 0);
                 let right = right.and_then(|right| group.barrier()?.wait().map(|()| right));

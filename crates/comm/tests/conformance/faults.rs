@@ -143,7 +143,8 @@ fn what_was_started_is_finished_though_the_group_is_forgotten() {
 
 #[test]
 fn without_mpi_the_error_says_what_to_do() {
-    let error = Group::single(GroupOptions::default().with_backend(Backend::Mpi)).unwrap_err();
+    let error = Group::single(GroupOptions { backend: Backend::Mpi, ..GroupOptions::default() })
+        .unwrap_err();
     let text = error.to_string();
     let what = if cfg!(feature = "mpi") { "mpirun -n 4" } else { "--features mpi" };
     assert!(text.contains("mpi backend is not available") && text.contains(what), "{text}");

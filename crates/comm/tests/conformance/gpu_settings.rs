@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use phalanx_comm::environment::{NcclDebug, NcclSettings, World};
+use phalanx_comm::environment::{NcclSettings, World};
 use phalanx_comm::recorder::{lineup, FlightRecord};
 use phalanx_comm::{Group, GroupOptions, Sum, Work};
 
@@ -13,10 +13,9 @@ use crate::without_gpu::{world_with, Exchange};
 /// Settings are applied and shown as a program does it; then NCCL starts.
 pub(crate) fn settings(options: GroupOptions) {
     println!(); // the test's name has no line of its own
-    let mut settings = NcclSettings::default();
-    settings.debug = Some(NcclDebug::Warn);
-    settings.max_channels = Some(4);
-    settings.launch_order_implicit = Some(true);
+    let asked = [("DEBUG", "WARN"), ("MAX_NCHANNELS", "4"), ("LAUNCH_ORDER_IMPLICIT", "1")];
+    let settings: NcclSettings =
+        asked.into_iter().map(|(name, value)| (format!("NCCL_{name}"), value)).collect();
     let seen = settings.apply().expect("good settings");
     let world = World::from_env().expect("a world");
     for line in NcclSettings::lines(&seen, world.rank) {
@@ -83,8 +82,8 @@ fn settings_are_shown_by_rank_0_as_nccl_sees_them() {
         let expected: &[&str] = match rank {
             0 => &[
                 "nccl   NCCL_DEBUG=WARN (from the configuration)",
-                "nccl   NCCL_MAX_NCHANNELS=7 (set in the environment)",
                 "nccl   NCCL_LAUNCH_ORDER_IMPLICIT=1 (from the configuration)",
+                "nccl   NCCL_MAX_NCHANNELS=7 (set in the environment)",
             ],
             _ => &[],
         };

@@ -26,33 +26,34 @@ pub(crate) const ARGUMENTS: [&str; 5] =
 fn rank_process() {
     let role = std::env::var(ROLE).expect("only the other tests start this one");
     let timeout = Duration::from_secs(30);
-    let options = GroupOptions::default().with_timeout(timeout);
+    let options = GroupOptions { timeout, ..GroupOptions::default() };
     match &role[..] {
         "suite on host" => suite(Group::from_environment(options).expect("the ranks meet")),
         #[cfg(feature = "mpi")]
         "suite on mpi" => {
-            let options = options.with_backend(Backend::Mpi);
+            let options = GroupOptions { backend: Backend::Mpi, ..options };
             suite(Group::from_mpi(options).expect("the ranks meet"));
         }
         #[cfg(feature = "mpi")]
         gpu if gpu.starts_with("gpu") => {
             let limit = Duration::from_secs(if gpu == "gpu absent" { 1 } else { 30 });
-            let options = options.with_backend(Backend::Mpi).with_gpu_memory().with_timeout(limit);
+            let options =
+                GroupOptions { backend: Backend::Mpi, gpu_memory: true, timeout: limit, ..options };
             crate::without_gpu::over_mpi(gpu, Group::from_mpi(options));
         }
         "mpi permutations" => {
-            let options = options.with_backend(Backend::Mpi);
+            let options = GroupOptions { backend: Backend::Mpi, ..options };
             let group = Group::from_environment(options).expect("the ranks meet");
             crate::mpi_permutations::rank(group);
         }
         "bootstrap" => crate::mpi_bootstrap::rank(options),
         mpi if mpi.starts_with("mpi fault") => {
-            let options = options.with_backend(Backend::Mpi);
+            let options = GroupOptions { backend: Backend::Mpi, ..options };
             let group = Group::from_environment(options).expect("the ranks meet");
             crate::mpi_faults::rank(mpi, group);
         }
         nccl if nccl.starts_with("nccl") => crate::without_gpu::rank(nccl),
-        fault => crate::faults::rank(fault, options.with_backend(Backend::Mpi)),
+        fault => crate::faults::rank(fault, GroupOptions { backend: Backend::Mpi, ..options }),
     }
 }
 

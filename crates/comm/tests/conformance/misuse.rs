@@ -385,8 +385,10 @@ fn a_forgotten_work_leaves_the_slice_alone_and_the_group_alive() {
 #[test]
 fn what_cannot_be_counted_is_refused_or_bounded() {
     let longest = Duration::MAX;
-    let options = GroupOptions::default().with_timeout(longest).with_connect_timeout(longest);
-    let options = options.with_heartbeat(Duration::from_millis(500), longest);
+    let options =
+        GroupOptions { timeout: longest, connect_timeout: longest, ..GroupOptions::default() };
+    let options =
+        GroupOptions { heartbeat: Duration::from_millis(500), dead_after: longest, ..options };
     run_ranks_with(2, HostLink::Tcp, options, move |mut group| {
         let error = group.allocate::<f64>((1 << 61) + 1).unwrap_err();
         assert!(matches!(error, Error::LengthMismatch { .. }), "{error}");

@@ -14,7 +14,8 @@ use crate::without_gpu::{libraries, Exchange, LIMIT};
 pub(crate) fn rank(options: GroupOptions) {
     let launched = |name: &str| std::env::var_os(name).is_some();
     assert!(!launched("MASTER_ADDR") && !launched("MASTER_PORT"), "MPI alone knows the way");
-    let mut group = Group::from_mpi(options.with_backend(Backend::Nccl)).expect("the ranks meet");
+    let mut group = Group::from_mpi(GroupOptions { backend: Backend::Nccl, ..options })
+        .expect("the ranks meet");
     assert_eq!(group.backend(), Backend::Nccl);
     let region = group.allocate::<f32>(1000).expect("memory");
     region.write(0, &vec![group.rank() as f32 + 1.0; 1000]);

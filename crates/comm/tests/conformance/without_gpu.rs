@@ -21,14 +21,14 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 
 /// What a rank does.
 pub(crate) fn rank(role: &str) {
-    let options = GroupOptions::default().with_timeout(Duration::from_secs(20));
-    let nccl = || options.clone().with_backend(Backend::Nccl);
+    let options = GroupOptions { timeout: Duration::from_secs(20), ..GroupOptions::default() };
+    let nccl = || GroupOptions { backend: Backend::Nccl, ..options.clone() };
     match role {
         "nccl suite" => suite(Group::from_environment(nccl()).expect("the ranks meet")),
         "nccl streams" => streams(Group::from_environment(nccl()).expect("the ranks meet")),
         "nccl killed" => killed(Group::from_environment(nccl()).expect("the ranks meet")),
         "nccl absent" => {
-            let options = nccl().with_timeout(Duration::from_secs(1));
+            let options = GroupOptions { timeout: Duration::from_secs(1), ..nccl() };
             absent(Group::from_environment(options).expect("the ranks meet"));
         }
         "nccl uploads" => uploads(),
@@ -66,7 +66,7 @@ pub(crate) fn rank(role: &str) {
             Err(error) => println!("refused: {error}"),
         },
         "nccl auto" => {
-            let group = Group::from_environment(options.with_backend(Backend::Auto));
+            let group = Group::from_environment(GroupOptions { backend: Backend::Auto, ..options });
             let group = group.expect("the ranks meet");
             println!("chose {:?}: {}", group.backend(), group.backend_choice().unwrap_or(""));
         }

@@ -12,7 +12,8 @@ use super::support::{torch, Owned};
 /// The life of a rank: a sum with the others; in the first attempt rank 1 then fails.
 pub(crate) fn rank() {
     let world = World::from_env().expect("torchrun's environment");
-    let options = GroupOptions::default().with_connect_timeout(Duration::from_secs(120));
+    let options =
+        GroupOptions { connect_timeout: Duration::from_secs(120), ..GroupOptions::default() };
     let mut group = Group::from_environment(options).expect("a group");
     let mut ranks = [i64::try_from(world.rank).expect("small")];
     group.all_reduce(&mut ranks[..], Sum).expect("started").wait().expect("summed");

@@ -14,7 +14,7 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 /// What a rank does.
 pub(crate) fn rank(role: &str) {
-    let options = GroupOptions::default().with_timeout(Duration::from_secs(20));
+    let options = GroupOptions { timeout: Duration::from_secs(20), ..GroupOptions::default() };
     let mut group = Group::from_environment(options).expect("the ranks meet");
     let victim = group.rank() == 1;
     match role {

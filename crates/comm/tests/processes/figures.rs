@@ -134,7 +134,7 @@ fn skipped_call(turn: usize) -> Duration {
 /// F6: rank 1 leaves a collective out and calls nothing more; the time beyond the others' time limit.
 fn absent_call(turn: usize) -> Duration {
     let link = if turn.is_multiple_of(2) { HostLink::Auto } else { HostLink::Tcp };
-    let options = GroupOptions::default().with_timeout(DEADLINE);
+    let options = GroupOptions { timeout: DEADLINE, ..GroupOptions::default() };
     let times = run_ranks_with(3, link, options, |mut group| {
         group.barrier().and_then(Work::wait).expect("a barrier");
         if group.rank() == 1 {

@@ -7,7 +7,7 @@ use phalanx_comm::{Group, GroupOptions, Sum, Work};
 
 /// What a rank does.
 pub(crate) fn rank() {
-    let options = GroupOptions::default().with_timeout(Duration::from_secs(20));
+    let options = GroupOptions { timeout: Duration::from_secs(20), ..GroupOptions::default() };
     let mut group = Group::from_environment(options).expect("the ranks meet");
     let (rank, world) = (group.rank(), group.world_size());
     // Values whose sum depends on the order: only ((g0 + g1) + g2) + g3 gives these bits.

@@ -35,7 +35,7 @@ fn without_memfd() {
 /// What a rank does.
 pub(crate) fn rank() {
     without_memfd();
-    let options = GroupOptions::default().with_timeout(Duration::from_secs(20));
+    let options = GroupOptions { timeout: Duration::from_secs(20), ..GroupOptions::default() };
     let mut group = Group::from_environment(options).expect("the ranks meet");
     let ranks = group.world_size();
     let region = group.allocate::<f32>(10_000).expect("memory");

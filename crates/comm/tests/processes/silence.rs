@@ -14,7 +14,11 @@ const PATIENCE: Duration = Duration::from_secs(50);
 
 /// Heartbeats as they are by default, and more patience.
 fn patient() -> GroupOptions {
-    GroupOptions::default().with_heartbeat(Duration::from_millis(500), PATIENCE)
+    GroupOptions {
+        heartbeat: Duration::from_millis(500),
+        dead_after: PATIENCE,
+        ..GroupOptions::default()
+    }
 }
 
 /// How long a rank takes that shall see no error: longer than the silence that one test makes.

@@ -34,7 +34,7 @@ impl DType {
     }
 
     /// The name in a safetensors header.
-    pub const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             DType::Bool => "BOOL",
             DType::U8 => "U8",

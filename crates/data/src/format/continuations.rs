@@ -106,7 +106,7 @@ impl Continuations {
     ///
     /// # Errors
     /// [`Error::Tokenizer`] for a tokenizer that has no such marks, or a file that is none.
-    pub fn of_json(text: &[u8], vocab_size: u32, path: &Path) -> Result<Self> {
+    pub(crate) fn of_json(text: &[u8], vocab_size: u32, path: &Path) -> Result<Self> {
         let failed = |message: &str| failed(path, message);
         let TokenizerFile { model } =
             serde_json::from_slice(text).map_err(|error| failed(&error.to_string()))?;
@@ -157,7 +157,7 @@ impl Continuations {
     }
 
     /// Identifies it: masks depend on it.
-    pub fn fingerprint(&self) -> Fingerprint {
+    pub(crate) fn fingerprint(&self) -> Fingerprint {
         let sum = Fingerprinter::new("continuations 1");
         self.bits.iter().fold(sum, |sum, &bits| sum.number(bits)).finish()
     }

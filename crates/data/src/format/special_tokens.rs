@@ -42,7 +42,7 @@ impl SpecialTokens {
     }
 
     /// Those that there are.
-    pub fn all(&self) -> impl Iterator<Item = u32> {
+    pub(crate) fn all(&self) -> impl Iterator<Item = u32> {
         self.slots().into_iter().flatten()
     }
 

@@ -120,7 +120,7 @@ impl TokenIndex {
     ///
     /// # Errors
     /// As [`read`](Self::read), and what the folder says.
-    pub fn read_from(folder: &dyn Folder) -> Result<Self> {
+    pub(crate) fn read_from(folder: &dyn Folder) -> Result<Self> {
         index::read(folder)
     }
 }

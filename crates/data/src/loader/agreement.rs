@@ -25,7 +25,7 @@ impl Agreement {
 
     /// One more thing that ranks must have alike.
     #[must_use]
-    pub fn with(mut self, name: &str, value: impl std::fmt::Display) -> Self {
+    pub(crate) fn with(mut self, name: &str, value: impl std::fmt::Display) -> Self {
         // Fields are sent as lines, with a tab between name and value.
         let plain = |text: &str| text.replace(['\n', '\t'], " ");
         self.fields.push((plain(name), plain(&format!("{value}"))));

@@ -135,7 +135,7 @@ impl Loader {
     ///
     /// # Errors
     /// As [`Loader::new`].
-    pub fn start(
+    pub(crate) fn start(
         samples: Arc<dyn Samples>,
         options: LoaderOptions,
         position: Position,

@@ -48,13 +48,8 @@ impl Permutation {
     }
 
     /// How many positions there are.
-    pub fn len(&self) -> u64 {
+    pub(crate) fn len(&self) -> u64 {
         self.len
-    }
-
-    /// Whether there is no position at all.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
     }
 
     /// The sample at `position`.

@@ -84,7 +84,7 @@ impl RecordIndex {
     /// # Errors
     /// If there is no index or it cannot be read, and [`Error::BadIndex`](crate::Error::BadIndex)
     /// if it is none.
-    pub fn is_in_folder(folder: &dyn Folder) -> Result<bool> {
+    pub(crate) fn is_in_folder(folder: &dyn Folder) -> Result<bool> {
         Ok(index::format_of(folder)? == index::RECORDS_FORMAT)
     }
 
@@ -101,7 +101,7 @@ impl RecordIndex {
     ///
     /// # Errors
     /// As [`read`](Self::read), and what the folder says.
-    pub fn read_from(folder: &dyn Folder) -> Result<Self> {
+    pub(crate) fn read_from(folder: &dyn Folder) -> Result<Self> {
         index::read(folder)
     }
 }

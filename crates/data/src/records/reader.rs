@@ -178,7 +178,7 @@ impl Records {
 
     /// Has these records fetched from the disk, where that can be asked for. Reads the bounds of
     /// the first and the last one in variable fields, and waits for them.
-    pub fn will_need(&self, records: Range<u64>, scratch: &mut Scratch) {
+    pub(crate) fn will_need(&self, records: Range<u64>, scratch: &mut Scratch) {
         self.shards.for_range(&self.starts, &records, |shard, rows, first| {
             shard.will_need(rows, (&self.index.fields, first), scratch);
         });

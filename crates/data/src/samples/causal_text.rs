@@ -4,7 +4,6 @@
 //! label j is what follows input j. Documents are packed: each is closed by its end token in the
 //! stream, and a sample may hold several. With [`Documents::Apart`] batches say which is which.
 
-use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -90,11 +89,6 @@ impl CausalText {
         Ok(CausalText { windows, sequence_len, documents, end, columns, fingerprint })
     }
 
-    /// How many tokens a sample has.
-    pub fn sequence_len(&self) -> usize {
-        self.sequence_len
-    }
-
     /// Tells the documents of one sample apart.
     fn tell_apart(&self, row: &mut Rows<'_>) -> Result<()> {
         let [input_ids, labels, positions, documents] = row.columns_mut::<i64, 4>([0, 1, 2, 3])?;
@@ -113,25 +107,7 @@ impl CausalText {
 }
 
 impl Samples for CausalText {
-    fn sample_count(&self) -> u64 {
-        self.windows.count()
-    }
-
-    fn columns(&self) -> &[Column] {
-        &self.columns
-    }
-
-    fn fingerprint(&self) -> Fingerprint {
-        self.fingerprint
-    }
-
-    fn damaged(&self) -> Result<Vec<Range<u64>>> {
-        Ok(self.windows.damaged())
-    }
-
-    fn will_need(&self, samples: Range<u64>, _scratch: &mut Scratch) {
-        self.windows.will_need(&samples);
-    }
+    super::windows::of_windows!();
 
     fn fill(&self, _seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {
         let len = self.sequence_len;

@@ -5,7 +5,6 @@
 //! beginning of the next, and ends in two `[SEP]` where a document ends with it. The tokens after
 //! the last whole sample are left out. There is no padding.
 
-use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -81,11 +80,6 @@ impl MaskedText {
         Ok(MaskedText { windows, masker, sequence_len, frame, columns, fingerprint })
     }
 
-    /// How many tokens a sample has.
-    pub fn sequence_len(&self) -> usize {
-        self.sequence_len
-    }
-
     /// The stream of tokens behind the samples.
     pub fn stream(&self) -> &dyn Tokens {
         self.windows.stream()
@@ -109,25 +103,7 @@ impl MaskedText {
 }
 
 impl Samples for MaskedText {
-    fn sample_count(&self) -> u64 {
-        self.windows.count()
-    }
-
-    fn columns(&self) -> &[Column] {
-        &self.columns
-    }
-
-    fn fingerprint(&self) -> Fingerprint {
-        self.fingerprint
-    }
-
-    fn damaged(&self) -> Result<Vec<Range<u64>>> {
-        Ok(self.windows.damaged())
-    }
-
-    fn will_need(&self, samples: Range<u64>, _scratch: &mut Scratch) {
-        self.windows.will_need(&samples);
-    }
+    super::windows::of_windows!();
 
     fn fill(&self, seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {
         let (samples, valid) = (rows.samples(), rows.valid());

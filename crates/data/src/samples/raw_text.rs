@@ -4,7 +4,6 @@
 //! Sample i is tokens `i·L..(i + 1)·L` of the stream. The tokens after the last whole sample are
 //! left out.
 
-use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -49,33 +48,10 @@ impl RawText {
         let windows = TokenWindows::new(stream, sequence_len, 0);
         Ok(RawText { windows, sequence_len, columns, fingerprint })
     }
-
-    /// How many tokens a sample has.
-    pub fn sequence_len(&self) -> usize {
-        self.sequence_len
-    }
 }
 
 impl Samples for RawText {
-    fn sample_count(&self) -> u64 {
-        self.windows.count()
-    }
-
-    fn columns(&self) -> &[Column] {
-        &self.columns
-    }
-
-    fn fingerprint(&self) -> Fingerprint {
-        self.fingerprint
-    }
-
-    fn damaged(&self) -> Result<Vec<Range<u64>>> {
-        Ok(self.windows.damaged())
-    }
-
-    fn will_need(&self, samples: Range<u64>, _scratch: &mut Scratch) {
-        self.windows.will_need(&samples);
-    }
+    super::windows::of_windows!();
 
     fn fill(&self, _seed: u64, rows: &mut Rows<'_>, scratch: &mut Scratch) -> Result<()> {
         let samples = rows.samples();

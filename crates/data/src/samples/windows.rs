@@ -12,6 +12,36 @@ use crate::order::Sample;
 /// Rows that the processor is asked for before they are read: memory is slow to answer.
 const AHEAD: usize = 2;
 
+/// What [`Samples`](super::Samples) of a type with `windows`, `columns` and a `fingerprint` are, but for how they fill rows.
+macro_rules! of_windows {
+    () => {
+        fn sample_count(&self) -> u64 {
+            self.windows.count()
+        }
+
+        fn columns(&self) -> &[$crate::batches::Column] {
+            &self.columns
+        }
+
+        fn fingerprint(&self) -> $crate::fingerprint::Fingerprint {
+            self.fingerprint
+        }
+
+        fn damaged(&self) -> $crate::Result<Vec<std::ops::Range<u64>>> {
+            Ok(self.windows.damaged())
+        }
+
+        fn will_need(
+            &self,
+            samples: std::ops::Range<u64>,
+            _scratch: &mut $crate::batches::Scratch,
+        ) {
+            self.windows.will_need(&samples);
+        }
+    };
+}
+pub(super) use of_windows;
+
 /// Sample i is the tokens `i·len..(i + 1)·len + more`. What is left over at the end is no sample.
 #[derive(Clone, Debug)]
 pub(super) struct TokenWindows {

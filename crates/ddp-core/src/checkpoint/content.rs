@@ -8,7 +8,7 @@ use phalanx_checkpoint::{
 };
 use tch::{Device, Kind, Tensor};
 
-use super::held::{kind_of, Held, Part};
+use super::held::{kind_of, Held, HeldPart};
 use super::weights::of_file;
 use crate::part::{boxes, Both};
 use crate::store::flat::{dense_bytes, dense_bytes_mut};
@@ -17,15 +17,15 @@ use crate::{Cut, Error, Result};
 type Cause = Box<dyn std::error::Error + Send + std::marker::Sync>;
 
 /// Memory of a part, on whatever device.
-struct Memory<'a> {
+struct PartMemory<'a> {
     held: &'a Held,
-    part: &'a Part,
+    part: &'a HeldPart,
     /// The box of it that this is.
     both: Both,
     on_host: &'a OnceCell<Tensor>,
 }
 
-impl Content for Memory<'_> {
+impl Content for PartMemory<'_> {
     fn copy(&self, extent: &Extent, out: &mut [u8]) -> Result<(), Cause> {
         let tensor = match self.part.memory.device() {
             Device::Cpu => &self.part.memory,
@@ -61,7 +61,7 @@ pub(super) fn offer<'a>(
         for extent in flat_range(&of.shape, &of.strides, part.range.clone())? {
             for both in boxes(of.cut.as_ref(), &extent) {
                 let whole = both.whole.clone();
-                let content = Memory { held: of, part, both, on_host };
+                let content = PartMemory { held: of, part, both, on_host };
                 snapshot.part(&of.name, of.dtype, &shape, whole, content);
             }
         }

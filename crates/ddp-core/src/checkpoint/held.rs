@@ -18,14 +18,14 @@ pub(crate) struct Held {
     pub(crate) shape: Vec<u64>,
     /// Of all of it, in elements.
     pub(crate) strides: Vec<u64>,
-    pub(crate) parts: Vec<Part>,
+    pub(crate) parts: Vec<HeldPart>,
     /// How it lies in its whole, where it is a part of a larger tensor: that is what files have.
     pub(crate) cut: Option<Cut>,
 }
 
 /// Elements of a tensor in the order of its memory.
 #[derive(Debug)]
-pub(crate) struct Part {
+pub(crate) struct HeldPart {
     pub(crate) range: Range<u64>,
     /// The memory itself: dense, as many elements.
     pub(crate) memory: Tensor,
@@ -39,7 +39,7 @@ impl Held {
         let len = tensor.numel() as u64;
         // Its elements one after the other, as memory has them.
         let memory = tensor.f_detach()?.f_as_strided([unsigned(len)], [1], None)?;
-        held.parts.push(Part { range: 0..len, memory });
+        held.parts.push(HeldPart { range: 0..len, memory });
         Ok(held)
     }
 
@@ -163,7 +163,7 @@ fn of_segment(named: &Named, home: &Home<'_>, elsewhere: Option<&Flat>) -> Resul
             None => memory.at(&(start..end), &own),
         };
         let range = (start - place.start) as u64..(end - place.start) as u64;
-        held.parts.push(Part { range, memory: memory.range(&own)? });
+        held.parts.push(HeldPart { range, memory: memory.range(&own)? });
     }
     Ok(held)
 }

@@ -8,7 +8,7 @@ use phalanx_checkpoint::{Checkpoint, Extent, Tensors};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::held::{kind_of, Held, Part};
+use super::held::{kind_of, Held, HeldPart};
 use crate::hooks::{Kept, State};
 use crate::reduce::Reducer;
 use crate::store::flat::dense_strides;
@@ -77,7 +77,7 @@ fn row(name: String, tensor: &Tensor, (rank, ranks): (usize, usize)) -> Result<H
     strides.extend(dense_strides(&name, tensor)?);
     let mut held = Held::like(name, tensor.kind(), (&shape, &strides))?;
     let first = rank as u64 * len;
-    let moved = |part: Part| Part {
+    let moved = |part: HeldPart| HeldPart {
         range: part.range.start + first..part.range.end + first,
         memory: part.memory,
     };

@@ -291,7 +291,7 @@ mod tests {
         const LEN: usize = 9000;
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.safetensors");
-        let options = GroupOptions::default().with_timeout(Duration::from_secs(30));
+        let options = GroupOptions { timeout: Duration::from_secs(30), ..GroupOptions::default() };
         let ranges = run_ranks_with(3, link, options, move |mut group| {
             let vs = nn::VarStore::new(Device::Cpu);
             let _zeros = vs.root().zeros("before", &[70]);

@@ -13,10 +13,10 @@ type Take = dyn FnOnce(&Flat) -> Result<Tensor> + Send;
 /// A collective that was started, and the tensor that it leads to.
 #[must_use = "a collective that is not waited for has no result, and its error is lost"]
 pub struct Pending {
-    state: State,
+    state: PendingState,
 }
 
-enum State {
+enum PendingState {
     Ready(Tensor),
     /// The last of `flats` has the result.
     Started {
@@ -29,7 +29,7 @@ enum State {
 
 impl Pending {
     pub(super) fn ready(tensor: Tensor) -> Self {
-        Self { state: State::Ready(tensor) }
+        Self { state: PendingState::Ready(tensor) }
     }
 
     pub(super) fn started(
@@ -38,7 +38,7 @@ impl Pending {
         group: TensorGroup,
         take: Box<Take>,
     ) -> Self {
-        Self { state: State::Started { work, flats, group, take } }
+        Self { state: PendingState::Started { work, flats, group, take } }
     }
 
     /// Waits for the result. On a GPU it orders the caller's stream after it and returns at once.
@@ -47,8 +47,8 @@ impl Pending {
     /// Those of the group; libtorch's own.
     pub fn wait(self) -> Result<Tensor> {
         match self.state {
-            State::Ready(tensor) => Ok(tensor),
-            State::Started { work, flats, group, take } => {
+            PendingState::Ready(tensor) => Ok(tensor),
+            PendingState::Started { work, flats, group, take } => {
                 work.wait()?;
                 let result = flats.last().map_or(Err(Error::BackwardAbandoned), take)?;
                 group.give_back(flats);

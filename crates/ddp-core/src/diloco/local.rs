@@ -29,7 +29,7 @@ pub(crate) struct Local {
     /// Whether the `Ddp` exchanges when ranks do not train by themselves.
     pub(super) exchange: bool,
     /// Whether ranks train by themselves.
-    is_parted: bool,
+    trains_locally: bool,
     /// Steps made, and those since the last averaging.
     step_count: u64,
     own_steps: u64,
@@ -48,7 +48,7 @@ impl Local {
             options,
             hooked: Hooked::new(hook),
             exchange,
-            is_parted: false,
+            trains_locally: false,
             step_count: 0,
             own_steps: 0,
             averaged_count: 0,
@@ -60,13 +60,13 @@ impl Local {
     }
 
     /// Whether backwards give each rank its own gradients.
-    pub(crate) fn is_parted(&self) -> bool {
-        self.is_parted
+    pub(crate) fn trains_locally(&self) -> bool {
+        self.trains_locally
     }
 
     /// Takes the parameters of storages that are new for where ranks start from.
     pub(crate) fn follow(&mut self, store: &Store) -> Result<()> {
-        if !self.is_parted {
+        if !self.trains_locally {
             return Ok(());
         }
         for storage in store.storages.iter().skip(self.starts.len()) {
@@ -190,27 +190,27 @@ impl Local {
 
 impl Reducer {
     /// Whether backwards give each rank its own gradients.
-    pub(crate) fn is_parted(&self) -> bool {
-        self.local.as_ref().is_some_and(Local::is_parted)
+    pub(crate) fn trains_locally(&self) -> bool {
+        self.local.as_ref().is_some_and(Local::trains_locally)
     }
 
     /// From here on the ranks train by themselves.
-    pub(super) fn part(&mut self) -> Result<()> {
+    pub(super) fn train_locally(&mut self) -> Result<()> {
         let Some(local) = &mut self.local else { return Ok(()) };
-        local.is_parted = true;
+        local.trains_locally = true;
         local.starts.clear();
         local.momenta.clear();
         self.options.exchange = false;
-        self.store.is_parted = true;
+        self.store.trains_locally = true;
         local.follow(&self.store)
     }
 
     /// From here on backwards exchange, as they did before.
-    pub(super) fn join_again(&mut self) {
+    pub(super) fn exchange_again(&mut self) {
         if let Some(local) = &mut self.local {
-            local.is_parted = false;
+            local.trains_locally = false;
             self.options.exchange = local.exchange;
-            self.store.is_parted = false;
+            self.store.trains_locally = false;
         }
     }
 
@@ -218,8 +218,8 @@ impl Reducer {
     pub(crate) fn start_anew(&mut self) -> Result<()> {
         let Some(local) = &mut self.local else { return Ok(()) };
         local.own_steps = 0;
-        if local.is_parted {
-            self.part()?;
+        if local.trains_locally {
+            self.train_locally()?;
         }
         Ok(())
     }
@@ -228,9 +228,9 @@ impl Reducer {
     pub(super) fn stepped_by_itself(&mut self) -> Result<bool> {
         let Some(local) = &mut self.local else { return Ok(false) };
         local.step_count += 1;
-        if !local.is_parted {
+        if !local.trains_locally {
             if local.step_count >= local.options.plain_steps {
-                self.part()?;
+                self.train_locally()?;
             }
             return Ok(false);
         }
@@ -257,7 +257,11 @@ impl Reducer {
         let is_compared = self.options.fingerprint_interval > 0 && !local.hooked.drifts();
         if local.own_steps == 0 {
             // Unless somebody has made a step and not told.
-            return if is_compared && local.is_parted { self.compare_parameters() } else { Ok(()) };
+            return if is_compared && local.trains_locally {
+                self.compare_parameters()
+            } else {
+                Ok(())
+            };
         }
         self.store.group.set_stream(shim::current_stream(self.store.device())?);
         local.average(&mut self.store)?;
@@ -287,11 +291,11 @@ impl Reducer {
         local.hooked.load(&state.inner(HOOK))?;
         let tensors = state.inner(MOMENTUM).tensors.into_iter();
         local.loaded = tensors.map(|(name, kept)| (name, kept.tensor().shallow_clone())).collect();
-        let is_parted = local.step_count >= local.options.plain_steps;
-        if is_parted {
-            return self.part();
+        let trains_locally = local.step_count >= local.options.plain_steps;
+        if trains_locally {
+            return self.train_locally();
         }
-        self.join_again();
+        self.exchange_again();
         Ok(())
     }
 }

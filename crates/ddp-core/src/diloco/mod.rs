@@ -120,7 +120,7 @@ impl DiLoCo {
         let exchange = reducer.options.exchange;
         reducer.local = Some(Local::new(options, hook, exchange));
         if options.plain_steps == 0 {
-            reducer.part()?;
+            reducer.train_locally()?;
         }
         drop(reducer);
         Ok(Self { shared })
@@ -186,7 +186,7 @@ impl DiLoCoOptions {
 impl Drop for DiLoCo {
     fn drop(&mut self) {
         if let Ok(mut reducer) = self.shared.lock() {
-            reducer.join_again();
+            reducer.exchange_again();
             reducer.local = None;
         }
     }

@@ -93,13 +93,6 @@ pub struct TensorStep {
     pub weight: f64,
 }
 
-impl TensorStep {
-    /// How many positions count in the loss, in all micro-batches.
-    pub fn label_count(&self) -> usize {
-        self.micro_batches.iter().map(TensorBatch::label_count).sum()
-    }
-}
-
 /// A [`Loader`] that delivers tensors on a device.
 #[derive(Debug)]
 pub struct Feed {

@@ -102,7 +102,7 @@ impl Bucket<'_> {
     /// By what a rank's gradients are multiplied to be of the mean's size: P · scale, which is 1 unless they are weighted.
     #[must_use]
     #[expect(clippy::cast_precision_loss, reason = "world sizes are far below 2^53")]
-    pub fn factor(&self) -> f64 {
+    pub(crate) fn factor(&self) -> f64 {
         let (ranks, scale) = (self.world_size() as f64, self.scale());
         // As exact as the division that made the scale. Where nothing was weighed gradients are zero, whatever the factor.
         let is_plain = scale == 0.0 || (scale - 1.0 / ranks).abs() == 0.0;
@@ -117,14 +117,14 @@ impl Bucket<'_> {
     ///
     /// # Errors
     /// libtorch's own.
-    pub fn part(&self, flat: &Tensor, range: &Range<usize>) -> Result<Tensor> {
+    pub(crate) fn part(&self, flat: &Tensor, range: &Range<usize>) -> Result<Tensor> {
         let (start, len) = as_i64(range)?;
         Ok(flat.f_narrow(0, start, len)?)
     }
 
     /// Whether every rank needs the mean of the whole bucket; else each one its [`segment`](Self::segment).
     #[must_use]
-    pub fn is_everywhere(&self) -> bool {
+    pub(crate) fn is_everywhere(&self) -> bool {
         self.facts.everywhere
     }
 
@@ -139,7 +139,7 @@ impl Bucket<'_> {
 
     /// The part of `rank` among `world_size` equal ones: whole blocks of 1024 elements.
     #[must_use]
-    pub fn segment_of(&self, rank: usize) -> Range<usize> {
+    pub(crate) fn segment_of(&self, rank: usize) -> Range<usize> {
         let len = self.len() / self.world_size();
         rank * len..(rank + 1) * len
     }
@@ -336,7 +336,7 @@ impl Bucket<'_> {
 
     /// The same bucket for a hook inside of this one: with gradients in `wire`, and another factor.
     #[must_use]
-    pub fn over<'b>(&'b mut self, wire: &'b Wire, scale: f64) -> Bucket<'b> {
+    pub(crate) fn over<'b>(&'b mut self, wire: &'b Wire, scale: f64) -> Bucket<'b> {
         Bucket {
             group: &mut *self.group,
             pool: &mut *self.pool,
@@ -348,7 +348,7 @@ impl Bucket<'_> {
 
     /// The same bucket for a hook inside of this one: with another factor, and with a place for what is lost.
     #[must_use]
-    pub fn losing<'b>(&'b mut self, lost: &'b Tensor, scale: f64) -> Bucket<'b> {
+    pub(crate) fn losing<'b>(&'b mut self, lost: &'b Tensor, scale: f64) -> Bucket<'b> {
         Bucket {
             group: &mut *self.group,
             pool: &mut *self.pool,

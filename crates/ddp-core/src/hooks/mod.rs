@@ -67,7 +67,7 @@ pub enum Progress<P> {
 
 impl<P> Progress<P> {
     /// The same with another kind of pending.
-    pub fn map<Q>(self, wrap: impl FnOnce(P) -> Q) -> Progress<Q> {
+    pub(crate) fn map<Q>(self, wrap: impl FnOnce(P) -> Q) -> Progress<Q> {
         match self {
             Self::Done => Progress::Done,
             Self::Again(pending) => Progress::Again(wrap(pending)),

@@ -50,7 +50,7 @@ impl State {
 
     /// The part of it whose names begin with `prefix` and a slash, without that: what a hook inside of another one gets.
     #[must_use]
-    pub fn inner(&self, prefix: &str) -> Self {
+    pub(crate) fn inner(&self, prefix: &str) -> Self {
         let own = |name: &str| Some(name.strip_prefix(prefix)?.strip_prefix('/')?.to_owned());
         let numbers = self.numbers.iter().filter_map(|(name, &n)| Some((own(name)?, n))).collect();
         let copy = |kept: &Kept| match kept {
@@ -62,7 +62,7 @@ impl State {
     }
 
     /// Takes in the state of a hook inside of this one.
-    pub fn put(&mut self, prefix: &str, inner: Self) {
+    pub(crate) fn put(&mut self, prefix: &str, inner: Self) {
         let numbers = inner.numbers.into_iter().map(|(name, n)| (format!("{prefix}/{name}"), n));
         self.numbers.extend(numbers);
         let tensors = inner.tensors.into_iter().map(|(name, t)| (format!("{prefix}/{name}"), t));

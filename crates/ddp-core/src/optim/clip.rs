@@ -117,10 +117,9 @@ impl Clip {
         (is_scaled, norm): (bool, Option<f64>),
     ) -> Result<bool> {
         let norm = norm.unwrap_or(f64::NAN);
-        let Some((policy, rank, is_parted)) = reducers
-            .first()
-            .map(|first| (first.options.non_finite, first.store.rank_of_all(), first.is_parted()))
-        else {
+        let Some((policy, rank, trains_locally)) = reducers.first().map(|first| {
+            (first.options.non_finite, first.store.rank_of_all(), first.trains_locally())
+        }) else {
             return Ok(false);
         };
         let is_error = self.is_strict || (policy == NonFinite::Error && !is_scaled);
@@ -131,7 +130,7 @@ impl Clip {
         if is_error {
             reducers.iter_mut().try_for_each(|reducer| reducer.release_gradients())?;
             let error = Error::NonFiniteNorm { norm };
-            if !is_parted {
+            if !trains_locally {
                 recorder::tell_shared_error(&error.to_string());
             }
             return Err(error);

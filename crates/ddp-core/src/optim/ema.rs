@@ -12,10 +12,10 @@ use tch::Tensor;
 use super::piece::{self, Piece, Treatment};
 use super::rule::check_setting;
 use super::state::{taken, work_kind};
-use crate::checkpoint::held::{Held, Part};
+use crate::checkpoint::held::{Held, HeldPart};
 use crate::checkpoint::{sharded, WeightsOptions};
 use crate::reduce::{self, Shared};
-use crate::store::plan::Place;
+use crate::store::plan::ParameterPlace;
 use crate::store::{agree, Store};
 use crate::{Ddp, Error, Result};
 
@@ -69,7 +69,7 @@ pub(crate) struct Averages {
     /// The plan that the pieces belong to.
     layout: Option<u64>,
     /// Where the parameters were then.
-    places: Vec<Place>,
+    places: Vec<ParameterPlace>,
     pieces: Vec<Average>,
 }
 
@@ -298,7 +298,7 @@ impl Averages {
             let len = left.min(average.piece.run.range.len());
             let (start, end) = (average.offset as u64, (average.offset + len) as u64);
             let memory = average.values.f_narrow(0, 0, i64::try_from(len).unwrap_or(i64::MAX))?;
-            all[parameter].parts.push(Part { range: start..end, memory });
+            all[parameter].parts.push(HeldPart { range: start..end, memory });
         }
         Ok(all)
     }

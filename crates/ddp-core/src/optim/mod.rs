@@ -62,7 +62,7 @@ use crate::{Error, NonFinite};
 use groups::GroupSettings;
 use numbers::{Changes, Numbers};
 use piece::{Owned, Piece, Treatment};
-use state::State;
+use state::RuleState;
 use whole::Wholes;
 
 /// What came of a step.
@@ -114,7 +114,7 @@ pub struct Optimizer {
     parameters: Vec<Treatment>,
     /// The plan that what follows belongs to.
     layout: u64,
-    state: State,
+    state: RuleState,
     wholes: Option<Wholes>,
 }
 
@@ -146,7 +146,7 @@ impl Optimizer {
             step_count: 0,
             parameters: Vec::new(),
             layout: store.layout,
-            state: State::new(is_offloaded),
+            state: RuleState::new(is_offloaded),
             wholes: None,
         };
         let laid = optimizer.lay(store);
@@ -368,7 +368,7 @@ impl Optimizer {
         let count = self.parameters.len();
         let mut parts = parameter_parts(store, owned);
         let of_directions = self.state.direction_parts(store, owned).into_iter();
-        parts.extend(of_directions.map(|part| norm::Part { sum: part.sum + count, ..part }));
+        parts.extend(of_directions.map(|part| norm::NormPart { sum: part.sum + count, ..part }));
         let own = norm::of(&parts, 2 * count, Power::Two)?;
         let sums = store.over_parameters(own, 2)?;
         let (parameters, directions) = sums.split_at(count);
@@ -409,11 +409,11 @@ impl Drop for Optimizer {
 }
 
 /// The parameters of this rank's pieces, by parameter.
-fn parameter_parts<'a>(store: &'a Store, owned: &[Owned]) -> Vec<norm::Part<'a>> {
+fn parameter_parts<'a>(store: &'a Store, owned: &[Owned]) -> Vec<norm::NormPart<'a>> {
     let of = |(storage, piece): (usize, &Piece)| {
         let (memory, range) =
             store.storages[storage].parameters.at(&piece.run.range, &piece.run.segment);
-        norm::Part { memory, range, sum: piece.parameter }
+        norm::NormPart { memory, range, sum: piece.parameter }
     };
     pieces(owned).map(of).collect()
 }

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::piece::Piece;
 use super::rule::Whole;
 use super::whole::Wholes;
-use super::{Optimizer, State};
-use crate::checkpoint::held::{Held, Part};
+use super::{Optimizer, RuleState};
+use crate::checkpoint::held::{Held, HeldPart};
 use crate::store::Store;
 use crate::Result;
 
@@ -96,7 +96,7 @@ impl Numbers {
     }
 }
 
-impl State {
+impl RuleState {
     /// What is kept of one parameter.
     fn held(
         &self,
@@ -119,7 +119,7 @@ impl State {
                 let end = piece.run.range.end.min(place.range.end);
                 let len = end - piece.run.range.start;
                 let start = piece.run.range.start - place.range.start;
-                held.parts.push(Part {
+                held.parts.push(HeldPart {
                     range: start as u64..(start + len) as u64,
                     memory: flat.range(&(piece.run.state.start..piece.run.state.start + len))?,
                 });

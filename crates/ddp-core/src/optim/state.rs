@@ -13,7 +13,7 @@ use crate::{Error, Result};
 
 /// Of one storage's parameters that are taken by the element, or of those that are taken whole.
 #[derive(Debug)]
-pub(super) struct Part {
+pub(super) struct StatePart {
     pub(super) states: Vec<Flat>,
     pub(super) masters: Option<Flat>,
     directions: Directions,
@@ -32,8 +32,8 @@ enum Directions {
 
 /// Of all storages.
 #[derive(Debug, Default)]
-pub(super) struct State {
-    pub(super) parts: Vec<[Part; 2]>,
+pub(super) struct RuleState {
+    pub(super) parts: Vec<[StatePart; 2]>,
     /// The variables, and the store's renewals, when masters were last read; else empty.
     seen: (Vec<Variable>, u64),
     is_offloaded: bool,
@@ -47,7 +47,7 @@ struct Home {
     is_offloaded: bool,
 }
 
-impl State {
+impl RuleState {
     pub(super) fn new(is_offloaded: bool) -> Self {
         Self { is_offloaded, ..Self::default() }
     }
@@ -79,9 +79,9 @@ impl State {
         for (storage, len) in store.storages.iter().zip(lens).skip(self.parts.len()) {
             let kind = work_kind(storage.parameters.kind());
             let home = Home { kind, device: store.device(), is_offloaded: self.is_offloaded };
-            let by_element = Part::new(home, storage, (rule.states(), has_ratio), len[0])?;
+            let by_element = StatePart::new(home, storage, (rule.states(), has_ratio), len[0])?;
             let is_turned = has_ratio || rule.whole().is_some();
-            let whole = Part::new(home, storage, (of_whole, is_turned), len[1])?;
+            let whole = StatePart::new(home, storage, (of_whole, is_turned), len[1])?;
             self.parts.push([by_element, whole]);
         }
         self.seen.0.clear();
@@ -144,7 +144,7 @@ impl State {
     }
 
     /// Where a run's state is.
-    fn part(&self, storage: usize, run: &Run) -> &Part {
+    fn part(&self, storage: usize, run: &Run) -> &StatePart {
         &self.parts[storage][usize::from(run.treatment.is_whole)]
     }
 
@@ -201,7 +201,7 @@ impl State {
         &'a self,
         store: &'a Store,
         owned: &[Owned],
-    ) -> Vec<norm::Part<'a>> {
+    ) -> Vec<norm::NormPart<'a>> {
         let of = |(storage, piece): (usize, &piece::Piece)| {
             let run = &piece.run;
             let (memory, range) = match &self.part(storage, run).directions {
@@ -211,13 +211,13 @@ impl State {
                 }
                 Directions::Own(flat) => (flat, run.state.clone()),
             };
-            Some(norm::Part { memory, range, sum: piece.parameter })
+            Some(norm::NormPart { memory, range, sum: piece.parameter })
         };
         super::pieces(owned).filter_map(of).collect()
     }
 }
 
-impl Part {
+impl StatePart {
     /// Zeroed, of `len` elements of a storage.
     fn new(
         home: Home,

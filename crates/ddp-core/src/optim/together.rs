@@ -133,11 +133,11 @@ fn norm_of(
 }
 
 /// The gradients of this rank's pieces, all for one sum.
-fn gradient_parts<'a>(store: &'a Store, owned: &[Owned]) -> Vec<norm::Part<'a>> {
+fn gradient_parts<'a>(store: &'a Store, owned: &[Owned]) -> Vec<norm::NormPart<'a>> {
     let of = |(storage, piece): (usize, &Piece)| {
         let (memory, range) =
             store.storages[storage].gradients.at(&piece.run.range, &piece.run.segment);
-        norm::Part { memory, range, sum: 0 }
+        norm::NormPart { memory, range, sum: 0 }
     };
     pieces(owned).map(of).collect()
 }

@@ -26,7 +26,7 @@ use tch::{Kind, Tensor};
 
 use super::piece::{Owned, Treatment};
 use super::rule::{Rule, Whole};
-use super::state::{work_kind, State};
+use super::state::{work_kind, RuleState};
 use super::waves::{self, Wave, WAVE_LENS};
 use crate::shim;
 use crate::store::broadcast;
@@ -154,7 +154,7 @@ impl Wholes {
     pub(super) fn turn(
         &self,
         store: &mut Store,
-        state: &State,
+        state: &RuleState,
         parts: &[Owned],
         turn: impl Fn(usize, &Tensor, &[Tensor]) -> Result<Option<Tensor>>,
     ) -> Result<Duration> {
@@ -214,7 +214,7 @@ impl Wholes {
 
 /// Which rank this is of those that turn parameters together, and how many they are.
 fn among(store: &mut Store) -> (usize, usize) {
-    match store.is_parted {
+    match store.trains_locally {
         true => (0, 1),
         false => (store.sharers().rank(), store.sharers().world_size()),
     }
@@ -235,7 +235,7 @@ enum Way {
 
 fn copy(
     store: &Store,
-    state: &State,
+    state: &RuleState,
     parts: &[Owned],
     (wave, memory): (&Wave, &Flat),
     way: Way,

@@ -57,7 +57,7 @@ pub(crate) struct Part {
 
 /// What a rank tells the world.
 #[derive(Debug, Serialize, Deserialize)]
-struct Place {
+struct Announced {
     /// Its rank in the `Ddp`'s group and in the model's, and their sizes.
     data: (usize, usize),
     model: (usize, usize),
@@ -144,7 +144,7 @@ impl Part {
         let told = model.tagged("parts of the model").all_gather_bytes(&parts)?;
         let table = read(&told, &model_ranks).and_then(|all| Table::new(&all, &model_ranks));
         let hash = |all: &Table| crc32c::crc32c(all.lines().as_bytes());
-        let mine = serde_json::to_vec(&Place {
+        let mine = serde_json::to_vec(&Announced {
             data: (store.group.rank(), store.group.world_size()),
             model: (model.rank(), model.world_size()),
             data_ranks: data_ranks.clone(),
@@ -154,7 +154,7 @@ impl Part {
         let places =
             world.tagged("places in the mesh").all_gather_bytes(&mine.unwrap_or_default())?;
         let places = places.iter().map(|place| serde_json::from_slice(place));
-        let places: Vec<Place> = places.collect::<Result<_, _>>().map_err(Error::closure)?;
+        let places: Vec<Announced> = places.collect::<Result<_, _>>().map_err(Error::closure)?;
         check(&places)?;
         let cuts = cuts.into_iter().filter(|(_, cut)| Slice::of(cut).is_some()).collect();
         let table = table.unwrap_or_default();
@@ -299,13 +299,14 @@ fn ranks_of(group: &mut Group, mine: usize) -> Result<Vec<usize>> {
 }
 
 /// An error unless all models have the same parts, and ranks are a grid of them. Pure.
-fn check(places: &[Place]) -> Result<()> {
+fn check(places: &[Announced]) -> Result<()> {
     let mismatch = |report: String| Err(Error::PartsMismatch { report });
     if let Some(trouble) = places.iter().find_map(|place| place.parts.as_ref().err()) {
         return mismatch(trouble.clone());
     }
     let Some(first) = places.first() else { return Ok(()) };
-    let is_other = |place: &Place| place.parts != first.parts || place.settings != first.settings;
+    let is_other =
+        |place: &Announced| place.parts != first.parts || place.settings != first.settings;
     if let Some((rank, other)) = places.iter().enumerate().find(|(_, place)| is_other(place)) {
         return mismatch(match other.settings == first.settings {
             true => {
@@ -345,14 +346,14 @@ fn check(places: &[Place]) -> Result<()> {
 mod tests {
     use super::*;
 
-    fn place(data: (usize, [usize; 2]), model: (usize, usize)) -> Place {
+    fn place(data: (usize, [usize; 2]), model: (usize, usize)) -> Announced {
         let (data, data_ranks) = ((data.0, 2), data.1.to_vec());
-        Place { data, model, data_ranks, settings: "s".to_owned(), parts: Ok(7) }
+        Announced { data, model, data_ranks, settings: "s".to_owned(), parts: Ok(7) }
     }
 
     #[test]
     fn ranks_must_be_a_grid_of_parts_that_are_alike() {
-        let text = |places: &[Place]| check(places).unwrap_err().to_string();
+        let text = |places: &[Announced]| check(places).unwrap_err().to_string();
         let grid = || {
             vec![
                 place((0, [0, 2]), (0, 2)),

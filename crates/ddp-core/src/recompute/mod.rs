@@ -128,7 +128,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// As [`checkpointed`].
-    pub fn run(
+    pub(crate) fn run(
         &self,
         inputs: &[&Tensor],
         closure: impl Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + 'static,

@@ -360,7 +360,7 @@ impl Reducer {
 
     /// Gradients that stay this rank's own are means as well: of its own weights.
     fn divide_by_own_weight(&self, run: &Run) -> Result<()> {
-        let Some(asked) = run.asked.filter(|_| self.is_parted()) else { return Ok(()) };
+        let Some(asked) = run.asked.filter(|_| self.trains_locally()) else { return Ok(()) };
         let factor = one_over(self.accumulated.weight + asked.weight);
         for bucket in &self.store.plan.buckets {
             let memory = self.store.storages[bucket.storage].gradients.whole();

@@ -103,7 +103,7 @@ impl Reducer {
             tail.non_finite.map(|(slot, elements)| (rank, slot, elements))
         });
         // A rank that trains by itself has only its own.
-        let own = run.non_finite.filter(|_| self.is_parted());
+        let own = run.non_finite.filter(|_| self.trains_locally());
         let found = found.or(own.map(|(slot, count)| (self.store.group.rank(), slot, count)));
         let Some((rank, slot, elements)) = found else { return Ok(None) };
         self.hooked.iter_mut().for_each(Hooked::reset);
@@ -121,7 +121,7 @@ impl Reducer {
         match self.options.non_finite {
             NonFinite::Error if is_told_later => Ok(Some(Outcome::Refused(refusal))),
             NonFinite::Error => {
-                if !self.is_parted() {
+                if !self.trains_locally() {
                     recorder::tell_shared_error(&error.to_string());
                 }
                 self.store.clear_gradients()?;

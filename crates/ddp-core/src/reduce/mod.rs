@@ -23,7 +23,7 @@ mod finite;
 pub(crate) mod inside;
 mod landing;
 pub(crate) mod notes;
-pub mod ready;
+mod ready;
 pub(crate) mod statistics;
 mod watch;
 mod witness;
@@ -321,7 +321,7 @@ impl Reducer {
     /// Ends the running backward with an error. The other ranks are told, unless they have come to the same
     /// error or know it already.
     fn fail(&mut self, error: Error) {
-        let is_told = !self.is_parted() && matches!(error, Error::NonFinite { .. });
+        let is_told = !self.trains_locally() && matches!(error, Error::NonFinite { .. });
         let is_everywhere = is_told
             || matches!(
                 error,
@@ -369,7 +369,7 @@ impl Reducer {
 
     /// Whether micro-batches that accumulate are exchanged by themselves.
     fn shards_accumulation(&self) -> bool {
-        self.options.shard_accumulation && self.options.exchange && !self.is_parted()
+        self.options.shard_accumulation && self.options.exchange && !self.trains_locally()
     }
 
     /// The optimizer waited this long for other ranks.

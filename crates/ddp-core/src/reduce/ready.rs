@@ -7,7 +7,7 @@ use std::ops::Range;
 
 /// What is ready in the backward that is running.
 #[derive(Clone, Debug)]
-pub struct Ready {
+pub(crate) struct Ready {
     bucket_of: Vec<usize>,
     /// By parameter: gradients that are still to come.
     left: Vec<u32>,
@@ -18,9 +18,9 @@ pub struct Ready {
 
 /// A gradient came after its bucket was handed out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TooLate {
+pub(crate) struct TooLate {
     /// Number of the parameter.
-    pub parameter: usize,
+    pub(crate) parameter: usize,
 }
 
 impl Ready {
@@ -30,7 +30,7 @@ impl Ready {
     /// # Panics
     /// If the two lists differ in length, or a bucket does not exist: our bug.
     #[must_use]
-    pub fn new(bucket_of: Vec<usize>, bucket_count: usize, expected: Vec<u32>) -> Self {
+    pub(crate) fn new(bucket_of: Vec<usize>, bucket_count: usize, expected: Vec<u32>) -> Self {
         assert_eq!(bucket_of.len(), expected.len(), "each parameter is expected some times");
         let mut pending = vec![0; bucket_count];
         for (&bucket, &count) in bucket_of.iter().zip(&expected) {
@@ -40,7 +40,7 @@ impl Ready {
     }
 
     /// Hands out the buckets that are full.
-    pub fn startable(&mut self) -> Range<usize> {
+    pub(crate) fn startable(&mut self) -> Range<usize> {
         let start = self.next;
         while self.next < self.pending.len() && self.pending[self.next] == 0 {
             self.next += 1;
@@ -50,7 +50,7 @@ impl Ready {
 
     /// The bucket that starts next; as many as there are when none is left.
     #[must_use]
-    pub fn next(&self) -> usize {
+    pub(crate) fn next(&self) -> usize {
         self.next
     }
 
@@ -59,7 +59,7 @@ impl Ready {
     ///
     /// # Errors
     /// [`TooLate`] when the bucket was handed out before.
-    pub fn mark(&mut self, parameter: usize) -> Result<Range<usize>, TooLate> {
+    pub(crate) fn mark(&mut self, parameter: usize) -> Result<Range<usize>, TooLate> {
         let bucket = self.bucket_of[parameter];
         if bucket < self.next {
             return Err(TooLate { parameter });
@@ -74,7 +74,7 @@ impl Ready {
     }
 
     /// Takes a parameter for ready, however many gradients are still to come.
-    pub fn settle(&mut self, parameter: usize) -> Range<usize> {
+    pub(crate) fn settle(&mut self, parameter: usize) -> Range<usize> {
         if std::mem::take(&mut self.left[parameter]) > 0 {
             self.pending[self.bucket_of[parameter]] -= 1;
         }
@@ -82,14 +82,14 @@ impl Ready {
     }
 
     /// Whether every bucket was handed out.
-    #[must_use]
-    pub fn is_complete(&self) -> bool {
+    #[cfg(test)]
+    fn is_complete(&self) -> bool {
         self.next == self.pending.len()
     }
 
     /// Parameters for which gradients are still to come, by number.
     #[must_use]
-    pub fn missing(&self) -> Vec<usize> {
+    pub(crate) fn missing(&self) -> Vec<usize> {
         (0..self.left.len()).filter(|&parameter| self.left[parameter] > 0).collect()
     }
 }

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use super::norm::{Part, Power};
+use super::norm::{NormPart, Power};
 use super::plan::PARAMETER_ALIGNMENT_LEN as ROW;
 use crate::Result;
 
@@ -63,7 +63,7 @@ fn as_i64(rows: usize) -> i64 {
 }
 
 /// Sums of powers of `parts`, or what is largest in them.
-pub(crate) fn power_sums(parts: &[&Part<'_>], power: Power) -> Result<Vec<f64>> {
+pub(crate) fn power_sums(parts: &[&NormPart<'_>], power: Power) -> Result<Vec<f64>> {
     let mut cells: Vec<(usize, Range<usize>)> = Vec::with_capacity(parts.len());
     for (at, part) in parts.iter().enumerate() {
         let before = cells.last().map(|(storage, _)| *storage);
@@ -131,7 +131,7 @@ mod tests {
         let storage = Flat::private(Kind::Float, tch::Device::Cpu, values.len()).unwrap();
         let mut target = storage.range(&(0..values.len())).unwrap();
         target.copy_(&Tensor::from_slice(&values));
-        let parts = cells.map(|(sum, range)| Part { memory: &storage, range, sum });
+        let parts = cells.map(|(sum, range)| NormPart { memory: &storage, range, sum });
         for power in [Power::One, Power::Two, Power::Of(3.0), Power::Max] {
             let on_cpu = norm::of(&parts, 4, power).unwrap().values();
             let by_rows = power_sums(&parts.each_ref(), power).unwrap();

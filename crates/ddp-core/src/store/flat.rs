@@ -14,7 +14,7 @@ use crate::{shim, Error, Result};
 
 /// A registered region of one of the kinds that parameters have, or that hooks send.
 #[derive(Debug)]
-enum Memory {
+enum Backing {
     F32(Region<f32>),
     F64(Region<f64>),
     F16(Region<f16>),
@@ -29,10 +29,10 @@ enum Memory {
 macro_rules! with_numbers {
     ($memory:expr, $region:ident => $body:expr, $other:expr) => {
         match $memory {
-            Memory::F32($region) => $body,
-            Memory::F64($region) => $body,
-            Memory::F16($region) => $body,
-            Memory::BF16($region) => $body,
+            Backing::F32($region) => $body,
+            Backing::F64($region) => $body,
+            Backing::F16($region) => $body,
+            Backing::BF16($region) => $body,
             _ => $other,
         }
     };
@@ -42,8 +42,8 @@ macro_rules! with_numbers {
 macro_rules! with_region {
     ($memory:expr, $region:ident => $body:expr) => {
         match $memory {
-            Memory::U8($region) => $body,
-            Memory::I32($region) => $body,
+            Backing::U8($region) => $body,
+            Backing::I32($region) => $body,
             other => with_numbers!(
                 other,
                 $region => $body,
@@ -61,7 +61,7 @@ pub(crate) struct Scale(pub(crate) f64);
 #[derive(Debug)]
 pub(crate) struct Flat {
     tensor: Tensor,
-    memory: Memory,
+    memory: Backing,
 }
 
 impl Flat {
@@ -73,12 +73,14 @@ impl Flat {
         len: usize,
     ) -> Result<Self> {
         match kind {
-            Kind::Float => Self::over(allocate(group, device, len)?, kind, device, Memory::F32),
-            Kind::Double => Self::over(allocate(group, device, len)?, kind, device, Memory::F64),
-            Kind::Half => Self::over(allocate(group, device, len)?, kind, device, Memory::F16),
-            Kind::BFloat16 => Self::over(allocate(group, device, len)?, kind, device, Memory::BF16),
-            Kind::Uint8 => Self::over(allocate(group, device, len)?, kind, device, Memory::U8),
-            Kind::Int => Self::over(allocate(group, device, len)?, kind, device, Memory::I32),
+            Kind::Float => Self::over(allocate(group, device, len)?, kind, device, Backing::F32),
+            Kind::Double => Self::over(allocate(group, device, len)?, kind, device, Backing::F64),
+            Kind::Half => Self::over(allocate(group, device, len)?, kind, device, Backing::F16),
+            Kind::BFloat16 => {
+                Self::over(allocate(group, device, len)?, kind, device, Backing::BF16)
+            }
+            Kind::Uint8 => Self::over(allocate(group, device, len)?, kind, device, Backing::U8),
+            Kind::Int => Self::over(allocate(group, device, len)?, kind, device, Backing::I32),
             _ => Err(Error::UnsupportedKind { name: "flat storage".to_owned(), kind }),
         }
     }
@@ -87,7 +89,7 @@ impl Flat {
         region: Region<T>,
         kind: Kind,
         device: Device,
-        wrap: impl FnOnce(Region<T>) -> Memory,
+        wrap: impl FnOnce(Region<T>) -> Backing,
     ) -> Result<Self> {
         // SAFETY: the region holds `len` elements of the kind, and a clone of it keeps them mapped.
         let tensor = unsafe {
@@ -106,7 +108,7 @@ impl Flat {
     pub(crate) fn private(kind: Kind, device: Device, len: usize) -> Result<Self> {
         let len = i64::try_from(len).map_err(|_too_long| Error::TooLarge { elements: len })?;
         let tensor = Tensor::f_zeros([len], (kind, device))?;
-        Ok(Self { tensor, memory: Memory::Private })
+        Ok(Self { tensor, memory: Backing::Private })
     }
 
     /// `len` zeroed elements of host memory, page-locked where `device` is a GPU, which copies faster from there.
@@ -141,7 +143,7 @@ impl Flat {
         let tensor = unsafe {
             shim::tensor_over_memory(first.cast(), len, kind, Device::Cpu, Box::new(region))
         }?;
-        Ok(Self { tensor, memory: Memory::Private })
+        Ok(Self { tensor, memory: Backing::Private })
     }
 
     /// All of it.
@@ -255,7 +257,7 @@ impl Flat {
         range: Range<usize>,
         (scale, to_all): (Scale, bool),
     ) -> Result<Work<'static>> {
-        let (Memory::F32(region), op) = (&self.memory, Bf16Sum(scale.0)) else {
+        let (Backing::F32(region), op) = (&self.memory, Bf16Sum(scale.0)) else {
             return Err(Error::UnsupportedKind { name: "a sum".to_owned(), kind: self.kind() });
         };
         let range = region.range(range);
@@ -297,12 +299,12 @@ impl Flat {
             ));
         };
         match (&self.memory, &into.memory) {
-            (Memory::F32(from), Memory::F32(to)) => across(group, from, to, len),
-            (Memory::F64(from), Memory::F64(to)) => across(group, from, to, len),
-            (Memory::F16(from), Memory::F16(to)) => across(group, from, to, len),
-            (Memory::BF16(from), Memory::BF16(to)) => across(group, from, to, len),
-            (Memory::U8(from), Memory::U8(to)) => across(group, from, to, len),
-            (Memory::I32(from), Memory::I32(to)) => across(group, from, to, len),
+            (Backing::F32(from), Backing::F32(to)) => across(group, from, to, len),
+            (Backing::F64(from), Backing::F64(to)) => across(group, from, to, len),
+            (Backing::F16(from), Backing::F16(to)) => across(group, from, to, len),
+            (Backing::BF16(from), Backing::BF16(to)) => across(group, from, to, len),
+            (Backing::U8(from), Backing::U8(to)) => across(group, from, to, len),
+            (Backing::I32(from), Backing::I32(to)) => across(group, from, to, len),
             _ => Err(Error::UnsupportedKind { name: "all_to_all".to_owned(), kind: self.kind() }),
         }
     }

@@ -75,7 +75,7 @@ pub(crate) struct Store {
     pub(crate) optimizer: Attached,
     device: Device,
     /// Whether ranks train by themselves, so that a step sends nothing.
-    pub(crate) is_parted: bool,
+    pub(crate) trains_locally: bool,
     /// Where the model is a part of a larger one.
     pub(crate) part: Option<Part>,
 }
@@ -134,7 +134,7 @@ impl Store {
             renewals: 0,
             optimizer: Attached::default(),
             device,
-            is_parted: false,
+            trains_locally: false,
             part: None,
         };
         let order = store.initial_order(options)?;
@@ -475,7 +475,7 @@ impl Store {
         if self.device.is_cuda() {
             return Vec::new();
         }
-        let sample = |place: &plan::Place| {
+        let sample = |place: &plan::ParameterPlace| {
             let Some(whole) = self.storages[place.storage].parameters.whole() else { return 0 };
             let bytes = whole.bytes(&place.range);
             let stride = (bytes.len() / WORDS).next_multiple_of(8).max(8);

@@ -65,7 +65,7 @@ fn larger(left: f64, right: f64) -> f64 {
 
 /// Elements of a flat memory, from a multiple of [`CHUNK_LEN`] of their parameter on, and the number of the sum that they go to.
 #[derive(Debug)]
-pub(crate) struct Part<'a> {
+pub(crate) struct NormPart<'a> {
     pub(crate) memory: &'a Flat,
     pub(crate) range: Range<usize>,
     pub(crate) sum: usize,
@@ -79,17 +79,17 @@ pub(crate) enum Own {
 }
 
 /// What the powers of `parts` come to, by the numbers of their sums, which are below `count`.
-pub(crate) fn of(parts: &[Part<'_>], count: usize, power: Power) -> Result<Own> {
+pub(crate) fn of(parts: &[NormPart<'_>], count: usize, power: Power) -> Result<Own> {
     let mut own = match power {
         Power::Max => Own::Largest(vec![0.0; count]),
         _ => Own::Sums(vec![ExactSum::default(); count]),
     };
-    let (on_gpu, on_host): (Vec<&Part<'_>>, Vec<&Part<'_>>) =
+    let (on_gpu, on_host): (Vec<&NormPart<'_>>, Vec<&NormPart<'_>>) =
         parts.iter().partition(|part| part.memory.device().is_cuda());
     for (part, value) in on_gpu.iter().zip(device_norm::power_sums(&on_gpu, power)?) {
         own.take(part.sum, value);
     }
-    for Part { memory, range, sum } in on_host {
+    for NormPart { memory, range, sum } in on_host {
         match memory.kind() {
             Kind::Double => own.add((*sum, power), memory.elements::<f64>(range), |x| x),
             Kind::Half => own.add((*sum, power), memory.elements(range), f16::to_f64),

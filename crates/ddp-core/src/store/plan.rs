@@ -5,8 +5,8 @@
 //! when its bytes reach the cap; that of a unit when the unit is complete. Buckets are launched in the order in which their last parameter comes. Each has a
 //! flat storage of its own: memory that can be taken and given back by itself.
 //!
-//! Every parameter starts at a multiple of [`PARAMETER_ALIGNMENT_LEN`] elements, and every bucket's length
-//! is a multiple of `world_size ×` [`BLOCK_LEN`], so that each rank's segment is whole blocks. Where a
+//! Every parameter starts at a multiple of `PARAMETER_ALIGNMENT_LEN` elements, and every bucket's length
+//! is a multiple of `world_size ×` `BLOCK_LEN`, so that each rank's segment is whole blocks. Where a
 //! parameter lies inside its bucket does not depend on the world size; only the padding at the end does.
 //!
 //! Source: bucketing as `compute_bucket_assignment_by_size` of PyTorch's `reducer.cpp`; padding as
@@ -17,17 +17,17 @@ use std::ops::Range;
 
 /// Elements in a block: what norms are summed over, and what a rank's segment is a multiple of. One page
 /// of f32.
-pub const BLOCK_LEN: usize = 1024;
+pub(crate) const BLOCK_LEN: usize = 1024;
 
 /// Elements that a parameter's start is a multiple of: the widest vector loop of libtorch's kernels, so
 /// that cutting at a start never changes which elements a kernel's scalar tail computes.
-pub const PARAMETER_ALIGNMENT_LEN: usize = 64;
+pub(crate) const PARAMETER_ALIGNMENT_LEN: usize = 64;
 
 /// Bytes after which a bucket closes (PyTorch's `bucket_cap_mb=25`).
-pub const BUCKET_BYTES_MAX: usize = 25 << 20;
+pub(crate) const BUCKET_BYTES_MAX: usize = 25 << 20;
 
 /// Bytes after which the first bucket closes: small, so that communication starts early.
-pub const FIRST_BUCKET_BYTES_MAX: usize = 1 << 20;
+pub(crate) const FIRST_BUCKET_BYTES_MAX: usize = 1 << 20;
 
 /// What the plan needs to know of a parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +44,7 @@ pub struct Extent {
 
 /// Where a parameter lies.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct ParameterPlace {
     /// Which flat storage.
     pub storage: usize,
     /// Which bucket.
@@ -72,7 +72,7 @@ pub struct Plan {
     /// In launch order.
     pub buckets: Vec<Bucket>,
     /// By registration index.
-    pub places: Vec<Place>,
+    pub places: Vec<ParameterPlace>,
     /// Elements of each flat storage.
     pub storage_lens: Vec<usize>,
 }
@@ -112,7 +112,10 @@ impl Plan {
         assert!(!caps.bucket_bytes.is_empty(), "at least one cap");
         let mut plan = Self {
             buckets: Vec::new(),
-            places: vec![Place { storage: 0, bucket: usize::MAX, range: 0..0 }; extents.len()],
+            places: vec![
+                ParameterPlace { storage: 0, bucket: usize::MAX, range: 0..0 };
+                extents.len()
+            ],
             storage_lens: Vec::new(),
         };
         let mut open: BTreeMap<(usize, Option<usize>), Open> = BTreeMap::new();
@@ -164,7 +167,7 @@ impl Plan {
         for &index in &open.parameters {
             let range = end..end + extents[index].len;
             end = range.end.next_multiple_of(PARAMETER_ALIGNMENT_LEN);
-            self.places[index] = Place { storage, bucket: storage, range };
+            self.places[index] = ParameterPlace { storage, bucket: storage, range };
         }
         let len = end.max(1).next_multiple_of(world_size * BLOCK_LEN);
         let parameters = std::mem::take(&mut open.parameters);
@@ -177,7 +180,7 @@ impl Plan {
 impl Plan {
     /// Adds the buckets of parameters that came later, planned by themselves: they follow in storages of
     /// their own.
-    pub fn append(&mut self, later: Self) {
+    pub(crate) fn append(&mut self, later: Self) {
         let (parameters, storages) = (self.places.len(), self.storage_lens.len());
         let buckets = self.buckets.len();
         self.buckets.extend(later.buckets.into_iter().map(|bucket| Bucket {
@@ -186,7 +189,7 @@ impl Plan {
             range: bucket.range,
             parameters: bucket.parameters.into_iter().map(|index| index + parameters).collect(),
         }));
-        self.places.extend(later.places.into_iter().map(|place| Place {
+        self.places.extend(later.places.into_iter().map(|place| ParameterPlace {
             storage: place.storage + storages,
             bucket: place.bucket + buckets,
             range: place.range,
@@ -195,7 +198,7 @@ impl Plan {
     }
 
     /// Turns the order of buckets around.
-    pub fn reverse(&mut self) {
+    pub(crate) fn reverse(&mut self) {
         self.buckets.reverse();
         self.storage_lens.reverse();
         let count = self.buckets.len();
@@ -215,7 +218,7 @@ impl Plan {
     /// If `order` names a parameter that the plan does not have: our bug.
     #[must_use]
     #[expect(clippy::cast_precision_loss, reason = "counts of elements are far below 2^53")]
-    pub fn lateness(&self, order: &[usize]) -> f64 {
+    pub(crate) fn lateness(&self, order: &[usize]) -> f64 {
         let mut ready_at = vec![0; self.places.len()];
         let mut elements = 0;
         for &index in order {
@@ -240,7 +243,7 @@ impl Plan {
 impl Bucket {
     /// The elements of the flat storage that `rank` reduces and, under ZeRO, owns.
     #[must_use]
-    pub fn segment(&self, rank: usize, world_size: usize) -> Range<usize> {
+    pub(crate) fn segment(&self, rank: usize, world_size: usize) -> Range<usize> {
         let len = self.range.len() / world_size;
         let start = self.range.start + rank * len;
         start..start + len
@@ -343,7 +346,8 @@ mod tests {
         let sizes = extents(&[7, 5000, 64, 1, 900]);
         let offsets = |world_size| {
             let plan = check(&sizes, &[2000], world_size);
-            let offset = |p: &Place| (p.bucket, p.range.start - plan.buckets[p.bucket].range.start);
+            let offset =
+                |p: &ParameterPlace| (p.bucket, p.range.start - plan.buckets[p.bucket].range.start);
             plan.places.iter().map(offset).collect::<Vec<_>>()
         };
         assert_eq!(offsets(1), offsets(4));

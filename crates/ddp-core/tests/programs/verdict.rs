@@ -27,7 +27,7 @@ const BUGS: [&str; 6] = [
 /// What kind of right outcome it is; or what is wrong with it.
 pub(crate) fn of(program: &Program) -> Result<String, String> {
     let shared = Arc::new(program.clone());
-    let options = GroupOptions::default().with_timeout(TIMEOUT);
+    let options = GroupOptions { timeout: TIMEOUT, ..GroupOptions::default() };
     let ended = run_ranks_with(program.world_size, program.settings.link, options, move |group| {
         run::rank(&shared, group)
     });

@@ -21,7 +21,7 @@ pub(crate) fn run_over<T: Send + 'static>(
     link: HostLink,
     rank: impl Fn(Group) -> T + Send + Sync + 'static,
 ) -> Vec<T> {
-    let options = GroupOptions::default().with_timeout(Duration::from_secs(30));
+    let options = GroupOptions { timeout: Duration::from_secs(30), ..GroupOptions::default() };
     run_ranks_with(world_size, link, options, rank)
 }
 

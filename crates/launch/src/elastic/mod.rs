@@ -27,7 +27,7 @@ use crate::error::{system, LaunchError};
 use crate::logs::Logs;
 use crate::membership::{Action, Condition, Config, Coordinator, Order, Times, Verdict, Wish};
 use crate::options::LaunchOptions;
-use crate::plan::{Job, Nodes, Plan};
+use crate::plan::{Job, LaunchPlan, Nodes};
 use crate::report::{Failure, Report};
 use crate::restart::{Ending, GiveUp, Policy};
 use crate::screen::Stream;
@@ -49,7 +49,7 @@ pub(crate) struct Elastic<'a> {
     pub(crate) options: &'a LaunchOptions,
     pub(crate) program: &'a Path,
     pub(crate) args: &'a [OsString],
-    pub(crate) plan: Plan,
+    pub(crate) plan: LaunchPlan,
     pub(crate) job: Job,
     pub(crate) logs: Logs,
 }
@@ -62,7 +62,7 @@ pub(crate) struct Meeting {
 
 /// Meets node 0 at its store, which `server` is on node 0.
 pub(crate) fn meet(
-    plan: &Plan,
+    plan: &LaunchPlan,
     options: &LaunchOptions,
     credentials: &Credentials,
     server: Option<&StoreServer>,
@@ -193,7 +193,7 @@ impl Elastic<'_> {
     }
 
     /// This node's place among those of the generation, and what its ranks are told.
-    fn place(&mut self, supervisor: &Supervisor, order: &Order) -> Result<Plan, LaunchError> {
+    fn place(&mut self, supervisor: &Supervisor, order: &Order) -> Result<LaunchPlan, LaunchError> {
         let Some(link) = &supervisor.link else { return Ok(self.plan.clone()) };
         let deadline = Instant::now() + self.options.connect_timeout.max(FAILURE_WAIT);
         let port = link.store().get(&keys::port(order.generation), deadline)?;
@@ -207,7 +207,7 @@ impl Elastic<'_> {
         self.job.node_count = order.members.len();
         self.job.restart_count = order.generation;
         self.job.master_port = keys::number(&port);
-        Ok(Plan { nodes, ..self.plan.clone() })
+        Ok(LaunchPlan { nodes, ..self.plan.clone() })
     }
 
     fn finish(

@@ -103,11 +103,11 @@ pub(crate) struct Supervisor {
     memory: MemoryWatch,
     /// When the ranks are asked next what they have in memory.
     memory_look_at: Instant,
-    state: State,
+    state: AttemptState,
 }
 
 #[derive(Debug)]
-struct State {
+struct AttemptState {
     stage: Stage,
     suspect: Option<Suspect>,
     /// The ranks end in order to be started again.
@@ -130,7 +130,7 @@ pub(crate) struct AttemptEnd {
     pub(crate) was_stopped: bool,
 }
 
-impl State {
+impl AttemptState {
     fn new() -> Self {
         let end = AttemptEnd::default();
         Self { stage: Stage::Running, suspect: None, is_hasty: false, end }
@@ -164,7 +164,7 @@ impl Supervisor {
             started: now,
             memory: MemoryWatch::new(),
             memory_look_at: now,
-            state: State::new(),
+            state: AttemptState::new(),
         }
     }
 
@@ -172,7 +172,7 @@ impl Supervisor {
     pub(crate) fn begin(&mut self, world_size: usize, lineup_path: PathBuf) {
         self.kept = std::mem::take(&mut self.ranks).into_iter().filter(Rank::waits).collect();
         self.guard.forget();
-        self.state = State::new();
+        self.state = AttemptState::new();
         self.started = Instant::now();
         self.memory.begin();
         self.memory_look_at = self.started;

@@ -249,10 +249,12 @@ fn cascade(world: &World, is_chosen: bool) -> ExitCode {
 fn group(args: &Args, is_chosen: bool) -> ExitCode {
     // The limit of a collective is for a rank that stays away; nothing else is to run into it.
     let limit = if args.fault == Some(Fault::Idle) { Duration::from_secs(5) } else { LONG };
-    let options = GroupOptions::default().with_timeout(limit);
+    let options = GroupOptions { timeout: limit, ..GroupOptions::default() };
     let options = match args.fault {
         // Heartbeats that are missed for three seconds, and for as long as a busy machine may add.
-        Some(Fault::Pause) => options.with_heartbeat(Duration::from_millis(500), LONG),
+        Some(Fault::Pause) => {
+            GroupOptions { heartbeat: Duration::from_millis(500), dead_after: LONG, ..options }
+        }
         _ => options,
     };
     let fault = args.fault.filter(|_| is_chosen);

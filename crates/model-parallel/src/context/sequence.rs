@@ -46,7 +46,7 @@ impl Sequence {
 
     /// Which of them has which tokens.
     #[must_use]
-    pub fn order(&self) -> Order {
+    pub(crate) fn order(&self) -> Order {
         self.order
     }
 

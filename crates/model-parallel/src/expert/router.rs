@@ -75,7 +75,7 @@ impl Routing {
     }
 
     /// `[tokens, k]`: what each of their outputs is multiplied by.
-    pub fn weights(&self) -> &Tensor {
+    pub(crate) fn weights(&self) -> &Tensor {
         &self.weights
     }
 

@@ -48,7 +48,7 @@ impl<'a> Builder<'a> {
 
     /// The same under a path inside of this one.
     #[must_use]
-    pub fn sub(&self, name: &impl ToString) -> Self {
+    pub(crate) fn sub(&self, name: &impl ToString) -> Self {
         let path = &self.path / name.to_string();
         Self { path, key: self.key, cuts: Arc::clone(&self.cuts) }
     }

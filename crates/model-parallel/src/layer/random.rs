@@ -45,7 +45,7 @@ impl Key {
     /// 64 random bits for the element at `place`.
     #[must_use]
     #[inline]
-    pub const fn bits(self, place: u64) -> u64 {
+    pub(crate) const fn bits(self, place: u64) -> u64 {
         mix(self.0.wrapping_add(place.wrapping_add(1).wrapping_mul(GAMMA)))
     }
 
@@ -66,7 +66,7 @@ impl Key {
 
     /// The key as a number, for kernels of elsewhere.
     #[must_use]
-    pub const fn value(self) -> u64 {
+    pub(crate) const fn value(self) -> u64 {
         self.0
     }
 }

@@ -44,7 +44,7 @@ impl Axis {
 
     /// As flags and messages spell it.
     #[must_use]
-    pub const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Pp => "pp",
             Self::DpReplicate => "dp_replicate",
@@ -161,7 +161,7 @@ impl Axes {
     }
 
     /// The axes, from the outermost to the innermost.
-    pub fn iter(self) -> impl Iterator<Item = Axis> {
+    pub(crate) fn iter(self) -> impl Iterator<Item = Axis> {
         Axis::ALL.into_iter().filter(move |axis| self.contains(*axis))
     }
 

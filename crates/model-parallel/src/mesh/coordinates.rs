@@ -85,7 +85,7 @@ impl Mesh {
     /// # Errors
     ///
     /// [`Error::NoSuchRank`].
-    pub fn role(&self, rank: usize) -> Result<String> {
+    pub(crate) fn role(&self, rank: usize) -> Result<String> {
         self.check_rank(rank)?;
         let used = Axis::DENSE.iter().filter(|axis| self.shape().size(**axis) > 1);
         let mut parts: Vec<String> =

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 
 /// A rank's place among the groups of a set of axes: what `Group::split` takes, and what it leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct GroupPlace {
     /// Which group, counted by the smallest rank of each: ranks of one color form a group.
     pub color: usize,
     /// The rank in it.
@@ -20,7 +20,7 @@ impl Mesh {
     /// # Errors
     ///
     /// [`Error::NoSuchRank`].
-    pub fn place(&self, rank: usize, axes: Axes) -> Result<Place> {
+    pub fn place(&self, rank: usize, axes: Axes) -> Result<GroupPlace> {
         self.check_rank(rank)?;
         Ok(self.place_of(rank, axes))
     }
@@ -50,7 +50,7 @@ impl Mesh {
     }
 
     /// Takes a rank's digits from the innermost on: those of the axes make the key, the others the color.
-    fn place_of(&self, rank: usize, axes: Axes) -> Place {
+    fn place_of(&self, rank: usize, axes: Axes) -> GroupPlace {
         let (mut key, mut size) = (0, 1);
         let (mut color, mut colors) = (0, 1);
         let mut left = rank;
@@ -63,6 +63,6 @@ impl Mesh {
             *number += digit * *weight;
             *weight *= len;
         }
-        Place { color, key, size }
+        GroupPlace { color, key, size }
     }
 }

@@ -31,7 +31,7 @@ mod table;
 
 pub use axes::{Axes, Axis};
 pub use coordinates::Coordinates;
-pub use groups::Place;
+pub use groups::GroupPlace;
 pub use placement::{AxisPlacement, Nodes, Placement};
 pub use shape::Shape;
 

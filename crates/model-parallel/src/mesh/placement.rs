@@ -66,7 +66,7 @@ pub struct Placement {
 impl Placement {
     /// Every axis, from the outermost to the innermost.
     #[must_use]
-    pub fn axes(&self) -> &[AxisPlacement] {
+    pub(crate) fn axes(&self) -> &[AxisPlacement] {
         &self.axes
     }
 

@@ -95,7 +95,7 @@ impl ColumnLinear {
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
-    pub fn forward_all(layers: &[&Self], x: &Tensor) -> crate::Result<Vec<Tensor>> {
+    pub(crate) fn forward_all(layers: &[&Self], x: &Tensor) -> crate::Result<Vec<Tensor>> {
         let Some(first) = layers.first() else { return Ok(Vec::new()) };
         for layer in layers {
             check_width(&layer.name, x, layer.inputs)?;
@@ -104,20 +104,9 @@ impl ColumnLinear {
         Ok(Products { parts, tp: first.tp.clone(), name: first.name.clone() }.apply(x)?)
     }
 
-    /// This rank's part of the weight.
-    pub fn weight(&self) -> &Tensor {
-        &self.part.weight.tensor
-    }
-
-    /// This rank's part of the bias.
-    #[must_use]
-    pub fn bias(&self) -> Option<&Tensor> {
-        self.part.bias.as_ref()
-    }
-
     /// How many outputs this rank has.
     #[must_use]
-    pub fn outputs(&self) -> i64 {
+    pub(crate) fn outputs(&self) -> i64 {
         self.part.pieces.iter().map(Piece::len).sum()
     }
 

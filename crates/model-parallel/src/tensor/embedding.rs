@@ -192,11 +192,6 @@ impl PositionEmbedding {
         let weight = shared_all(&[&self.weight], &self.tp, &self.name)?.swap_remove(0);
         rows(&weight, &pass.tokens.part(self.tp.rank() * each, each)?)
     }
-
-    /// The table.
-    pub fn weight(&self) -> &Tensor {
-        &self.weight
-    }
 }
 
 /// Rows of a table, one run behind the other.

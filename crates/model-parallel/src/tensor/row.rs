@@ -73,20 +73,9 @@ impl RowLinear {
         Ok(outputs.swap_remove(0))
     }
 
-    /// This rank's part of the weight.
-    pub fn weight(&self) -> &Tensor {
-        &self.product.weight.tensor
-    }
-
-    /// The bias.
-    #[must_use]
-    pub fn bias(&self) -> Option<&Tensor> {
-        self.product.bias.as_ref()
-    }
-
     /// How many inputs this rank has.
     #[must_use]
-    pub fn inputs(&self) -> i64 {
+    pub(crate) fn inputs(&self) -> i64 {
         self.inputs
     }
 }

@@ -41,7 +41,7 @@ impl JobToken {
 
     /// Parses 64 hexadecimal digits; `None` for anything else.
     #[must_use]
-    pub fn from_hex(text: &str) -> Option<Self> {
+    pub(crate) fn from_hex(text: &str) -> Option<Self> {
         let digits = text.as_bytes();
         if digits.len() != 64 {
             return None;
@@ -53,7 +53,7 @@ impl JobToken {
         Some(Self::from_bytes(bytes))
     }
 
-    /// The 64 hexadecimal digits that [`JobToken::from_hex`] reads.
+    /// As 64 hexadecimal digits.
     #[must_use]
     pub fn to_hex(&self) -> String {
         self.bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -75,7 +75,7 @@ impl JobToken {
 
     /// Whether it was made by [`JobToken::derive`], and so is no secret.
     #[must_use]
-    pub const fn is_derived(&self) -> bool {
+    pub(crate) const fn is_derived(&self) -> bool {
         self.is_derived
     }
 

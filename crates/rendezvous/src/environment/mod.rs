@@ -20,7 +20,6 @@ mod launchers;
 mod mpi;
 mod mpi_library;
 mod nccl;
-mod nccl_levels;
 mod nccl_settings;
 mod platform;
 mod recorder;
@@ -43,7 +42,6 @@ pub use mpi_library::{
 #[cfg(any(test, feature = "testing"))]
 pub use nccl::is_required;
 pub use nccl::{nccl_host_id, nccl_lacks, nccl_library};
-pub use nccl_levels::{NcclDebug, NcclGdrLevel, NcclP2pLevel};
 pub use nccl_settings::{NcclSettingError, NcclSettings};
 pub use platform::{LaunchDefaults, RanksPerNode};
 pub use recorder::flight_recorder;

@@ -10,12 +10,12 @@ pub fn nccl_host_id() -> Option<String> {
     read("NCCL_HOSTID")
 }
 
-/// What a version of NCCL is the first to know: a variable, the setting that writes it, and which values of it.
-type Newer = (&'static str, &'static str, i32, fn(&str) -> bool);
+/// What a version of NCCL is the first to know: a variable, and which values of it.
+type Newer = (&'static str, i32, fn(&str) -> bool);
 
 const NEWER: [Newer; 2] = [
-    ("NCCL_LAUNCH_ORDER_IMPLICIT", "launch_order_implicit", 22_600, |value| value != "0"),
-    ("NCCL_ALGO", "algorithm", 22_300, |value| {
+    ("NCCL_LAUNCH_ORDER_IMPLICIT", 22_600, |value| value != "0"),
+    ("NCCL_ALGO", 22_300, |value| {
         // `^`: not these; per collective (`allgather:pat;allreduce:ring`) from 2.24 on.
         let mut names = value.split([',', ':', ';', ' ']);
         !value.starts_with('^') && names.any(|name| name.eq_ignore_ascii_case("pat"))
@@ -29,14 +29,14 @@ pub fn nccl_lacks(version: i32) -> Option<String> {
 }
 
 fn lacks(version: i32, read: impl Fn(&str) -> Option<String>) -> Option<String> {
-    let asks = |(variable, _, first, asks): &&Newer| {
+    let asks = |(variable, first, asks): &&Newer| {
         version < *first && read(variable).is_some_and(|value| asks(&value))
     };
-    let (variable, setting, first, _) = NEWER.iter().find(asks)?;
+    let (variable, first, _) = NEWER.iter().find(asks)?;
     let shown = |number: i32| format!("{}.{}", number / 10_000, number / 100 % 100);
     let value = read(variable).unwrap_or_default();
     Some(format!(
-        "{variable}={value} (nccl.{setting}) is known from NCCL {} on: install a newer one than this {}, or leave the setting out",
+        "{variable}={value} is known from NCCL {} on: install a newer one than this {}, or leave it out",
         shown(*first),
         shown(version)
     ))
@@ -70,7 +70,7 @@ mod tests {
         assert_eq!(lacks(21_805, "NCCL_OTHER", "1"), None);
         for asked in ["PAT", "ring,pat", "allgather:pat;allreduce:ring"] {
             let refused = lacks(22_203, "NCCL_ALGO", asked).unwrap();
-            assert!(refused.contains(asked) && refused.contains("nccl.algorithm"), "{refused}");
+            assert!(refused.contains(&format!("NCCL_ALGO={asked}")), "{refused}");
             assert_eq!(lacks(22_304, "NCCL_ALGO", asked), None);
         }
         for others in ["^PAT", "Ring,Tree", "NVLSTree"] {

@@ -31,11 +31,11 @@ pub struct StoreClient {
     host: String,
     port: u16,
     credentials: Credentials,
-    state: Mutex<State>,
+    state: Mutex<Connections>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct Connections {
     idle: Vec<TcpStream>,
     /// Second handles of the connections on which a `get` waits, to shut them down.
     waiting: BTreeMap<u64, TcpStream>,
@@ -58,11 +58,11 @@ impl StoreClient {
         let hint = "";
         let stream = Dial { host, port, greeting: Greeting::Phalanx(&credentials), hint }
             .connect(deadline)?;
-        let state = Mutex::new(State { idle: vec![stream], ..State::default() });
+        let state = Mutex::new(Connections { idle: vec![stream], ..Connections::default() });
         Ok(Self { host: host.to_owned(), port, credentials, state })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, Connections> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

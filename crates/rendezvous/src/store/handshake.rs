@@ -48,7 +48,7 @@ pub struct Credentials {
 impl World {
     /// What this rank shows to the store.
     #[must_use]
-    pub fn credentials(&self) -> Credentials {
+    pub(crate) fn credentials(&self) -> Credentials {
         Credentials {
             run_id: self.run_id.clone(),
             restart_count: self.restart_count,

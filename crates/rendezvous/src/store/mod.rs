@@ -38,7 +38,6 @@ pub use handshake::Credentials;
 pub use join::{connect, hosted, join, listen_address, Meeting};
 pub use memory::MemoryStore;
 pub use server::StoreServer;
-pub use table::{KEY_BYTES_MAX, STORE_BYTES_MAX, VALUE_BYTES_MAX};
 pub use tcp_store::TcpStoreClient;
 
 /// A key-value store that all ranks of a job share.

@@ -6,11 +6,11 @@ use std::ops::Bound;
 use super::StoreError;
 
 /// Longest key, in bytes (PyTorch's limit).
-pub const KEY_BYTES_MAX: usize = 8 << 10;
+pub(crate) const KEY_BYTES_MAX: usize = 8 << 10;
 /// Longest value, in bytes (PyTorch's limit).
-pub const VALUE_BYTES_MAX: usize = 8 << 20;
+pub(crate) const VALUE_BYTES_MAX: usize = 8 << 20;
 /// All keys and values together, in bytes: the store carries addresses, and its host has other work for its memory.
-pub const STORE_BYTES_MAX: usize = 256 << 20;
+pub(crate) const STORE_BYTES_MAX: usize = 256 << 20;
 
 /// The keys and their values, in key order.
 #[derive(Debug, Default)]

@@ -153,15 +153,9 @@ impl Pipeline {
         Ok(Self { is_together: true, ..self })
     }
 
-    /// What its ranks do.
-    #[must_use]
-    pub const fn schedule(&self) -> &Schedule {
-        &self.schedule
-    }
-
     /// The stage that is this chunk of this rank.
     #[must_use]
-    pub fn stage(&self, chunk: usize) -> usize {
+    pub(crate) fn stage(&self, chunk: usize) -> usize {
         self.schedule.stage(self.group.rank(), chunk)
     }
 

@@ -49,7 +49,7 @@ impl ScheduleKind {
 
     /// The strictest sends with which it ends whatever its numbers are.
     #[must_use]
-    pub const fn sending(self) -> Sending {
+    pub(crate) const fn sending(self) -> Sending {
         match self {
             Self::GPipe => Sending::Synchronous,
             Self::OneFOneB | Self::ZbH1 => Sending::Together,

@@ -195,7 +195,7 @@ impl Schedule {
 
     /// The stages of the model: ranks times chunks.
     #[must_use]
-    pub fn stage_count(&self) -> usize {
+    pub(crate) fn stage_count(&self) -> usize {
         self.layout().stage_count()
     }
 
@@ -275,7 +275,7 @@ impl Pass {
 impl Action {
     /// What it is about.
     #[must_use]
-    pub const fn part(self) -> Part {
+    pub(crate) const fn part(self) -> Part {
         match self {
             Self::Compute { part, .. } | Self::Send { part, .. } | Self::Receive { part, .. } => {
                 part

@@ -62,7 +62,7 @@ pub struct Timeline {
 impl Timeline {
     /// What each rank computes, in order.
     #[must_use]
-    pub fn ranks(&self) -> &[Vec<Slot>] {
+    pub(crate) fn ranks(&self) -> &[Vec<Slot>] {
         &self.ranks
     }
 

@@ -98,7 +98,7 @@ impl TcpStoreClient {
     /// # Errors
     ///
     /// [`StoreError::Timeout`] at `deadline`, or the connection was lost.
-    pub fn wait(&mut self, keys: &[&str], deadline: Instant) -> Result<(), StoreError> {
+    pub(crate) fn wait(&mut self, keys: &[&str], deadline: Instant) -> Result<(), StoreError> {
         let start = Instant::now();
         self.send(&TcpStoreRequest::Wait { keys: wire_all(keys)? }, deadline)?;
         match self.try_read::<1>(deadline) {
