@@ -109,7 +109,7 @@ impl Inbox {
             }
             if let Some(whole) = self.expected.pop_front() {
                 whole.call.finish(Ok(()));
-                peers.points.wake();
+                peers.points.wake_sleeping();
             }
         }
         Ok(())

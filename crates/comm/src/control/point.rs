@@ -6,7 +6,7 @@
 //! then does the sender send, in parts, so nothing is buffered that nobody waits for. A thread of
 //! its own sends and the monitor takes in, so two ranks may send each other large messages at once.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -52,6 +52,8 @@ struct Table {
 pub(crate) struct Points {
     table: Mutex<Table>,
     changed: Condvar,
+    /// Threads that wait for another one of this rank, which takes in a message before theirs or writes it.
+    sleeping: AtomicUsize,
     /// Whether the sending thread runs.
     sending: AtomicBool,
     sent: Vec<AtomicU64>,
@@ -72,6 +74,7 @@ impl Points {
         Self {
             table: Mutex::default(),
             changed: Condvar::new(),
+            sleeping: AtomicUsize::new(0),
             sending: AtomicBool::new(false),
             sent: counters(),
             received: counters(),
@@ -102,7 +105,16 @@ impl Points {
 
     /// Sleeps until something changes, at most `limit`.
     pub(super) fn sleep(&self, limit: Duration) {
+        self.sleeping.fetch_add(1, Ordering::SeqCst);
         drop(self.changed.wait_timeout(self.table(), limit));
+        self.sleeping.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Wakes those who [sleep](Self::sleep): most of the time nobody, without a system call then. Who is about to may be missed.
+    pub(super) fn wake_sleeping(&self) {
+        if self.sleeping.load(Ordering::SeqCst) > 0 {
+            self.wake();
+        }
     }
 
     /// Watches for as long as a thread does that is about to sleep: whether it came.

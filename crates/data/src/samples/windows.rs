@@ -27,7 +27,7 @@ macro_rules! of_windows {
             self.fingerprint
         }
 
-        fn damaged(&self) -> $crate::Result<Vec<std::ops::Range<u64>>> {
+        fn damaged(&self) -> $crate::error::Result<Vec<std::ops::Range<u64>>> {
             Ok(self.windows.damaged())
         }
 
