@@ -47,7 +47,9 @@ mod row;
 mod rows;
 mod shared;
 
-pub use attention::{Attend, Attention, AttentionDropout, AttentionOptions, Projections};
+pub use attention::{
+    Attend, Attention, AttentionDropout, AttentionOptions, KeyValues, Projections,
+};
 pub use column::ColumnLinear;
 pub use cross_entropy::{cross_entropy, logits, IGNORED};
 pub(crate) use dropout::{run, Places};
