@@ -227,7 +227,7 @@ fn sampled(
     if count == 0 || prompt.is_empty() {
         return Ok(None);
     }
-    let choice = Choice { temperature: flags.temperature, seed: config.train.seed };
+    let choice = Choice { temperature: flags.temperature, seed: config.train.seed, keeps: true };
     let tokens = sample::generate(trainer, config.mesh.schedule()?, (&prompt, count), choice)?;
     let (prompt, tokens) = (sample::text(text, &prompt)?, sample::text(text, &tokens)?);
     Ok(Some(format!("sample [{prompt}] {tokens}")))

@@ -127,6 +127,40 @@ fn a_tied_head_on_two_stages_trains_with_experts_on_two_ranks() {
     check(tied(on_mesh([2, 1, 2, 1, 2])), &one);
 }
 
+fn hooked(sizes: Sizes, hook: &str) -> Config {
+    let mut config = on_mesh(sizes);
+    config.ddp.hook = hook.parse().expect("a hook");
+    config
+}
+
+/// Hooks that leave nothing out are the plain exchange but for the order of sums, also where experts' gradients are divided by the weights of more ranks than exchange them.
+#[test]
+fn hooks_that_lose_nothing_train_experts_as_one_process_does() {
+    let one = job(base(), 1).run(1);
+    for sizes in
+        [[4, 1, 1, 1, 2], [4, 1, 1, 1, 4], [2, 2, 1, 1, 2], [2, 1, 2, 1, 1], [1, 1, 1, 4, 2]]
+    {
+        for hook in ["topk:1", "powersgd:2:100"] {
+            check(hooked(sizes, hook), &one);
+        }
+    }
+}
+
+/// The first loss is of the first weights, and so the plain one; what comes after is the hook's own, the same every time.
+#[test]
+fn hooks_that_lose_something_train_experts_the_same_way_every_time() {
+    let one = job(base(), 1).run(1);
+    for hook in ["bf16", "fp16", "int8", "topk:0.1", "powersgd:2:0"] {
+        let job = job(hooked([4, 1, 1, 1, 2], hook), 4);
+        let (first, second) = (job.run(4), job.run(4));
+        assert_eq!(first.losses, second.losses, "{hook}");
+        assert_eq!(apart(&first.weights, &second.weights).0, 0.0, "{hook}");
+        let error = (first.losses[0] - one.losses[0]).abs() / one.losses[0];
+        assert!(error < 1e-5, "{hook}: losses {:?} and {:?}", first.losses, one.losses);
+        assert!(first.losses[1..] != one.losses[1..], "{hook} loses nothing");
+    }
+}
+
 #[test]
 fn two_runs_have_the_same_bits() {
     let job = job(on_mesh([2, 1, 2, 1, 2]), 2);

@@ -76,6 +76,8 @@ const PURE: &[&str] = &[
     "crates/model-parallel/src/pipeline/schedule",
     "crates/model-parallel/src/context/pieces.rs",
     "crates/model-parallel/src/expert/plan.rs",
+    "crates/model-parallel/src/tensor/cut.rs",
+    "crates/model-parallel/src/tensor/rows.rs",
     "crates/rendezvous/src/store/frame.rs",
     "crates/rendezvous/src/store/handshake.rs",
     "crates/rendezvous/src/store/table.rs",

@@ -5,8 +5,8 @@ use phalanx_model_parallel::expert::{
 };
 use phalanx_model_parallel::layer::{Builder, Init, Pass};
 use phalanx_model_parallel::tensor::{
-    Attention, AttentionOptions, ColumnLinear, Dropout, Gelu, LinearOptions, Mlp, Projections,
-    RowLinear, SwiGlu, TensorParallel,
+    Attention, AttentionOptions, ColumnLinear, Dropout, Gelu, KeyValues, LinearOptions, Mlp,
+    Projections, RowLinear, SwiGlu, TensorParallel,
 };
 use phalanx_model_parallel::Result;
 use tch::Tensor;
@@ -119,9 +119,29 @@ impl Block {
 
     /// `[batch, tokens(/n), width]`, both ways. `predicted` is how many tokens of the batch's whole sequences have a loss.
     pub(super) fn forward(&self, x: &Tensor, pass: &Pass, predicted: f64) -> Result<Tensor> {
-        let place = self.tp.between_blocks(x);
         let y = self.attention.forward(&self.before_attention.forward(x)?, pass)?;
-        let x = &x.f_add(&self.dropout[0].forward(&y, pass, place)?)?;
+        self.behind_attention((x, &y), pass, predicted)
+    }
+
+    /// The same of tokens behind those of which `before` has keys and values.
+    pub(super) fn forward_next(
+        &self,
+        x: &Tensor,
+        pass: &Pass,
+        before: &mut KeyValues,
+    ) -> Result<Tensor> {
+        let y = self.attention.forward_next(&self.before_attention.forward(x)?, pass, before)?;
+        self.behind_attention((x, &y), pass, 0.0)
+    }
+
+    fn behind_attention(
+        &self,
+        (x, y): (&Tensor, &Tensor),
+        pass: &Pass,
+        predicted: f64,
+    ) -> Result<Tensor> {
+        let place = self.tp.between_blocks(x);
+        let x = &x.f_add(&self.dropout[0].forward(y, pass, place)?)?;
         let z = self.before_inner.forward(x)?;
         let z = match &self.inner {
             Inner::Mlp(inner) => inner.forward(&z)?,

@@ -17,8 +17,8 @@ use phalanx_ddp_core::recompute::checkpointed_one;
 use phalanx_model_parallel::expert::ExpertParallel;
 use phalanx_model_parallel::layer::{Builder, Init, Pass};
 use phalanx_model_parallel::tensor::{
-    cross_entropy, logits, Dropout, LayerNorm, PositionEmbedding, RmsNorm, TensorParallel,
-    VocabEmbedding,
+    cross_entropy, logits, Dropout, KeyValues, LayerNorm, PositionEmbedding, RmsNorm,
+    TensorParallel, VocabEmbedding,
 };
 use phalanx_model_parallel::Result;
 use tch::Tensor;
@@ -189,6 +189,29 @@ impl Gpt {
                 true => recomputed(block, &x, (*pass, predicted))?,
                 false => lock(block).forward(&x, pass, predicted)?,
             };
+        }
+        match &chunk.head {
+            Some(head) => head.norm.forward(&x),
+            None => Ok(x),
+        }
+    }
+
+    /// [`hidden`](Self::hidden) of the next tokens of whole sequences, in evaluation: `before` has what each block of the chunk keeps of those before them.
+    pub(crate) fn next_hidden(
+        &self,
+        chunk: usize,
+        (ids, input): (&Tensor, Option<Tensor>),
+        (pass, before): (&Pass, &mut Vec<KeyValues>),
+    ) -> Result<Tensor> {
+        let chunk = &self.chunks[chunk];
+        let mut x = match (&chunk.embedding, input) {
+            (Some(embedding), _) => embedding.forward(ids, pass)?,
+            (None, Some(input)) => input,
+            (None, None) => return Err(nothing()),
+        };
+        before.resize_with(chunk.blocks.len(), KeyValues::default);
+        for (block, before) in chunk.blocks.iter().zip(before) {
+            x = lock(block).forward_next(&x, pass, before)?;
         }
         match &chunk.head {
             Some(head) => head.norm.forward(&x),

@@ -1,15 +1,19 @@
 //! Text from the model: one token after the other.
 //!
-//! Every token is a forward of the whole sequence, padded to its final length: what is behind a token does not change it. All ranks of a
+//! The prompt goes through the stages once, then one token at a time: blocks keep keys and values of those before. Where tokens are cut over ranks (context and sequence
+//! parallelism), every token is a forward of the whole sequence, padded to its final length: what is behind a token does not change it. All ranks of a
 //! model compute together, and the last stage tells the others which token it was.
+
+use std::collections::BTreeMap;
 
 use anyhow::Result;
 use phalanx_data::text::Detokenizer;
 use phalanx_ddp_core::amp;
 use phalanx_model_parallel::layer::random::Key;
-use phalanx_model_parallel::layer::Pass;
+use phalanx_model_parallel::layer::{Pass, Tokens};
 use phalanx_model_parallel::pipeline::schedule::ScheduleKind;
 use phalanx_model_parallel::pipeline::{Pipeline, Shaped, Stage};
+use phalanx_model_parallel::tensor::KeyValues;
 use tch::{Kind, Tensor};
 
 use super::data::Text;
@@ -22,14 +26,22 @@ pub(crate) struct Choice {
     pub(crate) temperature: f64,
     /// What chance comes from.
     pub(crate) seed: u64,
+    /// Whether blocks keep keys and values, where a rank has all tokens.
+    pub(crate) keeps: bool,
 }
 
-/// One sequence on its way through the stages.
+/// What the blocks of this rank keep of the tokens so far, by chunk and micro-batch: a schedule may send one sequence through several times.
+type Kept = BTreeMap<(usize, usize), Vec<KeyValues>>;
+
+/// One sequence, or the next tokens of it, on its way through the stages.
 struct Sequence<'t> {
     trainer: &'t Trainer,
     ids: Tensor,
-    /// The token whose logits are wanted.
+    /// The number of the first of them.
+    first: i64,
+    /// The one whose logits are wanted, among them.
     at: i64,
+    kept: Option<&'t mut Kept>,
     logits: Option<Tensor>,
 }
 
@@ -37,13 +49,22 @@ impl Stage for Sequence<'_> {
     fn forward(
         &mut self,
         chunk: usize,
-        _micro_batch: usize,
+        micro_batch: usize,
         input: Option<Tensor>,
     ) -> phalanx_model_parallel::Result<Tensor> {
         let Trainer { network, place, plan, .. } = self.trainer;
-        let tokens = place.together.context.tokens(self.ids.size()[1])?;
-        let pass = Pass { tokens, ..Pass::evaluation() };
-        let hidden = network.hidden(chunk, (&self.ids, input), (&pass, 0.0))?;
+        let hidden = match &mut self.kept {
+            Some(kept) => {
+                let pass = Pass { tokens: Tokens::from(self.first), ..Pass::evaluation() };
+                let before = kept.entry((chunk, micro_batch)).or_default();
+                network.next_hidden(chunk, (&self.ids, input), (&pass, before))?
+            }
+            None => {
+                let tokens = place.together.context.tokens(self.ids.size()[1])?;
+                let pass = Pass { tokens, ..Pass::evaluation() };
+                network.hidden(chunk, (&self.ids, input), (&pass, 0.0))?
+            }
+        };
         if !network.ends(chunk) {
             return Ok(hidden);
         }
@@ -70,22 +91,32 @@ pub(crate) fn generate(
     choice: Choice,
 ) -> Result<Vec<i64>> {
     let _unrecorded = tch::no_grad_guard();
-    let stages = &trainer.place.stages;
+    let (stages, plan) = (&trainer.place.stages, &trainer.plan);
     let schedule = single_pass(kind, stages.world_size())?;
-    let mut pipeline = Pipeline::new(stages.clone(), schedule, trainer.plan.device)?;
+    let pipeline = || Pipeline::new(stages.clone(), schedule.clone(), plan.device);
+    let keeps = choice.keeps && plan.tokens_of == 1;
+    let mut kept = Kept::new();
     let mut tokens = prompt.to_vec();
-    tokens.resize((prompt.len() + count).next_multiple_of(trainer.plan.tokens_of), 0);
+    if !keeps {
+        tokens.resize((prompt.len() + count).next_multiple_of(plan.tokens_of), 0);
+    }
+    let mut through = pipeline()?;
     let last = stages.world_size() - 1;
     for at in prompt.len()..prompt.len() + count {
+        // The prompt, then a token at a time; or all of them.
+        let first = if keeps && at > prompt.len() { at - 1 } else { 0 };
+        if first == prompt.len() {
+            through = pipeline()?; // for another shape
+        }
         let ids =
-            Tensor::f_from_slice(&tokens)?.f_unsqueeze(0)?.f_to_device(trainer.plan.device)?;
-        let before = i64::try_from(at)? - 1;
-        let mut sequence = Sequence { trainer, ids, at: before, logits: None };
-        match trainer.plan.autocasts {
-            false => pipeline.evaluate(&mut sequence)?,
+            Tensor::f_from_slice(&tokens[first..])?.f_unsqueeze(0)?.f_to_device(plan.device)?;
+        let (first, before) = (i64::try_from(first)?, i64::try_from(at)? - 1);
+        let kept = keeps.then_some(&mut kept);
+        let mut sequence = Sequence { trainer, ids, first, at: before - first, kept, logits: None };
+        match plan.autocasts {
+            false => through.evaluate(&mut sequence)?,
             true => {
-                let device = trainer.plan.device;
-                amp::autocast(device, Kind::BFloat16, || pipeline.evaluate(&mut sequence))??
+                amp::autocast(plan.device, Kind::BFloat16, || through.evaluate(&mut sequence))??
             }
         };
         let mine = match &sequence.logits {
@@ -94,7 +125,11 @@ pub(crate) fn generate(
         };
         let told = stages
             .with_group(|group| group.tagged("token").all_gather_bytes(&mine.to_le_bytes()))?;
-        tokens[at] = i64::from_le_bytes(told[last].as_slice().try_into()?);
+        let token = i64::from_le_bytes(told[last].as_slice().try_into()?);
+        match keeps {
+            true => tokens.push(token),
+            false => tokens[at] = token,
+        }
     }
     Ok(tokens[prompt.len()..prompt.len() + count].to_vec())
 }

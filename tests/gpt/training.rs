@@ -126,8 +126,14 @@ impl Job {
         trainer.save_weights(to).expect("weights can be saved");
         let kind = config.mesh.schedule().expect("a schedule");
         let greedy = |prompt: &Vec<i64>| {
-            let choice = Choice { temperature: 0.0, seed: 0 };
-            generate(&trainer, kind, (prompt, self.new_tokens), choice).expect("tokens")
+            let tokens = |keeps| {
+                let choice = Choice { temperature: 0.0, seed: 0, keeps };
+                let wanted = (prompt.as_slice(), self.new_tokens);
+                generate(&trainer, kind, wanted, choice).expect("tokens")
+            };
+            let all = tokens(true);
+            assert_eq!(all, tokens(false), "with keys and values of tokens before, and without");
+            all
         };
         let greedy = self.prompts.iter().map(greedy).collect();
         let of = |number: fn(&super::gpt::metrics::StepRecord) -> f64| {

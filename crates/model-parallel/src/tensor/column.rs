@@ -1,18 +1,19 @@
 //! The product whose outputs are cut: each rank has some columns of the result.
 //!
-//! Forward: nothing is sent, or with sequence parallelism the tokens are gathered. Backward: the input's gradient is a sum over the ranks, which
+//! Forward: nothing is sent, or with sequence parallelism the tokens are gathered, and multiplied while the rest of them comes ([`Chunks`]). Backward: the input's gradient is a sum over the ranks, which
 //! goes on while the gradients of the weights are computed. The gathered tokens are not kept: the backward gathers them again, while it
 //! computes the input's gradient.
 
 use phalanx_ddp_core::autograd::Function;
-use phalanx_ddp_core::collective::Pending;
 use phalanx_ddp_core::Result;
 use tch::Tensor;
 
+use super::chunked::{Beside, Summing};
 use super::cut::{self, Piece};
 use super::parallel::TensorParallel;
 use super::product::{check_width, layer_name, LinearOptions, Side, Weight};
 use super::repeated;
+use super::rows::Chunks;
 use crate::layer::none;
 use crate::layer::{Builder, Deferred, Init};
 
@@ -38,6 +39,7 @@ pub struct ColumnLinear {
     inputs: i64,
     name: String,
     tp: TensorParallel,
+    chunks: Chunks,
 }
 
 /// What a product needs of a layer.
@@ -80,7 +82,14 @@ impl ColumnLinear {
             true => Some(builder.part("bias", &[outputs], 0, ranges, Init::Constant(0.0))?),
             false => None,
         };
-        Ok(Self { part: Part { weight, bias, pieces }, inputs, name, tp: tp.clone() })
+        let part = Part { weight, bias, pieces };
+        Ok(Self { part, inputs, name, tp: tp.clone(), chunks: tp.chunks() })
+    }
+
+    /// The same, cut into rows in another way than [`Chunks::of`] the group. All ranks alike; of several layers with one input the first's counts.
+    #[must_use]
+    pub fn with_chunks(self, chunks: Chunks) -> Self {
+        Self { chunks, ..self }
     }
 
     /// `[…, in] → […, out/n]`; with sequence parallelism `[batch, tokens/n, in] → [batch, tokens, out/n]`.
@@ -101,7 +110,8 @@ impl ColumnLinear {
             check_width(&layer.name, x, layer.inputs)?;
         }
         let parts = layers.iter().map(|layer| layer.part.again()).collect();
-        Ok(Products { parts, tp: first.tp.clone(), name: first.name.clone() }.apply(x)?)
+        let (tp, chunks, name) = (first.tp.clone(), first.chunks, first.name.clone());
+        Ok(Products { parts, tp, chunks, name }.apply(x)?)
     }
 
     /// How many outputs this rank has.
@@ -136,6 +146,7 @@ impl Part {
 struct Products {
     parts: Vec<Part>,
     tp: TensorParallel,
+    chunks: Chunks,
     name: String,
 }
 
@@ -157,21 +168,27 @@ impl Products {
         Function::new("column_linear").apply(
             &inputs,
             move |saving, inputs| {
-                let tag = self.tag("input");
-                let whole = self.tp.start_gather(inputs[0], &tag)?.wait()?;
                 saving.save(inputs[0]);
-                let mut outputs = Vec::new();
-                for part in &self.parts {
-                    saving.save(&part.weight.tensor);
-                    outputs.push(part.weight.forward(&whole, part.bias.as_ref())?);
-                }
-                Ok((outputs, self))
+                self.parts.iter().for_each(|part| saving.save(&part.weight.tensor));
+                Ok((self.forward(inputs[0])?, self))
             },
             move |backward, gradients| {
                 let (products, saved) = (backward.state, &backward.saved);
                 products.backward(saved, &backward.needs_input_grad, gradients, deferred.as_ref())
             },
         )
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Vec<Tensor>> {
+        if !self.tp.cuts_tokens() {
+            let product = |part: &Part| part.weight.forward(x, part.bias.as_ref());
+            return self.parts.iter().map(product).collect();
+        }
+        let tag = self.tag("input");
+        let gathering = self.beside(&tag).start_gather(x)?;
+        let factor = |part: &Part| part.weight.factor(part.bias.as_ref());
+        let factors = self.parts.iter().map(factor).collect::<Result<Vec<_>>>()?;
+        Ok(gathering.multiplied(&factors)?.1)
     }
 
     fn backward(
@@ -194,9 +211,7 @@ impl Products {
             true => Some(self.tp.start_gather(x, &tag)?),
             false => None,
         };
-        let of_x = if needs[0] { self.of_input(&saved[1..], gradients)? } else { None };
-        let of_input = self.tag("gradient of the input");
-        let summing = of_x.map(|of_x| self.tp.start_sum(&of_x, &of_input)).transpose()?;
+        let summing = if needs[0] { Some(self.of_input(&saved[1..], gradients)?) } else { None };
         let of_variables = match deferred {
             None => {
                 let whole = match gather {
@@ -210,7 +225,7 @@ impl Products {
                 self.parts.iter().map(|_| (None, None)).collect()
             }
         };
-        let mut all = vec![summing.map(Pending::wait).transpose()?];
+        let mut all = vec![summing.map(Summing::wait).transpose()?];
         for (part, (of_weight, of_bias)) in self.parts.iter().zip(of_variables) {
             all.push(of_weight);
             all.extend(part.bias.is_some().then_some(of_bias));
@@ -218,18 +233,16 @@ impl Products {
         Ok(all)
     }
 
-    /// This rank's part of the sum that is the input's gradient.
-    fn of_input(&self, weights: &[Tensor], gradients: &[Option<Tensor>]) -> Result<Option<Tensor>> {
-        let mut sum: Option<Tensor> = None;
+    /// The sum that is the input's gradient.
+    fn of_input(&self, weights: &[Tensor], gradients: &[Option<Tensor>]) -> Result<Summing> {
+        let tag = self.tag("gradient of the input");
+        let (mut products, mut kind) = (Vec::new(), None);
         for ((part, weight), gradient) in self.parts.iter().zip(weights).zip(gradients) {
             let Some(gradient) = gradient else { continue };
-            let weight = part.weight.with(weight);
-            match &sum {
-                None => sum = Some(weight.backward(gradient)?),
-                Some(sum) => weight.add_backward(gradient, sum)?,
-            }
+            let kind = *kind.get_or_insert(gradient.kind());
+            products.push((gradient, part.weight.with(weight).backward_factor(kind)?));
         }
-        Ok(sum)
+        self.beside(&tag).start_sum(&products)
     }
 
     fn of_variables(
@@ -282,7 +295,11 @@ impl Products {
 
     fn again(&self) -> Self {
         let parts = self.parts.iter().map(Part::again).collect();
-        Self { parts, tp: self.tp.clone(), name: self.name.clone() }
+        Self { parts, tp: self.tp.clone(), chunks: self.chunks, name: self.name.clone() }
+    }
+
+    fn beside<'a>(&'a self, tag: &'a str) -> Beside<'a> {
+        Beside { tp: &self.tp, chunks: self.chunks, tag }
     }
 
     fn tag(&self, what: &str) -> String {

@@ -74,7 +74,13 @@ pub fn cross_entropy(
         move |backward, gradients| {
             let (needs, (rank, variable)) = (&backward.needs_input_grad, backward.state);
             let Some(scale) = &gradients[0] else { return Ok(none(needs.len())) };
-            let scaled = |saved: &Tensor| saved.f_mul(&scale.f_to_kind(saved.kind())?);
+            // Most often it is 1. A GPU would have to wait for it.
+            let is_one = scale.device() == tch::Device::Cpu
+                && scale.f_double_value(&[])?.to_bits() == 1.0_f64.to_bits();
+            let scaled = |saved: &Tensor| match is_one {
+                true => Ok(saved.shallow_clone()),
+                false => saved.f_mul(&scale.f_to_kind(saved.kind())?),
+            };
             let of_hidden = match needs[0] {
                 true => {
                     let scaled = scaled(&backward.saved[0])?;

@@ -13,6 +13,11 @@
 //! | column → row | all-reduce of `[batch, tokens, width]` | the same |
 //! | with `sequence` | all-gather and reduce-scatter | the same, and the all-gather again |
 //!
+//! # Exchanges beside products
+//! A product is made of up to four of runs of rows, of 512 rows and more ([`Chunks`]). On GPUs, and where a group spans nodes, the exchange of a run goes on while the next is multiplied: the sum behind [`RowLinear`] and of the
+//! gradient of [`ColumnLinear`]'s input, and with `sequence` the gathers before the other two. Between ranks that share a processor there is one exchange of all, for nobody could compute meanwhile. The products are the same in both
+//! cases, and so are their bits.
+//!
 //! # Determinism
 //! Sums over ranks are in rank order, so all ranks of the group get the same bits, and gradients of variables that all have whole are equal on all of them, provided that
 //! they compute alike: on one kind of device, with as many threads each.
@@ -27,6 +32,7 @@
 //! Recomputation in Large Transformer Models" (sequence parallelism).
 
 mod attention;
+mod chunked;
 mod column;
 mod cross_entropy;
 mod cut;
@@ -38,9 +44,12 @@ mod parallel;
 mod product;
 mod repeated;
 mod row;
+mod rows;
 mod shared;
 
-pub use attention::{Attend, Attention, AttentionDropout, AttentionOptions, Projections};
+pub use attention::{
+    Attend, Attention, AttentionDropout, AttentionOptions, KeyValues, Projections,
+};
 pub use column::ColumnLinear;
 pub use cross_entropy::{cross_entropy, logits, IGNORED};
 pub(crate) use dropout::{run, Places};
@@ -51,4 +60,5 @@ pub use norm::{LayerNorm, RmsNorm};
 pub use parallel::TensorParallel;
 pub use product::LinearOptions;
 pub use row::RowLinear;
+pub use rows::Chunks;
 pub use shared::shared;

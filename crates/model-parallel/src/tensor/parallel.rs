@@ -5,6 +5,7 @@ use phalanx_ddp_core::collective::{Pending, TensorGroup};
 use tch::Tensor;
 
 use super::dropout::Place;
+use super::rows::Chunks;
 use crate::error::{Error, Result};
 
 /// The dimension of tokens in `[batch, tokens, width]`.
@@ -56,6 +57,13 @@ impl TensorParallel {
         let tokens = x.size().get(1).copied().unwrap_or(0);
         let first = if self.cuts_tokens() { self.rank() * tokens } else { 0 };
         Place { first_token: first, first_column: 0 }
+    }
+
+    /// How products are cut beside this group's exchanges.
+    pub(super) fn chunks(&self) -> Chunks {
+        let (nodes, on_gpus) =
+            self.group.with_group(|group| (group.node_count(), group.device().is_some()));
+        Chunks::of((self.ranks(), nodes), on_gpus)
     }
 
     pub(super) fn rank(&self) -> i64 {

@@ -1,8 +1,9 @@
 //! A weight as products take it, and how a layer's variables are made.
 
-use phalanx_ddp_core::Result;
+use phalanx_ddp_core::{amp, Result};
 use tch::{Kind, Tensor};
 
+use super::chunked::Factor;
 use super::cut::Piece;
 use crate::layer::weight_gradients;
 use crate::layer::{Builder, Init};
@@ -96,16 +97,21 @@ impl Weight {
         Ok(x.f_linear(&self.rows()?, bias)?)
     }
 
-    /// `gradient · W`, in the gradient's kind: under autocast another one than the weight's.
-    pub(super) fn backward(&self, gradient: &Tensor) -> Result<Tensor> {
-        Ok(gradient.f_matmul(&self.rows()?.f_to_kind(gradient.kind())?)?)
+    /// What `x · Wᵀ + bias` multiplies rows with, under autocast too.
+    pub(super) fn factor(&self, bias: Option<&Tensor>) -> Result<Factor> {
+        let kind = amp::autocast_kind(self.tensor.device())?;
+        let of = |tensor: &Tensor| match kind {
+            Some(kind) => tensor.f_detach()?.f_to_kind(kind),
+            None => tensor.f_detach(),
+        };
+        let bias = bias.map(of).transpose()?;
+        Ok(Factor { matrix: of(&self.rows()?.f_tr()?)?, bias, kind })
     }
 
-    /// Adds `gradient · W` to `sum`.
-    pub(super) fn add_backward(&self, gradient: &Tensor, sum: &Tensor) -> Result<()> {
-        let (mut sum, kind) = (flat(sum)?, sum.kind());
-        let gradient = flat(gradient)?.f_to_kind(kind)?;
-        Ok(sum.f_addmm_(&gradient, &self.rows()?.f_to_kind(kind)?).map(drop)?)
+    /// What `gradient · W` multiplies rows with, in the gradient's kind: under autocast another one than the weight's.
+    pub(super) fn backward_factor(&self, kind: Kind) -> Result<Factor> {
+        let matrix = self.rows()?.f_detach()?.f_to_kind(kind)?;
+        Ok(Factor { matrix, bias: None, kind: Some(kind) })
     }
 
     /// The gradient of the weight, as it lies, and of the bias.

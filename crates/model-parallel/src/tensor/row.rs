@@ -1,14 +1,17 @@
 //! The product whose inputs are cut: each rank multiplies the columns that it has, and the products are summed.
 //!
-//! With sequence parallelism each rank gets the sum of its own tokens alone, and the backward gathers the gradient of all.
+//! With sequence parallelism each rank gets the sum of its own tokens alone, and the backward gathers the gradient of all. The sum of some rows goes on while
+//! the next are multiplied, and those that were gathered are multiplied while the rest comes ([`Chunks`]).
 
 use phalanx_ddp_core::autograd::Function;
 use phalanx_ddp_core::Result;
 use tch::Tensor;
 
+use super::chunked::Beside;
 use super::cut;
 use super::parallel::{Later, TensorParallel};
 use super::product::{check_width, flat, layer_name, LinearOptions, Side, Weight};
+use super::rows::Chunks;
 use crate::layer::none;
 use crate::layer::{Builder, Deferred, Init};
 
@@ -58,8 +61,15 @@ impl RowLinear {
             true => Some(builder.whole("bias", &[outputs], Init::Constant(0.0))?),
             false => None,
         };
-        let product = Product { weight, bias, tp: tp.clone(), name };
+        let product = Product { weight, bias, tp: tp.clone(), chunks: tp.chunks(), name };
         Ok(Self { product, inputs: inputs / tp.size() })
+    }
+
+    /// The same, cut into rows in another way than [`Chunks::of`] the group. All ranks alike.
+    #[must_use]
+    pub fn with_chunks(mut self, chunks: Chunks) -> Self {
+        self.product.chunks = chunks;
+        self
     }
 
     /// `[…, in/n] → […, out]`; with sequence parallelism `[batch, tokens, in/n] → [batch, tokens/n, out]`.
@@ -85,6 +95,7 @@ struct Product {
     weight: Weight,
     bias: Option<Tensor>,
     tp: TensorParallel,
+    chunks: Chunks,
     name: String,
 }
 
@@ -94,6 +105,7 @@ impl Product {
             weight: self.weight.again(),
             bias: self.bias.as_ref().map(Tensor::shallow_clone),
             tp: self.tp.clone(),
+            chunks: self.chunks,
             name: self.name.clone(),
         }
     }
@@ -122,8 +134,8 @@ impl Product {
         if self.tp.ranks() == 1 {
             return self.weight.forward(x, self.bias.as_ref());
         }
-        let product = self.weight.forward(x, None)?;
-        let mut sum = self.tp.start_sum(&product, &self.tag("output"))?.wait()?;
+        let tag = self.tag("output");
+        let mut sum = self.beside(&tag).start_sum(&[(x, self.weight.factor(None)?)])?.wait()?;
         if let Some(bias) = &self.bias {
             drop(sum.f_add_(bias)?);
         }
@@ -139,12 +151,17 @@ impl Product {
     ) -> Result<Vec<Option<Tensor>>> {
         let (x, weight) = (&saved[0], self.weight.with(&saved[1]));
         let needs_bias = needs.get(2).copied().unwrap_or(false);
-        let gather = self.tp.start_gather(gradient, &self.tag("gradient of the output"))?;
+        let tag = self.tag("gradient of the output");
+        let gathering = self.beside(&tag).start_gather(gradient)?;
         let of_bias = match needs_bias {
             true => Some(flat(gradient)?.f_sum_dim_intlist([0_i64].as_slice(), false, None)?),
             false => None,
         };
-        let whole = gather.wait()?;
+        let factor = match needs[0] {
+            true => vec![weight.backward_factor(gradient.kind())?],
+            false => Vec::new(),
+        };
+        let (whole, of_x) = gathering.multiplied(&factor)?;
         // The bias is whole and its gradient that of the rank's own tokens.
         let of_bias = match of_bias {
             Some(of_bias) if self.tp.cuts_tokens() => {
@@ -154,10 +171,6 @@ impl Product {
             Some(of_bias) => Some(Later::Here(of_bias)),
             None => None,
         };
-        let of_x = match needs[0] {
-            true => Some(weight.backward(&whole)?),
-            false => None,
-        };
         let of_weight = match deferred {
             None => self.weight.gradients(x, &whole, (needs[1], false))?.0,
             Some(deferred) => {
@@ -166,7 +179,7 @@ impl Product {
             }
         };
         let of_bias = of_bias.map(Later::wait).transpose()?;
-        let mut all = vec![of_x, of_weight];
+        let mut all = vec![of_x.into_iter().next(), of_weight];
         all.extend((needs.len() > 2).then_some(of_bias));
         Ok(all)
     }
@@ -178,6 +191,10 @@ impl Product {
             let (of_weight, _) = weight.gradients(&x, &gradient, (wants, false))?;
             Ok(of_weight.map(|of_weight| (weight.tensor, of_weight)).into_iter().collect())
         });
+    }
+
+    fn beside<'a>(&'a self, tag: &'a str) -> Beside<'a> {
+        Beside { tp: &self.tp, chunks: self.chunks, tag }
     }
 
     fn tag(&self, what: &str) -> String {

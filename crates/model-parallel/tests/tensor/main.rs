@@ -7,6 +7,7 @@
 #![allow(clippy::cast_precision_loss, reason = "ranks and columns are few")]
 
 mod autocast;
+mod chunks;
 mod dropout;
 mod layers;
 mod model;

@@ -1,5 +1,6 @@
 //! Attention whose heads are cut over the ranks.
 
+mod kept;
 mod options;
 mod plain;
 mod rotary;
@@ -13,6 +14,7 @@ use super::parallel::TensorParallel;
 use super::row::RowLinear;
 use crate::error::{Error, Result};
 use crate::layer::Pass;
+pub use kept::KeyValues;
 pub use options::AttentionOptions;
 pub use plain::AttentionDropout;
 use plain::Plain;
@@ -87,6 +89,8 @@ pub struct Attention {
     options: AttentionOptions,
     rotary: Option<Rotary>,
     attend: Box<dyn Attend>,
+    /// Whether the rank has all tokens, and attends to them by itself.
+    is_plain: bool,
     dropout: Option<AttentionDropout>,
     /// Heads of queries, and of keys and values, on this rank.
     heads: (i64, i64),
@@ -120,7 +124,7 @@ impl Attention {
         let plain = Plain { causal: options.causal, dropout };
         let rotary = options.rotary.map(|theta| Rotary { theta, head_dim: options.head_dim });
         let attend = Box::new(plain);
-        Ok(Self { projections, out, options, rotary, attend, dropout, heads })
+        Ok(Self { projections, out, options, rotary, attend, is_plain: true, dropout, heads })
     }
 
     /// The same with another way of attending, which is as causal and has this one's [`dropout`](Self::dropout).
@@ -137,7 +141,7 @@ impl Attention {
             let value = format!("{:?} of the way of attending", attend.dropout());
             return Err(bad("dropout", value, "Attention::dropout, given with with_dropout"));
         }
-        Ok(Self { attend, ..self })
+        Ok(Self { attend, is_plain: false, ..self })
     }
 
     /// What this rank drops of probabilities, for another way of attending.
@@ -151,6 +155,39 @@ impl Attention {
     /// # Errors
     /// Those of the layers; libtorch's own.
     pub fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let [queries, keys, values] = self.queries_keys_values(x, pass)?;
+        let output = self.attend.attend(&queries, &keys, &values, pass)?;
+        self.joined(&output)
+    }
+
+    /// The same of the next tokens alone, which attend to those in `before`, too, and are added to them. [`Pass::tokens`] says where they are. For evaluation: nothing
+    /// is dropped.
+    ///
+    /// # Errors
+    /// [`Error::BadSetting`] where tokens attend to later ones, or other ranks have some of them (context parallelism, sequence parallelism); as [`forward`](Self::forward).
+    pub fn forward_next(&self, x: &Tensor, pass: &Pass, before: &mut KeyValues) -> Result<Tensor> {
+        let cuts_tokens = self.projections.first().tp().cuts_tokens();
+        if !self.is_plain || !self.options.causal || cuts_tokens {
+            return Err(Error::BadSetting {
+                setting: "keys and values of tokens before",
+                value: format!("causal {}, tokens cut {}", self.options.causal, cuts_tokens || !self.is_plain),
+                expected: "causal attention of a rank that has all tokens: without context and sequence parallelism",
+            });
+        }
+        let [queries, keys, values] = self.queries_keys_values(x, pass)?;
+        let is_first = before.tokens() == 0;
+        let all = before.grown(&keys, &values)?;
+        let output = match is_first {
+            true => {
+                self.attend.attend(&queries, &keys, &values, &Pass { train: false, ..*pass })?
+            }
+            false => kept::of_last(&queries, all)?,
+        };
+        self.joined(&output)
+    }
+
+    /// By heads, with positions in them.
+    fn queries_keys_values(&self, x: &Tensor, pass: &Pass) -> Result<[Tensor; 3]> {
         let (heads, kv_heads) = self.heads;
         let [queries, keys, values] = self.projections.forward(x)?;
         let queries = self.by_heads(&queries, heads)?;
@@ -160,10 +197,12 @@ impl Attention {
             None => (queries, keys),
             Some(rotary) => rotary.both(&queries, &keys, pass)?,
         };
-        let output = self.attend.attend(&queries, &keys, &values, pass)?;
-        // [batch, heads, tokens, head_dim] → [batch, tokens, columns]
-        let output = output.f_transpose(1, 2)?.f_flatten(2, 3)?;
-        self.out.forward(&output)
+        Ok([queries, keys, values])
+    }
+
+    /// `[batch, heads, tokens, head_dim]` → `[batch, tokens, columns]`, and the last product.
+    fn joined(&self, output: &Tensor) -> Result<Tensor> {
+        self.out.forward(&output.f_transpose(1, 2)?.f_flatten(2, 3)?)
     }
 
     /// `[batch, tokens, columns] → [batch, heads, tokens, head_dim]`.

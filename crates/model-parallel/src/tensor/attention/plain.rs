@@ -89,7 +89,7 @@ impl AttentionDropout {
 }
 
 /// Each head so many times, one behind the other.
-fn repeated(x: &Tensor, repeats: i64) -> Result<Tensor> {
+pub(super) fn repeated(x: &Tensor, repeats: i64) -> Result<Tensor> {
     if repeats == 1 {
         return Ok(x.shallow_clone());
     }
