@@ -210,8 +210,8 @@ impl Gpt {
             (None, None) => return Err(nothing()),
         };
         before.resize_with(chunk.blocks.len(), KeyValues::default);
-        for (block, before) in chunk.blocks.iter().zip(before) {
-            x = lock(block).forward_next(&x, pass, before)?;
+        for (block, of_block) in chunk.blocks.iter().zip(before) {
+            x = lock(block).forward_next(&x, pass, of_block)?;
         }
         match &chunk.head {
             Some(head) => head.norm.forward(&x),

@@ -132,7 +132,10 @@ impl Job {
                 generate(&trainer, kind, wanted, choice).expect("tokens")
             };
             let all = tokens(true);
-            assert_eq!(all, tokens(false), "with keys and values of tokens before, and without");
+            // In bf16 a product of one row is rounded otherwise than one of many.
+            if config.train.precision == super::gpt::config::Precision::Fp32 {
+                assert_eq!(all, tokens(false), "with keys and values of tokens before, without");
+            }
             all
         };
         let greedy = self.prompts.iter().map(greedy).collect();

@@ -70,14 +70,14 @@ pub(super) struct Beside<'a> {
 impl Beside<'_> {
     /// Starts the sum over the ranks of the products, added up, of inputs of one shape: of all tokens, or of the rank's own.
     pub(super) fn start_sum(&self, products: &[(&Tensor, Factor)]) -> Result<Summing> {
-        let Some((first, factor)) = products.first() else {
+        let Some((first, of_first)) = products.first() else {
             return Err(phalanx_ddp_core::Error::BackwardAbandoned);
         };
-        let (mut shape, outputs) = (first.size(), factor.outputs());
+        let (mut shape, outputs) = (first.size(), of_first.outputs());
         let parts = if self.tp.cuts_tokens() { self.tp.size() } else { 1 };
         let four = self.four(&shape, parts);
         let rows = Rows::new([four[0], four[1], four[2]], self.chunks);
-        let kind = factor.kind.unwrap_or(first.kind());
+        let kind = of_first.kind.unwrap_or(first.kind());
         let mut pending = Vec::new();
         for (number, runs) in rows.exchanges.iter().enumerate() {
             let over = Rows::over(runs);
@@ -91,8 +91,8 @@ impl Beside<'_> {
                     factor.multiply_all(&within(&x, rows.dim, run, 0)?, &target, at > 0)?;
                 }
             }
-            let [batch, parts, tokens, _] = of_exchange;
-            let product = product.f_view([batch, parts * tokens, outputs])?;
+            let [batch, _, tokens, _] = of_exchange;
+            let product = product.f_view([batch, four[1] * tokens, outputs])?;
             let tag = self.tag(number, rows.exchanges.len());
             pending.push(self.tp.start_sum(&product, &tag)?);
         }
@@ -205,18 +205,16 @@ impl Gathering {
                     factor.multiply_all(&from, &target, false)?;
                 }
             }
-            whole = Some(match whole {
-                None if count == 1 => came,
-                None => {
-                    let whole = Tensor::f_empty(four, like)?;
-                    within(&whole, rows.dim, &over, 0)?.f_copy_(&came)?;
-                    whole
-                }
-                Some(whole) => {
-                    within(&whole, rows.dim, &over, 0)?.f_copy_(&came)?;
-                    whole
-                }
-            });
+            if count == 1 {
+                whole = Some(came);
+                continue;
+            }
+            let all = match whole.take() {
+                Some(begun) => begun,
+                None => Tensor::f_empty(four, like)?,
+            };
+            within(&all, rows.dim, &over, 0)?.f_copy_(&came)?;
+            whole = Some(all);
         }
         let whole = whole.ok_or(phalanx_ddp_core::Error::BackwardAbandoned)?;
         let mut of_rows = Vec::new();

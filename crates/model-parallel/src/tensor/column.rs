@@ -104,7 +104,7 @@ impl ColumnLinear {
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
-    pub(crate) fn forward_all(layers: &[&Self], x: &Tensor) -> crate::Result<Vec<Tensor>> {
+    pub fn forward_all(layers: &[&Self], x: &Tensor) -> crate::Result<Vec<Tensor>> {
         let Some(first) = layers.first() else { return Ok(Vec::new()) };
         for layer in layers {
             check_width(&layer.name, x, layer.inputs)?;

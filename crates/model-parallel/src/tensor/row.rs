@@ -165,8 +165,8 @@ impl Product {
         // The bias is whole and its gradient that of the rank's own tokens.
         let of_bias = match of_bias {
             Some(of_bias) if self.tp.cuts_tokens() => {
-                let tag = self.tag("gradient of the bias");
-                Some(Later::Coming(self.tp.group.start_all_reduce(&of_bias, &tag)?))
+                let its_tag = self.tag("gradient of the bias");
+                Some(Later::Coming(self.tp.group.start_all_reduce(&of_bias, &its_tag)?))
             }
             Some(of_bias) => Some(Later::Here(of_bias)),
             None => None,

@@ -121,6 +121,10 @@ mod tests {
         }
     }
 
+    fn counted(count: usize) -> i64 {
+        i64::try_from(count).expect("few")
+    }
+
     fn check(shape: [i64; 3], (rows_min, products_max): (i64, i64), rows: impl Fn(i64) -> Rows) {
         let runs = |exchanges_max| rows(exchanges_max).exchanges.concat();
         let all = runs(1);
@@ -132,17 +136,17 @@ mod tests {
         );
         let [batch, parts, tokens] = shape;
         let wanted = (batch * parts * tokens / rows_min).clamp(1, products_max);
-        assert_eq!(all.len() as i64, wanted.min(shape[dim]).max(1), "{shape:?}");
+        assert_eq!(counted(all.len()), wanted.min(shape[dim]).max(1), "{shape:?}");
         assert!(shape[dim] == 0 || all.iter().all(|run| !run.is_empty()), "{shape:?}: {all:?}");
         for exchanges_max in 1..=6 {
             assert_eq!(runs(exchanges_max), all);
             let found = rows(exchanges_max);
-            assert_eq!(found.exchanges.len() as i64, exchanges_max.min(all.len() as i64));
+            assert_eq!(counted(found.exchanges.len()), exchanges_max.min(counted(all.len())));
             for exchange in &found.exchanges {
                 assert!(!exchange.is_empty());
                 let over = Rows::over(exchange);
                 assert_eq!(
-                    exchange.iter().cloned().flatten().count() as i64,
+                    counted(exchange.iter().cloned().flatten().count()),
                     over.end - over.start
                 );
             }

@@ -5,11 +5,15 @@ use phalanx_model_parallel::layer::{Builder, Deferred};
 use phalanx_model_parallel::tensor::{
     Chunks, ColumnLinear, LinearOptions, RowLinear, TensorParallel,
 };
-use tch::{nn, Device, Kind, Tensor};
+use tch::{nn, Device, Kind};
 
 use crate::support::{change, compute_once, gradients, parallel, same, values, Named};
 
 /// Two column-parallel layers of one input and a row-parallel one behind them.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "two flags that have nothing to do with each other"
+)]
 struct Case {
     kind: Kind,
     /// Samples, tokens, columns.
@@ -32,7 +36,8 @@ impl Case {
         let (up, gate) = (column("up"), column("gate"));
         let down = RowLinear::new(&(&root / "down"), 24, width, options(), tp).unwrap();
         let down = down.with_chunks(chunks);
-        change(&mut vs, &root.cuts());
+        let cuts = root.cuts();
+        change(&mut vs, &cuts);
         match self.kind {
             Kind::Float => vs.float(),
             Kind::BFloat16 => vs.bfloat16(),
